@@ -1,0 +1,243 @@
+"""Corpora by name and hash, text files, and training windows gathered as tensors.
+
+B batch, T = block_size, N number of tokens of the text.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pooch
+import torch
+
+from gptfast.abc_corpus import abc_corpus, abc_entropy, abc_next_distribution
+from gptfast.errors import DataError
+
+__all__ = [
+    "CORPORA",
+    "Corpus",
+    "EpochWindows",
+    "abc_corpus",
+    "abc_entropy",
+    "abc_next_distribution",
+    "data_dir",
+    "epoch_windows",
+    "random_windows",
+    "read_text",
+    "shakespeare",
+]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One known corpus: what its bytes are, and where they can be had (no URL: it is generated)."""
+
+    name: str
+    file_name: str
+    num_bytes: int
+    sha256: str
+    urls: tuple[str, ...] = ()
+
+
+CORPORA = {
+    "abc": Corpus(
+        name="abc",
+        file_name="abc.txt",
+        num_bytes=1_079_918,
+        sha256="bbb7a80ab43426fada8beeb2800fd0102b809d852e49b877dcd1d859f2b036a7",
+    ),
+    "shakespeare": Corpus(
+        name="shakespeare",
+        file_name="shakespeare.txt",
+        num_bytes=1_115_394,
+        sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+        urls=(
+            "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+            "https://storage.googleapis.com/download.tensorflow.org/data/shakespeare.txt",
+        ),
+    ),
+}
+
+
+def data_dir() -> Path:
+    """Folder of downloaded corpora: `GPTFAST_DATA_DIR`, or gptfast's folder in the user's cache."""
+    chosen = os.environ.get("GPTFAST_DATA_DIR")
+    return Path(chosen).expanduser() if chosen else Path(pooch.os_cache("gptfast"))
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: expected a text file, got a directory") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if not data:
+        raise DataError(f"{path}: the file is empty")
+    return data
+
+
+def read_text(path: str | Path) -> str:
+    """Read a UTF-8 text file as it is (line ends are kept).
+
+    Raises:
+        DataError: if the file is missing, a directory, unreadable, empty or not UTF-8.
+    """
+    data = _read_bytes(Path(path))
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: expected UTF-8, got byte 0x{data[error.start]:02x} at offset {error.start}"
+        ) from None
+
+
+def shakespeare(source: str | Path | None = None) -> str:
+    """Tiny Shakespeare, from a file or downloaded once into `data_dir()`; its hash is checked.
+
+    Args:
+        source: a file that holds it; None takes it from `data_dir()`, fetched if it is missing.
+
+    Raises:
+        DataError: if the file is another text, or if it can be neither found nor downloaded.
+    """
+    corpus = CORPORA["shakespeare"]
+    if source is not None:
+        return _read_checked(corpus, Path(source))
+    path = data_dir() / corpus.file_name
+    if not path.exists():
+        _download(corpus, path)
+    return _read_checked(corpus, path)
+
+
+def _read_checked(corpus: Corpus, path: Path) -> str:
+    data = _read_bytes(path)
+    sha256 = hashlib.sha256(data).hexdigest()
+    if sha256 != corpus.sha256:
+        raise DataError(
+            f"{path} is not the corpus {corpus.name!r}: expected {corpus.num_bytes:,} bytes with "
+            f"sha256 {corpus.sha256[:12]}…, got {len(data):,} bytes with sha256 {sha256[:12]}…"
+        )
+    return data.decode("utf-8")
+
+
+def _download(corpus: Corpus, path: Path) -> None:
+    reasons = []
+    for url in corpus.urls:
+        try:
+            pooch.retrieve(
+                url, known_hash=f"sha256:{corpus.sha256}", fname=path.name, path=path.parent
+            )
+        except (OSError, ValueError) as error:
+            # pooch reports the network by OSError (requests), a wrong hash by ValueError.
+            reasons.append(f"{url.split('/')[2]}: {type(error).__name__}")
+        else:
+            return
+    raise DataError(
+        f"the corpus {corpus.name!r} could not be downloaded to {path} ({'; '.join(reasons)}): "
+        f"give a copy with --from FILE, or set GPTFAST_DATA_DIR to a folder that has {path.name}"
+    )
+
+
+def _num_windows(ids: torch.Tensor, block_size: int, batch_size: int) -> int:
+    if ids.dim() != 1 or ids.dtype != torch.int64:
+        raise DataError(
+            f"windows: ids must be a 1-D int64 tensor, got {ids.dim()}-D {str(ids.dtype)[6:]}"
+        )
+    for name, value in (("block_size", block_size), ("batch_size", batch_size)):
+        if value < 1:
+            raise DataError(f"windows: {name} must be at least 1, got {value}")
+    if len(ids) <= block_size:
+        raise DataError(
+            f"the text is shorter than a window: it has {len(ids)} tokens and a window needs "
+            f"{block_size + 1} (block_size {block_size} and the token after it)"
+        )
+    return len(ids) - block_size
+
+
+def _gather(ids: torch.Tensor, starts: torch.Tensor, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+    offsets = torch.arange(T + 1, device=ids.device)
+    both = ids[starts.to(ids.device)[:, None] + offsets]  # (B, T + 1)
+    return both[:, :-1].contiguous(), both[:, 1:].contiguous()  # (B, T)
+
+
+def random_windows(
+    ids: torch.Tensor, block_size: int, batch_size: int, generator: torch.Generator | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw `batch_size` windows with independent, uniform starts.
+
+    Args:
+        ids: tokens of the text, (N,) int64.
+        block_size: T, the window's length.
+        batch_size: B.
+        generator: source of the starts; torch's own if None.
+
+    Returns:
+        inputs and targets (the inputs one place further), each (B, T) int64 on the device of `ids`.
+
+    Raises:
+        DataError: if the text is shorter than T + 1, a size is below 1, or `ids` is not 1-D int64.
+    """
+    total = _num_windows(ids, block_size, batch_size)
+    device = generator.device if generator is not None else torch.device("cpu")
+    starts = torch.randint(total, (batch_size,), generator=generator, device=device)
+    return _gather(ids, starts, block_size)
+
+
+class EpochWindows:
+    """Every window of a text once, in batches; each iteration is one epoch with a new order.
+
+    Args:
+        ids: tokens of the text, (N,) int64.
+        block_size: T, the window's length.
+        batch_size: B; the last batch of an epoch holds what is left and may be smaller.
+        generator: source of the order, drawn per epoch; None keeps the order of the text.
+        stride: distance of the starts; 1 gives all N - T windows, T disjoint targets.
+
+    Raises:
+        DataError: if the text is shorter than T + 1, a size is below 1, or `ids` is not 1-D int64.
+    """
+
+    def __init__(
+        self,
+        ids: torch.Tensor,
+        block_size: int,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        stride: int = 1,
+    ) -> None:
+        total = _num_windows(ids, block_size, batch_size)
+        if stride < 1:
+            raise DataError(f"windows: stride must be at least 1, got {stride}")
+        self.ids = ids
+        self.block_size = block_size
+        self.batch_size = batch_size
+        self.generator = generator
+        self.stride = stride
+        self.num_windows = (total + stride - 1) // stride
+
+    def __len__(self) -> int:
+        """Number of batches of one epoch."""
+        return (self.num_windows + self.batch_size - 1) // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield inputs and targets, each (B, T) int64 on the device of `ids`."""
+        if self.generator is None:
+            order = torch.arange(self.num_windows)
+        else:
+            order = torch.randperm(
+                self.num_windows, generator=self.generator, device=self.generator.device
+            )
+        for chosen in order.split(self.batch_size):
+            yield _gather(self.ids, chosen * self.stride, self.block_size)
+
+
+def epoch_windows(
+    ids: torch.Tensor, block_size: int, batch_size: int, generator: torch.Generator | None = None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """One epoch over all windows in shuffled order: an iterator of `EpochWindows`."""
+    return iter(EpochWindows(ids, block_size, batch_size, generator))

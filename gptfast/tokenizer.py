@@ -1,0 +1,140 @@
+"""Character tokenizer: id 0 is padding, the sorted distinct characters of a text follow."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from gptfast.errors import DataError
+
+PAD = "<PAD>"
+PAD_ID = 0
+
+Unknown = Literal["error", "skip"]
+
+
+@dataclass(frozen=True)
+class CharTokenizer:
+    """Characters to ids and back; `chars[i]` has id `i + 1`, and id 0 is `<PAD>`.
+
+    Args:
+        chars: distinct single characters in the order of their ids, at least one.
+
+    Raises:
+        DataError: if `chars` is empty, repeats one, or holds anything but single characters.
+    """
+
+    chars: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "chars", tuple(self.chars))
+        if not self.chars:
+            raise DataError("a vocabulary needs at least one character, got none")
+        for char in self.chars:
+            if not isinstance(char, str) or len(char) != 1:
+                raise DataError(f"a vocabulary holds single characters, got {char!r}")
+        if len(set(self.chars)) != len(self.chars):
+            repeated = next(c for i, c in enumerate(self.chars) if c in self.chars[:i])
+            raise DataError(f"a vocabulary holds distinct characters, got {repeated!r} twice")
+
+    def __repr__(self) -> str:
+        return f"CharTokenizer(vocab_size={self.vocab_size})"
+
+    @classmethod
+    def from_text(cls, text: str) -> "CharTokenizer":
+        """Make the vocabulary of `text`: its distinct characters, sorted by code point.
+
+        Raises:
+            DataError: if `text` is empty.
+        """
+        if not text:
+            raise DataError("a vocabulary cannot be made from an empty text")
+        return cls(tuple(sorted(set(text))))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, padding included."""
+        return len(self.chars) + 1
+
+    @cached_property
+    def _id_of_code(self) -> np.ndarray:
+        # One row past the last known code point: every larger one is clipped to it and is unknown.
+        codes = [ord(char) for char in self.chars]
+        table = np.zeros(max(codes) + 2, dtype=np.int64)
+        table[codes] = np.arange(1, self.vocab_size)
+        return table
+
+    def _ids(self, text: str, unknown: Unknown) -> np.ndarray:
+        if unknown not in ("error", "skip"):
+            raise ValueError(f"encode: unknown must be 'error' or 'skip', got {unknown!r}")
+        if not isinstance(text, str):
+            raise TypeError(f"encode: text must be a str, got {type(text).__name__}")
+        # surrogatepass: command-line arguments that are not UTF-8 reach Python as lone surrogates.
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+        table = self._id_of_code
+        ids = table[np.minimum(codes, len(table) - 1)]
+        known = ids != PAD_ID
+        if known.all():
+            return ids
+        if unknown == "skip":
+            return ids[known]
+        raise DataError(_unknown_message(text, int(np.argmin(known)), self.vocab_size))
+
+    def encode(self, text: str, unknown: Unknown = "error") -> list[int]:
+        """Ids of the characters of `text`.
+
+        Args:
+            text: any string; an empty one gives an empty list.
+            unknown: "error", or "skip" to leave characters outside the vocabulary out.
+
+        Raises:
+            DataError: if a character is not in the vocabulary; names it and its place.
+        """
+        return self._ids(text, unknown).tolist()
+
+    def encode_tensor(self, text: str, unknown: Unknown = "error") -> torch.Tensor:
+        """Like `encode`, as an int64 tensor of shape (number of characters,); made for a corpus."""
+        return torch.from_numpy(self._ids(text, unknown))
+
+    def decode(self, ids: Iterable[int] | torch.Tensor) -> str:
+        """Text of `ids`, a flat sequence or 1-D tensor of integers; padding gives no character.
+
+        Raises:
+            DataError: if an id is negative or not below `vocab_size`.
+            TypeError: if `ids` is not a flat sequence of integers.
+        """
+        values = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
+        if not all(isinstance(i, int | np.integer) for i in values):
+            raise TypeError("decode: ids must be a flat sequence of integers")
+        for i in values:
+            if not 0 <= i < self.vocab_size:
+                raise DataError(f"token id {i} is out of range: expected 0 to {len(self.chars)}")
+        return "".join(self.chars[i - 1] for i in values if i != PAD_ID)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form, read back by `from_dict`."""
+        return {"kind": "char", "chars": "".join(self.chars)}
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> "CharTokenizer":
+        """Rebuild a tokenizer from `to_dict`.
+
+        Raises:
+            DataError: if `d` is not the form that `to_dict` gives.
+        """
+        chars = d.get("chars") if isinstance(d, dict) and d.get("kind") == "char" else None
+        if not isinstance(chars, str):
+            raise DataError("expected a tokenizer of the form {'kind': 'char', 'chars': '...'}")
+        return cls(tuple(chars))
+
+
+def _unknown_message(text: str, position: int, vocab_size: int) -> str:
+    line = text.count("\n", 0, position) + 1
+    column = position - (text.rfind("\n", 0, position) + 1) + 1
+    return (
+        f"character {text[position]!r} at position {position} (line {line}, column {column}) "
+        f"is not in the vocabulary of {vocab_size - 1} characters"
+    )
