@@ -1,0 +1,35 @@
+# The developer's commands; PYTHON names the environment to use.
+PYTHON ?= python
+CLANG_FORMAT = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('scripts'))")/clang-format
+CSRC = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+
+.PHONY: build test test-isa bench lint format clean
+
+build:  ## compile what has changed and put gptfast/_C*.so in place
+	$(PYTHON) setup.py --quiet build_ext --inplace
+
+test: build
+	$(PYTHON) -m pytest
+
+# The linker keeps one of all weak symbols of a name: code for one instruction set could then run at
+# another level. Hence no kernel object may have any.
+test-isa: build
+	nm -A build/temp/isa_*.o > build/temp/isa.symbols
+	! grep ' [WVu] ' build/temp/isa.symbols
+
+bench:
+	$(PYTHON) -m pytest tests --benchmark-only
+
+lint:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(CLANG_FORMAT) --dry-run -Werror $(CSRC)
+
+format:
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	$(CLANG_FORMAT) -i $(CSRC)
+
+clean:
+	rm -rf build dist *.egg-info gptfast/_C*.so gptfast/_build_info.json

@@ -1,0 +1,53 @@
+// gptfast._C: controls of the instruction set and of the threads. The operators register themselves
+// with torch when this module is loaded (csrc/ops); they need no binding.
+
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <string>
+
+#include "kernels/isa.h"
+
+namespace {
+
+namespace py = pybind11;
+using namespace gptfast;
+
+py::dict isa_levels() {
+  py::dict levels;
+  for (int i = 0; i < kIsaCount; ++i) {
+    const Isa isa = static_cast<Isa>(i);
+    const char* reason = isa_unavailable_reason(isa);
+    levels[isa_name(isa)] = reason == nullptr ? py::object(py::none()) : py::str(reason);
+  }
+  return levels;
+}
+
+// One variable limits both libraries: torch knows fewer levels and calls them by other names.
+void follow_torch_limit() {
+  if (std::getenv("ATEN_CPU_CAPABILITY") == nullptr) return;
+  const py::object torch_cpu = py::module_::import("torch.backends.cpu");
+  const auto capability = torch_cpu.attr("get_cpu_capability")().cast<std::string>();
+  if (capability == "DEFAULT" || capability == "NO AVX") isa_limit(Isa::generic);
+  if (capability == "AVX2") isa_limit(Isa::avx2);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Controls of gptfast's compiled kernels; import torch first.";
+  follow_torch_limit();
+  m.def("isa_levels", &isa_levels,
+        "Maps each instruction set, from low to high, to None or the reason why it cannot run.");
+  m.def(
+      "isa_current", [] { return std::string(isa_name(isa_current())); },
+      "Names the instruction set in use; ValueError for a bad GPTFAST_CPU_ISA.");
+  m.def(
+      "isa_set", [](const std::string& name) { isa_set(isa_from_name(name.c_str())); },
+      py::arg("name"), "Uses this instruction set from now on; ValueError when it cannot run.");
+  m.def(
+      "num_threads", [] { return static_cast<int64_t>(torch::stable::get_num_threads()); },
+      "Returns how many threads of torch's pool the kernels use.");
+}
