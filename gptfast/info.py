@@ -1,0 +1,170 @@
+"""What this installation is and what it runs on: `gptfast info`."""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gptfast import threads
+from gptfast.ops import select
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def info() -> dict[str, Any]:
+    """Collects the facts about the installation and the machine.
+
+    Returns:
+        `gptfast`, `torch`, `python`, `cpu`, `gpu`: names and versions. `fused`: None when the
+        compiled kernels are there, else the reason. `isa`: the `chosen` level (None without one),
+        and `levels`, which maps each level to None or the reason why it cannot run. `threads`: the
+        fields of `ThreadLimits` and `usable`. `build`: what setup.py recorded. `openmp`: the OpenMP
+        libraries in the process. `warnings`: sentences about what should be put right.
+    """
+    build = build_info()
+    warnings = []
+    if stale_build():
+        warnings.append("csrc has changed since the compiled part was built: run `make build`")
+    isa, problem = _isa(build)
+    if problem is not None:
+        warnings.append(problem)
+    limits = threads.limits()
+    if limits.usable < limits.torch:
+        warnings.append(f"torch uses {limits.torch} threads where {limits.usable} can run at once")
+    openmp = openmp_runtimes()
+    if len(openmp) > 1:
+        warnings.append("more than one OpenMP library is loaded: each keeps threads of its own")
+    return {
+        "gptfast": _version(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": cpu_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "fused": _fused_reason(build),
+        "isa": isa,
+        "threads": {
+            "usable": limits.usable,
+            "torch": limits.torch,
+            "affinity": limits.affinity,
+            "quota": limits.quota,
+        },
+        "build": build,
+        "openmp": openmp,
+        "warnings": warnings,
+    }
+
+
+def build_info() -> dict[str, Any]:
+    """Returns what setup.py recorded when it built this package; {} without a record."""
+    try:
+        return json.loads((_PACKAGE / "_build_info.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def stale_build() -> bool:
+    """Returns whether the C++ sources beside the package differ from those that were compiled."""
+    sources = _PACKAGE.parent / "csrc"
+    recorded = build_info()
+    if not sources.is_dir() or not recorded or recorded["reason"] is not None:
+        return False
+    parts = [path.read_bytes() for path in sorted(sources.rglob("*.[chi]*"))]
+    return hashlib.sha256(b"".join(parts)).hexdigest() != recorded["csrc"]
+
+
+def openmp_runtimes() -> list[str]:
+    """Returns the paths of the OpenMP libraries that are mapped into this process (on Linux)."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return []
+    return sorted(set(re.findall(r"/\S*/lib(?:g|i)?omp\d?\b[^/\s]*\.so\S*", maps)))
+
+
+def cpu_name() -> str:
+    """Returns the processor's name as the system gives it."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        found = None
+    return found.group(1) if found else platform.processor() or platform.machine()
+
+
+def print_info() -> None:
+    """Prints the facts of `info` as a table, and the warnings below it."""
+    facts = info()
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in _rows(facts):
+        table.add_row(name, Text(value))
+    console = Console()
+    console.print(table)
+    for warning in facts["warnings"]:
+        console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
+
+
+def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    build, isa, limits = facts["build"], facts["isa"], facts["threads"]
+    quota = "none" if limits["quota"] is None else f"{limits['quota']:g}"
+    rows = [
+        ("gptfast", facts["gptfast"]),
+        ("torch", facts["torch"]),
+        ("python", facts["python"]),
+        ("processor", facts["cpu"]),
+        ("GPU", facts["gpu"] or "none"),
+        ("fused kernels", facts["fused"] or "available"),
+        ("instruction set", isa["chosen"] or "none chosen"),
+    ]
+    rows += [(f"  {level}", reason or "available") for level, reason in isa["levels"].items()]
+    rows += [
+        ("threads", str(limits["usable"])),
+        ("  torch's pool", str(limits["torch"])),
+        ("  affinity mask", str(limits["affinity"])),
+        ("  cgroup quota", quota),
+        ("OpenMP", "\n".join(facts["openmp"]) or "none loaded"),
+    ]
+    if build and build["reason"] is None:
+        rows.append(("built with", f"torch {build['torch']}, {build['compiler']}"))
+        rows.append(
+            ("built from", f"commit {build['git'] or 'unknown'}, csrc {build['csrc'][:12]}")
+        )
+    return rows
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("gptfast-kernels")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _fused_reason(build: dict[str, Any]) -> str | None:
+    if select.extension() is not None:
+        return None
+    if not build:
+        return "not built: neither `pip install` nor `make build` has been run here"
+    return f"not available: {build['reason'] or select.extension_error}"
+
+
+def _isa(build: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """Returns the `isa` entry of `info`, and what is wrong with the level that was asked for."""
+    extension = select.extension()
+    if extension is None:
+        return {"chosen": None, "levels": {}}, None
+    levels = extension.isa_levels()
+    for level, reason in build.get("isa", {}).items():
+        if reason is not None:
+            levels[level] = f"left out of this build ({reason})"
+    try:
+        return {"chosen": extension.isa_current(), "levels": levels}, None
+    except ValueError as error:
+        return {"chosen": None, "levels": levels}, str(error)

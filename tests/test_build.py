@@ -1,0 +1,246 @@
+"""The build: what the extension links to, how it picks the instruction set, doing without it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptfast.info import build_info
+from gptfast.ops import select
+
+ROOT = Path(__file__).resolve().parents[1]
+EXTENSION = select.extension()
+SET_UP = ("pip install -e . && gptfast demo", 'pip install -e ".[test]" && pytest')
+
+needs_extension = pytest.mark.skipif(
+    EXTENSION is None, reason=f"no compiled part: {select.extension_error}"
+)
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux tells")
+
+
+def run(*arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs this Python; variables in `env` are added to the environment, empty ones removed."""
+    full = {**os.environ, "OMP_NUM_THREADS": "2", **env}
+    full = {name: value for name, value in full.items() if value}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=cwd, env=full, capture_output=True, text=True, timeout=300)
+
+
+def tool(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+# What the extension links to
+
+
+def test_extension_loads_where_it_was_built():
+    record = build_info()
+    if not record or record["reason"] is not None:
+        pytest.skip("the extension was not built")
+    assert EXTENSION is not None, select.extension_error
+
+
+@needs_extension
+@needs_linux
+def test_one_openmp_runtime_in_the_process():
+    code = """
+import torch, gptfast
+from gptfast.info import openmp_runtimes
+q = torch.randn(2, 2, 64, 32)
+gptfast.ops.causal_attention(q, q, q)
+torch.randn(256, 256) @ torch.randn(256, 256)
+print(len(openmp_runtimes()))
+"""
+    done = run("-c", code)
+    assert done.stdout.strip() == "1", done.stderr
+
+
+@needs_extension
+@needs_linux
+def test_extension_needs_no_openmp_libmvec_or_torch_python():
+    dynamic = tool("readelf", "-d", EXTENSION.__file__)
+    needed = re.findall(r"NEEDED.*\[(.+?)\.so", dynamic)
+    assert "libtorch_cpu" in needed
+    assert not {"libgomp", "libomp", "libiomp5", "libmvec", "libtorch_python"} & set(needed)
+
+
+@needs_extension
+@needs_linux
+def test_extension_stands_on_the_stable_abi_only():
+    undefined = tool("nm", "-D", "--undefined-only", "-C", EXTENSION.__file__)
+    assert "aoti_torch" in undefined or "torch_" in undefined
+    assert re.findall(r"U (?:at|c10|torch)::.*", undefined) == []
+
+
+def test_kernel_objects_share_no_function():
+    objects = sorted((ROOT / "build" / "temp").glob("isa_*.o"))
+    if not objects:
+        pytest.skip("no kernel objects in build/temp")
+    symbols = tool("nm", "-A", *map(str, objects)).splitlines()
+    weak = [line for line in symbols if re.search(r" [WVu] (?!DW\.ref\.)", line)]
+    assert weak == []
+
+
+# The choice of the instruction set
+
+
+ASK = "import torch; from gptfast import _C; print(_C.isa_current())"
+
+
+@needs_extension
+def test_isa_request_of_an_unknown_level():
+    done = run("-c", ASK, GPTFAST_CPU_ISA="avx3")
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(
+        "ValueError: GPTFAST_CPU_ISA: the instruction set must be one of generic,"
+    )
+    assert last.endswith("got 'avx3'")
+
+
+@needs_extension
+def test_isa_request_of_a_level_that_cannot_run():
+    reasons = {level: reason for level, reason in EXTENSION.isa_levels().items() if reason}
+    if not reasons:
+        pytest.skip("every level can run here")
+    for level, reason in reasons.items():
+        done = run("-c", ASK, GPTFAST_CPU_ISA=level)
+        assert done.returncode != 0
+        expected = f"the instruction set '{level}' is not available: {reason}"
+        assert done.stderr.strip().endswith(f"ValueError: GPTFAST_CPU_ISA: {expected}")
+
+
+@needs_extension
+def test_isa_request_is_obeyed():
+    assert run("-c", ASK, GPTFAST_CPU_ISA="generic").stdout.strip() == "generic"
+
+
+@needs_extension
+def test_isa_default_is_the_highest_level():
+    available = [level for level, reason in EXTENSION.isa_levels().items() if reason is None]
+    found = run("-c", ASK, GPTFAST_CPU_ISA="", ATEN_CPU_CAPABILITY="").stdout.strip()
+    assert found == available[-1]
+
+
+@needs_extension
+@pytest.mark.parametrize(("capability", "highest"), [("default", "generic"), ("avx2", "avx2")])
+def test_isa_default_stays_below_the_limit_of_torch(capability, highest):
+    if EXTENSION.isa_levels()[highest] is not None:
+        pytest.skip(f"{highest} cannot run here")
+    found = run("-c", ASK, GPTFAST_CPU_ISA="", ATEN_CPU_CAPABILITY=capability).stdout.strip()
+    assert found == highest
+
+
+@needs_extension
+def test_isa_set_changes_the_level_or_says_why_not():
+    before = EXTENSION.isa_current()
+    try:
+        for level, reason in EXTENSION.isa_levels().items():
+            if reason is None:
+                EXTENSION.isa_set(level)
+                assert EXTENSION.isa_current() == level
+            else:
+                with pytest.raises(ValueError, match=f"'{level}' is not available: "):
+                    EXTENSION.isa_set(level)
+        with pytest.raises(ValueError, match="must be one of generic, avx2"):
+            EXTENSION.isa_set("sse")
+    finally:
+        EXTENSION.isa_set(before)
+
+
+@needs_extension
+def test_threads_are_those_of_torch():
+    code = "import torch; from gptfast import _C; torch.set_num_threads(3); print(_C.num_threads())"
+    assert run("-c", code).stdout.strip() == "3"
+
+
+# Installing without the extension, or failing to
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of what setup.py reads, without anything built."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    ignore = shutil.ignore_patterns("_C*.so", "_build_info.json", "__pycache__")
+    for name in ("gptfast", "csrc"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore)
+    return tmp_path
+
+
+BUILD = ("setup.py", "--quiet", "build_ext", "--inplace")
+
+
+def build_record(tree: Path) -> dict:
+    return json.loads((tree / "gptfast" / "_build_info.json").read_text())
+
+
+def test_install_without_the_extension_runs_the_reference(tree):
+    stale = tree / "gptfast" / "_C.cpython-30-none.so"
+    stale.touch()
+    done = run(*BUILD, cwd=tree, GPTFAST_BUILD_EXT="0")
+    assert done.returncode == 0, done.stderr
+    assert build_record(tree)["reason"] == "installed with GPTFAST_BUILD_EXT=0"
+    assert not stale.exists()
+
+    code = """
+import torch, gptfast
+from gptfast.info import info
+model = gptfast.GPT(gptfast.GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=2, n_embd=16))
+tokens = torch.arange(8).reshape(2, 4) % 5
+model.loss(tokens, tokens).backward()
+print(tuple(model(tokens).shape))
+print(info()["fused"])
+"""
+    done = run("-c", code, cwd=tree, PYTHONPATH=str(tree))
+    assert done.stdout.splitlines() == [
+        "(2, 4, 5)",
+        "not available: installed with GPTFAST_BUILD_EXT=0",
+    ], done.stderr
+
+
+def test_install_without_a_compiler(tree):
+    done = run(*BUILD, cwd=tree, CXX="/no/such/c++")
+    assert done.returncode == 0, done.stderr
+    assert "gptfast gets no compiled part: no working C++ compiler" in done.stderr
+    assert "/no/such/c++" in build_record(tree)["reason"]
+
+
+def test_mistake_in_the_sources_fails_the_install(tree):
+    if shutil.which(os.environ.get("CXX") or "c++") is None:
+        pytest.skip("there is no C++ compiler")
+    for source in (tree / "csrc" / "kernels").glob("isa_*.cpp"):
+        source.write_text("#error broken on purpose\n")
+    done = run(*BUILD, cwd=tree, MAX_JOBS="1")
+    assert done.returncode != 0
+    assert "broken on purpose" in done.stderr
+    assert not (tree / "gptfast" / "_build_info.json").exists()
+
+
+# What the build is told
+
+
+def test_setup_lists_every_source():
+    text = (ROOT / "setup.py").read_text()
+    listed = {
+        f"csrc/{stem}.cpp"
+        for part in re.findall(r'^SOURCES \+?= "(.+)"$', text, re.MULTILINE)
+        for stem in part.split()
+    }
+    found = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.cpp")}
+    levels = {path for path in found if path.startswith("csrc/kernels/isa_")}
+    assert found - levels == listed
+    assert len(levels) == 5
+
+
+@pytest.mark.parametrize("line", SET_UP)
+def test_ci_runs_the_set_up_lines_of_the_readme(line):
+    assert line in (ROOT / "README.md").read_text()
+    assert f"bash -c '{line}'" in (ROOT / ".ci" / "run").read_text()
