@@ -1,0 +1,191 @@
+// The backward of attention.inl, probabilities recomputed from lse (FlashAttention-2, algorithm 2).
+// With f the dropout factors and delta_i = sum_d dO_id O_id:
+//   p = exp(scale s - lse), dV = (p f)' dO, dP = dO V', dS = scale p (dP f - delta), dQ = dS K, dK
+//   = dS' Q
+//
+// One task owns some key blocks of one head: it writes their dK and dV, and adds to a dQ of its
+// own. Where a head has several tasks, their dQ are added in order at the end.
+
+template <class T>
+struct AttentionGradTask {
+  using P = typename OperandOf<T>::type;
+  static constexpr int MR = Tile<P>::MR, KPAD = Tile<P>::KPAD;
+
+  const AttentionGrad& grad;
+  const Attention& s;
+  int64_t head;
+  Head<T> q, k, v, out, dout, dq, dk, dv;
+  int64_t ld;
+  Frame frame;
+  float* dq_total;  // (Tq, ld)
+  float *delta, *p, *ds, *dk_total, *dv_total;
+  P *keys_copy, *values_copy, *key_rows_copy, *q_copy, *dout_copy, *q_panels, *dout_panels, *p_copy,
+      *ds_copy;
+
+  AttentionGradTask(const AttentionGrad& grad, int64_t head, float* dq_total)
+      : grad(grad),
+        s(grad.forward),
+        head(head),
+        q(s.q, head / s.H, head % s.H),
+        k(s.k, head / s.H, head % s.H),
+        v(s.v, head / s.H, head % s.H),
+        out(s.out, head / s.H, head % s.H),
+        dout(grad.dout, head / s.H, head % s.H),
+        dq(grad.dq, head / s.H, head % s.H),
+        dk(grad.dk, head / s.H, head % s.H),
+        dv(grad.dv, head / s.H, head % s.H),
+        ld(padded_n<P>(s.D)),
+        dq_total(dq_total ? dq_total : take<float>(frame, s.Tq * ld)),
+        delta(take<float>(frame, s.Tq)),
+        p(take<float>(frame, ROWS * KEYS)),
+        ds(take<float>(frame, ROWS * KEYS)),
+        dk_total(take<float>(frame, KEYS * ld)),
+        dv_total(take<float>(frame, KEYS * ld)),
+        keys_copy(take<P>(frame, rhs_elements<P>(s.D, KEYS))),
+        values_copy(take<P>(frame, rhs_elements<P>(s.D, KEYS))),
+        key_rows_copy(take<P>(frame, rhs_elements<P>(KEYS, s.D))),
+        q_copy(take<P>(frame, ROWS * row_stride<P>(padded_k<P>(s.D)))),
+        dout_copy(take<P>(frame, ROWS * row_stride<P>(padded_k<P>(s.D)))),
+        q_panels(take<P>(frame, rhs_elements<P>(ROWS, s.D))),
+        dout_panels(take<P>(frame, rhs_elements<P>(ROWS, s.D))),
+        p_copy(take<P>(frame, lhs_transposed_elements<P>(ROWS, KEYS))),
+        ds_copy(take<P>(frame,
+                        max(lhs_transposed_elements<P>(ROWS, KEYS), ROWS * row_stride<P>(KEYS)))) {
+    __builtin_memset(this->dq_total, 0, static_cast<size_t>(s.Tq * ld) * sizeof(float));
+    for (int64_t i = 0; i < s.Tq; ++i) {
+      VF total = splat(0.0f);
+      for_vectors(s.D, [&](int64_t j, auto part) {
+        total += load(dout.at(i) + j, part) * load(out.at(i) + j, part);
+      });
+      delta[i] = sum(total);
+    }
+  }
+
+  void key_block(int64_t k0, int64_t keys) {
+    const Rhs<P> keys_t = pack_transposed(k.at(k0), k.row, s.D, keys, keys_copy);
+    const Rhs<P> values_t = pack_transposed(v.at(k0), v.row, s.D, keys, values_copy);
+    const Rhs<P> key_rows = pack_straight(k.at(k0), k.row, keys, s.D, key_rows_copy);
+    __builtin_memset(dk_total, 0, static_cast<size_t>(KEYS * ld) * sizeof(float));
+    __builtin_memset(dv_total, 0, static_cast<size_t>(KEYS * ld) * sizeof(float));
+    const int64_t first_query = max(0, k0 - (s.Tk - s.Tq));
+    for (int64_t q0 = first_query / ROWS * ROWS; q0 < s.Tq; q0 += ROWS)
+      query_block(q0, min(ROWS, s.Tq - q0), k0, keys, keys_t, values_t, key_rows);
+    for (int64_t j = 0; j < keys; ++j) {
+      const T* none = nullptr;
+      finish_row(dk_total + j * ld, nullptr, none, s.D, dk.out(k0 + j));
+      finish_row(dv_total + j * ld, nullptr, none, s.D, dv.out(k0 + j));
+    }
+  }
+
+  void query_block(int64_t q0, int64_t rows, int64_t k0, int64_t keys, Rhs<P> keys_t,
+                   Rhs<P> values_t, Rhs<P> key_rows) {
+    const Lhs<P> queries = lhs_rows(q.at(q0), q.row, rows, s.D, q_copy);
+    const Lhs<P> douts = lhs_rows(dout.at(q0), dout.row, rows, s.D, dout_copy);
+    const int64_t width = round_up(keys, W);
+    for (int64_t r0 = 0; r0 < rows; r0 += MR) {
+      const int64_t tile = min(MR, rows - r0),
+                    count = min(keys, visible_keys(s, q0 + r0 + tile - 1) - k0);
+      if (count > 0) {
+        gemm(tile, count, s.D, at_row(queries, r0), keys_t, p + r0 * KEYS, KEYS, false);
+        gemm(tile, count, s.D, at_row(douts, r0), values_t, ds + r0 * KEYS, KEYS, false);
+      }
+    }
+    for (int64_t r0 = 0; r0 < rows; r0 += DROPOUT_ROWS)
+      probability_rows(q0, r0, min(DROPOUT_ROWS, rows - r0), k0, keys, width);
+
+    const Lhs<P> p_t = lhs_transposed(p, KEYS, rows, keys, p_copy);
+    add_key_grads(p_t, pack_straight(dout.at(q0), dout.row, rows, s.D, dout_panels), dv_total, q0,
+                  rows, k0, keys);
+    const Lhs<P> ds_t = lhs_transposed(ds, KEYS, rows, keys, ds_copy);
+    add_key_grads(ds_t, pack_straight(q.at(q0), q.row, rows, s.D, q_panels), dk_total, q0, rows, k0,
+                  keys);
+    for (int64_t r0 = 0; r0 < rows; r0 += MR) {
+      const int64_t tile = min(MR, rows - r0),
+                    count = min(keys, visible_keys(s, q0 + r0 + tile - 1) - k0);
+      if (count <= 0) continue;
+      const Lhs<P> ds_rows = lhs_rows(ds + r0 * KEYS, KEYS, tile, count, ds_copy);
+      gemm(tile, s.D, count, ds_rows, key_rows, dq_total + (q0 + r0) * ld, ld, true);
+    }
+  }
+
+  static Lhs<P> at_row(Lhs<P> a, int64_t row) { return {a.data + row * a.row, a.row, a.step}; }
+
+  // p: s -> p f, ds: dP -> dS, for up to 8 rows; both zero where the mask hides the key.
+  void probability_rows(int64_t q0, int64_t r0, int64_t rows, int64_t k0, int64_t keys,
+                        int64_t width) {
+    const float c = s.scale * log2e;
+    for (int64_t j = 0; j < width; j += W) {
+      Keep keep;
+      if (s.dropout.threshold > 0) keep = dropout_factors(s.dropout, head, q0 + r0, k0 + j);
+      for (int64_t row = 0; row < rows; ++row) {
+        const int64_t i = r0 + row, query = q0 + i;
+        float* p_at = p + i * KEYS + j;
+        float* ds_at = ds + i * KEYS + j;
+        const int64_t count = min(keys, visible_keys(s, query) - k0) - j;
+        if (count <= 0) {
+          store(p_at, splat(0.0f));
+          store(ds_at, splat(0.0f));
+          continue;
+        }
+        const VI hidden = lanes() >= static_cast<int32_t>(min(count, W));
+        const VF prob = exp2(load(p_at) * c - s.lse[head * s.Tq + query] * log2e);
+        VF dp = load(ds_at), kept = prob;
+        if (s.dropout.threshold > 0) {
+          dp *= keep.factor[row];
+          kept *= keep.factor[row];
+        }
+        store(p_at, hidden ? splat(0.0f) : kept);
+        store(ds_at, hidden ? splat(0.0f) : prob * (dp - delta[query]) * s.scale);
+      }
+    }
+  }
+
+  // total (keys, D) += A' B, each tile of keys over the queries that see it.
+  void add_key_grads(Lhs<P> a, Rhs<P> b, float* total, int64_t q0, int64_t rows, int64_t k0,
+                     int64_t keys) {
+    for (int64_t j0 = 0; j0 < keys; j0 += MR) {
+      const int64_t tile = min(MR, keys - j0);
+      const int64_t seen_from = max(0, k0 + j0 - (s.Tk - s.Tq) - q0) / KPAD * KPAD;
+      if (seen_from >= rows) break;
+      const Lhs<P> from = {a.data + j0 * a.row + seen_from / Tile<P>::KU * a.step, a.row, a.step};
+      gemm(tile, s.D, rows - seen_from, from, b.rows(seen_from), total + j0 * ld, ld, true);
+    }
+  }
+
+  void write_dq() {
+    for (int64_t i = 0; i < s.Tq; ++i)
+      finish_row(dq_total + i * ld, nullptr, static_cast<const T*>(nullptr), s.D, dq.out(i));
+  }
+};
+
+template <class T>
+void attention_grad_typed(const AttentionGrad& grad, const Parallel& parallel) {
+  using P = typename OperandOf<T>::type;
+  const Attention& s = grad.forward;
+  const int64_t blocks = divide_up(s.Tk, KEYS), parts = parts_per_head(s, blocks, parallel);
+  const int64_t ld = padded_n<P>(s.D), dq_size = s.Tq * ld;
+  Frame frame;
+  float* partial = parts > 1 ? take<float>(frame, s.B * s.H * parts * dq_size) : nullptr;
+  run_tasks(parallel, s.B * s.H * parts, [&](int64_t task) {
+    const int64_t head = task / parts, part = task % parts;
+    AttentionGradTask<T> backward(grad, head, partial ? partial + task * dq_size : nullptr);
+    for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block)
+      backward.key_block(block * KEYS, min(KEYS, s.Tk - block * KEYS));
+    if (parts == 1) backward.write_dq();
+  });
+  if (parts == 1) return;
+  run_tasks(parallel, s.B * s.H, [&](int64_t head) {
+    float* total = partial + head * parts * dq_size;
+    for (int64_t part = 1; part < parts; ++part)
+      for (int64_t j = 0; j < dq_size; j += W)
+        store(total + j, load(total + j) + load(total + part * dq_size + j));
+    const Head<T> dq(grad.dq, head / s.H, head % s.H);
+    for (int64_t i = 0; i < s.Tq; ++i)
+      finish_row(total + i * ld, nullptr, static_cast<const T*>(nullptr), s.D, dq.out(i));
+  });
+}
+
+void attention_grad(const AttentionGrad& s, const Parallel& parallel) {
+  if (s.forward.dtype == DType::f32) return attention_grad_typed<float>(s, parallel);
+  attention_grad_typed<bf16>(s, parallel);
+}

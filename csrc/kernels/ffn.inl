@@ -1,0 +1,136 @@
+// The feed-forward block of a pre-norm transformer, hidden activations in cache by blocks of rows
+// and columns:
+//   n = norm(x), u = n W1' + b1, y = x + dropout(gelu(u) W2' + b2)
+
+// Hidden columns in work at a time; a multiple of every NR and of KC's divisor.
+constexpr int64_t HIDDEN = 512;
+
+template <class T>
+void ffn_typed(const Ffn& s, const Parallel& parallel) {
+  using P = typename OperandOf<T>::type;
+  const int64_t M = s.M, C = s.C, F = s.F, ld = padded_n<P>(C), h_stride = row_stride<P>(HIDDEN);
+  const T* x = static_cast<const T*>(s.x);
+  T* y = static_cast<T*>(s.y);
+  T* hidden = static_cast<T*>(s.hidden);
+  Frame frame;
+  const RowNorm norm(s.norm, C, frame);
+  const float *b1 = floats(s.b1, F, frame), *b2 = floats(s.b2, C, frame);
+  const Rhs<P> w1 = weight_transposed<P>(s.w1, F, C, frame, parallel);
+  const Rhs<P> w2 = weight_transposed<P>(s.w2, C, F, frame, parallel);
+
+  run_tasks(parallel, divide_up(M, ROWS), [&](int64_t block) {
+    const int64_t m0 = block * ROWS, rows = min(ROWS, M - m0);
+    Frame task_frame;
+    const Lhs<P> a = norm_rows<P>(x, m0, rows, C, norm, true, task_frame);
+    float* u = take<float>(task_frame, rows * HIDDEN);
+    P* h = take<P>(task_frame, rows * h_stride);
+    float* c = take<float>(task_frame, rows * ld);
+    for (int64_t f0 = 0; f0 < F; f0 += HIDDEN) {
+      const int64_t f = min(HIDDEN, F - f0), padded = padded_k<P>(f);
+      gemm(rows, f, C, a, w1.columns(f0), u, HIDDEN, false);
+      for (int64_t i = 0; i < rows; ++i) {
+        for_vectors(f, [&](int64_t j, auto part) {
+          VF value = load(u + i * HIDDEN + j, part);
+          if (b1) value += load(b1 + f0 + j, part);
+          if (hidden) store(hidden + (m0 + i) * F + f0 + j, value, part);
+          store(h + i * h_stride + j, gelu(value, s.gelu).value, part);
+        });
+        for (int64_t j = f; j < padded; ++j) h[i * h_stride + j] = P{};
+      }
+      gemm(rows, C, f, Lhs<P>{h, h_stride, Tile<P>::KU}, w2.rows(f0), c, ld, f0 > 0);
+    }
+    if (b2)
+      for (int64_t i = 0; i < rows; ++i)
+        finish_row(c + i * ld, b2, static_cast<const T*>(nullptr), C, c + i * ld);
+    apply_dropout(s.dropout, 0, m0, 0, rows, C, c, ld);
+    for (int64_t i = 0; i < rows; ++i)
+      finish_row(c + i * ld, nullptr, x + (m0 + i) * C, C, y + (m0 + i) * C);
+  });
+}
+
+// With g = dy * dropout:  dh = g W2, du = dh gelu'(u), dn = du W1, dx = dy + norm'(dn);
+// dW2 = g' h, dW1 = du' n, db2 and db1 the column sums of g and du.
+template <class T>
+void ffn_grad_typed(const FfnGrad& s, const Parallel& parallel) {
+  using P = typename OperandOf<T>::type;
+  const Ffn& f = s.forward;
+  const int64_t M = f.M, C = f.C, F = f.F, ld = padded_n<P>(C), u_stride = row_stride<P>(HIDDEN);
+  const T* x = static_cast<const T*>(f.x);
+  const T* dy = static_cast<const T*>(s.dy);
+  const T* hidden = static_cast<const T*>(f.hidden);
+  T* dx = static_cast<T*>(s.dx);
+  Frame frame;
+  const RowNorm norm(f.norm, C, frame);
+  const Rhs<P> w1 = weight_straight<P>(f.w1, F, C, frame, parallel);
+  const Rhs<P> w2 = weight_straight<P>(f.w2, C, F, frame, parallel);
+  const int64_t blocks = divide_up(M, ROWS), chunk = blocks_per_chunk(M, 2 * (F + C), parallel);
+  WeightGrad<P> dw1(F, C, chunk, frame), dw2(C, F, chunk, frame);
+  const ColumnSums db1(blocks, F, frame), db2(blocks, C, frame), dnorm_weight(blocks, C, frame),
+      dnorm_bias(blocks, C, frame);
+
+  for (int64_t first = 0; first < blocks; first += chunk) {
+    const int64_t last = min(blocks, first + chunk);
+    run_tasks(parallel, last - first, [&](int64_t slot) {
+      const int64_t block = first + slot, m0 = block * ROWS, rows = min(ROWS, M - m0);
+      Frame task_frame;
+      float* g = take<float>(task_frame, rows * ld);
+      float* dn = take<float>(task_frame, rows * ld);
+      float* normalized = take<float>(task_frame, rows * ld);
+      float* dh = take<float>(task_frame, rows * HIDDEN);
+      float* h = take<float>(task_frame, rows * HIDDEN);
+      float* du = take<float>(task_frame, rows * F);
+      P* g_copy = take<P>(task_frame, rows * row_stride<P>(padded_k<P>(C)));
+      P* du_copy = take<P>(task_frame, rows * u_stride);
+
+      for (int64_t i = 0; i < rows; ++i)
+        for_vectors(C, [&](int64_t j, auto part) {
+          store(g + i * ld + j, load(dy + (m0 + i) * C + j, part), part);
+        });
+      apply_dropout(f.dropout, 0, m0, 0, rows, C, g, ld);
+      const Lhs<P> g_rows = lhs_rows(g, ld, rows, C, g_copy);
+      for (int64_t f0 = 0; f0 < F; f0 += HIDDEN) {
+        const int64_t columns = min(HIDDEN, F - f0);
+        gemm(rows, columns, C, g_rows, w2.columns(f0), dh, HIDDEN, false);
+        for (int64_t i = 0; i < rows; ++i)
+          for_vectors(columns, [&](int64_t j, auto part) {
+            const VF u = load(hidden + (m0 + i) * F + f0 + j, part);
+            const GeluValue at = gelu(u, f.gelu);
+            store(h + i * HIDDEN + j, at.value, part);
+            store(du + i * F + f0 + j, load(dh + i * HIDDEN + j, part) * at.slope, part);
+          });
+        dw2.set_x(slot, h, HIDDEN, rows, f0, columns);
+        gemm(rows, C, columns, lhs_rows(du + f0, F, rows, columns, du_copy), w1.rows(f0), dn, ld,
+             f0 > 0);
+      }
+      dw1.set_dy(slot, du, F, rows);
+      dw2.set_dy(slot, g, ld, rows);
+      db1.add_rows(block, du, F, rows);
+      db2.add_rows(block, g, ld, rows);
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t m = m0 + i;
+        norm_grad_row(dn + i * ld, x + m * C, dy + m * C, C, {norm.mean[m], norm.rstd[m]}, norm,
+                      dnorm_weight.block(block), dnorm_bias.block(block), normalized + i * ld,
+                      dx + m * C);
+      }
+      dw1.set_x(slot, normalized, ld, rows, 0, C);
+    });
+    dw1.accumulate(first * ROWS, min(M, last * ROWS), parallel);
+    dw2.accumulate(first * ROWS, min(M, last * ROWS), parallel);
+  }
+  dw1.finish(s.dw1, parallel);
+  dw2.finish(s.dw2, parallel);
+  db1.finish(s.db1);
+  db2.finish(s.db2);
+  dnorm_weight.finish(s.dnorm.weight);
+  dnorm_bias.finish(s.dnorm.bias);
+}
+
+void ffn(const Ffn& s, const Parallel& parallel) {
+  if (s.dtype == DType::f32) return ffn_typed<float>(s, parallel);
+  ffn_typed<bf16>(s, parallel);
+}
+
+void ffn_grad(const FfnGrad& s, const Parallel& parallel) {
+  if (s.forward.dtype == DType::f32) return ffn_grad_typed<float>(s, parallel);
+  ffn_grad_typed<bf16>(s, parallel);
+}

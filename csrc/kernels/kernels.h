@@ -1,0 +1,192 @@
+// The table of CPU kernels: one instance per instruction set, chosen once by dispatch.cpp.
+//
+// Kernels see raw pointers, sizes and strides, and a Parallel to run tasks on; no torch, no
+// exceptions, no STL. Arguments are checked one layer up (csrc/ops). Sizes and strides are counted
+// in elements.
+//
+//   B batch · T time · C n_embd · H heads · D head_dim · F 4C · V vocab_size
+//   M rows of an activation matrix (B*T) · K its columns · N columns of the result
+#pragma once
+
+#include <cstdint>
+
+namespace gptfast {
+
+enum class DType : int32_t { f32, bf16 };
+
+constexpr float layer_norm_eps = 1e-5f;
+
+// Runs body(context, task) for each task in [0, tasks): any thread, any order. Every task writes
+// its own part of the result, so the bits do not depend on the schedule.
+struct Parallel {
+  void (*run)(int64_t tasks, void (*body)(void* context, int64_t task), void* context);
+  int threads;
+};
+
+// Element (i, j) of matrix n is dropped as random.inl says.
+struct Dropout {
+  int32_t threshold;  // the probability in 65536ths; 0 drops nothing
+  uint64_t seed;
+  uint32_t stream;  // which dropout of the model this is
+};
+
+// A parameter, contiguous: fp32, or of the activations' dtype. data may be null where it is
+// optional.
+struct Param {
+  const void* data;
+  DType dtype;
+};
+
+// The gradient of a parameter, written (not added to), in dtype.
+struct ParamGrad {
+  void* data;
+  DType dtype;
+};
+
+// A linear layer's weight (N, K), as nn.Linear keeps it. `packed`, when not null, is what
+// pack_weight made of it.
+struct Weight {
+  Param param;
+  const void* packed;
+};
+
+// LayerNorm over the K columns: y = (x - mean) * rstd * weight + bias. A null `weight.data` means
+// no normalisation.
+struct Norm {
+  Param weight;
+  Param bias;
+  float* mean;  // (M,) written by the forward, read by the backward; the forward takes null
+  float* rstd;
+};
+
+struct NormGrad {
+  ParamGrad weight;
+  ParamGrad bias;
+};
+
+// A (B, H, T, D) tensor whose last stride is 1.
+struct Heads {
+  void* data;
+  int64_t b, h, t;  // strides
+};
+
+// O = dropout(softmax(scale * Q K' + causal mask)) V; the mask is aligned bottom-right: query i
+// sees keys up to i + Tk - Tq. lse (B, H, Tq) is the row's log-sum-exp of the scaled scores; a row
+// that sees no key has O = 0.
+struct Attention {
+  DType dtype;
+  int64_t B, H, Tq, Tk, D;
+  Heads q, k, v, out;
+  float* lse;  // the forward takes null
+  float scale;
+  Dropout dropout;
+};
+
+struct AttentionGrad {
+  Attention forward;
+  Heads dout, dq, dk, dv;
+};
+
+// Y = residual + norm(X) W' + bias, each part but W optional. X (M, K), Y and residual (M, N),
+// contiguous.
+struct Linear {
+  DType dtype;
+  int64_t M, K, N;
+  const void* x;
+  Norm norm;
+  Weight weight;
+  Param bias;
+  const void* residual;
+  void* y;
+  DType y_dtype;
+};
+
+struct LinearGrad {
+  Linear forward;
+  const void* dy;  // (M, N)
+  void* dx;        // (M, K)
+  NormGrad dnorm;
+  ParamGrad dweight;
+  ParamGrad dbias;
+};
+
+enum class Gelu : int32_t { erf, tanh };
+
+// Y = X + dropout(gelu(norm(X) W1' + b1) W2' + b2), with X (M, C), W1 (F, C), W2 (C, F).
+struct Ffn {
+  DType dtype;
+  int64_t M, C, F;
+  const void* x;
+  Norm norm;
+  Weight w1;
+  Param b1;
+  Weight w2;
+  Param b2;
+  Gelu gelu;
+  Dropout dropout;
+  void* hidden;  // (M, F) before GELU, kept for the backward; the forward takes null
+  void* y;
+};
+
+struct FfnGrad {
+  Ffn forward;
+  const void* dy;
+  void* dx;
+  NormGrad dnorm;
+  ParamGrad dw1, db1, dw2, db2;
+};
+
+// loss = mean over the rows with targets != ignore_index of -log softmax(X W')[target]; 0 when
+// there is none. dx and dweight are the gradients of that loss, in the same pass; null data leaves
+// them out.
+struct CrossEntropy {
+  DType dtype;
+  int64_t M, K, V;
+  const void* x;
+  Weight weight;
+  const int64_t* targets;
+  int64_t ignore_index;
+  float* loss;
+  void* dx;
+  ParamGrad dweight;
+};
+
+// Y[m] = dropout(wte[idx[m]] + wpe[position[m]]); positions are m mod T when `position` is null.
+struct Embedding {
+  DType y_dtype;
+  int64_t M, T, C, V;
+  const int64_t* idx;
+  const int64_t* position;
+  Param wte;  // (V, C)
+  Param wpe;  // (>= T, C)
+  Dropout dropout;
+  void* y;
+};
+
+struct EmbeddingGrad {
+  Embedding forward;
+  const void* dy;
+  int64_t padding_idx;  // this row's gradient is zero; -1: none
+  int64_t block_size;   // rows of wpe; those past T get zero
+  ParamGrad dwte, dwpe;
+};
+
+struct Kernels {
+  const char* name;
+  void (*attention)(const Attention&, const Parallel&);
+  void (*attention_grad)(const AttentionGrad&, const Parallel&);
+  void (*linear)(const Linear&, const Parallel&);
+  void (*linear_grad)(const LinearGrad&, const Parallel&);
+  void (*ffn)(const Ffn&, const Parallel&);
+  void (*ffn_grad)(const FfnGrad&, const Parallel&);
+  void (*cross_entropy)(const CrossEntropy&, const Parallel&);
+  void (*embedding)(const Embedding&, const Parallel&);
+  void (*embedding_grad)(const EmbeddingGrad&, const Parallel&);
+  // A weight (N, K) in the layout that this instruction set multiplies by, for activations of
+  // `dtype`.
+  int64_t (*packed_weight_bytes)(DType dtype, int64_t N, int64_t K);
+  void (*pack_weight)(DType dtype, Param weight, int64_t N, int64_t K, void* packed,
+                      const Parallel&);
+};
+
+}  // namespace gptfast

@@ -1,0 +1,64 @@
+// All kernels for one instruction set. Each isa_<level>.cpp sets the macros below, includes this
+// file once, and is compiled with that level's flags:
+//
+//   GPTFAST_LEVEL          the level's name, as in kernels_<level>()
+//   GPTFAST_VECTOR_BYTES   16, 32 or 64
+//   GPTFAST_BF16_DOT       1 where bf16 is multiplied as bf16
+//   GPTFAST_AMX            1 where that is done on AMX tiles
+//
+// Everything is in an anonymous namespace and nothing is a template of the standard library: a
+// function that the linker could merge with another level's would carry that level's instructions
+// into it.
+
+#include <cstdint>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+#include "scratch.h"
+
+namespace gptfast {
+namespace {
+
+#include "vec.inl"
+#include "random.inl"
+#include "pack.inl"
+#include "gemm.inl"
+#if GPTFAST_AMX
+#include "amx.inl"
+#endif
+#include "rows.inl"
+#include "weight_grad.inl"
+#include "linear.inl"
+#include "ffn.inl"
+#include "attention.inl"
+#include "attention_grad.inl"
+#include "cross_entropy.inl"
+#include "embedding.inl"
+
+#define GPTFAST_STRING_(x) #x
+#define GPTFAST_STRING(x) GPTFAST_STRING_(x)
+#define GPTFAST_JOIN_(a, b) a##b
+#define GPTFAST_JOIN(a, b) GPTFAST_JOIN_(a, b)
+
+constexpr Kernels table = {
+    GPTFAST_STRING(GPTFAST_LEVEL),
+    attention,
+    attention_grad,
+    linear,
+    linear_grad,
+    ffn,
+    ffn_grad,
+    cross_entropy,
+    embedding,
+    embedding_grad,
+    packed_weight_bytes,
+    pack_weight,
+};
+
+}  // namespace
+
+const Kernels* GPTFAST_JOIN(kernels_, GPTFAST_LEVEL)() { return &table; }
+
+}  // namespace gptfast

@@ -1,0 +1,126 @@
+// Linear layers with LayerNorm applied while the operand is read, and bias and residual while the
+// result is written.
+
+// Columns of the result that one task computes: its fp32 block (ROWS, columns) stays in the L2
+// cache.
+inline int64_t columns_per_task(int64_t row_blocks, int64_t n, int nr, const Parallel& parallel) {
+  const int64_t wanted = row_blocks >= 2 * parallel.threads
+                             ? 512
+                             : divide_up(n, divide_up(4 * parallel.threads, row_blocks));
+  return round_up(min(wanted, 512), nr);
+}
+
+// y = residual + c + bias for one row; columns [0, n).
+template <class T, class Y>
+inline void finish_row(const float* c, const float* bias, const T* residual, int64_t n, Y* y) {
+  for_vectors(n, [&](int64_t j, auto part) {
+    VF value = load(c + j, part);
+    if (bias) value += load(bias + j, part);
+    if (residual) value += load(residual + j, part);
+    store(y + j, value, part);
+  });
+}
+
+template <class T, class Y>
+void linear_typed(const Linear& s, const Parallel& parallel) {
+  using P = typename OperandOf<T>::type;
+  const T* x = static_cast<const T*>(s.x);
+  const T* residual = static_cast<const T*>(s.residual);
+  Y* y = static_cast<Y*>(s.y);
+  Frame frame;
+  const RowNorm norm(s.norm, s.K, frame);
+  const float* bias = floats(s.bias, s.N, frame);
+  const Rhs<P> w = weight_transposed<P>(s.weight, s.N, s.K, frame, parallel);
+  const int64_t row_blocks = divide_up(s.M, ROWS);
+  const int64_t columns = columns_per_task(row_blocks, s.N, Tile<P>::NR, parallel);
+  const int64_t column_blocks = divide_up(s.N, columns);
+
+  run_tasks(parallel, row_blocks * column_blocks, [&](int64_t task) {
+    const int64_t m0 = task / column_blocks * ROWS, rows = min(ROWS, s.M - m0);
+    const int64_t n0 = task % column_blocks * columns, n = min(columns, s.N - n0);
+    Frame task_frame;
+    const Lhs<P> a = norm_rows<P>(x, m0, rows, s.K, norm, n0 == 0, task_frame);
+    float* c = take<float>(task_frame, rows * columns);
+    gemm(rows, n, s.K, a, w.columns(n0), c, columns, false);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t at = (m0 + i) * s.N + n0;
+      finish_row(c + i * columns, bias ? bias + n0 : nullptr, residual ? residual + at : nullptr, n,
+                 y + at);
+    }
+  });
+}
+
+template <class T>
+void linear_grad_typed(const LinearGrad& s, const Parallel& parallel) {
+  using P = typename OperandOf<T>::type;
+  const Linear& f = s.forward;
+  const int64_t M = f.M, N = f.N, K = f.K, ld = padded_n<P>(K);
+  const T* x = static_cast<const T*>(f.x);
+  const T* dy = static_cast<const T*>(s.dy);
+  T* dx = static_cast<T*>(s.dx);
+  Frame frame;
+  const RowNorm norm(f.norm, K, frame);
+  const Rhs<P> w = weight_straight<P>(f.weight, N, K, frame, parallel);
+  const int64_t blocks = divide_up(M, ROWS), chunk = blocks_per_chunk(M, N + K, parallel);
+  WeightGrad<P> dweight(N, K, chunk, frame);
+  const ColumnSums dbias(blocks, s.dbias.data ? N : 0, frame);
+  const ColumnSums dnorm_weight(blocks, norm.weight ? K : 0, frame),
+      dnorm_bias(blocks, norm.weight ? K : 0, frame);
+
+  for (int64_t first = 0; first < blocks; first += chunk) {
+    const int64_t last = min(blocks, first + chunk);
+    run_tasks(parallel, last - first, [&](int64_t slot) {
+      const int64_t block = first + slot, m0 = block * ROWS, rows = min(ROWS, M - m0);
+      Frame task_frame;
+      P* copy = take<P>(task_frame, rows * row_stride<P>(padded_k<P>(N)));
+      float* dn = take<float>(task_frame, rows * ld);
+      // dN = dY W
+      gemm(rows, K, N, lhs_rows(dy + m0 * N, N, rows, N, copy), w, dn, ld, false);
+      dweight.set_dy(slot, dy + m0 * N, N, rows);
+      if (s.dbias.data) dbias.add_rows(block, dy + m0 * N, N, rows);
+      if (!norm.weight) {
+        for (int64_t i = 0; i < rows; ++i)
+          finish_row(dn + i * ld, nullptr, static_cast<const T*>(nullptr), K, dx + (m0 + i) * K);
+        dweight.set_x(slot, x + m0 * K, K, rows, 0, K);
+        return;
+      }
+      float* normalized = take<float>(task_frame, rows * ld);
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t m = m0 + i;
+        norm_grad_row(dn + i * ld, x + m * K, static_cast<const T*>(nullptr), K,
+                      {norm.mean[m], norm.rstd[m]}, norm, dnorm_weight.block(block),
+                      dnorm_bias.block(block), normalized + i * ld, dx + m * K);
+      }
+      dweight.set_x(slot, normalized, ld, rows, 0, K);
+    });
+    dweight.accumulate(first * ROWS, min(M, last * ROWS), parallel);
+  }
+  dweight.finish(s.dweight, parallel);
+  dbias.finish(s.dbias);
+  dnorm_weight.finish(s.dnorm.weight);
+  dnorm_bias.finish(s.dnorm.bias);
+}
+
+void linear(const Linear& s, const Parallel& parallel) {
+  if (s.dtype == DType::f32) return linear_typed<float, float>(s, parallel);
+  if (s.y_dtype == DType::f32) return linear_typed<bf16, float>(s, parallel);
+  linear_typed<bf16, bf16>(s, parallel);
+}
+
+void linear_grad(const LinearGrad& s, const Parallel& parallel) {
+  if (s.forward.dtype == DType::f32) return linear_grad_typed<float>(s, parallel);
+  linear_grad_typed<bf16>(s, parallel);
+}
+
+int64_t packed_weight_bytes(DType dtype, int64_t n, int64_t k) {
+  if (dtype == DType::f32) return rhs_elements<float>(k, n) * sizeof(float);
+  using P = OperandOf<bf16>::type;
+  return rhs_elements<P>(k, n) * sizeof(P);
+}
+
+void pack_weight(DType dtype, Param weight, int64_t n, int64_t k, void* packed,
+                 const Parallel& parallel) {
+  if (dtype == DType::f32)
+    return pack_weight_panels(weight, n, k, static_cast<float*>(packed), parallel);
+  pack_weight_panels(weight, n, k, static_cast<OperandOf<bf16>::type*>(packed), parallel);
+}

@@ -1,0 +1,271 @@
+// Operands of the matrix products: how rows and columns are laid out for the microkernels of
+// gemm.inl.
+//
+// The right-hand side B (K, N) lies in panels of NR columns, [N / NR][K / KU][NR][KU], zero-padded
+// in both directions. KU elements of one column stand together: 1 for fp32, 2 for bf16 (what a dot
+// instruction consumes). The left-hand side A (M, K) is read in place, row by row, or through a
+// packed transpose.
+
+// What a product of activations of type T is computed from: bf16 only where the processor
+// multiplies bf16.
+template <class T>
+struct OperandOf {
+  using type = float;
+};
+#if GPTFAST_BF16_DOT
+template <>
+struct OperandOf<bf16> {
+  using type = bf16;
+};
+#endif
+
+template <class P>
+struct Tile;
+
+template <>
+struct Tile<float> {
+  static constexpr int MR =
+      W == 16 ? 12 : 6;  // MR x 2 accumulators fill the register file but for the operands
+  static constexpr int NR = 2 * W;
+  static constexpr int KU = 1;
+  static constexpr int KPAD = 1;  // K is padded to a multiple of this
+};
+
+template <>
+struct Tile<bf16> {
+#if GPTFAST_AMX
+  static constexpr int MR = 32;
+  static constexpr int KPAD = 32;
+#else
+  static constexpr int MR = 12;
+  static constexpr int KPAD = 2;
+#endif
+  static constexpr int NR = 2 * W;
+  static constexpr int KU = 2;
+};
+
+// Rows of an activation matrix that one task works on: a multiple of every MR and of DROPOUT_ROWS.
+constexpr int64_t ROWS = 96;
+
+template <class P>
+struct Lhs {
+  const P* data;
+  int64_t row, step;  // A[i][KU u + e] is data[i * row + u * step + e]
+};
+
+template <class P>
+struct Rhs {
+  const P* data;
+  int64_t panel;  // elements from one panel to the next
+
+  Rhs columns(int64_t n) const { return {data + n / Tile<P>::NR * panel, panel}; }
+  Rhs rows(int64_t k) const { return {data + k * Tile<P>::NR, panel}; }
+};
+
+template <class P>
+inline int64_t padded_k(int64_t k) {
+  return round_up(k, Tile<P>::KPAD);
+}
+template <class P>
+inline int64_t padded_n(int64_t n) {
+  return round_up(n, Tile<P>::NR);
+}
+template <class P>
+inline int64_t panel_elements(int64_t k) {
+  return padded_k<P>(k) * Tile<P>::NR;
+}
+template <class P>
+inline int64_t rhs_elements(int64_t k, int64_t n) {
+  return panel_elements<P>(k) * divide_up(n, Tile<P>::NR);
+}
+
+template <int... L>
+struct Lanes {};
+template <int N, int... L>
+struct CountLanes : CountLanes<N - 1, N - 1, L...> {};
+template <int... L>
+struct CountLanes<0, L...> {
+  using type = Lanes<L...>;
+};
+using AllLanes = typename CountLanes<W>::type;
+
+template <int S, int... L>
+inline void exchange(VF& a, VF& b, Lanes<L...>) {
+  const VF x = __builtin_shufflevector(a, b, ((L & S) ? W + L - S : L)...);
+  const VF y = __builtin_shufflevector(a, b, ((L & S) ? W + L : L + S)...);
+  a = x;
+  b = y;
+}
+
+template <int S>
+inline void transpose_stage(VF (&r)[W]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i)
+    if (!(i & S)) exchange<S>(r[i], r[i + S], AllLanes{});
+}
+
+// r[i][l] <-> r[l][i], by exchanging blocks of 1, 2, 4, ... lanes.
+inline void transpose(VF (&r)[W]) {
+  transpose_stage<1>(r);
+  transpose_stage<2>(r);
+  if constexpr (W > 4) transpose_stage<4 % W>(r);
+  if constexpr (W > 8) transpose_stage<8 % W>(r);
+}
+
+// W units (KU elements each) of a row, of which `count` elements exist, as 32-bit lanes; the rest
+// is zero.
+template <class S>
+inline VF load_count(const S* p, int64_t count) {
+  if (count >= W) return load(p, Full{});
+  return count > 0 ? load(p, Tail{static_cast<int>(count)}) : splat(0.0f);
+}
+template <class S>
+inline VF load_units(const S* p, int64_t count, float) {
+  return load_count(p, count);
+}
+template <class S>
+inline VF load_units(const S* p, int64_t count, bf16) {
+  VH halves[2] = {narrow(load_count(p, count)), narrow(load_count(p + W, count - W))};
+  VF units;
+  __builtin_memcpy(&units, halves, sizeof units);
+  return units;
+}
+inline VF load_units(const bf16* p, int64_t count, bf16) {
+  VF units = splat(0.0f);
+  if (count >= 2 * W) {
+    __builtin_memcpy(&units, p, sizeof units);
+  } else if (count > 0) {
+    bf16 buffer[2 * W] = {};
+    for (int64_t i = 0; i < count; ++i) buffer[i] = p[i];
+    __builtin_memcpy(&units, buffer, sizeof units);
+  }
+  return units;
+}
+
+// One panel of B from the columns' own rows: column n of B is row n of src (K contiguous), n <
+// count <= NR.
+template <class P, class S>
+inline void pack_panel_transposed(const S* src, int64_t ld, int64_t k, int64_t count, P* dst) {
+  constexpr int NR = Tile<P>::NR, KU = Tile<P>::KU;
+  const int64_t units = padded_k<P>(k) / KU;
+  for (int64_t u0 = 0; u0 < units; u0 += W)
+    for (int64_t n0 = 0; n0 < NR; n0 += W) {
+      VF r[W];
+      for (int i = 0; i < W; ++i)
+        r[i] = n0 + i < count ? load_units(src + (n0 + i) * ld + u0 * KU, k - u0 * KU, P{})
+                              : splat(0.0f);
+      transpose(r);
+      for (int i = 0; i < W && u0 + i < units; ++i)
+        __builtin_memcpy(dst + (u0 + i) * NR * KU + n0 * KU, &r[i], sizeof r[i]);
+    }
+}
+
+template <class S>
+inline void pack_row_pair(const S* row, const S*, int64_t count, float* dst) {
+  store(dst, load_count(row, count));
+}
+template <class S>
+inline void pack_row_pair(const S* row, const S* next, int64_t count, bf16* dst) {
+  const VU low = __builtin_convertvector(narrow(load_count(row, count)), VU);
+  const VU high = next ? __builtin_convertvector(narrow(load_count(next, count)), VU) : VU{};
+  const VU pair = low | high << 16;
+  __builtin_memcpy(dst, &pair, sizeof pair);
+}
+
+// Columns [n0, n0 + width) of src (K, N), a multiple of W, as [K / KU][width][KU], zeros past the
+// ends of src.
+template <class P, class S>
+inline void pack_rows(const S* src, int64_t ld, int64_t k, int64_t n, int64_t n0, int64_t width,
+                      P* dst) {
+  constexpr int KU = Tile<P>::KU;
+  const int64_t padded = padded_k<P>(k);
+  for (int64_t i = 0; i < padded; i += KU)
+    for (int64_t j = 0; j < width; j += W) {
+      P* unit = dst + i * width + j * KU;
+      const S* row = src + i * ld + n0 + j;
+      if (i < k)
+        pack_row_pair(row, i + 1 < k ? row + ld : nullptr, n - n0 - j, unit);
+      else
+        for (int e = 0; e < W * KU; ++e) unit[e] = P{};
+    }
+}
+
+// All panels of B whose columns are the rows of src (N, K).
+template <class P, class S>
+inline Rhs<P> pack_transposed(const S* src, int64_t ld, int64_t k, int64_t n, P* dst) {
+  const int64_t panel = panel_elements<P>(k);
+  for (int64_t n0 = 0, p = 0; n0 < n; n0 += Tile<P>::NR, ++p)
+    pack_panel_transposed(src + n0 * ld, ld, k, min(Tile<P>::NR, n - n0), dst + p * panel);
+  return {dst, panel};
+}
+
+// All panels of B = src (K, N).
+template <class P, class S>
+inline Rhs<P> pack_straight(const S* src, int64_t ld, int64_t k, int64_t n, P* dst) {
+  const int64_t panel = panel_elements<P>(k);
+  for (int64_t n0 = 0, p = 0; n0 < n; n0 += Tile<P>::NR, ++p)
+    pack_rows(src, ld, k, n, n0, Tile<P>::NR, dst + p * panel);
+  return {dst, panel};
+}
+
+// A distance between rows that fills whole vectors and does not map rows onto one set of the L1
+// cache.
+template <class P>
+inline int64_t row_stride(int64_t elements) {
+  const int64_t bytes = round_up(elements * static_cast<int64_t>(sizeof(P)), 64);
+  return (bytes % 2048 == 0 ? bytes + 64 : bytes) / static_cast<int64_t>(sizeof(P));
+}
+
+// Rows of x (m, k) as a left-hand side: in place where the type and the padding allow, else copied
+// to `copy`, which holds m * row_stride<P>(k) elements.
+template <class P, class T>
+inline Lhs<P> lhs_rows(const T* x, int64_t ld, int64_t m, int64_t k, P* copy) {
+  constexpr int KU = Tile<P>::KU;
+  if constexpr (sizeof(P) == sizeof(T))
+    if (k % Tile<P>::KPAD == 0) return {reinterpret_cast<const P*>(x), ld, KU};
+  const int64_t stride = row_stride<P>(padded_k<P>(k));
+  for (int64_t i = 0; i < m; ++i) {
+    P* row = copy + i * stride;
+    for_vectors(k, [&](int64_t j, auto part) { store(row + j, load(x + i * ld + j, part), part); });
+    for (int64_t j = k; j < padded_k<P>(k); ++j) row[j] = P{};
+  }
+  return {copy, stride, KU};
+}
+
+// The width at which the columns of X (k, m) are packed to serve as rows of X' (m, k).
+template <class P>
+inline int64_t transposed_width(int64_t m) {
+  const int64_t width = round_up(m, W);
+  return width * Tile<P>::KU * static_cast<int64_t>(sizeof(P)) % 2048 == 0 ? width + W : width;
+}
+template <class P>
+inline int64_t lhs_transposed_elements(int64_t k, int64_t m) {
+  const int64_t packed = padded_k<P>(k) * transposed_width<P>(m);
+  return GPTFAST_AMX && sizeof(P) == sizeof(bf16) ? 2 * packed : packed;
+}
+
+// X (k, m) as the left-hand side X' (m, k), through `copy`, which holds
+// lhs_transposed_elements<P>(k, m).
+template <class P, class S>
+inline Lhs<P> lhs_transposed(const S* x, int64_t ld, int64_t k, int64_t m, P* copy) {
+  constexpr int KU = Tile<P>::KU;
+  const int64_t width = transposed_width<P>(m);
+  pack_rows(x, ld, k, m, 0, width, copy);
+  if constexpr (!GPTFAST_AMX || KU == 1) {
+    return {copy, KU, width * KU};
+  } else {
+    // A tile register wants a row's K contiguous: transpose the (K / 2, m) matrix of pairs.
+    const int64_t units = padded_k<P>(k) / KU, stride = KU * units;
+    P* rows = copy + units * width * KU;
+    for (int64_t u0 = 0; u0 < units; u0 += W)
+      for (int64_t i0 = 0; i0 < width; i0 += W) {
+        VF r[W];
+        for (int i = 0; i < W; ++i)
+          __builtin_memcpy(&r[i], copy + ((u0 + i) * width + i0) * KU, sizeof r[i]);
+        transpose(r);
+        for (int i = 0; i < W; ++i)
+          __builtin_memcpy(rows + (i0 + i) * stride + u0 * KU, &r[i], sizeof r[i]);
+      }
+    return {rows, stride, KU};
+  }
+}

@@ -1,0 +1,219 @@
+// What the fused blocks do row by row: LayerNorm and its backward, GELU, column sums, and the
+// operands made of rows.
+
+template <class T>
+inline T* take(Frame& frame, int64_t count) {
+  return static_cast<T*>(frame.bytes(static_cast<size_t>(count) * sizeof(T)));
+}
+
+template <class F>
+inline void run_tasks(const Parallel& parallel, int64_t tasks, const F& f) {
+  parallel.run(
+      tasks, [](void* context, int64_t task) { (*static_cast<const F*>(context))(task); },
+      const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+// Calls f with a pointer of the parameter's own element type.
+template <class F>
+inline auto with_elements(const Param& param, F&& f) {
+  if (param.dtype == DType::f32) return f(static_cast<const float*>(param.data));
+  return f(static_cast<const bf16*>(param.data));
+}
+
+// A parameter vector as fp32; null stays null.
+inline const float* floats(const Param& param, int64_t n, Frame& frame) {
+  if (param.data == nullptr) return nullptr;
+  if (param.dtype == DType::f32) return static_cast<const float*>(param.data);
+  float* copy = take<float>(frame, n);
+  const bf16* data = static_cast<const bf16*>(param.data);
+  for_vectors(n, [&](int64_t j, auto part) { store(copy + j, load(data + j, part), part); });
+  return copy;
+}
+
+inline void write_grad(const ParamGrad& grad, int64_t offset, const float* values, int64_t n) {
+  const auto write = [&](auto* out) {
+    for_vectors(
+        n, [&](int64_t j, auto part) { store(out + offset + j, load(values + j, part), part); });
+  };
+  if (grad.dtype == DType::f32)
+    write(static_cast<float*>(grad.data));
+  else
+    write(static_cast<bf16*>(grad.data));
+}
+
+// A norm with its parameters as fp32 vectors; `weight` is null when there is none.
+struct RowNorm {
+  const float* weight;
+  const float* bias;
+  float* mean;
+  float* rstd;
+
+  RowNorm(const Norm& norm, int64_t n, Frame& frame)
+      : weight(floats(norm.weight, n, frame)),
+        bias(floats(norm.bias, n, frame)),
+        mean(norm.mean),
+        rstd(norm.rstd) {}
+};
+
+struct Moments {
+  float mean, rstd;
+};
+
+// Two passes: the mean first, then the mean square of what is left.
+template <class T>
+inline Moments moments(const T* x, int64_t n) {
+  VF total = splat(0.0f), squares = splat(0.0f);
+  for_vectors(n, [&](int64_t j, auto part) { total += load(x + j, part); });
+  const float mean = sum(total) / static_cast<float>(n);
+  for_vectors(n, [&](int64_t j, auto part) {
+    const VF d = only(load(x + j, part) - mean, part);
+    squares += d * d;
+  });
+  return {mean, 1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(n) + layer_norm_eps)};
+}
+
+// out = (x - mean) * rstd * weight + bias
+template <class T, class P>
+inline void normalize(const T* x, int64_t n, Moments row, const RowNorm& norm, P* out) {
+  for_vectors(n, [&](int64_t j, auto part) {
+    VF y = (load(x + j, part) - row.mean) * row.rstd * load(norm.weight + j, part);
+    if (norm.bias) y += load(norm.bias + j, part);
+    store(out + j, y, part);
+  });
+}
+
+// Rows m0 .. of norm(x) (or of x itself) as a left-hand side.
+template <class P, class T>
+inline Lhs<P> norm_rows(const T* x, int64_t m0, int64_t rows, int64_t n, const RowNorm& norm,
+                        bool keep_moments, Frame& frame) {
+  const int64_t padded = padded_k<P>(n), stride = row_stride<P>(padded);
+  P* out = take<P>(frame, rows * stride);
+  if (!norm.weight) return lhs_rows(x + m0 * n, n, rows, n, out);
+  for (int64_t i = 0; i < rows; ++i) {
+    const Moments row = moments(x + (m0 + i) * n, n);
+    normalize(x + (m0 + i) * n, n, row, norm, out + i * stride);
+    for (int64_t j = n; j < padded; ++j) out[i * stride + j] = P{};
+    if (keep_moments && norm.mean) {
+      norm.mean[m0 + i] = row.mean;
+      norm.rstd[m0 + i] = row.rstd;
+    }
+  }
+  return {out, stride, Tile<P>::KU};
+}
+
+// The LayerNorm backward of one row, given dn, the gradient of its output:
+//   g = dn * weight, xhat = (x - mean) * rstd,  dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) +
+//   add
+// dweight += dn * xhat, dbias += dn; `normalized`, the row's forward output, is left for the
+// weight's gradient.
+template <class T>
+inline void norm_grad_row(const float* dn, const T* x, const T* add, int64_t n, Moments row,
+                          const RowNorm& norm, float* dweight, float* dbias, float* normalized,
+                          T* dx) {
+  VF sum_g = splat(0.0f), sum_gx = splat(0.0f);
+  for_vectors(n, [&](int64_t j, auto part) {
+    const VF d = load(dn + j, part), weight = load(norm.weight + j, part);
+    const VF xhat = (load(x + j, part) - row.mean) * row.rstd;
+    const VF g = d * weight;
+    sum_g += g;
+    sum_gx += g * xhat;
+    store(dweight + j, load(dweight + j, part) + d * xhat, part);
+    store(dbias + j, load(dbias + j, part) + d, part);
+    store(normalized + j, norm.bias ? xhat * weight + load(norm.bias + j, part) : xhat * weight,
+          part);
+  });
+  const float mean_g = sum(sum_g) / static_cast<float>(n),
+              mean_gx = sum(sum_gx) / static_cast<float>(n);
+  for_vectors(n, [&](int64_t j, auto part) {
+    const VF xhat = (load(x + j, part) - row.mean) * row.rstd;
+    VF d = (load(dn + j, part) * load(norm.weight + j, part) - mean_g - xhat * mean_gx) * row.rstd;
+    if (add) d += load(add + j, part);
+    store(dx + j, d, part);
+  });
+}
+
+struct GeluValue {
+  VF value, slope;
+};
+
+// erf: u Phi(u). tanh: u/2 (1 + tanh(sqrt(2/pi) (u + 0.044715 u^3))) (Hendrycks and Gimpel,
+// arXiv:1606.08415).
+inline GeluValue gelu(VF u, Gelu kind) {
+  if (kind == Gelu::erf) {
+    const Normal at = normal(u);
+    return {u * at.cdf, at.cdf + u * at.pdf};
+  }
+  constexpr float scale = 0.7978845608f, cubic = 0.044715f;
+  const VF t = tanh(scale * (u + cubic * u * u * u));
+  const VF inner = scale * (1.0f + 3.0f * cubic * u * u);
+  return {0.5f * u * (1.0f + t), 0.5f * (1.0f + t) + 0.5f * u * (1.0f - t * t) * inner};
+}
+
+// Sums over rows, one partial sum per block of rows, added up in the blocks' order: the bits do not
+// depend on which thread took which block.
+struct ColumnSums {
+  int64_t blocks, n;
+  float* partial;
+
+  ColumnSums(int64_t blocks, int64_t n, Frame& frame)
+      : blocks(blocks), n(n), partial(take<float>(frame, blocks * n)) {
+    __builtin_memset(partial, 0, static_cast<size_t>(blocks * n) * sizeof(float));
+  }
+
+  float* block(int64_t index) const { return partial + index * n; }
+
+  template <class T>
+  void add_rows(int64_t index, const T* x, int64_t ld, int64_t rows) const {
+    float* total = block(index);
+    for (int64_t i = 0; i < rows; ++i)
+      for_vectors(n, [&](int64_t j, auto part) {
+        store(total + j, load(total + j, part) + load(x + i * ld + j, part), part);
+      });
+  }
+
+  void finish(const ParamGrad& grad) const {
+    if (grad.data == nullptr) return;
+    for (int64_t b = 1; b < blocks; ++b)
+      for_vectors(n, [&](int64_t j, auto part) {
+        store(partial + j, load(partial + j, part) + load(partial + b * n + j, part), part);
+      });
+    write_grad(grad, 0, partial, n);
+  }
+};
+
+// The weight (N, K) of a linear layer as the right-hand side W' (K, N).
+template <class P>
+inline void pack_weight_panels(const Param& w, int64_t n, int64_t k, P* out,
+                               const Parallel& parallel) {
+  constexpr int NR = Tile<P>::NR;
+  run_tasks(parallel, divide_up(n, NR), [&](int64_t panel) {
+    with_elements(w, [&](auto* data) {
+      const int64_t n0 = panel * NR;
+      pack_panel_transposed(data + n0 * k, k, k, min(NR, n - n0),
+                            out + panel * panel_elements<P>(k));
+    });
+  });
+}
+
+template <class P>
+inline Rhs<P> weight_transposed(const Weight& w, int64_t n, int64_t k, Frame& frame,
+                                const Parallel& parallel) {
+  if (w.packed) return {static_cast<const P*>(w.packed), panel_elements<P>(k)};
+  P* out = take<P>(frame, rhs_elements<P>(k, n));
+  pack_weight_panels(w.param, n, k, out, parallel);
+  return {out, panel_elements<P>(k)};
+}
+
+// The weight (N, K) as the right-hand side W (N, K), for the gradient of the layer's input.
+template <class P>
+inline Rhs<P> weight_straight(const Weight& w, int64_t n, int64_t k, Frame& frame,
+                              const Parallel& parallel) {
+  constexpr int NR = Tile<P>::NR;
+  P* out = take<P>(frame, rhs_elements<P>(n, k));
+  const int64_t panel = panel_elements<P>(n);
+  run_tasks(parallel, divide_up(k, NR), [&](int64_t p) {
+    with_elements(w.param,
+                  [&](auto* data) { pack_rows(data, k, n, k, p * NR, NR, out + p * panel); });
+  });
+  return {out, panel};
+}

@@ -1,0 +1,76 @@
+#include "scratch.h"
+
+#include <cstdlib>
+#include <new>
+#include <vector>
+
+namespace gptfast {
+namespace {
+
+constexpr size_t alignment = 64;
+constexpr size_t smallest_block = size_t{1} << 20;
+
+struct Block {
+  char* data;
+  size_t size;
+};
+
+Block allocate(size_t size) {
+  char* data = static_cast<char*>(std::aligned_alloc(alignment, size));
+  if (data == nullptr) throw std::bad_alloc();
+  return {data, size};
+}
+
+// Blocks are filled in turn. Once all are free, several are exchanged for one of their total size,
+// so that a call that is made again finds its memory in one piece.
+struct Stack {
+  std::vector<Block> blocks;
+  size_t block = 0;  // the one in use
+  size_t used = 0;   // of that block
+
+  void* take(size_t size) {
+    size = (size + alignment - 1) / alignment * alignment;
+    while (block < blocks.size() && blocks[block].size - used < size) {
+      ++block;
+      used = 0;
+    }
+    if (block == blocks.size()) {
+      const size_t last = blocks.empty() ? smallest_block / 2 : blocks.back().size;
+      blocks.push_back(allocate(size > 2 * last ? size : 2 * last));
+    }
+    void* taken = blocks[block].data + used;
+    used += size;
+    return taken;
+  }
+
+  void release(size_t to_block, size_t to_used) {
+    block = to_block;
+    used = to_used;
+    if (block == 0 && used == 0 && blocks.size() > 1) {
+      size_t total = 0;
+      for (const Block& each : blocks) total += each.size;
+      clear();
+      // Frames end in destructors: without memory for the single block, the next call simply starts
+      // anew.
+      if (char* data = static_cast<char*>(std::aligned_alloc(alignment, total)))
+        blocks.push_back({data, total});
+    }
+  }
+
+  void clear() {
+    for (const Block& each : blocks) std::free(each.data);
+    blocks.clear();
+  }
+
+  ~Stack() { clear(); }
+};
+
+thread_local Stack stack;
+
+}  // namespace
+
+Frame::Frame() : block_(stack.block), used_(stack.used) {}
+Frame::~Frame() { stack.release(block_, used_); }
+void* Frame::bytes(size_t size) { return stack.take(size); }
+
+}  // namespace gptfast

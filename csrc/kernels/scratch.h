@@ -1,0 +1,24 @@
+// Work memory of the kernels: a stack per thread, kept between calls, never shared.
+#pragma once
+
+#include <cstddef>
+
+namespace gptfast {
+
+// What is taken from a Frame lives until the Frame ends. Frames of one thread nest: a kernel's own
+// frame stays valid while the tasks that it starts run on the same thread.
+class Frame {
+ public:
+  Frame();
+  ~Frame();
+  Frame(const Frame&) = delete;
+  Frame& operator=(const Frame&) = delete;
+
+  // `size` bytes aligned to 64, uninitialised. Throws std::bad_alloc.
+  void* bytes(size_t size);
+
+ private:
+  size_t block_, used_;
+};
+
+}  // namespace gptfast

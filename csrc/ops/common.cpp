@@ -1,0 +1,182 @@
+#include "common.h"
+
+#include <atomic>
+#include <exception>
+
+namespace gptfast {
+namespace {
+
+// Tasks differ in cost (later queries see more keys), so threads take the next one when they are
+// free.
+void run_on_torch_threads(int64_t tasks, void (*body)(void*, int64_t), void* context) {
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
+  if (threads <= 1) {
+    for (int64_t task = 0; task < tasks; ++task) body(context, task);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr failure;
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    try {
+      for (int64_t task = next++; task < tasks; task = next++) body(context, task);
+    } catch (...) {
+      // An exception must not leave a thread of the pool.
+      if (!failed.exchange(true)) failure = std::current_exception();
+    }
+  });
+  if (failed) std::rethrow_exception(failure);
+}
+
+template <class Sizes>
+std::string in_words(const Sizes& sizes) {
+  std::string text = "(";
+  for (const int64_t size : sizes) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  return text + ")";
+}
+
+bool is_floating(const Tensor& x, DType& dtype) {
+  if (x.scalar_type() == ScalarType::Float)
+    dtype = DType::f32;
+  else if (x.scalar_type() == ScalarType::BFloat16)
+    dtype = DType::bf16;
+  else
+    return false;
+  return true;
+}
+
+std::string dtype_name(const Tensor& x) { return torch::headeronly::toString(x.scalar_type()); }
+
+}  // namespace
+
+Parallel torch_threads() {
+  return {run_on_torch_threads, static_cast<int>(torch::stable::get_num_threads())};
+}
+
+Arguments::Arguments(const char* op, const char* name, const Tensor& x)
+    : op_(op), dtype_(DType::f32) {
+  require(is_floating(x, dtype_),
+          std::string(name) + " must be float32 or bfloat16, got " + dtype_name(x));
+}
+
+void Arguments::require(bool condition, const std::string& sentence) const {
+  STD_TORCH_CHECK(condition, "gptfast::", op_, ": ", sentence);
+}
+
+void Arguments::shape(const char* name, const Tensor& x,
+                      std::initializer_list<int64_t> expected) const {
+  const auto sizes = x.sizes();
+  const bool same = sizes.size() == expected.size() &&
+                    std::equal(expected.begin(), expected.end(), sizes.begin());
+  require(same, std::string(name) + " must have shape " + in_words(expected) + ", got " +
+                    in_words(sizes));
+}
+
+void Arguments::on_cpu(const char* name, const Tensor& x) const {
+  require(x.is_cpu(), std::string(name) + " must be on the CPU, as the other arguments are");
+}
+
+Tensor Arguments::activation(const char* name, const Tensor& x,
+                             std::initializer_list<int64_t> expected) const {
+  on_cpu(name, x);
+  shape(name, x, expected);
+  require(x.scalar_type() == scalar_type(dtype_),
+          std::string(name) + " must be " + torch::headeronly::toString(scalar_type(dtype_)) +
+              " like the other activations, got " + dtype_name(x));
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
+Heads Arguments::heads(const char* name, const Tensor& x,
+                       std::initializer_list<int64_t> expected) const {
+  on_cpu(name, x);
+  shape(name, x, expected);
+  require(x.scalar_type() == scalar_type(dtype_),
+          std::string(name) + " must be " + torch::headeronly::toString(scalar_type(dtype_)) +
+              " like the other activations, got " + dtype_name(x));
+  require(x.stride(3) == 1 || x.size(3) == 1,
+          std::string(name) + " must have stride 1 in its last dimension, got " +
+              std::to_string(x.stride(3)));
+  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+Param Arguments::param(const char* name, const OptionalTensor& x,
+                       std::initializer_list<int64_t> expected) const {
+  if (!x.has_value()) return {nullptr, DType::f32};
+  on_cpu(name, *x);
+  shape(name, *x, expected);
+  DType dtype = DType::f32;
+  require(
+      is_floating(*x, dtype) && (dtype == DType::f32 || dtype == dtype_),
+      std::string(name) + " must be float32 or of the activations' dtype, got " + dtype_name(*x));
+  require(x->is_contiguous(), std::string(name) + " must be contiguous");
+  return {x->const_data_ptr(), dtype};
+}
+
+float* Arguments::statistics(const char* name, const Tensor& x,
+                             std::initializer_list<int64_t> expected) const {
+  on_cpu(name, x);
+  shape(name, x, expected);
+  require(x.scalar_type() == ScalarType::Float && x.is_contiguous(),
+          std::string(name) + " must be a contiguous float32 tensor");
+  return static_cast<float*>(x.data_ptr());
+}
+
+Tensor Arguments::indices(const char* name, const Tensor& x,
+                          std::initializer_list<int64_t> expected, int64_t limit,
+                          std::optional<int64_t> allowed) const {
+  on_cpu(name, x);
+  shape(name, x, expected);
+  require(x.scalar_type() == ScalarType::Long,
+          std::string(name) + " must be int64, got " + dtype_name(x));
+  const Tensor dense = x.is_contiguous() ? x : torch::stable::contiguous(x);
+  const int64_t* data = static_cast<const int64_t*>(dense.const_data_ptr());
+  for (int64_t i = 0; i < dense.numel(); ++i)
+    require((data[i] >= 0 && data[i] < limit) || (allowed && data[i] == *allowed),
+            std::string(name) + " must be in [0, " + std::to_string(limit) + "), got " +
+                std::to_string(data[i]));
+  return dense;
+}
+
+Dropout Arguments::dropout(double p, const OptionalTensor& seed, int64_t stream) const {
+  require(p >= 0.0 && p <= 1.0, "dropout_p must be in [0, 1], got " + std::to_string(p));
+  const auto threshold = static_cast<int32_t>(p * 65536.0 + 0.5);
+  if (threshold == 0) return {};
+  require(seed.has_value() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1 &&
+              seed->is_cpu(),
+          "dropout_p > 0 needs a seed, an int64 tensor of one element");
+  const auto key = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
+  return {threshold, key, static_cast<uint32_t>(stream)};
+}
+
+ScalarType scalar_type(DType dtype) {
+  return dtype == DType::f32 ? ScalarType::Float : ScalarType::BFloat16;
+}
+
+Tensor new_tensor(std::initializer_list<int64_t> shape, ScalarType dtype) {
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()),
+                              dtype);
+}
+
+Tensor new_grad(const OptionalTensor& param) {
+  if (!param.has_value()) return new_tensor({0}, ScalarType::Float);
+  return torch::stable::empty(param->sizes(), param->scalar_type());
+}
+
+ParamGrad param_grad(const Tensor& grad) {
+  if (grad.numel() == 0) return {nullptr, DType::f32};
+  return {grad.data_ptr(), grad.scalar_type() == ScalarType::Float ? DType::f32 : DType::bf16};
+}
+
+int64_t rows_of(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
+  return rows;
+}
+
+Gelu gelu_of(const std::string& name) {
+  STD_TORCH_CHECK(name == "erf" || name == "tanh", "gptfast: gelu must be 'erf' or 'tanh', got '",
+                  name, "'");
+  return name == "erf" ? Gelu::erf : Gelu::tanh;
+}
+
+}  // namespace gptfast

@@ -1,0 +1,69 @@
+// What every operator needs: argument checks that name op, argument, expected and got; kernel
+// arguments made of tensors; torch's thread pool as the kernels' Parallel.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+#include <string>
+
+#include "../kernels/isa.h"
+
+namespace gptfast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Tasks on torch's own threads: torch.set_num_threads is obeyed, and no second OpenMP runtime is
+// loaded.
+Parallel torch_threads();
+
+// An operator's name and its activations' dtype, against which the arguments are checked.
+class Arguments {
+ public:
+  // Takes the dtype of `x`, the activation called `name`: float32 or bfloat16.
+  Arguments(const char* op, const char* name, const Tensor& x);
+
+  DType dtype() const { return dtype_; }
+
+  // An activation of this shape, as a contiguous tensor.
+  Tensor activation(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) const;
+  // The same with no copy: only the last stride has to be 1.
+  Heads heads(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) const;
+  // A parameter of this shape; its data must be contiguous. An absent one has null data.
+  Param param(const char* name, const OptionalTensor& x,
+              std::initializer_list<int64_t> shape) const;
+  // A float32 tensor that the forward made.
+  float* statistics(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) const;
+  // int64 values in [0, limit), or `allowed`; contiguous.
+  Tensor indices(const char* name, const Tensor& x, std::initializer_list<int64_t> shape,
+                 int64_t limit, std::optional<int64_t> allowed = std::nullopt) const;
+  Dropout dropout(double p, const OptionalTensor& seed, int64_t stream) const;
+  void require(bool condition, const std::string& sentence) const;
+  void shape(const char* name, const Tensor& x, std::initializer_list<int64_t> expected) const;
+
+ private:
+  void on_cpu(const char* name, const Tensor& x) const;
+
+  const char* op_;
+  DType dtype_;
+};
+
+ScalarType scalar_type(DType dtype);
+
+Tensor new_tensor(std::initializer_list<int64_t> shape, ScalarType dtype);
+
+// A new gradient of the parameter's shape and dtype; an empty tensor for an absent one.
+Tensor new_grad(const OptionalTensor& param);
+ParamGrad param_grad(const Tensor& grad);
+
+// The product of all sizes but the last.
+int64_t rows_of(const Tensor& x);
+
+Gelu gelu_of(const std::string& name);
+
+}  // namespace gptfast

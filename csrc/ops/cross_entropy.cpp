@@ -1,0 +1,43 @@
+// Linear layer and mean cross-entropy in one pass, gradients included.
+#include <tuple>
+
+#include "common.h"
+
+namespace gptfast {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(Tensor x, Tensor weight, Tensor targets,
+                                                        int64_t ignore_index, bool with_grad) {
+  const Arguments args("linear_cross_entropy", "x", x);
+  args.require(x.dim() >= 1 && weight.dim() == 2, "x must be (..., K) and weight (V, K)");
+  const int64_t M = rows_of(x), K = x.size(-1), V = weight.size(0);
+  const Tensor dense_x = args.activation("x", torch::stable::reshape(x, {M, K}), {M, K});
+  const Tensor dense_targets = args.indices(
+      "targets", torch::stable::reshape(targets, {targets.numel()}), {M}, V, ignore_index);
+  Tensor loss = new_tensor({}, ScalarType::Float);
+  Tensor dx = with_grad ? torch::stable::empty(x.sizes(), x.scalar_type())
+                        : new_tensor({0}, x.scalar_type());
+  Tensor dweight = with_grad ? new_grad(weight) : new_tensor({0}, weight.scalar_type());
+  CrossEntropy s = {};
+  s.dtype = args.dtype();
+  s.M = M, s.K = K, s.V = V;
+  s.x = dense_x.const_data_ptr();
+  s.weight.param = args.param("weight", weight, {V, K});
+  s.targets = static_cast<const int64_t*>(dense_targets.const_data_ptr());
+  s.ignore_index = ignore_index;
+  s.loss = static_cast<float*>(loss.data_ptr());
+  if (with_grad) {
+    s.dx = dx.data_ptr();
+    s.dweight = param_grad(dweight);
+  }
+  kernels().cross_entropy(s, torch_threads());
+  return {loss, dx, dweight};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
+  m.impl("linear_cross_entropy", TORCH_BOX(&linear_cross_entropy));
+}
+
+}  // namespace gptfast

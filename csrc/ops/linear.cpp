@@ -1,0 +1,86 @@
+// Linear layers with an optional LayerNorm before and an optional residual after. Absent results
+// are empty tensors.
+#include <tuple>
+
+#include "common.h"
+
+namespace gptfast {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> linear(Tensor x, OptionalTensor norm_weight,
+                                          OptionalTensor norm_bias, Tensor weight,
+                                          OptionalTensor bias, OptionalTensor residual) {
+  const Arguments args("linear", "x", x);
+  args.require(x.dim() >= 1 && weight.dim() == 2, "x must be (..., K) and weight (N, K)");
+  const int64_t M = rows_of(x), K = x.size(-1), N = weight.size(0);
+  Linear s = {};
+  s.dtype = s.y_dtype = args.dtype();
+  s.M = M, s.K = K, s.N = N;
+  const Tensor rows = torch::stable::reshape(x, {M, K});
+  const Tensor dense = args.activation("x", rows, {M, K});
+  s.x = dense.const_data_ptr();
+  s.norm.weight = args.param("norm_weight", norm_weight, {K});
+  s.norm.bias = args.param("norm_bias", norm_bias, {K});
+  s.weight.param = args.param("weight", weight, {N, K});
+  s.bias = args.param("bias", bias, {N});
+  Tensor added;
+  if (residual.has_value()) {
+    added = args.activation(
+        "residual", torch::stable::reshape(*residual, {rows_of(*residual), residual->size(-1)}),
+        {M, N});
+    s.residual = added.const_data_ptr();
+  }
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = N;
+  Tensor y = torch::stable::empty(shape, scalar_type(s.dtype));
+  Tensor mean = new_tensor({norm_weight.has_value() ? M : 0}, ScalarType::Float);
+  Tensor rstd = new_tensor({norm_weight.has_value() ? M : 0}, ScalarType::Float);
+  s.norm.mean = static_cast<float*>(mean.data_ptr());
+  s.norm.rstd = static_cast<float*>(rstd.data_ptr());
+  s.y = y.data_ptr();
+  kernels().linear(s, torch_threads());
+  return {y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
+    Tensor dy, Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, Tensor mean,
+    Tensor rstd, Tensor weight, OptionalTensor bias) {
+  const Arguments args("linear_backward", "x", x);
+  args.require(x.dim() >= 1 && weight.dim() == 2, "x must be (..., K) and weight (N, K)");
+  const int64_t M = rows_of(x), K = x.size(-1), N = weight.size(0);
+  const Tensor dense_x = args.activation("x", torch::stable::reshape(x, {M, K}), {M, K});
+  const Tensor dense_dy =
+      args.activation("dy", torch::stable::reshape(dy, {rows_of(dy), dy.size(-1)}), {M, N});
+  LinearGrad s = {};
+  Linear& f = s.forward;
+  f.dtype = args.dtype();
+  f.M = M, f.K = K, f.N = N;
+  f.x = dense_x.const_data_ptr();
+  f.norm.weight = args.param("norm_weight", norm_weight, {K});
+  f.norm.bias = args.param("norm_bias", norm_bias, {K});
+  if (norm_weight.has_value()) {
+    f.norm.mean = args.statistics("mean", mean, {M});
+    f.norm.rstd = args.statistics("rstd", rstd, {M});
+  }
+  f.weight.param = args.param("weight", weight, {N, K});
+  f.bias = args.param("bias", bias, {N});
+  s.dy = dense_dy.const_data_ptr();
+  Tensor dx = torch::stable::empty(x.sizes(), scalar_type(f.dtype));
+  Tensor dnorm_weight = new_grad(norm_weight), dnorm_bias = new_grad(norm_bias);
+  Tensor dweight = new_grad(weight), dbias = new_grad(bias);
+  s.dx = dx.data_ptr();
+  s.dnorm = {param_grad(dnorm_weight), param_grad(dnorm_bias)};
+  s.dweight = param_grad(dweight);
+  s.dbias = param_grad(dbias);
+  kernels().linear_grad(s, torch_threads());
+  return {dx, dnorm_weight, dnorm_bias, dweight, dbias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_backward", TORCH_BOX(&linear_backward));
+}
+
+}  // namespace gptfast

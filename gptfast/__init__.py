@@ -1,0 +1,1 @@
+"""GPT language models trained and sampled fast on ordinary CPUs."""

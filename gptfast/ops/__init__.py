@@ -1,0 +1,19 @@
+"""The operations of a GPT: one name each, kernels chosen by torch's dispatcher, `reference` the specification."""
+
+from gptfast.ops import reference
+from gptfast.ops.attention import causal_attention, causal_attention_packed
+from gptfast.ops.cross_entropy import linear_cross_entropy
+from gptfast.ops.embedding import embedding
+from gptfast.ops.ffn import layer_norm_ffn
+from gptfast.ops.linear import layer_norm_linear, linear_residual
+
+__all__ = [
+    "causal_attention",
+    "causal_attention_packed",
+    "embedding",
+    "layer_norm_ffn",
+    "layer_norm_linear",
+    "linear_cross_entropy",
+    "linear_residual",
+    "reference",
+]

@@ -1,0 +1,157 @@
+"""Causal attention with dropout inside, forward and backward.
+
+Letters: B batch, T time (Tq queries, Tk keys), C n_embd, H heads, D head_dim.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptfast.ops.common import check_activation, check_dropout, check_like, define
+from gptfast.ops.reference import seed_tensor
+
+
+def _fake_attention(q, k, v, scale, dropout_p, seed, stream):  # type: ignore[no-untyped-def]
+    B, H, Tq, D = q.shape
+    return q.new_empty(B, Tq, H, D), q.new_empty(B, H, Tq, dtype=torch.float32)
+
+
+def _fake_attention_backward(dout, q, k, v, out, lse, scale, dropout_p, seed, stream):  # type: ignore[no-untyped-def]
+    return tuple(x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]) for x in (q, k, v))
+
+
+def _fake_packed(qkv, n_head, dropout_p, seed, stream):  # type: ignore[no-untyped-def]
+    B, T, C3 = qkv.shape
+    return qkv.new_empty(B, T, C3 // 3), qkv.new_empty(B, n_head, T, dtype=torch.float32)
+
+
+def _fake_packed_backward(dout, qkv, n_head, out, lse, dropout_p, seed, stream):  # type: ignore[no-untyped-def]
+    return qkv.new_empty(qkv.shape)
+
+
+_attention = define(
+    "attention(Tensor q, Tensor k, Tensor v, float scale, float dropout_p, Tensor? seed, int stream)"
+    " -> (Tensor out, Tensor lse)",
+    _fake_attention,
+)
+_attention_backward = define(
+    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale,"
+    " float dropout_p, Tensor? seed, int stream) -> (Tensor dq, Tensor dk, Tensor dv)",
+    _fake_attention_backward,
+)
+_attention_packed = define(
+    "attention_packed(Tensor qkv, int n_head, float dropout_p, Tensor? seed, int stream) -> (Tensor out, Tensor lse)",
+    _fake_packed,
+)
+_attention_packed_backward = define(
+    "attention_packed_backward(Tensor dout, Tensor qkv, int n_head, Tensor out, Tensor lse, float dropout_p,"
+    " Tensor? seed, int stream) -> Tensor dqkv",
+    _fake_packed_backward,
+)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, *options: Any) -> Tensor:
+        scale, dropout_p, stream = options
+        out, lse = _attention(q, k, v, scale, dropout_p, seed, stream)
+        ctx.save_for_backward(q, k, v, out, lse, seed)
+        ctx.options = options
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, out, lse, seed = ctx.saved_tensors
+        scale, dropout_p, stream = ctx.options
+        grads = _attention_backward(dout, q, k, v, out, lse, scale, dropout_p, seed, stream)
+        return *(grad.transpose(1, 2) for grad in grads), None, None, None, None
+
+
+class _AttentionPacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, seed: Tensor | None, *options: Any) -> Tensor:
+        n_head, dropout_p, stream = options
+        out, lse = _attention_packed(qkv, n_head, dropout_p, seed, stream)
+        ctx.save_for_backward(qkv, out, lse, seed)
+        ctx.options = options
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        qkv, out, lse, seed = ctx.saved_tensors
+        n_head, dropout_p, stream = ctx.options
+        dqkv = _attention_packed_backward(dout, qkv, n_head, out, lse, dropout_p, seed, stream)
+        return dqkv, None, None, None, None
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    stream: int = 0,
+    scale: float | None = None,
+) -> Tensor:
+    """Computes dropout(softmax(scale q k' + causal mask)) v without the (Tq, Tk) matrix in memory.
+
+    The mask is aligned bottom-right: query i sees the keys up to i + Tk - Tq; where that is none, the result is 0.
+    Online softmax in blocks (FlashAttention-2, arXiv:2307.08691), statistics and sums in float32.
+
+    Args:
+        q: (B, H, Tq, D), float32 or bfloat16, any strides (the last one is copied to 1 where it is not).
+        k: (B, H, Tk, D), like q.
+        v: (B, H, Tk, D), like q.
+        dropout_p: Probability, in [0, 1], of an attention weight to be dropped.
+        seed: Key of the dropout mask, () int64 or an int; drawn from torch's default generator when None.
+        stream: Number of this dropout among those that share the seed.
+        scale: Factor of the scores; 1 / sqrt(D) when None.
+
+    Returns:
+        (B, H, Tq, D) in q's dtype, a transposed view of (B, Tq, H, D).
+
+    Raises:
+        ValueError, TypeError: Shapes or dtypes do not fit.
+        BackendError: There are no fused kernels for the device or dtype.
+    """
+    check_activation("causal_attention", "q", q, 4)
+    B, H, _, D = q.shape
+    check_like("causal_attention", "k", k, q, (B, H, k.shape[2] if k.dim() == 4 else 0, D))
+    check_like("causal_attention", "v", v, q, tuple(k.shape))
+    check_dropout("causal_attention", dropout_p)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    key = seed_tensor(seed) if dropout_p > 0.0 else None
+    options = (1 / math.sqrt(D) if scale is None else scale, dropout_p, stream)
+    return _Attention.apply(q, k, v, key, *options).transpose(1, 2)
+
+
+def causal_attention_packed(
+    qkv: Tensor,
+    n_head: int,
+    *,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    stream: int = 0,
+) -> Tensor:
+    """Computes `causal_attention` of a packed projection, whose gradient comes back packed as well.
+
+    Args:
+        qkv: (B, T, 3 C), float32 or bfloat16: the columns of q, then k, then v, each (H, D).
+        n_head: H; C must be divisible by it.
+        dropout_p: As for `causal_attention`, like `seed` and `stream`.
+
+    Returns:
+        (B, T, C) in qkv's dtype.
+    """
+    check_activation("causal_attention_packed", "qkv", qkv, 3)
+    if n_head < 1 or qkv.shape[2] % (3 * n_head):
+        raise ValueError(
+            f"causal_attention_packed: qkv must have 3 C columns with C divisible by n_head={n_head},"
+            f" got shape {tuple(qkv.shape)}"
+        )
+    check_dropout("causal_attention_packed", dropout_p)
+    key = seed_tensor(seed) if dropout_p > 0.0 else None
+    return _AttentionPacked.apply(qkv, key, n_head, dropout_p, stream)

@@ -1,0 +1,77 @@
+"""What the operators share: the library that their schemas are defined in, and argument checks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptfast.ops import select
+
+LIBRARY = torch.library.Library("gptfast", "DEF")
+
+
+def define(schema: str, fake: Callable[..., Any]) -> Any:
+    """Defines gptfast::<schema> with the function that gives its results' shapes; returns the operator.
+
+    Kernels are added elsewhere: by the compiled extension for the CPU.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    torch.library.register_fake(f"gptfast::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.gptfast, name).default
+
+
+def check_activation(op: str, name: str, x: Tensor, dims: int | None = None) -> None:
+    """Checks that `x` is a tensor that the fused kernels take, with `dims` dimensions where that is given."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"{op}: {name} must be a floating-point tensor, got {x.dtype}")
+    if dims is not None and x.dim() != dims:
+        raise ValueError(f"{op}: {name} must have {dims} dimensions, got shape {tuple(x.shape)}")
+    select.require_fused(op, x.device.type, x.dtype)
+
+
+def check_like(op: str, name: str, x: Tensor, like: Tensor, shape: tuple[int, ...]) -> None:
+    """Checks an activation's shape, and that its dtype and device are those of `like`."""
+    check_shape(op, name, x, shape)
+    if x.dtype != like.dtype or x.device != like.device:
+        raise TypeError(
+            f"{op}: {name} must be {like.dtype} on {like.device}, got {x.dtype} on {x.device}"
+        )
+
+
+def check_param(op: str, name: str, x: Tensor | None, like: Tensor, shape: tuple[int, ...]) -> None:
+    """Checks an optional parameter: its shape, and float32 or the activations' dtype."""
+    if x is None:
+        return
+    check_shape(op, name, x, shape)
+    if x.dtype not in (torch.float32, like.dtype):
+        raise TypeError(f"{op}: {name} must be torch.float32 or {like.dtype}, got {x.dtype}")
+
+
+def check_shape(op: str, name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    """Checks a tensor's shape."""
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(x.shape)}")
+
+
+def check_indices(op: str, name: str, x: Tensor, shape: tuple[int, ...] | None = None) -> None:
+    """Checks that a tensor holds int64 indices; the kernels check their range."""
+    if x.dtype != torch.int64:
+        raise TypeError(f"{op}: {name} must be torch.int64, got {x.dtype}")
+    if shape is not None:
+        check_shape(op, name, x, shape)
+
+
+def check_dropout(op: str, dropout_p: float) -> None:
+    """Checks a dropout probability."""
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1], got {dropout_p}")
+
+
+def check_choice(op: str, name: str, value: str, known: tuple[str, ...]) -> None:
+    """Checks a named choice."""
+    if value not in known:
+        raise ValueError(f"{op}: {name} must be one of {known}, got {value!r}")

@@ -1,0 +1,95 @@
+"""Token plus position embedding with dropout.
+
+Letters: B batch, T time, C n_embd, V vocab_size.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptfast.ops.common import check_activation, check_dropout, check_indices, check_param, define
+from gptfast.ops.reference import seed_tensor
+
+
+def _fake_embedding(idx, wte, wpe, dropout_p, seed, stream, dtype):  # type: ignore[no-untyped-def]
+    return wte.new_empty(*idx.shape, wte.shape[1], dtype=dtype)
+
+
+def _fake_embedding_backward(dy, idx, wte, wpe, padding_idx, dropout_p, seed, stream):  # type: ignore[no-untyped-def]
+    return wte.new_empty(wte.shape), wpe.new_empty(wpe.shape)
+
+
+_embedding = define(
+    "embedding(Tensor idx, Tensor wte, Tensor wpe, float dropout_p, Tensor? seed, int stream, ScalarType dtype)"
+    " -> Tensor",
+    _fake_embedding,
+)
+_embedding_backward = define(
+    "embedding_backward(Tensor dy, Tensor idx, Tensor wte, Tensor wpe, int padding_idx, float dropout_p,"
+    " Tensor? seed, int stream) -> (Tensor dwte, Tensor dwpe)",
+    _fake_embedding_backward,
+)
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, wte: Tensor, wpe: Tensor, idx: Tensor, seed: Tensor | None, *options: Any
+    ) -> Tensor:
+        padding_idx, dropout_p, stream, dtype = options
+        ctx.save_for_backward(idx, wte, wpe, seed)
+        ctx.options = padding_idx, dropout_p, stream
+        return _embedding(idx, wte, wpe, dropout_p, seed, stream, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        idx, wte, wpe, seed = ctx.saved_tensors
+        padding_idx, dropout_p, stream = ctx.options
+        grads = _embedding_backward(dy, idx, wte, wpe, padding_idx, dropout_p, seed, stream)
+        return *grads, None, None, None, None, None, None
+
+
+def embedding(
+    idx: Tensor,
+    wte: Tensor,
+    wpe: Tensor,
+    *,
+    padding_idx: int | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    stream: int = 0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Computes dropout(wte[idx] + wpe[0 .. T-1]).
+
+    Args:
+        idx: (B, T), int64 in [0, V), T at most wpe's rows.
+        wte: (V, C), float32 or bfloat16.
+        wpe: (block_size, C), float32 or wte's dtype.
+        padding_idx: The row of wte that gets no gradient.
+        dropout_p: Probability, in [0, 1], of an element to be dropped.
+        seed: Key of the dropout mask, () int64 or an int; drawn from torch's default generator when None.
+        stream: Number of this dropout among those that share the seed.
+        dtype: The result's dtype, float32 or bfloat16; wte's when None.
+
+    Returns:
+        (B, T, C) in `dtype`.
+
+    Raises:
+        ValueError, TypeError: Shapes or dtypes do not fit.
+        RuntimeError: An index is out of range.
+        BackendError: There are no fused kernels for the device or dtype.
+    """
+    op = "embedding"
+    check_activation(op, "wte", wte, 2)
+    check_indices(op, "idx", idx)
+    if idx.dim() != 2 or idx.shape[1] > wpe.shape[0]:
+        raise ValueError(
+            f"{op}: idx must be (B, T) with T at most {wpe.shape[0]}, got shape {tuple(idx.shape)}"
+        )
+    check_param(op, "wpe", wpe, wte, (wpe.shape[0], wte.shape[1]))
+    check_dropout(op, dropout_p)
+    key = seed_tensor(seed) if dropout_p > 0.0 else None
+    padding = -1 if padding_idx is None else padding_idx
+    return _Embedding.apply(wte, wpe, idx, key, padding, dropout_p, stream, dtype or wte.dtype)

@@ -1,0 +1,109 @@
+"""The feed-forward block of a pre-norm transformer as one operator, residual included.
+
+Letters: C n_embd, F hidden columns (4 C in GPT-2), M rows (all leading dimensions).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptfast.ops.common import check_activation, check_choice, check_dropout, check_param, define
+from gptfast.ops.linear import absent_to_none, fake_grad
+from gptfast.ops.reference import seed_tensor
+
+
+def _fake_ffn(x, norm_weight, norm_bias, w1, b1, w2, b2, gelu, dropout_p, seed, stream, keep):  # type: ignore[no-untyped-def]
+    rows = x.numel() // x.shape[-1] if keep else 0
+    moments = [x.new_empty(rows, dtype=torch.float32) for _ in range(2)]
+    return x.new_empty(x.shape), *moments, x.new_empty(rows, w1.shape[0])
+
+
+def _fake_ffn_backward(dy, x, norm_weight, norm_bias, w1, b1, w2, b2, *kept):  # type: ignore[no-untyped-def]
+    grads = (fake_grad(param, x) for param in (norm_weight, norm_bias, w1, b1, w2, b2))
+    return x.new_empty(x.shape), *grads
+
+
+_PARAMS = "Tensor norm_weight, Tensor? norm_bias, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2"
+_ffn = define(
+    f"ffn(Tensor x, {_PARAMS}, str gelu, float dropout_p, Tensor? seed, int stream, bool keep)"
+    " -> (Tensor y, Tensor mean, Tensor rstd, Tensor hidden)",
+    _fake_ffn,
+)
+_ffn_backward = define(
+    f"ffn_backward(Tensor dy, Tensor x, {_PARAMS}, Tensor mean, Tensor rstd, Tensor hidden, str gelu,"
+    " float dropout_p, Tensor? seed, int stream) -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias,"
+    " Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
+    _fake_ffn_backward,
+)
+
+
+class _Ffn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keep: bool, x: Tensor, *args: Any) -> Tensor:
+        *params, gelu, dropout_p, seed, stream = args
+        y, mean, rstd, hidden = _ffn(x, *params, gelu, dropout_p, seed, stream, keep)
+        if keep:
+            ctx.save_for_backward(x, *params, mean, rstd, hidden, seed)
+            ctx.options = gelu, dropout_p, stream
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, *params, mean, rstd, hidden, seed = ctx.saved_tensors
+        gelu, dropout_p, stream = ctx.options
+        dx, *grads = _ffn_backward(dy, x, *params, mean, rstd, hidden, gelu, dropout_p, seed, stream)
+        return None, dx, *absent_to_none(tuple(grads), tuple(params)), None, None, None, None
+
+
+def layer_norm_ffn(
+    x: Tensor,
+    ln_w: Tensor,
+    ln_b: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    gelu: str = "erf",
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    stream: int = 0,
+) -> Tensor:
+    """Computes x + dropout(GELU(LayerNorm(x) w1' + b1) w2' + b2), hidden activations kept in cache.
+
+    Args:
+        x: (..., C), float32 or bfloat16.
+        ln_w: (C,), float32 or x's dtype, as are all parameters; gradients have the parameter's dtype.
+        ln_b: (C,) or None.
+        w1: (F, C).
+        b1: (F,) or None.
+        w2: (C, F).
+        b2: (C,) or None.
+        gelu: "erf" or "tanh" (Hendrycks and Gimpel, arXiv:1606.08415).
+        dropout_p: Probability, in [0, 1], of an output of the second layer to be dropped.
+        seed: Key of the dropout mask, () int64 or an int; drawn from torch's default generator when None.
+        stream: Number of this dropout among those that share the seed.
+
+    Returns:
+        (..., C) in x's dtype.
+
+    Raises:
+        ValueError, TypeError: Shapes or dtypes do not fit.
+        BackendError: There are no fused kernels for the device or dtype.
+    """
+    op = "layer_norm_ffn"
+    check_activation(op, "x", x)
+    C, F = x.shape[-1], w1.shape[0]
+    check_param(op, "ln_w", ln_w, x, (C,))
+    check_param(op, "ln_b", ln_b, x, (C,))
+    check_param(op, "w1", w1, x, (F, C))
+    check_param(op, "b1", b1, x, (F,))
+    check_param(op, "w2", w2, x, (C, F))
+    check_param(op, "b2", b2, x, (C,))
+    check_choice(op, "gelu", gelu, ("erf", "tanh"))
+    check_dropout(op, dropout_p)
+    key = seed_tensor(seed) if dropout_p > 0.0 else None
+    params = (ln_w, ln_b, w1, b1, w2, b2)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *params))
+    return _Ffn.apply(keep, x, *params, gelu, dropout_p, key, stream)

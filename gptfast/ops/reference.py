@@ -1,0 +1,171 @@
+"""Every operation in plain torch: the specification that the kernels are tested and timed against.
+
+Letters: B batch, T time, C n_embd, H heads, D head_dim, F 4C, V vocab_size. Maths is done in float32 for bfloat16
+inputs and in the inputs' dtype otherwise (float64 serves as the oracle), whatever autocast says.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LAYER_NORM_EPS = 1e-5
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+WORD = 0xFFFFFFFF
+
+
+def seed_tensor(seed: int | Tensor | None) -> Tensor:
+    """The key of the random stream, int64 (); drawn from torch's default generator for None."""
+    if seed is None:
+        return torch.randint(2**62, (), dtype=torch.int64)
+    if isinstance(seed, Tensor):
+        return seed
+    return torch.tensor(seed & (2**63 - 1), dtype=torch.int64)
+
+
+def philox(counter: tuple[Tensor | int, ...], seed: Tensor) -> tuple[Tensor, ...]:
+    """Four 32-bit words (as int64) of Philox-4x32-10 (Salmon et al., SC 2011), elementwise over the counters."""
+    x0, x1, x2, x3 = torch.broadcast_tensors(*(torch.as_tensor(word) for word in counter))
+    k0, k1 = seed & WORD, seed >> 32 & WORD
+    for _ in range(10):
+        first, second = x0 * PHILOX_MULTIPLIERS[0], x2 * PHILOX_MULTIPLIERS[1]
+        x0, x2 = (second >> 32 & WORD) ^ x1 ^ k0, (first >> 32 & WORD) ^ x3 ^ k1
+        x1, x3 = second & WORD, first & WORD
+        k0, k1 = k0 + PHILOX_WEYL[0] & WORD, k1 + PHILOX_WEYL[1] & WORD
+    return x0, x1, x2, x3
+
+
+def dropout_factors(p: float, seed: Tensor, stream: int, matrices: int, rows: int, columns: int) -> Tensor:
+    """The factors, 0 or 1 / (1 - p), of (matrices, rows, columns) elements, float64.
+
+    Element (i, j) of matrix n takes 16 bits of the block with counter (j, i // 8, n, stream): half i % 2 of word
+    (i % 8) // 2. It is dropped where they are below round(65536 p).
+    """
+    i, j = torch.arange((rows + 7) // 8), torch.arange(columns)
+    words = philox((j, i[:, None], torch.arange(matrices)[:, None, None], stream), seed.cpu())
+    halves = [word >> shift & 0xFFFF for word in words for shift in (0, 16)]
+    draws = torch.stack(halves, dim=2).flatten(1, 2)[:, :rows]  # (matrices, rows, columns)
+    threshold = int(p * 65536 + 0.5)
+    scale = 65536 / (65536 - threshold) if threshold < 65536 else 0.0
+    return (draws >= threshold).double() * scale
+
+
+def _dropout(x: Tensor, p: float, seed: int | Tensor | None, stream: int, matrices: int = 1) -> Tensor:
+    if p == 0.0:
+        return x
+    factors = dropout_factors(p, seed_tensor(seed), stream, matrices, x.numel() // x.shape[-1] // matrices, x.shape[-1])
+    return x * factors.reshape(x.shape).to(x)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias, LAYER_NORM_EPS)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def attention_weights(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(scale q k' + causal mask), (B, H, Tq, Tk); zero rows where a query sees no key."""
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scores = q @ k.transpose(-2, -1) * scale  # (B, H, Tq, Tk)
+    Tq, Tk = scores.shape[-2:]
+    seen = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
+    return scores.masked_fill(~seen, -math.inf).softmax(-1).masked_fill(~seen, 0.0)
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    stream: int = 0,
+    scale: float | None = None,
+) -> Tensor:
+    """See `gptfast.ops.causal_attention`."""
+    with torch.autocast(q.device.type, enabled=False):
+        wide = _wide(q)
+        weights = attention_weights(q.to(wide), k.to(wide), scale)
+        weights = _dropout(weights, dropout_p, seed, stream, weights.shape[0] * weights.shape[1])
+        return (weights @ v.to(wide)).to(q.dtype)
+
+
+def causal_attention_packed(
+    qkv: Tensor, n_head: int, *, dropout_p: float = 0.0, seed: int | Tensor | None = None, stream: int = 0
+) -> Tensor:
+    """See `gptfast.ops.causal_attention_packed`."""
+    B, T, C3 = qkv.shape
+    q, k, v = qkv.view(B, T, 3, n_head, C3 // 3 // n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+    out = causal_attention(q, k, v, dropout_p=dropout_p, seed=seed, stream=stream)
+    return out.transpose(1, 2).reshape(B, T, C3 // 3)
+
+
+def layer_norm_linear(x: Tensor, ln_w: Tensor, ln_b: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See `gptfast.ops.layer_norm_linear`."""
+    with torch.autocast(x.device.type, enabled=False):
+        return _linear(_layer_norm(x.to(_wide(x)), ln_w, ln_b), weight, bias).to(x.dtype)
+
+
+def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """See `gptfast.ops.linear_residual`."""
+    with torch.autocast(x.device.type, enabled=False):
+        return (residual.to(_wide(x)) + _linear(x.to(_wide(x)), weight, bias)).to(x.dtype)
+
+
+def layer_norm_ffn(
+    x: Tensor,
+    ln_w: Tensor,
+    ln_b: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    gelu: str = "erf",
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    stream: int = 0,
+) -> Tensor:
+    """See `gptfast.ops.layer_norm_ffn`."""
+    with torch.autocast(x.device.type, enabled=False):
+        wide = x.to(_wide(x))
+        hidden = F.gelu(
+            _linear(_layer_norm(wide, ln_w, ln_b), w1, b1), approximate="none" if gelu == "erf" else "tanh"
+        )
+        return (wide + _dropout(_linear(hidden, w2, b2), dropout_p, seed, stream)).to(x.dtype)
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """See `gptfast.ops.linear_cross_entropy`."""
+    with torch.autocast(x.device.type, enabled=False):
+        logits = _linear(x.to(_wide(x)), weight, None).flatten(0, -2)
+        total = F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction="sum")
+        return total / (targets != ignore_index).sum().clamp(min=1)
+
+
+def embedding(
+    idx: Tensor,
+    wte: Tensor,
+    wpe: Tensor,
+    *,
+    padding_idx: int | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    stream: int = 0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """See `gptfast.ops.embedding`."""
+    if idx.numel() and not (0 <= int(idx.min()) and int(idx.max()) < wte.shape[0]):
+        raise ValueError(f"embedding: idx must be in [0, {wte.shape[0]}), got {int(idx.min())} to {int(idx.max())}")
+    with torch.autocast(idx.device.type, enabled=False):
+        x = F.embedding(idx, wte, padding_idx) + wpe[: idx.shape[-1]]
+        return _dropout(x, dropout_p, seed, stream).to(dtype or x.dtype)

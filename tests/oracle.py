@@ -1,0 +1,64 @@
+"""The error budget: a kernel may err at most 2 times (gradients: 3 times) as much as torch in the same dtype.
+
+The oracle is the reference in float64. One rounding of the largest value is added to torch's own error, so that a
+case that torch happens to get exactly right does not ask for exactness.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Op = Callable[..., Tensor]
+
+
+def error(actual: Tensor, oracle: Tensor) -> float:
+    """The largest absolute difference, in float64."""
+    return (actual.double() - oracle).abs().max().item() if oracle.numel() else 0.0
+
+
+def assert_budget(name: str, actual: Tensor, torch_own: Tensor, oracle: Tensor, factor: float) -> None:
+    """Asserts shape, dtype and that the error is within `factor` times (torch's error + one rounding)."""
+    assert actual.shape == oracle.shape, name
+    assert actual.dtype == torch_own.dtype, name
+    assert torch.isfinite(actual).all(), name
+    if not oracle.numel():
+        return
+    rounding = torch.finfo(actual.dtype).eps * oracle.abs().max().item()
+    budget = factor * (error(torch_own, oracle) + rounding)
+    assert error(actual, oracle) <= budget, f"{name}: error {error(actual, oracle):.3g} > {budget:.3g}"
+
+
+def run(op: Op, inputs: Sequence[Tensor | None], dtype: torch.dtype, grad: Tensor, **options: Any) -> list[Tensor]:
+    """The op's result and the gradients of all floating inputs, computed in `dtype`, strides preserved."""
+
+    def leaf(x: Tensor | None) -> Tensor | None:
+        if x is None or not x.dtype.is_floating_point:
+            return x
+        return x.detach().to(dtype).requires_grad_()
+
+    leaves = [leaf(x) for x in inputs]
+    out = op(*leaves, **options)
+    wanted = [x for x in leaves if x is not None and x.requires_grad]
+    return [out.detach(), *torch.autograd.grad(out, wanted, grad.to(out.dtype))]
+
+
+def check_op(
+    fused: Op,
+    reference: Op,
+    torch_own: Op,
+    inputs: Sequence[Tensor | None],
+    dtype: torch.dtype,
+    **options: Any,
+) -> None:
+    """Holds `fused` and its gradients to the budget; `inputs` are rounded to `dtype` first, for all three."""
+    rounded = [x.to(dtype) if x is not None and x.dtype.is_floating_point else x for x in inputs]
+    with torch.no_grad():
+        shape = fused(*rounded, **options)
+    grad = torch.randn(shape.shape, generator=torch.Generator().manual_seed(9)).to(dtype)
+    oracle = run(reference, rounded, torch.float64, grad, **options)
+    own = run(torch_own, rounded, dtype, grad, **options)
+    actual = run(fused, rounded, dtype, grad, **options)
+    for i, (a, t, o) in enumerate(zip(actual, own, oracle, strict=True)):
+        assert_budget("result" if i == 0 else f"gradient {i - 1}", a, t, o, 2.0 if i == 0 else 3.0)
