@@ -54,7 +54,9 @@ _attention_packed_backward = define(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, *options: Any) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, *options: Any
+    ) -> Tensor:
         scale, dropout_p, stream = options
         out, lse = _attention(q, k, v, scale, dropout_p, seed, stream)
         ctx.save_for_backward(q, k, v, out, lse, seed)

@@ -52,7 +52,9 @@ class _Ffn(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, *params, mean, rstd, hidden, seed = ctx.saved_tensors
         gelu, dropout_p, stream = ctx.options
-        dx, *grads = _ffn_backward(dy, x, *params, mean, rstd, hidden, gelu, dropout_p, seed, stream)
+        dx, *grads = _ffn_backward(
+            dy, x, *params, mean, rstd, hidden, gelu, dropout_p, seed, stream
+        )
         return None, dx, *absent_to_none(tuple(grads), tuple(params)), None, None, None, None
 
 

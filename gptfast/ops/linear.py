@@ -11,7 +11,9 @@ from torch import Tensor
 from gptfast.ops.common import check_activation, check_like, check_param, define
 
 
-def absent_to_none(grads: tuple[Tensor, ...], params: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def absent_to_none(
+    grads: tuple[Tensor, ...], params: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
     """The gradients of the parameters that exist; an operator returns an empty tensor for the others."""
     return tuple(None if param is None else grad for grad, param in zip(grads, params, strict=True))
 

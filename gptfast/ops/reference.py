@@ -37,7 +37,9 @@ def philox(counter: tuple[Tensor | int, ...], seed: Tensor) -> tuple[Tensor, ...
     return x0, x1, x2, x3
 
 
-def dropout_factors(p: float, seed: Tensor, stream: int, matrices: int, rows: int, columns: int) -> Tensor:
+def dropout_factors(
+    p: float, seed: Tensor, stream: int, matrices: int, rows: int, columns: int
+) -> Tensor:
     """The factors, 0 or 1 / (1 - p), of (matrices, rows, columns) elements, float64.
 
     Element (i, j) of matrix n takes 16 bits of the block with counter (j, i // 8, n, stream): half i % 2 of word
@@ -52,10 +54,14 @@ def dropout_factors(p: float, seed: Tensor, stream: int, matrices: int, rows: in
     return (draws >= threshold).double() * scale
 
 
-def _dropout(x: Tensor, p: float, seed: int | Tensor | None, stream: int, matrices: int = 1) -> Tensor:
+def _dropout(
+    x: Tensor, p: float, seed: int | Tensor | None, stream: int, matrices: int = 1
+) -> Tensor:
     if p == 0.0:
         return x
-    factors = dropout_factors(p, seed_tensor(seed), stream, matrices, x.numel() // x.shape[-1] // matrices, x.shape[-1])
+    factors = dropout_factors(
+        p, seed_tensor(seed), stream, matrices, x.numel() // x.shape[-1] // matrices, x.shape[-1]
+    )
     return x * factors.reshape(x.shape).to(x)
 
 
@@ -100,16 +106,25 @@ def causal_attention(
 
 
 def causal_attention_packed(
-    qkv: Tensor, n_head: int, *, dropout_p: float = 0.0, seed: int | Tensor | None = None, stream: int = 0
+    qkv: Tensor,
+    n_head: int,
+    *,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    stream: int = 0,
 ) -> Tensor:
     """See `gptfast.ops.causal_attention_packed`."""
     B, T, C3 = qkv.shape
-    q, k, v = qkv.view(B, T, 3, n_head, C3 // 3 // n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+    q, k, v = qkv.view(B, T, 3, n_head, C3 // 3 // n_head).permute(
+        2, 0, 3, 1, 4
+    )  # (B, H, T, D) each
     out = causal_attention(q, k, v, dropout_p=dropout_p, seed=seed, stream=stream)
     return out.transpose(1, 2).reshape(B, T, C3 // 3)
 
 
-def layer_norm_linear(x: Tensor, ln_w: Tensor, ln_b: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+def layer_norm_linear(
+    x: Tensor, ln_w: Tensor, ln_b: Tensor | None, weight: Tensor, bias: Tensor | None
+) -> Tensor:
     """See `gptfast.ops.layer_norm_linear`."""
     with torch.autocast(x.device.type, enabled=False):
         return _linear(_layer_norm(x.to(_wide(x)), ln_w, ln_b), weight, bias).to(x.dtype)
@@ -139,16 +154,21 @@ def layer_norm_ffn(
     with torch.autocast(x.device.type, enabled=False):
         wide = x.to(_wide(x))
         hidden = F.gelu(
-            _linear(_layer_norm(wide, ln_w, ln_b), w1, b1), approximate="none" if gelu == "erf" else "tanh"
+            _linear(_layer_norm(wide, ln_w, ln_b), w1, b1),
+            approximate="none" if gelu == "erf" else "tanh",
         )
         return (wide + _dropout(_linear(hidden, w2, b2), dropout_p, seed, stream)).to(x.dtype)
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100
+) -> Tensor:
     """See `gptfast.ops.linear_cross_entropy`."""
     with torch.autocast(x.device.type, enabled=False):
         logits = _linear(x.to(_wide(x)), weight, None).flatten(0, -2)
-        total = F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction="sum")
+        total = F.cross_entropy(
+            logits, targets.flatten(), ignore_index=ignore_index, reduction="sum"
+        )
         return total / (targets != ignore_index).sum().clamp(min=1)
 
 
@@ -165,7 +185,9 @@ def embedding(
 ) -> Tensor:
     """See `gptfast.ops.embedding`."""
     if idx.numel() and not (0 <= int(idx.min()) and int(idx.max()) < wte.shape[0]):
-        raise ValueError(f"embedding: idx must be in [0, {wte.shape[0]}), got {int(idx.min())} to {int(idx.max())}")
+        raise ValueError(
+            f"embedding: idx must be in [0, {wte.shape[0]}), got {int(idx.min())} to {int(idx.max())}"
+        )
     with torch.autocast(idx.device.type, enabled=False):
         x = F.embedding(idx, wte, padding_idx) + wpe[: idx.shape[-1]]
         return _dropout(x, dropout_p, seed, stream).to(dtype or x.dtype)

@@ -1,6 +1,5 @@
 """Which backend can run: loads the compiled extension, and says why where there is none."""
 
-import functools
 import importlib
 import importlib.util
 from types import ModuleType
@@ -27,12 +26,13 @@ def extension() -> ModuleType | None:
     return _extension
 
 
-@functools.cache
 def unavailable(device: str, dtype: torch.dtype) -> tuple[str, ...]:
     """Why the fused kernels cannot run on this device type and dtype; empty when they can."""
     reasons = []
     if dtype not in FUSED_DTYPES:
-        reasons.append(f"they compute in float32 and bfloat16, not {str(dtype).removeprefix('torch.')}")
+        reasons.append(
+            f"they compute in float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+        )
     if device != "cpu":
         reasons.append(f"there are none for device type {device!r}")
     elif extension_error is not None:

@@ -1,0 +1,326 @@
+"""GPT: a pre-norm transformer with learned positions, on the fused kernels or on plain torch.
+
+Letters: B batch, T time, C n_embd, H heads, D head_dim, V vocab_size, L layers. Modules have GPT-2's names.
+"""
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gptfast import ops
+from gptfast.config import GPTConfig
+from gptfast.errors import CheckpointError, ConfigError
+from gptfast.ops import reference, select
+
+Backend = Literal["auto", "fused", "reference"]
+
+
+class Intermediates(NamedTuple):
+    """What a forward pass computes on its way, for teaching and for tests."""
+
+    positions: Tensor  # (T,) int64
+    mask: Tensor  # (T, T) bool, True where a query (row) sees a key (column)
+    hidden: Tensor  # (B, T, C) after the final norm
+    logits: Tensor  # (B, T, V)
+
+
+class Step(NamedTuple):
+    """How one forward pass computes: which operators, and the dropout's probability and key."""
+
+    ops: ModuleType
+    dropout_p: float
+    seed: Tensor | None
+
+
+class CausalSelfAttention(nn.Module):
+    """The packed query, key and value projection and the output projection."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+
+class MLP(nn.Module):
+    """The two layers of the feed-forward network."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+
+class Block(nn.Module):
+    """x + attention(LN(x)), then x + FFN(LN(x)); the first is left out where the config says so."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.gelu = config.gelu
+        self.stream = 1 + 2 * layer  # of the attention weights' dropout; the FFN has the next
+        if config.attention:
+            self.ln_1 = nn.LayerNorm(config.n_embd, eps=reference.LAYER_NORM_EPS, bias=config.bias)
+            self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=reference.LAYER_NORM_EPS, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def qkv(self, x: Tensor, step: Step) -> Tensor:
+        """The packed projection of the normalised input, (B, T, C) -> (B, T, 3 C)."""
+        ln, linear = self.ln_1, self.attn.c_attn
+        return step.ops.layer_norm_linear(x, ln.weight, ln.bias, linear.weight, linear.bias)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        drop = {"dropout_p": step.dropout_p, "seed": step.seed}
+        if hasattr(self, "attn"):
+            y = step.ops.causal_attention_packed(
+                self.qkv(x, step), self.attn.n_head, stream=self.stream, **drop
+            )
+            x = step.ops.linear_residual(y, self.attn.c_proj.weight, self.attn.c_proj.bias, x)
+        ln, fc, proj = self.ln_2, self.mlp.c_fc, self.mlp.c_proj
+        params = (ln.weight, ln.bias, fc.weight, fc.bias, proj.weight, proj.bias)
+        return step.ops.layer_norm_ffn(x, *params, gelu=self.gelu, stream=self.stream + 1, **drop)
+
+
+class GPT(nn.Module):
+    """A GPT language model.
+
+    `backend` chooses how it computes: "fused" by the kernels (an error where they cannot run), "reference" by plain
+    torch, "auto" by the kernels where they can run. Dropout masks come from the same counters in both, so equal
+    seeds of torch's default generator give equal results up to rounding.
+    """
+
+    def __init__(self, config: GPTConfig, backend: Backend = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.backend = backend
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd, padding_idx=config.padding_idx)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=reference.LAYER_NORM_EPS, bias=config.bias)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        _init_torch(self) if config.init == "torch" else _init_gpt2(self)
+        if config.tie_weights:
+            self.lm_head.weight = self.wte.weight
+
+    @property
+    def backend(self) -> Backend:
+        """How the model computes: "auto", "fused" or "reference"."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, backend: Backend) -> None:
+        if backend not in ("auto", "fused", "reference"):
+            raise ConfigError(f"backend must be 'auto', 'fused' or 'reference', got {backend!r}")
+        self._backend: Backend = backend
+
+    def forward(self, idx: Tensor, *, return_intermediates: bool = False) -> Tensor | Intermediates:
+        """Computes the logits of the token after each position.
+
+        Args:
+            idx: (B, T) int64, T at most block_size.
+            return_intermediates: Also return positions, mask and final hidden states.
+
+        Returns:
+            (B, T, V) in the activations' dtype, or Intermediates.
+        """
+        x, step = self._trunk(idx)
+        logits = step.ops.layer_norm_linear(
+            x, self.ln_f.weight, self.ln_f.bias, self.lm_head.weight, None
+        )
+        if not return_intermediates:
+            return logits
+        T = idx.shape[1]
+        mask = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril()
+        return Intermediates(torch.arange(T, device=idx.device), mask, self._final_norm(x), logits)
+
+    def loss(self, idx: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
+        """Computes the mean cross-entropy of `targets` in nats, never materialising all logits.
+
+        Args:
+            idx: (B, T) int64.
+            targets: (B, T) int64, the token after each position; `ignore_index` counts for nothing.
+            ignore_index: See targets.
+
+        Returns:
+            () float32.
+        """
+        x, step = self._trunk(idx)
+        return step.ops.linear_cross_entropy(
+            self._final_norm(x), self.lm_head.weight, targets, ignore_index=ignore_index
+        )
+
+    @torch.no_grad()
+    def attention_weights(self, idx: Tensor) -> Tensor:
+        """Computes the attention weights of every layer, without dropout, by the reference.
+
+        Args:
+            idx: (B, T) int64.
+
+        Returns:
+            (L, B, H, T, T); rows sum to 1.
+
+        Raises:
+            ConfigError: The model has no attention.
+        """
+        if not self.config.attention:
+            raise ConfigError("a model with attention=False has no attention weights")
+        B, T = idx.shape
+        step = Step(reference, 0.0, None)
+        x = self._embed(idx, step)
+        weights = []
+        for block in self.h:
+            qkv = block.qkv(x, step).view(B, T, 3, self.config.n_head, self.config.head_dim)
+            q, k = qkv[:, :, 0].transpose(1, 2), qkv[:, :, 1].transpose(1, 2)  # (B, H, T, D)
+            weights.append(reference.attention_weights(q, k))
+            x = block(x, step)
+        return torch.stack(weights)
+
+    @classmethod
+    def from_course_state_dict(
+        cls, state_dict: Mapping[str, Tensor], n_head: int, backend: Backend = "auto"
+    ) -> "GPT":
+        """Builds the model whose weights have the course's names.
+
+        Args:
+            state_dict: `wpe.weight wte.weight MM.j.* scale1.j.* scale2.j.* scale3.* FFN.j.0.* FFN.j.2.* ln_f.weight`;
+                without `MM` it is the model without attention.
+            n_head: H, which the weights do not tell.
+            backend: See the class.
+
+        Raises:
+            CheckpointError: A weight is missing, left over or of another shape.
+        """
+        for name in ("wpe.weight", "wte.weight"):
+            if name not in state_dict:
+                raise CheckpointError(
+                    f"the course's state dict must have {name!r}, got {sorted(state_dict)[:4]} ..."
+                )
+        block_size, n_embd = state_dict["wpe.weight"].shape
+        config = GPTConfig(
+            block_size=block_size,
+            vocab_size=state_dict["wte.weight"].shape[0],
+            n_layer=sum(
+                name.startswith("FFN.") and name.endswith(".0.weight") for name in state_dict
+            ),
+            n_head=n_head,
+            n_embd=n_embd,
+            attention=any(name.startswith("MM.") for name in state_dict),
+        )
+        model = cls(config, backend)
+        renamed = {_from_course_name(name): weight for name, weight in state_dict.items()}
+        own = model.state_dict()
+        for name in sorted(own.keys() | renamed.keys()):
+            got = tuple(renamed[name].shape) if name in renamed else "nothing"
+            wanted = tuple(own[name].shape) if name in own else "nothing"
+            if got != wanted:
+                raise CheckpointError(
+                    f"the course's weights for {name} must have shape {wanted}, got {got}"
+                )
+        model.load_state_dict(renamed)
+        return model
+
+    def _trunk(self, idx: Tensor) -> tuple[Tensor, Step]:
+        """The blocks' output, (B, T, C), before the final norm."""
+        if idx.dim() != 2 or idx.dtype != torch.int64:
+            raise ValueError(
+                f"idx must be a (B, T) int64 tensor, got {tuple(idx.shape)} of {idx.dtype}"
+            )
+        if idx.shape[1] > self.config.block_size:
+            raise ValueError(
+                f"idx must have at most block_size={self.config.block_size} positions, got {idx.shape[1]}"
+            )
+        dropout_p = self.config.dropout if self.training else 0.0
+        seed = reference.seed_tensor(None) if dropout_p > 0.0 else None
+        step = Step(self._ops(), dropout_p, seed)
+        x = self._embed(idx, step)
+        for block in self.h:
+            x = block(x, step)
+        return x, step
+
+    def _ops(self) -> ModuleType:
+        if self.backend == "auto":
+            weight = self.wte.weight
+            return reference if select.unavailable(weight.device.type, weight.dtype) else ops
+        return ops if self.backend == "fused" else reference
+
+    def _embed(self, idx: Tensor, step: Step) -> Tensor:
+        """Token and position embedding, (B, T, C), in autocast's dtype where that is on."""
+        device = idx.device.type
+        weight = self.wte.weight
+        dtype = (
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        )
+        return step.ops.embedding(
+            idx,
+            weight,
+            self.wpe.weight,
+            padding_idx=self.config.padding_idx,
+            dropout_p=step.dropout_p,
+            seed=step.seed,
+            dtype=dtype,
+        )
+
+    def _final_norm(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            bias = None if self.ln_f.bias is None else self.ln_f.bias.to(x.dtype)
+            return F.layer_norm(
+                x, x.shape[-1:], self.ln_f.weight.to(x.dtype), bias, reference.LAYER_NORM_EPS
+            )
+
+
+def _init_torch(model: GPT) -> None:
+    """As nn.Embedding and nn.Linear initialise themselves, and the attention as nn.MultiheadAttention does."""
+    for block in model.h if model.config.attention else ():
+        nn.init.xavier_uniform_(block.attn.c_attn.weight)
+        for linear in (block.attn.c_attn, block.attn.c_proj):
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+
+def _init_gpt2(model: GPT) -> None:
+    """N(0, 0.02), the projections into the residual stream by 1 / sqrt(2 L) less (Radford et al., 2019)."""
+    for name, param in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(param)
+        elif param.dim() == 2:
+            residual = name.endswith("c_proj.weight")
+            nn.init.normal_(
+                param, std=0.02 / (2 * model.config.n_layer) ** 0.5 if residual else 0.02
+            )
+    if model.config.padding_idx is not None:
+        nn.init.zeros_(model.wte.weight.data[model.config.padding_idx])
+
+
+_COURSE_BLOCK_NAMES = {
+    "MM.in_proj_weight": "attn.c_attn.weight",
+    "MM.in_proj_bias": "attn.c_attn.bias",
+    "MM.out_proj.weight": "attn.c_proj.weight",
+    "MM.out_proj.bias": "attn.c_proj.bias",
+    "scale1.weight": "ln_1.weight",
+    "scale1.bias": "ln_1.bias",
+    "scale2.weight": "ln_2.weight",
+    "scale2.bias": "ln_2.bias",
+    "FFN.0.weight": "mlp.c_fc.weight",
+    "FFN.0.bias": "mlp.c_fc.bias",
+    "FFN.2.weight": "mlp.c_proj.weight",
+    "FFN.2.bias": "mlp.c_proj.bias",
+}
+_COURSE_NAMES = {
+    "ln_f.weight": "lm_head.weight",
+    "scale3.weight": "ln_f.weight",
+    "scale3.bias": "ln_f.bias",
+}
+
+
+def _from_course_name(name: str) -> str:
+    """`MM.0.in_proj_weight` -> `h.0.attn.c_attn.weight`; a name that is not the course's stays."""
+    head, _, rest = name.partition(".")
+    layer, _, tail = rest.partition(".")
+    if layer.isdigit() and f"{head}.{tail}" in _COURSE_BLOCK_NAMES:
+        return f"h.{layer}.{_COURSE_BLOCK_NAMES[f'{head}.{tail}']}"
+    return _COURSE_NAMES.get(name, name)
