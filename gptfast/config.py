@@ -30,7 +30,8 @@ class GPTConfig:
                 raise ConfigError(f"{name} must be a positive whole number, got {value!r}")
         if self.n_embd % self.n_head:
             raise ConfigError(
-                f"n_embd must be divisible by n_head, got n_embd={self.n_embd} and n_head={self.n_head}"
+                f"n_embd must be divisible by n_head, got n_embd={self.n_embd} and"
+                f" n_head={self.n_head}"
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout!r}")

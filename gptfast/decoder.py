@@ -42,7 +42,7 @@ class CachedDecoder:
     def __init__(self, model: GPT, rows: int, dtype: torch.dtype) -> None:
         config, empty = model.config, torch.empty(0)
         params, weights = [model.wte.weight, model.wpe.weight], []
-        for block in model.h:
+        for block in model.blocks:
             if config.attention:
                 params += [
                     block.ln_1.weight,
@@ -76,7 +76,7 @@ class CachedDecoder:
 
 
 class UncachedDecoder:
-    """The whole window through the reference at every step: what the cached decoder is tested against."""
+    """The whole window through the reference at every step: the cached one's specification."""
 
     def __init__(self, model: GPT, rows: int, dtype: torch.dtype) -> None:
         self._model = copy.deepcopy(model).to(dtype).eval()
@@ -98,7 +98,7 @@ class UncachedDecoder:
 
 
 def make_decoder(model: GPT, rows: int, dtype: str | None) -> Decoder:
-    """The cached decoder where the kernels can run and the model's backend allows it, else the uncached one."""
+    """The cached decoder where the kernels can run and the backend allows it, else the other."""
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype must be None or one of {sorted(DTYPES)}, got {dtype!r}")
     weight = model.wte.weight

@@ -1,4 +1,4 @@
-"""Generation for any mix of prompts: a KV-cache inside the window, an exact sliding window past it."""
+"""Generation for any mix of prompts: a KV-cache in the window, an exact sliding window past it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class _Output:
         self.stopped = False
 
     def add(self, token: int, logprob: float) -> None:
-        """Takes the next token. Where it completes a stop, the stop is cut off and `stopped` is set."""
+        """Takes the next token; where it completes a stop, cuts that off and sets `stopped`."""
         self.stopped = token in self._stop_tokens
         if self.stopped:
             return
@@ -69,7 +69,7 @@ class _Output:
             self.logprobs.pop()
 
     def news(self, last: bool) -> str | list[int]:
-        """What is new since the last call, but for an end that may turn out to be the start of a stop."""
+        """What is new since the last call, but for an end that may yet become a stop."""
         shown: str | list[int] = self.tokens if self._tokenizer is None else self.text
         end = len(shown)
         if not (last or self.stopped) and isinstance(shown, str):
@@ -118,7 +118,8 @@ def _request(
     config, stride = model.config, window_stride(overflow)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}: they do not belong together"
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}: they"
+            " do not belong together"
         )
     stops = [] if stop is None else [stop] if isinstance(stop, str | int) else list(stop)
     for each in stops:
@@ -131,7 +132,8 @@ def _request(
         needed = len(tokens) + max(max_new_tokens - 1, 0)
         if overflow == "error" and needed > config.block_size:
             raise DataError(
-                f"prompt {i} has {len(tokens)} tokens and needs a window of {needed} for {max_new_tokens} more,"
+                f"prompt {i} has {len(tokens)} tokens and needs a window of {needed} for"
+                f" {max_new_tokens} more,"
                 f" but block_size is {config.block_size} (overflow='error')"
             )
     sampler = Sampler(len(encoded), temperature=temperature, top_k=top_k, seed=seed)
@@ -172,7 +174,7 @@ def _run(model: GPT, request: _Request, first: int, last: int) -> Iterator[None]
         batch.append(tokens.numpy())
         for row, token, logprob in zip(batch.running, tokens.tolist(), logprobs, strict=True):
             request.outputs[first + row].add(token, logprob)
-        batch.drop([row for row in batch.running if request.outputs[first + row].stopped])
+        batch.drop([int(row) for row in batch.running if request.outputs[first + row].stopped])
         yield
 
 
@@ -200,9 +202,10 @@ def generate(
         top_k: Draw from the k likeliest tokens only (and those that tie with the last of them).
         seed: One int (a prompt's draws then depend on its place in the list), or one per prompt.
         stop: Strings or token ids that end a text; they are not part of the result.
-        overflow: What happens past `block_size` tokens, positions being absolute: "recompute" slides the window by
-            one and computes it again, exactly as without a cache; "stride:K" drops K tokens at a time, which computes
-            less; "stop" ends the text; "error" refuses before any work.
+        overflow: What happens past `block_size` tokens, positions being absolute: "recompute"
+            slides the window by one and computes it again, exactly as without a cache; "stride:K"
+            drops K tokens at a time, which computes less; "stop" ends the text; "error" refuses
+            before any work.
         dtype: "fp32" or "bf16" for weights, activations and cache; the model's own when None.
 
     Returns:
@@ -210,7 +213,8 @@ def generate(
 
     Raises:
         ConfigError: An option is wrong.
-        DataError: A prompt is empty, has an unknown character or token, or does not fit (overflow="error").
+        DataError: A prompt is empty, has an unknown character or token, or does not fit
+            (overflow="error").
         BackendError: `model.backend` is "fused" and the kernels cannot run.
     """
     request = _request(
@@ -242,7 +246,8 @@ def stream(
         **options: Those of `generate`.
 
     Yields:
-        Pieces of text with a tokenizer, else lists of tokens; together they are what `generate` returns.
+        Pieces of text with a tokenizer, else lists of tokens; together they are what `generate`
+        returns.
 
     Raises:
         As `generate`, at the call.

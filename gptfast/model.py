@@ -1,11 +1,12 @@
 """GPT: a pre-norm transformer with learned positions, on the fused kernels or on plain torch.
 
-Letters: B batch, T time, C n_embd, H heads, D head_dim, V vocab_size, L layers. Modules have GPT-2's names.
+Letters: B batch, T time, C n_embd, H heads, D head_dim, V vocab_size, L layers. Modules have
+    GPT-2's names.
 """
 
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        drop = {"dropout_p": step.dropout_p, "seed": step.seed}
+        drop: dict[str, Any] = {"dropout_p": step.dropout_p, "seed": step.seed}
         if hasattr(self, "attn"):
             y = step.ops.causal_attention_packed(
                 self.qkv(x, step), self.attn.n_head, stream=self.stream, **drop
@@ -89,8 +90,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A GPT language model.
 
-    `backend` chooses how it computes: "fused" by the kernels (an error where they cannot run), "reference" by plain
-    torch, "auto" by the kernels where they can run. Dropout masks come from the same counters in both, so equal
+    `backend` chooses how it computes: "fused" by the kernels (an error where they cannot run),
+    "reference" by plain torch, "auto" by the kernels where they can run. Dropout masks come from
+    the same counters in both, so equal
     seeds of torch's default generator give equal results up to rounding.
     """
 
@@ -106,6 +108,11 @@ class GPT(nn.Module):
         _init_torch(self) if config.init == "torch" else _init_gpt2(self)
         if config.tie_weights:
             self.lm_head.weight = self.wte.weight
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The modules of `h`."""
+        return [cast(Block, block) for block in self.h]
 
     @property
     def backend(self) -> Backend:
@@ -173,7 +180,7 @@ class GPT(nn.Module):
         step = Step(reference, 0.0, None)
         x = self._embed(idx, step)
         weights = []
-        for block in self.h:
+        for block in self.blocks:
             qkv = block.qkv(x, step).view(B, T, 3, self.config.n_head, self.config.head_dim)
             q, k = qkv[:, :, 0].transpose(1, 2), qkv[:, :, 1].transpose(1, 2)  # (B, H, T, D)
             weights.append(reference.attention_weights(q, k))
@@ -187,8 +194,8 @@ class GPT(nn.Module):
         """Builds the model whose weights have the course's names.
 
         Args:
-            state_dict: `wpe.weight wte.weight MM.j.* scale1.j.* scale2.j.* scale3.* FFN.j.0.* FFN.j.2.* ln_f.weight`;
-                without `MM` it is the model without attention.
+            state_dict: `wpe.weight wte.weight MM.j.* scale1.j.* scale2.j.* scale3.* FFN.j.0.*
+                FFN.j.2.* ln_f.weight`; without `MM` it is the model without attention.
             n_head: H, which the weights do not tell.
             backend: See the class.
 
@@ -232,13 +239,14 @@ class GPT(nn.Module):
             )
         if idx.shape[1] > self.config.block_size:
             raise ValueError(
-                f"idx must have at most block_size={self.config.block_size} positions, got {idx.shape[1]}"
+                f"idx must have at most block_size={self.config.block_size} positions, got"
+                f" {idx.shape[1]}"
             )
         dropout_p = self.config.dropout if self.training else 0.0
         seed = reference.seed_tensor(None) if dropout_p > 0.0 else None
         step = Step(self._ops(), dropout_p, seed)
         x = self._embed(idx, step)
-        for block in self.h:
+        for block in self.blocks:
             x = block(x, step)
         return x, step
 
@@ -274,8 +282,8 @@ class GPT(nn.Module):
 
 
 def _init_torch(model: GPT) -> None:
-    """As nn.Embedding and nn.Linear initialise themselves, and the attention as nn.MultiheadAttention does."""
-    for block in model.h if model.config.attention else ():
+    """As nn.Embedding, nn.MultiheadAttention and nn.Linear initialise themselves."""
+    for block in model.blocks if model.config.attention else ():
         nn.init.xavier_uniform_(block.attn.c_attn.weight)
         for linear in (block.attn.c_attn, block.attn.c_proj):
             if linear.bias is not None:
@@ -283,7 +291,7 @@ def _init_torch(model: GPT) -> None:
 
 
 def _init_gpt2(model: GPT) -> None:
-    """N(0, 0.02), the projections into the residual stream by 1 / sqrt(2 L) less (Radford et al., 2019)."""
+    """N(0, 0.02); residual projections 1 / sqrt(2 L) of that (Radford et al., 2019)."""
     for name, param in model.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(param)

@@ -1,4 +1,4 @@
-"""From logits to tokens: temperature, top-k, and draws that depend on (seed, sequence, step) alone."""
+"""From logits to tokens: temperature, top-k, draws that depend on (seed, sequence, step) alone."""
 
 from collections.abc import Sequence
 
@@ -14,9 +14,9 @@ SAMPLING_STREAM = WORD  # apart from every dropout's stream
 class Sampler:
     """Chooses the next token of each sequence.
 
-    A draw is a Philox number with key `seed` and counter (step, sequence), so a sequence gets the same draws alone
-    and in any batch. With one seed for all prompts a sequence is its place in the list; with a seed per prompt it
-    is 0.
+    A draw is a Philox number with key `seed` and counter (step, sequence), so a sequence gets the
+    same draws alone and in any batch. With one seed for all prompts a sequence is its place in the
+    list; with a seed per prompt it is 0.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class Sampler:
             (step, self._sequence[sequences], 0, SAMPLING_STREAM), self._keys[sequences]
         )
         uniform = ((high << 21) + (low >> 11)).double() * 2.0**-53  # [0, 1), 53 bits
-        # The first token whose cumulative probability exceeds the draw; one without probability never does.
+        # The first token whose cumulative probability exceeds the draw; one without probability
+        # never does.
         target = uniform[:, None] * cumulative[:, -1:]
         return torch.searchsorted(cumulative, target, right=True).squeeze(-1)

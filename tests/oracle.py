@@ -1,7 +1,7 @@
-"""The error budget: a kernel may err at most 2 times (gradients: 3 times) as much as torch in the same dtype.
+"""The error budget: a kernel errs at most 2 times (gradients: 3) as much as torch in its dtype.
 
-The oracle is the reference in float64. One rounding of the largest value is added to torch's own error, so that a
-case that torch happens to get exactly right does not ask for exactness.
+The oracle is the reference in float64. One rounding of the largest value is added to torch's own
+error, so that a case that torch happens to get exactly right does not ask for exactness.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +18,10 @@ def error(actual: Tensor, oracle: Tensor) -> float:
     return (actual.double() - oracle).abs().max().item() if oracle.numel() else 0.0
 
 
-def assert_budget(name: str, actual: Tensor, torch_own: Tensor, oracle: Tensor, factor: float) -> None:
-    """Asserts shape, dtype and that the error is within `factor` times (torch's error + one rounding)."""
+def assert_budget(
+    name: str, actual: Tensor, torch_own: Tensor, oracle: Tensor, factor: float
+) -> None:
+    """Asserts shape, dtype and an error within `factor` times (torch's error + one rounding)."""
     assert actual.shape == oracle.shape, name
     assert actual.dtype == torch_own.dtype, name
     assert torch.isfinite(actual).all(), name
@@ -27,11 +29,15 @@ def assert_budget(name: str, actual: Tensor, torch_own: Tensor, oracle: Tensor, 
         return
     rounding = torch.finfo(actual.dtype).eps * oracle.abs().max().item()
     budget = factor * (error(torch_own, oracle) + rounding)
-    assert error(actual, oracle) <= budget, f"{name}: error {error(actual, oracle):.3g} > {budget:.3g}"
+    assert error(actual, oracle) <= budget, (
+        f"{name}: error {error(actual, oracle):.3g} > {budget:.3g}"
+    )
 
 
-def run(op: Op, inputs: Sequence[Tensor | None], dtype: torch.dtype, grad: Tensor, **options: Any) -> list[Tensor]:
-    """The op's result and the gradients of all floating inputs, computed in `dtype`, strides preserved."""
+def run(
+    op: Op, inputs: Sequence[Tensor | None], dtype: torch.dtype, grad: Tensor, **options: Any
+) -> list[Tensor]:
+    """The op's result and the gradients of all floating inputs, in `dtype`, strides preserved."""
 
     def leaf(x: Tensor | None) -> Tensor | None:
         if x is None or not x.dtype.is_floating_point:
@@ -52,7 +58,7 @@ def check_op(
     dtype: torch.dtype,
     **options: Any,
 ) -> None:
-    """Holds `fused` and its gradients to the budget; `inputs` are rounded to `dtype` first, for all three."""
+    """Holds `fused` and its gradients to the budget; `inputs` are rounded to `dtype` first."""
     rounded = [x.to(dtype) if x is not None and x.dtype.is_floating_point else x for x in inputs]
     with torch.no_grad():
         shape = fused(*rounded, **options)

@@ -1,4 +1,7 @@
-"""The operations of a GPT: one name each, kernels chosen by torch's dispatcher, `reference` the specification."""
+"""The operations of a GPT: a name each, kernels chosen by torch's dispatcher.
+
+`reference` has the same names in plain torch and is the specification.
+"""
 
 from gptfast.ops import reference
 from gptfast.ops.attention import causal_attention, causal_attention_packed

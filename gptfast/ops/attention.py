@@ -13,41 +13,53 @@ from gptfast.ops.common import check_activation, check_dropout, check_like, defi
 from gptfast.ops.reference import seed_tensor
 
 
-def _fake_attention(q, k, v, scale, dropout_p, seed, stream):  # type: ignore[no-untyped-def]
+def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
     B, H, Tq, D = q.shape
     return q.new_empty(B, Tq, H, D), q.new_empty(B, H, Tq, dtype=torch.float32)
 
 
-def _fake_attention_backward(dout, q, k, v, out, lse, scale, dropout_p, seed, stream):  # type: ignore[no-untyped-def]
+def _fake_attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]) for x in (q, k, v))
 
 
-def _fake_packed(qkv, n_head, dropout_p, seed, stream):  # type: ignore[no-untyped-def]
+def _fake_packed(qkv: Tensor, n_head: int, *_: Any) -> tuple[Tensor, ...]:
     B, T, C3 = qkv.shape
     return qkv.new_empty(B, T, C3 // 3), qkv.new_empty(B, n_head, T, dtype=torch.float32)
 
 
-def _fake_packed_backward(dout, qkv, n_head, out, lse, dropout_p, seed, stream):  # type: ignore[no-untyped-def]
+def _fake_packed_backward(dout: Tensor, qkv: Tensor, *_: Any) -> Tensor:
     return qkv.new_empty(qkv.shape)
 
 
 _attention = define(
-    "attention(Tensor q, Tensor k, Tensor v, float scale, float dropout_p, Tensor? seed, int stream)"
-    " -> (Tensor out, Tensor lse)",
+    """
+    attention(Tensor q, Tensor k, Tensor v, float scale, float dropout_p, Tensor? seed, int stream)
+        -> (Tensor out, Tensor lse)
+    """,
     _fake_attention,
 )
 _attention_backward = define(
-    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale,"
-    " float dropout_p, Tensor? seed, int stream) -> (Tensor dq, Tensor dk, Tensor dv)",
+    """
+    attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+        float scale, float dropout_p, Tensor? seed, int stream)
+        -> (Tensor dq, Tensor dk, Tensor dv)
+    """,
     _fake_attention_backward,
 )
 _attention_packed = define(
-    "attention_packed(Tensor qkv, int n_head, float dropout_p, Tensor? seed, int stream) -> (Tensor out, Tensor lse)",
+    """
+    attention_packed(Tensor qkv, int n_head, float dropout_p, Tensor? seed, int stream)
+        -> (Tensor out, Tensor lse)
+    """,
     _fake_packed,
 )
 _attention_packed_backward = define(
-    "attention_packed_backward(Tensor dout, Tensor qkv, int n_head, Tensor out, Tensor lse, float dropout_p,"
-    " Tensor? seed, int stream) -> Tensor dqkv",
+    """
+    attention_packed_backward(Tensor dout, Tensor qkv, int n_head, Tensor out, Tensor lse,
+        float dropout_p, Tensor? seed, int stream) -> Tensor dqkv
+    """,
     _fake_packed_backward,
 )
 
@@ -64,7 +76,8 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (dout,) = grads
         q, k, v, out, lse, seed = ctx.saved_tensors
         scale, dropout_p, stream = ctx.options
         grads = _attention_backward(dout, q, k, v, out, lse, scale, dropout_p, seed, stream)
@@ -81,7 +94,8 @@ class _AttentionPacked(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (dout,) = grads
         qkv, out, lse, seed = ctx.saved_tensors
         n_head, dropout_p, stream = ctx.options
         dqkv = _attention_packed_backward(dout, qkv, n_head, out, lse, dropout_p, seed, stream)
@@ -100,15 +114,18 @@ def causal_attention(
 ) -> Tensor:
     """Computes dropout(softmax(scale q k' + causal mask)) v without the (Tq, Tk) matrix in memory.
 
-    The mask is aligned bottom-right: query i sees the keys up to i + Tk - Tq; where that is none, the result is 0.
-    Online softmax in blocks (FlashAttention-2, arXiv:2307.08691), statistics and sums in float32.
+    The mask is aligned bottom-right: query i sees the keys up to i + Tk - Tq; where that is none,
+    the result is 0. Online softmax in blocks (FlashAttention-2, arXiv:2307.08691), statistics and
+    sums in float32.
 
     Args:
-        q: (B, H, Tq, D), float32 or bfloat16, any strides (the last one is copied to 1 where it is not).
+        q: (B, H, Tq, D), float32 or bfloat16, any strides (the last one is copied to 1 where it is
+            not).
         k: (B, H, Tk, D), like q.
         v: (B, H, Tk, D), like q.
         dropout_p: Probability, in [0, 1], of an attention weight to be dropped.
-        seed: Key of the dropout mask, () int64 or an int; drawn from torch's default generator when None.
+        seed: Key of the dropout mask, () int64 or an int; drawn from torch's default generator when
+            None.
         stream: Number of this dropout among those that share the seed.
         scale: Factor of the scores; 1 / sqrt(D) when None.
 
@@ -151,7 +168,8 @@ def causal_attention_packed(
     check_activation("causal_attention_packed", "qkv", qkv, 3)
     if n_head < 1 or qkv.shape[2] % (3 * n_head):
         raise ValueError(
-            f"causal_attention_packed: qkv must have 3 C columns with C divisible by n_head={n_head},"
+            f"causal_attention_packed: qkv must have 3 C columns with C divisible by"
+            f" n_head={n_head},"
             f" got shape {tuple(qkv.shape)}"
         )
     check_dropout("causal_attention_packed", dropout_p)

@@ -12,18 +12,18 @@ LIBRARY = torch.library.Library("gptfast", "DEF")
 
 
 def define(schema: str, fake: Callable[..., Any]) -> Any:
-    """Defines gptfast::<schema> with the function that gives its results' shapes; returns the operator.
+    """Defines gptfast::<schema> with the function for its results' shapes; returns the operator.
 
     Kernels are added elsewhere: by the compiled extension for the CPU.
     """
-    name = schema.partition("(")[0]
-    LIBRARY.define(schema)
+    name = schema.partition("(")[0].strip()
+    LIBRARY.define(" ".join(schema.split()))
     torch.library.register_fake(f"gptfast::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.gptfast, name).default
 
 
 def check_activation(op: str, name: str, x: Tensor, dims: int | None = None) -> None:
-    """Checks that `x` is a tensor that the fused kernels take, with `dims` dimensions where that is given."""
+    """Checks that `x` is what the fused kernels take, with `dims` dimensions where given."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
     if not x.dtype.is_floating_point:

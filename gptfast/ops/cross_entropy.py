@@ -11,14 +11,18 @@ from torch import Tensor
 from gptfast.ops.common import check_activation, check_indices, check_param, define
 
 
-def _fake(x, weight, targets, ignore_index, with_grad):  # type: ignore[no-untyped-def]
+def _fake(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, with_grad: bool
+) -> tuple[Tensor, ...]:
     dx, dweight = (t.new_empty(t.shape if with_grad else (0,)) for t in (x, weight))
     return x.new_empty((), dtype=torch.float32), dx, dweight
 
 
 _linear_cross_entropy = define(
-    "linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool with_grad)"
-    " -> (Tensor loss, Tensor dx, Tensor dweight)",
+    """
+    linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool with_grad)
+        -> (Tensor loss, Tensor dx, Tensor dweight)
+    """,
     _fake,
 )
 
@@ -33,7 +37,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (dloss,) = grads
         dx, dweight = ctx.saved_tensors
         return None, dx * dloss.to(dx.dtype), dweight * dloss.to(dweight.dtype), None, None
 
@@ -41,7 +46,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100
 ) -> Tensor:
-    """Computes the mean of -log softmax(x weight')[target] over the targets that are not `ignore_index`.
+    """Computes the mean of -log softmax(x weight')[target], `ignore_index` left out.
 
     The gradients of x and weight are made in the same pass. The mean over no target at all is 0.
 

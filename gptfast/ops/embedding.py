@@ -12,22 +12,29 @@ from gptfast.ops.common import check_activation, check_dropout, check_indices, c
 from gptfast.ops.reference import seed_tensor
 
 
-def _fake_embedding(idx, wte, wpe, dropout_p, seed, stream, dtype):  # type: ignore[no-untyped-def]
+def _fake_embedding(idx: Tensor, wte: Tensor, *args: Any) -> Tensor:
+    *_, dtype = args
     return wte.new_empty(*idx.shape, wte.shape[1], dtype=dtype)
 
 
-def _fake_embedding_backward(dy, idx, wte, wpe, padding_idx, dropout_p, seed, stream):  # type: ignore[no-untyped-def]
+def _fake_embedding_backward(
+    dy: Tensor, idx: Tensor, wte: Tensor, wpe: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
     return wte.new_empty(wte.shape), wpe.new_empty(wpe.shape)
 
 
 _embedding = define(
-    "embedding(Tensor idx, Tensor wte, Tensor wpe, float dropout_p, Tensor? seed, int stream, ScalarType dtype)"
-    " -> Tensor",
+    """
+    embedding(Tensor idx, Tensor wte, Tensor wpe, float dropout_p, Tensor? seed, int stream,
+        ScalarType dtype) -> Tensor
+    """,
     _fake_embedding,
 )
 _embedding_backward = define(
-    "embedding_backward(Tensor dy, Tensor idx, Tensor wte, Tensor wpe, int padding_idx, float dropout_p,"
-    " Tensor? seed, int stream) -> (Tensor dwte, Tensor dwpe)",
+    """
+    embedding_backward(Tensor dy, Tensor idx, Tensor wte, Tensor wpe, int padding_idx,
+        float dropout_p, Tensor? seed, int stream) -> (Tensor dwte, Tensor dwpe)
+    """,
     _fake_embedding_backward,
 )
 
@@ -43,7 +50,8 @@ class _Embedding(torch.autograd.Function):
         return _embedding(idx, wte, wpe, dropout_p, seed, stream, dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (dy,) = grads
         idx, wte, wpe, seed = ctx.saved_tensors
         padding_idx, dropout_p, stream = ctx.options
         grads = _embedding_backward(dy, idx, wte, wpe, padding_idx, dropout_p, seed, stream)
@@ -69,7 +77,8 @@ def embedding(
         wpe: (block_size, C), float32 or wte's dtype.
         padding_idx: The row of wte that gets no gradient.
         dropout_p: Probability, in [0, 1], of an element to be dropped.
-        seed: Key of the dropout mask, () int64 or an int; drawn from torch's default generator when None.
+        seed: Key of the dropout mask, () int64 or an int; drawn from torch's default generator when
+            None.
         stream: Number of this dropout among those that share the seed.
         dtype: The result's dtype, float32 or bfloat16; wte's when None.
 

@@ -13,27 +13,36 @@ from gptfast.ops.linear import absent_to_none, fake_grad
 from gptfast.ops.reference import seed_tensor
 
 
-def _fake_ffn(x, norm_weight, norm_bias, w1, b1, w2, b2, gelu, dropout_p, seed, stream, keep):  # type: ignore[no-untyped-def]
+def _fake_ffn(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    *_, keep = args
     rows = x.numel() // x.shape[-1] if keep else 0
     moments = [x.new_empty(rows, dtype=torch.float32) for _ in range(2)]
     return x.new_empty(x.shape), *moments, x.new_empty(rows, w1.shape[0])
 
 
-def _fake_ffn_backward(dy, x, norm_weight, norm_bias, w1, b1, w2, b2, *kept):  # type: ignore[no-untyped-def]
-    grads = (fake_grad(param, x) for param in (norm_weight, norm_bias, w1, b1, w2, b2))
+def _fake_ffn_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    grads = (fake_grad(param, x) for param in args[:6])
     return x.new_empty(x.shape), *grads
 
 
-_PARAMS = "Tensor norm_weight, Tensor? norm_bias, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2"
 _ffn = define(
-    f"ffn(Tensor x, {_PARAMS}, str gelu, float dropout_p, Tensor? seed, int stream, bool keep)"
-    " -> (Tensor y, Tensor mean, Tensor rstd, Tensor hidden)",
+    """
+    ffn(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor w1, Tensor? b1, Tensor w2,
+        Tensor? b2, str gelu, float dropout_p, Tensor? seed, int stream, bool keep)
+        -> (Tensor y, Tensor mean, Tensor rstd, Tensor hidden)
+    """,
     _fake_ffn,
 )
 _ffn_backward = define(
-    f"ffn_backward(Tensor dy, Tensor x, {_PARAMS}, Tensor mean, Tensor rstd, Tensor hidden, str gelu,"
-    " float dropout_p, Tensor? seed, int stream) -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias,"
-    " Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
+    """
+    ffn_backward(Tensor dy, Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor w1, Tensor? b1,
+        Tensor w2, Tensor? b2, Tensor mean, Tensor rstd, Tensor hidden, str gelu, float dropout_p,
+        Tensor? seed, int stream)
+        -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dw1, Tensor db1, Tensor dw2,
+            Tensor db2)
+    """,
     _fake_ffn_backward,
 )
 
@@ -49,7 +58,8 @@ class _Ffn(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (dy,) = grads
         x, *params, mean, rstd, hidden, seed = ctx.saved_tensors
         gelu, dropout_p, stream = ctx.options
         dx, *grads = _ffn_backward(
@@ -76,7 +86,8 @@ def layer_norm_ffn(
 
     Args:
         x: (..., C), float32 or bfloat16.
-        ln_w: (C,), float32 or x's dtype, as are all parameters; gradients have the parameter's dtype.
+        ln_w: (C,), float32 or x's dtype, as are all parameters; gradients have the parameter's
+            dtype.
         ln_b: (C,) or None.
         w1: (F, C).
         b1: (F,) or None.
@@ -84,7 +95,8 @@ def layer_norm_ffn(
         b2: (C,) or None.
         gelu: "erf" or "tanh" (Hendrycks and Gimpel, arXiv:1606.08415).
         dropout_p: Probability, in [0, 1], of an output of the second layer to be dropped.
-        seed: Key of the dropout mask, () int64 or an int; drawn from torch's default generator when None.
+        seed: Key of the dropout mask, () int64 or an int; drawn from torch's default generator when
+            None.
         stream: Number of this dropout among those that share the seed.
 
     Returns:

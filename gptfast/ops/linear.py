@@ -1,4 +1,4 @@
-"""Linear layers with LayerNorm before them or a residual after them, in one pass over the activations.
+"""Linear layers with LayerNorm before or a residual after, in one pass over the activations.
 
 Letters: M rows of an activation (all leading dimensions), K its columns, N columns of the result.
 """
@@ -14,7 +14,7 @@ from gptfast.ops.common import check_activation, check_like, check_param, define
 def absent_to_none(
     grads: tuple[Tensor, ...], params: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of the parameters that exist; an operator returns an empty tensor for the others."""
+    """The gradients of the parameters that exist; operators return an empty tensor for others."""
     return tuple(None if param is None else grad for grad, param in zip(grads, params, strict=True))
 
 
@@ -23,26 +23,33 @@ def fake_grad(param: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0, dtype=torch.float32) if param is None else param.new_empty(param.shape)
 
 
-def _fake_linear(x, norm_weight, norm_bias, weight, bias, residual):  # type: ignore[no-untyped-def]
+def _fake_linear(
+    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
     rows = 0 if norm_weight is None else x.numel() // x.shape[-1]
     moments = [x.new_empty(rows, dtype=torch.float32) for _ in range(2)]
     return x.new_empty(*x.shape[:-1], weight.shape[0]), *moments
 
 
-def _fake_linear_backward(dy, x, norm_weight, norm_bias, mean, rstd, weight, bias):  # type: ignore[no-untyped-def]
+def _fake_linear_backward(dy: Tensor, x: Tensor, *args: Tensor | None) -> tuple[Tensor, ...]:
+    norm_weight, norm_bias, _, _, weight, bias = args
     grads = (fake_grad(param, x) for param in (norm_weight, norm_bias, weight, bias))
     return x.new_empty(x.shape), *grads
 
 
 _linear = define(
-    "linear(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias, Tensor? residual)"
-    " -> (Tensor y, Tensor mean, Tensor rstd)",
+    """
+    linear(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias,
+        Tensor? residual) -> (Tensor y, Tensor mean, Tensor rstd)
+    """,
     _fake_linear,
 )
 _linear_backward = define(
-    "linear_backward(Tensor dy, Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor mean, Tensor rstd,"
-    " Tensor weight, Tensor? bias)"
-    " -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dweight, Tensor dbias)",
+    """
+    linear_backward(Tensor dy, Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor mean,
+        Tensor rstd, Tensor weight, Tensor? bias)
+        -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dweight, Tensor dbias)
+    """,
     _fake_linear_backward,
 )
 
@@ -57,7 +64,8 @@ class _Linear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (dy,) = grads
         x, norm_weight, norm_bias, mean, rstd, weight, bias = ctx.saved_tensors
         dx, *grads = _linear_backward(dy, x, norm_weight, norm_bias, mean, rstd, weight, bias)
         params = absent_to_none(tuple(grads), (norm_weight, norm_bias, weight, bias))
@@ -67,11 +75,12 @@ class _Linear(torch.autograd.Function):
 def layer_norm_linear(
     x: Tensor, ln_w: Tensor, ln_b: Tensor | None, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """Computes LayerNorm(x) weight' + bias; eps is 1e-5, the statistics float32, the variance two-pass.
+    """Computes LayerNorm(x) weight' + bias; eps 1e-5, statistics in float32, variance two-pass.
 
     Args:
         x: (..., K), float32 or bfloat16.
-        ln_w: (K,), float32 or x's dtype, as are all parameters; gradients have the parameter's dtype.
+        ln_w: (K,), float32 or x's dtype, as are all parameters; gradients have the parameter's
+            dtype.
         ln_b: (K,) or None.
         weight: (N, K), as nn.Linear keeps it.
         bias: (N,) or None.

@@ -1,6 +1,7 @@
 """Every operation in plain torch: the specification that the kernels are tested and timed against.
 
-Letters: B batch, T time, C n_embd, H heads, D head_dim, F 4C, V vocab_size. Maths is done in float32 for bfloat16
+Letters: B batch, T time, C n_embd, H heads, D head_dim, F 4C, V vocab_size. Maths is done in
+    float32 for bfloat16
 inputs and in the inputs' dtype otherwise (float64 serves as the oracle), whatever autocast says.
 """
 
@@ -26,7 +27,7 @@ def seed_tensor(seed: int | Tensor | None) -> Tensor:
 
 
 def philox(counter: tuple[Tensor | int, ...], seed: Tensor) -> tuple[Tensor, ...]:
-    """Four 32-bit words (as int64) of Philox-4x32-10 (Salmon et al., SC 2011), elementwise over the counters."""
+    """Four 32-bit words (as int64) of Philox-4x32-10 (Salmon et al., SC 2011) per counter."""
     x0, x1, x2, x3 = torch.broadcast_tensors(*(torch.as_tensor(word) for word in counter))
     k0, k1 = seed & WORD, seed >> 32 & WORD
     for _ in range(10):
@@ -42,8 +43,8 @@ def dropout_factors(
 ) -> Tensor:
     """The factors, 0 or 1 / (1 - p), of (matrices, rows, columns) elements, float64.
 
-    Element (i, j) of matrix n takes 16 bits of the block with counter (j, i // 8, n, stream): half i % 2 of word
-    (i % 8) // 2. It is dropped where they are below round(65536 p).
+    Element (i, j) of matrix n takes 16 bits of the block with counter (j, i // 8, n, stream): half
+    i % 2 of word (i % 8) // 2. It is dropped where they are below round(65536 p).
     """
     i, j = torch.arange((rows + 7) // 8), torch.arange(columns)
     words = philox((j, i[:, None], torch.arange(matrices)[:, None, None], stream), seed.cpu())
@@ -186,7 +187,8 @@ def embedding(
     """See `gptfast.ops.embedding`."""
     if idx.numel() and not (0 <= int(idx.min()) and int(idx.max()) < wte.shape[0]):
         raise ValueError(
-            f"embedding: idx must be in [0, {wte.shape[0]}), got {int(idx.min())} to {int(idx.max())}"
+            f"embedding: idx must be in [0, {wte.shape[0]}), got {int(idx.min())} to"
+            f" {int(idx.max())}"
         )
     with torch.autocast(idx.device.type, enabled=False):
         x = F.embedding(idx, wte, padding_idx) + wpe[: idx.shape[-1]]

@@ -45,5 +45,6 @@ def require_fused(op: str, device: str, dtype: torch.dtype) -> None:
     reasons = unavailable(device, dtype)
     if reasons:
         raise BackendError(
-            f"{op}: the fused kernels cannot run: {'; '.join(reasons)}; gptfast.ops.reference.{op} can"
+            f"{op}: the fused kernels cannot run: {'; '.join(reasons)};"
+            f" gptfast.ops.reference.{op} can"
         )
