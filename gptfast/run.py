@@ -1,0 +1,240 @@
+"""The directory of a training run, and the state from which an interrupted run goes on.
+
+It holds the last checkpoint (`model.safetensors` and `config.json`: what `gptfast.load` reads),
+`history.jsonl` with one JSON object per evaluation, and `training_state.pt`. The last has all that
+is needed to go on, weights and history included, and is replaced in one step: a crash between two
+files never mixes the parts of two moments.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptfast import checkpoint
+from gptfast.errors import CheckpointError, ConfigError
+from gptfast.model import GPT
+from gptfast.presets import TrainConfig
+from gptfast.tokenizer import CharTokenizer
+
+HISTORY_NAME = "history.jsonl"
+STATE_NAME = "training_state.pt"
+FILES = (STATE_NAME, HISTORY_NAME, checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME)
+FORMAT = "gptfast-training-state"
+VERSION = 1
+
+# May differ when a run goes on: how long it lasts and what it shows, not what it computes.
+FREE_FIELDS = ("steps", "epochs", "eval_every", "eval_tokens", "threads")
+
+Row = dict[str, Any]
+
+
+@dataclass
+class RunState:
+    """Where a run is."""
+
+    step: int = 0
+    seconds: float = 0.0  # of training; evaluations and saves are not counted
+    loss_sum: float = 0.0  # since the last evaluation, as are the next three
+    loss_steps: int = 0
+    row_tokens: int = 0
+    row_seconds: float = 0.0
+    history: list[Row] = field(default_factory=list)
+
+    def count(self, loss: float, tokens: int, seconds: float) -> None:
+        """Counts one more step."""
+        self.step += 1
+        self.loss_sum += loss
+        self.loss_steps += 1
+        self.row_tokens += tokens
+        self.row_seconds += seconds
+        self.seconds += seconds
+
+    def end_row(self, row: Row) -> None:
+        """Adds a row to the history and starts the sums of the next one."""
+        self.history.append(row)
+        self.loss_sum, self.loss_steps, self.row_tokens, self.row_seconds = 0.0, 0, 0, 0.0
+
+
+def check(out: str | Path | None, resume: bool = False, overwrite: bool = False) -> None:
+    """Checks, without changing anything, that a run may be written to `out`.
+
+    Args:
+        out: the run's directory; None for a run that is not written.
+        resume: the run in there is to go on.
+        overwrite: the run in there, if any, is to be replaced.
+
+    Raises:
+        ConfigError: it holds a run and neither is asked for, or it holds none to resume.
+        CheckpointError: it cannot be written to.
+    """
+    if resume and overwrite:
+        raise ConfigError("a run can be resumed or overwritten, not both")
+    if out is None:
+        if resume:
+            raise ConfigError("resuming needs the directory of the run (out)")
+        return
+    path = Path(out)
+    existing = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+    if not existing.is_dir():
+        raise CheckpointError(
+            f"{path}: a run cannot be written there, {existing} is not a directory"
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{path}: a run cannot be written there, no permission in {existing}")
+    if resume and not (path / STATE_NAME).is_file():
+        raise ConfigError(f"{path}: there is no run to resume, it has no {STATE_NAME}")
+    if not (resume or overwrite) and any((path / name).exists() for name in FILES):
+        raise ConfigError(
+            f"{path} already holds a run: choose another directory, or say resume or overwrite"
+        )
+
+
+class RunDirectory:
+    """Writes a run to its directory; with `path` None it writes nothing."""
+
+    def __init__(self, path: str | Path | None) -> None:
+        self.path = None if path is None else Path(path)
+
+    def start(self, history: list[Row], resume: bool) -> None:
+        """Makes the directory and writes the history so far.
+
+        Args:
+            history: rows of the run's earlier part.
+            resume: keep the files of the run that is there; otherwise they are removed.
+
+        Raises:
+            CheckpointError: the directory cannot be written to.
+        """
+        if self.path is None:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not resume:
+                for name in FILES:
+                    (self.path / name).unlink(missing_ok=True)
+            lines = "".join(_line(row) for row in history)
+            (self.path / HISTORY_NAME).write_text(lines, encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}: a run cannot be written there ({error.strerror or error})"
+            ) from error
+
+    def append(self, row: Row) -> None:
+        """Adds a row to the history. Raises CheckpointError where it cannot be written."""
+        if self.path is None:
+            return
+        file = self.path / HISTORY_NAME
+        try:
+            with open(file, "a", encoding="utf-8") as opened:
+                opened.write(_line(row))
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be written ({error.strerror})") from error
+
+    def save(
+        self,
+        model: GPT,
+        tokenizer: CharTokenizer | None,
+        config: TrainConfig,
+        state: RunState,
+        resumable: dict[str, Any],
+        extra: dict[str, Any],
+    ) -> None:
+        """Replaces the checkpoint and the training state by those of this moment.
+
+        Args:
+            model: the model.
+            tokenizer: stored in the checkpoint.
+            config: how the run trains.
+            state: where it is.
+            resumable: what else `load` is to give back, the states of optimizer and generators.
+            extra: JSON-able, stored in the checkpoint.
+
+        Raises:
+            CheckpointError: a file cannot be written; the one that was there before is kept.
+        """
+        if self.path is None:
+            return
+        checkpoint.save(model, tokenizer, self.path, extra=extra)
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": model.config.to_dict(),
+            "train": asdict(config),
+            "weights": model.state_dict(),
+            "state": asdict(state),
+            "resumable": resumable,
+        }
+        file, aside = self.path / STATE_NAME, self.path / f"{STATE_NAME}.tmp"
+        try:
+            with open(aside, "wb") as opened:
+                torch.save(content, opened)
+                opened.flush()
+                os.fsync(opened.fileno())
+            os.replace(aside, file)
+        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into the latter
+            aside.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"{file}: cannot be written ({getattr(error, 'strerror', None) or error}); "
+                "one that was there before is kept"
+            ) from error
+
+    def load(self, model: GPT, config: TrainConfig) -> tuple[RunState, dict[str, Any]]:
+        """Reads what `save` wrote and gives the model its weights.
+
+        Args:
+            model: of the run's shape.
+            config: as the run's, but for FREE_FIELDS.
+
+        Returns:
+            where the run is, and what `save` was given as `resumable`.
+
+        Raises:
+            CheckpointError: the file is damaged, foreign or of another version.
+            ConfigError: the run was started with another model or another training.
+        """
+        assert self.path is not None  # `check` refuses to resume without a directory
+        file = self.path / STATE_NAME
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(
+                f"{file}: the file is damaged or unreadable ({reason})"
+            ) from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise CheckpointError(f"{file}: not a training state of gptfast")
+        if content["version"] != VERSION:
+            raise CheckpointError(f"{file}: expected version {VERSION}, got {content['version']!r}")
+        _check_same(self.path, content["model"], model.config.to_dict())
+        _check_same(self.path, content["train"], asdict(config))
+        model.load_state_dict(content["weights"])
+        return RunState(**content["state"]), content["resumable"]
+
+
+def fingerprint(*parts: torch.Tensor | None) -> str:
+    """The sha256 of token sequences, by which a resumed run knows its text again."""
+    sha = hashlib.sha256()
+    for part in parts:
+        tokens = b"" if part is None else part.cpu().numpy().tobytes()
+        sha.update(len(tokens).to_bytes(8, "little") + tokens)
+    return sha.hexdigest()
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def _check_same(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name, value in wanted.items():
+        other_way = name in ("steps", "epochs") and (value is None) != (saved.get(name) is None)
+        if saved.get(name) != value and (name not in FREE_FIELDS or other_way):
+            raise ConfigError(
+                f"{path}: the run was started with {name}={saved.get(name)!r} "
+                f"and cannot go on with {name}={value!r}"
+            )
