@@ -190,7 +190,10 @@ def test_install_without_the_extension_runs_the_reference(tree):
     assert build_record(tree)["reason"] == "installed with GPTFAST_BUILD_EXT=0"
     assert not stale.exists()
 
+    # The finder of an editable install would find the extension of this tree for the copy, too.
     code = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in finder.__module__]
 import torch, gptfast
 from gptfast.info import info
 model = gptfast.GPT(gptfast.GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=2, n_embd=16))
