@@ -270,7 +270,7 @@ class _Loop:
 
     def go(self, interrupted: Callable[[], bool], report: terminal.Report) -> None:
         """Runs to the end, or to the step in which an interrupt came."""
-        state, reported = self.state, 0.0
+        state, reported, saved = self.state, 0.0, False
         batches = self._batches()
         while state.step < self.total and not interrupted():
             start = time.perf_counter()
@@ -278,16 +278,18 @@ class _Loop:
             loss = self.trainer.step(x, y).item()
             now = time.perf_counter()
             state.count(loss, y.numel(), now - start)
+            saved = False
             if not math.isfinite(loss):
                 raise self._not_finite(f"the loss became {loss}")
             if state.step == self.total or state.step % self.eval_every == 0:
                 report(self._evaluate())
                 self.save()
-            elif interrupted():
-                self.save()
+                saved = True
             elif now - reported > 1 / REPORTS_PER_SECOND:
                 report(None)
                 reported = now
+        if not saved:
+            self.save()
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches from the state's step on, without an end."""

@@ -1,0 +1,168 @@
+"""Pictures of training runs. Needs matplotlib, the extra `plot`."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gptfast.errors import ConfigError, DataError
+from gptfast.run import HISTORY_NAME, Row
+
+Run = str | Path | Sequence[Row]
+
+SUFFIXES = (".png", ".svg", ".pdf")
+# Told apart by colour-blind readers too (Okabe and Ito, "Color Universal Design", 2008).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+GREY = "#555555"
+
+
+def plot_history(
+    runs: Run | Sequence[str | Path] | Mapping[str, Run],
+    path: str | Path,
+    *,
+    title: str | None = None,
+) -> Path:
+    """Draws the loss over the training steps: held-out solid, training dashed, a colour per run.
+
+    A training loss is the mean over the steps since the evaluation before, with dropout on; it is
+    drawn in the middle of those steps.
+
+    Args:
+        runs: one run, or several to compare. A run is its directory, its `history.jsonl`, or its
+            history (rows with `step`, `train_loss`, `val_loss`); a mapping gives runs names.
+        path: the picture, PNG, SVG or PDF by its suffix; its directory is made if missing.
+        title: above the picture.
+
+    Returns:
+        The path of the picture.
+
+    Raises:
+        ConfigError: an unknown suffix, no runs or too many to tell apart, or matplotlib is missing.
+        DataError: a run without a history, or one that cannot be read.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise ConfigError(f"{path}: a picture's name must end in {', '.join(SUFFIXES)}")
+    histories = _histories(runs)
+    if not 1 <= len(histories) <= len(COLOURS):
+        raise ConfigError(f"a picture shows 1 to {len(COLOURS)} runs, got {len(histories)}")
+    figure = _draw(histories, title)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
+    return path
+
+
+def read_history(path: str | Path) -> list[Row]:
+    """Reads the history of a run.
+
+    Args:
+        path: the run's directory, or its `history.jsonl`.
+
+    Returns:
+        One row per evaluation, see `Trainer.fit`.
+
+    Raises:
+        DataError: the file is missing, or is not a history.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / HISTORY_NAME
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise DataError(f"{file}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read ({error})") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or "step" not in row or "train_loss" not in row:
+            raise DataError(f"{file}: line {number} is not a row of a history")
+        rows.append(row)
+    return rows
+
+
+def _histories(runs: Any) -> dict[str, list[Row]]:
+    if isinstance(runs, Mapping):
+        named = dict(runs)
+    elif isinstance(runs, str | Path):
+        named = {_name(runs): runs}
+    elif runs and all(isinstance(run, str | Path) for run in runs):
+        named = {_name(run): run for run in runs}
+        if len(named) < len(runs):  # equal last parts: only whole paths tell them apart
+            named = {str(run): run for run in runs}
+    else:
+        named = {"": runs}
+    histories = {}
+    for name, run in named.items():
+        rows = read_history(run) if isinstance(run, str | Path) else list(run)
+        if not rows:
+            raise DataError(f"{name or 'the run'}: its history is empty")
+        histories[name] = rows
+    return histories
+
+
+def _name(run: str | Path) -> str:
+    path = Path(run)
+    return path.parent.absolute().name if path.name == HISTORY_NAME else path.absolute().name
+
+
+def _draw(histories: Mapping[str, list[Row]], title: str | None) -> Any:
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+    except ImportError:
+        raise ConfigError("pictures need matplotlib: pip install 'gptfast-kernels[plot]'") from None
+    # A Figure of its own, without pyplot: no window, no backend, no global state.
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for colour, (name, rows) in zip(COLOURS, histories.items(), strict=False):
+        prefix = f"{name}, " if len(histories) > 1 else ""
+        size = 4.0 if len(rows) <= 40 else 0.0
+        steps = [row["step"] for row in rows]
+        held_out = [
+            (row["step"], row["val_loss"]) for row in rows if row.get("val_loss") is not None
+        ]
+        if held_out:
+            axes.plot(
+                *zip(*held_out, strict=True),
+                label=f"{prefix}held-out",
+                color=colour,
+                linewidth=1.8,
+                marker="o",
+                markersize=size,
+            )
+        # A training loss is a mean since the row before: it belongs to the middle of those steps.
+        middles = [(a + b) / 2 for a, b in zip([0, *steps], steps, strict=False)]
+        axes.plot(
+            middles,
+            [row["train_loss"] for row in rows],
+            label=f"{prefix}training",
+            color=colour if len(histories) > 1 else COLOURS[1],
+            linewidth=1.2,
+            linestyle=(0, (4, 2)),
+            marker="o",
+            markersize=0.6 * size,
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.grid(axis="y", color="#dddddd", linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("bottom", "left"):
+        axes.spines[side].set_color(GREY)
+    axes.tick_params(colors=GREY)
+    axes.legend(frameon=False)
+    if title:
+        axes.set_title(title, loc="left")
+    return figure

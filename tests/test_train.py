@@ -1,0 +1,545 @@
+"""Training: configs and presets, one step, evaluation, whole runs, interrupts, resuming, errors."""
+
+import errno
+import json
+import math
+import os
+import random
+import signal
+
+import pytest
+import torch
+
+from gptfast import checkpoint, data, run
+from gptfast.config import GPTConfig
+from gptfast.errors import CheckpointError, ConfigError, DataError
+from gptfast.model import GPT
+from gptfast.ops import select
+from gptfast.presets import PRESETS, Preset, TrainConfig, preset
+from gptfast.tokenizer import CharTokenizer
+from gptfast.train import Trainer, TrainError, evaluate, held_out, split, train
+
+TEXT = data.abc_corpus()[:1200]
+TINY = Preset(
+    name="tiny",
+    model=lambda vocab_size: GPTConfig(
+        block_size=8, vocab_size=vocab_size, n_layer=1, n_head=2, n_embd=16
+    ),
+    train=TrainConfig(lr=1e-2, batch_size=8, steps=12, eval_every=4),
+)
+EPOCHS = {"epochs": 2, "batch_size": 256, "eval_every": 3}  # 5 batches an epoch
+FUSED = pytest.mark.skipif(
+    bool(select.unavailable("cpu", torch.float32)), reason="the compiled extension is not there"
+)
+
+
+@pytest.fixture
+def ctrl_c(monkeypatch):
+    """A function that sets in which steps Ctrl-C is pressed; restores the handler."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    step = Trainer.step
+
+    def press_in(*numbers):
+        done = []
+
+        def step_and_press(self, idx, targets):
+            done.append(1)
+            loss = step(self, idx, targets)
+            if len(done) in numbers:
+                signal.raise_signal(signal.SIGINT)
+            return loss
+
+        monkeypatch.setattr(Trainer, "step", step_and_press)
+
+    yield press_in
+    signal.signal(signal.SIGINT, before)
+
+
+def quick(out=None, chosen=TINY, **options):
+    return train(chosen, out, **{"text": TEXT, "progress": False} | options)
+
+
+def losses(history):
+    return [(row["step"], row["epoch"], row["train_loss"], row["val_loss"]) for row in history]
+
+
+def rows_in(path):
+    return [json.loads(line) for line in (path / run.HISTORY_NAME).read_text().splitlines()]
+
+
+def assert_same_weights(a, b):
+    for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        assert torch.equal(x, y), name
+
+
+def make_model(seed=0, **options):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(**dict(block_size=8, vocab_size=5, n_layer=1, n_embd=16) | options))
+
+
+# ---- configs and presets
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("lr", 0.0),
+        ("lr", math.nan),
+        ("lr", "0.1"),
+        ("lr", True),
+        ("clip", 0.0),
+        ("weight_decay", -1.0),
+        ("betas", (0.9, 1.0, 0.5)),
+        ("betas", (1.0, 1.0)),
+        ("betas", 0.9),
+        ("batch_size", 0),
+        ("batch_size", None),
+        ("steps", 1.5),
+        ("epochs", 0),
+        ("eval_every", -1),
+        ("eval_tokens", 0),
+        ("seed", -1),
+        ("seed", 1.0),
+        ("precision", "fp16"),
+        ("text_fraction", 0.0),
+        ("text_fraction", 1.1),
+        ("val_fraction", 1.0),
+        ("threads", 0),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(field, value):
+    with pytest.raises(ConfigError, match=f"^{field} must ") as error:
+        TrainConfig(**{field: value})
+    assert repr(value).strip("()") in str(error.value)
+
+
+def test_steps_and_epochs_exclude_each_other():
+    with pytest.raises(ConfigError, match="not by both"):
+        TrainConfig(steps=3, epochs=3)
+
+
+def test_the_presets_are_the_courses_runs():
+    abc, shakespeare = preset("abc"), preset("shakespeare")
+    assert abc.model(5).block_size == 16 and shakespeare.model(66).block_size == 64
+    assert (abc.train.steps, abc.train.epochs, abc.train.batch_size) == (400, None, 64)
+    assert (abc.train.lr, abc.train.clip, abc.train.val_fraction) == (0.003, None, 0.2)
+    assert (shakespeare.train.steps, shakespeare.train.epochs) == (None, 3)
+    assert (shakespeare.train.lr, shakespeare.train.clip) == (0.001, 1.0)
+    assert (shakespeare.train.text_fraction, shakespeare.train.val_fraction) == (0.3, 0.1)
+    assert all(name == p.name and p.help and p.text for name, p in PRESETS.items())
+
+
+def test_an_unknown_preset_is_answered_with_the_known_ones():
+    with pytest.raises(ConfigError, match=r"'abd'.*abc, shakespeare"):
+        train("abd")
+
+
+def test_overrides_go_to_model_or_training_and_unknown_ones_are_named():
+    changed = preset("abc").override({"n_layer": 3, "lr": 0.5})
+    assert (changed.model(7).n_layer, changed.model(7).vocab_size, changed.train.lr) == (3, 7, 0.5)
+    assert changed.train.steps == 400
+    by_epochs = preset("abc").override({"epochs": 2}).train
+    assert (by_epochs.steps, by_epochs.epochs) == (None, 2)
+    by_steps = preset("shakespeare").override({"steps": 7}).train
+    assert (by_steps.steps, by_steps.epochs) == (7, None)
+    with pytest.raises(ConfigError, match=r"no option 'learning_rate'.*block_size.*weight_decay"):
+        preset("abc").override({"learning_rate": 1.0})
+    with pytest.raises(ConfigError, match="n_embd must be divisible by n_head"):
+        quick(n_head=3)
+
+
+def test_the_text_is_cut_as_the_course_cuts_it():
+    ids = torch.arange(1_079_918)
+    train_ids, val_ids = split(ids, preset("abc").train)
+    assert (len(train_ids), len(val_ids), val_ids[0].item()) == (863_934, 215_984, 863_934)
+    train_ids, val_ids = split(ids[:1000], preset("shakespeare").train)
+    assert (len(train_ids), val_ids[0].item(), val_ids[-1].item()) == (270, 270, 299)
+    train_ids, val_ids = split(ids, TrainConfig(val_fraction=0.0))
+    assert len(train_ids) == len(ids) and val_ids is None
+
+
+# ---- one step and the evaluation
+
+
+def test_a_step_is_torchs_adamw_on_the_models_loss():
+    # In float64: AdamW divides a gradient that is zero but for rounding by its own size.
+    model, other = make_model(dropout=0.0).double(), make_model(dropout=0.0).double()
+    trainer = Trainer(model, TrainConfig(lr=1e-2, clip=0.1, weight_decay=0.5, betas=(0.8, 0.9)))
+    adamw = torch.optim.AdamW(other.parameters(), lr=1e-2, weight_decay=0.5, betas=(0.8, 0.9))
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(3):
+        idx, targets = torch.randint(1, 5, (2, 4, 8), generator=generator).unbind()
+        loss = trainer.step(idx, targets)
+        expected = torch.nn.functional.cross_entropy(other(idx).flatten(0, 1), targets.flatten())
+        adamw.zero_grad()
+        expected.backward()
+        torch.nn.utils.clip_grad_norm_(other.parameters(), 0.1)
+        adamw.step()
+        assert loss.shape == () and not loss.requires_grad
+        torch.testing.assert_close(loss, expected.detach(), check_dtype=False)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert not model.wte.weight[0].any()
+
+
+def test_a_step_trains_with_dropout_whatever_mode_the_model_was_in():
+    trainer = Trainer(make_model(dropout=0.5).eval(), TrainConfig(lr=1e-9))
+    idx = torch.ones(4, 8, dtype=torch.int64)
+    assert trainer.step(idx, idx) != trainer.step(idx, idx)
+
+
+@pytest.mark.parametrize("tokens", [2, 8, 9, 10, 41])
+def test_evaluation_is_the_mean_over_all_tokens_of_disjoint_windows(tokens, monkeypatch):
+    monkeypatch.setattr("gptfast.trainer.EVAL_TOKENS_AT_ONCE", 16)  # two windows at once
+    model = make_model(dropout=0.5)
+    ids = torch.randint(1, 5, (tokens,), generator=torch.Generator().manual_seed(1))
+    result = evaluate(model, ids)
+    assert model.training  # given back as it was
+    model.eval()
+    total = 0.0
+    for start in range(0, tokens - 1, 8):
+        x, y = ids[start : start + 8][: tokens - 1 - start], ids[start + 1 : start + 9]
+        log_p = model(x[None])[0].detach().double().log_softmax(-1)
+        total -= log_p[torch.arange(len(y)), y].sum().item()
+    assert result.tokens == tokens - 1
+    assert result.loss == pytest.approx(total / (tokens - 1), rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(result.loss))
+
+
+@pytest.mark.parametrize("ids", [torch.ones(1).long(), torch.ones(9), torch.ones(3, 9).long()])
+def test_evaluation_refuses_what_is_no_text(ids):
+    with pytest.raises(DataError, match="1-D int64"):
+        evaluate(make_model(), ids)
+    with pytest.raises(ConfigError, match="'fp32', 'bf16'.*'half'"):
+        evaluate(make_model(), torch.ones(9).long(), "half")
+
+
+def test_weights_in_half_precision_are_refused():
+    with pytest.raises(ConfigError, match="float32 weights.*got bfloat16"):
+        Trainer(make_model().bfloat16(), TrainConfig())
+
+
+# ---- whole runs
+
+
+@pytest.mark.parametrize("options", [{}, EPOCHS])
+def test_a_run_writes_history_and_checkpoint(tmp_path, options):
+    result = quick(tmp_path / "run", **options)
+    steps = [4, 8, 12] if not options else [3, 6, 9, 10]
+    assert [row["step"] for row in result.history] == steps
+    assert result.history == rows_in(tmp_path / "run")
+    windows = len(TEXT) * 9 // 10 - 8
+    per_epoch = math.ceil(windows / options.get("batch_size", 8))
+    for row in result.history:
+        assert set(row) == {
+            *("step", "epoch", "train_loss", "val_loss", "perplexity"),
+            *("tokens_per_s", "seconds", "lr"),
+        }
+        assert row["epoch"] == pytest.approx(row["step"] / per_epoch, abs=1e-4)
+        assert row["perplexity"] == pytest.approx(math.exp(row["val_loss"]))
+        assert row["tokens_per_s"] > 0 and row["lr"] == 1e-2
+    assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
+    assert not result.interrupted and not result.model.training
+    model, tokenizer = checkpoint.load(tmp_path / "run")
+    assert tokenizer == result.tokenizer == CharTokenizer.from_text(TEXT)
+    assert_same_weights(model, result.model)
+    assert checkpoint.read_config(tmp_path / "run")["extra"]["step"] == steps[-1]
+
+
+def test_an_epoch_trains_on_each_window_once(monkeypatch):
+    seen = []
+    step = Trainer.step
+
+    def note(self, idx, targets):
+        seen.extend(torch.cat([idx, targets[:, -1:]], 1).tolist())
+        return step(self, idx, targets)
+
+    monkeypatch.setattr(Trainer, "step", note)
+    ids = torch.arange(1, 51)
+    model = make_model(vocab_size=51)
+    Trainer(model, TrainConfig(epochs=2, batch_size=16)).fit(ids)
+    windows = ids.unfold(0, 9, 1).tolist()
+    assert sorted(seen[: len(windows)]) == sorted(seen[len(windows) :]) == windows
+    assert seen[: len(windows)] != seen[len(windows) :]
+
+
+def test_evaluations_before_the_last_read_a_part_of_the_held_out_text(monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        Trainer,
+        "evaluate",
+        lambda self, ids: read.append(len(ids)) or evaluate(self.model, ids),
+    )
+    quick(eval_tokens=20)
+    assert read == [21, 21, 120]
+
+
+def test_nothing_held_out_gives_no_held_out_loss():
+    history = quick(val_fraction=0.0).history
+    assert [row["val_loss"] for row in history] == [None] * 3 == [r["perplexity"] for r in history]
+
+
+def test_equal_seeds_give_equal_bits_and_the_callers_random_numbers_are_left_alone():
+    torch.manual_seed(1)
+    first = quick()
+    drawn = torch.rand(3)
+    torch.manual_seed(2)
+    second = quick()
+    torch.manual_seed(1)
+    assert torch.equal(drawn, torch.rand(3))
+    assert losses(first.history) == losses(second.history)
+    assert_same_weights(first.model, second.model)
+    assert losses(quick(seed=7).history) != losses(first.history)
+
+
+def test_threads_are_set_for_the_run_alone(monkeypatch):
+    before, during = torch.get_num_threads(), set()
+    step = Trainer.step
+
+    def note(self, idx, targets):
+        during.add(torch.get_num_threads())
+        return step(self, idx, targets)
+
+    monkeypatch.setattr(Trainer, "step", note)
+    quick(threads=before + 1)
+    assert during == {before + 1} and torch.get_num_threads() == before
+
+
+def test_bf16_trains_close_to_fp32_and_keeps_fp32_weights():
+    full, half = quick(steps=40, eval_every=20), quick(steps=40, eval_every=20, precision="bf16")
+    assert half.model.wte.weight.dtype == torch.float32
+    assert losses(full.history) != losses(half.history)
+    for a, b in zip(full.history, half.history, strict=True):
+        assert b["train_loss"] == pytest.approx(a["train_loss"], rel=0.02)
+        assert b["val_loss"] == pytest.approx(a["val_loss"], rel=0.02)
+
+
+@FUSED
+@pytest.mark.parametrize("options", [{}, {"attention": False}, {"tie_weights": True}])
+def test_fused_and_reference_train_alike(options):
+    fused = quick(backend="fused", dropout=0.3, **options)
+    reference = quick(backend="reference", dropout=0.3, **options)
+    for a, b in zip(fused.history, reference.history, strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+        assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-4)
+
+
+def test_a_text_file_serves_every_preset(tmp_path):
+    random.seed(1)
+    text = "".join(random.choices("äöü\nxyz", k=2000))
+    file = tmp_path / "text.txt"
+    file.write_text(text, encoding="utf-8", newline="")
+    result = train(
+        *("shakespeare", tmp_path / "run"),
+        **{"data": file, "progress": False, "n_embd": 8, "steps": 2, "text_fraction": 1.0},
+    )
+    assert result.model.config.vocab_size == 8
+    assert torch.equal(held_out(tmp_path / "run"), result.tokenizer.encode_tensor(text)[1800:])
+    file.write_text(text[::-1], encoding="utf-8", newline="")
+    with pytest.raises(DataError, match=r"text\.txt is no longer the text"):
+        held_out(tmp_path / "run")
+
+
+def test_the_held_out_text_of_a_given_text_is_not_known(tmp_path):
+    quick(tmp_path / "run", steps=1)
+    with pytest.raises(DataError, match="not known on which text"):
+        held_out(tmp_path / "run")
+
+
+def test_the_preset_has_its_own_text(tmp_path, shakespeare_path, monkeypatch):
+    monkeypatch.setenv("GPTFAST_DATA_DIR", str(shakespeare_path.parent))
+    options = {"steps": 1, "n_embd": 8, "n_layer": 1, "eval_tokens": 64, "progress": False}
+    result = train("shakespeare", tmp_path / "run", **options)
+    assert result.model.config.vocab_size == 66
+    assert len(held_out(tmp_path / "run")) == 33_462
+
+
+def test_progress_shows_evaluations_on_stderr(capsys):
+    quick(progress=True)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "step 4: train loss" in shown.err and "held-out loss" in shown.err
+    assert "12/12" in shown.err and "tokens/s" in shown.err
+
+
+# ---- interrupts and resuming
+
+
+@pytest.mark.parametrize("options", [{}, EPOCHS])
+@pytest.mark.parametrize("pressed", [2, 5, 6, 9])
+def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, ctrl_c, capsys, options, pressed):
+    whole = quick(tmp_path / "whole", **options)
+    ctrl_c(pressed)
+    part = quick(tmp_path / "run", progress=True, **options)
+    assert part.interrupted
+    assert f"interrupted at step {pressed} of" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert_same_weights(checkpoint.load(tmp_path / "run")[0], part.model)
+    assert [row["step"] for row in rows_in(tmp_path / "run")] == [
+        row["step"] for row in whole.history if row["step"] <= pressed
+    ]
+    torch.manual_seed(99)
+    result = quick(tmp_path / "run", resume=True, **options)
+    assert not result.interrupted
+    assert losses(result.history) == losses(whole.history) == losses(rows_in(tmp_path / "run"))
+    assert_same_weights(result.model, whole.model)
+
+
+def test_a_second_ctrl_c_acts_at_once_and_keeps_the_last_checkpoint(tmp_path, ctrl_c, monkeypatch):
+    ctrl_c(6)
+    ending = run.RunDirectory.save
+
+    def save(self, *args):
+        if args[3].step == 6:
+            signal.raise_signal(signal.SIGINT)
+        ending(self, *args)
+
+    monkeypatch.setattr(run.RunDirectory, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        quick(tmp_path / "run")
+    assert checkpoint.read_config(tmp_path / "run")["extra"]["step"] == 4
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path):
+    whole = quick(tmp_path / "whole", steps=12)
+    quick(tmp_path / "run", steps=8)
+    result = quick(tmp_path / "run", steps=12, resume=True)
+    assert losses(result.history) == losses(whole.history)
+    again = quick(tmp_path / "run", steps=12, resume=True)
+    assert again.history == result.history and not again.interrupted
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"lr": 0.5}, "started with lr=0.01 and cannot go on with lr=0.5"),
+        ({"n_layer": 2}, "n_layer=1 and cannot go on with n_layer=2"),
+        ({"epochs": 1}, "steps=12 and cannot go on with steps=None"),
+        ({"text": TEXT[5:]}, "another text"),
+    ],
+)
+def test_a_run_goes_on_only_as_it_was_started(tmp_path, options, message):
+    quick(tmp_path / "run")
+    with pytest.raises(ConfigError, match=message):
+        quick(tmp_path / "run", resume=True, **options)
+
+
+# ---- the run's directory
+
+
+def test_a_run_is_not_replaced_unasked(tmp_path):
+    quick(tmp_path / "run", steps=1)
+    with pytest.raises(ConfigError, match="run already holds a run"):
+        quick(tmp_path / "run", steps=2)
+    assert [row["step"] for row in rows_in(tmp_path / "run")] == [1]
+    quick(tmp_path / "run", steps=2, overwrite=True)
+    assert [row["step"] for row in rows_in(tmp_path / "run")] == [2]
+    with pytest.raises(ConfigError, match="not both"):
+        quick(tmp_path / "run", overwrite=True, resume=True)
+
+
+def test_other_files_in_the_directory_stay(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    quick(tmp_path, steps=1)
+    quick(tmp_path, steps=1, overwrite=True)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert {file.name for file in tmp_path.iterdir()} == {"notes.txt", *run.FILES}
+
+
+def test_there_must_be_a_run_to_resume(tmp_path):
+    with pytest.raises(ConfigError, match="no run to resume"):
+        quick(tmp_path / "run", resume=True)
+    with pytest.raises(ConfigError, match="needs the directory"):
+        quick(resume=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unwritable_place_is_found_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "step", lambda *a: pytest.fail("trained"))
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(CheckpointError, match="file is not a directory"):
+            quick(out)
+    if os.path.isdir("/proc/self"):  # where even root cannot make a directory
+        with pytest.raises(CheckpointError, match="cannot be written there"):
+            quick("/proc/self/run")
+
+
+def test_a_full_disk_keeps_the_state_before(tmp_path, monkeypatch):
+    quick(tmp_path / "run", steps=4)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", full)
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            quick(tmp_path / "run", steps=8, resume=True)
+    assert {file.name for file in (tmp_path / "run").iterdir()} == set(run.FILES)
+    result = quick(tmp_path / "run", steps=8, resume=True)
+    assert losses(result.history) == losses(quick(steps=8).history)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a state", b"PK\x03\x04 torn"])
+def test_a_damaged_state_is_one_sentence(tmp_path, content):
+    quick(tmp_path / "run", steps=1)
+    (tmp_path / "run" / run.STATE_NAME).write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged or unreadable") as error:
+        quick(tmp_path / "run", steps=2, resume=True)
+    assert "\n" not in str(error.value)
+
+
+def test_a_foreign_state_is_refused(tmp_path):
+    quick(tmp_path / "run", steps=1)
+    torch.save({"weights": {}}, tmp_path / "run" / run.STATE_NAME)
+    with pytest.raises(CheckpointError, match="not a training state of gptfast"):
+        quick(tmp_path / "run", steps=2, resume=True)
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"text": ""}, DataError, "empty"),
+        ({"text": "abcabca"}, DataError, "training part .* shorter than a window: it has 6 tokens"),
+        ({"text": "abc" * 9}, DataError, "held-out part .* has 3 tokens, a window needs 9"),
+        ({"text": "ab", "data": "f"}, ConfigError, "not both"),
+        ({"text": None}, ConfigError, "no text of its own"),
+        ({"text": None, "data": "missing.txt"}, DataError, "missing.txt: no such file"),
+        ({"vocab_size": 2}, ConfigError, "vocab_size must be at least the tokenizer's 5, got 2"),
+        ({"tokenizer": CharTokenizer(("A",))}, DataError, "character 'B' at position"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_no_directory(tmp_path, options, error, message):
+    with pytest.raises(error, match=message) as caught:
+        quick(tmp_path / "run", **options)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_fit_needs_a_length():
+    with pytest.raises(ConfigError, match="steps or of epochs"):
+        Trainer(make_model(), TrainConfig()).fit(torch.ones(20).long())
+
+
+def test_a_loss_that_is_not_finite_keeps_the_checkpoint_before(tmp_path, monkeypatch):
+    step, done = Trainer.step, []
+
+    def diverge(self, idx, targets):
+        done.append(1)
+        return step(self, idx, targets) * (math.nan if len(done) == 7 else 1.0)
+
+    monkeypatch.setattr(Trainer, "step", diverge)
+    with pytest.raises(TrainError, match=r"loss became nan at step 7: a lower lr .*run keeps"):
+        quick(tmp_path / "run")
+    model, _ = checkpoint.load(tmp_path / "run")
+    assert checkpoint.read_config(tmp_path / "run")["extra"]["step"] == 4
+    assert all(param.isfinite().all() for param in model.parameters())
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    with pytest.raises(TrainError, match="weights are no longer finite at step 1"):
+        quick(tmp_path / "run", steps=1, lr=1e308)
+    assert not (tmp_path / "run" / checkpoint.WEIGHTS_NAME).exists()
