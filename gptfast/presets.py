@@ -52,13 +52,11 @@ class TrainConfig:
         _check_number("weight_decay", self.weight_decay, least=0.0)
         _check_number("text_fraction", self.text_fraction, above=0.0, most=1.0)
         _check_number("val_fraction", self.val_fraction, least=0.0, below=1.0)
-        if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
-            raise ConfigError(f"betas must be two numbers, got {self.betas!r}")
-        for beta in self.betas:
-            _check_number("betas", beta, least=0.0, below=1.0)
-        object.__setattr__(
-            self, "betas", tuple(self.betas)
-        )  # a list from JSON would not be hashable
+        pair = isinstance(self.betas, tuple | list) and len(self.betas) == 2
+        if not pair or not all(isinstance(b, int | float) and 0 <= b < 1 for b in self.betas):
+            raise ConfigError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
+        # A list, as JSON gives it, would not be hashable.
+        object.__setattr__(self, "betas", tuple(self.betas))
         if type(self.seed) is not int or not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must be a whole number in [0, 2**63), got {self.seed!r}")
         if self.precision not in PRECISIONS:
