@@ -1,0 +1,146 @@
+"""The command line: finds the command, reads its options by tyro, makes mistakes one sentence."""
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from gptfast import commands
+from gptfast.commands import EXIT_INTERRUPTED, Command
+from gptfast.errors import ConfigError, GptfastError
+
+EXIT_BAD_INPUT, EXIT_CLOSED_PIPE = 2, 141
+
+COMMANDS: dict[str, type] = {
+    "demo": commands.Demo,
+    "data": commands.Data,
+    "train": commands.Train,
+    "eval": commands.Eval,
+    "generate": commands.Generate,
+    "inspect": commands.Inspect,
+    "info": commands.Info,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: the arguments without the program's name; None takes the process's own.
+
+    Returns:
+        the exit code: 0, 1 where a command says no, 2 for bad input, 130 after Ctrl-C, 141 when
+        the reader of the output has gone.
+    """
+    try:
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except SystemExit as error:  # tyro's, after it has shown the help
+        return error.code if isinstance(error.code, int) else 0
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The interpreter flushes once more at its exit and would complain there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_CLOSED_PIPE
+    except (GptfastError, ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+        if os.environ.get("GPTFAST_DEBUG", "0") != "0":
+            raise
+        print(f"gptfast: {_sentence(error)}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if arguments[0] == "--version":
+        from gptfast import __version__
+
+        print(__version__)
+        return 0
+    name, options = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        raise ConfigError(f"there is no command {name!r}; there are {', '.join(COMMANDS)}")
+    if name != "train":
+        return _parse(COMMANDS[name], f"gptfast {name}", options).run()
+    if not options or options[0] in ("-h", "--help"):
+        print(_train_help())
+        return 0
+    return _parse_train(options).run()
+
+
+def _help() -> str:
+    rows = [f"  {name:<10}{command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["usage: gptfast COMMAND [OPTIONS]", "", *rows]
+        + ["", "`gptfast COMMAND --help` shows the options of a command."]
+        + ["GPTFAST_DEBUG=1 shows where an error came from."]
+    )
+
+
+def _train_help() -> str:
+    from gptfast.presets import PRESETS
+
+    rows = [f"  {preset.name:<13}{preset.help}" for preset in PRESETS.values()]
+    return "\n".join(
+        [
+            "usage: gptfast train PRESET --out DIR [OPTIONS]",
+            "",
+            commands.Train.__doc__ or "",
+            "",
+            *rows,
+        ]
+        + ["", "`gptfast train PRESET --help` shows the options."]
+    )
+
+
+def _parse_train(arguments: list[str]) -> Command:
+    from gptfast.presets import preset
+
+    name, options = arguments[0], arguments[1:]
+    if name.startswith("-"):
+        raise ConfigError(f"the preset comes first: gptfast train PRESET {name} ...")
+    chosen = preset(name)
+    given = {option.partition("=")[0].replace("_", "-") for option in options}
+    # A run goes by steps or by epochs: giving one takes away the other, which the preset may have.
+    for one, other in (("steps", "epochs"), ("epochs", "steps")):
+        if f"--train.{one}" in given and f"--train.{other}" not in given:
+            options += [f"--train.{other}", "None"]
+    return _parse(commands.train_preset(chosen), f"gptfast train {name}", options)
+
+
+def _parse(command: type[Command], prog: str, arguments: Sequence[str]) -> Command:
+    """Runs tyro; its boxes about mistakes become one sentence."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(
+                command, prog=prog, args=arguments, config=(tyro.conf.FlagCreatePairsOff,)
+            )
+    except SystemExit as error:
+        if error.code != EXIT_BAD_INPUT:
+            raise
+    # After the box's title, up to a rule or an empty line; what is deeply indented is help text.
+    message: list[str] = []
+    for line in box.getvalue().splitlines()[1:]:
+        text = line.strip("│ ")
+        if not text or text.startswith("─"):
+            break
+        if not line.startswith("│" + 9 * " "):
+            message.append(text)
+    raise ConfigError(f"{' '.join(message).rstrip('.')} (see {prog} --help)")
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

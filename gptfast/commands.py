@@ -1,0 +1,340 @@
+"""The commands. Each is a dataclass: its fields are the options, their comments the help.
+
+Nothing that loads torch is imported before a command runs, so that help comes at once.
+"""
+
+import hashlib
+import importlib.util
+import math
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+
+import tyro
+
+from gptfast.errors import CheckpointError, ConfigError, DataError
+
+if TYPE_CHECKING:
+    from gptfast.model import GPT
+    from gptfast.presets import Preset
+    from gptfast.tokenizer import CharTokenizer
+
+EXIT_INTERRUPTED = 130
+
+Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
+File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
+Count = Annotated[int | None, tyro.conf.arg(metavar="N")]
+Texts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")]
+
+
+class Command(Protocol):
+    """What the command line needs of a command."""
+
+    def run(self) -> int:
+        """Does the work and returns the exit code."""
+        ...
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How it computes."""
+
+    threads: Count = None  # CPU threads; None: as many as can run at once
+    # fused: the kernels; reference: plain torch; auto: the kernels where they can run
+    backend: Literal["auto", "fused", "reference"] = "auto"
+
+
+ComputeOptions = Annotated[Compute, tyro.conf.OmitArgPrefixes]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Train the course's model and compare it with the best possible, in under a minute."""
+
+    seed: int = 1  # of the initial weights, the windows, the dropout and the samples
+    threads: Count = None  # CPU threads; None: as many as can run at once
+
+    def run(self) -> int:
+        """Runs the demo; 1 if the model stayed too far from what it can reach."""
+        from gptfast.demo import demo
+
+        use_threads(self.threads)
+        return 0 if demo(self.seed).passed else 1
+
+
+@dataclass(frozen=True)
+class Data:
+    """Write a corpus to a file and check its hash."""
+
+    name: Annotated[Literal["abc", "shakespeare"], tyro.conf.Positional]  # the corpus
+    # a copy of shakespeare to take instead of downloading it (abc is generated, not downloaded)
+    source: Annotated[Path | None, tyro.conf.arg(name="from", metavar="FILE")] = None
+    out: File = None  # where to write; None: in GPTFAST_DATA_DIR or the user's cache
+
+    def run(self) -> int:
+        """Writes the corpus, unless it is there; a file with another content stays as it is."""
+        from gptfast import data
+
+        corpus = data.CORPORA[self.name]
+        if self.name == "abc" and self.source is not None:
+            raise ConfigError("--from is for shakespeare: abc is generated, not downloaded")
+        path = self.out or data.data_dir() / corpus.file_name
+        text = data.abc_corpus() if self.name == "abc" else data.shakespeare(self.source)
+        content = text.encode("utf-8")
+        sha256 = hashlib.sha256(content).hexdigest()
+        if sha256 != corpus.sha256:
+            raise DataError(f"the generated corpus has sha256 {sha256}, expected {corpus.sha256}")
+        state = _write_new(path, content)
+        print(f"path    {path} ({state})\nbytes   {len(content):,}\nsha256  {sha256}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a model on a text by a preset."""
+
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]  # the run's directory
+    compute: ComputeOptions
+    data: File = None  # UTF-8 text; None: the preset's own text
+    resume: bool = False  # go on with the interrupted run in DIR
+    overwrite: bool = False  # replace the run in DIR
+    plot: File = None  # draw the losses to this picture: .png, .svg or .pdf (needs matplotlib)
+
+    def fit(self, preset: "Preset", overrides: dict[str, Any]) -> int:
+        """Trains; 130 if Ctrl-C ended it."""
+        from gptfast import plots
+        from gptfast.train import train
+
+        if self.plot is not None:  # what would fail after the training fails before it
+            if self.plot.suffix.lower() not in plots.SUFFIXES:
+                raise ConfigError(f"{self.plot}: expected a name in {', '.join(plots.SUFFIXES)}")
+            if importlib.util.find_spec("matplotlib") is None:
+                raise ConfigError("--plot needs matplotlib: pip install matplotlib")
+        use_threads(self.compute.threads)
+        result = train(
+            preset,
+            self.out,
+            data=self.data,
+            backend=self.compute.backend,
+            resume=self.resume,
+            overwrite=self.overwrite,
+            **overrides,
+        )
+        if self.plot is not None and result.history:
+            plots.plot_history(result.history, self.plot)
+        if result.interrupted:
+            return EXIT_INTERRUPTED
+        print(f"saved in {self.out}")
+        return 0
+
+
+def train_preset(preset: "Preset") -> type[Command]:
+    """Makes the command that trains a preset: its values are the defaults of the options."""
+    from gptfast.config import GPTConfig
+    from gptfast.presets import TrainConfig
+
+    shape = preset.model(GPTConfig.vocab_size)
+
+    @dataclass(frozen=True)
+    class TrainPreset(Train):
+        # unless it is given, vocab_size is that of the text
+        model: GPTConfig = shape
+        # giving steps takes the preset's epochs away, and the other way round
+        train: TrainConfig = preset.train
+
+        def run(self) -> int:
+            return self.fit(
+                preset, _changed(self.model, shape) | _changed(self.train, preset.train)
+            )
+
+    TrainPreset.__doc__ = f"{Train.__doc__}\n\n{preset.name}: {preset.help}."
+    return TrainPreset
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Measure a model on a text: loss, perplexity and bits per character."""
+
+    run_path: Run  # a run of `gptfast train`, or any checkpoint directory
+    compute: ComputeOptions
+    data: File = None  # UTF-8 text; None: what the run held out of its own text
+
+    def run(self) -> int:
+        """Prints the numbers."""
+        from gptfast.data import read_text
+        from gptfast.train import evaluate, held_out
+
+        use_threads(self.compute.threads)
+        model, tokenizer = load_text_model(self.run_path, self.compute)
+        if self.data is None:
+            ids = held_out(self.run_path)  # (N,)
+        else:
+            ids = tokenizer.encode_tensor(read_text(self.data))  # (N,)
+        result = evaluate(model, ids)
+        print(f"loss        {result.loss:.4f} nats per character")
+        print(f"perplexity  {result.perplexity:.4f}")
+        print(f"bits        {result.loss / math.log(2):.4f} per character")
+        print(f"characters  {result.tokens:,}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue one or more prompts; a single one appears as it is generated."""
+
+    run_path: Run  # a run of `gptfast train`, or any checkpoint directory
+    compute: ComputeOptions
+    prompt: Texts = ()  # text to continue; - reads it from standard input
+    prompt_file: File = None  # a file whose text is a further prompt
+    max_new_tokens: int = 100  # tokens to generate per prompt
+    temperature: float = 1.0  # 0 takes the likeliest token; higher is more random
+    top_k: Count = None  # draw from the N likeliest tokens; None: from all
+    seed: int = 0  # of the draws; equal seeds give equal texts
+    stop: Texts = ()  # end before this text
+    # what to do past the window: slide it by one token (exact) or by K (faster), end, or refuse
+    overflow: Annotated[str, tyro.conf.arg(metavar="recompute|stride:K|stop|error")] = "recompute"
+    dtype: Literal["fp32", "bf16"] | None = None  # of weights and cache; None: the model's own
+
+    def run(self) -> int:
+        """Prints prompts and continuations."""
+        from gptfast.generate import generate, stream
+
+        prompts = self._prompts()
+        use_threads(self.compute.threads)
+        model, tokenizer = load_text_model(self.run_path, self.compute)
+        names = ("max_new_tokens", "temperature", "top_k", "seed", "overflow", "dtype")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        options |= {"tokenizer": tokenizer, "stop": self.stop}
+        if len(prompts) == 1:
+            pieces = stream(model, prompts[0], **options)  # checks all before the first output
+            _write([prompts[0]])
+            _write(str(piece) for piece in pieces)
+            _write(["\n"])
+            return 0
+        for i, result in enumerate(generate(model, prompts, **options)):
+            _write([f"--- {i + 1} of {len(prompts)}\n{prompts[i]}{result.text}\n"])
+        return 0
+
+    def _prompts(self) -> list[str]:
+        from gptfast.data import read_text
+
+        prompts = [sys.stdin.read() if text == "-" else text for text in self.prompt]
+        if self.prompt_file is not None:
+            prompts.append(read_text(self.prompt_file))
+        if not prompts:
+            raise ConfigError("there is no prompt: give --prompt TEXT or --prompt-file FILE")
+        return prompts
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Show what is in a checkpoint: parameters, tokenizer, configuration."""
+
+    run_path: Run  # a run of `gptfast train`, or any checkpoint directory
+    # show, in tenths, what each character of TEXT attends to
+    attention: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
+
+    def run(self) -> int:
+        """Prints the tables."""
+        from rich.console import Console
+
+        from gptfast import checkpoint
+        from gptfast.demo import parameter_table
+
+        model, tokenizer = checkpoint.load(self.run_path)
+        Console().print(parameter_table(model))
+        header = checkpoint.read_config(self.run_path)
+        chars = "none"
+        if tokenizer is not None:
+            chars = f"{tokenizer.vocab_size} ids: <PAD> and {''.join(tokenizer.chars)!r}"
+        print(f"\ntokenizer: {chars}")
+        for title in ("config", "extra"):
+            print(f"\n{title}:")
+            for name, value in header[title].items():
+                print(f"  {name}: {value}")
+        if self.attention is not None:
+            model, tokenizer = load_text_model(self.run_path)
+            print_attention(model, tokenizer, self.attention)
+        return 0
+
+
+@dataclass(frozen=True)
+class Info:
+    """Show the installation and the machine, and why something is missing."""
+
+    def run(self) -> int:
+        """Prints the table of `gptfast.info`."""
+        from gptfast.info import print_info
+
+        print_info()
+        return 0
+
+
+def print_attention(model: "GPT", tokenizer: "CharTokenizer", text: str) -> None:
+    """Prints the attention weights of each head in tenths, a row per character that attends."""
+    idx = tokenizer.encode_tensor(text)[None]  # (1, T)
+    weights = model.attention_weights(idx)[:, 0]  # (L, H, T, T)
+    shown = [char if char.isprintable() else "⏎" for char in text]
+    for layer, heads in enumerate(weights.tolist()):
+        for head, rows in enumerate(heads):
+            print(f"\nlayer {layer}, head {head}: tenths of the attention\n    {''.join(shown)}")
+            for i, row in enumerate(rows):
+                tenths = "".join(str(min(9, int(10 * weight))) for weight in row[: i + 1])
+                print(f"  {shown[i]} {tenths}")
+
+
+def use_threads(threads: int | None) -> None:
+    """Sets torch's number of threads; None takes as many as can run at once."""
+    import torch
+
+    from gptfast.threads import use_usable_threads
+
+    if threads is None:
+        use_usable_threads()
+    elif threads < 1:
+        raise ConfigError(f"--threads must be at least 1, got {threads}")
+    else:
+        torch.set_num_threads(threads)
+
+
+def load_text_model(path: Path, compute: Compute | None = None) -> "tuple[GPT, CharTokenizer]":
+    """Loads a checkpoint that must have a tokenizer, and chooses how its model computes."""
+    from gptfast import checkpoint
+
+    model, tokenizer = checkpoint.load(path)
+    if tokenizer is None:
+        raise CheckpointError(f"{path}: the checkpoint has no tokenizer, so it cannot take text")
+    if compute is not None:
+        model.backend = compute.backend
+    return model, tokenizer
+
+
+def _changed(values: Any, defaults: Any) -> dict[str, Any]:
+    """The fields of a config that differ from those of another one."""
+    given = {each.name: getattr(values, each.name) for each in fields(values)}
+    return {name: value for name, value in given.items() if value != getattr(defaults, name)}
+
+
+def _write(pieces: Iterable[str]) -> None:
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+
+def _write_new(path: Path, content: bytes) -> str:
+    """Writes a file that is not there yet, whole or not at all, and returns what was done."""
+    if path.exists():
+        if path.is_file() and path.read_bytes() == content:
+            return "was there already"
+        raise DataError(f"{path} exists with another content: remove it, or give another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.tmp")
+    try:
+        aside.write_bytes(content)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return "written"
