@@ -1,8 +1,11 @@
-"""Shared fixtures: the texts that tests read."""
+"""Shared fixtures: the texts that tests read, and the instruction sets that kernels are tested at."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from gptfast.ops import select
 
 SHAKESPEARE = Path(__file__).resolve().parents[2] / "shared" / "data" / "shakespeare.txt"
 
@@ -19,3 +22,18 @@ def shakespeare_path() -> Path:
 def shakespeare_text(shakespeare_path: Path) -> str:
     """Tiny Shakespeare as one string."""
     return shakespeare_path.read_bytes().decode("utf-8")
+
+
+@pytest.fixture(params=["generic", "avx2", "avx512", "avx512_bf16", "amx"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test at each instruction set that this machine and build have."""
+    extension = select.extension()
+    if extension is None:
+        pytest.skip(f"{select.extension_error}")
+    reason = extension.isa_levels()[request.param]
+    if reason is not None:
+        pytest.skip(reason)
+    before = extension.isa_current()
+    extension.isa_set(request.param)
+    yield request.param
+    extension.isa_set(before)

@@ -19,15 +19,24 @@ def error(actual: Tensor, oracle: Tensor) -> float:
 
 
 def assert_budget(
-    name: str, actual: Tensor, torch_own: Tensor, oracle: Tensor, factor: float
+    name: str,
+    actual: Tensor,
+    torch_own: Tensor,
+    oracle: Tensor,
+    factor: float,
+    scale: float | None = None,
 ) -> None:
-    """Asserts shape, dtype and an error within `factor` times (torch's error + one rounding)."""
+    """Asserts shape, dtype and an error within `factor` times (torch's error + one rounding).
+
+    `scale` is the value that is rounded, the oracle's largest when None.
+    """
     assert actual.shape == oracle.shape, name
     assert actual.dtype == torch_own.dtype, name
     assert torch.isfinite(actual).all(), name
     if not oracle.numel():
         return
-    rounding = torch.finfo(actual.dtype).eps * oracle.abs().max().item()
+    largest = oracle.abs().max().item() if scale is None else scale
+    rounding = torch.finfo(actual.dtype).eps * largest
     budget = factor * (error(torch_own, oracle) + rounding)
     assert error(actual, oracle) <= budget, (
         f"{name}: error {error(actual, oracle):.3g} > {budget:.3g}"

@@ -25,7 +25,7 @@ inline int64_t visible_keys(const Attention& s, int64_t query) {
 
 // Parts that one head is split into so that every thread has work.
 inline int64_t parts_per_head(const Attention& s, int64_t most, const Parallel& parallel) {
-  const int64_t wanted = divide_up(4 * parallel.threads, s.B * s.H);
+  const int64_t wanted = divide_up(4 * parallel.threads, max(1, s.B * s.H));
   return parallel.threads == 1 ? 1 : max(1, min(wanted, most));
 }
 

@@ -6,7 +6,7 @@
 inline int64_t columns_per_task(int64_t row_blocks, int64_t n, int nr, const Parallel& parallel) {
   const int64_t wanted = row_blocks >= 2 * parallel.threads
                              ? 512
-                             : divide_up(n, divide_up(4 * parallel.threads, row_blocks));
+                             : divide_up(n, divide_up(4 * parallel.threads, max(1, row_blocks)));
   return round_up(min(wanted, 512), nr);
 }
 

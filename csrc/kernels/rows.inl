@@ -156,8 +156,8 @@ struct ColumnSums {
   float* partial;
 
   ColumnSums(int64_t blocks, int64_t n, Frame& frame)
-      : blocks(blocks), n(n), partial(take<float>(frame, blocks * n)) {
-    __builtin_memset(partial, 0, static_cast<size_t>(blocks * n) * sizeof(float));
+      : blocks(max(1, blocks)), n(n), partial(take<float>(frame, this->blocks * n)) {
+    __builtin_memset(partial, 0, static_cast<size_t>(this->blocks * n) * sizeof(float));
   }
 
   float* block(int64_t index) const { return partial + index * n; }

@@ -56,6 +56,7 @@ class WeightGrad {
   }
 
   void finish(const ParamGrad& grad, const Parallel& parallel) const {
+    if (!started_) __builtin_memset(total_, 0, static_cast<size_t>(n_ * ld_) * sizeof(float));
     const int64_t per_task = divide_up(n_, 4 * parallel.threads);
     run_tasks(parallel, divide_up(n_, per_task), [&](int64_t task) {
       for (int64_t i = task * per_task; i < min(n_, (task + 1) * per_task); ++i)

@@ -1,0 +1,203 @@
+"""causal_attention against the float64 oracle and torch's own attention, at every instruction set."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from oracle import assert_budget, run
+from torch import Tensor
+
+from gptfast import ops
+from gptfast.ops import reference
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def heads(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def torch_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    stream: int = 0,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention in torch ops of the inputs' dtype, with the same dropout mask."""
+    Tq, Tk = q.shape[2], k.shape[2]
+    scores = q @ k.transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    mask = torch.ones(Tq, Tk, dtype=torch.bool).tril(Tk - Tq)
+    weights = scores.masked_fill(~mask, -math.inf).softmax(-1).nan_to_num()
+    if dropout_p:
+        matrices = weights.shape[0] * weights.shape[1]
+        key = reference.seed_tensor(seed)
+        factors = reference.dropout_factors(dropout_p, key, stream, matrices, Tq, Tk)
+        weights = weights * factors.reshape(weights.shape).to(weights)
+    return weights @ v
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, **options: Any) -> None:
+    """The budget for the result and for dq, dk, dv.
+
+    dS = p (dP - delta) is a difference of like terms that a fused kernel rounds apart, so a gradient
+    is held to one rounding of the largest gradient of the three.
+    """
+    inputs = [x.to(dtype) for x in (q, k, v)]
+    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(9)).to(dtype)
+    oracle = run(reference.causal_attention, inputs, torch.float64, grad, **options)
+    own = run(torch_attention, inputs, dtype, grad, **options)
+    actual = run(ops.causal_attention, inputs, dtype, grad, **options)
+    largest = max(x.abs().max().item() for x in oracle[1:])
+    assert_budget("out", actual[0], own[0], oracle[0], 2.0)
+    for name, a, t, o in zip(("dq", "dk", "dv"), actual[1:], own[1:], oracle[1:], strict=True):
+        assert_budget(name, a, t, o, 3.0, scale=largest)
+
+
+@pytest.mark.parametrize("dropout_p", (0.0, 0.2))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", (8, 16, 33, 64, 100, 128))
+@pytest.mark.parametrize("T", (5, 17, 100, 257))
+def test_budget(isa: str, T: int, D: int, dtype: torch.dtype, dropout_p: float) -> None:
+    q, k, v = (heads(2, 3, T, D, seed=i) for i in range(3))
+    check_attention(q, k, v, dtype, dropout_p=dropout_p, seed=5, stream=3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", (8, 33, 128))
+@pytest.mark.parametrize("T", (1, 2))
+def test_one_and_two_positions(isa: str, T: int, D: int, dtype: torch.dtype) -> None:
+    # A weight of (almost) 1 has a gradient of (almost) 0, the difference of two dot products of D
+    # terms: torch's order of summation makes them equal, so the bound is the rounding of the terms.
+    q, k, v = (heads(2, 3, T, D, seed=i).to(dtype) for i in range(3))
+    grad = heads(2, 3, T, D, seed=9).to(dtype)
+    oracle = run(reference.causal_attention, (q, k, v), torch.float64, grad)
+    actual = run(ops.causal_attention, (q, k, v), dtype, grad)
+    terms = (grad.double().abs() @ v.double().abs().transpose(-2, -1)).max() / math.sqrt(D)
+    bound = torch.finfo(dtype).eps * terms * max(q.abs().max(), k.abs().max())
+    for a, o in zip(actual, oracle, strict=True):
+        assert (a.double() - o).abs().max() <= bound
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_sequence_of_one_head(isa: str, dtype: torch.dtype) -> None:
+    q, k, v = (heads(1, 1, 700, 64, seed=i) for i in range(3))
+    check_attention(q, k, v, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("Tq", "Tk"), ((1, 200), (5, 150), (100, 101), (7, 3), (200, 40)))
+def test_mask_is_aligned_bottom_right(isa: str, Tq: int, Tk: int, dtype: torch.dtype) -> None:
+    q, k, v = heads(2, 2, Tq, 32), heads(2, 2, Tk, 32, seed=1), heads(2, 2, Tk, 32, seed=2)
+    check_attention(q, k, v, dtype)
+
+
+def test_query_that_sees_no_key_gives_zeros_and_no_gradient(isa: str) -> None:
+    q, k, v = (
+        x.requires_grad_() for x in (heads(1, 1, 5, 16), heads(1, 1, 2, 16), heads(1, 1, 2, 16))
+    )
+    out = ops.causal_attention(q, k, v)
+    out.sum().backward()
+    assert (out[:, :, :3] == 0).all() and (out[:, :, 3:] != 0).any()
+    assert q.grad is not None and (q.grad[:, :, :3] == 0).all()
+    assert all(torch.isfinite(x.grad).all() for x in (q, k, v) if x.grad is not None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_inputs(isa: str, dtype: torch.dtype) -> None:
+    packed = heads(2, 50, 3, 4, 32)
+    q, k, v = packed.permute(2, 0, 3, 1, 4)  # views of one projection
+    check_attention(q, k, v, dtype)
+    column_first = heads(2, 4, 32, 50).transpose(2, 3)  # last stride is not 1
+    check_attention(column_first, k, v.flip(2), dtype)
+
+
+@pytest.mark.parametrize("scale", (0.3, -0.5))
+def test_scale(isa: str, scale: float) -> None:
+    q, k, v = (heads(1, 2, 40, 24, seed=i) for i in range(3))
+    check_attention(q, k, v, torch.float32, scale=scale)
+
+
+def test_large_scores_do_not_overflow(isa: str) -> None:
+    q, k, v = (heads(1, 1, 150, 16, seed=i) * 30 for i in range(3))  # scores up to 3,000
+    grad = heads(1, 1, 150, 16, seed=9)
+    oracle = run(reference.causal_attention, (q, k, v), torch.float64, grad)
+    for a, o in zip(run(ops.causal_attention, (q, k, v), torch.float32, grad), oracle, strict=True):
+        assert (a.double() - o).abs().max() <= 2e-3 * o.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout_p", (0.0, 0.3))
+def test_packed_equals_separate(isa: str, dtype: torch.dtype, dropout_p: float) -> None:
+    qkv = heads(3, 70, 3 * 2 * 48).to(dtype).requires_grad_()
+    q, k, v = qkv.view(3, 70, 3, 2, 48).permute(2, 0, 3, 1, 4)
+    options = {"dropout_p": dropout_p, "seed": 8, "stream": 2}
+    separate = ops.causal_attention(q, k, v, **options).transpose(1, 2).reshape(3, 70, 96)
+    packed = ops.causal_attention_packed(qkv, 2, **options)
+    assert torch.equal(packed, separate)
+    grad = torch.randn_like(packed)
+    (a,), (b,) = (torch.autograd.grad(x, qkv, grad, retain_graph=True) for x in (packed, separate))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_a_batch_have_the_bits_they_have_alone(isa: str, dtype: torch.dtype) -> None:
+    q, k, v = (heads(5, 3, 90, 40, seed=i).to(dtype).requires_grad_() for i in range(3))
+    grad = heads(5, 3, 90, 40, seed=4).to(dtype)
+    out = ops.causal_attention(q, k, v)
+    grads = torch.autograd.grad(out, (q, k, v), grad)
+    threads = torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        one = [x[3:4].detach().requires_grad_() for x in (q, k, v)]
+        alone = ops.causal_attention(*one)
+        assert torch.equal(alone, out[3:4])
+        # A head that several threads share sums its dQ in more parts: the same bits per thread count only.
+        if count == 1:
+            for a, b in zip(torch.autograd.grad(alone, one, grad[3:4]), grads, strict=True):
+                assert torch.equal(a, b[3:4])
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_last_query_alone_has_the_bits_it_has_among_all(isa: str, dtype: torch.dtype) -> None:
+    q, k, v = (heads(2, 2, 300, 64, seed=i).to(dtype) for i in range(3))
+    whole = ops.causal_attention(q, k, v)
+    for t in (0, 5, 127, 128, 200, 299):
+        step = ops.causal_attention(q[:, :, t : t + 1], k[:, :, : t + 1], v[:, :, : t + 1])
+        assert torch.equal(step[:, :, 0], whole[:, :, t])
+
+
+def test_gradients_repeat_bitwise(isa: str) -> None:
+    q, k, v = (heads(1, 2, 400, 32, seed=i).requires_grad_() for i in range(3))
+    grads = []
+    for _ in range(3):
+        out = ops.causal_attention(q, k, v, dropout_p=0.1, seed=3)
+        grads.append(torch.autograd.grad(out.square().sum(), (q, k, v)))
+    for other in grads[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))
+
+
+def test_dropout_of_everything_gives_zeros(isa: str) -> None:
+    q, k, v = (heads(1, 1, 20, 16, seed=i) for i in range(3))
+    assert (ops.causal_attention(q, k, v, dropout_p=1.0, seed=1) == 0).all()
+
+
+def test_errors_name_argument_expected_and_got() -> None:
+    q = heads(1, 2, 8, 16)
+    with pytest.raises(ValueError, match=r"causal_attention: q must have 4 dimensions, got shape"):
+        ops.causal_attention(q[0], q, q)
+    with pytest.raises(ValueError, match=r"k must have shape \(1, 2, 8, 16\), got \(1, 3, 8, 16\)"):
+        ops.causal_attention(q, heads(1, 3, 8, 16), q)
+    with pytest.raises(TypeError, match=r"v must be torch.float32 on cpu, got torch.bfloat16"):
+        ops.causal_attention(q, q, q.bfloat16())
+    with pytest.raises(ValueError, match=r"dropout_p must be in \[0, 1\], got 1.5"):
+        ops.causal_attention(q, q, q, dropout_p=1.5)
+    with pytest.raises(TypeError, match=r"q must be a floating-point tensor, got torch.int64"):
+        ops.causal_attention(q.long(), q, q)
+    with pytest.raises(ValueError, match=r"3 C columns with C divisible by n_head=5"):
+        ops.causal_attention_packed(heads(1, 4, 48), 5)

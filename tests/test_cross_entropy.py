@@ -1,0 +1,91 @@
+"""linear_cross_entropy against the float64 oracle and torch, at every instruction set."""
+
+import pytest
+import torch
+from oracle import assert_budget, check_op, run
+from torch import Tensor
+from torch.nn import functional as F
+
+from gptfast import ops
+from gptfast.ops import reference
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def case(M: int, K: int, V: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(M + K + V)
+    x, weight = torch.randn(M, K, generator=generator), torch.randn(V, K, generator=generator) * 0.3
+    return [x, weight, torch.randint(V, (M,), generator=generator)]
+
+
+def torch_linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, **options: int
+) -> Tensor:
+    return F.cross_entropy(F.linear(x, weight).float(), targets, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("M", "K", "V"), ((1, 16, 5), (3, 8, 1), (250, 64, 66), (97, 33, 1003), (500, 16, 5))
+)
+def test_budget(isa: str, M: int, K: int, V: int, dtype: torch.dtype) -> None:
+    args = (ops.linear_cross_entropy, reference.linear_cross_entropy, torch_linear_cross_entropy)
+    check_op(*args, case(M, K, V), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ignored_targets_count_for_nothing(isa: str, dtype: torch.dtype) -> None:
+    x, weight, targets = case(120, 32, 50)
+    targets[::3] = 7
+    inputs = [x, weight, targets]
+    options = {"ignore_index": 7}
+    args = (ops.linear_cross_entropy, reference.linear_cross_entropy, torch_linear_cross_entropy)
+    check_op(*args, inputs, dtype, **options)
+    dx = run(args[0], inputs, dtype, torch.ones(()), **options)[1]
+    assert (dx[::3] == 0).all() and (dx[1::3] != 0).any()
+
+
+def test_no_target_at_all_gives_zero(isa: str) -> None:
+    x, weight, _ = case(10, 8, 5)
+    x.requires_grad_()
+    loss = ops.linear_cross_entropy(x, weight, torch.full((10,), -100))
+    loss.backward()
+    assert loss.item() == 0.0 and x.grad is not None and (x.grad == 0).all()
+
+
+def test_large_logits_do_not_overflow(isa: str) -> None:
+    x, weight, targets = case(60, 16, 30)
+    oracle = reference.linear_cross_entropy(x.double() * 100, weight.double() * 100, targets)
+    own = torch_linear_cross_entropy(x * 100, weight * 100, targets)
+    assert_budget(
+        "loss", ops.linear_cross_entropy(x * 100, weight * 100, targets), own, oracle, 2.0
+    )
+
+
+@pytest.mark.slow
+def test_large_vocabulary(isa: str) -> None:
+    args = (ops.linear_cross_entropy, reference.linear_cross_entropy, torch_linear_cross_entropy)
+    check_op(*args, case(200, 24, 50257), torch.float32)
+
+
+def test_gradient_is_scaled_by_the_incoming_one(isa: str) -> None:
+    x, weight, targets = case(40, 16, 30)
+    plain = run(ops.linear_cross_entropy, [x, weight, targets], torch.float32, torch.ones(()))
+    tripled = run(ops.linear_cross_entropy, [x, weight, targets], torch.float32, torch.tensor(3.0))
+    assert torch.allclose(tripled[1], 3 * plain[1]) and torch.allclose(tripled[2], 3 * plain[2])
+
+
+def test_targets_out_of_range_are_an_error(isa: str) -> None:
+    x, weight, targets = case(40, 16, 30)
+    for bad in (30, -1, 2**40):
+        targets[17] = bad
+        with pytest.raises(RuntimeError, match=rf"targets must be in \[0, 30\), got {bad}"):
+            ops.linear_cross_entropy(x, weight, targets)
+
+
+def test_errors_name_argument_expected_and_got() -> None:
+    x, weight, targets = case(40, 16, 30)
+    with pytest.raises(TypeError, match=r"targets must be torch.int64, got torch.int32"):
+        ops.linear_cross_entropy(x, weight, targets.int())
+    with pytest.raises(ValueError, match=r"targets must have shape \(40,\), got \(39,\)"):
+        ops.linear_cross_entropy(x, weight, targets[1:])

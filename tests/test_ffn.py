@@ -1,0 +1,109 @@
+"""layer_norm_ffn against the float64 oracle and torch, at every instruction set."""
+
+import pytest
+import torch
+from oracle import check_op
+from torch import Tensor
+from torch.nn import functional as F
+
+from gptfast import ops
+from gptfast.ops import reference
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def block(M: int, C: int, hidden: int, bias: bool = True) -> list[Tensor | None]:
+    generator = torch.Generator().manual_seed(M + C + hidden)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator) * scale
+
+    b1, b2, ln_b = (normal(hidden), normal(C), normal(C)) if bias else (None, None, None)
+    w1, w2 = normal(hidden, C, scale=C**-0.5), normal(C, hidden, scale=hidden**-0.5)
+    return [normal(M, C), normal(C), ln_b, w1, b1, w2, b2]
+
+
+def torch_ffn(
+    x: Tensor,
+    ln_w: Tensor,
+    ln_b: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    gelu: str = "erf",
+    dropout_p: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """The block in torch ops of the inputs' dtype, with the same dropout mask."""
+    hidden = F.linear(F.layer_norm(x, x.shape[-1:], ln_w, ln_b), w1, b1)
+    y = F.linear(F.gelu(hidden, approximate="none" if gelu == "erf" else "tanh"), w2, b2)
+    if dropout_p:
+        key = reference.seed_tensor(seed)
+        y = y * reference.dropout_factors(dropout_p, key, 0, 1, *y.shape)[0].to(y)
+    return x + y
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gelu", ("erf", "tanh"))
+@pytest.mark.parametrize("dropout_p", (0.0, 0.3))
+@pytest.mark.parametrize(
+    ("M", "C", "hidden"), ((1, 16, 64), (33, 20, 80), (250, 128, 512), (97, 192, 768), (5, 7, 11))
+)
+def test_budget(
+    isa: str, M: int, C: int, hidden: int, dropout_p: float, gelu: str, dtype: torch.dtype
+) -> None:
+    args = (ops.layer_norm_ffn, reference.layer_norm_ffn, torch_ffn)
+    check_op(*args, block(M, C, hidden), dtype, gelu=gelu, dropout_p=dropout_p, seed=77)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_biases(isa: str, dtype: torch.dtype) -> None:
+    args = (ops.layer_norm_ffn, reference.layer_norm_ffn, torch_ffn)
+    check_op(*args, block(40, 32, 128, bias=False), dtype)
+
+
+@pytest.mark.parametrize("gelu", ("erf", "tanh"))
+def test_gelu_over_its_whole_range(isa: str, gelu: str) -> None:
+    # An identity layer: the hidden values are the normalised inputs, -14 to 14.
+    x = torch.linspace(-14, 14, 4096)[:, None].repeat(1, 2) * torch.tensor([1.0, -1.0])
+    eye, one = torch.eye(2), torch.ones(2)
+    norm = F.layer_norm(x.double(), (2,))
+    scale = x[:, 0].double() / norm[:, 0].where(norm[:, 0] != 0, torch.ones(()).double())
+    for factor in (0.01, 0.3, 1.0, 3.0, 6.0, 14.0):
+        out = ops.layer_norm_ffn(x, one * factor, None, eye, None, eye, None, gelu=gelu)
+        approximate = "none" if gelu == "erf" else "tanh"
+        expected = x.double() + F.gelu(norm * factor, approximate=approximate)
+        assert (out.double() - expected).abs().max() <= 2e-6 * max(factor, 1.0)
+    assert scale.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_have_the_bits_they_have_alone(isa: str, dtype: torch.dtype) -> None:
+    x, *params = (None if t is None else t.to(dtype) for t in block(130, 96, 384))
+    assert x is not None
+    whole = ops.layer_norm_ffn(x, *params)
+    for rows in (slice(0, 1), slice(129, 130), slice(90, 101)):
+        assert torch.equal(ops.layer_norm_ffn(x[rows], *params), whole[rows])
+
+
+def test_gradients_do_not_depend_on_the_number_of_threads(isa: str) -> None:
+    leaves = [t.requires_grad_() for t in block(400, 64, 256) if t is not None]
+    grads, threads = [], torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        out = ops.layer_norm_ffn(*leaves, dropout_p=0.2, seed=1)
+        grads.append(torch.autograd.grad(out.square().sum(), leaves))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_errors_name_argument_expected_and_got() -> None:
+    x, *params = block(4, 8, 32)
+    with pytest.raises(
+        ValueError, match=r"layer_norm_ffn: w2 must have shape \(8, 32\), got \(32, 8\)"
+    ):
+        ops.layer_norm_ffn(x, *params[:4], params[2], None)
+    with pytest.raises(ValueError, match=r"gelu must be one of \('erf', 'tanh'\), got 'relu'"):
+        ops.layer_norm_ffn(x, *params, gelu="relu")
