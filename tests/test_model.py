@@ -1,0 +1,292 @@
+"""The model against torch's own modules with the same weights: logits, loss and gradients."""
+
+import copy
+import math
+
+import pytest
+import torch
+from course import CourseGPT
+from oracle import assert_budget
+from torch import Tensor
+from torch.nn import functional as F
+
+from gptfast import GPT, BackendError, CheckpointError, ConfigError, GPTConfig
+from gptfast.config import abc
+
+DTYPES = (torch.float32, torch.bfloat16)
+SMALL = GPTConfig(block_size=20, vocab_size=11, n_layer=2, n_head=2, n_embd=32, dropout=0.0)
+
+
+def course_pair(config: GPTConfig) -> tuple[CourseGPT, GPT]:
+    """The course's model with weights from a fixed seed, and ours with the same ones."""
+    torch.manual_seed(1)
+    course = CourseGPT(config)
+    with torch.no_grad():  # biases that torch starts at zero are to count too
+        for name, param in course.named_parameters():
+            if name.endswith("bias"):
+                param.normal_(std=0.2)
+    # The weights do not tell the dropout, so both are compared without.
+    return course.eval(), GPT.from_course_state_dict(course.state_dict(), config.n_head).eval()
+
+
+def tokens(config: GPTConfig, B: int, T: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    idx = torch.randint(config.vocab_size, (B, T + 1), generator=generator)
+    return idx[:, :-1], idx[:, 1:]
+
+
+def test_course_model_has_400128_parameters() -> None:
+    assert sum(param.numel() for param in GPT(abc()).parameters()) == 400_128
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("T", "n_head", "n_embd", "attention"),
+    (
+        (1, 2, 32, True),
+        (17, 8, 128, True),
+        (100, 2, 128, True),
+        (33, 1, 128, True),
+        (17, 2, 32, False),
+    ),
+)
+def test_logits_loss_and_gradients_equal_the_course_model(
+    isa: str, T: int, n_head: int, n_embd: int, attention: bool, dtype: torch.dtype
+) -> None:
+    config = GPTConfig(
+        block_size=100,
+        vocab_size=13,
+        n_head=n_head,
+        n_embd=n_embd,
+        dropout=0.0,
+        attention=attention,
+    )
+    course, model = course_pair(config)
+    course, model = course.to(dtype), model.to(dtype)
+    oracle_model = copy.deepcopy(course).double()
+    idx, targets = tokens(config, 3, T)
+    names = GPT.from_course_state_dict(course.state_dict(), n_head).state_dict().keys()
+
+    def torch_results(module: CourseGPT) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Logits, the loss of each token, and the gradients of the mean in the order of `names`."""
+        logits = module(idx)
+        wide = logits.to(torch.promote_types(dtype, torch.float32))
+        wide = wide.to(logits.dtype) if logits.dtype == torch.float64 else wide
+        losses = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none")
+        params = dict(module.named_parameters())
+        grads = torch.autograd.grad(losses.mean(), list(params.values()))
+        # A model of the gradients is the shortest way to our names for them.
+        renamed = GPT.from_course_state_dict(dict(zip(params, grads, strict=True)), n_head)
+        return logits.detach(), losses.detach(), [renamed.state_dict()[name] for name in names]
+
+    logits, loss = model(idx).detach(), model.loss(idx, targets)
+    grads = torch.autograd.grad(loss, [model.get_parameter(name) for name in names])
+    own, oracle = torch_results(course), torch_results(oracle_model)
+    assert_budget("logits", logits, own[0], oracle[0], 2.0)
+    # The errors of the tokens cancel in the mean by chance: torch's is taken before it.
+    own_error = (own[1].double() - oracle[1]).abs().mean().item()
+    rounding = torch.finfo(torch.float32).eps * oracle[1].mean().item()
+    assert abs(loss.item() - oracle[1].mean().item()) <= 2 * (own_error + rounding)
+    for name, a, t, o in zip(names, grads, own[2], oracle[2], strict=True):
+        assert_budget(name, a, t.to(dtype), o.double(), 3.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fused_equals_reference_with_dropout_on(isa: str, dtype: torch.dtype) -> None:
+    config = GPTConfig(block_size=40, vocab_size=13, n_head=2, n_embd=64, dropout=0.3)
+    torch.manual_seed(0)
+    model = GPT(config).to(dtype)
+    idx, targets = tokens(config, 4, 37)
+    results = []
+    for backend in ("fused", "reference"):
+        model.backend = backend
+        torch.manual_seed(5)
+        loss = model.loss(idx, targets)
+        results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
+    tolerance = 2e-5 if dtype == torch.float32 else 0.04
+    for fused, plain in zip(*results, strict=True):
+        assert (fused - plain).abs().max() <= tolerance * max(plain.abs().max().item(), 0.05)
+
+
+def test_dropout_changes_with_torch_seed_alone() -> None:
+    model = GPT(GPTConfig(block_size=8, vocab_size=7, n_embd=16, dropout=0.5))
+    idx, targets = tokens(model.config, 2, 8)
+    torch.manual_seed(3)
+    first, second = model.loss(idx, targets).item(), model.loss(idx, targets).item()
+    torch.manual_seed(3)
+    assert model.loss(idx, targets).item() == first != second
+    model.eval()
+    assert model.loss(idx, targets).item() == model.loss(idx, targets).item()
+
+
+def test_padding_embedding_stays_zero_and_untrained() -> None:
+    model = GPT(SMALL)
+    idx, targets = tokens(SMALL, 2, 20)
+    model.loss(idx.where(idx > 2, 0), targets).backward()
+    assert (model.wte.weight[0] == 0).all()
+    assert model.wte.weight.grad is not None and (model.wte.weight.grad[0] == 0).all()
+
+
+def test_loss_ignores_targets() -> None:
+    model = GPT(SMALL)
+    idx, targets = tokens(SMALL, 2, 20)
+    masked = targets.clone()
+    masked[:, :5] = -100
+    logits = model(idx)[:, 5:]
+    expected = F.cross_entropy(logits.flatten(0, 1), targets[:, 5:].flatten())
+    assert torch.allclose(model.loss(idx, masked), expected, atol=1e-5)
+
+
+def test_intermediates() -> None:
+    model = GPT(SMALL).eval()
+    idx, _ = tokens(SMALL, 2, 9)
+    parts = model(idx, return_intermediates=True)
+    assert parts.positions.tolist() == list(range(9))
+    assert parts.mask.tolist() == [[key <= query for key in range(9)] for query in range(9)]
+    assert parts.hidden.shape == (2, 9, 32)
+    assert torch.equal(parts.logits, model(idx))
+    assert torch.allclose(F.linear(parts.hidden, model.lm_head.weight), parts.logits, atol=1e-5)
+
+
+def test_attention_weights_are_those_of_multihead_attention() -> None:
+    course, model = course_pair(SMALL)
+    idx, _ = tokens(SMALL, 2, 12)
+    weights = model.attention_weights(idx)
+    assert weights.shape == (2, 2, 2, 12, 12)
+    assert torch.allclose(weights.sum(-1), torch.ones(2, 2, 2, 12))
+    assert (weights.triu(1) == 0).all()
+    x = course.wte(idx) + course.wpe(torch.arange(12))
+    y = course.scale1[0](x)
+    mask = torch.ones(12, 12, dtype=torch.bool).triu(1)
+    _, expected = course.MM[0](y, y, y, attn_mask=mask, average_attn_weights=False)
+    assert torch.allclose(weights[0], expected, atol=1e-6)
+    with pytest.raises(ConfigError, match="has no attention weights"):
+        GPT(GPTConfig(attention=False)).attention_weights(idx)
+
+
+def test_initial_values_are_those_of_torch_modules() -> None:
+    config = GPTConfig(vocab_size=500, n_embd=128)
+    torch.manual_seed(0)
+    model = GPT(config)
+    block = model.blocks[0]
+    assert abs(model.wte.weight[1:].std().item() - 1) < 0.02  # N(0, 1)
+    bound = math.sqrt(6 / (128 + 3 * 128))  # Xavier over the packed projection
+    assert 0.98 * bound < block.attn.c_attn.weight.abs().max().item() <= bound
+    assert (block.attn.c_attn.bias == 0).all() and (block.attn.c_proj.bias == 0).all()
+    for linear, inputs in (
+        (block.mlp.c_fc, 128),
+        (block.mlp.c_proj, 512),
+        (block.attn.c_proj, 128),
+    ):
+        assert 0.98 / math.sqrt(inputs) < linear.weight.abs().max().item() <= 1 / math.sqrt(inputs)
+    gpt2 = GPT(GPTConfig(vocab_size=500, n_layer=8, init="gpt2"))
+    assert abs(gpt2.wte.weight[1:].std().item() - 0.02) < 0.001 and (gpt2.wte.weight[0] == 0).all()
+    assert abs(gpt2.blocks[0].mlp.c_proj.weight.std().item() - 0.005) < 0.0003
+    assert (gpt2.blocks[0].mlp.c_fc.bias == 0).all()
+
+
+def test_tied_weights_share_one_tensor_and_both_gradients() -> None:
+    model = GPT(
+        GPTConfig(block_size=8, vocab_size=9, n_embd=16, tie_weights=True, padding_idx=None)
+    )
+    assert model.lm_head.weight is model.wte.weight
+    idx, targets = tokens(model.config, 2, 8)
+    results = []
+    for backend in ("fused", "reference"):
+        model.backend = backend
+        torch.manual_seed(1)
+        results.append(torch.autograd.grad(model.loss(idx, targets), model.wte.weight)[0])
+    assert torch.allclose(*results, atol=1e-5)
+
+
+def test_autocast_computes_in_bfloat16_with_float32_gradients() -> None:
+    model = GPT(SMALL)
+    idx, targets = tokens(SMALL, 2, 20)
+    plain = model.loss(idx, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(idx).dtype == torch.bfloat16
+        loss = model.loss(idx, targets)
+    loss.backward()
+    assert loss.dtype == torch.float32 and abs(loss.item() - plain.item()) < 0.02
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_compiled_model_gives_the_same_logits() -> None:
+    torch._dynamo.reset()
+    model = GPT(SMALL).eval()
+    idx, targets = tokens(SMALL, 2, 20)
+    assert torch.equal(torch.compile(model, fullgraph=True)(idx), model(idx))
+
+
+@pytest.mark.slow
+def test_compiled_loss_has_the_same_gradients() -> None:
+    torch._dynamo.reset()
+    model = GPT(SMALL)
+    idx, targets = tokens(SMALL, 2, 20)
+    params = list(model.parameters())
+    plain = torch.autograd.grad(model.loss(idx, targets), params)
+    compiled = torch.compile(model.loss, fullgraph=True)
+    for a, b in zip(torch.autograd.grad(compiled(idx, targets), params), plain, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_explicit_backend_never_falls_back() -> None:
+    model = GPT(SMALL).double()
+    idx, _ = tokens(SMALL, 2, 5)
+    assert model(idx).dtype == torch.float64  # auto takes the reference
+    model.backend = "fused"
+    with pytest.raises(BackendError, match="float32 and bfloat16, not float64"):
+        model(idx)
+    with pytest.raises(
+        ConfigError, match="backend must be 'auto', 'fused' or 'reference', got 'gpu'"
+    ):
+        model.backend = "gpu"
+
+
+def test_bad_tokens_are_errors() -> None:
+    model = GPT(SMALL)
+    with pytest.raises(ValueError, match="at most block_size=20 positions, got 21"):
+        model(torch.zeros(1, 21, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"\(B, T\) int64 tensor, got \(5,\)"):
+        model(torch.zeros(5, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match=r"idx must be in \[0, 11\), got 11"):
+        model(torch.full((1, 3), 11))
+
+
+def test_course_state_dict_that_does_not_fit_is_an_error() -> None:
+    state = CourseGPT(SMALL).state_dict()
+    with pytest.raises(CheckpointError, match="must have 'wpe.weight'"):
+        GPT.from_course_state_dict({"a": torch.zeros(1)}, 2)
+    missing = {name: weight for name, weight in state.items() if name != "scale2.1.bias"}
+    with pytest.raises(
+        CheckpointError, match=r"h.1.ln_2.bias must have shape \(32,\), got nothing"
+    ):
+        GPT.from_course_state_dict(missing, 2)
+    wrong = state | {"FFN.0.2.weight": torch.zeros(32, 64)}
+    with pytest.raises(CheckpointError, match=r"\(32, 128\), got \(32, 64\)"):
+        GPT.from_course_state_dict(wrong, 2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    (
+        (
+            {"n_embd": 30, "n_head": 4},
+            "n_embd must be divisible by n_head, got n_embd=30 and n_head=4",
+        ),
+        ({"block_size": 0}, "block_size must be a positive whole number, got 0"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"gelu": "relu"}, "gelu must be one of"),
+        ({"padding_idx": 66}, r"padding_idx must be None or in \[0, 66\), got 66"),
+    ),
+)
+def test_config_that_contradicts_itself_is_an_error(fields: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        GPTConfig(**fields)
+
+
+def test_config_survives_its_dict() -> None:
+    config = GPTConfig(n_layer=5, gelu="tanh", padding_idx=None)
+    assert GPTConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ConfigError, match="has no field 'n_heads'; it has block_size, "):
+        GPTConfig.from_dict({"n_heads": 2})
