@@ -12,7 +12,10 @@ from gptfast.errors import (
 )
 from gptfast.generate import Generation, generate, stream
 from gptfast.model import GPT, Intermediates
+from gptfast.presets import TrainConfig
 from gptfast.tokenizer import CharTokenizer
+from gptfast.train import train
+from gptfast.trainer import Trainer
 
 __version__ = "0.1.0"
 
@@ -27,9 +30,12 @@ __all__ = [
     "Generation",
     "GptfastError",
     "Intermediates",
+    "TrainConfig",
+    "Trainer",
     "generate",
     "load",
     "ops",
     "save",
     "stream",
+    "train",
 ]

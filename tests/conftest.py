@@ -1,4 +1,4 @@
-"""Shared fixtures: the texts that tests read, and the instruction sets that kernels are tested at."""
+"""Shared fixtures: the texts that tests read, the instruction sets that kernels run at."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The course's model in torch's own modules: what gptfast must equal, and what it is timed against."""
+"""The course's model in torch's own modules: what gptfast must equal."""
 
 import torch
 from torch import Tensor, nn

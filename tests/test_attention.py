@@ -1,4 +1,4 @@
-"""causal_attention against the float64 oracle and torch's own attention, at every instruction set."""
+"""causal_attention against the float64 oracle and torch's own, at every instruction set."""
 
 import math
 from typing import Any
@@ -44,8 +44,8 @@ def torch_attention(
 def check_attention(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, **options: Any) -> None:
     """The budget for the result and for dq, dk, dv.
 
-    dS = p (dP - delta) is a difference of like terms that a fused kernel rounds apart, so a gradient
-    is held to one rounding of the largest gradient of the three.
+    dS = p (dP - delta) is a difference of like terms that a fused kernel rounds apart, so a
+    gradient is held to one rounding of the largest gradient of the three.
     """
     inputs = [x.to(dtype) for x in (q, k, v)]
     grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(9)).to(dtype)
@@ -156,7 +156,7 @@ def test_rows_of_a_batch_have_the_bits_they_have_alone(isa: str, dtype: torch.dt
         one = [x[3:4].detach().requires_grad_() for x in (q, k, v)]
         alone = ops.causal_attention(*one)
         assert torch.equal(alone, out[3:4])
-        # A head that several threads share sums its dQ in more parts: the same bits per thread count only.
+        # Threads that share a head sum its dQ in parts: the same bits per thread count only.
         if count == 1:
             for a, b in zip(torch.autograd.grad(alone, one, grad[3:4]), grads, strict=True):
                 assert torch.equal(a, b[3:4])

@@ -1,0 +1,154 @@
+"""The operators as torch sees them: schemas, fakes, mutation; and the package without its parts."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptfast import ops
+from gptfast.ops import select
+
+if select.extension() is None:
+    pytest.skip(f"{select.extension_error}", allow_module_level=True)
+
+R = torch.randn
+SEED = torch.tensor(7)
+
+
+def heads(T: int) -> Tensor:
+    return R(2, T, 3, 16).transpose(1, 2)  # (B, H, T, D), dense but not contiguous
+
+
+def cases() -> dict[str, tuple[Any, ...]]:
+    """Arguments for every operator in the namespace."""
+    q, k, v = heads(9), heads(9), heads(9)
+    out, lse = torch.ops.gptfast.attention(q, k, v, 0.25, 0.1, SEED, 1)
+    qkv = R(2, 9, 96)
+    packed_out, packed_lse = torch.ops.gptfast.attention_packed(qkv, 2, 0.0, None, 0)
+    x, ln_w, ln_b, weight, bias = R(2, 9, 32), R(32), R(32), R(20, 32), R(20)
+    y, mean, rstd = torch.ops.gptfast.linear(x, ln_w, ln_b, weight, bias, None)
+    empty = R(0)
+    ffn = (ln_w, None, R(64, 32), R(64), R(32, 64), R(32))
+    y2, mean2, rstd2, hidden = torch.ops.gptfast.ffn(x, *ffn, "erf", 0.1, SEED, 2, True)
+    idx = torch.randint(5, (2, 9))
+    tables = (R(5, 32), R(12, 32))
+    weights = [R(60, 20), R(20, 20), R(80, 20), R(20, 80), R(7, 20)]
+    packed = [torch.ops.gptfast.pack_weight(w, torch.float32) for w in weights]
+    params = [
+        R(7, 20),
+        R(8, 20),
+        R(20),
+        empty,
+        R(60),
+        R(20),
+        R(20),
+        R(20),
+        R(80),
+        R(20),
+        R(20),
+        R(20),
+    ]
+    starts, row, cached = (torch.tensor(each) for each in ([0, 2, 3], [2, 0], [0, 3]))
+    decode = (torch.tensor([1, 2, 3]), starts, row, cached, params, packed, R(1, 2, 4, 2, 8, 10))
+    return {
+        "attention": (q, k, v, 0.25, 0.1, SEED, 1),
+        "attention_backward": (R(2, 9, 3, 16), q, k, v, out, lse, 0.25, 0.1, SEED, 1),
+        "attention_packed": (qkv, 2, 0.0, None, 0),
+        "attention_packed_backward": (
+            R(2, 9, 32), qkv, 2, packed_out, packed_lse, 0.0, None, 0,
+        ),
+        "linear": (x.transpose(0, 1), ln_w, ln_b, weight, bias, None),
+        "linear_backward": (R(2, 9, 20), x, ln_w, ln_b, mean, rstd, weight, None),
+        "ffn": (x, *ffn, "tanh", 0.1, SEED, 2, False),
+        "ffn_backward": (R(2, 9, 32), x, *ffn, mean2, rstd2, hidden, "erf", 0.1, SEED, 2),
+        "linear_cross_entropy": (x, R(5, 32), idx, -100, True),
+        "embedding": (idx, *tables, 0.1, SEED, 0, torch.bfloat16),
+        "embedding_backward": (R(2, 9, 32), idx, *tables, 0, 0.1, SEED, 0),
+        "pack_weight": (R(20, 32), torch.bfloat16),
+        "decoder_forward": (*decode, 7, True, "erf"),
+    }  # fmt: skip
+
+
+NAMES = (
+    "attention attention_backward attention_packed attention_packed_backward"
+    " linear linear_backward ffn ffn_backward linear_cross_entropy embedding embedding_backward"
+    " pack_weight decoder_forward"
+).split()
+
+
+def test_every_operator_has_a_case() -> None:
+    defined = {name.removeprefix("gptfast::") for name in torch._C._dispatch_get_all_op_names()
+               if name.startswith("gptfast::")}  # fmt: skip
+    assert defined == set(NAMES) == set(cases())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name: str) -> None:
+    torch.manual_seed(0)
+    # The size of a packed weight depends on the instruction set, which a fake cannot know.
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(getattr(torch.ops.gptfast, name).default, cases()[name], test_utils=tests)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_operators_check_what_they_are_called_with(name: str) -> None:
+    arguments = list(cases()[name])
+    wrong = [i for i, each in enumerate(arguments) if isinstance(each, Tensor) and each.dim() > 0]
+    for i in wrong:
+        bad = [*arguments[:i], arguments[i].to(torch.float64), *arguments[i + 1 :]]
+        with pytest.raises(RuntimeError, match=rf"gptfast::{name}: \w+ must"):
+            getattr(torch.ops.gptfast, name)(*bad)
+
+
+def test_decoder_refuses_what_would_leave_its_cache() -> None:
+    arguments = list(cases()["decoder_forward"])
+    for place, value, message in (
+        (0, [1, 2, 7], r"tokens must be in \[0, 7\), got 7"),
+        (1, [0, 2, 4], r"starts must be in \[0, 4\), got 4"),
+        (1, [0, 2, 2], "starts must give every sequence at least one token"),
+        (2, [2, 4], r"row must be in \[0, 4\), got 4"),
+        (2, [2, 2], "row must not name a cache row twice"),
+        (3, [7, 0], "starts must give every sequence .* at most block_size = 8"),
+    ):
+        bad = [*arguments[:place], torch.tensor(value), *arguments[place + 1 :]]
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.gptfast.decoder_forward(*bad)
+
+
+def run_python(code: str) -> str:
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def test_reference_runs_without_the_extension_and_says_why() -> None:
+    code = """
+import sys
+for blocked in ("gptfast._C", "triton", "matplotlib"):
+    sys.modules[blocked] = None
+import torch, gptfast
+model = gptfast.GPT(gptfast.GPTConfig(block_size=8, vocab_size=5, n_embd=16))
+print(len(gptfast.generate(model, [[1]], max_new_tokens=12)[0].tokens))
+model.loss(torch.ones(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.int64)).backward()
+model.backend = "fused"
+try:
+    model(torch.ones(1, 4, dtype=torch.int64))
+except gptfast.BackendError as error:
+    print(error)
+"""
+    count, message = run_python(code).splitlines()
+    assert count == "12" and "the compiled extension cannot be loaded" in message
+
+
+def test_import_needs_no_optional_package() -> None:
+    optional = "{'triton', 'matplotlib', 'tokenizers'}"
+    code = f"import sys, gptfast; print(sorted({optional} & set(sys.modules)))"
+    assert run_python(code).strip() == "[]"
+
+
+def test_ops_have_the_references_names() -> None:
+    names = set(ops.__all__) - {"reference"}
+    assert all(callable(getattr(ops.reference, name)) for name in names)

@@ -1,0 +1,57 @@
+"""The reference's own random numbers: known answers, and masks of the right probability."""
+
+import numpy as np
+import pytest
+import torch
+
+from gptfast.ops.reference import dropout_factors, philox, seed_tensor
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    (
+        # The known answers that come with the Philox-4x32-10 paper's own code.
+        ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        (
+            (0xFFFFFFFF,) * 4,
+            -1,
+            (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+        ),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            0x299F31D0A4093822,
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ),
+)
+def test_known_answers(counter: tuple[int, ...], key: int, words: tuple[int, ...]) -> None:
+    got = philox(counter, torch.tensor(key))
+    assert tuple(int(word) for word in got) == words
+
+
+def test_numpy_draws_the_same_blocks() -> None:
+    generator = np.random.Philox(key=[12345, 0], counter=[7, 0, 0, 0])  # another width: 4x64
+    assert generator.random_raw(1).dtype == np.uint64
+    low = philox((torch.arange(1000), 3, 5, 9), torch.tensor(42))
+    assert len({tuple(int(word[i]) for word in low) for i in range(1000)}) == 1000
+
+
+@pytest.mark.parametrize("p", (0.1, 0.2, 0.5, 0.9))
+def test_share_and_value_of_what_is_kept(p: float) -> None:
+    factors = dropout_factors(p, seed_tensor(3), 1, 4, 99, 501)
+    kept = factors[factors > 0]
+    assert factors.shape == (4, 99, 501)
+    assert torch.allclose(kept, torch.tensor(1 / (1 - p), dtype=torch.float64), rtol=1e-4)
+    share, count = kept.numel() / factors.numel(), factors.numel()
+    assert abs(share - (1 - p)) < 4 * (p * (1 - p) / count) ** 0.5 + 1e-5
+
+
+def test_masks_of_streams_seeds_and_matrices_differ_and_of_shapes_agree() -> None:
+    mask = dropout_factors(0.5, seed_tensor(1), 0, 2, 40, 40)
+    assert torch.equal(mask[:, :17, :9], dropout_factors(0.5, seed_tensor(1), 0, 2, 17, 9))
+    for other in (
+        dropout_factors(0.5, seed_tensor(2), 0, 2, 40, 40),
+        dropout_factors(0.5, seed_tensor(1), 1, 2, 40, 40),
+        mask.flip(0),
+    ):
+        assert 0.4 < (mask != other).double().mean() < 0.6
