@@ -35,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         the exit code: 0, 1 where a command says no, 2 for bad input, 130 after Ctrl-C, 141 when
         the reader of the output has gone.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what the terminal cannot show is no error
     try:
         code = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -125,15 +128,20 @@ def _parse(command: type[Command], prog: str, arguments: Sequence[str]) -> Comma
     except SystemExit as error:
         if error.code != EXIT_BAD_INPUT:
             raise
-    # After the box's title, up to a rule or an empty line; what is deeply indented is help text.
+    raise ConfigError(f"{_message(box.getvalue())} (see {prog} --help)")
+
+
+def _message(box: str) -> str:
+    """What a box of tyro's says before its advice, whether its frame is in Unicode or ASCII."""
     message: list[str] = []
-    for line in box.getvalue().splitlines()[1:]:
-        text = line.strip("│ ")
-        if not text or text.startswith("─"):
-            break
-        if not line.startswith("│" + 9 * " "):
+    for line in box.replace("│", " ").splitlines()[1:]:  # the first one is the title
+        text = line.strip()
+        if not text.strip("─-"):
+            if message:  # a rule or an empty line: advice follows
+                break
+        elif not line.startswith(10 * " "):  # where the help text of an option is
             message.append(text)
-    raise ConfigError(f"{' '.join(message).rstrip('.')} (see {prog} --help)")
+    return " ".join(message).rstrip(".")
 
 
 def _sentence(error: Exception) -> str:

@@ -245,6 +245,7 @@ class Inspect:
         from gptfast.demo import parameter_table
 
         model, tokenizer = checkpoint.load(self.run_path)
+        maps = "" if self.attention is None else attention_maps(model, tokenizer, self.attention)
         Console().print(parameter_table(model))
         header = checkpoint.read_config(self.run_path)
         chars = "none"
@@ -255,9 +256,7 @@ class Inspect:
             print(f"\n{title}:")
             for name, value in header[title].items():
                 print(f"  {name}: {value}")
-        if self.attention is not None:
-            model, tokenizer = load_text_model(self.run_path)
-            print_attention(model, tokenizer, self.attention)
+        print(maps, end="")
         return 0
 
 
@@ -273,17 +272,26 @@ class Info:
         return 0
 
 
-def print_attention(model: "GPT", tokenizer: "CharTokenizer", text: str) -> None:
-    """Prints the attention weights of each head in tenths, a row per character that attends."""
-    idx = tokenizer.encode_tensor(text)[None]  # (1, T)
-    weights = model.attention_weights(idx)[:, 0]  # (L, H, T, T)
+def attention_maps(model: "GPT", tokenizer: "CharTokenizer | None", text: str) -> str:
+    """Writes the attention weights of each head in tenths, a row per character that attends."""
+    if tokenizer is None or not text:
+        raise ConfigError("--attention needs at least one character, and a model with a tokenizer")
+    if len(text) > model.config.block_size:
+        raise DataError(
+            f"--attention takes at most block_size={model.config.block_size} characters, "
+            f"got {len(text)}"
+        )
+    weights = model.attention_weights(tokenizer.encode_tensor(text)[None])[:, 0]  # (L, H, T, T)
     shown = [char if char.isprintable() else "⏎" for char in text]
+    lines = []
     for layer, heads in enumerate(weights.tolist()):
         for head, rows in enumerate(heads):
-            print(f"\nlayer {layer}, head {head}: tenths of the attention\n    {''.join(shown)}")
+            lines += ["", f"layer {layer}, head {head}: tenths of the attention"]
+            lines.append(f"    {''.join(shown)}")
             for i, row in enumerate(rows):
                 tenths = "".join(str(min(9, int(10 * weight))) for weight in row[: i + 1])
-                print(f"  {shown[i]} {tenths}")
+                lines.append(f"  {shown[i]} {tenths}")
+    return "\n".join([*lines, ""])
 
 
 def use_threads(threads: int | None) -> None:

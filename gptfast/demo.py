@@ -29,7 +29,7 @@ from gptfast.trainer import Trainer
 PROMPT = "A"
 NEW_TOKENS = 700
 GOOD_LOSS = 0.275  # nats; 400 steps come this near to the source's entropy
-COMPARED_BLOCKS, STEPS_PER_BLOCK = 5, 8
+COMPARED_BLOCKS, STEPS_PER_BLOCK = 5, 6
 LOSS_TOLERANCE = 1e-3  # of two paths that round differently, over the compared steps
 
 
@@ -56,7 +56,7 @@ class DemoResult:
     loss: float  # on the held-out part, after training
     entropy: float  # the lowest that any model can reach
     next_after_a: dict[str, float]
-    greedy: str  # NEW_TOKENS characters, without the prompt
+    greedy: str  # what NEW_TOKENS tokens after the prompt say
     sampled: str
     training: Speed | None  # None without the compiled kernels
     generation: Speed | None
@@ -227,7 +227,7 @@ def _show_next(console: Console, model: GPT, tokenizer: CharTokenizer) -> dict[s
 
 
 def _show_text(console: Console, title: str, text: str) -> None:
-    _section(console, f"{len(text)} tokens after {PROMPT!r}, {title}")
+    _section(console, f"{NEW_TOKENS} tokens after {PROMPT!r}, {title}")
     console.print(Text(visible(text), overflow="fold"))
     words, covered = covered_by_words(PROMPT + text)
     console.print(

@@ -1,0 +1,448 @@
+"""The command line: what it writes, its exit codes, and one sentence for every mistake."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptfast import checkpoint, cli
+from gptfast.config import GPTConfig
+from gptfast.model import GPT
+from gptfast.tokenizer import CharTokenizer
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+TEXT = "to be or not to be, that is the question\n" * 20
+SMALL = ["--train.steps=3", "--train.batch-size=2", "--model.n-embd=16", "--model.n-layer=1"]
+
+
+@pytest.fixture(autouse=True)
+def keep_threads():
+    """Commands set torch's number of threads; each test leaves it as it was."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="session")
+def run_path(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """A run of three steps on TEXT."""
+    path = tmp_path_factory.mktemp("runs") / "small"
+    assert cli.main(["train", "abc", "--data", str(text_file), "--out", str(path), *SMALL]) == 0
+    return path
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that a mistake gives, without the program's name."""
+    assert cli.main([str(argument) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("gptfast: ") and err.count("\n") == 1 and err.endswith("\n")
+    return err[len("gptfast: ") : -1]
+
+
+def shell(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gptfast.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def test_help_names_every_command(capsys):
+    assert cli.main([]) == 0
+    out = capsys.readouterr().out
+    for name in ("demo", "data", "train", "eval", "generate", "inspect", "info"):
+        assert re.search(rf"^  {name} +\w", out, re.M), name
+
+
+@pytest.mark.parametrize("name", ["demo", "data", "train abc", "eval", "generate", "inspect"])
+def test_every_option_has_a_help_text(capsys, name):
+    assert cli.main([*name.split(), "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    own = out.split("model options")[0]  # the configs' fields are documented where they are
+    options = re.findall(r"^[│ ] (--\w.*?)(?=^[│ ] --|^ *$|^╰|\Z)", own, re.M | re.S)
+    assert options
+    for option in options:
+        words = re.sub(r"\(default.*", "", option.replace("│", " "), flags=re.S).split()
+        assert len(words) > 3, option
+
+
+def test_train_help_lists_the_presets(capsys):
+    assert cli.main(["train", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "  abc " in out and "  shakespeare " in out
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+def test_info(capsys):
+    assert cli.main(["info"]) == 0
+    assert "fused kernels" in capsys.readouterr().out
+
+
+def test_data_writes_the_corpus_once(capsys, tmp_path):
+    path = tmp_path / "new" / "abc.txt"
+    sha256 = "bbb7a80ab43426fada8beeb2800fd0102b809d852e49b877dcd1d859f2b036a7"
+    for state in ("written", "was there already"):
+        assert cli.main(["data", "abc", "--out", str(path)]) == 0
+        out = capsys.readouterr().out
+        assert f"{path} ({state})" in out and "1,079,918" in out and sha256 in out
+    assert path.stat().st_size == 1_079_918
+    assert [file.name for file in path.parent.iterdir()] == ["abc.txt"]
+
+
+def test_data_goes_to_the_data_folder(capsys, tmp_path, monkeypatch, shakespeare_path):
+    monkeypatch.setenv("GPTFAST_DATA_DIR", str(tmp_path))
+    assert cli.main(["data", "shakespeare", "--from", str(shakespeare_path)]) == 0
+    assert (tmp_path / "shakespeare.txt").read_bytes() == shakespeare_path.read_bytes()
+    assert "1,115,394" in capsys.readouterr().out
+
+
+def test_data_leaves_a_file_with_another_content(capsys, tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text("mine")
+    assert "exists with another content" in refused(capsys, "data", "abc", "--out", path)
+    assert path.read_text() == "mine"
+
+
+def test_data_from_another_text(capsys, tmp_path, text_file):
+    error = refused(capsys, "data", "shakespeare", "--from", text_file, "--out", tmp_path / "x")
+    assert f"{text_file} is not the corpus 'shakespeare'" in error and "sha256" in error
+    assert not (tmp_path / "x").exists()
+
+
+def test_train_writes_a_run(run_path):
+    rows = [json.loads(line) for line in (run_path / "history.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 3
+    model, tokenizer = checkpoint.load(run_path)
+    assert (model.config.n_embd, model.config.n_layer) == (16, 1)
+    assert tokenizer == CharTokenizer.from_text(TEXT)
+
+
+def test_train_resumes_and_plots(capsys, tmp_path, text_file):
+    pytest.importorskip("matplotlib")
+    common = ["train", "abc", "--data", str(text_file), "--out", str(tmp_path / "run"), *SMALL]
+    assert cli.main(common) == 0
+    plot = tmp_path / "plot.png"
+    assert cli.main([*common, "--train.steps=5", "--resume", "--plot", str(plot)]) == 0
+    assert checkpoint.read_config(tmp_path / "run")["extra"]["step"] == 5
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    assert "\x1b" not in "".join(capsys.readouterr())
+
+
+def test_epochs_take_the_presets_steps_away(tmp_path, text_file):
+    out = tmp_path / "run"
+    arguments = ["--train.epochs=1", "--train.batch-size=64", "--model.n-embd=16"]
+    assert cli.main(["train", "abc", "--data", str(text_file), "--out", str(out), *arguments]) == 0
+    train = checkpoint.read_config(out)["extra"]["train"]
+    assert (train["epochs"], train["steps"]) == (1, None)
+
+
+def test_eval_measures_the_held_out_part_or_a_file(capsys, run_path, text_file):
+    shown = []
+    for arguments in ([], ["--data", str(text_file)], ["--backend", "reference"]):
+        assert cli.main(["eval", str(run_path), *arguments]) == 0
+        out = capsys.readouterr().out
+        loss, perplexity, bits, characters = (
+            float(re.search(rf"^{name} +([\d.,]+)", out, re.M)[1].replace(",", ""))
+            for name in ("loss", "perplexity", "bits", "characters")
+        )
+        assert perplexity == pytest.approx(2.718281828**loss, rel=1e-3)
+        assert bits == pytest.approx(loss / 0.69314718, rel=1e-3)
+        shown.append((loss, characters))
+    history = json.loads((run_path / "history.jsonl").read_text().splitlines()[-1])
+    assert shown[0] == (pytest.approx(history["val_loss"], abs=1e-3), len(TEXT) * 0.2 - 1)
+    assert shown[1][1] == len(TEXT) - 1
+    assert shown[2][0] == pytest.approx(shown[0][0], abs=1e-3)
+
+
+def test_generate_streams_what_generate_gives(capsys, run_path):
+    options = ["--max-new-tokens=40", "--top-k=3", "--seed=5", "--threads=1"]
+    assert cli.main(["generate", str(run_path), "--prompt", "to be", *options]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("to be") and len(out) == len("to be") + 40 + 1
+    prompts = ["--prompt", "to be", "--prompt", "question"]
+    assert cli.main(["generate", str(run_path), *prompts, *options]) == 0
+    both = capsys.readouterr().out
+    assert both.startswith(f"--- 1 of 2\n{out}--- 2 of 2\nquestion")
+
+
+def test_generate_is_the_same_by_both_backends(capsys, run_path):
+    shown = []
+    for backend in ("auto", "reference"):
+        options = ["--temperature=0", "--max-new-tokens=30", "--backend", backend]
+        assert cli.main(["generate", str(run_path), "--prompt", "to", *options]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+
+
+def test_generate_reads_prompts_from_a_file_and_from_standard_input(run_path, tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text("not to be")
+    options = ["--prompt", "-", "--prompt-file", file, "--max-new-tokens=0"]
+    done = shell("generate", run_path, *options, input="that is")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "--- 1 of 2\nthat is\n--- 2 of 2\nnot to be\n"
+
+
+def test_generate_stops_before_the_stop(capsys, tmp_path):
+    path = tmp_path / "model"
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=1, n_embd=8)
+    checkpoint.save(GPT(config), CharTokenizer.from_text("ABCD"), path)
+    options = ["--max-new-tokens=200", "--seed=1"]
+    assert cli.main(["generate", str(path), "--prompt", "A", *options]) == 0
+    whole = capsys.readouterr().out
+    stop = whole[50:52]
+    assert cli.main(["generate", str(path), "--prompt", "A", *options, "--stop", stop]) == 0
+    assert capsys.readouterr().out == whole[: whole.index(stop, 1)] + "\n"
+
+
+def test_inspect_shows_the_parts_and_the_attention(capsys, run_path):
+    assert cli.main(["inspect", str(run_path), "--attention", "to be"]) == 0
+    out = capsys.readouterr().out
+    model, tokenizer = checkpoint.load(run_path)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert re.search(rf"^total +{total:,}$", out, re.M)
+    assert re.search(r"^h\.\*\.attn\.c_attn +48 x 16 +48 +1 +816$", out, re.M)
+    assert "n_embd: 16" in out and repr("".join(tokenizer.chars)) in out
+    # The first character can only attend to itself; a row has a digit for each it may see.
+    assert re.search(r"layer 0, head 1: .*\n    to be\n  t 9\n  o \d\d\n    \d{3}\n", out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["teach"], r"there is no command 'teach'; there are demo, data"),
+        (["data"], r"Missing from gptfast data: \{abc,shakespeare\} \(see"),
+        (["data", "abc", "--from", "x"], r"--from is for shakespeare"),
+        (["data", "abc", "--size", "1"], r"--size, 1 \(see gptfast data --help\)"),
+        (["train", "tiny", "--out", "x"], r"there is no preset 'tiny'; there are abc, shake"),
+        (["train", "--out", "x", "abc"], r"the preset comes first"),
+        (["train", "abc"], r"Missing.*--out"),
+        (["train", "abc", "--out", "x", "--model.width", "4"], r"--model.width"),
+        (["train", "abc", "--out", "x", "--train.lr", "fast"], r"--train.lr.*'fast'"),
+        (["train", "abc", "--out", "x", "--train.lr", "0"], r"lr must be a number above 0"),
+        (["train", "abc", "--out", "x", "--train.steps", "-1"], r"steps must be a positive"),
+        (["train", "abc", "--out", "x", "--model.n-head", "3"], r"n_embd=128 and n_head=3"),
+        (["train", "abc", "--out", "x", "--data", "missing"], r"missing: no such file"),
+        (["train", "abc", "--out", "x", "--data", "empty"], r"empty: the file is empty"),
+        (["train", "abc", "--out", "x", "--data", "short"], r"shorter than a window.*needs 17"),
+        (["train", "abc", "--out", "x", "--data", "latin"], r"expected UTF-8, got byte 0xe9"),
+        (["train", "abc", "--out", "x", "--plot", "x.txt"], r"x.txt: expected a name in .png"),
+        (["train", "abc", "--out", "x", "--resume"], r"there is no run to resume"),
+        (["train", "abc", "--out", "empty/x", "--data", "short"], r"empty is not a directory"),
+        (["train", "abc", "--out", "x", "--threads", "0"], r"--threads must be at least 1, got 0"),
+        (["eval", "missing"], r"missing: no such checkpoint"),
+        (["generate", "missing", "--prompt", "A"], r"missing: no such checkpoint"),
+        (["inspect", "."], r"\.: not a checkpoint, it has no model.safetensors"),
+        (["generate", "RUN"], r"there is no prompt"),
+        (["generate", "RUN", "--prompt", ""], r"prompt 0 is empty"),
+        (["generate", "RUN", "--prompt", "to bé"], r"character 'é' at position 4 \(line 1, col"),
+        (["generate", "RUN", "--prompt", "t", "--overflow", "slide"], r"overflow must be.*'slide'"),
+        (["generate", "RUN", "--prompt", "t", "--overflow", "error"], r"block_size is 16"),
+        (["generate", "RUN", "--prompt", "t", "--temperature", "-1"], r"temperature must be"),
+        (["generate", "RUN", "--prompt", "t", "--top-k", "0"], r"top_k must be"),
+        (["generate", "RUN", "--prompt", "t", "--stop", ""], r"stop must be non-empty"),
+        (["generate", "RUN", "--prompt", "t", "--dtype", "fp8"], r"'fp8'.*'bf16'"),
+        (["eval", "RUN", "--data", "short"], r"character 'A' at position 0"),
+        (["inspect", "RUN", "--attention", "to be or not to be"], r"at most block_size=16"),
+        (["inspect", "RUN", "--attention", ""], r"needs at least one character"),
+    ],
+)
+def test_a_mistake_gives_one_sentence(capsys, tmp_path, monkeypatch, run_path, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").touch()
+    Path("short").write_text("AB\n")
+    Path("latin").write_bytes("caf\xe9 ".encode("latin-1") * 100)
+    before = {path.name for path in tmp_path.iterdir()}
+    error = refused(capsys, *[run_path if each == "RUN" else each for each in arguments])
+    assert re.search(expected, error), error
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_a_run_is_not_replaced_unasked(capsys, run_path, text_file):
+    error = refused(capsys, "train", "abc", "--data", text_file, "--out", run_path, *SMALL)
+    assert "already holds a run" in error
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"\x00" * 100, "damaged"),
+        (b"", "damaged"),
+        (None, "not a gptfast checkpoint"),
+    ],
+)
+def test_damaged_and_foreign_checkpoints(capsys, tmp_path, content, expected):
+    from safetensors.torch import save_file
+
+    file = tmp_path / "model.safetensors"
+    if content is None:
+        save_file({"weight": torch.zeros(2)}, file, metadata={"format": "pt"})
+    else:
+        file.write_bytes(content)
+    error = refused(capsys, "generate", tmp_path, "--prompt", "A")
+    assert expected in error and str(file) in error
+
+
+def test_a_truncated_checkpoint(capsys, tmp_path, run_path):
+    for file in ("model.safetensors", "config.json"):
+        content = (run_path / file).read_bytes()
+        (tmp_path / file).write_bytes(content[: len(content) // (2 if "model" in file else 1)])
+    assert "damaged" in refused(capsys, "eval", tmp_path)
+
+
+def test_a_checkpoint_without_tokenizer_takes_no_text(capsys, tmp_path):
+    config = GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=1, n_embd=8)
+    checkpoint.save(GPT(config), None, tmp_path)
+    assert "has no tokenizer" in refused(capsys, "generate", tmp_path, "--prompt", "A")
+    assert cli.main(["inspect", str(tmp_path)]) == 0
+    assert "tokenizer: none" in capsys.readouterr().out
+
+
+def test_the_traceback_is_there_on_request(monkeypatch):
+    monkeypatch.setenv("GPTFAST_DEBUG", "1")
+    with pytest.raises(ValueError, match="no command"):
+        cli.main(["teach"])
+
+
+def test_an_interrupt_ends_with_130(monkeypatch):
+    def interrupt(self: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.commands.Info, "run", interrupt)
+    assert cli.main(["info"]) == 130
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_tyros_boxes_become_a_sentence_in_any_encoding(encoding):
+    done = shell("data", "abc", "--size", env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert done.returncode == 2
+    assert done.stderr == "gptfast: Unrecognized options: --size (see gptfast data --help)\n"
+
+
+def test_a_mistake_in_a_process_of_its_own(tmp_path):
+    done = shell("generate", tmp_path / "none", "--prompt", "A")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"gptfast: {tmp_path / 'none'}: no such checkpoint\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals and pipes as POSIX has them")
+def test_ctrl_c_saves_the_run(tmp_path, text_file):
+    out = tmp_path / "run"
+    options = ["--data", text_file, "--out", out, *SMALL, "--train.steps=1000000"]
+    command = [sys.executable, "-m", "gptfast.cli", "train", "abc", "--train.eval-every=5"]
+    process = subprocess.Popen(
+        [*command, *map(str, options)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that starts this suite in the background has its children ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 60
+    while not (out / "model.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr and "saved" not in stdout
+    step = checkpoint.read_config(out)["extra"]["step"]
+    assert f"interrupted at step {step} " in stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals and pipes as POSIX has them")
+def test_a_closed_pipe_is_quiet(run_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gptfast.cli", "generate", str(run_path)]
+        + ["--prompt", "to", "--max-new-tokens", "2000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.read(2) == b"to"
+    process.stdout.close()
+    assert process.wait(timeout=60) == 141
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+def readme_tree() -> list[str]:
+    """The paths of README's tree; a folder's own line is not among them."""
+    block = re.search(r"## The tree\n\n```\n(.*?)```", README.read_text(), re.S)
+    assert block is not None
+    paths, folders = [], [""]
+    for line in block[1].splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        del folders[depth + 1 :]
+        if len(line.split()) == 1:  # a folder, whose parts follow
+            folders.append(folders[depth] + name)
+        else:
+            paths.append(folders[depth] + name)
+    return paths
+
+
+def test_readmes_tree_is_the_tree():
+    root, paths = README.parent, readme_tree()
+    assert [path for path in paths if not (root / path).exists()] == []
+    assert len(set(paths)) == len(paths)
+    made = ("_build_info.json", ".so", ".pyd", ".pyc")
+    files = [file for folder in ("gptfast", "csrc") for file in (root / folder).rglob("*")]
+    present = {str(file.relative_to(root)) for file in files if file.is_file()}
+    unlisted = {path for path in present - set(paths) if not path.endswith(made)}
+    assert unlisted == set()
+
+
+def test_readmes_set_up_is_what_ci_runs():
+    ci = (README.parent / ".ci" / "run").read_text()
+    for line in ("pip install -e . && gptfast demo", 'pip install -e ".[test]" && pytest'):
+        assert f"\n{line}\n" in README.read_text()
+        assert line in ci
+
+
+def test_readmes_example_runs(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    assert len(blocks) == 1
+    done = subprocess.run(
+        [sys.executable, "-c", blocks[0]],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(README.parent)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[0]) < 1.6
+    original, copy = (tmp_path / "runs" / name for name in ("example", "copy"))
+    weights = [(path / "model.safetensors").read_bytes()[-1000:] for path in (original, copy)]
+    assert weights[0] == weights[1]
+
+
+def test_readmes_commands_have_these_options(capsys):
+    block = re.search(r"## From the command line\n\n```\n(.*?)```", README.read_text(), re.S)
+    assert block is not None
+    lines = [line.partition("  #")[0].split() for line in block[1].splitlines()]
+    assert {line[1] for line in lines} == set(cli.COMMANDS)
+    for line in lines:
+        known = ["train", line[2]] if line[1] == "train" else [line[1]]
+        assert cli.main([*known, "--help"]) == 0
+        out = capsys.readouterr().out
+        for option in (each for each in line if each.startswith("--")):
+            assert f" {option}" in out, option
