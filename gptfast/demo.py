@@ -30,7 +30,7 @@ PROMPT = "A"
 NEW_TOKENS = 700
 GOOD_LOSS = 0.275  # nats; 400 steps come this near to the source's entropy
 COMPARED_BLOCKS, STEPS_PER_BLOCK = 5, 6
-LOSS_TOLERANCE = 1e-3  # of two paths that round differently, over the compared steps
+LOSS_TOLERANCE = 1e-4  # of two paths that round differently, over the compared steps
 
 
 @dataclass(frozen=True)
