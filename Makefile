@@ -3,7 +3,7 @@ PYTHON ?= python
 CLANG_FORMAT = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('scripts'))")/clang-format
 CSRC = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: build test test-isa bench lint format clean
+.PHONY: build test test-isa test-amx bench lint format clean
 
 build:  ## compile what has changed and put gptfast/_C*.so in place
 	$(PYTHON) setup.py --quiet build_ext --inplace
@@ -17,8 +17,17 @@ test-isa: build
 	nm -A build/temp/isa_*.o > build/temp/isa.symbols
 	! grep ' [WVu] ' build/temp/isa.symbols | grep -v ' V DW.ref.__gxx_personality_v0'
 
+# The AMX kernels on a processor without AMX, their tiles emulated, in a copy of the tree.
+EMULATED = build/emulated
+test-amx:
+	mkdir -p $(EMULATED)
+	cp -r csrc gptfast tests setup.py pyproject.toml $(EMULATED)
+	rm -f $(EMULATED)/gptfast/_C*.so
+	cd $(EMULATED) && GPTFAST_AMX_EMULATED=1 $(PYTHON) setup.py --quiet build_ext --inplace
+	cd $(EMULATED) && $(PYTHON) -m pytest -k "amx" tests
+
 bench:
-	$(PYTHON) -m pytest tests --benchmark-only
+	$(PYTHON) -m pytest tests/test_benchmarks.py --benchmark-enable --benchmark-group-by=group
 
 lint:
 	$(PYTHON) -m ruff check .

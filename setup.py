@@ -33,8 +33,9 @@ KERNEL_FLAGS += " -Wno-maybe-uninitialized -Wno-uninitialized"
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = AVX2 + " -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 AVX512_BF16 = AVX512 + " -mavx512bf16"
-# g++ 12 takes most stores into the tile configuration for dead ones: it must not drop dead stores.
-AMX = AVX512_BF16 + " -mamx-tile -mamx-bf16 -fno-dse -fno-tree-dse"
+# For tests of the AMX kernels on a processor without AMX: its tiles in plain memory (amx.inl).
+EMULATED = os.environ.get("GPTFAST_AMX_EMULATED") == "1"
+AMX = AVX512_BF16 + (" -DGPTFAST_AMX_EMULATED=1" if EMULATED else " -mamx-tile -mamx-bf16")
 ISA_FLAGS = {"generic": "", "avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512_BF16, "amx": AMX}
 
 
@@ -110,7 +111,10 @@ extension = CppExtension(
     "gptfast._C",
     [f"csrc/{source}.cpp" for source in SOURCES.split()],
     include_dirs=[pybind11.get_include()],
-    define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
+    define_macros=[
+        ("TORCH_TARGET_VERSION", "0x020a000000000000"),
+        ("GPTFAST_AMX_EMULATED", str(int(EMULATED))),
+    ],
     extra_compile_args=FLAGS.split(),
 )
 extension.libraries = ["torch_cpu"]  # the stable ABI asks for nothing else

@@ -79,7 +79,9 @@ uint64_t saved_registers(bool osxsave) {
 
 // Linux gives the tile registers to a process only on request.
 std::string amx_refusal() {
-#if defined(__linux__)
+#if GPTFAST_AMX_EMULATED
+  return "";
+#elif defined(__linux__)
   constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
   constexpr int kTileData = 18;
   if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0) return "";
@@ -109,9 +111,11 @@ std::string machine_lacks(Isa isa) {
       {Isa::avx512, bit(features.ebx, 31), "AVX512VL"},
       {Isa::avx512, saves(0xe6), "zmm registers saved by the operating system"},
       {Isa::avx512_bf16, bit(more.eax, 5), "AVX512_BF16"},
+#if !GPTFAST_AMX_EMULATED
       {Isa::amx, bit(features.edx, 24), "AMX-TILE"},
       {Isa::amx, bit(features.edx, 22), "AMX-BF16"},
       {Isa::amx, saves(0x60000), "tile registers saved by the operating system"},
+#endif
   };
   std::string missing;
   for (const Need& need : needs) {
