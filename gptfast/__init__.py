@@ -1,21 +1,25 @@
 """GPT language models trained and sampled fast on ordinary CPUs, by kernels of our own."""
 
-from gptfast import ops
-from gptfast.checkpoint import load, save
-from gptfast.config import GPTConfig
-from gptfast.errors import (
-    BackendError,
-    CheckpointError,
-    ConfigError,
-    DataError,
-    GptfastError,
-)
-from gptfast.generate import Generation, generate, stream
-from gptfast.model import GPT, Intermediates
-from gptfast.presets import TrainConfig
-from gptfast.tokenizer import CharTokenizer
-from gptfast.train import train
-from gptfast.trainer import Trainer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gptfast import ops
+    from gptfast.checkpoint import load, save
+    from gptfast.config import GPTConfig
+    from gptfast.errors import (
+        BackendError,
+        CheckpointError,
+        ConfigError,
+        DataError,
+        GptfastError,
+    )
+    from gptfast.generation import Generation, generate, stream
+    from gptfast.model import GPT, Intermediates
+    from gptfast.presets import TrainConfig
+    from gptfast.tokenizer import CharTokenizer
+    from gptfast.trainer import Trainer
+    from gptfast.training import train
 
 __version__ = "0.1.0"
 
@@ -39,3 +43,30 @@ __all__ = [
     "stream",
     "train",
 ]
+
+_HOMES = {
+    "checkpoint": ("load", "save"),
+    "config": ("GPTConfig",),
+    "errors": ("BackendError", "CheckpointError", "ConfigError", "DataError", "GptfastError"),
+    "generation": ("Generation", "generate", "stream"),
+    "model": ("GPT", "Intermediates"),
+    "presets": ("TrainConfig",),
+    "tokenizer": ("CharTokenizer",),
+    "trainer": ("Trainer",),
+    "training": ("train",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name at its first use, so that `gptfast --help` does not wait for torch."""
+    if name == "ops":
+        return import_module("gptfast.ops")
+    for home, names in _HOMES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(f"gptfast.{home}"), name)
+            return value
+    raise AttributeError(f"module 'gptfast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

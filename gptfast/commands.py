@@ -106,7 +106,7 @@ class Train:
     def fit(self, preset: "Preset", overrides: dict[str, Any]) -> int:
         """Trains; 130 if Ctrl-C ended it."""
         from gptfast import plots
-        from gptfast.train import train
+        from gptfast.training import train
 
         if self.plot is not None:  # what would fail after the training fails before it
             if self.plot.suffix.lower() not in plots.SUFFIXES:
@@ -165,7 +165,7 @@ class Eval:
     def run(self) -> int:
         """Prints the numbers."""
         from gptfast.data import read_text
-        from gptfast.train import evaluate, held_out
+        from gptfast.training import evaluate, held_out
 
         use_threads(self.compute.threads)
         model, tokenizer = load_text_model(self.run_path, self.compute)
@@ -200,7 +200,7 @@ class Generate:
 
     def run(self) -> int:
         """Prints prompts and continuations."""
-        from gptfast.generate import generate, stream
+        from gptfast.generation import generate, stream
 
         prompts = self._prompts()
         use_threads(self.compute.threads)

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from gptfast.abc_corpus import NUM_WORDS, WORDS, abc_entropy, abc_next_distribution
 from gptfast.data import abc_corpus, random_windows
-from gptfast.generate import Generation, generate
+from gptfast.generation import Generation, generate
 from gptfast.model import GPT, Backend
 from gptfast.ops import select
 from gptfast.presets import PRESETS, TrainConfig
 from gptfast.tokenizer import CharTokenizer
-from gptfast.train import split
 from gptfast.trainer import Trainer
+from gptfast.training import split
 
 PROMPT = "A"
 NEW_TOKENS = 700

@@ -176,6 +176,7 @@ class GPT(nn.Module):
         """
         if not self.config.attention:
             raise ConfigError("a model with attention=False has no attention weights")
+        self._check_idx(idx)
         B, T = idx.shape
         step = Step(reference, 0.0, None)
         x = self._embed(idx, step)
@@ -233,6 +234,16 @@ class GPT(nn.Module):
 
     def _trunk(self, idx: Tensor) -> tuple[Tensor, Step]:
         """The blocks' output, (B, T, C), before the final norm."""
+        self._check_idx(idx)
+        dropout_p = self.config.dropout if self.training else 0.0
+        seed = reference.seed_tensor(None) if dropout_p > 0.0 else None
+        step = Step(self._ops(), dropout_p, seed)
+        x = self._embed(idx, step)
+        for block in self.blocks:
+            x = block(x, step)
+        return x, step
+
+    def _check_idx(self, idx: Tensor) -> None:
         if idx.dim() != 2 or idx.dtype != torch.int64:
             raise ValueError(
                 f"idx must be a (B, T) int64 tensor, got {tuple(idx.shape)} of {idx.dtype}"
@@ -242,13 +253,6 @@ class GPT(nn.Module):
                 f"idx must have at most block_size={self.config.block_size} positions, got"
                 f" {idx.shape[1]}"
             )
-        dropout_p = self.config.dropout if self.training else 0.0
-        seed = reference.seed_tensor(None) if dropout_p > 0.0 else None
-        step = Step(self._ops(), dropout_p, seed)
-        x = self._embed(idx, step)
-        for block in self.blocks:
-            x = block(x, step)
-        return x, step
 
     def _ops(self) -> ModuleType:
         if self.backend == "auto":

@@ -247,6 +247,8 @@ def test_bad_tokens_are_errors() -> None:
     model = GPT(SMALL)
     with pytest.raises(ValueError, match="at most block_size=20 positions, got 21"):
         model(torch.zeros(1, 21, dtype=torch.int64))
+    with pytest.raises(ValueError, match="at most block_size=20 positions, got 21"):
+        model.attention_weights(torch.zeros(1, 21, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"\(B, T\) int64 tensor, got \(5,\)"):
         model(torch.zeros(5, dtype=torch.int64))
     with pytest.raises(RuntimeError, match=r"idx must be in \[0, 11\), got 11"):

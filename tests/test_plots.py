@@ -140,5 +140,5 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
 
 
 def test_importing_the_module_does_not_load_matplotlib():
-    code = "import gptfast.plots, gptfast.train, sys; sys.exit('matplotlib' in sys.modules)"
+    code = "import gptfast.plots, gptfast.training, sys; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ).returncode == 0

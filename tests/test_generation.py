@@ -85,7 +85,7 @@ def test_more_prompts_than_fit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("course")
     prompts = [[1 + i % 4] * (1 + i % 9) for i in range(30)]
     whole = gptfast.generate(model, prompts, max_new_tokens=12, seed=5)
-    monkeypatch.setattr(sys.modules["gptfast.generate"], "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(sys.modules["gptfast.generation"], "ROWS_AT_ONCE", 7)
     assert gptfast.generate(model, prompts, max_new_tokens=12, seed=5) == whole
 
 

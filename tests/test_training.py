@@ -17,7 +17,7 @@ from gptfast.model import GPT
 from gptfast.ops import select
 from gptfast.presets import PRESETS, Preset, TrainConfig, preset
 from gptfast.tokenizer import CharTokenizer
-from gptfast.train import Trainer, TrainError, evaluate, held_out, split, train
+from gptfast.training import Trainer, TrainError, evaluate, held_out, split, train
 
 TEXT = data.abc_corpus()[:1200]
 TINY = Preset(
