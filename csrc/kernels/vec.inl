@@ -25,7 +25,7 @@ inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
-inline VF splat(float x) { return VF{} + x; }
+inline VF splat(float x) { return x - VF{}; }  // exact for -0 too, so it is a plain broadcast
 inline VI bits(VF x) { return (VI)x; }
 inline VF vmax(VF a, VF b) { return a > b ? a : b; }
 inline VF vmin(VF a, VF b) { return a < b ? a : b; }
