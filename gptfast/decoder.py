@@ -92,7 +92,8 @@ class UncachedDecoder:
         lengths = cached + counts
         for length in np.unique(lengths):
             same = np.flatnonzero(lengths == length)
-            idx = torch.tensor([self._window[rows[i]] for i in same])  # (n, length)
+            windows = [self._window[rows[i]] for i in same]
+            idx = torch.tensor(windows, device=self._model.wte.weight.device)  # (n, length)
             logits[same] = self._model(idx)[:, -1].float()
         return logits
 

@@ -191,7 +191,7 @@ def generate(
     overflow: str = "recompute",
     dtype: str | None = None,
 ) -> list[Generation]:
-    """Continues every prompt; a prompt's result does not depend on the others in the list.
+    """Continues every prompt; by the kernels, its result has the same bits whatever the others.
 
     Args:
         model: The GPT; its `backend` chooses between the kernels and the uncached plain torch loop.

@@ -1,7 +1,7 @@
 """GPT: a pre-norm transformer with learned positions, on the fused kernels or on plain torch.
 
 Letters: B batch, T time, C n_embd, H heads, D head_dim, V vocab_size, L layers. Modules have
-    GPT-2's names.
+GPT-2's names.
 """
 
 from collections.abc import Mapping
@@ -16,6 +16,7 @@ from gptfast import ops
 from gptfast.config import GPTConfig
 from gptfast.errors import CheckpointError, ConfigError
 from gptfast.ops import reference, select
+from gptfast.ops.random import seed_tensor
 
 Backend = Literal["auto", "fused", "reference"]
 
@@ -92,8 +93,8 @@ class GPT(nn.Module):
 
     `backend` chooses how it computes: "fused" by the kernels (an error where they cannot run),
     "reference" by plain torch, "auto" by the kernels where they can run. Dropout masks come from
-    the same counters in both, so equal
-    seeds of torch's default generator give equal results up to rounding.
+    the same counters in both, so equal seeds of torch's default generator give equal results up to
+    rounding. (torch.compile draws from a generator of its own: other masks, of the same kind.)
     """
 
     def __init__(self, config: GPTConfig, backend: Backend = "auto") -> None:
@@ -236,7 +237,7 @@ class GPT(nn.Module):
         """The blocks' output, (B, T, C), before the final norm."""
         self._check_idx(idx)
         dropout_p = self.config.dropout if self.training else 0.0
-        seed = reference.seed_tensor(None) if dropout_p > 0.0 else None
+        seed = seed_tensor(None) if dropout_p > 0.0 else None
         step = Step(self._ops(), dropout_p, seed)
         x = self._embed(idx, step)
         for block in self.blocks:
@@ -254,27 +255,29 @@ class GPT(nn.Module):
                 f" {idx.shape[1]}"
             )
 
+    def _dtype(self) -> torch.dtype:
+        """The activations' dtype: autocast's where that is on, else the weights'."""
+        weight = self.wte.weight
+        if torch.is_autocast_enabled(weight.device.type):
+            return torch.get_autocast_dtype(weight.device.type)
+        return weight.dtype
+
     def _ops(self) -> ModuleType:
         if self.backend == "auto":
-            weight = self.wte.weight
-            return reference if select.unavailable(weight.device.type, weight.dtype) else ops
+            device = self.wte.weight.device.type
+            return reference if select.unavailable(device, self._dtype()) else ops
         return ops if self.backend == "fused" else reference
 
     def _embed(self, idx: Tensor, step: Step) -> Tensor:
-        """Token and position embedding, (B, T, C), in autocast's dtype where that is on."""
-        device = idx.device.type
-        weight = self.wte.weight
-        dtype = (
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        )
+        """Token and position embedding, (B, T, C)."""
         return step.ops.embedding(
             idx,
-            weight,
+            self.wte.weight,
             self.wpe.weight,
             padding_idx=self.config.padding_idx,
             dropout_p=step.dropout_p,
             seed=step.seed,
-            dtype=dtype,
+            dtype=self._dtype(),
         )
 
     def _final_norm(self, x: Tensor) -> Tensor:

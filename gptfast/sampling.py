@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gptfast.errors import ConfigError
-from gptfast.ops.reference import WORD, philox
+from gptfast.ops.random import WORD, philox
 
 SAMPLING_STREAM = WORD  # apart from every dropout's stream
 

@@ -9,7 +9,7 @@ from oracle import assert_budget, run
 from torch import Tensor
 
 from gptfast import ops
-from gptfast.ops import reference
+from gptfast.ops import random, reference
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -35,8 +35,8 @@ def torch_attention(
     weights = scores.masked_fill(~mask, -math.inf).softmax(-1).nan_to_num()
     if dropout_p:
         matrices = weights.shape[0] * weights.shape[1]
-        key = reference.seed_tensor(seed)
-        factors = reference.dropout_factors(dropout_p, key, stream, matrices, Tq, Tk)
+        key = random.seed_tensor(seed)
+        factors = random.dropout_factors(dropout_p, key, stream, matrices, Tq, Tk)
         weights = weights * factors.reshape(weights.shape).to(weights)
     return weights @ v
 

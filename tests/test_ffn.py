@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gptfast import ops
-from gptfast.ops import reference
+from gptfast.ops import random, reference
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -40,8 +40,8 @@ def torch_ffn(
     hidden = F.linear(F.layer_norm(x, x.shape[-1:], ln_w, ln_b), w1, b1)
     y = F.linear(F.gelu(hidden, approximate="none" if gelu == "erf" else "tanh"), w2, b2)
     if dropout_p:
-        key = reference.seed_tensor(seed)
-        y = y * reference.dropout_factors(dropout_p, key, 0, 1, *y.shape)[0].to(y)
+        key = random.seed_tensor(seed)
+        y = y * random.dropout_factors(dropout_p, key, 0, 1, *y.shape)[0].to(y)
     return x + y
 
 

@@ -218,6 +218,21 @@ def test_compiled_model_gives_the_same_logits() -> None:
     assert torch.equal(torch.compile(model, fullgraph=True)(idx), model(idx))
 
 
+def test_compiled_reference_gives_the_same_logits() -> None:
+    torch._dynamo.reset()
+    model = GPT(SMALL, backend="reference").eval()
+    idx, _ = tokens(SMALL, 2, 20)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(idx), model(idx))
+
+
+def test_auto_follows_autocast_to_a_dtype_without_kernels() -> None:
+    model = GPT(SMALL)
+    idx, _ = tokens(SMALL, 2, 20)
+    with torch.autocast("cpu", torch.float16):
+        assert model(idx).dtype == torch.float16
+
+
 @pytest.mark.slow
 def test_compiled_loss_has_the_same_gradients() -> None:
     torch._dynamo.reset()

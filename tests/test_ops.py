@@ -118,6 +118,67 @@ def test_decoder_refuses_what_would_leave_its_cache() -> None:
             torch.ops.gptfast.decoder_forward(*bad)
 
 
+def test_packed_weights_of_another_level_are_refused() -> None:
+    extension = select.extension()
+    assert extension is not None
+    before = extension.isa_current()
+    arguments = cases()["decoder_forward"]
+    extension.isa_set("generic")
+    try:
+        if before == "generic":
+            pytest.skip("this machine has the generic level alone")
+        with pytest.raises(RuntimeError, match="packed must"):
+            torch.ops.gptfast.decoder_forward(*arguments)
+    finally:
+        extension.isa_set(before)
+
+
+def test_absent_parameters_that_are_needed_are_refused() -> None:
+    *head, params, packed, cache, vocab_size, attention, gelu = cases()["decoder_forward"]
+    for needed in (0, 1, 2, 6, 10):  # wte, wpe and the weights of the norms
+        bad = [*params[:needed], R(0), *params[needed + 1 :]]
+        with pytest.raises(RuntimeError, match="params must have shape"):
+            torch.ops.gptfast.decoder_forward(
+                *head, bad, packed, cache, vocab_size, attention, gelu
+            )
+
+
+def test_empty_weights_are_refused() -> None:
+    x, none = R(3, 8), torch.zeros(3, dtype=torch.int64)
+    for call in (
+        lambda: ops.linear_residual(x, R(0, 8), None, R(3, 0)),
+        lambda: ops.linear_residual(R(3, 0), R(8, 0), None, x),
+        lambda: ops.linear_cross_entropy(x, R(0, 8), none),
+        lambda: ops.layer_norm_ffn(x, R(8), None, R(0, 8), None, R(8, 0), None),
+    ):
+        with pytest.raises(RuntimeError, match="neither . nor . 0"):
+            call()
+
+
+@pytest.mark.parametrize("bad", (float("nan"), float("inf")))
+def test_what_is_not_a_number_is_not_hidden(isa: str, bad: float) -> None:
+    q, k, v = R(1, 1, 20, 16), R(1, 1, 20, 16), R(1, 1, 20, 16)
+    q[0, 0, 7] = bad
+    for op in (ops, ops.reference):
+        out = op.causal_attention(q, k, v)[0, 0]
+        assert out[7].isnan().all() and torch.isfinite(out[:7]).all()
+    x, weight, targets = R(40, 16), R(30, 16), torch.randint(30, (40,))
+    weight[11, 3] = bad
+    for op in (ops, ops.reference):
+        assert not op.linear_cross_entropy(x, weight, targets).isfinite()
+    x[5, 2] = bad
+    for op in (ops, ops.reference):
+        assert not op.layer_norm_linear(x, R(16), None, R(8, 16), None)[5].isfinite().any()
+
+
+def test_second_derivatives_are_refused() -> None:
+    leaf = R(1, 1, 6, 8).requires_grad_()
+    out = ops.causal_attention(leaf, leaf, leaf)
+    (first,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 def run_python(code: str) -> str:
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr

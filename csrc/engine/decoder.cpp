@@ -35,21 +35,21 @@ class Pass {
     embed();
     for (size_t i = 0; i < model_.layers.size(); ++i) {
       const DecoderLayer& layer = model_.layers[i];
+      const bool last = i + 1 == model_.layers.size();
       if (model_.attention) {
         linear(M_, 3 * C_, x_, layer.ln_1, layer.c_attn, layer.c_attn_bias, nullptr, qkv_,
                model_.dtype);
-        attend(static_cast<int64_t>(i));
+        attend(static_cast<int64_t>(i), last);
+        if (last) keep_last_tokens();
         linear(M_, C_, heads_, Norm{}, layer.c_proj, layer.c_proj_bias, x_, next_, model_.dtype);
         std::swap(x_, next_);
+      } else if (last) {
+        keep_last_tokens();
       }
       feed_forward(layer);
     }
-    // The head needs the last token of each sequence alone.
-    for (int64_t i = 0; i < batch_.sequences; ++i)
-      std::memcpy(at(next_, i * C_), at(x_, (batch_.starts[i + 1] - 1) * C_),
-                  static_cast<size_t>(C_) * element_);
-    linear(batch_.sequences, model_.vocab_size, next_, model_.ln_f, model_.lm_head, Param{},
-           nullptr, logits, DType::f32);
+    linear(M_, model_.vocab_size, x_, model_.ln_f, model_.lm_head, Param{}, nullptr, logits,
+           DType::f32);
   }
 
  private:
@@ -61,6 +61,15 @@ class Pass {
   }
   int64_t new_tokens(int64_t sequence) const {
     return batch_.starts[sequence + 1] - batch_.starts[sequence];
+  }
+
+  // What follows the last layer's attention is needed for the last token of each sequence alone.
+  void keep_last_tokens() {
+    for (int64_t i = 0; i < batch_.sequences; ++i)
+      std::memcpy(at(next_, i * C_), at(x_, (batch_.starts[i + 1] - 1) * C_),
+                  static_cast<size_t>(C_) * element_);
+    std::swap(x_, next_);
+    M_ = batch_.sequences;
   }
 
   void embed() {
@@ -104,22 +113,24 @@ class Pass {
 
   // With a sequence per thread each attends by itself, with fewer the threads share a sequence's
   // heads.
-  void attend(int64_t layer) {
+  void attend(int64_t layer, bool last_tokens) {
     struct Context {
       Pass* pass;
       int64_t layer;
+      bool last_tokens;
       Parallel inner;
     };
     const bool spread = batch_.sequences >= parallel_.threads;
-    Context context = {this, layer, spread ? Parallel{run_in_this_thread, 1} : parallel_};
+    Context context = {this, layer, last_tokens,
+                       spread ? Parallel{run_in_this_thread, 1} : parallel_};
     const auto sequence = [](void* data, int64_t i) {
       const Context& c = *static_cast<Context*>(data);
-      c.pass->attend_sequence(c.layer, i, c.inner);
+      c.pass->attend_sequence(c.layer, i, c.last_tokens, c.inner);
     };
     (spread ? parallel_.run : run_in_this_thread)(batch_.sequences, sequence, &context);
   }
 
-  void attend_sequence(int64_t layer, int64_t i, const Parallel& parallel) {
+  void attend_sequence(int64_t layer, int64_t i, bool last_token, const Parallel& parallel) {
     const int64_t H = model_.n_head, start = batch_.starts[i], cached = batch_.cached[i];
     const int64_t row_size = H * model_.block_size * D_;
     char* keys =
@@ -134,12 +145,14 @@ class Pass {
       }
     Attention s = {};
     s.dtype = model_.dtype;
-    s.B = 1, s.H = H, s.Tq = new_tokens(i), s.Tk = cached + new_tokens(i), s.D = D_;
-    s.q = {at(qkv_, start * 3 * C_), 0, D_, 3 * C_};
+    // The queries from `first` on; with the last token's alone, sequence i has row i of the result.
+    const int64_t first = last_token ? new_tokens(i) - 1 : 0;
+    s.B = 1, s.H = H, s.Tq = new_tokens(i) - first, s.Tk = cached + new_tokens(i), s.D = D_;
+    s.q = {at(qkv_, (start + first) * 3 * C_), 0, D_, 3 * C_};
     s.k = {keys, 0, model_.block_size * D_, D_};
     s.v = {values, 0, model_.block_size * D_, D_};
-    s.out = {at(heads_, start * C_), 0, D_, C_};
-    s.scale = 1.0f / std::sqrt(static_cast<float>(D_));
+    s.out = {at(heads_, (last_token ? i : start) * C_), 0, D_, C_};
+    s.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(D_)));
     kernels_.attention(s, parallel);
   }
 

@@ -5,6 +5,7 @@
 // the query, and a row's steps depend on that row alone: its bits are the same in any batch, and
 // whether its keys were cached or not.
 
+constexpr int64_t QUERIES = 96;  // a multiple of every MR and KPAD, and of DROPOUT_ROWS
 constexpr int64_t KEYS = 128;
 constexpr float no_score = -__builtin_inff();
 
@@ -70,7 +71,7 @@ struct AttentionTask {
   Rhs<P> keys, values;
   float *scores, *o;
   P *q_copy, *p_copy;
-  float m[ROWS], l[ROWS];
+  float m[QUERIES], l[QUERIES];
 
   AttentionTask(const Attention& s, int64_t head, int64_t used_keys)
       : s(s),
@@ -85,10 +86,10 @@ struct AttentionTask {
                              take<P>(frame, rhs_elements<P>(s.D, used_keys)))),
         values(pack_straight(v.data, v.row, used_keys, s.D,
                              take<P>(frame, rhs_elements<P>(used_keys, s.D)))),
-        scores(take<float>(frame, ROWS * KEYS)),
-        o(take<float>(frame, ROWS * ld)),
-        q_copy(take<P>(frame, ROWS * row_stride<P>(padded_k<P>(s.D)))),
-        p_copy(take<P>(frame, ROWS * row_stride<P>(KEYS))) {}
+        scores(take<float>(frame, QUERIES * KEYS)),
+        o(take<float>(frame, QUERIES * ld)),
+        q_copy(take<P>(frame, QUERIES * row_stride<P>(padded_k<P>(s.D)))),
+        p_copy(take<P>(frame, QUERIES * row_stride<P>(KEYS))) {}
 
   // Keys of the block from k0 on that any row before `row` of the query block sees.
   int64_t block_keys(int64_t q0, int64_t row, int64_t k0) const {
@@ -96,7 +97,7 @@ struct AttentionTask {
   }
 
   void query_block(int64_t q0) {
-    const int64_t rows = min(ROWS, s.Tq - q0), last = visible_keys(s, q0 + rows - 1);
+    const int64_t rows = min(QUERIES, s.Tq - q0), last = visible_keys(s, q0 + rows - 1);
     const Lhs<P> queries = lhs_rows(q.at(q0), q.row, rows, s.D, q_copy);
     for (int64_t i = 0; i < rows; ++i) {
       m[i] = no_score;
@@ -147,14 +148,14 @@ struct AttentionTask {
 
 template <class T>
 void attention_typed(const Attention& s, const Parallel& parallel) {
-  const int64_t blocks = divide_up(s.Tq, ROWS), parts = parts_per_head(s, blocks, parallel);
+  const int64_t blocks = divide_up(s.Tq, QUERIES), parts = parts_per_head(s, blocks, parallel);
   run_tasks(parallel, s.B * s.H * parts, [&](int64_t task) {
     // Later parts see more keys: they come first.
     const int64_t head = task / parts, part = parts - 1 - task % parts;
-    const int64_t first = blocks * part / parts * ROWS,
-                  last = min(s.Tq, blocks * (part + 1) / parts * ROWS);
+    const int64_t first = blocks * part / parts * QUERIES,
+                  last = min(s.Tq, blocks * (part + 1) / parts * QUERIES);
     AttentionTask<T> attention(s, head, visible_keys(s, last - 1));
-    for (int64_t q0 = first; q0 < last; q0 += ROWS) attention.query_block(q0);
+    for (int64_t q0 = first; q0 < last; q0 += QUERIES) attention.query_block(q0);
   });
 }
 

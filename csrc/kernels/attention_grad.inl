@@ -37,20 +37,20 @@ struct AttentionGradTask {
         ld(padded_n<P>(s.D)),
         dq_total(dq_total ? dq_total : take<float>(frame, s.Tq * ld)),
         delta(take<float>(frame, s.Tq)),
-        p(take<float>(frame, ROWS * KEYS)),
-        ds(take<float>(frame, ROWS * KEYS)),
+        p(take<float>(frame, QUERIES * KEYS)),
+        ds(take<float>(frame, QUERIES * KEYS)),
         dk_total(take<float>(frame, KEYS * ld)),
         dv_total(take<float>(frame, KEYS * ld)),
         keys_copy(take<P>(frame, rhs_elements<P>(s.D, KEYS))),
         values_copy(take<P>(frame, rhs_elements<P>(s.D, KEYS))),
         key_rows_copy(take<P>(frame, rhs_elements<P>(KEYS, s.D))),
-        q_copy(take<P>(frame, ROWS * row_stride<P>(padded_k<P>(s.D)))),
-        dout_copy(take<P>(frame, ROWS * row_stride<P>(padded_k<P>(s.D)))),
-        q_panels(take<P>(frame, rhs_elements<P>(ROWS, s.D))),
-        dout_panels(take<P>(frame, rhs_elements<P>(ROWS, s.D))),
-        p_copy(take<P>(frame, lhs_transposed_elements<P>(ROWS, KEYS))),
-        ds_copy(take<P>(frame,
-                        max(lhs_transposed_elements<P>(ROWS, KEYS), ROWS * row_stride<P>(KEYS)))) {
+        q_copy(take<P>(frame, QUERIES * row_stride<P>(padded_k<P>(s.D)))),
+        dout_copy(take<P>(frame, QUERIES * row_stride<P>(padded_k<P>(s.D)))),
+        q_panels(take<P>(frame, rhs_elements<P>(QUERIES, s.D))),
+        dout_panels(take<P>(frame, rhs_elements<P>(QUERIES, s.D))),
+        p_copy(take<P>(frame, lhs_transposed_elements<P>(QUERIES, KEYS))),
+        ds_copy(take<P>(
+            frame, max(lhs_transposed_elements<P>(QUERIES, KEYS), QUERIES * row_stride<P>(KEYS)))) {
     __builtin_memset(this->dq_total, 0, static_cast<size_t>(s.Tq * ld) * sizeof(float));
     for (int64_t i = 0; i < s.Tq; ++i) {
       VF total = splat(0.0f);
@@ -68,12 +68,11 @@ struct AttentionGradTask {
     __builtin_memset(dk_total, 0, static_cast<size_t>(KEYS * ld) * sizeof(float));
     __builtin_memset(dv_total, 0, static_cast<size_t>(KEYS * ld) * sizeof(float));
     const int64_t first_query = max(0, k0 - (s.Tk - s.Tq));
-    for (int64_t q0 = first_query / ROWS * ROWS; q0 < s.Tq; q0 += ROWS)
-      query_block(q0, min(ROWS, s.Tq - q0), k0, keys, keys_t, values_t, key_rows);
+    for (int64_t q0 = first_query / QUERIES * QUERIES; q0 < s.Tq; q0 += QUERIES)
+      query_block(q0, min(QUERIES, s.Tq - q0), k0, keys, keys_t, values_t, key_rows);
     for (int64_t j = 0; j < keys; ++j) {
-      const T* none = nullptr;
-      finish_row(dk_total + j * ld, nullptr, none, s.D, dk.out(k0 + j));
-      finish_row(dv_total + j * ld, nullptr, none, s.D, dv.out(k0 + j));
+      copy_row(dk_total + j * ld, s.D, dk.out(k0 + j));
+      copy_row(dv_total + j * ld, s.D, dv.out(k0 + j));
     }
   }
 
@@ -153,8 +152,7 @@ struct AttentionGradTask {
   }
 
   void write_dq() {
-    for (int64_t i = 0; i < s.Tq; ++i)
-      finish_row(dq_total + i * ld, nullptr, static_cast<const T*>(nullptr), s.D, dq.out(i));
+    for (int64_t i = 0; i < s.Tq; ++i) copy_row(dq_total + i * ld, s.D, dq.out(i));
   }
 };
 
@@ -180,8 +178,7 @@ void attention_grad_typed(const AttentionGrad& grad, const Parallel& parallel) {
       for (int64_t j = 0; j < dq_size; j += W)
         store(total + j, load(total + j) + load(total + part * dq_size + j));
     const Head<T> dq(grad.dq, head / s.H, head % s.H);
-    for (int64_t i = 0; i < s.Tq; ++i)
-      finish_row(total + i * ld, nullptr, static_cast<const T*>(nullptr), s.D, dq.out(i));
+    for (int64_t i = 0; i < s.Tq; ++i) copy_row(total + i * ld, s.D, dq.out(i));
   });
 }
 

@@ -60,12 +60,11 @@ void cross_entropy_typed(const CrossEntropy& s, const Parallel& parallel) {
       if (!with_grad) return;
       float* d = take<float>(task_frame, rows * k_ld);
       gemm(rows, K, V, lhs_rows(logits, v_ld, rows, V, copy), w_rows, d, k_ld, false);
-      for (int64_t i = 0; i < rows; ++i)
-        finish_row(d + i * k_ld, nullptr, static_cast<const T*>(nullptr), K, dx + (m0 + i) * K);
+      for (int64_t i = 0; i < rows; ++i) copy_row(d + i * k_ld, K, dx + (m0 + i) * K);
       dweight.set_dy(slot, logits, v_ld, rows);
       dweight.set_x(slot, x + m0 * K, K, rows, 0, K);
     });
-    if (with_grad) dweight.accumulate(first * ROWS, min(M, last * ROWS), parallel);
+    if (with_grad) dweight.accumulate(min(M, last * ROWS) - first * ROWS, parallel);
   }
   if (with_grad) dweight.finish(s.dweight, parallel);
   double total = 0.0;

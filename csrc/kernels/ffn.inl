@@ -2,7 +2,7 @@
 // and columns:
 //   n = norm(x), u = n W1' + b1, y = x + dropout(gelu(u) W2' + b2)
 
-// Hidden columns in work at a time; a multiple of every NR and of KC's divisor.
+// Hidden columns in work at a time; a multiple of every NR and KPAD.
 constexpr int64_t HIDDEN = 512;
 
 template <class T>
@@ -114,8 +114,8 @@ void ffn_grad_typed(const FfnGrad& s, const Parallel& parallel) {
       }
       dw1.set_x(slot, normalized, ld, rows, 0, C);
     });
-    dw1.accumulate(first * ROWS, min(M, last * ROWS), parallel);
-    dw2.accumulate(first * ROWS, min(M, last * ROWS), parallel);
+    dw1.accumulate(min(M, last * ROWS) - first * ROWS, parallel);
+    dw2.accumulate(min(M, last * ROWS) - first * ROWS, parallel);
   }
   dw1.finish(s.dw1, parallel);
   dw2.finish(s.dw2, parallel);

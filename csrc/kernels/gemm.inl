@@ -6,7 +6,7 @@
 
 // Short sums lose less to rounding than one long one, and the part of a panel in use stays in the
 // L1 and L2 caches.
-constexpr int64_t KC = 256;
+constexpr int64_t KC = 192;
 
 template <int M, int NV>
 inline void write_tile(VF (&acc)[M][NV], float* c, int64_t ldc, bool add) {

@@ -1,8 +1,8 @@
 // The table of CPU kernels: one instance per instruction set, chosen once by dispatch.cpp.
 //
-// Kernels see raw pointers, sizes and strides, and a Parallel to run tasks on; no torch, no
-// exceptions, no STL. Arguments are checked one layer up (csrc/ops). Sizes and strides are counted
-// in elements.
+// Kernels see raw pointers, sizes and strides, and a Parallel to run tasks on; no torch, no STL.
+// They throw std::bad_alloc alone. Arguments are checked one layer up (csrc/ops). Sizes and strides
+// are counted in elements.
 //
 //   B batch · T time · C n_embd · H heads · D head_dim · F 4C · V vocab_size
 //   M rows of an activation matrix (B*T) · K its columns · N columns of the result
@@ -44,7 +44,7 @@ struct ParamGrad {
 };
 
 // A linear layer's weight (N, K), as nn.Linear keeps it. `packed`, when not null, is what
-// pack_weight made of it.
+// pack_weight made of it, and is read instead by a forward; a backward reads `param`.
 struct Weight {
   Param param;
   const void* packed;

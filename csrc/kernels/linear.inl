@@ -21,6 +21,11 @@ inline void finish_row(const float* c, const float* bias, const T* residual, int
   });
 }
 
+template <class Y>
+inline void copy_row(const float* c, int64_t n, Y* y) {
+  finish_row(c, nullptr, static_cast<const float*>(nullptr), n, y);
+}
+
 template <class T, class Y>
 void linear_typed(const Linear& s, const Parallel& parallel) {
   using P = typename OperandOf<T>::type;
@@ -79,8 +84,7 @@ void linear_grad_typed(const LinearGrad& s, const Parallel& parallel) {
       dweight.set_dy(slot, dy + m0 * N, N, rows);
       if (s.dbias.data) dbias.add_rows(block, dy + m0 * N, N, rows);
       if (!norm.weight) {
-        for (int64_t i = 0; i < rows; ++i)
-          finish_row(dn + i * ld, nullptr, static_cast<const T*>(nullptr), K, dx + (m0 + i) * K);
+        for (int64_t i = 0; i < rows; ++i) copy_row(dn + i * ld, K, dx + (m0 + i) * K);
         dweight.set_x(slot, x + m0 * K, K, rows, 0, K);
         return;
       }
@@ -93,7 +97,7 @@ void linear_grad_typed(const LinearGrad& s, const Parallel& parallel) {
       }
       dweight.set_x(slot, normalized, ld, rows, 0, K);
     });
-    dweight.accumulate(first * ROWS, min(M, last * ROWS), parallel);
+    dweight.accumulate(min(M, last * ROWS) - first * ROWS, parallel);
   }
   dweight.finish(s.dweight, parallel);
   dbias.finish(s.dbias);

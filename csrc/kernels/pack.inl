@@ -44,8 +44,9 @@ struct Tile<bf16> {
   static constexpr int KU = 2;
 };
 
-// Rows of an activation matrix that one task works on: a multiple of every MR and of DROPOUT_ROWS.
-constexpr int64_t ROWS = 96;
+// Rows of an activation matrix that one task works on, so that what it keeps of them stays in the
+// L2 cache: a multiple of every MR, KPAD and of DROPOUT_ROWS.
+constexpr int64_t ROWS = GPTFAST_AMX ? 96 : 48;
 
 template <class P>
 struct Lhs {
@@ -91,8 +92,13 @@ using AllLanes = typename CountLanes<W>::type;
 
 template <int S, int... L>
 inline void exchange(VF& a, VF& b, Lanes<L...>) {
+#if __has_builtin(__builtin_shufflevector)
   const VF x = __builtin_shufflevector(a, b, ((L & S) ? W + L - S : L)...);
   const VF y = __builtin_shufflevector(a, b, ((L & S) ? W + L : L + S)...);
+#else  // g++ before 12
+  const VF x = __builtin_shuffle(a, b, VI{((L & S) ? W + L - S : L)...});
+  const VF y = __builtin_shuffle(a, b, VI{((L & S) ? W + L : L + S)...});
+#endif
   a = x;
   b = y;
 }
@@ -232,6 +238,10 @@ inline Lhs<P> lhs_rows(const T* x, int64_t ld, int64_t m, int64_t k, P* copy) {
   return {copy, stride, KU};
 }
 
+// Whether the left-hand side X' is packed as rows, with its K contiguous.
+template <class P>
+constexpr bool lhs_by_rows = GPTFAST_AMX && sizeof(P) == sizeof(bf16);
+
 // The width at which the columns of X (k, m) are packed to serve as rows of X' (m, k).
 template <class P>
 inline int64_t transposed_width(int64_t m) {
@@ -241,7 +251,21 @@ inline int64_t transposed_width(int64_t m) {
 template <class P>
 inline int64_t lhs_transposed_elements(int64_t k, int64_t m) {
   const int64_t packed = padded_k<P>(k) * transposed_width<P>(m);
-  return GPTFAST_AMX && sizeof(P) == sizeof(bf16) ? 2 * packed : packed;
+  return lhs_by_rows<P> ? 2 * packed : packed;
+}
+
+// A matrix of pairs (units, width) as rows of pairs: what a tile register wants of X'.
+inline void transpose_pairs(const bf16* pairs, int64_t units, int64_t width, bf16* rows,
+                            int64_t stride) {
+  for (int64_t u0 = 0; u0 < units; u0 += W)
+    for (int64_t i0 = 0; i0 < width; i0 += W) {
+      VF r[W];
+      for (int i = 0; i < W; ++i)
+        __builtin_memcpy(&r[i], pairs + ((u0 + i) * width + i0) * 2, sizeof r[i]);
+      transpose(r);
+      for (int i = 0; i < W; ++i)
+        __builtin_memcpy(rows + (i0 + i) * stride + u0 * 2, &r[i], sizeof r[i]);
+    }
 }
 
 // X (k, m) as the left-hand side X' (m, k), through `copy`, which holds
@@ -249,23 +273,12 @@ inline int64_t lhs_transposed_elements(int64_t k, int64_t m) {
 template <class P, class S>
 inline Lhs<P> lhs_transposed(const S* x, int64_t ld, int64_t k, int64_t m, P* copy) {
   constexpr int KU = Tile<P>::KU;
-  const int64_t width = transposed_width<P>(m);
+  const int64_t width = transposed_width<P>(m), padded = padded_k<P>(k);
   pack_rows(x, ld, k, m, 0, width, copy);
-  if constexpr (!GPTFAST_AMX || KU == 1) {
+  if constexpr (!lhs_by_rows<P>) {
     return {copy, KU, width * KU};
   } else {
-    // A tile register wants a row's K contiguous: transpose the (K / 2, m) matrix of pairs.
-    const int64_t units = padded_k<P>(k) / KU, stride = KU * units;
-    P* rows = copy + units * width * KU;
-    for (int64_t u0 = 0; u0 < units; u0 += W)
-      for (int64_t i0 = 0; i0 < width; i0 += W) {
-        VF r[W];
-        for (int i = 0; i < W; ++i)
-          __builtin_memcpy(&r[i], copy + ((u0 + i) * width + i0) * KU, sizeof r[i]);
-        transpose(r);
-        for (int i = 0; i < W; ++i)
-          __builtin_memcpy(rows + (i0 + i) * stride + u0 * KU, &r[i], sizeof r[i]);
-      }
-    return {rows, stride, KU};
+    transpose_pairs(copy, padded / KU, width, copy + padded * width, padded);
+    return {copy + padded * width, padded, KU};
   }
 }

@@ -1,4 +1,5 @@
-// Work memory of the kernels: a stack per thread, kept between calls, never shared.
+// Work memory of the kernels: a stack per thread, never shared. A thread keeps the most that it
+// ever needed until it ends, as the next training step needs it again.
 #pragma once
 
 #include <cstddef>

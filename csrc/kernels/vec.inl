@@ -121,11 +121,11 @@ inline VI lanes() {
 inline VF only(VF x, Full, float = 0.0f) { return x; }
 inline VF only(VF x, Tail t, float other = 0.0f) { return lanes() < t.count ? x : splat(other); }
 
-// 2^x, relative error below 3e-7 on [-126, 128); 0 below that range, -inf included.
+// 2^x, relative error below 3e-7 on [-126, 128); 0 below that range, -inf included; NaN of NaN.
 // n = round(x), 2^x = 2^n 2^f with |f| <= 1/2 and 2^f by its minimax polynomial of degree 6.
 inline VF exp2(VF x) {
   constexpr float shift = 0x1.8p23f;  // adding it leaves round(x) in the low bits of the sum
-  const VF clamped = vmin(vmax(x, splat(-127.0f)), splat(128.0f));
+  const VF clamped = vmin(splat(128.0f), vmax(splat(-127.0f), x));  // in this order a NaN stays one
   const VF sum = clamped + shift;
   const VF f = clamped - (sum - shift);
   VF p = splat(1.535336145e-04f);

@@ -1,16 +1,19 @@
 // dW (N, K) = dY' X summed over all rows, for the backward of a linear layer.
 //
 // Rows come in blocks of ROWS; a chunk of blocks has its operands packed by the tasks that produce
-// dY and X, then the tasks of accumulate() each add the whole chunk to some rows of dW. Every
-// element of dW is one chain over the rows in order, whatever the number of threads.
+// dY and X, then the tasks of accumulate() each add the whole chunk to some rows of dW. A chunk is
+// a multiple of KC, so every element of dW is summed over the rows in one order, whatever the
+// number of threads.
 
 // Row blocks per chunk: one per thread at least, and otherwise as many as the outer cache holds the
-// operands of.
+// operands of, rounded up to whole KC.
 inline int64_t blocks_per_chunk(int64_t rows, int64_t floats_per_row, const Parallel& parallel) {
-  constexpr int64_t cache_floats = int64_t{4} << 20;
+  constexpr int64_t cache_floats = int64_t{2} << 20;
   const int64_t fitting = cache_floats / (ROWS * floats_per_row);
-  return min(divide_up(rows, ROWS), max(fitting, parallel.threads));
+  return min(divide_up(rows, ROWS), round_up(max(fitting, parallel.threads), KC / ROWS));
 }
+
+static_assert(KC % ROWS == 0 && ROWS % DROPOUT_ROWS == 0);
 
 template <class P>
 class WeightGrad {
@@ -19,38 +22,45 @@ class WeightGrad {
       : n_(n),
         k_(k),
         ld_(padded_n<P>(k)),
+        width_(transposed_width<P>(n)),
+        chunk_rows_(chunk_blocks * ROWS),
         total_(take<float>(frame, n * ld_)),
-        lhs_elements_(lhs_transposed_elements<P>(ROWS, n)),
-        rhs_elements_(rhs_elements<P>(ROWS, k)),
-        lhs_(take<Lhs<P>>(frame, chunk_blocks)),
-        lhs_copy_(take<P>(frame, chunk_blocks * lhs_elements_)),
-        rhs_(take<P>(frame, chunk_blocks * rhs_elements_)) {}
+        lhs_(take<P>(frame, chunk_rows_ * width_)),
+        rhs_(take<P>(frame, rhs_elements<P>(chunk_rows_, k))) {}
 
   // dY of one block of the chunk, (rows, N).
   template <class S>
   void set_dy(int64_t block, const S* dy, int64_t ld, int64_t rows) const {
-    lhs_[block] = lhs_transposed(dy, ld, rows, n_, lhs_copy_ + block * lhs_elements_);
+    if constexpr (!lhs_by_rows<P>) {
+      pack_rows(dy, ld, rows, n_, 0, width_, lhs_ + block * ROWS * width_);
+    } else {
+      Frame frame;
+      P* pairs = take<P>(frame, ROWS * width_);
+      pack_rows(dy, ld, rows, n_, 0, width_, pairs);
+      transpose_pairs(pairs, padded_k<P>(rows) / 2, width_, lhs_ + block * ROWS, chunk_rows_);
+    }
   }
 
   // Columns k0 .. k0 + columns of X of that block; k0 is a multiple of NR.
   template <class S>
   void set_x(int64_t block, const S* x, int64_t ld, int64_t rows, int64_t k0,
              int64_t columns) const {
-    const int64_t panel = panel_elements<P>(rows);
-    pack_straight(x, ld, rows, columns, rhs_ + block * rhs_elements_ + k0 / Tile<P>::NR * panel);
+    constexpr int NR = Tile<P>::NR;
+    const Rhs<P> to = chunk_x().rows(block * ROWS).columns(k0);
+    for (int64_t n0 = 0; n0 < columns; n0 += NR)
+      pack_rows(x, ld, rows, columns, n0, NR, const_cast<P*>(to.columns(n0).data));
   }
 
-  void accumulate(int64_t m0, int64_t m1, const Parallel& parallel) {
+  // dW += dY' X over the first `rows` rows of the chunk.
+  void accumulate(int64_t rows, const Parallel& parallel) {
+    constexpr int KU = Tile<P>::KU;
+    const int64_t row = lhs_by_rows<P> ? chunk_rows_ : KU;
+    const int64_t step = lhs_by_rows<P> ? KU : width_ * KU;
     const int64_t per_task = round_up(divide_up(n_, 4 * parallel.threads), Tile<P>::MR);
     run_tasks(parallel, divide_up(n_, per_task), [&](int64_t task) {
-      const int64_t n0 = task * per_task, count = min(per_task, n_ - n0);
-      for (int64_t m = m0, block = 0; m < m1; m += ROWS, ++block) {
-        const int64_t rows = min(ROWS, m1 - m);
-        const Lhs<P> dy = {lhs_[block].data + n0 * lhs_[block].row, lhs_[block].row,
-                           lhs_[block].step};
-        const Rhs<P> x = {rhs_ + block * rhs_elements_, panel_elements<P>(rows)};
-        gemm(count, k_, rows, dy, x, total_ + n0 * ld_, ld_, started_ || block > 0);
-      }
+      const int64_t n0 = task * per_task;
+      gemm(min(per_task, n_ - n0), k_, rows, Lhs<P>{lhs_ + n0 * row, row, step}, chunk_x(),
+           total_ + n0 * ld_, ld_, started_);
     });
     started_ = true;
   }
@@ -65,10 +75,10 @@ class WeightGrad {
   }
 
  private:
-  int64_t n_, k_, ld_;
+  Rhs<P> chunk_x() const { return {rhs_, panel_elements<P>(chunk_rows_)}; }
+
+  int64_t n_, k_, ld_, width_, chunk_rows_;
   float* total_;
-  int64_t lhs_elements_, rhs_elements_;
-  Lhs<P>* lhs_;
-  P *lhs_copy_, *rhs_;
+  P *lhs_, *rhs_;
   bool started_ = false;
 };

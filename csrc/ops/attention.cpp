@@ -7,12 +7,6 @@
 namespace gptfast {
 namespace {
 
-void require_dims(const Tensor& q, const Tensor& k) {
-  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4,
-                  "gptfast::attention: q, k and v must be (B, H, T, D), got ", q.dim(), " and ",
-                  k.dim(), " dimensions");
-}
-
 // The memory of a contiguous (B, T, parts, H, D) tensor as heads of part `part`.
 Heads heads_within(const Tensor& x, int64_t T, int64_t parts, int64_t part, int64_t H, int64_t D) {
   char* data =
@@ -22,8 +16,8 @@ Heads heads_within(const Tensor& x, int64_t T, int64_t parts, int64_t part, int6
 
 Attention separate(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, double scale,
                    double p, const OptionalTensor& seed, int64_t stream) {
-  require_dims(q, k);
   const Arguments args(op, "q", q);
+  args.require(q.dim() == 4 && k.dim() == 4, "q, k and v must be (B, H, T, D)");
   const int64_t B = q.size(0), H = q.size(1), Tq = q.size(2), D = q.size(3), Tk = k.size(2);
   Attention s = {};
   s.dtype = args.dtype();
@@ -50,7 +44,7 @@ Attention packed(const char* op, const Tensor& qkv, int64_t n_head, double p,
   s.q = heads_within(dense, T, 3, 0, H, D);
   s.k = heads_within(dense, T, 3, 1, H, D);
   s.v = heads_within(dense, T, 3, 2, H, D);
-  s.scale = 1.0f / std::sqrt(static_cast<float>(D));
+  s.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(D)));
   s.dropout = args.dropout(p, seed, stream);
   return s;
 }

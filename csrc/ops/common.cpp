@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <exception>
+#include <stdexcept>
 
 namespace gptfast {
 namespace {
@@ -60,7 +61,8 @@ Arguments::Arguments(const char* op, const char* name, const Tensor& x)
 }
 
 void Arguments::require(bool condition, const std::string& sentence) const {
-  STD_TORCH_CHECK(condition, "gptfast::", op_, ": ", sentence);
+  // STD_TORCH_CHECK would put the source file and line before the sentence.
+  if (!condition) throw std::runtime_error("gptfast::" + std::string(op_) + ": " + sentence);
 }
 
 void Arguments::shape(const char* name, const Tensor& x,
@@ -76,23 +78,24 @@ void Arguments::on_cpu(const char* name, const Tensor& x) const {
   require(x.is_cpu(), std::string(name) + " must be on the CPU, as the other arguments are");
 }
 
-Tensor Arguments::activation(const char* name, const Tensor& x,
-                             std::initializer_list<int64_t> expected) const {
+void Arguments::like_activations(const char* name, const Tensor& x,
+                                 std::initializer_list<int64_t> expected) const {
   on_cpu(name, x);
   shape(name, x, expected);
   require(x.scalar_type() == scalar_type(dtype_),
           std::string(name) + " must be " + torch::headeronly::toString(scalar_type(dtype_)) +
               " like the other activations, got " + dtype_name(x));
+}
+
+Tensor Arguments::activation(const char* name, const Tensor& x,
+                             std::initializer_list<int64_t> expected) const {
+  like_activations(name, x, expected);
   return x.is_contiguous() ? x : torch::stable::contiguous(x);
 }
 
 Heads Arguments::heads(const char* name, const Tensor& x,
                        std::initializer_list<int64_t> expected) const {
-  on_cpu(name, x);
-  shape(name, x, expected);
-  require(x.scalar_type() == scalar_type(dtype_),
-          std::string(name) + " must be " + torch::headeronly::toString(scalar_type(dtype_)) +
-              " like the other activations, got " + dtype_name(x));
+  like_activations(name, x, expected);
   require(x.stride(3) == 1 || x.size(3) == 1,
           std::string(name) + " must have stride 1 in its last dimension, got " +
               std::to_string(x.stride(3)));
@@ -165,6 +168,13 @@ Tensor new_grad(const OptionalTensor& param) {
 ParamGrad param_grad(const Tensor& grad) {
   if (grad.numel() == 0) return {nullptr, DType::f32};
   return {grad.data_ptr(), grad.scalar_type() == ScalarType::Float ? DType::f32 : DType::bf16};
+}
+
+Tensor Arguments::rows(const char* name, const Tensor& x, int64_t M, int64_t K) const {
+  require(x.dim() >= 1 && rows_of(x) == M && x.size(-1) == K,
+          std::string(name) + " must have " + std::to_string(M) + " rows of " + std::to_string(K) +
+              " columns, got shape " + in_words(x.sizes()));
+  return activation(name, torch::stable::reshape(x, {M, K}), {M, K});
 }
 
 int64_t rows_of(const Tensor& x) {

@@ -32,7 +32,9 @@ class Arguments {
 
   // An activation of this shape, as a contiguous tensor.
   Tensor activation(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) const;
-  // The same with no copy: only the last stride has to be 1.
+  // An activation of any shape with M rows of K columns, as a contiguous (M, K) tensor.
+  Tensor rows(const char* name, const Tensor& x, int64_t M, int64_t K) const;
+  // An activation with no copy made: only the last stride has to be 1.
   Heads heads(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) const;
   // A parameter of this shape; its data must be contiguous. An absent one has null data.
   Param param(const char* name, const OptionalTensor& x,
@@ -47,6 +49,8 @@ class Arguments {
   void shape(const char* name, const Tensor& x, std::initializer_list<int64_t> expected) const;
 
  private:
+  void like_activations(const char* name, const Tensor& x,
+                        std::initializer_list<int64_t> shape) const;
   void on_cpu(const char* name, const Tensor& x) const;
 
   const char* op_;

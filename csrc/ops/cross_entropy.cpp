@@ -9,9 +9,10 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(Tensor x, Tensor weight, Tensor targets,
                                                         int64_t ignore_index, bool with_grad) {
   const Arguments args("linear_cross_entropy", "x", x);
-  args.require(x.dim() >= 1 && weight.dim() == 2, "x must be (..., K) and weight (V, K)");
+  args.require(x.dim() >= 1 && weight.dim() == 2 && weight.numel() > 0,
+               "x must be (..., K) and weight (V, K), neither V nor K 0");
   const int64_t M = rows_of(x), K = x.size(-1), V = weight.size(0);
-  const Tensor dense_x = args.activation("x", torch::stable::reshape(x, {M, K}), {M, K});
+  const Tensor dense_x = args.rows("x", x, M, K);
   const Tensor dense_targets = args.indices(
       "targets", torch::stable::reshape(targets, {targets.numel()}), {M}, V, ignore_index);
   Tensor loss = new_tensor({}, ScalarType::Float);

@@ -1,5 +1,6 @@
 // Incremental decoding of a whole GPT (csrc/engine), and the packing of its weights.
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "../engine/decoder.h"
@@ -7,6 +8,9 @@
 
 namespace gptfast {
 namespace {
+
+// A packed weight starts with the name of the instruction set whose layout it has.
+constexpr int64_t level_bytes = 64;
 
 Tensor pack_weight(Tensor weight, ScalarType dtype) {
   const Arguments args("pack_weight", "weight", weight);
@@ -17,8 +21,12 @@ Tensor pack_weight(Tensor weight, ScalarType dtype) {
   const DType compute = dtype == ScalarType::Float ? DType::f32 : DType::bf16;
   const int64_t N = weight.size(0), K = weight.size(1);
   const Param param = args.param("weight", weight, {N, K});
-  Tensor packed = new_tensor({kernels().packed_weight_bytes(compute, N, K)}, ScalarType::Byte);
-  kernels().pack_weight(compute, param, N, K, packed.data_ptr(), torch_threads());
+  const Kernels& table = kernels();
+  Tensor packed =
+      new_tensor({level_bytes + table.packed_weight_bytes(compute, N, K)}, ScalarType::Byte);
+  char* data = static_cast<char*>(packed.data_ptr());
+  std::strncpy(data, table.name, level_bytes);
+  table.pack_weight(compute, param, N, K, data + level_bytes, torch_threads());
   return packed;
 }
 
@@ -31,20 +39,33 @@ class Parameters {
 
   Param next(std::initializer_list<int64_t> shape) {
     args_.require(param_ < params_.size(), "params has too few tensors");
-    const Tensor& x = params_[param_++];
-    return x.numel() == 0 ? Param{} : args_.param("params", x, shape);
+    return args_.param("params", params_[param_++], shape);
+  }
+  Param next_bias(int64_t n) {
+    if (param_ < params_.size() && params_[param_].numel() == 0) {
+      ++param_;
+      return Param{};
+    }
+    return next({n});
   }
   Norm next_norm(int64_t C) {
     Norm norm = {};
     norm.weight = next({C});
-    norm.bias = next({C});
+    norm.bias = next_bias(C);
     return norm;
   }
   Weight next_weight(int64_t N, int64_t K) {
     args_.require(weight_ < packed_.size(), "packed has too few tensors");
     const Tensor& x = packed_[weight_++];
-    args_.shape("packed", x, {kernels().packed_weight_bytes(args_.dtype(), N, K)});
-    return {Param{}, x.const_data_ptr()};
+    const Kernels& table = kernels();
+    args_.shape("packed", x, {level_bytes + table.packed_weight_bytes(args_.dtype(), N, K)});
+    args_.require(x.is_cpu() && x.is_contiguous() && x.scalar_type() == ScalarType::Byte,
+                  "packed must be what pack_weight returned");
+    const char* data = static_cast<const char*>(x.const_data_ptr());
+    args_.require(std::strncmp(data, table.name, level_bytes) == 0,
+                  "packed must be made at the instruction set in use, " + std::string(table.name) +
+                      ", got " + std::string(data));
+    return {Param{}, data + level_bytes};
   }
   bool all_taken() const { return param_ == params_.size() && weight_ == packed_.size(); }
 
@@ -73,15 +94,15 @@ Decoder decoder(const Arguments& args, const std::vector<Tensor>& params,
     if (attention) {
       layer.ln_1 = take.next_norm(C);
       layer.c_attn = take.next_weight(3 * C, C);
-      layer.c_attn_bias = take.next({3 * C});
+      layer.c_attn_bias = take.next_bias(3 * C);
       layer.c_proj = take.next_weight(C, C);
-      layer.c_proj_bias = take.next({C});
+      layer.c_proj_bias = take.next_bias(C);
     }
     layer.ln_2 = take.next_norm(C);
     layer.c_fc = take.next_weight(F, C);
-    layer.c_fc_bias = take.next({F});
+    layer.c_fc_bias = take.next_bias(F);
     layer.mlp_c_proj = take.next_weight(C, F);
-    layer.mlp_c_proj_bias = take.next({C});
+    layer.mlp_c_proj_bias = take.next_bias(C);
     model.layers.push_back(layer);
   }
   model.ln_f = take.next_norm(C);
@@ -95,7 +116,7 @@ Tensor decoder_forward_op(Tensor tokens, Tensor starts, Tensor row, Tensor cache
                           std::vector<Tensor> params, std::vector<Tensor> packed, Tensor cache,
                           int64_t vocab_size, bool attention, std::string gelu) {
   const Arguments args("decoder_forward", "cache", cache);
-  args.require(cache.dim() == 6 && cache.size(1) == 2 && cache.is_contiguous(),
+  args.require(cache.dim() == 6 && cache.size(1) == 2 && cache.is_contiguous() && cache.numel() > 0,
                "cache must be a contiguous (L, 2, rows, H, block_size, D) tensor");
   const int64_t sequences = row.numel(), rows = cache.size(2), block_size = cache.size(4);
   const Tensor tokens_ = args.indices("tokens", tokens, {tokens.numel()}, vocab_size);

@@ -14,11 +14,12 @@ struct FfnTensors {
 // `dense` holds what s.x points into.
 Ffn arguments(const Arguments& args, const FfnTensors& t, const std::string& gelu, double p,
               const OptionalTensor& seed, int64_t stream, Tensor& dense) {
-  args.require(t.x.dim() >= 1 && t.w1.dim() == 2, "x must be (..., C) and w1 (F, C)");
+  args.require(t.x.dim() >= 1 && t.w1.dim() == 2 && t.w1.numel() > 0,
+               "x must be (..., C) and w1 (F, C), neither C nor F 0");
   Ffn s = {};
   s.dtype = args.dtype();
   s.M = rows_of(t.x), s.C = t.x.size(-1), s.F = t.w1.size(0);
-  dense = args.activation("x", torch::stable::reshape(t.x, {s.M, s.C}), {s.M, s.C});
+  dense = args.rows("x", t.x, s.M, s.C);
   s.x = dense.const_data_ptr();
   s.norm.weight = args.param("norm_weight", t.norm_weight, {s.C});
   s.norm.bias = args.param("norm_bias", t.norm_bias, {s.C});
@@ -67,8 +68,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
   f.norm.mean = args.statistics("mean", mean, {f.M});
   f.norm.rstd = args.statistics("rstd", rstd, {f.M});
   const Tensor dense_hidden = args.activation("hidden", hidden, {f.M, f.F});
-  const Tensor dense_dy =
-      args.activation("dy", torch::stable::reshape(dy, {rows_of(dy), dy.size(-1)}), {f.M, f.C});
+  const Tensor dense_dy = args.rows("dy", dy, f.M, f.C);
   f.hidden = dense_hidden.data_ptr();
   s.dy = dense_dy.const_data_ptr();
   Tensor dx = torch::stable::empty(x.sizes(), scalar_type(f.dtype));

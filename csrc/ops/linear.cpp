@@ -11,13 +11,13 @@ std::tuple<Tensor, Tensor, Tensor> linear(Tensor x, OptionalTensor norm_weight,
                                           OptionalTensor norm_bias, Tensor weight,
                                           OptionalTensor bias, OptionalTensor residual) {
   const Arguments args("linear", "x", x);
-  args.require(x.dim() >= 1 && weight.dim() == 2, "x must be (..., K) and weight (N, K)");
+  args.require(x.dim() >= 1 && weight.dim() == 2 && weight.numel() > 0,
+               "x must be (..., K) and weight (N, K), neither N nor K 0");
   const int64_t M = rows_of(x), K = x.size(-1), N = weight.size(0);
   Linear s = {};
   s.dtype = s.y_dtype = args.dtype();
   s.M = M, s.K = K, s.N = N;
-  const Tensor rows = torch::stable::reshape(x, {M, K});
-  const Tensor dense = args.activation("x", rows, {M, K});
+  const Tensor dense = args.rows("x", x, M, K);
   s.x = dense.const_data_ptr();
   s.norm.weight = args.param("norm_weight", norm_weight, {K});
   s.norm.bias = args.param("norm_bias", norm_bias, {K});
@@ -25,9 +25,7 @@ std::tuple<Tensor, Tensor, Tensor> linear(Tensor x, OptionalTensor norm_weight,
   s.bias = args.param("bias", bias, {N});
   Tensor added;
   if (residual.has_value()) {
-    added = args.activation(
-        "residual", torch::stable::reshape(*residual, {rows_of(*residual), residual->size(-1)}),
-        {M, N});
+    added = args.rows("residual", *residual, M, N);
     s.residual = added.const_data_ptr();
   }
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
@@ -46,11 +44,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
     Tensor dy, Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, Tensor mean,
     Tensor rstd, Tensor weight, OptionalTensor bias) {
   const Arguments args("linear_backward", "x", x);
-  args.require(x.dim() >= 1 && weight.dim() == 2, "x must be (..., K) and weight (N, K)");
+  args.require(x.dim() >= 1 && weight.dim() == 2 && weight.numel() > 0,
+               "x must be (..., K) and weight (N, K), neither N nor K 0");
   const int64_t M = rows_of(x), K = x.size(-1), N = weight.size(0);
-  const Tensor dense_x = args.activation("x", torch::stable::reshape(x, {M, K}), {M, K});
-  const Tensor dense_dy =
-      args.activation("dy", torch::stable::reshape(dy, {rows_of(dy), dy.size(-1)}), {M, N});
+  const Tensor dense_x = args.rows("x", x, M, K);
+  const Tensor dense_dy = args.rows("dy", dy, M, N);
   LinearGrad s = {};
   Linear& f = s.forward;
   f.dtype = args.dtype();

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gptfast.ops.common import check_activation, check_dropout, check_like, define
-from gptfast.ops.reference import seed_tensor
+from gptfast.ops.random import seed_tensor
 
 
 def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
@@ -76,6 +77,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (dout,) = grads
         q, k, v, out, lse, seed = ctx.saved_tensors
@@ -94,6 +96,7 @@ class _AttentionPacked(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (dout,) = grads
         qkv, out, lse, seed = ctx.saved_tensors

@@ -43,12 +43,16 @@ def check_like(op: str, name: str, x: Tensor, like: Tensor, shape: tuple[int, ..
 
 
 def check_param(op: str, name: str, x: Tensor | None, like: Tensor, shape: tuple[int, ...]) -> None:
-    """Checks an optional parameter: its shape, and float32 or the activations' dtype."""
+    """Checks an optional parameter: shape, contiguous, float32 or the activations' dtype."""
     if x is None:
         return
     check_shape(op, name, x, shape)
     if x.dtype not in (torch.float32, like.dtype):
         raise TypeError(f"{op}: {name} must be torch.float32 or {like.dtype}, got {x.dtype}")
+    if x.device != like.device:
+        raise TypeError(f"{op}: {name} must be on {like.device}, got {x.device}")
+    if not x.is_contiguous():
+        raise ValueError(f"{op}: {name} must be contiguous, got strides {x.stride()}")
 
 
 def check_shape(op: str, name: str, x: Tensor, shape: tuple[int, ...]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gptfast.ops.common import check_activation, check_indices, check_param, define
 
@@ -37,10 +38,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (dloss,) = grads
         dx, dweight = ctx.saved_tensors
-        return None, dx * dloss.to(dx.dtype), dweight * dloss.to(dweight.dtype), None, None
+        return None, dx * dloss, dweight * dloss, None, None
 
 
 def linear_cross_entropy(

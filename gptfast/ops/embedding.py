@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gptfast.ops.common import check_activation, check_dropout, check_indices, check_param, define
-from gptfast.ops.reference import seed_tensor
+from gptfast.ops.random import seed_tensor
 
 
 def _fake_embedding(idx: Tensor, wte: Tensor, *args: Any) -> Tensor:
@@ -50,6 +51,7 @@ class _Embedding(torch.autograd.Function):
         return _embedding(idx, wte, wpe, dropout_p, seed, stream, dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (dy,) = grads
         idx, wte, wpe, seed = ctx.saved_tensors

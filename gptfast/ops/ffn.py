@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gptfast.ops.common import check_activation, check_choice, check_dropout, check_param, define
 from gptfast.ops.linear import absent_to_none, fake_grad
-from gptfast.ops.reference import seed_tensor
+from gptfast.ops.random import seed_tensor
 
 
 def _fake_ffn(
@@ -58,6 +59,7 @@ class _Ffn(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (dy,) = grads
         x, *params, mean, rstd, hidden, seed = ctx.saved_tensors
@@ -89,9 +91,9 @@ def layer_norm_ffn(
         ln_w: (C,), float32 or x's dtype, as are all parameters; gradients have the parameter's
             dtype.
         ln_b: (C,) or None.
-        w1: (F, C).
+        w1: (F, C), contiguous, as nn.Linear keeps it.
         b1: (F,) or None.
-        w2: (C, F).
+        w2: (C, F), contiguous.
         b2: (C,) or None.
         gelu: "erf" or "tanh" (Hendrycks and Gimpel, arXiv:1606.08415).
         dropout_p: Probability, in [0, 1], of an output of the second layer to be dropped.

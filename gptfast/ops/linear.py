@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gptfast.ops.common import check_activation, check_like, check_param, define
 
@@ -64,6 +65,7 @@ class _Linear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (dy,) = grads
         x, norm_weight, norm_bias, mean, rstd, weight, bias = ctx.saved_tensors
@@ -82,7 +84,7 @@ def layer_norm_linear(
         ln_w: (K,), float32 or x's dtype, as are all parameters; gradients have the parameter's
             dtype.
         ln_b: (K,) or None.
-        weight: (N, K), as nn.Linear keeps it.
+        weight: (N, K), contiguous, as nn.Linear keeps it.
         bias: (N,) or None.
 
     Returns:
@@ -107,7 +109,7 @@ def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
 
     Args:
         x: (..., K), float32 or bfloat16.
-        weight: (N, K), float32 or x's dtype.
+        weight: (N, K), contiguous, float32 or x's dtype.
         bias: (N,) or None.
         residual: (..., N), like x.
 

@@ -1,8 +1,8 @@
 """Every operation in plain torch: the specification that the kernels are tested and timed against.
 
 Letters: B batch, T time, C n_embd, H heads, D head_dim, F 4C, V vocab_size. Maths is done in
-    float32 for bfloat16
-inputs and in the inputs' dtype otherwise (float64 serves as the oracle), whatever autocast says.
+float32 for bfloat16 inputs and in the inputs' dtype otherwise (float64 serves as the oracle),
+whatever autocast says.
 """
 
 import math
@@ -11,54 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptfast.ops.random import dropout_factors, seed_tensor
+
 LAYER_NORM_EPS = 1e-5
-PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
-WORD = 0xFFFFFFFF
-
-
-def seed_tensor(seed: int | Tensor | None) -> Tensor:
-    """The key of the random stream, int64 (); drawn from torch's default generator for None."""
-    if seed is None:
-        return torch.randint(2**62, (), dtype=torch.int64)
-    if isinstance(seed, Tensor):
-        return seed
-    return torch.tensor(seed & (2**63 - 1), dtype=torch.int64)
-
-
-def philox(counter: tuple[Tensor | int, ...], seed: Tensor) -> tuple[Tensor, ...]:
-    """Four 32-bit words (as int64) of Philox-4x32-10 (Salmon et al., SC 2011) per counter."""
-    x0, x1, x2, x3 = torch.broadcast_tensors(*(torch.as_tensor(word) for word in counter))
-    k0, k1 = seed & WORD, seed >> 32 & WORD
-    for _ in range(10):
-        first, second = x0 * PHILOX_MULTIPLIERS[0], x2 * PHILOX_MULTIPLIERS[1]
-        x0, x2 = (second >> 32 & WORD) ^ x1 ^ k0, (first >> 32 & WORD) ^ x3 ^ k1
-        x1, x3 = second & WORD, first & WORD
-        k0, k1 = k0 + PHILOX_WEYL[0] & WORD, k1 + PHILOX_WEYL[1] & WORD
-    return x0, x1, x2, x3
-
-
-def dropout_factors(
-    p: float, seed: Tensor, stream: int, matrices: int, rows: int, columns: int
-) -> Tensor:
-    """The factors, 0 or 1 / (1 - p), of (matrices, rows, columns) elements, float64.
-
-    Element (i, j) of matrix n takes 16 bits of the block with counter (j, i // 8, n, stream): half
-    i % 2 of word (i % 8) // 2. It is dropped where they are below round(65536 p).
-    """
-    i, j = torch.arange((rows + 7) // 8), torch.arange(columns)
-    words = philox((j, i[:, None], torch.arange(matrices)[:, None, None], stream), seed.cpu())
-    halves = [word >> shift & 0xFFFF for word in words for shift in (0, 16)]
-    draws = torch.stack(halves, dim=2).flatten(1, 2)[:, :rows]  # (matrices, rows, columns)
-    threshold = int(p * 65536 + 0.5)
-    scale = 65536 / (65536 - threshold) if threshold < 65536 else 0.0
-    return (draws >= threshold).double() * scale
 
 
 def _dropout(
     x: Tensor, p: float, seed: int | Tensor | None, stream: int, matrices: int = 1
 ) -> Tensor:
-    if p == 0.0:
+    if p == 0.0 or x.numel() == 0:
         return x
     factors = dropout_factors(
         p, seed_tensor(seed), stream, matrices, x.numel() // x.shape[-1] // matrices, x.shape[-1]
@@ -82,7 +43,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def attention_weights(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
     """softmax(scale q k' + causal mask), (B, H, Tq, Tk); zero rows where a query sees no key."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    scores = q @ k.transpose(-2, -1) * scale  # (B, H, Tq, Tk)
+    wide = _wide(q)
+    scores = q.to(wide) @ k.to(wide).transpose(-2, -1) * scale  # (B, H, Tq, Tk)
     Tq, Tk = scores.shape[-2:]
     seen = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
     return scores.masked_fill(~seen, -math.inf).softmax(-1).masked_fill(~seen, 0.0)
@@ -101,7 +63,7 @@ def causal_attention(
     """See `gptfast.ops.causal_attention`."""
     with torch.autocast(q.device.type, enabled=False):
         wide = _wide(q)
-        weights = attention_weights(q.to(wide), k.to(wide), scale)
+        weights = attention_weights(q, k, scale)
         weights = _dropout(weights, dropout_p, seed, stream, weights.shape[0] * weights.shape[1])
         return (weights @ v.to(wide)).to(q.dtype)
 
@@ -185,7 +147,9 @@ def embedding(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See `gptfast.ops.embedding`."""
-    if idx.numel() and not (0 <= int(idx.min()) and int(idx.max()) < wte.shape[0]):
+    # A compiled graph cannot branch on values; there the lookup itself reports them.
+    known = torch.compiler.is_compiling() or not idx.numel()
+    if not known and not (0 <= int(idx.min()) and int(idx.max()) < wte.shape[0]):
         raise ValueError(
             f"embedding: idx must be in [0, {wte.shape[0]}), got {int(idx.min())} to"
             f" {int(idx.max())}"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gptfast.ops.reference import dropout_factors, philox, seed_tensor
+from gptfast.ops.random import dropout_factors, philox, seed_tensor
 
 
 @pytest.mark.parametrize(

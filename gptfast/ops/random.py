@@ -1,0 +1,51 @@
+"""Random numbers from counters: the same draw for any batch, thread count or device.
+
+The kernels draw the same ones (csrc/kernels/random.inl).
+"""
+
+import torch
+from torch import Tensor
+
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+WORD = 0xFFFFFFFF
+
+
+def seed_tensor(seed: int | Tensor | None) -> Tensor:
+    """The key of the random stream, int64 (); drawn from torch's default generator for None."""
+    if seed is None:
+        return torch.randint(2**62, (), dtype=torch.int64)
+    if isinstance(seed, Tensor):
+        return seed
+    return torch.tensor(seed & (2**63 - 1), dtype=torch.int64)
+
+
+def philox(counter: tuple[Tensor | int, ...], seed: Tensor) -> tuple[Tensor, ...]:
+    """Four 32-bit words (as int64) of Philox-4x32-10 (Salmon et al., SC 2011) per counter."""
+    x0, x1, x2, x3 = torch.broadcast_tensors(*(torch.as_tensor(word) for word in counter))
+    k0, k1 = seed & WORD, seed >> 32 & WORD
+    for _ in range(10):
+        first, second = x0 * PHILOX_MULTIPLIERS[0], x2 * PHILOX_MULTIPLIERS[1]
+        x0, x2 = (second >> 32 & WORD) ^ x1 ^ k0, (first >> 32 & WORD) ^ x3 ^ k1
+        x1, x3 = second & WORD, first & WORD
+        k0, k1 = k0 + PHILOX_WEYL[0] & WORD, k1 + PHILOX_WEYL[1] & WORD
+    return x0, x1, x2, x3
+
+
+def dropout_factors(
+    p: float, seed: Tensor, stream: int, matrices: int, rows: int, columns: int
+) -> Tensor:
+    """The factors, 0 or 1 / (1 - p), of (matrices, rows, columns) elements, float64.
+
+    Element (i, j) of matrix n takes 16 bits of the block with counter (j, i // 8, n, stream): half
+    i % 2 of word (i % 8) // 2. It is dropped where they are below round(65536 p).
+    """
+    i, j = torch.arange((rows + 7) // 8), torch.arange(columns)
+    words = philox(
+        (j, i[:, None], torch.arange(matrices)[:, None, None], stream & WORD), seed.cpu()
+    )
+    halves = [word >> shift & 0xFFFF for word in words for shift in (0, 16)]
+    draws = torch.stack(halves, dim=2).flatten(1, 2)[:, :rows]  # (matrices, rows, columns)
+    threshold = int(p * 65536 + 0.5)
+    scale = 65536 / (65536 - threshold) if threshold < 65536 else 0.0
+    return (draws >= threshold).double() * scale
