@@ -21,10 +21,11 @@ test-isa: build
 EMULATED = build/emulated
 test-amx:
 	mkdir -p $(EMULATED)
-	cp -r csrc gptfast tests setup.py pyproject.toml $(EMULATED)
+	rm -rf $(EMULATED)/csrc $(EMULATED)/gptfast $(EMULATED)/tests
+	cp -rp csrc gptfast tests setup.py pyproject.toml $(EMULATED)
 	rm -f $(EMULATED)/gptfast/_C*.so
 	cd $(EMULATED) && GPTFAST_AMX_EMULATED=1 $(PYTHON) setup.py --quiet build_ext --inplace
-	cd $(EMULATED) && $(PYTHON) -m pytest -k "amx" tests
+	cd $(EMULATED) && $(PYTHON) -m pytest -k amx tests
 
 bench:
 	$(PYTHON) -m pytest tests/test_benchmarks.py --benchmark-enable --benchmark-group-by=group
