@@ -1,7 +1,7 @@
 // dW (N, K) = dY' X summed over all rows, for the backward of a linear layer.
 //
 // Rows come in blocks of ROWS; a chunk of blocks has its operands packed by the tasks that produce
-// dY and X, then the tasks of accumulate() each add the whole chunk to some rows of dW. A chunk is
+// dY and X, then the tasks of accumulate() each add the whole chunk to a block of dW. A chunk is
 // a multiple of KC, so every element of dW is summed over the rows in one order, whatever the
 // number of threads.
 
@@ -56,11 +56,13 @@ class WeightGrad {
     constexpr int KU = Tile<P>::KU;
     const int64_t row = lhs_by_rows<P> ? chunk_rows_ : KU;
     const int64_t step = lhs_by_rows<P> ? KU : width_ * KU;
-    const int64_t per_task = round_up(divide_up(n_, 4 * parallel.threads), Tile<P>::MR);
-    run_tasks(parallel, divide_up(n_, per_task), [&](int64_t task) {
-      const int64_t n0 = task * per_task;
-      gemm(min(per_task, n_ - n0), k_, rows, Lhs<P>{lhs_ + n0 * row, row, step}, chunk_x(),
-           total_ + n0 * ld_, ld_, started_);
+    constexpr int64_t n_per_task = 2 * Tile<P>::MR, k_per_task = 4 * Tile<P>::NR;
+    const int64_t k_tasks = divide_up(k_, k_per_task);
+    run_tasks(parallel, divide_up(n_, n_per_task) * k_tasks, [&](int64_t task) {
+      const int64_t n0 = task / k_tasks * n_per_task, k0 = task % k_tasks * k_per_task;
+      gemm(min(n_per_task, n_ - n0), min(k_per_task, k_ - k0), rows,
+           Lhs<P>{lhs_ + n0 * row, row, step}, chunk_x().columns(k0), total_ + n0 * ld_ + k0, ld_,
+           started_);
     });
     started_ = true;
   }
