@@ -22,22 +22,23 @@ class WeightGrad {
       : n_(n),
         k_(k),
         ld_(padded_n<P>(k)),
-        width_(transposed_width<P>(n)),
         chunk_rows_(chunk_blocks * ROWS),
         total_(take<float>(frame, n * ld_)),
-        lhs_(take<P>(frame, chunk_rows_ * width_)),
+        lhs_(take<P>(frame, chunk_rows_ * round_up(n, GROUP))),
         rhs_(take<P>(frame, rhs_elements<P>(chunk_rows_, k))) {}
 
   // dY of one block of the chunk, (rows, N).
   template <class S>
   void set_dy(int64_t block, const S* dy, int64_t ld, int64_t rows) const {
-    if constexpr (!lhs_by_rows<P>) {
-      pack_rows(dy, ld, rows, n_, 0, width_, lhs_ + block * ROWS * width_);
-    } else {
-      Frame frame;
-      P* pairs = take<P>(frame, ROWS * width_);
-      pack_rows(dy, ld, rows, n_, 0, width_, pairs);
-      transpose_pairs(pairs, padded_k<P>(rows) / 2, width_, lhs_ + block * ROWS, chunk_rows_);
+    for (int64_t n0 = 0; n0 < n_; n0 += GROUP) {
+      P* group = lhs_ + n0 * chunk_rows_;
+      if constexpr (!lhs_by_rows<P>) {
+        pack_rows(dy, ld, rows, n_, n0, GROUP, group + block * ROWS * GROUP);
+      } else {
+        P pairs[ROWS * GROUP];
+        pack_rows(dy, ld, rows, n_, n0, GROUP, pairs);
+        transpose_pairs(pairs, padded_k<P>(rows) / 2, GROUP, group + block * ROWS, chunk_rows_);
+      }
     }
   }
 
@@ -53,16 +54,15 @@ class WeightGrad {
 
   // dW += dY' X over the first `rows` rows of the chunk.
   void accumulate(int64_t rows, const Parallel& parallel) {
-    constexpr int KU = Tile<P>::KU;
-    const int64_t row = lhs_by_rows<P> ? chunk_rows_ : KU;
-    const int64_t step = lhs_by_rows<P> ? KU : width_ * KU;
-    constexpr int64_t n_per_task = 2 * Tile<P>::MR, k_per_task = 4 * Tile<P>::NR;
+    constexpr int KU = Tile<P>::KU, k_per_task = 2 * Tile<P>::NR;
     const int64_t k_tasks = divide_up(k_, k_per_task);
-    run_tasks(parallel, divide_up(n_, n_per_task) * k_tasks, [&](int64_t task) {
-      const int64_t n0 = task / k_tasks * n_per_task, k0 = task % k_tasks * k_per_task;
-      gemm(min(n_per_task, n_ - n0), min(k_per_task, k_ - k0), rows,
-           Lhs<P>{lhs_ + n0 * row, row, step}, chunk_x().columns(k0), total_ + n0 * ld_ + k0, ld_,
-           started_);
+    run_tasks(parallel, divide_up(n_, GROUP) * k_tasks, [&](int64_t task) {
+      const int64_t n0 = task / k_tasks * GROUP, k0 = task % k_tasks * k_per_task;
+      const P* group = lhs_ + n0 * chunk_rows_;
+      const Lhs<P> dy =
+          lhs_by_rows<P> ? Lhs<P>{group, chunk_rows_, KU} : Lhs<P>{group, KU, GROUP * KU};
+      gemm(min(GROUP, n_ - n0), min(k_per_task, k_ - k0), rows, dy, chunk_x().columns(k0),
+           total_ + n0 * ld_ + k0, ld_, started_);
     });
     started_ = true;
   }
@@ -77,9 +77,14 @@ class WeightGrad {
   }
 
  private:
+  // Columns of dY lie in groups, [N / GROUP][chunk rows / KU][GROUP][KU] (or [N][chunk rows], by
+  // rows), so that a task reads its group from one end to the other.
+  static constexpr int64_t GROUP = lhs_by_rows<P> ? 64 : 48;
+  static_assert(GROUP % Tile<P>::MR == 0 && GROUP % W == 0);
+
   Rhs<P> chunk_x() const { return {rhs_, panel_elements<P>(chunk_rows_)}; }
 
-  int64_t n_, k_, ld_, width_, chunk_rows_;
+  int64_t n_, k_, ld_, chunk_rows_;
   float* total_;
   P *lhs_, *rhs_;
   bool started_ = false;
