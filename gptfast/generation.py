@@ -161,7 +161,10 @@ def _run(model: GPT, request: _Request, first: int, last: int) -> Iterator[None]
     """Fills the outputs of prompts first .. last - 1, a token each per step."""
     if request.max_new_tokens == 0 or first == last:
         return
-    decoder = make_decoder(model, last - first, request.dtype)
+    decoder, sampler = (
+        make_decoder(model, last - first, request.dtype),
+        request.sampler.part(first, last),
+    )
     prompts = request.prompts[first:last]
     batch = Batch(decoder, prompts, model.config.block_size, request.max_new_tokens, request.stride)
     for step in range(request.max_new_tokens):
@@ -169,7 +172,7 @@ def _run(model: GPT, request: _Request, first: int, last: int) -> Iterator[None]
         if not len(batch.running):
             return
         logits = batch.logits()  # (n, V)
-        tokens = request.sampler(logits, torch.from_numpy(batch.running) + first, step)
+        tokens = sampler(logits, torch.from_numpy(batch.running), step)
         logprobs = logits.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1).tolist()
         batch.append(tokens.numpy())
         for row, token, logprob in zip(batch.running, tokens.tolist(), logprobs, strict=True):

@@ -1,5 +1,6 @@
 """From logits to tokens: temperature, top-k, draws that depend on (seed, sequence, step) alone."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from gptfast.errors import ConfigError
 from gptfast.ops.random import WORD, philox
 
 SAMPLING_STREAM = WORD  # apart from every dropout's stream
+STEPS_AT_ONCE = 64  # that many draws in one go cost little more than one
 
 
 class Sampler:
@@ -38,6 +40,15 @@ class Sampler:
             torch.arange(sequences) if shared else torch.zeros(sequences, dtype=torch.int64)
         )
 
+        self._block, self._uniforms = -1, torch.empty(0)
+
+    def part(self, first: int, last: int) -> "Sampler":
+        """The sampler of sequences first .. last - 1, which count from 0 in it."""
+        part = copy.copy(self)
+        part._keys, part._sequence = self._keys[first:last], self._sequence[first:last]
+        part._block = -1  # what is kept of the draws is of other sequences
+        return part
+
     def __call__(self, logits: Tensor, sequences: Tensor, step: int) -> Tensor:
         """Chooses a token per row.
 
@@ -56,11 +67,18 @@ class Sampler:
             lowest = scaled.topk(self.top_k).values[:, -1:]  # (n, 1)
             scaled = scaled.masked_fill(scaled < lowest, -torch.inf)
         cumulative = scaled.softmax(-1).cumsum(-1)  # (n, V)
-        high, low, _, _ = philox(
-            (step, self._sequence[sequences], 0, SAMPLING_STREAM), self._keys[sequences]
-        )
-        uniform = ((high << 21) + (low >> 11)).double() * 2.0**-53  # [0, 1), 53 bits
         # The first token whose cumulative probability exceeds the draw; one without probability
         # never does.
-        target = uniform[:, None] * cumulative[:, -1:]
+        target = self._draws(step)[sequences, None] * cumulative[:, -1:]
         return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+
+    def _draws(self, step: int) -> Tensor:
+        """A number in [0, 1) of 53 bits for each sequence, (sequences,) float64."""
+        block, within = divmod(step, STEPS_AT_ONCE)
+        if block != self._block:
+            steps = torch.arange(block * STEPS_AT_ONCE, (block + 1) * STEPS_AT_ONCE)
+            counter = (steps, self._sequence[:, None], 0, SAMPLING_STREAM)
+            high, low, _, _ = philox(counter, self._keys[:, None])  # (sequences, steps) each
+            self._block = block
+            self._uniforms = ((high << 21) + (low >> 11)).double() * 2.0**-53
+        return self._uniforms[:, within]
