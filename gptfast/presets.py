@@ -65,14 +65,14 @@ class TrainConfig:
 
 def _check_number(
     name: str,
-    value: object,
+    value: Any,
     above: float = -math.inf,
     least: float = -math.inf,
     below: float = math.inf,
     most: float = math.inf,
 ) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and above < value < below and least <= value <= most:  # type: ignore[operator]
+    if is_number and above < value < below and least <= value <= most:
         return
     low = f"above {above:g}" if above > -math.inf else f"at least {least:g}"
     high = f" and below {below:g}" if below < math.inf else f" and at most {most:g}"
