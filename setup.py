@@ -35,6 +35,7 @@ AVX512 = AVX2 + " -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-wid
 AVX512_BF16 = AVX512 + " -mavx512bf16"
 # For tests of the AMX kernels on a processor without AMX: its tiles in plain memory (amx.inl).
 EMULATED = os.environ.get("GPTFAST_AMX_EMULATED") == "1"
+MACROS = {"TORCH_TARGET_VERSION": "0x020a000000000000", "GPTFAST_AMX_EMULATED": f"{EMULATED:d}"}
 AMX = AVX512_BF16 + (" -DGPTFAST_AMX_EMULATED=1" if EMULATED else " -mamx-tile -mamx-bf16")
 ISA_FLAGS = {"generic": "", "avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512_BF16, "amx": AMX}
 
@@ -85,8 +86,7 @@ class BuildExt(BuildExtension):
             self.extensions: list = []
             for stale in (ROOT / "gptfast").glob("_C*.so") if self.inplace else ():
                 stale.unlink()
-        facts: dict = {"reason": reason, "csrc": digest(ROOT / "csrc")}
-        facts["torch"] = torch.__version__
+        facts: dict = {"reason": reason, "torch": torch.__version__, "csrc": digest(ROOT / "csrc")}
         facts["compiler"] = subprocess.getoutput(f"{CXX} --version").partition("\n")[0]
         describe = f"git -C {quote(str(ROOT))} describe --always --dirty 2>{os.devnull}"
         facts["git"] = subprocess.getoutput(describe)
@@ -111,10 +111,7 @@ extension = CppExtension(
     "gptfast._C",
     [f"csrc/{source}.cpp" for source in SOURCES.split()],
     include_dirs=[pybind11.get_include()],
-    define_macros=[
-        ("TORCH_TARGET_VERSION", "0x020a000000000000"),
-        ("GPTFAST_AMX_EMULATED", str(int(EMULATED))),
-    ],
+    define_macros=[*MACROS.items()],
     extra_compile_args=FLAGS.split(),
 )
 extension.libraries = ["torch_cpu"]  # the stable ABI asks for nothing else

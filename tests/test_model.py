@@ -70,8 +70,7 @@ def test_logits_loss_and_gradients_equal_the_course_model(
     def torch_results(module: CourseGPT) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Logits, the loss of each token, and the gradients of the mean in the order of `names`."""
         logits = module(idx)
-        wide = logits.to(torch.promote_types(dtype, torch.float32))
-        wide = wide.to(logits.dtype) if logits.dtype == torch.float64 else wide
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none")
         params = dict(module.named_parameters())
         grads = torch.autograd.grad(losses.mean(), list(params.values()))
