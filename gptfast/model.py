@@ -158,8 +158,9 @@ class GPT(nn.Module):
             () float32.
         """
         x, step = self._trunk(idx)
+        norm = {"ln_w": self.ln_f.weight, "ln_b": self.ln_f.bias}
         return step.ops.linear_cross_entropy(
-            self._final_norm(x), self.lm_head.weight, targets, ignore_index=ignore_index
+            x, self.lm_head.weight, targets, ignore_index=ignore_index, **norm
         )
 
     @torch.no_grad()

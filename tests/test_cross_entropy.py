@@ -1,5 +1,7 @@
 """linear_cross_entropy against the float64 oracle and torch, at every instruction set."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from oracle import assert_budget, check_op, run
@@ -18,19 +20,78 @@ def case(M: int, K: int, V: int) -> list[Tensor]:
     return [x, weight, torch.randint(V, (M,), generator=generator)]
 
 
+def norm_case(M: int, K: int, V: int) -> list[Tensor]:
+    """The same with a norm's weight and bias."""
+    generator = torch.Generator().manual_seed(M)
+    return [*case(M, K, V), *(1 + torch.randn(2, K, generator=generator) * 0.3).unbind()]
+
+
 def torch_linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, **options: int
 ) -> Tensor:
     return F.cross_entropy(F.linear(x, weight).float(), targets, **options)
 
 
+def with_norm(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`op` with the norm's parameters behind the targets."""
+
+    def call(x: Tensor, weight: Tensor, targets: Tensor, ln_w: Tensor, ln_b: Tensor) -> Tensor:
+        return op(x, weight, targets, ln_w=ln_w, ln_b=ln_b)
+
+    return call
+
+
+def torch_norm_linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ln_w: Tensor, ln_b: Tensor
+) -> Tensor:
+    return torch_linear_cross_entropy(F.layer_norm(x, x.shape[-1:], ln_w, ln_b), weight, targets)
+
+
+# With blocks of 1152 columns and chunks of 192 rows at least: less than one, one, and more.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("M", "K", "V"), ((1, 16, 5), (3, 8, 1), (250, 64, 66), (97, 33, 1003), (500, 16, 5))
+    ("M", "K", "V"),
+    (
+        (1, 16, 5),
+        (3, 8, 1),
+        (250, 64, 66),
+        (97, 33, 1003),
+        (500, 16, 5),
+        (70, 32, 1152),
+        (49, 24, 1153),
+        (210, 16, 2500),
+    ),
 )
 def test_budget(isa: str, M: int, K: int, V: int, dtype: torch.dtype) -> None:
     args = (ops.linear_cross_entropy, reference.linear_cross_entropy, torch_linear_cross_entropy)
     check_op(*args, case(M, K, V), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("M", "K", "V"), ((1, 16, 5), (250, 64, 66), (97, 33, 1300)))
+def test_budget_with_norm(isa: str, M: int, K: int, V: int, dtype: torch.dtype) -> None:
+    ours = with_norm(ops.linear_cross_entropy)
+    args = (ours, with_norm(reference.linear_cross_entropy), torch_norm_linear_cross_entropy)
+    check_op(*args, norm_case(M, K, V), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_without_bias_and_without_grad(isa: str, dtype: torch.dtype) -> None:
+    x, weight, targets, ln_w, _ = (
+        t.to(dtype) if t.is_floating_point() else t for t in norm_case(100, 24, 1200)
+    )
+    with torch.no_grad():
+        ours = ops.linear_cross_entropy(x, weight, targets, ln_w=ln_w)
+    trained = ops.linear_cross_entropy(x.requires_grad_(), weight, targets, ln_w=ln_w)
+    expected = reference.linear_cross_entropy(x.detach().double(), weight, targets, ln_w=ln_w)
+    assert ours == trained.detach()
+    assert torch.allclose(ours.double(), expected, rtol=1e-5 if dtype == torch.float32 else 0.02)
+
+
+def test_chunks_of_rows(isa: str) -> None:
+    """32 million logits at a time: here that is 960 of 1000 rows."""
+    args = (ops.linear_cross_entropy, reference.linear_cross_entropy, torch_linear_cross_entropy)
+    check_op(*args, case(1000, 8, 32000), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -89,3 +150,5 @@ def test_errors_name_argument_expected_and_got() -> None:
         ops.linear_cross_entropy(x, weight, targets.int())
     with pytest.raises(ValueError, match=r"targets must have shape \(40,\), got \(39,\)"):
         ops.linear_cross_entropy(x, weight, targets[1:])
+    with pytest.raises(ValueError, match="ln_b needs ln_w, got ln_b alone"):
+        ops.linear_cross_entropy(x, weight, targets, ln_b=torch.ones(16))

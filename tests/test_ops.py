@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gptfast import ops
-from gptfast.ops import select
+from gptfast.ops import decoder, select
 
 if select.extension() is None:
     pytest.skip(f"{select.extension_error}", allow_module_level=True)
@@ -36,7 +36,7 @@ def cases() -> dict[str, tuple[Any, ...]]:
     idx = torch.randint(5, (2, 9))
     tables = (R(5, 32), R(12, 32))
     weights = [R(60, 20), R(20, 20), R(80, 20), R(20, 80), R(7, 20)]
-    packed = [torch.ops.gptfast.pack_weight(w, torch.float32) for w in weights]
+    packed = [decoder.pack_weight(w, torch.float32) for w in weights]
     params = [
         R(7, 20),
         R(8, 20),
@@ -64,7 +64,7 @@ def cases() -> dict[str, tuple[Any, ...]]:
         "linear_backward": (R(2, 9, 20), x, ln_w, ln_b, mean, rstd, weight, None),
         "ffn": (x, *ffn, "tanh", 0.1, SEED, 2, False),
         "ffn_backward": (R(2, 9, 32), x, *ffn, mean2, rstd2, hidden, "erf", 0.1, SEED, 2),
-        "linear_cross_entropy": (x, R(5, 32), idx, -100, True),
+        "linear_cross_entropy": (x, ln_w, ln_b, R(5, 32), idx, -100, True),
         "embedding": (idx, *tables, 0.1, SEED, 0, torch.bfloat16),
         "embedding_backward": (R(2, 9, 32), idx, *tables, 0, 0.1, SEED, 0),
         "pack_weight": (R(20, 32), torch.bfloat16),

@@ -1,78 +1,201 @@
-// Linear layer and cross-entropy without the (M, V) logits: a block of rows has its logits, their
-// log-sum-exp, and, where gradients are wanted, softmax - onehot and both products with it, before
-// the next block starts.
+// LayerNorm (optional), linear layer and cross-entropy without the (M, V) logits. Rows come in
+// chunks, whose logits are kept; the vocabulary comes in blocks, so that no copy of the whole
+// weight is made. For a chunk, one pass over the blocks sums up each row's exponentials, a second
+// one turns the logits into
+//   d loss / d logits = (softmax - onehot) / counted
+// and multiplies them by the weight's and by the activations' rows. A block's logits, probabilities
+// and products are each computed once.
 
-// Of one row of logits: loss = lse - logits[target] with lse = max + ln sum exp(logits - max).
-inline float row_loss(const float* logits, int64_t V, int64_t target, float& lse) {
-  VF highest = splat(no_score), total = splat(0.0f);
-  for_vectors(V, [&](int64_t j, auto part) {
-    highest = vmax(highest, only(load(logits + j, part), part, no_score));
+// Columns of the logits in work at a time: a multiple of KC, of every NR and of WeightGrad's
+// groups, so that sums over the vocabulary are the same with and without blocks.
+constexpr int64_t VOCAB = 1152;
+constexpr int64_t most_logits = int64_t{32} << 20;  // of a chunk
+
+// The running maximum m and l = sum_j exp(s_j - m) of a row of logits, and its target's logit.
+struct RowSum {
+  float m, l, target;
+
+  float log_sum_exp() const { return m + __builtin_logf(l); }
+};
+
+inline void add_logits(const float* s, int64_t n, RowSum& row) {
+  VF highest = splat(row.m), total = splat(0.0f);
+  for_vectors(n, [&](int64_t j, auto part) {
+    highest = vmax(highest, only(load(s + j, part), part, no_score));
   });
   const float top = max(highest);
-  for_vectors(
-      V, [&](int64_t j, auto part) { total += only(exp(load(logits + j, part) - top), part); });
-  lse = top + __builtin_logf(sum(total));
-  return lse - logits[target];
+  for_vectors(n, [&](int64_t j, auto part) { total += only(exp(load(s + j, part) - top), part); });
+  row.l = row.l * (row.m == no_score ? 0.0f : exp(splat(row.m - top))[0]) + sum(total);
+  row.m = top;
 }
 
 template <class T>
-void cross_entropy_typed(const CrossEntropy& s, const Parallel& parallel) {
+class CrossEntropyPass {
   using P = typename OperandOf<T>::type;
-  const int64_t M = s.M, K = s.K, V = s.V, v_ld = padded_n<P>(V), k_ld = padded_n<P>(K);
-  const T* x = static_cast<const T*>(s.x);
-  T* dx = static_cast<T*>(s.dx);
-  const bool with_grad = s.dx != nullptr;
-  int64_t counted = 0;
-  for (int64_t i = 0; i < M; ++i) counted += s.targets[i] != s.ignore_index;
-  const float weight = counted ? 1.0f / static_cast<float>(counted) : 0.0f;
 
-  Frame frame;
-  float* losses = take<float>(frame, M);
-  const Rhs<P> w = weight_transposed<P>(s.weight, V, K, frame, parallel);
-  const Rhs<P> w_rows = with_grad ? weight_straight<P>(s.weight, V, K, frame, parallel) : Rhs<P>{};
-  const int64_t blocks = divide_up(M, ROWS),
-                chunk = with_grad ? blocks_per_chunk(M, V + K, parallel) : blocks;
-  WeightGrad<P> dweight(with_grad ? V : 0, K, with_grad ? chunk : 0, frame);
-
-  for (int64_t first = 0; first < blocks; first += chunk) {
-    const int64_t last = min(blocks, first + chunk);
-    run_tasks(parallel, last - first, [&](int64_t slot) {
-      const int64_t m0 = (first + slot) * ROWS, rows = min(ROWS, M - m0);
-      Frame task_frame;
-      P* copy = take<P>(task_frame, rows * row_stride<P>(padded_k<P>(max(K, V))));
-      float* logits = take<float>(task_frame, rows * v_ld);
-      gemm(rows, V, K, lhs_rows(x + m0 * K, K, rows, K, copy), w, logits, v_ld, false);
-      for (int64_t i = 0; i < rows; ++i) {
-        const int64_t target = s.targets[m0 + i];
-        const bool ignored = target == s.ignore_index;
-        float* row = logits + i * v_ld;
-        float lse;
-        const float loss = row_loss(row, V, ignored ? 0 : target, lse);
-        losses[m0 + i] = ignored ? 0.0f : loss;
-        if (!with_grad) continue;
-        // d loss / d logits = (softmax - onehot) / counted
-        for_vectors(V, [&](int64_t j, auto part) {
-          const VF p = ignored ? splat(0.0f) : exp(load(row + j, part) - lse) * weight;
-          store(row + j, p, part);
-        });
-        if (!ignored) row[target] -= weight;
-      }
-      if (!with_grad) return;
-      float* d = take<float>(task_frame, rows * k_ld);
-      gemm(rows, K, V, lhs_rows(logits, v_ld, rows, V, copy), w_rows, d, k_ld, false);
-      for (int64_t i = 0; i < rows; ++i) copy_row(d + i * k_ld, K, dx + (m0 + i) * K);
-      dweight.set_dy(slot, logits, v_ld, rows);
-      dweight.set_x(slot, x + m0 * K, K, rows, 0, K);
-    });
-    if (with_grad) dweight.accumulate(min(M, last * ROWS) - first * ROWS, parallel);
+ public:
+  CrossEntropyPass(const CrossEntropy& s, const Parallel& parallel)
+      : s_(s),
+        parallel_(parallel),
+        norm_(s.norm, s.K, frame_),
+        with_grad_(s.dx != nullptr),
+        blocks_(divide_up(s.M, ROWS)),
+        chunk_(blocks_in_chunk()),
+        k_ld_(padded_n<P>(s.K)),
+        x_stride_(row_stride<P>(padded_k<P>(s.K))),
+        logits_ld_(padded_n<P>(with_grad_ ? s.V : min(s.V, VOCAB))),
+        losses_(take<float>(frame_, s.M)),
+        logits_(take<float>(frame_, chunk_ * ROWS * logits_ld_)),
+        dn_(take<float>(frame_, with_grad_ ? chunk_ * ROWS * k_ld_ : 0)),
+        x_copy_(take<P>(frame_, chunk_ * ROWS * x_stride_)),
+        x_(take<Lhs<P>>(frame_, chunk_)),
+        sums_(take<RowSum>(frame_, chunk_ * ROWS)),
+        dweight_(s.dweight, with_grad_ ? s.V : 0, s.K, with_grad_ ? chunk_ : 0, frame_, VOCAB),
+        dnorm_weight_(blocks_, with_grad_ && norm_.weight ? s.K : 0, frame_),
+        dnorm_bias_(blocks_, with_grad_ && norm_.weight ? s.K : 0, frame_) {
+    norm_.mean = take<float>(frame_, s.M);
+    norm_.rstd = take<float>(frame_, s.M);
+    int64_t counted = 0;
+    for (int64_t i = 0; i < s.M; ++i) counted += s.targets[i] != s.ignore_index;
+    share_ = counted ? 1.0f / static_cast<float>(counted) : 0.0f;
   }
-  if (with_grad) dweight.finish(s.dweight, parallel);
-  double total = 0.0;
-  for (int64_t i = 0; i < M; ++i) total += losses[i];
-  *s.loss = static_cast<float>(total * (counted ? 1.0 / static_cast<double>(counted) : 0.0));
-}
+
+  void run() {
+    for (int64_t first = 0; first < blocks_; first += chunk_) {
+      const int64_t slots = min(chunk_, blocks_ - first);
+      run_tasks(parallel_, slots, [&](int64_t slot) { start(first, slot); });
+      for (int64_t v0 = 0; v0 < s_.V; v0 += VOCAB) sum_block(first, slots, v0);
+      run_tasks(parallel_, slots, [&](int64_t slot) { finish_losses(first, slot); });
+      if (!with_grad_) continue;
+      for (int64_t v0 = 0; v0 < s_.V; v0 += VOCAB) grad_block(first, slots, v0);
+      run_tasks(parallel_, slots, [&](int64_t slot) { finish_dx(first, slot); });
+    }
+    finish();
+  }
+
+ private:
+  // As many row blocks as the outer cache holds the operands of the weight's gradient for, and
+  // no more logits than most_logits allows: each chunk reads and writes the whole gradient.
+  int64_t blocks_in_chunk() const {
+    const int64_t cached = blocks_per_chunk(s_.M, min(s_.V, VOCAB) + s_.K, parallel_);
+    if (!with_grad_) return cached;
+    const int64_t fitting = most_logits / (ROWS * padded_n<P>(s_.V));
+    return min(cached, round_up(max(fitting, parallel_.threads), KC / ROWS));
+  }
+
+  int64_t rows_of(int64_t block) const { return min(ROWS, s_.M - block * ROWS); }
+  float* logits(int64_t slot, int64_t v0) const {
+    return logits_ + slot * ROWS * logits_ld_ + (with_grad_ ? v0 : 0);
+  }
+  Weight weight_rows(int64_t v0) const { return rows_from(s_.weight, v0, s_.K); }
+  bool ignored(int64_t m) const { return s_.targets[m] == s_.ignore_index; }
+
+  void start(int64_t first, int64_t slot) {
+    const int64_t m0 = (first + slot) * ROWS, rows = rows_of(first + slot);
+    x_[slot] = norm_rows(static_cast<const T*>(s_.x), m0, rows, s_.K, norm_, true,
+                         x_copy_ + slot * ROWS * x_stride_);
+    for (int64_t i = 0; i < rows; ++i) sums_[slot * ROWS + i] = {no_score, 0.0f, 0.0f};
+    if (with_grad_) dweight_.set_x(slot, x_[slot].data, x_[slot].row, rows, 0, s_.K);
+  }
+
+  void sum_block(int64_t first, int64_t slots, int64_t v0) {
+    const int64_t n = min(VOCAB, s_.V - v0);
+    Frame frame;
+    const Rhs<P> w = weight_transposed<P>(weight_rows(v0), n, s_.K, frame, parallel_);
+    run_tasks(parallel_, slots, [&](int64_t slot) {
+      const int64_t m0 = (first + slot) * ROWS, rows = rows_of(first + slot);
+      float* block = logits(slot, v0);
+      gemm(rows, n, s_.K, x_[slot], w, block, logits_ld_, false);
+      for (int64_t i = 0; i < rows; ++i) {
+        RowSum& row = sums_[slot * ROWS + i];
+        add_logits(block + i * logits_ld_, n, row);
+        const int64_t target = s_.targets[m0 + i] - v0;
+        if (!ignored(m0 + i) && target >= 0 && target < n)
+          row.target = block[i * logits_ld_ + target];
+      }
+    });
+  }
+
+  void finish_losses(int64_t first, int64_t slot) {
+    const int64_t m0 = (first + slot) * ROWS;
+    for (int64_t i = 0; i < rows_of(first + slot); ++i) {
+      const RowSum& row = sums_[slot * ROWS + i];
+      losses_[m0 + i] = ignored(m0 + i) ? 0.0f : row.log_sum_exp() - row.target;
+    }
+  }
+
+  // dN += dS W and dW = dS' N for the columns of the block.
+  void grad_block(int64_t first, int64_t slots, int64_t v0) {
+    const int64_t n = min(VOCAB, s_.V - v0);
+    Frame frame;
+    const Rhs<P> w = weight_straight<P>(weight_rows(v0), n, s_.K, frame, parallel_);
+    run_tasks(parallel_, slots, [&](int64_t slot) {
+      const int64_t rows = rows_of(first + slot);
+      float* ds = logits(slot, v0);
+      for (int64_t i = 0; i < rows; ++i)
+        grad_row((first + slot) * ROWS + i, sums_[slot * ROWS + i], v0, n, ds + i * logits_ld_);
+      Frame task_frame;
+      P* copy = take<P>(task_frame, rows * row_stride<P>(padded_k<P>(n)));
+      gemm(rows, s_.K, n, lhs_rows(ds, logits_ld_, rows, n, copy), w, dn_ + slot * ROWS * k_ld_,
+           k_ld_, v0 > 0);
+      dweight_.set_dy(slot, ds, logits_ld_, rows, n);
+    });
+    const int64_t rows = min(s_.M, (first + slots) * ROWS) - first * ROWS;
+    dweight_.accumulate(rows, first > 0, v0, n, parallel_);
+  }
+
+  void grad_row(int64_t m, const RowSum& row, int64_t v0, int64_t n, float* ds) const {
+    const float lse = row.log_sum_exp();
+    const bool counts = !ignored(m);
+    for_vectors(n, [&](int64_t j, auto part) {
+      const VF p = counts ? exp(load(ds + j, part) - lse) * share_ : splat(0.0f);
+      store(ds + j, p, part);
+    });
+    const int64_t target = s_.targets[m] - v0;
+    if (counts && target >= 0 && target < n) ds[target] -= share_;
+  }
+
+  void finish_dx(int64_t first, int64_t slot) {
+    const int64_t block = first + slot;
+    for (int64_t i = 0; i < rows_of(block); ++i) {
+      const int64_t m = block * ROWS + i;
+      const float* dn = dn_ + (slot * ROWS + i) * k_ld_;
+      const T* x = static_cast<const T*>(s_.x) + m * s_.K;
+      T* dx = static_cast<T*>(s_.dx) + m * s_.K;
+      if (norm_.weight)
+        norm_grad_row(dn, x, static_cast<const T*>(nullptr), s_.K, {norm_.mean[m], norm_.rstd[m]},
+                      norm_, dnorm_weight_.block(block), dnorm_bias_.block(block), nullptr, dx);
+      else
+        copy_row(dn, s_.K, dx);
+    }
+  }
+
+  void finish() {
+    double total_loss = 0.0;
+    for (int64_t i = 0; i < s_.M; ++i) total_loss += losses_[i];
+    *s_.loss = static_cast<float>(total_loss * static_cast<double>(share_));
+    if (!with_grad_) return;
+    dnorm_weight_.finish(s_.dnorm.weight);
+    dnorm_bias_.finish(s_.dnorm.bias);
+    dweight_.finish(parallel_);
+  }
+
+  const CrossEntropy& s_;
+  const Parallel& parallel_;
+  Frame frame_;
+  RowNorm norm_;
+  bool with_grad_;
+  int64_t blocks_, chunk_, k_ld_, x_stride_, logits_ld_;
+  float share_;  // of one row in the mean
+  float *losses_, *logits_, *dn_;
+  P* x_copy_;
+  Lhs<P>* x_;
+  RowSum* sums_;
+  WeightGrad<P> dweight_;
+  ColumnSums dnorm_weight_, dnorm_bias_;
+};
 
 void cross_entropy(const CrossEntropy& s, const Parallel& parallel) {
-  if (s.dtype == DType::f32) return cross_entropy_typed<float>(s, parallel);
-  cross_entropy_typed<bf16>(s, parallel);
+  if (s.dtype == DType::f32) return CrossEntropyPass<float>(s, parallel).run();
+  CrossEntropyPass<bf16>(s, parallel).run();
 }

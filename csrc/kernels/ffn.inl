@@ -21,7 +21,8 @@ void ffn_typed(const Ffn& s, const Parallel& parallel) {
   run_tasks(parallel, divide_up(M, ROWS), [&](int64_t block) {
     const int64_t m0 = block * ROWS, rows = min(ROWS, M - m0);
     Frame task_frame;
-    const Lhs<P> a = norm_rows<P>(x, m0, rows, C, norm, true, task_frame);
+    P* copy = take<P>(task_frame, rows * row_stride<P>(padded_k<P>(C)));
+    const Lhs<P> a = norm_rows(x, m0, rows, C, norm, true, copy);
     float* u = take<float>(task_frame, rows * HIDDEN);
     P* h = take<P>(task_frame, rows * h_stride);
     float* c = take<float>(task_frame, rows * ld);
@@ -64,7 +65,7 @@ void ffn_grad_typed(const FfnGrad& s, const Parallel& parallel) {
   const Rhs<P> w1 = weight_straight<P>(f.w1, F, C, frame, parallel);
   const Rhs<P> w2 = weight_straight<P>(f.w2, C, F, frame, parallel);
   const int64_t blocks = divide_up(M, ROWS), chunk = blocks_per_chunk(M, 2 * (F + C), parallel);
-  WeightGrad<P> dw1(F, C, chunk, frame), dw2(C, F, chunk, frame);
+  WeightGrad<P> dw1(s.dw1, F, C, chunk, frame), dw2(s.dw2, C, F, chunk, frame);
   const ColumnSums db1(blocks, F, frame), db2(blocks, C, frame), dnorm_weight(blocks, C, frame),
       dnorm_bias(blocks, C, frame);
 
@@ -102,8 +103,8 @@ void ffn_grad_typed(const FfnGrad& s, const Parallel& parallel) {
         gemm(rows, C, columns, lhs_rows(du + f0, F, rows, columns, du_copy), w1.rows(f0), dn, ld,
              f0 > 0);
       }
-      dw1.set_dy(slot, du, F, rows);
-      dw2.set_dy(slot, g, ld, rows);
+      dw1.set_dy(slot, du, F, rows, F);
+      dw2.set_dy(slot, g, ld, rows, C);
       db1.add_rows(block, du, F, rows);
       db2.add_rows(block, g, ld, rows);
       for (int64_t i = 0; i < rows; ++i) {
@@ -117,8 +118,8 @@ void ffn_grad_typed(const FfnGrad& s, const Parallel& parallel) {
     dw1.accumulate(min(M, last * ROWS) - first * ROWS, parallel);
     dw2.accumulate(min(M, last * ROWS) - first * ROWS, parallel);
   }
-  dw1.finish(s.dw1, parallel);
-  dw2.finish(s.dw2, parallel);
+  dw1.finish(parallel);
+  dw2.finish(parallel);
   db1.finish(s.db1);
   db2.finish(s.db2);
   dnorm_weight.finish(s.dnorm.weight);

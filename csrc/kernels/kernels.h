@@ -136,18 +136,20 @@ struct FfnGrad {
   ParamGrad dw1, db1, dw2, db2;
 };
 
-// loss = mean over the rows with targets != ignore_index of -log softmax(X W')[target]; 0 when
-// there is none. dx and dweight are the gradients of that loss, in the same pass; null data leaves
+// loss = mean over the rows with targets != ignore_index of -log softmax(norm(X) W')[target]; 0
+// when there is none. dx and the others are the gradients of that loss; a null dx leaves all of
 // them out.
 struct CrossEntropy {
   DType dtype;
   int64_t M, K, V;
   const void* x;
+  Norm norm;
   Weight weight;
   const int64_t* targets;
   int64_t ignore_index;
   float* loss;
   void* dx;
+  NormGrad dnorm;
   ParamGrad dweight;
 };
 

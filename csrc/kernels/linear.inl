@@ -44,7 +44,8 @@ void linear_typed(const Linear& s, const Parallel& parallel) {
     const int64_t m0 = task / column_blocks * ROWS, rows = min(ROWS, s.M - m0);
     const int64_t n0 = task % column_blocks * columns, n = min(columns, s.N - n0);
     Frame task_frame;
-    const Lhs<P> a = norm_rows<P>(x, m0, rows, s.K, norm, n0 == 0, task_frame);
+    P* copy = take<P>(task_frame, rows * row_stride<P>(padded_k<P>(s.K)));
+    const Lhs<P> a = norm_rows(x, m0, rows, s.K, norm, n0 == 0, copy);
     float* c = take<float>(task_frame, rows * columns);
     gemm(rows, n, s.K, a, w.columns(n0), c, columns, false);
     for (int64_t i = 0; i < rows; ++i) {
@@ -67,7 +68,7 @@ void linear_grad_typed(const LinearGrad& s, const Parallel& parallel) {
   const RowNorm norm(f.norm, K, frame);
   const Rhs<P> w = weight_straight<P>(f.weight, N, K, frame, parallel);
   const int64_t blocks = divide_up(M, ROWS), chunk = blocks_per_chunk(M, N + K, parallel);
-  WeightGrad<P> dweight(N, K, chunk, frame);
+  WeightGrad<P> dweight(s.dweight, N, K, chunk, frame);
   const ColumnSums dbias(blocks, s.dbias.data ? N : 0, frame);
   const ColumnSums dnorm_weight(blocks, norm.weight ? K : 0, frame),
       dnorm_bias(blocks, norm.weight ? K : 0, frame);
@@ -81,7 +82,7 @@ void linear_grad_typed(const LinearGrad& s, const Parallel& parallel) {
       float* dn = take<float>(task_frame, rows * ld);
       // dN = dY W
       gemm(rows, K, N, lhs_rows(dy + m0 * N, N, rows, N, copy), w, dn, ld, false);
-      dweight.set_dy(slot, dy + m0 * N, N, rows);
+      dweight.set_dy(slot, dy + m0 * N, N, rows, N);
       if (s.dbias.data) dbias.add_rows(block, dy + m0 * N, N, rows);
       if (!norm.weight) {
         for (int64_t i = 0; i < rows; ++i) copy_row(dn + i * ld, K, dx + (m0 + i) * K);
@@ -99,7 +100,7 @@ void linear_grad_typed(const LinearGrad& s, const Parallel& parallel) {
     });
     dweight.accumulate(min(M, last * ROWS) - first * ROWS, parallel);
   }
-  dweight.finish(s.dweight, parallel);
+  dweight.finish(parallel);
   dbias.finish(s.dbias);
   dnorm_weight.finish(s.dnorm.weight);
   dnorm_bias.finish(s.dnorm.bias);

@@ -80,16 +80,6 @@ inline int64_t rhs_elements(int64_t k, int64_t n) {
   return panel_elements<P>(k) * divide_up(n, Tile<P>::NR);
 }
 
-template <int... L>
-struct Lanes {};
-template <int N, int... L>
-struct CountLanes : CountLanes<N - 1, N - 1, L...> {};
-template <int... L>
-struct CountLanes<0, L...> {
-  using type = Lanes<L...>;
-};
-using AllLanes = typename CountLanes<W>::type;
-
 template <int S, int... L>
 inline void exchange(VF& a, VF& b, Lanes<L...>) {
 #if __has_builtin(__builtin_shufflevector)

@@ -82,12 +82,11 @@ inline void normalize(const T* x, int64_t n, Moments row, const RowNorm& norm, P
   });
 }
 
-// Rows m0 .. of norm(x) (or of x itself) as a left-hand side.
+// Rows m0 .. of norm(x) (or of x itself) as a left-hand side, through `out` as for lhs_rows.
 template <class P, class T>
 inline Lhs<P> norm_rows(const T* x, int64_t m0, int64_t rows, int64_t n, const RowNorm& norm,
-                        bool keep_moments, Frame& frame) {
+                        bool keep_moments, P* out) {
   const int64_t padded = padded_k<P>(n), stride = row_stride<P>(padded);
-  P* out = take<P>(frame, rows * stride);
   if (!norm.weight) return lhs_rows(x + m0 * n, n, rows, n, out);
   for (int64_t i = 0; i < rows; ++i) {
     const Moments row = moments(x + (m0 + i) * n, n);
@@ -104,8 +103,8 @@ inline Lhs<P> norm_rows(const T* x, int64_t m0, int64_t rows, int64_t n, const R
 // The LayerNorm backward of one row, given dn, the gradient of its output:
 //   g = dn * weight, xhat = (x - mean) * rstd,  dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) +
 //   add
-// dweight += dn * xhat, dbias += dn; `normalized`, the row's forward output, is left for the
-// weight's gradient.
+// dweight += dn * xhat, dbias += dn; `normalized`, unless null, receives the row's forward output,
+// for the weight's gradient.
 template <class T>
 inline void norm_grad_row(const float* dn, const T* x, const T* add, int64_t n, Moments row,
                           const RowNorm& norm, float* dweight, float* dbias, float* normalized,
@@ -119,8 +118,9 @@ inline void norm_grad_row(const float* dn, const T* x, const T* add, int64_t n, 
     sum_gx += g * xhat;
     store(dweight + j, load(dweight + j, part) + d * xhat, part);
     store(dbias + j, load(dbias + j, part) + d, part);
-    store(normalized + j, norm.bias ? xhat * weight + load(norm.bias + j, part) : xhat * weight,
-          part);
+    if (normalized)
+      store(normalized + j, norm.bias ? xhat * weight + load(norm.bias + j, part) : xhat * weight,
+            part);
   });
   const float mean_g = sum(sum_g) / static_cast<float>(n),
               mean_gx = sum(sum_gx) / static_cast<float>(n);
@@ -180,6 +180,13 @@ struct ColumnSums {
     write_grad(grad, 0, partial, n);
   }
 };
+
+// The weight's rows from n0 on, n0 a multiple of NR.
+inline Weight rows_from(const Weight& w, int64_t n0, int64_t k) {
+  return {
+      with_elements(w.param, [&](auto* data) -> Param { return {data + n0 * k, w.param.dtype}; }),
+      nullptr};
+}
 
 // The weight (N, K) of a linear layer as the right-hand side W' (K, N).
 template <class P>

@@ -94,20 +94,40 @@ inline void for_vectors(int64_t n, F&& f) {
   if (i < n) f(i, Tail{static_cast<int>(n - i)});
 }
 
-// Lanes are added in pairs, half onto half: the order is fixed by W alone.
+template <int... L>
+struct Lanes {};
+template <int N, int... L>
+struct CountLanes : CountLanes<N - 1, N - 1, L...> {};
+template <int... L>
+struct CountLanes<0, L...> {
+  using type = Lanes<L...>;
+};
+using AllLanes = typename CountLanes<W>::type;
+
+// Lane l of the result is lane l + S of x, around the end.
+template <int S, int... L>
+inline VF rotate(VF x, Lanes<L...>) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(x, x, ((L + S) % W)...);
+#else  // g++ before 12
+  return __builtin_shuffle(x, VI{((L + S) % W)...});
+#endif
+}
+
+// Lanes are combined in pairs, half onto half: the order is fixed by W alone.
+template <int S = W / 2, class F>
+inline float reduce(VF x, const F& combine) {
+  if constexpr (S == 0) {
+    return x[0];
+  } else {
+    return reduce<S / 2>(combine(x, rotate<S>(x, AllLanes{})), combine);
+  }
+}
 inline float sum(VF x) {
-  float lane[W];
-  store(lane, x);
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
+  return reduce(x, [](VF a, VF b) { return a + b; });
 }
 inline float max(VF x) {
-  float lane[W];
-  store(lane, x);
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
-  return lane[0];
+  return reduce(x, [](VF a, VF b) { return vmax(a, b); });
 }
 
 // Lane numbers 0, 1, ..., W-1.

@@ -124,11 +124,19 @@ def layer_norm_ffn(
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ln_w: Tensor | None = None,
+    ln_b: Tensor | None = None,
+    ignore_index: int = -100,
 ) -> Tensor:
     """See `gptfast.ops.linear_cross_entropy`."""
     with torch.autocast(x.device.type, enabled=False):
-        logits = _linear(x.to(_wide(x)), weight, None).flatten(0, -2)
+        wide = x.to(_wide(x))
+        normalized = wide if ln_w is None else _layer_norm(wide, ln_w, ln_b)
+        logits = _linear(normalized, weight, None).flatten(0, -2)
         total = F.cross_entropy(
             logits, targets.flatten(), ignore_index=ignore_index, reduction="sum"
         )
