@@ -119,31 +119,32 @@ inline void tile_block(int64_t k, Lhs<bf16> a, const bf16* b, float* c, int64_t 
   if (LOWER && RIGHT) tile_store<3>(c_lower + W, c_stride);
 }
 
-// `rows` (<= 32) rows of C from m0 on, every panel.
-inline void tile_rows(int64_t rows, int64_t n, int64_t k, Lhs<bf16> a, Rhs<bf16> b, float* c,
-                      int64_t ldc, bool add) {
+// Rows m0 .. m0 + rows (<= 32) of C, every panel.
+template <class Done>
+inline void tile_rows(int64_t m0, int64_t rows, int64_t n, int64_t k, Lhs<bf16> a, Rhs<bf16> b,
+                      float* c, int64_t ldc, bool add, const Done& done) {
   for (int64_t n0 = 0; n0 < n; n0 += Tile<bf16>::NR) {
-    const bf16* panel = b.columns(n0).data;
-    const bool right = n - n0 > W;
+    const int64_t columns = min(Tile<bf16>::NR, n - n0);
+    const bool right = columns > W;
     const auto block = rows > 16 ? (right ? tile_block<true, true> : tile_block<true, false>)
                                  : (right ? tile_block<false, true> : tile_block<false, false>);
-    block(k, a, panel, c + n0, ldc, add);
+    block(k, {a.data + m0 * a.row, a.row, a.step}, b.columns(n0).data, c + m0 * ldc + n0, ldc, add);
+    done(m0, rows, n0, columns);
   }
 }
 
+template <class Done>
 inline void gemm(int64_t m, int64_t n, int64_t k, Lhs<bf16> a, Rhs<bf16> b, float* c, int64_t ldc,
-                 bool add) {
+                 bool add, const Done& done) {
   constexpr int MR = Tile<bf16>::MR;
   const int64_t full = m / MR * MR, rest = m - full, padded = padded_k<bf16>(k);
-  const auto rows_from = [&](int64_t m0) { return Lhs<bf16>{a.data + m0 * a.row, a.row, a.step}; };
   if (full > 0) {
     tile_configure(tile_config(16, 16));
-    for (int64_t m0 = 0; m0 < full; m0 += MR)
-      tile_rows(MR, n, padded, rows_from(m0), b, c + m0 * ldc, ldc, add);
+    for (int64_t m0 = 0; m0 < full; m0 += MR) tile_rows(m0, MR, n, padded, a, b, c, ldc, add, done);
   }
   if (rest > 0) {
     tile_configure(tile_config(min(rest, 16), rest - 16));
-    tile_rows(rest, n, padded, rows_from(full), b, c + full * ldc, ldc, add);
+    tile_rows(full, rest, n, padded, a, b, c, ldc, add, done);
   }
   tile_release();
 }

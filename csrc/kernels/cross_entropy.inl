@@ -138,7 +138,7 @@ class CrossEntropyPass {
       P* copy = take<P>(task_frame, rows * row_stride<P>(padded_k<P>(n)));
       gemm(rows, s_.K, n, lhs_rows(ds, logits_ld_, rows, n, copy), w, dn_ + slot * ROWS * k_ld_,
            k_ld_, v0 > 0);
-      dweight_.set_dy(slot, ds, logits_ld_, rows, n);
+      dweight_.set_dy(slot, ds, logits_ld_, rows, 0, n);
     });
     const int64_t rows = min(s_.M, (first + slots) * ROWS) - first * ROWS;
     dweight_.accumulate(rows, first > 0, v0, n, parallel_);

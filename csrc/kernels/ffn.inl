@@ -2,8 +2,11 @@
 // and columns:
 //   n = norm(x), u = n W1' + b1, y = x + dropout(gelu(u) W2' + b2)
 
-// Hidden columns in work at a time; a multiple of every NR and KPAD.
-constexpr int64_t HIDDEN = 512;
+// Hidden columns in work at a time; a multiple of KC, of every NR and of WeightGrad's groups.
+constexpr int64_t HIDDEN = 576;
+
+static_assert(HIDDEN % KC == 0 && HIDDEN % WeightGrad<float>::GROUP == 0 &&
+              HIDDEN % WeightGrad<bf16>::GROUP == 0);
 
 template <class T>
 void ffn_typed(const Ffn& s, const Parallel& parallel) {
@@ -28,16 +31,19 @@ void ffn_typed(const Ffn& s, const Parallel& parallel) {
     float* c = take<float>(task_frame, rows * ld);
     for (int64_t f0 = 0; f0 < F; f0 += HIDDEN) {
       const int64_t f = min(HIDDEN, F - f0), padded = padded_k<P>(f);
-      gemm(rows, f, C, a, w1.columns(f0), u, HIDDEN, false);
-      for (int64_t i = 0; i < rows; ++i) {
-        for_vectors(f, [&](int64_t j, auto part) {
-          VF value = load(u + i * HIDDEN + j, part);
-          if (b1) value += load(b1 + f0 + j, part);
-          if (hidden) store(hidden + (m0 + i) * F + f0 + j, value, part);
-          store(h + i * h_stride + j, gelu(value, s.gelu).value, part);
-        });
+      const auto activate = [&](int64_t i0, int64_t tile, int64_t j0, int64_t columns) {
+        for (int64_t i = i0; i < i0 + tile; ++i)
+          for_vectors(columns, [&](int64_t jj, auto part) {
+            const int64_t j = j0 + jj;
+            VF value = load(u + i * HIDDEN + j, part);
+            if (b1) value += load(b1 + f0 + j, part);
+            if (hidden) store(hidden + (m0 + i) * F + f0 + j, value, part);
+            store(h + i * h_stride + j, gelu(value, s.gelu).value, part);
+          });
+      };
+      gemm(rows, f, C, a, w1.columns(f0), u, HIDDEN, false, activate);
+      for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = f; j < padded; ++j) h[i * h_stride + j] = P{};
-      }
       gemm(rows, C, f, Lhs<P>{h, h_stride, Tile<P>::KU}, w2.rows(f0), c, ld, f0 > 0);
     }
     if (b2)
@@ -78,10 +84,9 @@ void ffn_grad_typed(const FfnGrad& s, const Parallel& parallel) {
       float* dn = take<float>(task_frame, rows * ld);
       float* normalized = take<float>(task_frame, rows * ld);
       float* dh = take<float>(task_frame, rows * HIDDEN);
-      float* h = take<float>(task_frame, rows * HIDDEN);
-      float* du = take<float>(task_frame, rows * F);
+      P* h = take<P>(task_frame, rows * u_stride);
+      P* du = take<P>(task_frame, rows * u_stride);
       P* g_copy = take<P>(task_frame, rows * row_stride<P>(padded_k<P>(C)));
-      P* du_copy = take<P>(task_frame, rows * u_stride);
 
       for (int64_t i = 0; i < rows; ++i)
         for_vectors(C, [&](int64_t j, auto part) {
@@ -91,21 +96,30 @@ void ffn_grad_typed(const FfnGrad& s, const Parallel& parallel) {
       const Lhs<P> g_rows = lhs_rows(g, ld, rows, C, g_copy);
       for (int64_t f0 = 0; f0 < F; f0 += HIDDEN) {
         const int64_t columns = min(HIDDEN, F - f0);
-        gemm(rows, columns, C, g_rows, w2.columns(f0), dh, HIDDEN, false);
-        for (int64_t i = 0; i < rows; ++i)
-          for_vectors(columns, [&](int64_t j, auto part) {
-            const VF u = load(hidden + (m0 + i) * F + f0 + j, part);
-            const GeluValue at = gelu(u, f.gelu);
-            store(h + i * HIDDEN + j, at.value, part);
-            store(du + i * F + f0 + j, load(dh + i * HIDDEN + j, part) * at.slope, part);
+        const int64_t padded = padded_k<P>(columns);
+        const auto derive = [&](int64_t i0, int64_t tile, int64_t j0, int64_t n) {
+          for_vectors(n, [&](int64_t jj, auto part) {
+            const int64_t j = j0 + jj;
+            float* sum_at = db1.block(block) + f0 + j;
+            VF total = load(sum_at, part);
+            for (int64_t i = i0; i < i0 + tile; ++i) {
+              const GeluValue at = gelu(load(hidden + (m0 + i) * F + f0 + j, part), f.gelu);
+              const VF d = load(dh + i * HIDDEN + j, part) * at.slope;
+              store(h + i * u_stride + j, at.value, part);
+              store(du + i * u_stride + j, d, part);
+              total += d;
+            }
+            store(sum_at, total, part);
           });
-        dw2.set_x(slot, h, HIDDEN, rows, f0, columns);
-        gemm(rows, C, columns, lhs_rows(du + f0, F, rows, columns, du_copy), w1.rows(f0), dn, ld,
-             f0 > 0);
+        };
+        gemm(rows, columns, C, g_rows, w2.columns(f0), dh, HIDDEN, false, derive);
+        for (int64_t i = 0; i < rows; ++i)
+          for (int64_t j = columns; j < padded; ++j) du[i * u_stride + j] = P{};
+        dw2.set_x(slot, h, u_stride, rows, f0, columns);
+        dw1.set_dy(slot, du, u_stride, rows, f0, columns);
+        gemm(rows, C, columns, Lhs<P>{du, u_stride, Tile<P>::KU}, w1.rows(f0), dn, ld, f0 > 0);
       }
-      dw1.set_dy(slot, du, F, rows, F);
-      dw2.set_dy(slot, g, ld, rows, C);
-      db1.add_rows(block, du, F, rows);
+      dw2.set_dy(slot, g, ld, rows, 0, C);
       db2.add_rows(block, g, ld, rows);
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t m = m0 + i;

@@ -91,9 +91,11 @@ inline Microkernel<P> microkernel_of(int64_t m, int64_t n) {
   return n <= W ? narrow_ones.rows[m] : wide_ones.rows[m];
 }
 
-template <class P>
+// `done(m0, rows, n0, columns)` is called for each tile of C when it is complete and still in the
+// L1 cache: columns n0 .. of one panel, rows m0 ...
+template <class P, class Done>
 inline void gemm(int64_t m, int64_t n, int64_t k, Lhs<P> a, Rhs<P> b, float* c, int64_t ldc,
-                 bool add) {
+                 bool add, const Done& done) {
   constexpr int MR = Tile<P>::MR, NR = Tile<P>::NR, KU = Tile<P>::KU;
   for (int64_t k0 = 0; k0 < k; k0 += KC) {
     const int64_t units = padded_k<P>(min(KC, k - k0)) / KU;
@@ -103,7 +105,14 @@ inline void gemm(int64_t m, int64_t n, int64_t k, Lhs<P> a, Rhs<P> b, float* c, 
         const Lhs<P> rows = {a.data + m0 * a.row + k0 / KU * a.step, a.row, a.step};
         microkernel_of<P>(min(MR, m - m0), n - n0)(units, rows, panel, c + m0 * ldc + n0, ldc,
                                                    add || k0 > 0);
+        if (k0 + KC >= k) done(m0, min(MR, m - m0), n0, min(NR, n - n0));
       }
     }
   }
+}
+
+template <class P>
+inline void gemm(int64_t m, int64_t n, int64_t k, Lhs<P> a, Rhs<P> b, float* c, int64_t ldc,
+                 bool add) {
+  gemm(m, n, k, a, b, c, ldc, add, [](int64_t, int64_t, int64_t, int64_t) {});
 }

@@ -82,7 +82,7 @@ void linear_grad_typed(const LinearGrad& s, const Parallel& parallel) {
       float* dn = take<float>(task_frame, rows * ld);
       // dN = dY W
       gemm(rows, K, N, lhs_rows(dy + m0 * N, N, rows, N, copy), w, dn, ld, false);
-      dweight.set_dy(slot, dy + m0 * N, N, rows, N);
+      dweight.set_dy(slot, dy + m0 * N, N, rows, 0, N);
       if (s.dbias.data) dbias.add_rows(block, dy + m0 * N, N, rows);
       if (!norm.weight) {
         for (int64_t i = 0; i < rows; ++i) copy_row(dn + i * ld, K, dx + (m0 + i) * K);

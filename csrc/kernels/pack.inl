@@ -168,6 +168,12 @@ inline void pack_row_pair(const S* row, const S* next, int64_t count, bf16* dst)
   __builtin_memcpy(dst, &pair, sizeof pair);
 }
 
+inline void pack_row_pair(const bf16* row, const bf16* next, int64_t count, bf16* dst) {
+  const VU low = (VU)load_count(row, count) >> 16;  // a widened bf16 is the high half
+  const VU pair = next ? low | (VU)load_count(next, count) : low;
+  __builtin_memcpy(dst, &pair, sizeof pair);
+}
+
 // Columns [n0, n0 + width) of src (K, N), a multiple of W, as [K / KU][width][KU], zeros past the
 // ends of src.
 template <class P, class S>

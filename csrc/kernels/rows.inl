@@ -141,7 +141,7 @@ struct GeluValue {
 inline GeluValue gelu(VF u, Gelu kind) {
   if (kind == Gelu::erf) {
     const Normal at = normal(u);
-    return {u * at.cdf, at.cdf + u * at.pdf};
+    return {u * at.cdf, at.slope};
   }
   constexpr float scale = 0.7978845608f, cubic = 0.044715f;
   const VF t = tanh(scale * (u + cubic * u * u * u));

@@ -20,6 +20,8 @@ constexpr int64_t no_limit = INT64_MAX;
 template <class P>
 class WeightGrad {
  public:
+  static constexpr int64_t GROUP = lhs_by_rows<P> ? 64 : 48;
+
   // `most_rows` of the weight at a time are in work; all of them where it is left out.
   WeightGrad(const ParamGrad& grad, int64_t n, int64_t k, int64_t chunk_blocks, Frame& frame,
              int64_t most_rows = no_limit)
@@ -32,11 +34,13 @@ class WeightGrad {
         lhs_(take<P>(frame, chunk_rows_ * round_up(min(n, most_rows), GROUP))),
         rhs_(take<P>(frame, rhs_elements<P>(chunk_rows_, k))) {}
 
-  // dY of one block of the chunk, (rows, n), for n rows of the weight.
+  // Columns [first, first + n) of dY of one block of the chunk, (rows, n); `first` is a multiple of
+  // GROUP.
   template <class S>
-  void set_dy(int64_t block, const S* dy, int64_t ld, int64_t rows, int64_t n) const {
+  void set_dy(int64_t block, const S* dy, int64_t ld, int64_t rows, int64_t first,
+              int64_t n) const {
     for (int64_t n0 = 0; n0 < n; n0 += GROUP) {
-      P* group = lhs_ + n0 * chunk_rows_;
+      P* group = lhs_ + (first + n0) * chunk_rows_;
       if constexpr (!lhs_by_rows<P>) {
         pack_rows(dy, ld, rows, n, n0, GROUP, group + block * ROWS * GROUP);
       } else {
@@ -88,7 +92,6 @@ class WeightGrad {
  private:
   // Columns of dY lie in groups, [N / GROUP][chunk rows / KU][GROUP][KU] (or [N][chunk rows], by
   // rows), so that a task reads its group from one end to the other.
-  static constexpr int64_t GROUP = lhs_by_rows<P> ? 64 : 48;
   static_assert(GROUP % Tile<P>::MR == 0 && GROUP % W == 0);
 
   // Whether the sums can be made where the caller wants them.
