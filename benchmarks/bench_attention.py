@@ -31,7 +31,7 @@ from gptfast.ops import reference
 
 SHAPES = ((64, 2, 16, 64), (64, 2, 64, 64), (16, 6, 256, 64), (4, 12, 1024, 64), (1, 12, 4096, 64))
 MODES = ("forward", "forward+backward", "forward+backward, dropout 0.2")
-VERIFIED_SCORES = 2**25  # what float64 computes at once: the first heads, where there are more
+VERIFIED_SCORES = 2**24  # what float64 computes at once: the first heads, where there are more
 
 
 def flops(shape: tuple[int, ...], backward: bool) -> float:
@@ -77,16 +77,18 @@ def attention(shape: tuple[int, ...], mode: str, dtype: str) -> Case:
     }
     if backward is None:
         contenders["FlexAttention"] = contender(flex_attention)
+    part = first_heads(shape)
+    parts = [x[part] for x in inputs]
+    part_grad = None if backward is None else grad[part]
     # SDPA draws a dropout mask of its own; with ours, the same is written in torch's operators.
     checked = {
         "gptfast": contender(ops.causal_attention, **masked),
-        "SDPA": contender(peers.attention, **masked),
+        "SDPA": work(functools.partial(peers.attention, **masked), parts, part_grad),
     }
-    part = first_heads(shape)
     oracle = work(
         functools.partial(reference.causal_attention, **masked),
-        [wide(x)[part] for x in inputs],
-        None if backward is None else wide(grad)[part],
+        [wide(x) for x in parts],
+        None if part_grad is None else wide(part_grad),
     )
     return compare(
         contenders,
@@ -94,7 +96,7 @@ def attention(shape: tuple[int, ...], mode: str, dtype: str) -> Case:
         flops(shape, backward is not None),
         dtype,
         checked=checked if p else None,
-        part=lambda x: x[part],
+        part=lambda x: x[part],  # of a part it is the part itself
         one_scale=backward is not None,
         compiles=("FlexAttention",) if backward is None else (),
     )
