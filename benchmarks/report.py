@@ -48,7 +48,7 @@ def report(results: list[dict[str, Any]]) -> str:
         if card != before:
             lines += [card, ""]
             before = card
-        lines += [f"**{SCRIPTS[result['script']]}**", "", *table(result), ""]
+        lines += [f"**{SCRIPTS[result['script']]}**", "", *table(result), "", *notes(result)]
         if any(row.get("memory_mib") for row in result["rows"]):
             lines += ["**Peak memory of a step, MiB**", "", *memory_table(result), ""]
     return "\n".join(lines).strip() or NOTHING
@@ -81,6 +81,17 @@ def table(result: dict[str, Any]) -> list[str]:
             cells += _cells(found.get(dtype), course)
         lines.append(_line(cells))
     return lines
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """What else is to be known about a row: contenders that do not run, results that differ."""
+    noted = [row for row in result["rows"] if row["notes"]]
+    lines = [
+        f"- {row['name']}, {row['dtype']}: "
+        + "; ".join(f"{name}: {note}" for name, note in row["notes"].items())
+        for row in noted
+    ]
+    return [*lines, ""] if lines else []
 
 
 def by_name(result: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -304,7 +304,12 @@ def test_readme_has_the_results() -> None:
 
 def write_result(folder: Path, **changes: Any) -> None:
     row = {"name": "abc", "dtype": "fp32", "rounds": 5, "gflop": 2.0, "gflops": 1000.0}
-    row |= {"of_peak": 0.5, "best": "SDPA", "notes": {}, "ms": {OURS: 2.0}}
+    row |= {
+        "of_peak": 0.5,
+        "best": "SDPA",
+        "notes": {"other": "does not run: why"},
+        "ms": {OURS: 2.0},
+    }
     row |= {"ratio": {"SDPA": 1.5, "course": 2.25}, "memory_mib": {OURS: 100.4, "SDPA": 300.0}}
     card = {"cpu": "Some CPU", "threads": 2, "isa": "avx2", "torch": "2.13", "gptfast": "0.1.0"}
     card |= {"python": "3.11", "date": "2026-01-02", "levels": {"avx2": "available", "amx": "no"}}
@@ -328,6 +333,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Some CPU, 2 threads, instruction set avx2 (no amx); torch 2.13" in text
     assert "|  | fp32, ms | x course fp32 | x best torch | of peak |" in text
     assert "| abc | 2.00 | 2.25 | 1.50 (SDPA) | 50% |" in text
+    assert "\n- abc, fp32: other: does not run: why\n" in text
     assert "| abc, fp32 | 100 | 300 |" in text
 
 
