@@ -84,7 +84,7 @@ def table(result: dict[str, Any]) -> list[str]:
 
 
 def notes(result: dict[str, Any]) -> list[str]:
-    """What else is to be known about a row: contenders that do not run, results that differ."""
+    """Which contenders do not run, and what could not be measured."""
     noted = [row for row in result["rows"] if row["notes"]]
     lines = [
         f"- {row['name']}, {row['dtype']}: "

@@ -179,8 +179,16 @@ def plot(path: Path, result: dict[str, Any]) -> None:
         for name in found:
             ratio = row["ratio"][name]
             axes.barh(y, ratio, height=0.85, color=COLOURS[names.index(name) % len(COLOURS)])
-            label = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # over the line at 1
-            axes.text(ratio, y, f" {ratio:.2f}", va="center", fontsize=8, color=GREY, bbox=label)
+            axes.annotate(
+                f"{ratio:.2f}",
+                (ratio, y),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+                color=GREY,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # over the line at 1
+            )
             y += 1
         y += 0.8
     axes.axvline(1.0, color="black", linewidth=1)
