@@ -21,14 +21,21 @@ test-isa: build
 EMULATED = build/emulated
 test-amx:
 	mkdir -p $(EMULATED)
-	rm -rf $(EMULATED)/csrc $(EMULATED)/gptfast $(EMULATED)/tests
-	cp -rp csrc gptfast tests setup.py pyproject.toml $(EMULATED)
+	rm -rf $(addprefix $(EMULATED)/,benchmarks csrc gptfast tests)
+	cp -rp benchmarks csrc gptfast tests setup.py pyproject.toml $(EMULATED)
 	rm -f $(EMULATED)/gptfast/_C*.so
 	cd $(EMULATED) && GPTFAST_AMX_EMULATED=1 $(PYTHON) setup.py --quiet build_ext --inplace
 	cd $(EMULATED) && $(PYTHON) -m pytest -k amx tests
 
-bench:
-	$(PYTHON) -m pytest tests/test_benchmarks.py --benchmark-enable --benchmark-group-by=group
+# Each script in a process of its own. The pictures are to be looked at, not committed.
+benchmark = PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/bench_$(1).py $(2) \
+	--out benchmarks/results/$(1).json --plot benchmarks/results/$(1).png
+bench: build
+	$(call benchmark,attention)
+	$(call benchmark,ffn)
+	$(call benchmark,cross_entropy)
+	$(call benchmark,train,--memory)
+	$(PYTHON) benchmarks/report.py
 
 lint:
 	$(PYTHON) -m ruff check .

@@ -6,39 +6,17 @@ from typing import Any
 import pytest
 import torch
 from oracle import assert_budget, run
+from peers import attention as torch_attention
 from torch import Tensor
 
 from gptfast import ops
-from gptfast.ops import random, reference
+from gptfast.ops import reference
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 def heads(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def torch_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    dropout_p: float = 0.0,
-    seed: int = 0,
-    stream: int = 0,
-    scale: float | None = None,
-) -> Tensor:
-    """Attention in torch ops of the inputs' dtype, with the same dropout mask."""
-    Tq, Tk = q.shape[2], k.shape[2]
-    scores = q @ k.transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    mask = torch.ones(Tq, Tk, dtype=torch.bool).tril(Tk - Tq)
-    weights = scores.masked_fill(~mask, -math.inf).softmax(-1).nan_to_num()
-    if dropout_p:
-        matrices = weights.shape[0] * weights.shape[1]
-        key = random.seed_tensor(seed)
-        factors = random.dropout_factors(dropout_p, key, stream, matrices, Tq, Tk)
-        weights = weights * factors.reshape(weights.shape).to(weights)
-    return weights @ v
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, **options: Any) -> None:

@@ -1,139 +1,349 @@
-"""Small benchmarks of the kernels against torch; `make bench` times what the tests only verify.
+"""The benchmark scripts: what they print, when they fail, and the arithmetic of their numbers.
 
-Each group times the same work by torch and by gptfast, after comparing their results.
+With --benchmark-enable, their quick rows are timed by pytest-benchmark, which can compare commits.
 """
 
-from collections.abc import Callable, Sequence
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import bench_attention
+import bench_cross_entropy
+import bench_ffn
+import bench_train
+import command
+import common
+import memory
 import pytest
+import report
 import torch
-from course import CourseGPT
+from common import OURS, Case, Row
 from pytest_benchmark.fixture import BenchmarkFixture
-from torch import Tensor, nn
-from torch.nn import functional as F
 
-from gptfast import GPT, TrainConfig, Trainer, generate, ops
-from gptfast.config import abc, shakespeare
+from gptfast import ops
 from gptfast.ops import select
 
 if select.extension() is None:
     pytest.skip(f"{select.extension_error}", allow_module_level=True)
 
-Work = Callable[[], Tensor]
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = {
+    "attention": bench_attention,
+    "ffn": bench_ffn,
+    "cross_entropy": bench_cross_entropy,
+    "train": bench_train,
+}
+QUICK = [row for script in SCRIPTS.values() for row in script.rows() if row.quick]
+CASES = {str(row): row.build() for row in QUICK}
+for case in CASES.values():
+    for compiles in case.compiles:
+        del case.contenders[compiles]
+TIMED = [(name, contender) for name, case in CASES.items() for contender in case.contenders]
 
 
-def forward_backward(work: Work, leaves: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
-    out = work()
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
-
-
-def assert_same(ours: Sequence[Tensor], theirs: Sequence[Tensor], dtype: torch.dtype) -> None:
-    tolerance = 1e-4 if dtype == torch.float32 else 0.05
-    for a, b in zip(ours, theirs, strict=True):
-        assert (a.double() - b.double()).abs().max() <= tolerance * max(b.abs().max().item(), 1.0)
-
-
-@pytest.mark.parametrize("who", ("torch", "gptfast"))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
-@pytest.mark.parametrize("shape", ((64, 2, 64, 64), (16, 6, 256, 64)), ids=("T64", "T256"))
-def test_attention(
-    benchmark: BenchmarkFixture, shape: tuple[int, ...], dtype: torch.dtype, who: str
-) -> None:
-    torch.manual_seed(0)
-    leaves = [torch.randn(shape).to(dtype).requires_grad_() for _ in range(3)]
-    grad = torch.randn(shape).to(dtype)
-
-    def ours() -> list[Tensor]:
-        return forward_backward(lambda: ops.causal_attention(*leaves), leaves, grad)
-
-    def theirs() -> list[Tensor]:
-        sdpa = F.scaled_dot_product_attention
-        return forward_backward(lambda: sdpa(*leaves, is_causal=True), leaves, grad)
-
-    assert_same(ours(), theirs(), dtype)
-    benchmark.group = f"attention forward and backward, {shape}, {dtype}"
-    benchmark(ours if who == "gptfast" else theirs)
-
-
-@pytest.mark.parametrize("who", ("torch", "gptfast"))
-def test_multihead_attention(benchmark: BenchmarkFixture, who: str) -> None:
-    """The whole sub-block x + attention(LN(x)), projections included."""
-    torch.manual_seed(0)
-    norm, module = nn.LayerNorm(128), nn.MultiheadAttention(128, 2, batch_first=True)
-    x, grad = torch.randn(64, 64, 128, requires_grad=True), torch.randn(64, 64, 128)
-    mask = torch.ones(64, 64, dtype=torch.bool).triu(1)
-    leaves = [x, *norm.parameters(), *module.parameters()]
-
-    def their_block() -> Tensor:
-        y = norm(x)
-        return x + module(y, y, y, attn_mask=mask, need_weights=False)[0]
-
-    def our_block() -> Tensor:
-        projection = module.in_proj_weight, module.in_proj_bias
-        y = ops.causal_attention_packed(
-            ops.layer_norm_linear(x, norm.weight, norm.bias, *projection), 2
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """Every script with --quick, all of them at once, and the folder that they write to."""
+    folder = tmp_path_factory.mktemp("results")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    started = {}
+    for name in SCRIPTS:
+        options = ["--quick", "--threads", "1", "--out", folder / f"{name}.json"]
+        options += ["--plot", folder / f"{name}.png"]
+        started[name] = subprocess.Popen(
+            [sys.executable, ROOT / "benchmarks" / f"bench_{name}.py", *options],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
-        return ops.linear_residual(y, module.out_proj.weight, module.out_proj.bias, x)
-
-    def theirs() -> list[Tensor]:
-        return forward_backward(their_block, leaves, grad)
-
-    def ours() -> list[Tensor]:
-        return forward_backward(our_block, leaves, grad)
-
-    assert_same(ours(), theirs(), torch.float32)
-    benchmark.group = "x + nn.MultiheadAttention(LN(x)) forward and backward, (64, 64, 128), fp32"
-    benchmark(ours if who == "gptfast" else theirs)
+    yield {"folder": folder, **started}
+    for process in started.values():
+        process.kill()
+        process.communicate()
 
 
-@pytest.mark.parametrize("who", ("course", "reference", "gptfast", "gptfast bf16"))
-@pytest.mark.parametrize("make", (abc, shakespeare))
-def test_training_step(benchmark: BenchmarkFixture, make: Callable, who: str) -> None:
-    torch.manual_seed(0)
-    config = make()
-    idx = torch.randint(1, config.vocab_size, (64, config.block_size + 1))
-    x, y = idx[:, :-1], idx[:, 1:]
-    course = CourseGPT(config)
-    model = GPT.from_course_state_dict(course.state_dict(), config.n_head)
-    with torch.no_grad():
-        ours = model.eval().loss(x, y)
-        theirs = F.cross_entropy(course.eval()(x).flatten(0, 1), y.flatten())
-    assert torch.allclose(ours, theirs, atol=1e-4)
-    model.train(), course.train()
-    benchmark.group = (
-        f"training step, block {config.block_size}, batch 64, dropout {config.dropout}"
-    )
-    if who == "course":
-        optimizer = torch.optim.AdamW(course.parameters(), lr=1e-3, fused=True)
+@pytest.fixture
+def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes it an error to time anything."""
 
-        def step() -> Tensor:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(course(x).flatten(0, 1), y.flatten())
-            loss.backward()
-            nn.utils.clip_grad_norm_(course.parameters(), 1.0)
-            optimizer.step()
-            return loss
+    def fail(*_: Any) -> None:
+        raise RuntimeError("something was timed")
 
-        benchmark(step)
-        return
-    model.backend = "reference" if who == "reference" else "fused"
-    precision = "bf16" if who.endswith("bf16") else "fp32"
-    trainer = Trainer(model, TrainConfig(lr=1e-3, clip=1.0, precision=precision, batch_size=64))
-    benchmark(lambda: trainer.step(x, y))
+    monkeypatch.setattr(command, "peak", fail)
+    monkeypatch.setattr(command, "measure", fail)
 
 
-@pytest.mark.parametrize("who", ("uncached reference", "gptfast"))
-@pytest.mark.parametrize("prompts", (1, 16))
-def test_generation(benchmark: BenchmarkFixture, prompts: int, who: str) -> None:
-    torch.manual_seed(0)
-    model = GPT(shakespeare())
+@pytest.mark.parametrize(("name", "contender"), TIMED, ids=[" by ".join(pair) for pair in TIMED])
+def test_quick_rows(benchmark: BenchmarkFixture, name: str, contender: str) -> None:
+    case = CASES[name]
+    if contender == OURS:
+        case.verify()
+    benchmark.group = name
+    benchmark(case.contenders[contender])
 
-    def run() -> list[list[int]]:
-        results = generate(model, [[1]] * prompts, max_new_tokens=63, temperature=0.0)
-        return [result.tokens for result in results]
 
-    expected = run()
-    model.backend = "reference" if who == "uncached reference" else "fused"
-    assert run() == expected
-    benchmark.group = f"63 greedy tokens for {prompts} prompts, block 64, C 128, L 2"
-    benchmark(run)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_script_prints_table_and_json(processes: dict[str, Any], name: str) -> None:
+    out, errors = processes[name].communicate(timeout=120)
+    assert processes[name].returncode == 0, errors
+    *table, last = out.splitlines()
+    result = json.loads(last)
+    assert result == json.loads((processes["folder"] / f"{name}.json").read_text())
+    assert (processes["folder"] / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    card, extension = result["card"], select.extension()
+    assert extension is not None and card["isa"] == extension.isa_current()
+    levels = extension.isa_levels()
+    assert {level for level, reason in levels.items() if reason is None} == {
+        level for level, reason in card["levels"].items() if reason == "available"
+    }
+    assert card["threads"] == 1 and card["torch"] == torch.__version__
+    expected = [row for row in SCRIPTS[name].rows() if row.quick]
+    assert [(row["name"], row["dtype"]) for row in result["rows"]] == [
+        (row.name, row.dtype) for row in expected
+    ]
+    assert result["failed"] == [] and result["peak"].keys() == common.DTYPES.keys()
+    for row in result["rows"]:
+        assert row["notes"] == {}
+        case = CASES[f"{row['name']}, {row['dtype']}"]
+        assert row["ms"].keys() == case.contenders.keys()
+        assert row["gflop"] == pytest.approx(1e-9 * case.flops)
+        assert row["gflops"] == pytest.approx(1e3 * row["gflop"] / row["ms"][OURS])
+        peak = result["peak"][row["dtype"]]["gflops"]
+        assert row["of_peak"] == pytest.approx(row["gflops"] / peak)
+        for contender, ratio in row["ratio"].items():
+            assert ratio == pytest.approx(row["ms"][contender] / row["ms"][OURS])
+            shown = f"{row['ms'][contender]:.3f} ({ratio:.2f}x)"
+            assert any(line.startswith(row["name"]) and shown in line for line in table)
+        assert row["rounds"] >= common.LEAST_SLOW_ROUNDS
+
+
+def wrong_by_a_thousandth(op: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return lambda *args, **options: op(*args, **options) * 1.001
+
+
+@pytest.mark.parametrize(
+    ("script", "op"),
+    (
+        (bench_attention, "causal_attention"),
+        (bench_attention, "layer_norm_linear"),
+        (bench_ffn, "layer_norm_ffn"),
+        (bench_cross_entropy, "linear_cross_entropy"),
+        (bench_train, "linear_cross_entropy"),
+    ),
+)
+def test_wrong_result_is_not_timed(
+    script: ModuleType,
+    op: str,
+    monkeypatch: pytest.MonkeyPatch,
+    no_timing: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(command, "peak", lambda *_: {"gflops": 1.0, "by": "nobody", "size": "0"})
+    monkeypatch.setattr(ops, op, wrong_by_a_thousandth(getattr(ops, op)))
+    wrong = {"layer_norm_linear": "x + MHA", "causal_attention": "64 forward+backward"}
+    only = ["--only", wrong[op]] if op in wrong else ["--only", "abc"]
+    if script in (bench_ffn, bench_cross_entropy):
+        only = ["--only", "+"]
+    assert script.run(["--quick", "--dtype", "fp32", *only]) == 1
+    out, errors = capsys.readouterr()
+    result = json.loads(out.splitlines()[-1])
+    assert result["rows"] == [] and result["failed"]
+    for row in result["failed"]:
+        assert f"{row['name']}, fp32: FAILED" in errors and "error" in row["why"]
+        assert f"{row['name']}, fp32: FAILED, not timed" in out
+
+
+def test_right_results_beside_a_wrong_one_are_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ops, "layer_norm_ffn", wrong_by_a_thousandth(ops.layer_norm_ffn))
+    assert bench_ffn.run(["--quick", "--dtype", "fp32"]) == 1
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["name"] for row in result["rows"]] == ["GEMM 4096x512x128 forward"]
+    assert [row["name"] for row in result["failed"]] == [
+        "LN+FFN+residual 4096x128 forward+backward"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    (
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--dtype", "fp64"], "argument --dtype: invalid choice: 'fp64'"),
+        (["--threads", "0"], "argument --threads: must be a positive number, got '0'"),
+        (["--seconds", "nan"], "argument --seconds: must be a positive number, got 'nan'"),
+        (["--only", "nothing"], "--only 'nothing' is in no row's name; there are 64x2x16x64"),
+        (["--quick", "--only", "4096"], "--only '4096' names no row that --quick has"),
+        (["--memory"], "unrecognized arguments: --memory"),
+        (["--plot", "ratios.txt"], "--plot: the name must end in .png, .svg, .pdf"),
+        (["--out", "/dev/null/x.json"], "cannot be written"),
+        (["--out", "."], "cannot be written (Is a directory)"),
+        (["--plot", "/dev/null/x.png"], "cannot be written"),
+    ),
+)
+def test_mistakes_end_in_a_sentence_before_any_timing(
+    options: list[str], message: str, no_timing: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench_attention.run(options) == 2
+    out, errors = capsys.readouterr()
+    assert out == "" and message in errors
+    assert errors.startswith("bench_attention: ") and len(errors.splitlines()) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_without_cuda(no_timing: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_attention.run(["--device", "cuda"]) == 2
+    expected = "bench_attention: --device cuda: torch finds no CUDA device here\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_an_unused_out_file_is_left_as_it_was(
+    tmp_path: Path, no_timing: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new, old = tmp_path / "new.json", tmp_path / "old.json"
+    old.write_text("old")
+    with pytest.raises(RuntimeError, match="something was timed"):
+        bench_attention.run(["--out", str(new)])
+    with pytest.raises(RuntimeError, match="something was timed"):
+        bench_attention.run(["--out", str(old)])
+    assert not new.exists() and old.read_text() == "old"
+
+
+def test_compiled_contender(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--only", "1024x128x5", "--dtype", "fp32", "--seconds", "0.1"]
+    assert bench_cross_entropy.run(options) == 0
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    # Without a compiler, the row says so.
+    assert ("torch.compile" in row["ms"]) != ("torch.compile" in row["notes"])
+
+
+def test_rounds_take_turns_and_give_medians(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = [0.0], []
+    costs = {"a": [1.0, 9.0, 1.0, 1.0, 2.0, 1.0], "b": [3.0, 4.0, 3.0, 30.0, 5.0, 3.0]}
+
+    def contender(name: str) -> Callable[[], None]:
+        def run() -> None:
+            now[0] += costs[name][calls.count(name)]
+            calls.append(name)
+
+        return run
+
+    monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
+    timing = common.measure({name: contender(name) for name in costs}, seconds=20.0)
+    # The first round warms up: its times do not count.
+    assert timing == common.Timing(5, {"a": 1.0, "b": 4.0})
+    assert "".join(calls) == "ab" + "abbaabbaab"
+
+
+def test_rotation() -> None:
+    assert [common.rotated("abc", by) for by in range(4)] == [
+        ["a", "b", "c"],
+        ["b", "c", "a"],
+        ["c", "a", "b"],
+        ["a", "b", "c"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "one_round", "rounds"),
+    ((3.0, 0.1, 30), (3.0, 1.0, 5), (3.0, 3.5, 3), (3.0, 1e-6, 1000)),
+)
+def test_number_of_rounds(seconds: float, one_round: float, rounds: int) -> None:
+    assert common.count_rounds(seconds, one_round) == rounds
+
+
+def test_other_work_is_no_comparison() -> None:
+    x = torch.ones(3)
+    contenders = {OURS: lambda: [x], "torch": lambda: [x], "other": lambda: [1.01 * x]}
+    oracle = [x.double()]
+    with pytest.raises(AssertionError, match="other does other work: result 0"):
+        common.compare(contenders, lambda: oracle, 1.0, "fp32").verify()
+    del contenders["other"]
+    common.compare(contenders, lambda: oracle, 1.0, "fp32").verify()
+
+
+def test_contender_that_does_not_run_is_noted() -> None:
+    def fail() -> None:
+        raise NotImplementedError("not on this device\nand more")
+
+    case = Case({OURS: lambda: None, "other": fail}, 1.0, lambda: None)
+    notes = command.leave_out_what_does_not_run(case)
+    assert notes == {"other": "does not run: NotImplementedError: not on this device"}
+    assert list(case.contenders) == [OURS]
+    with pytest.raises(AssertionError, match="gptfast does not run: NotImplementedError"):
+        command.leave_out_what_does_not_run(Case({OURS: fail}, 1.0, lambda: None))
+
+
+def abc_row() -> Row:
+    return next(row for row in bench_train.rows() if row.name == "abc")
+
+
+@pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason="there is no /proc here")
+def test_memory_of_a_step() -> None:
+    found, notes = memory.of_contenders("bench_train", abc_row(), [OURS, "nobody"])
+    # 400,128 float32 weights with their gradients and AdamW's two moments take 6.1 MiB.
+    assert found.keys() == {OURS} and 6 < found[OURS] < 400
+    assert notes == {"memory of nobody": "not measured: KeyError: 'nobody'"}
+
+
+def test_memory_without_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "CLEAR_REFS", tmp_path / "clear_refs")
+    found, notes = memory.of_contenders("bench_train", abc_row(), [OURS])
+    assert found == {} and notes["memory"].startswith("not measured: this system has no")
+
+
+def test_readme_has_the_results() -> None:
+    assert report.main(["--check"]) == 0
+
+
+def write_result(folder: Path, **changes: Any) -> None:
+    row = {"name": "abc", "dtype": "fp32", "rounds": 5, "gflop": 2.0, "gflops": 1000.0}
+    row |= {
+        "of_peak": 0.5,
+        "best": "SDPA",
+        "notes": {"other": "does not run: why"},
+        "ms": {OURS: 2.0},
+    }
+    row |= {"ratio": {"SDPA": 1.5, "course": 2.25}, "memory_mib": {OURS: 100.4, "SDPA": 300.0}}
+    card = {"cpu": "Some CPU", "threads": 2, "isa": "avx2", "torch": "2.13", "gptfast": "0.1.0"}
+    card |= {"python": "3.11", "date": "2026-01-02", "levels": {"avx2": "available", "amx": "no"}}
+    result = {"script": "train", "card": card, "peak": {"fp32": {}}, "rows": [row], "failed": []}
+    folder.mkdir(exist_ok=True)
+    (folder / "train.json").write_text(json.dumps(result | changes))
+
+
+def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    arguments = ["--readme", str(readme), "--results", str(results)]
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    assert report.main([*arguments, "--check"]) == 1
+    assert report.main(arguments) == 0
+    assert report.NOTHING in readme.read_text()
+    write_result(results)
+    assert report.main([*arguments, "--check"]) == 1
+    assert report.main(arguments) == 0 == report.main([*arguments, "--check"])
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "Some CPU, 2 threads, instruction set avx2 (no amx); torch 2.13" in text
+    assert "|  | fp32, ms | x course fp32 | x best torch | of peak |" in text
+    assert "| abc | 2.00 | 2.25 | 1.50 (SDPA) | 50% |" in text
+    assert "\n- abc, fp32: other: does not run: why\n" in text
+    assert "| abc, fp32 | 100 | 300 |" in text
+
+
+def test_report_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    arguments = ["--readme", str(readme), "--results", str(results)]
+    readme.write_text("no markers")
+    assert report.main(arguments) == 2
+    assert "README needs the lines" in capsys.readouterr().err
+    write_result(results, failed=[{"name": "abc", "dtype": "fp32", "why": "wrong"}])
+    assert report.main(arguments) == 2
+    assert "row 'abc' failed" in capsys.readouterr().err
+    assert readme.read_text() == "no markers"

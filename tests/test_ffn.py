@@ -3,11 +3,12 @@
 import pytest
 import torch
 from oracle import check_op
+from peers import ffn as torch_ffn
 from torch import Tensor
 from torch.nn import functional as F
 
 from gptfast import ops
-from gptfast.ops import random, reference
+from gptfast.ops import reference
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -21,28 +22,6 @@ def block(M: int, C: int, hidden: int, bias: bool = True) -> list[Tensor | None]
     b1, b2, ln_b = (normal(hidden), normal(C), normal(C)) if bias else (None, None, None)
     w1, w2 = normal(hidden, C, scale=C**-0.5), normal(C, hidden, scale=hidden**-0.5)
     return [normal(M, C), normal(C), ln_b, w1, b1, w2, b2]
-
-
-def torch_ffn(
-    x: Tensor,
-    ln_w: Tensor,
-    ln_b: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    *,
-    gelu: str = "erf",
-    dropout_p: float = 0.0,
-    seed: int = 0,
-) -> Tensor:
-    """The block in torch ops of the inputs' dtype, with the same dropout mask."""
-    hidden = F.linear(F.layer_norm(x, x.shape[-1:], ln_w, ln_b), w1, b1)
-    y = F.linear(F.gelu(hidden, approximate="none" if gelu == "erf" else "tanh"), w2, b2)
-    if dropout_p:
-        key = random.seed_tensor(seed)
-        y = y * random.dropout_factors(dropout_p, key, 0, 1, *y.shape)[0].to(y)
-    return x + y
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

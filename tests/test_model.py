@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from course import CourseGPT
 from oracle import assert_budget
+from peers import CourseGPT
 from torch import Tensor
 from torch.nn import functional as F
 

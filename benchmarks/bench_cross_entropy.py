@@ -1,0 +1,50 @@
+"""The output projection and its cross-entropy, forward and backward: against torch's whole logits.
+
+Letters: M rows, K columns, V vocab_size.
+"""
+
+import functools
+import sys
+from collections.abc import Iterator
+
+import peers
+import torch
+from command import main
+from common import DTYPES, OURS, Case, Row, compare, compiled, random_tensors, wide, work
+
+from gptfast import ops
+from gptfast.ops import reference
+
+SHAPES = ((1024, 128, 5), (4096, 128, 66), (4096, 384, 66), (1024, 768, 50257))
+
+
+def cross_entropy(M: int, K: int, V: int, dtype: str) -> Case:
+    """One shape; logits have a variance of 1."""
+    x, weight = random_tensors((M, K), (V, K), dtype=dtype, scale=K**-0.25)
+    targets = torch.randint(V, (M,), generator=torch.Generator().manual_seed(2))
+    inputs, grad = [x, weight, targets], torch.ones(())
+    contenders = {
+        OURS: work(ops.linear_cross_entropy, inputs, grad),
+        "torch": work(peers.linear_cross_entropy, inputs, grad),
+        "torch.compile": work(compiled(peers.linear_cross_entropy), inputs, grad),
+    }
+    oracle = work(reference.linear_cross_entropy, [wide(t) for t in inputs], wide(grad))
+    return compare(contenders, oracle, 3 * 2 * M * K * V, dtype, compiles=("torch.compile",))
+
+
+def rows() -> Iterator[Row]:
+    """All rows of the script."""
+    for shape in SHAPES:
+        for dtype in DTYPES:
+            build = functools.partial(cross_entropy, *shape, dtype)
+            name = f"linear + cross-entropy {'x'.join(map(str, shape))} forward+backward"
+            yield Row(name, dtype, build, quick=shape == SHAPES[0])
+
+
+def run(argv: list[str] | None = None) -> int:
+    """Runs the script and returns its exit code."""
+    return main("cross_entropy", __doc__ or "", rows(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,190 @@
+"""A whole training step (forward, backward, clip 1.0, AdamW): gptfast against torch's models.
+
+The course's model runs in float32 in the rows of bfloat16 as well: that is what it is used in.
+Letters: B batch, T time, C n_embd, H heads, V vocab_size, L layers.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import peers
+import torch
+from command import main
+from common import DTYPES, OURS, Case, Row, Run, assert_same_work, compiled
+from oracle import GRADIENT_FACTOR, RESULT_FACTOR, Op, assert_budget, error
+from torch import Tensor, nn
+
+from gptfast import GPT, GPTConfig, TrainConfig, Trainer, config
+from gptfast.presets import Precision
+
+LR, CLIP = 1e-3, 1.0
+COURSE, COURSE_FP32 = "course", "course fp32"  # the second in rows of another dtype
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and the windows of a step."""
+
+    name: str
+    model: GPTConfig
+    batch: int
+    course: bool = True  # whether the course's model can have this shape
+
+    @property
+    def flops(self) -> float:
+        """3 times the forward pass: its matrix products, and the unmasked half of attention."""
+        m, T = self.model, self.model.block_size
+        products = 2 * T * m.n_embd * (12 * m.n_layer * m.n_embd + m.vocab_size)
+        attention = m.n_layer * 2 * 2 * m.n_embd * T * (T + 1) / 2
+        return 3 * self.batch * (products + attention)
+
+
+SMALL = GPTConfig(block_size=256, n_layer=6, n_head=6, n_embd=384)
+GPT2 = GPTConfig(
+    block_size=1024,
+    vocab_size=50257,
+    n_layer=12,
+    n_head=12,
+    n_embd=768,
+    dropout=0.0,
+    tie_weights=True,
+    padding_idx=None,
+    init="gpt2",
+)
+SHAPES = (
+    Shape("abc", config.abc(), 64),
+    Shape("shakespeare", config.shakespeare(), 64),
+    Shape("small", SMALL, 16),
+    Shape("gpt2", GPT2, 1, course=False),
+    Shape("gpt2, dropout 0.2", replace(GPT2, dropout=0.2), 1, course=False),
+)
+
+
+def batch(shape: Shape) -> tuple[Tensor, Tensor]:
+    """Random tokens and the ones after them, (B, T) each."""
+    generator = torch.Generator().manual_seed(3)
+    size = (shape.batch, shape.model.block_size + 1)
+    idx = torch.randint(1, shape.model.vocab_size, size, generator=generator)
+    return idx[:, :-1], idx[:, 1:]
+
+
+def our_step(shape: Shape, dtype: str) -> Run:
+    """gptfast's trainer."""
+    precision: Precision = "bf16" if dtype == "bf16" else "fp32"
+    train = TrainConfig(lr=LR, clip=CLIP, precision=precision, batch_size=shape.batch)
+    trainer = Trainer(GPT(shape.model, backend="fused"), train)
+    return functools.partial(trainer.step, *batch(shape))
+
+
+def torch_step(
+    shape: Shape, dtype: str, make: Callable[[GPTConfig], nn.Module], loss_of: Op = peers.loss
+) -> Run:
+    """The same step of a torch model, its activations in `dtype`."""
+    x, y = batch(shape)
+    model = make(shape.model)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=LR, fused=True)
+
+    def step() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+            loss = loss_of(model, x, y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def makers(shape: Shape, dtype: str) -> dict[str, Callable[[], Run]]:
+    """Builds each contender alone."""
+    found: dict[str, Callable[[], Run]] = {
+        OURS: lambda: our_step(shape, dtype),
+        "SDPA": lambda: torch_step(shape, dtype, peers.SdpaGPT),
+        "SDPA, torch.compile": lambda: torch_step(
+            shape, dtype, peers.SdpaGPT, compiled(peers.loss)
+        ),
+    }
+    if shape.course:
+        name = COURSE if dtype == "fp32" else COURSE_FP32
+        found[name] = lambda: torch_step(shape, "fp32", peers.CourseGPT)
+    return found
+
+
+def loss_and_gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
+    """The loss, and the gradient of every parameter."""
+    return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+def course_results(model: nn.Module, x: Tensor, y: Tensor, n_head: int) -> list[Tensor]:
+    """The loss and the gradients of the course's model, in the order of gptfast's parameters."""
+    loss, *grads = loss_and_gradients(peers.loss(model, x, y), model)
+    names = [name for name, _ in model.named_parameters()]
+    # A model of the gradients is the shortest way to our order of them.
+    renamed = GPT.from_course_state_dict(dict(zip(names, grads, strict=True)), n_head)
+    return [loss, *(grad.detach() for grad in renamed.parameters())]
+
+
+def verify(shape: Shape, dtype: str) -> None:
+    """Compares loss and gradients of the models from equal weights, dropout off.
+
+    The budget is that of the torch model which the row times: under autocast in bfloat16.
+    """
+    sizes = replace(shape.model, dropout=0.0)
+    torch.manual_seed(0)
+    ours, sdpa, (x, y) = GPT(sizes, backend="fused"), peers.SdpaGPT(sizes), batch(shape)
+    if shape.course:
+        course = peers.CourseGPT(sizes)
+        as_ours = GPT.from_course_state_dict(course.state_dict(), sizes.n_head)
+        ours.load_state_dict(as_ours.state_dict())
+    sdpa.load_state_dict(ours.state_dict())
+    names = [name for name, _ in ours.named_parameters()]
+    assert names == [name for name, _ in sdpa.named_parameters()], "parameters in another order"
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+        actual = loss_and_gradients(ours.loss(x, y), ours)
+        own_losses = peers.token_losses(sdpa, x, y)
+    own = loss_and_gradients(own_losses.mean(), sdpa)
+    sdpa.double()
+    losses = peers.token_losses(sdpa, x, y)
+    oracle = loss_and_gradients(losses.mean(), sdpa)
+    assert_same_work("SDPA", own, oracle, dtype)
+    if shape.course:
+        assert_same_work("course", course_results(course, x, y, sizes.n_head), oracle, "fp32")
+    # Errors of tokens cancel in the mean by chance, so torch's is taken before it.
+    own_error = (own_losses.detach().double() - losses.detach()).abs().mean().item()
+    budget = RESULT_FACTOR * (own_error + torch.finfo(torch.float32).eps * oracle[0].item())
+    assert error(actual[0], oracle[0]) <= budget, f"loss: error above {budget:.3g}"
+    for name, a, t, o in zip(names, actual[1:], own[1:], oracle[1:], strict=True):
+        assert_budget(f"gradient of {name}", a, t, o, GRADIENT_FACTOR)
+
+
+def step(shape: Shape, dtype: str) -> Case:
+    """A row: one model in one dtype."""
+    return Case(
+        {name: make() for name, make in makers(shape, dtype).items()},
+        shape.flops,
+        functools.partial(verify, shape, dtype),
+        compiles=("SDPA, torch.compile",),
+        other_dtype=(COURSE_FP32,),
+    )
+
+
+def rows() -> Iterator[Row]:
+    """All rows of the script."""
+    for shape in SHAPES:
+        for dtype in DTYPES:
+            build = functools.partial(step, shape, dtype)
+            quick = shape.name == "abc"
+            yield Row(shape.name, dtype, build, quick, makers(shape, dtype))
+
+
+def run(argv: list[str] | None = None) -> int:
+    """Runs the script and returns its exit code."""
+    return main("train", __doc__ or "", rows(), argv, with_memory=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,217 @@
+"""The command line of every benchmark: options, the run over the rows, exit codes.
+
+0: all rows are verified and timed; 1: a row is not; 2: a mistake in the options.
+"""
+
+import argparse
+import gc
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import memory
+import show
+import torch
+from common import DTYPES, OURS, Case, Row, measure, peak
+
+from gptfast import threads
+from gptfast.errors import ConfigError
+from gptfast.ops import select
+from gptfast.plots import SUFFIXES
+
+EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+QUICK_SECONDS = 0.05
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def main(
+    script: str,
+    about: str,
+    rows: Iterable[Row],
+    argv: Sequence[str] | None = None,
+    with_memory: bool = False,
+) -> int:
+    """Runs a benchmark script.
+
+    Args:
+        script: its name without `bench_`.
+        about: what it measures, for --help.
+        rows: its rows; they are built one at a time.
+        argv: the options; None takes the process's own.
+        with_memory: whether the script has the option --memory.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        options = parse(script, about, argv, with_memory)
+        chosen = choose(list(rows), options)
+    except (ConfigError, OSError) as error:
+        print(f"bench_{script}: {sentence(error)}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    else:
+        threads.use_usable_threads()
+    result = run(script, chosen, options)
+    show.print_result(result)
+    if options.out:
+        show.write_json(options.out, result)
+    if options.plot:
+        show.plot(options.plot, result)
+    show.print_json(result)
+    return EXIT_FAILED if result["failed"] else 0
+
+
+def sentence(error: Exception) -> str:
+    """What is wrong, in one line."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: cannot be written ({error.strerror})"
+    return str(error)
+
+
+def parse(
+    script: str, about: str, argv: Sequence[str] | None, with_memory: bool
+) -> argparse.Namespace:
+    """Reads and checks the options. Raises ConfigError or OSError before anything is timed."""
+    parser = _Parser(prog=f"bench_{script}.py", description=about, allow_abbrev=False)
+    parser.add_argument(
+        "--dtype", nargs="+", choices=tuple(DTYPES), default=list(DTYPES), help="default: all"
+    )
+    parser.add_argument("--threads", type=_positive(int), metavar="N", help="of torch and gptfast")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument(
+        "--only", default="", metavar="SUBSTRING", help="rows with this in the name"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="smallest rows, few rounds, no compile"
+    )
+    parser.add_argument(
+        "--seconds", type=_positive(float), help="to time a row for; default: 3, with --quick 0.05"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios")
+    if with_memory:
+        parser.add_argument("--memory", action="store_true", help="measure peak memory as well")
+    options = parser.parse_args(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no CUDA device here")
+    reasons = select.unavailable(options.device, torch.float32)
+    if reasons:
+        raise ConfigError(f"the fused kernels cannot run: {'; '.join(reasons)}")
+    if options.plot and options.plot.suffix.lower() not in SUFFIXES:
+        raise ConfigError(f"--plot: the name must end in {', '.join(SUFFIXES)}, got {options.plot}")
+    if options.plot:
+        show.need_matplotlib()
+    for path in (options.out, options.plot):
+        if path:
+            _check_writable(path)
+    options.seconds = options.seconds or (QUICK_SECONDS if options.quick else 3.0)
+    options.memory = with_memory and options.memory
+    return options
+
+
+def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+        return value
+
+    return read
+
+
+def _check_writable(path: Path) -> None:
+    """Raises OSError where the file cannot be written; leaves what is there as it is."""
+    existed = path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a"):
+        pass
+    if not existed:
+        path.unlink()
+
+
+def choose(rows: list[Row], options: argparse.Namespace) -> list[Row]:
+    """The rows that the options ask for. Raises ConfigError where that is none."""
+    named = [row for row in rows if options.only in row.name]
+    if not named:
+        names = ", ".join(dict.fromkeys(row.name for row in rows))
+        raise ConfigError(f"--only {options.only!r} is in no row's name; there are {names}")
+    chosen = [
+        row for row in named if row.dtype in options.dtype and (row.quick or not options.quick)
+    ]
+    if not chosen:
+        raise ConfigError(f"--only {options.only!r} names no row that --quick has")
+    return chosen
+
+
+def run(script: str, rows: list[Row], options: argparse.Namespace) -> dict[str, Any]:
+    """Verifies and times the rows; see `show` for what is in the result."""
+    dtypes = list(dict.fromkeys(row.dtype for row in rows))
+    result: dict[str, Any] = {
+        "script": script,
+        "card": show.card(),
+        "peak": {dtype: peak(dtype, options.quick) for dtype in dtypes},
+        "rows": [],
+        "failed": [],
+    }
+    for row in rows:
+        if not options.quick:
+            torch.compiler.reset()  # or the rows before would use up the limit of recompilations
+        gc.collect()
+        torch.manual_seed(0)
+        try:
+            line = run_row(row, options, result["peak"][row.dtype]["gflops"])
+        except AssertionError as error:
+            result["failed"].append({"name": row.name, "dtype": row.dtype, "why": str(error)})
+            print(f"{row}: FAILED: {error}", file=sys.stderr)
+            continue
+        result["rows"].append(line)
+        print(f"{row}: verified, {line['rounds']} rounds", file=sys.stderr)
+    return result
+
+
+def run_row(row: Row, options: argparse.Namespace, peak_gflops: float) -> dict[str, Any]:
+    """Builds, verifies and times one row. Raises AssertionError where it cannot be trusted."""
+    case = row.build()
+    if options.quick:
+        for name in case.compiles:
+            del case.contenders[name]
+    notes = leave_out_what_does_not_run(case)
+    case.verify()
+    timing = measure(case.contenders, options.seconds)
+    line = show.line(row, case, timing, peak_gflops, notes)
+    if options.memory:
+        names = list(case.contenders)
+        del case
+        gc.collect()
+        line["memory_mib"], note = memory.of_contenders("bench_train", row, names)
+        line["notes"] |= note
+    return line
+
+
+def leave_out_what_does_not_run(case: Case) -> dict[str, str]:
+    """Calls every contender once; those that raise leave the case, and the reasons are returned.
+
+    Raises:
+        AssertionError: ours is one of them.
+    """
+    notes = {}
+    for name, contender in list(case.contenders.items()):
+        try:
+            contender()
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            reason = f"{type(error).__name__}: {lines[0]}"
+            assert name != OURS, f"gptfast does not run: {reason}"
+            del case.contenders[name]
+            notes[name] = f"does not run: {reason}"
+    return notes

@@ -1,0 +1,231 @@
+"""What all benchmarks share: rows, their verification, and how they are timed.
+
+A script describes its rows; `command.main` runs them. A row is verified before it is timed.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from oracle import Op, assert_budget, check_results, error
+from torch import Tensor
+
+Run = Callable[[], Any]  # a contender: does the whole work once
+Results = Callable[[], list[Tensor]]  # one whose results can be compared: the output, gradients
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+OURS = "gptfast"
+# How far a contender may be from the float64 result, relative to its largest value, to count as
+# having done the same work; ours is held to the error budget besides. In bfloat16, torch's
+# LayerNorm sums its parameters' gradients in that type and is 15 % off at 4096 rows.
+SAME_WORK = {"fp32": 1e-3, "bf16": 0.3}
+LEAST_ROUNDS, LEAST_SLOW_ROUNDS, MOST_ROUNDS = 5, 3, 1000
+PEAK_SIZES = ((512, 512, 512), (1024, 1024, 1024), (4096, 512, 128), (2048, 768, 3072))
+PEAK_REPETITIONS = 10
+
+
+@dataclass
+class Case:
+    """A row with its tensors: what is timed, and how it is verified."""
+
+    contenders: dict[str, Run]  # gptfast is the first
+    flops: float  # useful ones: what the mask leaves out or a backward computes again is not
+    verify: Callable[[], None]  # raises AssertionError
+    compiles: tuple[str, ...] = ()  # contenders whose first call compiles
+    other_dtype: tuple[str, ...] = ()  # contenders that do not compute in the row's dtype
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a script's table, before its tensors exist."""
+
+    name: str
+    dtype: str  # a key of DTYPES
+    build: Callable[[], Case]
+    quick: bool = False  # small enough for --quick
+    alone: dict[str, Callable[[], Run]] = field(default_factory=dict)  # builds single contenders
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The medians over the rounds, in seconds, by contender."""
+
+    rounds: int
+    seconds: dict[str, float]
+
+
+def random_tensors(*shapes: tuple[int, ...], dtype: str, scale: float = 1.0) -> list[Tensor]:
+    """Normally distributed tensors of these shapes, always the same ones."""
+    generator = torch.Generator().manual_seed(1)
+    made = [torch.randn(shape, generator=generator) * scale for shape in shapes]
+    return [x.to(DTYPES[dtype]) for x in made]
+
+
+def forward_backward(
+    forward: Callable[[], Tensor], leaves: Sequence[Tensor], grad: Tensor
+) -> Results:
+    """The work of a forward and a backward pass; its results are the output and the gradients."""
+
+    def run() -> list[Tensor]:
+        out = forward()
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+    return run
+
+
+def work(op: Op, inputs: Sequence[Tensor], grad: Tensor | None) -> Results:
+    """The op's work on `inputs`: forward and backward, forward alone where `grad` is None."""
+    if grad is None:
+
+        def run() -> list[Tensor]:
+            with torch.no_grad():
+                return [op(*inputs)]
+
+        return run
+    leaves = [x.detach().requires_grad_(x.dtype.is_floating_point) for x in inputs]
+    wanted = [x for x in leaves if x.requires_grad]
+    return forward_backward(lambda: op(*leaves), wanted, grad)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float64, where it is a floating-point tensor."""
+    return x.detach().double() if x.dtype.is_floating_point else x
+
+
+def compare(
+    contenders: dict[str, Results],
+    oracle: Results,
+    flops: float,
+    dtype: str,
+    *,
+    checked: dict[str, Results] | None = None,
+    part: Callable[[Tensor], Tensor] = lambda x: x,
+    one_scale: bool = False,
+    compiles: tuple[str, ...] = (),
+) -> Case:
+    """Makes the case of contenders that do the same work on the same tensors.
+
+    Args:
+        contenders: ours, then torch's own that the budget is measured by, then others.
+        oracle: the same work in float64.
+        flops: see `Case`.
+        dtype: see `Row`.
+        checked: what is verified in place of the contenders, of the same names: where those draw
+            dropout masks of their own, the same work with equal masks.
+        part: of each result, what the oracle computes.
+        one_scale: the gradients are held to a rounding of the largest one of them all.
+        compiles: see `Case`.
+    """
+
+    def verify() -> None:
+        verified = contenders if checked is None else checked
+        running = [name for name in verified if name in case.contenders]
+        results = {name: [part(x) for x in verified[name]()] for name in running}
+        expected = oracle()
+        for name in running[1:]:
+            assert_same_work(name, results[name], expected, dtype)
+        scale = max(x.abs().max().item() for x in expected[1:]) if one_scale else None
+        check_results(results[OURS], results[running[1]], expected, scale)
+
+    case = Case(dict(contenders), flops, verify, compiles)
+    return case
+
+
+def assert_same_work(
+    name: str, results: Sequence[Tensor], oracle: Sequence[Tensor], dtype: str
+) -> None:
+    """Asserts that a contender which computes in `dtype` does what it should, however it rounds."""
+    for i, (x, expected) in enumerate(zip(results, oracle, strict=True)):
+        bound = SAME_WORK[dtype] * expected.abs().max().item()
+        assert error(x, expected) <= bound, f"{name} does other work: result {i} is not the same"
+
+
+def compiled(op: Op) -> Op:
+    """The op through torch.compile, which is loaded and called when it first runs."""
+
+    @functools.cache
+    def get() -> Op:
+        return torch.compile(op, dynamic=False)
+
+    return lambda *args, **options: get()(*args, **options)
+
+
+def plain_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight' by gptfast's operator alone; x (M, K), weight (N, K) -> (M, N)."""
+    return torch.ops.gptfast.linear(x, None, None, weight, None, None)[0]
+
+
+def measure(contenders: dict[str, Run], seconds: float) -> Timing:
+    """Times the contenders in turn, each once a round, after a round that warms up.
+
+    Args:
+        contenders: by name.
+        seconds: how long the rounds should take together; see `count_rounds`.
+    """
+    names = list(contenders)
+    first = [_seconds(contenders[name]) for name in names]
+    rounds = count_rounds(seconds, sum(first))
+    for _ in range(rounds // 10):
+        for name in names:
+            contenders[name]()
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for round_ in range(rounds):
+        for name in rotated(names, round_):
+            times[name].append(_seconds(contenders[name]))
+    return Timing(rounds, {name: statistics.median(times[name]) for name in names})
+
+
+def count_rounds(seconds: float, one_round: float) -> int:
+    """How many rounds fit: at least 5, or 3 where a single one takes all the time there is."""
+    least = LEAST_SLOW_ROUNDS if one_round > seconds else LEAST_ROUNDS
+    return max(least, min(int(seconds / one_round), MOST_ROUNDS))
+
+
+def rotated(names: Sequence[str], by: int) -> list[str]:
+    """The names in order, another one first each time: none always follows the same neighbour."""
+    start = by % len(names)
+    return [*names[start:], *names[:start]]
+
+
+def _seconds(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def peak(dtype: str, quick: bool = False) -> dict[str, Any]:
+    """Measures the fastest matrix product that torch.mm or gptfast reaches here.
+
+    Args:
+        dtype: a key of DTYPES.
+        quick: the smallest size alone.
+
+    Returns:
+        `gflops`, `by` (who reached it) and `size`.
+
+    Raises:
+        AssertionError: gptfast's product is wrong.
+    """
+    found: dict[str, Any] = {"gflops": 0.0}
+    for M, K, N in PEAK_SIZES[:1] if quick else PEAK_SIZES:
+        x, weight = random_tensors((M, K), (N, K), dtype=dtype)
+        with torch.no_grad():
+            own, actual = torch.mm(x, weight.t()), plain_linear(x, weight)
+            assert_budget("matrix product", actual, own, wide(x) @ wide(weight).t(), 2.0)
+            products: dict[str, Run] = {
+                "torch.mm": functools.partial(torch.mm, x, weight.t()),
+                OURS: functools.partial(plain_linear, x, weight),
+            }
+            for _ in range(PEAK_REPETITIONS):
+                for name, run in products.items():
+                    gflops = 2e-9 * M * K * N / _seconds(run)
+                    if gflops > found["gflops"]:
+                        found = {"gflops": gflops, "by": name, "size": f"{M}x{K}x{N}"}
+    return found
