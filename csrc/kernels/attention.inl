@@ -11,9 +11,10 @@ constexpr float no_score = -__builtin_inff();
 
 template <class T>
 struct Head {
-  const T* data;
-  int64_t row;  // stride
+  const T* data = nullptr;
+  int64_t row = 0;  // stride
 
+  Head() = default;
   Head(const Heads& all, int64_t b, int64_t h)
       : data(static_cast<const T*>(all.data) + b * all.b + h * all.h), row(all.t) {}
   const T* at(int64_t t) const { return data + t * row; }
@@ -24,37 +25,44 @@ inline int64_t visible_keys(const Attention& s, int64_t query) {
   return max(0, min(s.Tk, query + 1 + s.Tk - s.Tq));
 }
 
-// Parts that one head is split into so that every thread has work.
-inline int64_t parts_per_head(const Attention& s, int64_t most, const Parallel& parallel) {
-  const int64_t wanted = divide_up(4 * parallel.threads, max(1, s.B * s.H));
-  return parallel.threads == 1 ? 1 : max(1, min(wanted, most));
+// How the work is cut into tasks: with many heads, some of them per task; with few, every head in
+// parts, so that every thread has work.
+struct HeadTasks {
+  int64_t heads, parts, heads_per_task, tasks;
+
+  HeadTasks(const Attention& s, int64_t most_parts, const Parallel& parallel) : heads(s.B * s.H) {
+    const int64_t wanted = 4 * parallel.threads;
+    parts = parallel.threads == 1 ? 1 : max(1, min(divide_up(wanted, max(1, heads)), most_parts));
+    heads_per_task = max(1, heads * parts / (4 * wanted));
+    if (parts > 1) heads_per_task = 1;
+    tasks = divide_up(heads, heads_per_task) * parts;
+  }
+
+  int64_t first_head(int64_t task) const { return task / parts * heads_per_task; }
+  int64_t last_head(int64_t task) const { return min(heads, first_head(task) + heads_per_task); }
+};
+
+// Rows of scores are this far apart: not a multiple of 2048 bytes over any few rows.
+constexpr int64_t SCORES = KEYS + 16;
+
+inline float highest_score(const float* s, int64_t count) {
+  VF highest = splat(no_score);
+  for_vectors(count, [&](int64_t j, auto part) {
+    highest = vmax(highest, only(load(s + j, part), part, no_score));
+  });
+  return max(highest);
 }
 
-// One row of one key block, s the products q . k:
-//   m' = max(m, max_j s_j c), p_j = exp2(s_j c - m'), l' = l exp2(m - m') + sum_j p_j, with c =
-//   scale log2(e)
-// s becomes p, zero from `count` to `width`. Returns exp2(m - m'), by which the row of O is to be
-// multiplied.
-inline float softmax_step(float* s, int64_t count, int64_t width, float c, float& m, float& l) {
-  float rescale = 1.0f;
-  if (count > 0) {
-    VF row_max = splat(m);
-    for_vectors(count, [&](int64_t j, auto part) {
-      row_max = vmax(row_max, only(load(s + j, part) * c, part, no_score));
-    });
-    const float highest = max(row_max);
-    VF total = splat(0.0f);
-    for_vectors(count, [&](int64_t j, auto part) {
-      const VF p = exp2(load(s + j, part) * c - highest);
-      store(s + j, p, part);
-      total += only(p, part);
-    });
-    rescale = m == no_score ? 0.0f : exp2(splat(m - highest))[0];
-    l = l * rescale + sum(total);
-    m = highest;
-  }
+// s_j -> exp2(c s_j - m) for j < count and 0 up to width; returns their sum.
+inline float exponentials(float* s, int64_t count, int64_t width, float c, float m) {
+  VF total = splat(0.0f);
+  for_vectors(count, [&](int64_t j, auto part) {
+    const VF p = exp2(load(s + j, part) * c - m);
+    store(s + j, p, part);
+    total += only(p, part);
+  });
   for (int64_t j = max(count, 0); j < width; ++j) s[j] = 0.0f;
-  return rescale;
+  return sum(total);
 }
 
 template <class T>
@@ -68,28 +76,30 @@ struct AttentionTask {
   int64_t ld;  // of O
   float c;
   Frame frame;
+  P *key_panels, *value_panels;
   Rhs<P> keys, values;
   float *scores, *o;
   P *q_copy, *p_copy;
   float m[QUERIES], l[QUERIES];
 
-  AttentionTask(const Attention& s, int64_t head, int64_t used_keys)
+  AttentionTask(const Attention& s, int64_t used_keys)
       : s(s),
-        head(head),
-        q(s.q, head / s.H, head % s.H),
-        k(s.k, head / s.H, head % s.H),
-        v(s.v, head / s.H, head % s.H),
-        out(s.out, head / s.H, head % s.H),
         ld(padded_n<P>(s.D)),
         c(s.scale * log2e),
-        keys(pack_transposed(k.data, k.row, s.D, used_keys,
-                             take<P>(frame, rhs_elements<P>(s.D, used_keys)))),
-        values(pack_straight(v.data, v.row, used_keys, s.D,
-                             take<P>(frame, rhs_elements<P>(used_keys, s.D)))),
-        scores(take<float>(frame, QUERIES * KEYS)),
+        key_panels(take<P>(frame, rhs_elements<P>(s.D, used_keys))),
+        value_panels(take<P>(frame, rhs_elements<P>(used_keys, s.D))),
+        scores(take<float>(frame, QUERIES * SCORES)),
         o(take<float>(frame, QUERIES * ld)),
         q_copy(take<P>(frame, QUERIES * row_stride<P>(padded_k<P>(s.D)))),
         p_copy(take<P>(frame, QUERIES * row_stride<P>(KEYS))) {}
+
+  void start_head(int64_t index, int64_t used_keys) {
+    const int64_t b = index / s.H, h = index % s.H;
+    head = index;
+    q = {s.q, b, h}, k = {s.k, b, h}, v = {s.v, b, h}, out = {s.out, b, h};
+    keys = pack_transposed(k.data, k.row, s.D, used_keys, key_panels);
+    values = pack_straight(v.data, v.row, used_keys, s.D, value_panels);
+  }
 
   // Keys of the block from k0 on that any row before `row` of the query block sees.
   int64_t block_keys(int64_t q0, int64_t row, int64_t k0) const {
@@ -106,56 +116,80 @@ struct AttentionTask {
     for (int64_t k0 = 0; k0 < last; k0 += KEYS) {
       for (int64_t r0 = 0; r0 < rows; r0 += MR)
         softmax_tile(queries, q0, r0, min(MR, rows - r0), k0);
-      apply_dropout(s.dropout, head, q0, k0, rows, min(KEYS, last - k0), scores, KEYS);
+      apply_dropout(s.dropout, head, q0, k0, rows, min(KEYS, last - k0), scores, SCORES);
       for (int64_t r0 = 0; r0 < rows; r0 += MR) {
         const int64_t tile = min(MR, rows - r0), count = block_keys(q0, r0 + tile, k0);
         if (count <= 0) continue;
-        const Lhs<P> p = lhs_rows(scores + r0 * KEYS, KEYS, tile, count, p_copy);
+        const Lhs<P> p = lhs_rows(scores + r0 * SCORES, SCORES, tile, count, p_copy);
         gemm(tile, s.D, count, p, values.rows(k0), o + r0 * ld, ld, k0 > 0);
       }
     }
-    for (int64_t i = 0; i < rows; ++i) finish_query(q0 + i, i);
+    finish_queries(q0, rows);
   }
 
-  // S = Q K' and its softmax for `tile` rows from r0 on; rows of O that have a value already are
-  // rescaled.
+  // S = Q K' for `tile` rows from r0 on, then for each row
+  //   m' = max(m, c max_j s_j), p_j = exp2(c s_j - m'), l' = l exp2(m - m') + sum_j p_j
+  // with c = scale log2(e); rows of O that have a value already are multiplied by exp2(m - m').
   void softmax_tile(Lhs<P> queries, int64_t q0, int64_t r0, int64_t tile, int64_t k0) {
     const int64_t width = block_keys(q0, r0 + tile, k0);
     if (width <= 0) return;
-    float* block = scores + r0 * KEYS;
     gemm(tile, width, s.D, Lhs<P>{queries.data + r0 * queries.row, queries.row, queries.step},
-         keys.columns(k0), block, KEYS, false);
-    for (int64_t i = r0; i < r0 + tile; ++i) {
-      const int64_t count = min(width, visible_keys(s, q0 + i) - k0);
-      const float rescale = softmax_step(scores + i * KEYS, count, width, c, m[i], l[i]);
-      if (k0 > 0 && rescale != 1.0f)
-        for (int64_t j = 0; j < ld; j += W) store(o + i * ld + j, load(o + i * ld + j) * rescale);
+         keys.columns(k0), scores + r0 * SCORES, SCORES, false);
+    float highest[MR], rescale[MR], total[MR];
+    const auto count = [&](int64_t i) { return min(width, visible_keys(s, q0 + r0 + i) - k0); };
+    for (int64_t i = 0; i < tile; ++i)
+      highest[i] = highest_score(scores + (r0 + i) * SCORES, count(i));
+    for_vectors(tile, [&](int64_t i, auto part) {
+      const VF before = load(m + r0 + i, part);
+      const VF now = vmax(before, c * load(highest + i, part));
+      store(rescale + i, before == no_score ? splat(0.0f) : exp2(before - now), part);
+      store(m + r0 + i, now, part);
+    });
+    for (int64_t i = 0; i < tile; ++i)
+      total[i] = exponentials(scores + (r0 + i) * SCORES, count(i), width, c, m[r0 + i]);
+    for_vectors(tile, [&](int64_t i, auto part) {
+      float* sums = l + r0 + i;
+      store(sums, load(sums, part) * load(rescale + i, part) + load(total + i, part), part);
+    });
+    if (k0 == 0) return;
+    for (int64_t i = 0; i < tile; ++i) {
+      float* row = o + (r0 + i) * ld;
+      if (rescale[i] != 1.0f)
+        for (int64_t j = 0; j < ld; j += W) store(row + j, load(row + j) * rescale[i]);
     }
   }
 
-  // O / l, and lse = ln sum_j exp(scale s_j).
-  void finish_query(int64_t query, int64_t i) {
-    const bool sees_none = l[i] == 0.0f;
-    const float inverse = sees_none ? 0.0f : 1.0f / l[i];
-    for_vectors(s.D, [&](int64_t j, auto part) {
-      const VF value = sees_none ? splat(0.0f) : load(o + i * ld + j, part) * inverse;
-      store(out.out(query) + j, value, part);
+  // O / l, and lse = ln sum_j exp(scale s_j); a row that sees no key has l = 0.
+  void finish_queries(int64_t q0, int64_t rows) {
+    float inverse[QUERIES];
+    for_vectors(rows, [&](int64_t i, auto part) {
+      const VF sums = load(l + i, part), lse = load(m + i, part) * (1 / log2e) + log(sums);
+      store(inverse + i, sums == 0.0f ? splat(0.0f) : 1.0f / sums, part);
+      if (s.lse) store(s.lse + head * s.Tq + q0 + i, sums == 0.0f ? splat(no_score) : lse, part);
     });
-    if (s.lse)
-      s.lse[head * s.Tq + query] = sees_none ? no_score : m[i] / log2e + __builtin_logf(l[i]);
+    for (int64_t i = 0; i < rows; ++i)
+      for_vectors(s.D, [&](int64_t j, auto part) {
+        const VF value = load(o + i * ld + j, part) * inverse[i];
+        store(out.out(q0 + i) + j, l[i] == 0.0f ? splat(0.0f) : value, part);
+      });
   }
 };
 
 template <class T>
 void attention_typed(const Attention& s, const Parallel& parallel) {
-  const int64_t blocks = divide_up(s.Tq, QUERIES), parts = parts_per_head(s, blocks, parallel);
-  run_tasks(parallel, s.B * s.H * parts, [&](int64_t task) {
+  const int64_t blocks = divide_up(s.Tq, QUERIES);
+  const HeadTasks split(s, blocks, parallel);
+  run_tasks(parallel, split.tasks, [&](int64_t task) {
     // Later parts see more keys: they come first.
-    const int64_t head = task / parts, part = parts - 1 - task % parts;
-    const int64_t first = blocks * part / parts * QUERIES,
-                  last = min(s.Tq, blocks * (part + 1) / parts * QUERIES);
-    AttentionTask<T> attention(s, head, visible_keys(s, last - 1));
-    for (int64_t q0 = first; q0 < last; q0 += QUERIES) attention.query_block(q0);
+    const int64_t part = split.parts - 1 - task % split.parts;
+    const int64_t first = blocks * part / split.parts * QUERIES,
+                  last = min(s.Tq, blocks * (part + 1) / split.parts * QUERIES);
+    const int64_t used_keys = visible_keys(s, last - 1);
+    AttentionTask<T> attention(s, used_keys);
+    for (int64_t head = split.first_head(task); head < split.last_head(task); ++head) {
+      attention.start_head(head, used_keys);
+      for (int64_t q0 = first; q0 < last; q0 += QUERIES) attention.query_block(q0);
+    }
   });
 }
 

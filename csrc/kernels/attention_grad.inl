@@ -22,23 +22,13 @@ struct AttentionGradTask {
   P *keys_copy, *values_copy, *key_rows_copy, *q_copy, *dout_copy, *q_panels, *dout_panels, *p_copy,
       *ds_copy;
 
-  AttentionGradTask(const AttentionGrad& grad, int64_t head, float* dq_total)
+  explicit AttentionGradTask(const AttentionGrad& grad)
       : grad(grad),
         s(grad.forward),
-        head(head),
-        q(s.q, head / s.H, head % s.H),
-        k(s.k, head / s.H, head % s.H),
-        v(s.v, head / s.H, head % s.H),
-        out(s.out, head / s.H, head % s.H),
-        dout(grad.dout, head / s.H, head % s.H),
-        dq(grad.dq, head / s.H, head % s.H),
-        dk(grad.dk, head / s.H, head % s.H),
-        dv(grad.dv, head / s.H, head % s.H),
         ld(padded_n<P>(s.D)),
-        dq_total(dq_total ? dq_total : take<float>(frame, s.Tq * ld)),
         delta(take<float>(frame, s.Tq)),
-        p(take<float>(frame, QUERIES * KEYS)),
-        ds(take<float>(frame, QUERIES * KEYS)),
+        p(take<float>(frame, QUERIES * SCORES)),
+        ds(take<float>(frame, QUERIES * SCORES)),
         dk_total(take<float>(frame, KEYS * ld)),
         dv_total(take<float>(frame, KEYS * ld)),
         keys_copy(take<P>(frame, rhs_elements<P>(s.D, KEYS))),
@@ -51,7 +41,16 @@ struct AttentionGradTask {
         p_copy(take<P>(frame, lhs_transposed_elements<P>(QUERIES, KEYS))),
         ds_copy(take<P>(
             frame, max(lhs_transposed_elements<P>(QUERIES, KEYS), QUERIES * row_stride<P>(KEYS)))) {
-    __builtin_memset(this->dq_total, 0, static_cast<size_t>(s.Tq * ld) * sizeof(float));
+  }
+
+  // `dq_total` (Tq, ld) receives the head's dQ.
+  void start_head(int64_t index, float* dq_sums) {
+    const int64_t b = index / s.H, h = index % s.H;
+    head = index;
+    q = {s.q, b, h}, k = {s.k, b, h}, v = {s.v, b, h}, out = {s.out, b, h};
+    dout = {grad.dout, b, h}, dq = {grad.dq, b, h}, dk = {grad.dk, b, h}, dv = {grad.dv, b, h};
+    dq_total = dq_sums;
+    __builtin_memset(dq_total, 0, static_cast<size_t>(s.Tq * ld) * sizeof(float));
     for (int64_t i = 0; i < s.Tq; ++i) {
       VF total = splat(0.0f);
       for_vectors(s.D, [&](int64_t j, auto part) {
@@ -65,8 +64,8 @@ struct AttentionGradTask {
     const Rhs<P> keys_t = pack_transposed(k.at(k0), k.row, s.D, keys, keys_copy);
     const Rhs<P> values_t = pack_transposed(v.at(k0), v.row, s.D, keys, values_copy);
     const Rhs<P> key_rows = pack_straight(k.at(k0), k.row, keys, s.D, key_rows_copy);
-    __builtin_memset(dk_total, 0, static_cast<size_t>(KEYS * ld) * sizeof(float));
-    __builtin_memset(dv_total, 0, static_cast<size_t>(KEYS * ld) * sizeof(float));
+    __builtin_memset(dk_total, 0, static_cast<size_t>(keys * ld) * sizeof(float));
+    __builtin_memset(dv_total, 0, static_cast<size_t>(keys * ld) * sizeof(float));
     const int64_t first_query = max(0, k0 - (s.Tk - s.Tq));
     for (int64_t q0 = first_query / QUERIES * QUERIES; q0 < s.Tq; q0 += QUERIES)
       query_block(q0, min(QUERIES, s.Tq - q0), k0, keys, keys_t, values_t, key_rows);
@@ -85,24 +84,24 @@ struct AttentionGradTask {
       const int64_t tile = min(MR, rows - r0),
                     count = min(keys, visible_keys(s, q0 + r0 + tile - 1) - k0);
       if (count > 0) {
-        gemm(tile, count, s.D, at_row(queries, r0), keys_t, p + r0 * KEYS, KEYS, false);
-        gemm(tile, count, s.D, at_row(douts, r0), values_t, ds + r0 * KEYS, KEYS, false);
+        gemm(tile, count, s.D, at_row(queries, r0), keys_t, p + r0 * SCORES, SCORES, false);
+        gemm(tile, count, s.D, at_row(douts, r0), values_t, ds + r0 * SCORES, SCORES, false);
       }
     }
     for (int64_t r0 = 0; r0 < rows; r0 += DROPOUT_ROWS)
       probability_rows(q0, r0, min(DROPOUT_ROWS, rows - r0), k0, keys, width);
 
-    const Lhs<P> p_t = lhs_transposed(p, KEYS, rows, keys, p_copy);
+    const Lhs<P> p_t = lhs_transposed(p, SCORES, rows, keys, p_copy);
     add_key_grads(p_t, pack_straight(dout.at(q0), dout.row, rows, s.D, dout_panels), dv_total, q0,
                   rows, k0, keys);
-    const Lhs<P> ds_t = lhs_transposed(ds, KEYS, rows, keys, ds_copy);
+    const Lhs<P> ds_t = lhs_transposed(ds, SCORES, rows, keys, ds_copy);
     add_key_grads(ds_t, pack_straight(q.at(q0), q.row, rows, s.D, q_panels), dk_total, q0, rows, k0,
                   keys);
     for (int64_t r0 = 0; r0 < rows; r0 += MR) {
       const int64_t tile = min(MR, rows - r0),
                     count = min(keys, visible_keys(s, q0 + r0 + tile - 1) - k0);
       if (count <= 0) continue;
-      const Lhs<P> ds_rows = lhs_rows(ds + r0 * KEYS, KEYS, tile, count, ds_copy);
+      const Lhs<P> ds_rows = lhs_rows(ds + r0 * SCORES, SCORES, tile, count, ds_copy);
       gemm(tile, s.D, count, ds_rows, key_rows, dq_total + (q0 + r0) * ld, ld, true);
     }
   }
@@ -118,8 +117,8 @@ struct AttentionGradTask {
       if (s.dropout.threshold > 0) keep = dropout_factors(s.dropout, head, q0 + r0, k0 + j);
       for (int64_t row = 0; row < rows; ++row) {
         const int64_t i = r0 + row, query = q0 + i;
-        float* p_at = p + i * KEYS + j;
-        float* ds_at = ds + i * KEYS + j;
+        float* p_at = p + i * SCORES + j;
+        float* ds_at = ds + i * SCORES + j;
         const int64_t count = min(keys, visible_keys(s, query) - k0) - j;
         if (count <= 0) {
           store(p_at, splat(0.0f));
@@ -160,16 +159,21 @@ template <class T>
 void attention_grad_typed(const AttentionGrad& grad, const Parallel& parallel) {
   using P = typename OperandOf<T>::type;
   const Attention& s = grad.forward;
-  const int64_t blocks = divide_up(s.Tk, KEYS), parts = parts_per_head(s, blocks, parallel);
-  const int64_t ld = padded_n<P>(s.D), dq_size = s.Tq * ld;
+  const int64_t blocks = divide_up(s.Tk, KEYS);
+  const HeadTasks split(s, blocks, parallel);
+  const int64_t parts = split.parts, ld = padded_n<P>(s.D), dq_size = s.Tq * ld;
   Frame frame;
-  float* partial = parts > 1 ? take<float>(frame, s.B * s.H * parts * dq_size) : nullptr;
-  run_tasks(parallel, s.B * s.H * parts, [&](int64_t task) {
-    const int64_t head = task / parts, part = task % parts;
-    AttentionGradTask<T> backward(grad, head, partial ? partial + task * dq_size : nullptr);
-    for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block)
-      backward.key_block(block * KEYS, min(KEYS, s.Tk - block * KEYS));
-    if (parts == 1) backward.write_dq();
+  float* partial = parts > 1 ? take<float>(frame, split.tasks * dq_size) : nullptr;
+  run_tasks(parallel, split.tasks, [&](int64_t task) {
+    AttentionGradTask<T> backward(grad);
+    float* dq_total = partial ? partial + task * dq_size : take<float>(backward.frame, dq_size);
+    const int64_t part = task % parts;
+    for (int64_t head = split.first_head(task); head < split.last_head(task); ++head) {
+      backward.start_head(head, dq_total);
+      for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block)
+        backward.key_block(block * KEYS, min(KEYS, s.Tk - block * KEYS));
+      if (parts == 1) backward.write_dq();
+    }
   });
   if (parts == 1) return;
   run_tasks(parallel, s.B * s.H, [&](int64_t head) {

@@ -139,13 +139,14 @@ inline VF load_units(const bf16* p, int64_t count, bf16) {
 }
 
 // One panel of B from the columns' own rows: column n of B is row n of src (K contiguous), n <
-// count <= NR.
+// count <= NR. Zeros follow up to whole vectors; a vector of columns that do not exist is left as it
+// is, and the microkernels do not read it.
 template <class P, class S>
 inline void pack_panel_transposed(const S* src, int64_t ld, int64_t k, int64_t count, P* dst) {
   constexpr int NR = Tile<P>::NR, KU = Tile<P>::KU;
   const int64_t units = padded_k<P>(k) / KU;
   for (int64_t u0 = 0; u0 < units; u0 += W)
-    for (int64_t n0 = 0; n0 < NR; n0 += W) {
+    for (int64_t n0 = 0; n0 < count; n0 += W) {
       VF r[W];
       for (int i = 0; i < W; ++i)
         r[i] = n0 + i < count ? load_units(src + (n0 + i) * ld + u0 * KU, k - u0 * KU, P{})
@@ -264,11 +265,12 @@ inline void transpose_pairs(const bf16* pairs, int64_t units, int64_t width, bf1
     }
 }
 
-// X (k, m) as the left-hand side X' (m, k), through `copy`, which holds
-// lhs_transposed_elements<P>(k, m).
+// X (k, m) as the left-hand side X' (m, k): in place where the type allows, else through `copy`,
+// which holds lhs_transposed_elements<P>(k, m).
 template <class P, class S>
 inline Lhs<P> lhs_transposed(const S* x, int64_t ld, int64_t k, int64_t m, P* copy) {
   constexpr int KU = Tile<P>::KU;
+  if constexpr (sizeof(P) == sizeof(S) && KU == 1) return {x, 1, ld};
   const int64_t width = transposed_width<P>(m), padded = padded_k<P>(k);
   pack_rows(x, ld, k, m, 0, width, copy);
   if constexpr (!lhs_by_rows<P>) {

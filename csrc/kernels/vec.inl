@@ -150,22 +150,45 @@ inline VF polynomial(VF x, const float (&c)[N]) {
   return sum;
 }
 
-// 2^x, relative error below 3e-7 on [-126, 128); 0 below that range, -inf included; NaN of NaN.
-// n = round(x), 2^x = 2^n 2^f with |f| <= 1/2 and 2^f by its minimax polynomial of degree 6.
+// 2^x, relative error below 3e-7 on [-126, 128); 0, or a denormal number, below that range; 0 of
+// -inf; NaN of NaN. n = round(x), 2^x = 2^n 2^f with |f| <= 1/2 and 2^f by its minimax polynomial
+// of degree 6.
 inline VF exp2(VF x) {
+  constexpr float lowest = GPTFAST_VECTOR_BYTES == 64 ? -200.0f : -127.0f;
+  const VF clamped = vmin(splat(128.0f), vmax(splat(lowest), x));  // in this order a NaN stays one
+#if GPTFAST_VECTOR_BYTES == 64
+  const VF n = (VF)_mm512_roundscale_ps((__m512)clamped, 0);
+  const VF f = clamped - n;
+#else
   constexpr float shift = 0x1.8p23f;  // adding it leaves round(x) in the low bits of the sum
-  const VF clamped = vmin(splat(128.0f), vmax(splat(-127.0f), x));  // in this order a NaN stays one
   const VF sum = clamped + shift;
   const VF f = clamped - (sum - shift);
+#endif
   const VF p = polynomial(f, {1.0f, 6.931472029e-01f, 2.402264791e-01f, 5.550332471e-02f,
                               9.618437361e-03f, 1.339887457e-03f, 1.535336145e-04f});
-  const VF scaled = (VF)(bits(p) + (bits(sum) << 23));
-  return x < splat(-126.0f) ? splat(0.0f) : scaled;
+#if GPTFAST_VECTOR_BYTES == 64
+  return (VF)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  return x < splat(-126.0f) ? splat(0.0f) : (VF)(bits(p) + (bits(sum) << 23));
+#endif
 }
 
 constexpr float log2e = 1.44269504088896f;
 
 inline VF exp(VF x) { return exp2(x * log2e); }
+
+// ln x of normal x > 0, error below 1e-8 before rounding; NaN of NaN and of infinity.
+// x = 2^e (1 + f) with 1 + f in [sqrt 1/2, sqrt 2), ln(1 + f) = f - f^2 / 2 + f^3 p(f).
+inline VF log(VF x) {
+  constexpr int32_t sqrt_half = 0x3f3504f3;
+  const VI e = (bits(x) - sqrt_half) >> 23;
+  const VF f = (VF)(bits(x) - (e << 23)) - 1.0f;
+  const VF p =
+      polynomial(f, {3.333331645e-01f, -2.500080764e-01f, 2.000228614e-01f, -1.662459522e-01f,
+                     1.418121606e-01f, -1.312841028e-01f, 1.288139224e-01f, -7.860173285e-02f});
+  const VF fraction = f + (f * f * f * p - 0.5f * f * f);
+  return fraction + __builtin_convertvector(e, VF) * 0.693147181f + (x - x);
+}
 
 // The normal distribution's cumulative probability at x, and the derivative of x cdf(x):
 //   1/2 + x N(x^2) / D(x^2) each, with one D, fitted to 2e-8 on |x| <= 5.5. Beyond, both keep their

@@ -57,13 +57,13 @@ Tensor forward(Attention& s, const Tensor& out) {
   return lse;
 }
 
-// `out` and `dout` must outlive the call.
-AttentionGrad backward(const Arguments& args, Attention& s, const Tensor& dout, const Tensor& out,
+// `dout` as heads, `out` (contiguous) and `lse` must outlive the call.
+AttentionGrad backward(const Arguments& args, Attention& s, const Heads& dout, const Tensor& out,
                        const Tensor& lse) {
   s.out = heads_within(out, s.Tq, 1, 0, s.H, s.D);
   s.lse = args.statistics("lse", lse, {s.B, s.H, s.Tq});
   AttentionGrad grad = {};
-  grad.dout = heads_within(dout, s.Tq, 1, 0, s.H, s.D);
+  grad.dout = dout;
   grad.forward = s;
   return grad;
 }
@@ -83,8 +83,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, Tensor q, Ten
   Attention s = separate("attention_backward", q, k, v, scale, p, seed, stream);
   const Arguments args("attention_backward", "q", q);
   const Tensor dense_out = args.activation("out", out, {s.B, s.Tq, s.H, s.D});
-  const Tensor dense_dout = args.activation("dout", dout, {s.B, s.Tq, s.H, s.D});
-  AttentionGrad grad = backward(args, s, dense_dout, dense_out, lse);
+  if (dout.dim() == 4 && dout.stride(3) != 1) dout = torch::stable::contiguous(dout);
+  Heads dheads = args.heads("dout", dout, {s.B, s.Tq, s.H, s.D});
+  std::swap(dheads.h, dheads.t);  // (B, T, H, D)
+  AttentionGrad grad = backward(args, s, dheads, dense_out, lse);
   Tensor dq = new_tensor({s.B, s.Tq, s.H, s.D}, scalar_type(s.dtype));
   Tensor dk = new_tensor({s.B, s.Tk, s.H, s.D}, scalar_type(s.dtype));
   Tensor dv = new_tensor({s.B, s.Tk, s.H, s.D}, scalar_type(s.dtype));
@@ -111,7 +113,8 @@ Tensor attention_packed_backward(Tensor dout, Tensor qkv, int64_t n_head, Tensor
   const Arguments args("attention_packed_backward", "qkv", qkv);
   const Tensor dense_out = args.activation("out", out, {s.B, s.Tq, s.H * s.D});
   const Tensor dense_dout = args.activation("dout", dout, {s.B, s.Tq, s.H * s.D});
-  AttentionGrad grad = backward(args, s, dense_dout, dense_out, lse);
+  AttentionGrad grad =
+      backward(args, s, heads_within(dense_dout, s.Tq, 1, 0, s.H, s.D), dense_out, lse);
   Tensor dqkv = new_tensor({s.B, s.Tq, 3 * s.H * s.D}, scalar_type(s.dtype));
   grad.dq = heads_within(dqkv, s.Tq, 3, 0, s.H, s.D);
   grad.dk = heads_within(dqkv, s.Tq, 3, 1, s.H, s.D);
