@@ -17,16 +17,26 @@ inline void write_tile(VF (&acc)[M][NV], float* c, int64_t ldc, bool add) {
     }
 }
 
+// What a microkernel brings into the cache for a later one, step by step of its own loop: large
+// weights come from the outer cache or from memory.
+struct Ahead {
+  const char* data;
+  int64_t step;  // bytes
+
+  void fetch(int64_t unit) const { __builtin_prefetch(data + unit * step, 0, 2); }
+};
+
 // C (M, NV vectors) from one panel; A's rows are reached from a base pointer per three of them.
 template <int M, int NV>
 inline void microkernel(int64_t units, Lhs<float> a, const float* b, float* c, int64_t ldc,
-                        bool add) {
+                        bool add, Ahead ahead) {
   VF acc[M][NV];
   for (int i = 0; i < M; ++i)
     for (int v = 0; v < NV; ++v) acc[i][v] = splat(0.0f);
   const float* base[(M + 2) / 3];
   for (int i = 0; i < M; i += 3) base[i / 3] = a.data + i * a.row;
   for (int64_t u = 0; u < units; ++u, b += 2 * W) {
+    ahead.fetch(u);
     VF column[NV];
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) column[v] = load(b + v * W);
@@ -46,13 +56,14 @@ inline void microkernel(int64_t units, Lhs<float> a, const float* b, float* c, i
 // The same on pairs of bf16: c += a[2u] b[2u] + a[2u+1] b[2u+1].
 template <int M, int NV>
 inline void microkernel(int64_t units, Lhs<bf16> a, const bf16* b, float* c, int64_t ldc,
-                        bool add) {
+                        bool add, Ahead ahead) {
   __m512 acc[M][NV];
   for (int i = 0; i < M; ++i)
     for (int v = 0; v < NV; ++v) acc[i][v] = _mm512_setzero_ps();
   const bf16* base[(M + 2) / 3];
   for (int i = 0; i < M; i += 3) base[i / 3] = a.data + i * a.row;
   for (int64_t u = 0; u < units; ++u, b += 4 * W) {
+    ahead.fetch(u);
     __m512bh column[NV];
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) column[v] = (__m512bh)_mm512_loadu_si512(b + v * 2 * W);
@@ -72,7 +83,7 @@ inline void microkernel(int64_t units, Lhs<bf16> a, const bf16* b, float* c, int
 #endif
 
 template <class P>
-using Microkernel = void (*)(int64_t, Lhs<P>, const P*, float*, int64_t, bool);
+using Microkernel = void (*)(int64_t, Lhs<P>, const P*, float*, int64_t, bool, Ahead);
 
 // The microkernels of 1 .. MR rows.
 template <class P, int NV, int M = Tile<P>::MR>
@@ -97,14 +108,18 @@ template <class P, class Done>
 inline void gemm(int64_t m, int64_t n, int64_t k, Lhs<P> a, Rhs<P> b, float* c, int64_t ldc,
                  bool add, const Done& done) {
   constexpr int MR = Tile<P>::MR, NR = Tile<P>::NR, KU = Tile<P>::KU;
+  const int64_t tiles = divide_up(m, MR), unit_bytes = NR * KU * static_cast<int64_t>(sizeof(P));
   for (int64_t k0 = 0; k0 < k; k0 += KC) {
     const int64_t units = padded_k<P>(min(KC, k - k0)) / KU;
     for (int64_t n0 = 0; n0 < n; n0 += NR) {
       const P* panel = b.rows(k0).columns(n0).data;
+      // The next panel, a part of it with each tile; after the last one, this one again.
+      const char* next = reinterpret_cast<const char*>(n0 + NR < n ? panel + b.panel : panel);
       for (int64_t m0 = 0; m0 < m; m0 += MR) {
         const Lhs<P> rows = {a.data + m0 * a.row + k0 / KU * a.step, a.row, a.step};
+        const Ahead ahead = {next + m0 / MR * units * unit_bytes / tiles, unit_bytes / tiles};
         microkernel_of<P>(min(MR, m - m0), n - n0)(units, rows, panel, c + m0 * ldc + n0, ldc,
-                                                   add || k0 > 0);
+                                                   add || k0 > 0, ahead);
         if (k0 + KC >= k) done(m0, min(MR, m - m0), n0, min(NR, n - n0));
       }
     }
