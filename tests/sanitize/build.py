@@ -11,6 +11,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,8 @@ def facts_of_setup() -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "setup.py"))
 
 
-def digest(*folders: Path) -> str:
-    """A hash of all C++ in these folders."""
-    files = sorted(path for folder in folders for path in folder.rglob("*.[chi]*"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+def digest(files: Iterable[Path]) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
 
 
 def compile_object(command: str, source: Path, target: Path, state: str) -> str:
@@ -65,18 +64,19 @@ def main(directory: Path) -> None:
             print(f"not built: {isa}: {line}")
 
     cxx = facts["CXX"]
-    kernels, everything = digest(CSRC / "kernels"), digest(CSRC, HERE)
+    headers = [*CSRC.rglob("*.h"), *HERE.glob("*.h")]
+    kernels = digest((CSRC / "kernels").iterdir())
     macros = " ".join(f"-DGPTFAST_HAVE_{isa.upper()}=1" for isa in built)
     plain = f"{cxx} {FLAGS} -std=c++17 -DGPTFAST_AMX_EMULATED=1 {macros}"
     jobs = []
-    for isa in reversed(built):  # the highest levels take longest
+    for isa in built:
         command = f"{cxx} {FLAGS} {facts['KERNEL_FLAGS']} {facts['ISA_FLAGS'][isa]}"
         source = CSRC / "kernels" / f"isa_{isa}.cpp"
         jobs.append((command, source, directory / f"isa_{isa}.o", kernels))
     others = [CSRC / "kernels" / "dispatch.cpp", CSRC / "engine" / "decoder.cpp"]
     for source in [*others, *sorted(HERE.glob("*.cpp"))]:
         target = directory / f"{source.parent.name}_{source.stem}.o"
-        jobs.append((plain, source, target, everything))
+        jobs.append((plain, source, target, digest([source, *headers])))
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         objects = list(pool.map(lambda job: compile_object(*job), jobs))
     harness = shlex.quote(str(directory / "harness"))
