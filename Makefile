@@ -27,11 +27,12 @@ test-amx:
 	cd $(EMULATED) && GPTFAST_AMX_EMULATED=1 $(PYTHON) setup.py --quiet build_ext --inplace
 	cd $(EMULATED) && $(PYTHON) -m pytest -k amx tests
 
-# Kernels and engine under AddressSanitizer and UBSan, on shapes where they could miss an end.
+# Kernels and engine under AddressSanitizer and UBSan, on shapes where they could miss an end; each
+# group of cases is a process of its own.
 asan:
 	$(PYTHON) tests/sanitize/build.py build/asan
 	build/asan/harness list > build/asan/groups
-	xargs -n 1 -P $${MAX_JOBS:-2} build/asan/harness < build/asan/groups
+	xargs -n 1 -P $${MAX_JOBS:-$$(nproc)} build/asan/harness < build/asan/groups
 
 # Each script in a process of its own. The pictures are to be looked at, not committed.
 benchmark = PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/bench_$(1).py $(2) \
