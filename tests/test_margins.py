@@ -1,6 +1,6 @@
 """No operator touches memory beside its tensors, which lie against a page that is forbidden.
 
-All arguments, results and what the backward keeps: forbidden behind the last element, then before
+All arguments, results and what the backward keeps: forbidden behind the last element, or before
 the first. A violation ends the process; hence the operators run in one of their own, which is this
 file as a script: with a level, or with a side, to violate on purpose.
 """
@@ -188,7 +188,7 @@ def described(op: Any, args: tuple, options: dict) -> str:
 
 
 def run_all(level: str) -> None:
-    """Every case, a fifth of them at the other side too, its description printed first; the operators seen come last."""
+    """Runs the cases, each announced by a line; the last line names the operators called."""
     extension = select.extension()
     assert extension is not None
     extension.isa_set(level)

@@ -95,7 +95,7 @@ void cross_entropy_case(const Shape& s) {
 
 void cross_entropy_cases() {
   constexpr std::pair<int64_t, int64_t> sizes[] = {
-      {1, 1}, {1, 66}, {33, 1}, {33, 5}, {33, 300}, {64, 66}, {7, 1000}, {64, 1000},
+      {1, 1}, {1, 66}, {33, 1}, {33, 5}, {33, 300}, {64, 66}, {7, 1000},
   };
   constexpr With withs[] = {With::neither, With::norm, With::norm_and_bias};
   for (const DType dtype : dtypes) {
