@@ -119,7 +119,7 @@ void attention_cases() {
     int64_t turn = 0;  // takes every layout with and without dropout to every other shape
     for (const int64_t D : {8, 12, 16, 33, 64, 128, 256})
       for (const auto& [Tq, Tk] : times) {
-        if (D > 64 && Tq * Tk > 129 * 129) continue;  // the time that it takes
+        if (D > 64 && Tq * Tk > 97 * 97) continue;  // the time that it takes
         const int repeats = Tq * Tk > 33 * 33 ? 1 : 2;
         for (int repeat = 0; repeat < repeats; ++repeat, ++turn) {
           Layout layout = layouts[turn % 3];
