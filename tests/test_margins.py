@@ -160,7 +160,9 @@ def run_op(op: Any, args: tuple, options: dict) -> None:
     out = op(*args, **options)
     inputs = (*args, *options.values())
     leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-    torch.autograd.grad(out, leaves, torch.ones_like(out))
+    # In another layout than an attention's result, which is a transposed view.
+    grad = torch.ones_like(out, memory_format=torch.contiguous_format)
+    torch.autograd.grad(out, leaves, grad)
 
 
 def models() -> list[gptfast.GPT]:

@@ -128,7 +128,13 @@ void attention_cases() {
           attention_case({dtype, B, 2, Tq, Tk, D, turn / 3 % 2 ? 20000 : 0, layout});
         }
       }
-    for (const Layout layout : layouts) attention_case({dtype, 1, 3, 40, 40, 20, 65536, layout});
+    for (const Layout layout : layouts) {
+      attention_case({dtype, 1, 3, 40, 40, 20, 65536, layout});
+      attention_case({dtype, 61, 5, 9, 9, 12, 20000, layout});
+    }
+    // As above, so many heads that a task has several; some rows see no key, some see more.
+    attention_case({dtype, 61, 5, 7, 3, 12, 0, Layout::separate});
+    attention_case({dtype, 61, 5, 3, 7, 12, 0, Layout::gapped});
   }
 }
 
