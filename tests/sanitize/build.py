@@ -1,0 +1,87 @@
+"""Builds the harness: kernels and engine under AddressSanitizer and UBSan, once per level.
+
+Flags come from setup.py; objects that are up to date stay. MAX_JOBS limits the compiler processes.
+
+Usage: python tests/sanitize/build.py DIRECTORY
+"""
+
+import hashlib
+import os
+import runpy
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import setuptools
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CSRC = ROOT / "csrc"
+
+# Little optimised, so that a report names the lines of the source.
+FLAGS = "-O1 -g1 -fno-omit-frame-pointer -Wall"
+FLAGS += " -fsanitize=address,undefined -fno-sanitize-recover=all"
+
+
+def facts_of_setup() -> dict[str, Any]:
+    """The names that setup.py defines, without the build that it would start."""
+    # The tiles of AMX in plain memory, on a processor that has them too: their loads and stores
+    # are own assembly, which no sanitizer sees.
+    os.environ["GPTFAST_AMX_EMULATED"] = "1"
+    setuptools.setup = lambda **_: None
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def digest(files: Iterable[Path]) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
+
+
+def compile_object(command: str, source: Path, target: Path, state: str) -> str:
+    """Runs the command unless `target` was made by it from this state of the files."""
+    command = f"{command} -c {shlex.quote(str(source))} -o {shlex.quote(str(target))}"
+    stamp = target.with_suffix(".stamp")
+    state = f"{state} {command}"
+    if not (target.exists() and stamp.exists() and stamp.read_text() == state):
+        stamp.unlink(missing_ok=True)
+        subprocess.run(f"set -x; {command}", shell=True, check=True)
+        stamp.write_text(state)
+    return shlex.quote(str(target))
+
+
+def main(directory: Path) -> None:
+    facts = facts_of_setup()
+    directory.mkdir(parents=True, exist_ok=True)
+    problems = {}
+    for isa, flags in facts["ISA_FLAGS"].items():
+        problems[isa] = facts["problem"]("vector" if isa == "generic" else "immintrin.h", flags)
+    built = [isa for isa, line in problems.items() if line is None]
+    for isa, line in problems.items():
+        if line is not None:
+            print(f"not built: {isa}: {line}")
+
+    cxx = facts["CXX"]
+    headers = [*CSRC.rglob("*.h"), *HERE.glob("*.h")]
+    kernels = digest((CSRC / "kernels").iterdir())
+    macros = " ".join(f"-DGPTFAST_HAVE_{isa.upper()}=1" for isa in built)
+    plain = f"{cxx} {FLAGS} -std=c++17 -DGPTFAST_AMX_EMULATED=1 {macros}"
+    jobs = []
+    for isa in built:
+        command = f"{cxx} {FLAGS} {facts['KERNEL_FLAGS']} {facts['ISA_FLAGS'][isa]}"
+        source = CSRC / "kernels" / f"isa_{isa}.cpp"
+        jobs.append((command, source, directory / f"isa_{isa}.o", kernels))
+    others = [CSRC / "kernels" / "dispatch.cpp", CSRC / "engine" / "decoder.cpp"]
+    for source in [*others, *sorted(HERE.glob("*.cpp"))]:
+        target = directory / f"{source.parent.name}_{source.stem}.o"
+        jobs.append((plain, source, target, digest([source, *headers])))
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        objects = list(pool.map(lambda job: compile_object(*job), jobs))
+    harness = shlex.quote(str(directory / "harness"))
+    subprocess.run(f"{cxx} {FLAGS} {' '.join(objects)} -o {harness}", shell=True, check=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

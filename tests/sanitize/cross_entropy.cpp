@@ -1,0 +1,120 @@
+// Final norm, output projection and loss, with and without gradients, with rows that do not count.
+#include <cmath>
+
+#include "harness.h"
+
+namespace gptfast::sanitize {
+namespace {
+
+enum class Ignored { none, some, all };
+enum class With { neither, norm, norm_and_bias };
+
+struct Shape {
+  DType dtype, param;
+  int64_t M, K, V;
+  Ignored ignored;
+  With with;
+};
+
+constexpr int64_t ignore_index = -100;
+
+struct Inputs {
+  Buffer x, norm_weight, norm_bias, weight;
+  int64_t counted = 0;
+  std::vector<int64_t> drawn;
+  Indices targets;
+
+  explicit Inputs(const Shape& s)
+      : x(s.M * s.K, s.dtype, 1.0),
+        norm_weight(s.K, s.param, 1.0),
+        norm_bias(s.K, s.param, 1.0),
+        weight(s.V * s.K, s.param, 1.0 / std::sqrt(static_cast<double>(s.K))),
+        drawn(draw(s)),
+        targets(drawn) {
+    for (const int64_t target : drawn) counted += target != ignore_index;
+  }
+
+  static std::vector<int64_t> draw(const Shape& s) {
+    std::vector<int64_t> targets;
+    for (int64_t i = 0; i < s.M; ++i) {
+      const bool ignored =
+          s.ignored == Ignored::all || (s.ignored == Ignored::some && random_below(4) == 0);
+      targets.push_back(ignored ? ignore_index : random_below(s.V));
+    }
+    return targets;
+  }
+};
+
+std::vector<Result> run(const Shape& s, const Inputs& in, const Kernels& kernels,
+                        const Parallel& parallel) {
+  const bool norm = s.with != With::neither, norm_bias = s.with == With::norm_and_bias;
+  Buffer loss(1, DType::f32), loss_alone(1, DType::f32);
+  Buffer dnorm_weight(norm ? s.K : 0, s.param), dnorm_bias(norm_bias ? s.K : 0, s.param);
+  Buffer dx(s.M * s.K, s.dtype), dweight(s.V * s.K, s.param);
+  CrossEntropy a = {};
+  a.dtype = s.dtype;
+  a.M = s.M, a.K = s.K, a.V = s.V;
+  a.x = in.x.data();
+  a.norm = {in.norm_weight.param(norm), in.norm_bias.param(norm_bias), nullptr, nullptr};
+  a.weight.param = in.weight.param();
+  a.targets = in.targets.data();
+  a.ignore_index = ignore_index;
+  a.loss = loss_alone.floats();
+  kernels.cross_entropy(a, parallel);
+  a.loss = loss.floats();
+  a.dx = dx.data();
+  a.dnorm = {dnorm_weight.grad(norm), dnorm_bias.grad(norm_bias)};
+  a.dweight = dweight.grad();
+  kernels.cross_entropy(a, parallel);
+  expect(same_bits(loss, loss_alone), "the loss depends on whether gradients are wanted");
+  if (in.counted == 0) expect(loss.value(0) == 0.0f, "the mean over no target is not 0");
+  const double counted = static_cast<double>(std::max<int64_t>(1, in.counted));
+  const double dn = 1.0 / (counted * std::sqrt(static_cast<double>(s.K)));
+  return {{"loss", loss.values()},
+          {"dx", dx.values(), dn},
+          {"dnorm_weight", dnorm_weight.values(), dn * std::sqrt(counted)},
+          {"dnorm_bias", dnorm_bias.values(), dn * std::sqrt(counted)},
+          {"dweight", dweight.values(), 1.0 / std::sqrt(counted * static_cast<double>(s.V))}};
+}
+
+void cross_entropy_case(const Shape& s) {
+  constexpr const char* ignored[] = {"", ", some ignored", ", all ignored"};
+  constexpr const char* with[] = {"", " norm", " norm bias"};
+  const Inputs in(s);
+  const auto i = [](int64_t x) { return static_cast<long long>(x); };
+  const std::string name =
+      format("cross entropy %s, parameters %s, M%lld K%lld V%lld%s%s", sanitize::name(s.dtype),
+             sanitize::name(s.param), i(s.M), i(s.K), i(s.V), with[static_cast<int>(s.with)],
+             ignored[static_cast<int>(s.ignored)]);
+  check(name, s.dtype, [&](const Kernels& kernels, const Parallel& parallel) {
+    return run(s, in, kernels, parallel);
+  });
+}
+
+}  // namespace
+
+void cross_entropy_cases() {
+  constexpr std::pair<int64_t, int64_t> sizes[] = {
+      {1, 1}, {1, 66}, {33, 1}, {33, 5}, {33, 300}, {64, 66}, {7, 1000},
+  };
+  constexpr With withs[] = {With::neither, With::norm, With::norm_and_bias};
+  for (const DType dtype : dtypes) {
+    int turn = 0;
+    for (const DType param : param_dtypes(dtype)) {
+      for (const int64_t M : {0, 1, 47, 49, 97, 200})
+        for (const auto& [K, V] : sizes) {
+          const Ignored ignored = M > 1 ? Ignored::some : Ignored::none;
+          cross_entropy_case({dtype, param, M, K, V, ignored, withs[turn++ % 3]});
+        }
+      cross_entropy_case({dtype, param, 50, 12, 20, Ignored::all, With::norm_and_bias});
+      cross_entropy_case({dtype, param, 50, 12, 20, Ignored::none, With::neither});
+      // More columns than are in work at a time, and a gradient that is summed up in place.
+      cross_entropy_case({dtype, param, 50, 5, 2400, Ignored::some, With::norm_and_bias});
+      cross_entropy_case({dtype, param, 50, 32, 1155, Ignored::some, With::neither});
+    }
+    // So wide that the rows come in several chunks.
+    cross_entropy_case({dtype, dtype, 193, 8753, 3, Ignored::some, With::norm});
+  }
+}
+
+}  // namespace gptfast::sanitize

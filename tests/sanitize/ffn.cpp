@@ -1,0 +1,132 @@
+// The feed-forward block and its backward: both GELUs, dropout, more and less than one block of
+// hidden columns.
+#include <cmath>
+
+#include "harness.h"
+
+namespace gptfast::sanitize {
+namespace {
+
+struct Shape {
+  DType dtype, param;
+  int64_t M, C, F;
+  bool bias;
+  int32_t dropout;
+  Gelu gelu;
+};
+
+struct Inputs {
+  Buffer x, norm_weight, norm_bias, w1, b1, w2, b2, dy;
+
+  explicit Inputs(const Shape& s)
+      : x(s.M * s.C, s.dtype, 1.0),
+        norm_weight(s.C, s.param, 1.0),
+        norm_bias(s.C, s.param, 1.0),
+        w1(s.F * s.C, s.param, 1.0 / std::sqrt(static_cast<double>(s.C))),
+        b1(s.F, s.param, 1.0),
+        w2(s.C * s.F, s.param, 1.0 / std::sqrt(static_cast<double>(s.F))),
+        b2(s.C, s.param, 1.0),
+        dy(s.M * s.C, s.dtype, 1.0) {}
+};
+
+Ffn forward(const Shape& s, const Inputs& in) {
+  Ffn a = {};
+  a.dtype = s.dtype;
+  a.M = s.M, a.C = s.C, a.F = s.F;
+  a.x = in.x.data();
+  a.norm = {in.norm_weight.param(), in.norm_bias.param(s.bias), nullptr, nullptr};
+  a.w1.param = in.w1.param(), a.b1 = in.b1.param(s.bias);
+  a.w2.param = in.w2.param(), a.b2 = in.b2.param(s.bias);
+  a.gelu = s.gelu;
+  a.dropout = {s.dropout, 9, 3};
+  return a;
+}
+
+// As in generation: from packed weights, nothing kept for a backward.
+void run_packed(Ffn a, const Buffer& y, const Kernels& kernels, const Parallel& parallel) {
+  Buffer again(a.M * a.C, a.dtype);
+  Buffer w1(kernels.packed_weight_bytes(a.dtype, a.F, a.C) / 2, DType::bf16);
+  Buffer w2(kernels.packed_weight_bytes(a.dtype, a.C, a.F) / 2, DType::bf16);
+  kernels.pack_weight(a.dtype, a.w1.param, a.F, a.C, w1.data(), parallel);
+  kernels.pack_weight(a.dtype, a.w2.param, a.C, a.F, w2.data(), parallel);
+  a.w1 = {Param{}, w1.data()}, a.w2 = {Param{}, w2.data()};
+  a.norm.mean = a.norm.rstd = nullptr;
+  a.hidden = nullptr;
+  a.y = again.data();
+  kernels.ffn(a, parallel);
+  expect(same_bits(again, y), "packed weights give another result");
+}
+
+std::vector<Result> run(const Shape& s, const Inputs& in, const Kernels& kernels,
+                        const Parallel& parallel) {
+  Buffer y(s.M * s.C, s.dtype), hidden(s.M * s.F, s.dtype), mean(s.M, DType::f32);
+  Buffer rstd(s.M, DType::f32), dx(s.M * s.C, s.dtype), dnorm_weight(s.C, s.param);
+  Buffer dw1(s.F * s.C, s.param), dw2(s.C * s.F, s.param), dnorm_bias(s.bias ? s.C : 0, s.param);
+  Buffer db1(s.bias ? s.F : 0, s.param), db2(s.bias ? s.C : 0, s.param);
+  Ffn a = forward(s, in);
+  a.norm.mean = mean.floats(), a.norm.rstd = rstd.floats();
+  a.hidden = hidden.data();
+  a.y = y.data();
+  kernels.ffn(a, parallel);
+  run_packed(a, y, kernels, parallel);
+
+  FfnGrad g = {};
+  g.forward = a;
+  g.dy = in.dy.data();
+  g.dx = dx.data();
+  g.dnorm = {dnorm_weight.grad(), dnorm_bias.grad(s.bias)};
+  g.dw1 = dw1.grad(), g.db1 = db1.grad(s.bias);
+  g.dw2 = dw2.grad(), g.db2 = db2.grad(s.bias);
+  kernels.ffn_grad(g, parallel);
+  const double rows = std::sqrt(static_cast<double>(s.M));
+  const double du = std::sqrt(static_cast<double>(s.C) / static_cast<double>(s.F));
+  return {{"y", y.values()},
+          {"hidden", hidden.values()},
+          {"mean", mean.values()},
+          {"rstd", rstd.values()},
+          {"dx", dx.values(), std::max(1.0, root_mean_square(rstd))},
+          {"dnorm_weight", dnorm_weight.values(), rows},
+          {"dnorm_bias", dnorm_bias.values(), rows},
+          {"dw1", dw1.values(), rows * du},
+          {"db1", db1.values(), rows * du},
+          {"dw2", dw2.values(), rows},
+          {"db2", db2.values(), rows}};
+}
+
+void ffn_case(const Shape& s) {
+  const Inputs in(s);
+  const auto i = [](int64_t x) { return static_cast<long long>(x); };
+  const std::string name =
+      format("ffn %s, parameters %s, M%lld C%lld F%lld%s dropout %d %s", sanitize::name(s.dtype),
+             sanitize::name(s.param), i(s.M), i(s.C), i(s.F), s.bias ? " bias" : "", s.dropout,
+             s.gelu == Gelu::erf ? "erf" : "tanh");
+  check(name, s.dtype, [&](const Kernels& kernels, const Parallel& parallel) {
+    return run(s, in, kernels, parallel);
+  });
+}
+
+}  // namespace
+
+void ffn_cases() {
+  constexpr std::pair<int64_t, int64_t> sizes[] = {
+      {1, 1}, {1, 600}, {9, 37}, {16, 64}, {33, 132}, {50, 513}, {65, 1}, {70, 520},
+  };
+  constexpr int32_t dropouts[] = {0, 10000, 65536};
+  for (const DType dtype : dtypes) {
+    const std::vector<DType> params = param_dtypes(dtype);
+    size_t turn = 0;
+    for (const int64_t M : {0, 1, 47, 49, 97, 200})
+      for (const auto& [C, F] : sizes)
+        for (const Gelu gelu : {Gelu::erf, Gelu::tanh}) {
+          if (M > 49 && C * F > 20000 && gelu == Gelu::tanh) continue;  // the time that it takes
+          const size_t mix = turn / 2 + turn;  // every pair of the choices below comes up
+          ffn_case({dtype, params[mix % params.size()], M, C, F, turn % 3 != 0, dropouts[mix % 3],
+                    gelu});
+          ++turn;
+        }
+    // So wide that the rows of a weight's gradient come in several chunks.
+    if (dtype == DType::f32) ffn_case({dtype, dtype, 193, 3, 4391, true, 10000, Gelu::erf});
+  }
+}
+
+}  // namespace gptfast::sanitize

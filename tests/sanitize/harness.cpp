@@ -1,0 +1,188 @@
+// Runs a group of cases at every instruction set of this machine. Usage: harness list | GROUP
+#include "harness.h"
+
+#include <chrono>
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+#include <cstring>
+
+namespace gptfast::sanitize {
+namespace {
+
+struct Way {
+  int fill;
+  bool reversed;
+  int threads;
+};
+
+// The first is what the others are compared with.
+constexpr Way ways[] = {
+    {0xff, false, 1},
+    {0x00, true, 1},
+    {0x3f, true, 7},
+    {0xff, false, 7},
+};
+
+std::vector<const Kernels*> levels;
+std::string running = "the start";
+int64_t cases = 0, runs = 0, failures = 0;
+
+void forward_order(int64_t tasks, void (*body)(void*, int64_t), void* context) {
+  for (int64_t task = 0; task < tasks; ++task) body(context, task);
+}
+
+void reversed_order(int64_t tasks, void (*body)(void*, int64_t), void* context) {
+  for (int64_t task = tasks; task-- > 0;) body(context, task);
+}
+
+// The root of the mean square of a - b; equal infinities do not differ.
+double distance(const std::vector<float>& a, const std::vector<float>& b) {
+  double squares = 0.0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const double d = a[i] == b[i] ? 0.0 : static_cast<double>(a[i]) - b[i];
+    squares += d * d;
+  }
+  return a.empty() ? 0.0 : std::sqrt(squares / static_cast<double>(a.size()));
+}
+
+double size_of(const std::vector<float>& a) {
+  std::vector<float> finite = a;
+  for (float& x : finite) x = std::isinf(x) ? 0.0f : x;
+  return distance(finite, std::vector<float>(a.size()));
+}
+
+void expect_close(const Result& a, const Result& b, DType dtype, const char* what) {
+  const double limit = dtype == DType::f32 ? 1e-5 : 2e-2;
+  const double size = std::max(size_of(b.values), b.terms), error = distance(a.values, b.values);
+  expect(error <= limit * size,
+         format("%s differs %s by %.3g, its terms are of size %.3g", a.name, what, error, size));
+}
+
+void expect_numbers(const Result& result) {
+  int64_t missing = 0;
+  for (const float x : result.values) missing += std::isnan(x);
+  expect(missing == 0, format("%s has %lld NaN or unwritten elements of %zu", result.name,
+                              static_cast<long long>(missing), result.values.size()));
+}
+
+bool same_bits(const Result& a, const Result& b) {
+  return a.values.size() == b.values.size() &&
+         (a.values.empty() ||
+          std::memcmp(a.values.data(), b.values.data(), a.values.size() * sizeof(float)) == 0);
+}
+
+// One level's runs; returns the results of the first.
+std::vector<Result> check_level(const std::string& name, DType dtype, const Case& run,
+                                const Kernels& level) {
+  std::vector<Result> first, of_threads;
+  int threads = 0;
+  for (const Way& way : ways) {
+    running = format("%s, %s, %d threads%s, scratch %02x", name.c_str(), level.name, way.threads,
+                     way.reversed ? " reversed" : "", static_cast<unsigned>(way.fill));
+    scratch_fill = way.fill;
+    const std::vector<Result> results =
+        run(level, {way.reversed ? reversed_order : forward_order, way.threads});
+    ++runs;
+    if (first.empty()) first = results;
+    if (way.threads != threads) of_threads = results;
+    threads = way.threads;
+    for (size_t i = 0; i < results.size(); ++i) {
+      expect_numbers(results[i]);
+      expect(same_bits(results[i], of_threads[i]),
+             format("%s depends on the scratch memory or on the order of tasks", results[i].name));
+      if (results[i].any_threads)
+        expect(same_bits(results[i], first[i]),
+               format("%s depends on the number of threads", results[i].name));
+      else
+        expect_close(results[i], first[i], dtype, "with the number of threads");
+    }
+  }
+  return first;
+}
+
+const std::pair<const char*, void (*)()> groups[] = {
+    {"attention", attention_cases},
+    {"linear", linear_cases},
+    {"ffn", ffn_cases},
+    {"cross_entropy", cross_entropy_cases},
+    {"embedding", embedding_cases},
+    {"decoder", decoder_cases},
+};
+
+// Prints the groups, and to the other stream what no group will run.
+int list() {
+  for (const auto& [group, run] : groups) std::printf("%s\n", group);
+  for (int i = 0; i < kIsaCount; ++i)
+    if (const char* reason = isa_unavailable_reason(static_cast<Isa>(i)))
+      std::fprintf(stderr, "not run: %s: %s\n", isa_name(static_cast<Isa>(i)), reason);
+  return 0;
+}
+
+int run_group(const char* group, void (*run)()) {
+  std::string names;
+  for (int i = 0; i < kIsaCount; ++i) {
+    const Isa isa = static_cast<Isa>(i);
+    if (isa_unavailable_reason(isa) != nullptr) continue;
+    isa_set(isa);
+    levels.push_back(&kernels());
+    names += std::string(levels.size() > 1 ? ", " : "") + kernels().name;
+  }
+  const auto start = std::chrono::steady_clock::now();
+  run();
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  std::printf("%s: %lld cases in %lld runs at %s: %lld failures (%.1f s)\n", group,
+              static_cast<long long>(cases), static_cast<long long>(runs), names.c_str(),
+              static_cast<long long>(failures), seconds.count());
+  return failures > 0 || cases == 0;
+}
+
+}  // namespace
+
+void expect(bool condition, const std::string& what) {
+  if (condition) return;
+  ++failures;
+  std::printf("FAILED %s: %s\n", running.c_str(), what.c_str());
+}
+
+void check(const std::string& name, DType dtype, const Case& run) {
+  ++cases;
+  std::vector<Result> lowest;
+  for (const Kernels* level : levels) {
+    const std::vector<Result> results = check_level(name, dtype, run, *level);
+    if (lowest.empty()) lowest = results;
+    for (size_t i = 0; i < results.size(); ++i)
+      if (results[i].any_level)
+        expect_close(results[i], lowest[i], dtype, "from the lowest level's");
+  }
+}
+
+std::string format(const char* pattern, ...) {
+  char text[256];
+  va_list arguments;
+  va_start(arguments, pattern);
+  std::vsnprintf(text, sizeof text, pattern, arguments);
+  va_end(arguments);
+  return text;
+}
+
+const char* name(DType dtype) { return dtype == DType::f32 ? "f32" : "bf16"; }
+
+int main_of(const std::string& wanted) {
+  if (wanted == "list") return list();
+  for (const auto& [group, run] : groups)
+    if (wanted == group) return run_group(group, run);
+  std::fprintf(stderr, "usage: harness list, or one of the groups that it lists\n");
+  return 2;
+}
+
+}  // namespace gptfast::sanitize
+
+// The sanitizers call these before their reports.
+extern "C" void __asan_on_error() { gptfast::sanitize::expect(false, "AddressSanitizer:"); }
+extern "C" void __ubsan_on_report() { gptfast::sanitize::expect(false, "UBSan:"); }
+
+int main(int argc, char** argv) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // failures before a sanitizer's report stay before it
+  return gptfast::sanitize::main_of(argc > 1 ? argv[1] : "");
+}

@@ -1,0 +1,117 @@
+// What the cases share: memory with guarded ends, and the runs whose results are held to each
+// other.
+//
+// A case calls kernels on buffers of its own and returns what they wrote. check() repeats it at
+// every instruction set for several contents of the scratch memory, orders of tasks and numbers of
+// threads. The sanitizers end the program at their first finding; everything else is a line each.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "../../csrc/kernels/isa.h"
+
+namespace gptfast::sanitize {
+
+// Memory between two margins that ASan forbids. g++ leaves the masked loads and stores of AVX-512
+// uninstrumented: hence the margins also hold NaN, for loads, and are compared at the end, for
+// stores.
+class Guarded {
+ public:
+  // The address is a multiple of `alignment`, and of nothing larger below 64: a power of two.
+  Guarded(size_t size, size_t alignment, int fill);
+  ~Guarded();
+  Guarded(const Guarded&) = delete;
+  Guarded& operator=(const Guarded&) = delete;
+  char* data() const { return data_; }
+
+ private:
+  size_t size_, total_;
+  char *base_, *data_;
+};
+
+// A tensor's memory, aligned to its elements alone.
+class Buffer {
+ public:
+  // A result that is still to be written: all NaN.
+  Buffer(int64_t count, DType dtype);
+  // An argument of normally distributed values, which must not change.
+  Buffer(int64_t count, DType dtype, double deviation);
+  ~Buffer();
+
+  char* data() const { return memory_.data(); }
+  char* at(int64_t i) const { return data() + i * element_; }
+  float* floats() const { return reinterpret_cast<float*>(data()); }
+  float value(int64_t i) const;
+  std::vector<float> values() const;
+  int64_t count() const { return count_; }
+  DType dtype() const { return dtype_; }
+
+  Param param(bool present = true) const { return {present ? data() : nullptr, dtype_}; }
+  ParamGrad grad(bool present = true) const { return {present ? data() : nullptr, dtype_}; }
+
+ private:
+  int64_t count_;
+  DType dtype_;
+  int64_t element_;
+  Guarded memory_;
+  std::vector<char> argument_;  // what an argument holds; empty for a result
+};
+
+// int64 arguments: tokens, targets.
+class Indices {
+ public:
+  explicit Indices(const std::vector<int64_t>& values);
+  const int64_t* data() const { return reinterpret_cast<const int64_t*>(memory_.data()); }
+
+ private:
+  Guarded memory_;
+};
+
+// What one kernel wrote, compared between the runs.
+struct Result {
+  const char* name;
+  std::vector<float> values;
+  // The size of the terms that an element is a sum of: levels may differ by a fraction of that, and
+  // so by more than a fraction of a sum that comes out near zero.
+  double terms = 1.0;
+  bool any_threads = true;  // the same bits for any number of threads
+  bool any_level = true;    // comparable between instruction sets
+};
+
+using Case = std::function<std::vector<Result>(const Kernels&, const Parallel&)>;
+
+// Runs a case; `dtype`, that of its activations, chooses how far levels may lie apart.
+void check(const std::string& name, DType dtype, const Case& run);
+
+// Reports a failure of the case that is running unless `condition` holds.
+void expect(bool condition, const std::string& what);
+
+// printf into a string.
+std::string format(const char* pattern, ...) __attribute__((format(printf, 1, 2)));
+
+const char* name(DType dtype);
+int64_t random_below(int64_t limit);
+bool same_bits(const Buffer& a, const Buffer& b);
+double root_mean_square(const Buffer& x);
+
+extern int scratch_fill;  // the byte that scratch memory is filled with
+
+constexpr DType dtypes[] = {DType::f32, DType::bf16};
+
+// The dtypes that parameters may have beside activations of `dtype`.
+inline std::vector<DType> param_dtypes(DType dtype) {
+  return dtype == DType::f32 ? std::vector<DType>{DType::f32}
+                             : std::vector<DType>{DType::f32, DType::bf16};
+}
+
+void attention_cases();
+void linear_cases();
+void ffn_cases();
+void cross_entropy_cases();
+void embedding_cases();
+void decoder_cases();
+
+}  // namespace gptfast::sanitize

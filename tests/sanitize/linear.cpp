@@ -1,0 +1,120 @@
+// Linear layers and their backward, with every part that may be absent, and packed weights.
+#include <cmath>
+
+#include "harness.h"
+
+namespace gptfast::sanitize {
+namespace {
+
+struct Shape {
+  DType dtype, param;
+  int64_t M, K, N;
+  bool norm, bias, residual;
+};
+
+struct Inputs {
+  Buffer x, norm_weight, norm_bias, weight, bias, residual, dy;
+
+  explicit Inputs(const Shape& s)
+      : x(s.M * s.K, s.dtype, 1.0),
+        norm_weight(s.K, s.param, 1.0),
+        norm_bias(s.K, s.param, 1.0),
+        weight(s.N * s.K, s.param, 1.0 / std::sqrt(static_cast<double>(s.K))),
+        bias(s.N, s.param, 1.0),
+        residual(s.M * s.N, s.dtype, 1.0),
+        dy(s.M * s.N, s.dtype, 1.0) {}
+};
+
+// The forward from the weight itself and from its packed form, in each dtype of the result.
+void run_packed(const Linear& from_weight, const Buffer& packed, const Buffer& y, DType y_dtype,
+                const Kernels& kernels, const Parallel& parallel) {
+  Linear a = from_weight;
+  Buffer again(a.M * a.N, y_dtype);
+  a.y = again.data(), a.y_dtype = y_dtype;
+  a.weight = {Param{}, packed.data()};
+  a.norm.mean = a.norm.rstd = nullptr;
+  kernels.linear(a, parallel);
+  if (y_dtype == from_weight.dtype)
+    expect(same_bits(again, y), "a packed weight gives another result");
+  else
+    for (const float each : again.values()) expect(!std::isnan(each), "NaN in a float32 result");
+}
+
+std::vector<Result> run(const Shape& s, const Inputs& in, const Kernels& kernels,
+                        const Parallel& parallel) {
+  const bool norm_bias = s.norm && s.bias;
+  Buffer y(s.M * s.N, s.dtype), mean(s.norm ? s.M : 0, DType::f32);
+  Buffer rstd(mean.count(), DType::f32), dx(s.M * s.K, s.dtype), dweight(s.N * s.K, s.param);
+  Buffer dbias(s.bias ? s.N : 0, s.param), dnorm_weight(s.norm ? s.K : 0, s.param);
+  Buffer dnorm_bias(norm_bias ? s.K : 0, s.param);
+  Linear a = {};
+  a.dtype = a.y_dtype = s.dtype;
+  a.M = s.M, a.K = s.K, a.N = s.N;
+  a.x = in.x.data();
+  if (s.norm)
+    a.norm = {in.norm_weight.param(), in.norm_bias.param(norm_bias), mean.floats(), rstd.floats()};
+  a.weight.param = in.weight.param();
+  a.bias = in.bias.param(s.bias);
+  a.residual = s.residual ? in.residual.data() : nullptr;
+  a.y = y.data();
+  kernels.linear(a, parallel);
+
+  Buffer packed(kernels.packed_weight_bytes(s.dtype, s.N, s.K) / 2, DType::bf16);
+  kernels.pack_weight(s.dtype, in.weight.param(), s.N, s.K, packed.data(), parallel);
+  for (const DType y_dtype : param_dtypes(s.dtype))
+    run_packed(a, packed, y, y_dtype, kernels, parallel);
+
+  LinearGrad g = {};
+  g.forward = a;
+  g.dy = in.dy.data();
+  g.dx = dx.data();
+  g.dnorm = {dnorm_weight.grad(s.norm), dnorm_bias.grad(norm_bias)};
+  g.dweight = dweight.grad();
+  g.dbias = dbias.grad(s.bias);
+  kernels.linear_grad(g, parallel);
+  const double M = static_cast<double>(s.M);
+  const double dn = std::sqrt(static_cast<double>(s.N) / static_cast<double>(s.K));
+  return {{"y", y.values()},
+          {"mean", mean.values()},
+          {"rstd", rstd.values()},
+          {"dx", dx.values(), s.norm ? dn * root_mean_square(rstd) : dn},
+          {"dweight", dweight.values(), std::sqrt(M)},
+          {"dbias", dbias.values(), std::sqrt(M)},
+          {"dnorm_weight", dnorm_weight.values(), dn * std::sqrt(M)},
+          {"dnorm_bias", dnorm_bias.values(), dn * std::sqrt(M)}};
+}
+
+void linear_case(const Shape& s) {
+  const Inputs in(s);
+  const auto i = [](int64_t x) { return static_cast<long long>(x); };
+  const std::string name =
+      format("linear %s, parameters %s, M%lld K%lld N%lld%s%s%s", sanitize::name(s.dtype),
+             sanitize::name(s.param), i(s.M), i(s.K), i(s.N), s.norm ? " norm" : "",
+             s.bias ? " bias" : "", s.residual ? " residual" : "");
+  check(name, s.dtype, [&](const Kernels& kernels, const Parallel& parallel) {
+    return run(s, in, kernels, parallel);
+  });
+}
+
+}  // namespace
+
+void linear_cases() {
+  constexpr std::pair<int64_t, int64_t> sizes[] = {
+      {1, 1},  {5, 3},   {16, 16},  {31, 17},  {32, 1},   {33, 65},
+      {7, 97}, {64, 64}, {193, 33}, {257, 15}, {19, 530},
+  };
+  for (const DType dtype : dtypes) {
+    const std::vector<DType> params = param_dtypes(dtype);
+    size_t turn = 0;
+    for (const int64_t M : {0, 1, 47, 49, 97, 200})
+      for (const auto& [K, N] : sizes) {
+        linear_case({dtype, params[turn++ % params.size()], M, K, N, true, true, false});
+        linear_case({dtype, params[turn++ % params.size()], M, K, N, true, false, true});
+        linear_case({dtype, params[turn++ % params.size()], M, K, N, false, N % 2 == 0, true});
+      }
+    // So wide that the rows of a weight's gradient come in several chunks.
+    linear_case({dtype, dtype, 193, 8753, 3, true, true, false});
+  }
+}
+
+}  // namespace gptfast::sanitize
