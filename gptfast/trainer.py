@@ -19,6 +19,7 @@ from gptfast import data, run
 from gptfast import progress as terminal
 from gptfast.errors import ConfigError, DataError, GptfastError
 from gptfast.model import GPT
+from gptfast.optimizer import AdamW
 from gptfast.presets import PRECISIONS, Precision, TrainConfig
 from gptfast.run import Row, RunDirectory, RunState
 from gptfast.tokenizer import CharTokenizer
@@ -134,12 +135,12 @@ class Trainer:
                 f"got {str(dtype)[6:]}"
             )
         self.parameters = [param for param in model.parameters() if param.requires_grad]
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = AdamW(
             self.parameters,
+            fused_kernel=model.backend != "reference",
             lr=config.lr,
             betas=config.betas,
             weight_decay=config.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
         )
 
     def step(self, idx: Tensor, targets: Tensor) -> Tensor:
@@ -157,9 +158,7 @@ class Trainer:
         with _autocast(self.device, self.config.precision):
             loss = self.model.loss(idx, targets)
         loss.backward()
-        if self.config.clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
-        self.optimizer.step()
+        self.optimizer.clipped_step(self.config.clip)
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 

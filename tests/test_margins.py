@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 import gptfast
 from gptfast import ops
 from gptfast.ops import select
+from gptfast.optimizer import AdamW
 
 SIDES = ("behind", "before")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -85,8 +86,13 @@ class Guard(TorchDispatchMode):
         self.inside = False
         for declared, original, copy in zip(func._schema.arguments, args, copies, strict=False):
             if declared.alias_info is not None and declared.alias_info.is_write:
-                original.copy_(copy)
+                for to, values in zip(*map(listed, (original, copy)), strict=True):
+                    to.copy_(values)
         return result
+
+
+def listed(x: Tensor | list[Tensor]) -> list[Tensor]:
+    return [x] if isinstance(x, Tensor) else x
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -181,6 +187,14 @@ def generate(model: gptfast.GPT, dtype: str) -> None:
     gptfast.generate(model, prompts, max_new_tokens=9, dtype=dtype)
 
 
+def move_weights() -> None:
+    """One step of the optimiser over parameters of odd sizes."""
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((1,), (37,), (5, 129))]
+    for param in params:
+        param.grad = torch.randn(param.shape)
+    AdamW(params).clipped_step(0.5)
+
+
 def described(op: Any, args: tuple, options: dict) -> str:
     inputs = {**{str(i): x for i, x in enumerate(args)}, **options}
     shown = {
@@ -205,6 +219,8 @@ def run_all(level: str) -> None:
                 for dtype in ("fp32", "bf16"):
                     print(side, f"generate, {dtype}, {model.config}", flush=True)
                     generate(model, dtype)
+            print(side, "a step of the optimiser", flush=True)
+            move_weights()
         seen |= guard.seen
     print(*sorted(seen))
 

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from gptfast import ops
-from gptfast.ops import decoder, select
+from gptfast.ops import adamw, decoder, select
 
 if select.extension() is None:
     pytest.skip(f"{select.extension_error}", allow_module_level=True)
+
+# Operators that no public operation calls: they are defined when their module is imported.
+INTERNAL = (adamw.adamw_, decoder.pack_weight, decoder.forward)
 
 R = torch.randn
 SEED = torch.tensor(7)
@@ -67,6 +70,8 @@ def cases() -> dict[str, tuple[Any, ...]]:
         "linear_cross_entropy": (x, ln_w, ln_b, R(5, 32), idx, -100, True),
         "embedding": (idx, *tables, 0.1, SEED, 0, torch.bfloat16),
         "embedding_backward": (R(2, 9, 32), idx, *tables, 0, 0.1, SEED, 0),
+        "adamw_": (*([R(20), R(3, 5)] for _ in range(3)), [R(20).abs(), R(3, 5).abs()],
+            [torch.ones(()), torch.ones(())], 1e-3, 0.9, 0.99, 1e-8, 0.1, 1.0),
         "pack_weight": (R(20, 32), torch.bfloat16),
         "decoder_forward": (*decode, 7, True, "erf"),
     }  # fmt: skip
@@ -75,7 +80,7 @@ def cases() -> dict[str, tuple[Any, ...]]:
 NAMES = (
     "attention attention_backward attention_packed attention_packed_backward"
     " linear linear_backward ffn ffn_backward linear_cross_entropy embedding embedding_backward"
-    " pack_weight decoder_forward"
+    " adamw_ pack_weight decoder_forward"
 ).split()
 
 

@@ -35,13 +35,17 @@ struct GradRows {
   int64_t rows, n;
   float* total;
 
-  GradRows(const ParamGrad& grad, int64_t rows, int64_t n, Frame& frame)
+  GradRows(const ParamGrad& grad, int64_t rows, int64_t n, Frame& frame, const Parallel& parallel)
       : grad(grad),
         rows(rows),
         n(n),
         total(grad.dtype == DType::f32 ? static_cast<float*>(grad.data)
                                        : take<float>(frame, rows * n)) {
-    __builtin_memset(total, 0, static_cast<size_t>(rows * n) * sizeof(float));
+    constexpr int64_t per_task = 1 << 16;
+    run_tasks(parallel, divide_up(rows * n, per_task), [&](int64_t task) {
+      const int64_t count = min(per_task, rows * n - task * per_task);
+      __builtin_memset(total + task * per_task, 0, static_cast<size_t>(count) * sizeof(float));
+    });
   }
 
   void finish() const {
@@ -55,7 +59,8 @@ void embedding_grad_typed(const EmbeddingGrad& s, const Parallel& parallel) {
   const int64_t C = f.C;
   const T* dy = static_cast<const T*>(s.dy);
   Frame frame;
-  const GradRows dwte(s.dwte, f.V, C, frame), dwpe(s.dwpe, s.block_size, C, frame);
+  const GradRows dwte(s.dwte, f.V, C, frame, parallel),
+      dwpe(s.dwpe, s.block_size, C, frame, parallel);
   run_tasks(parallel, divide_up(C, W), [&](int64_t task) {
     const int64_t j = task * W;
     const auto add = [&](float* row, VF value, auto part) {

@@ -55,8 +55,8 @@ inline void microkernel(int64_t units, Lhs<float> a, const float* b, float* c, i
 #if GPTFAST_BF16_DOT && !GPTFAST_AMX
 // The same on pairs of bf16: c += a[2u] b[2u] + a[2u+1] b[2u+1].
 template <int M, int NV>
-inline void microkernel(int64_t units, Lhs<bf16> a, const bf16* b, float* c, int64_t ldc,
-                        bool add, Ahead ahead) {
+inline void microkernel(int64_t units, Lhs<bf16> a, const bf16* b, float* c, int64_t ldc, bool add,
+                        Ahead ahead) {
   __m512 acc[M][NV];
   for (int i = 0; i < M; ++i)
     for (int v = 0; v < NV; ++v) acc[i][v] = _mm512_setzero_ps();

@@ -173,6 +173,23 @@ struct EmbeddingGrad {
   ParamGrad dwte, dwpe;
 };
 
+// One parameter of an optimiser step, n elements; weight, mean and square are updated.
+struct AdamWParam {
+  float* weight;
+  const float* grad;
+  float *mean, *square;  // running means of the gradient and its square
+  int64_t n;
+  float decay, rate, root;  // of this step, as adamw.inl says
+};
+
+struct AdamW {
+  const AdamWParam* params;
+  int64_t count;
+  float beta1, beta2, eps;
+  float clip;   // the largest norm of all gradients together; infinity for any
+  float* norm;  // receives it, as it was
+};
+
 struct Kernels {
   const char* name;
   void (*attention)(const Attention&, const Parallel&);
@@ -184,6 +201,7 @@ struct Kernels {
   void (*cross_entropy)(const CrossEntropy&, const Parallel&);
   void (*embedding)(const Embedding&, const Parallel&);
   void (*embedding_grad)(const EmbeddingGrad&, const Parallel&);
+  void (*adamw)(const AdamW&, const Parallel&);
   // A weight (N, K) in the layout that this instruction set multiplies by, for activations of
   // `dtype`.
   int64_t (*packed_weight_bytes)(DType dtype, int64_t N, int64_t K);

@@ -36,6 +36,7 @@ namespace {
 #include "attention_grad.inl"
 #include "cross_entropy.inl"
 #include "embedding.inl"
+#include "adamw.inl"
 
 #define GPTFAST_STRING_(x) #x
 #define GPTFAST_STRING(x) GPTFAST_STRING_(x)
@@ -53,6 +54,7 @@ constexpr Kernels table = {
     cross_entropy,
     embedding,
     embedding_grad,
+    adamw,
     packed_weight_bytes,
     pack_weight,
 };

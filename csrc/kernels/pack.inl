@@ -139,8 +139,8 @@ inline VF load_units(const bf16* p, int64_t count, bf16) {
 }
 
 // One panel of B from the columns' own rows: column n of B is row n of src (K contiguous), n <
-// count <= NR. Zeros follow up to whole vectors; a vector of columns that do not exist is left as it
-// is, and the microkernels do not read it.
+// count <= NR. Zeros follow up to whole vectors; a vector of columns that do not exist is left as
+// it is, and the microkernels do not read it.
 template <class P, class S>
 inline void pack_panel_transposed(const S* src, int64_t ld, int64_t k, int64_t count, P* dst) {
   constexpr int NR = Tile<P>::NR, KU = Tile<P>::KU;

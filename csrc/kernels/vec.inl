@@ -141,6 +141,15 @@ inline VI lanes() {
 inline VF only(VF x, Full, float = 0.0f) { return x; }
 inline VF only(VF x, Tail t, float other = 0.0f) { return lanes() < t.count ? x : splat(other); }
 
+inline VF vsqrt(VF x) {
+#if GPTFAST_VECTOR_BYTES == 64
+  return (VF)_mm512_sqrt_ps((__m512)x);
+#else
+  for (int i = 0; i < W; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+
 // c[0] + c[1] x + ... by Horner's rule.
 template <int N>
 inline VF polynomial(VF x, const float (&c)[N]) {

@@ -107,6 +107,7 @@ const std::pair<const char*, void (*)()> groups[] = {
     {"ffn", ffn_cases},
     {"cross_entropy", cross_entropy_cases},
     {"embedding", embedding_cases},
+    {"adamw", adamw_cases},
     {"decoder", decoder_cases},
 };
 

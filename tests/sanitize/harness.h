@@ -112,6 +112,7 @@ void linear_cases();
 void ffn_cases();
 void cross_entropy_cases();
 void embedding_cases();
+void adamw_cases();
 void decoder_cases();
 
 }  // namespace gptfast::sanitize

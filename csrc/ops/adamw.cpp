@@ -1,0 +1,58 @@
+// The optimiser's step over all parameters: clipping and AdamW.
+#include <cmath>
+
+#include "common.h"
+
+namespace gptfast {
+namespace {
+
+float* values(const Arguments& args, const char* name, const Tensor& x, const Tensor& like) {
+  args.require(x.is_cpu() && x.is_contiguous() && x.scalar_type() == ScalarType::Float &&
+                   x.numel() == like.numel(),
+               std::string(name) + " must be contiguous float32 tensors of the weights' sizes");
+  return static_cast<float*>(x.data_ptr());
+}
+
+// Advances the count of steps, which torch keeps as a tensor, and returns it.
+double advance(const Arguments& args, const Tensor& step) {
+  args.require(step.is_cpu() && step.numel() == 1 && step.scalar_type() == ScalarType::Float,
+               "steps must be float32 tensors of one element");
+  return *static_cast<float*>(step.data_ptr()) += 1.0f;
+}
+
+Tensor adamw(std::vector<Tensor> weights, std::vector<Tensor> grads, std::vector<Tensor> means,
+             std::vector<Tensor> squares, std::vector<Tensor> steps, double lr, double beta1,
+             double beta2, double eps, double weight_decay, double clip) {
+  Tensor norm = new_tensor({}, ScalarType::Float);
+  const Arguments args("adamw_", "norm", norm);
+  args.require(grads.size() == weights.size() && means.size() == weights.size() &&
+                   squares.size() == weights.size() && steps.size() == weights.size(),
+               "grads, means, squares and steps must be as many as weights");
+  std::vector<AdamWParam> params;
+  for (size_t i = 0; i < weights.size(); ++i)
+    params.push_back(
+        {values(args, "weights", weights[i], weights[i]),
+         values(args, "grads", grads[i], weights[i]), values(args, "means", means[i], weights[i]),
+         values(args, "squares", squares[i], weights[i]), weights[i].numel(), 0, 0, 0});
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const double t = advance(args, steps[i]);
+    params[i].decay = static_cast<float>(1.0 - lr * weight_decay);
+    params[i].rate = static_cast<float>(lr / (1.0 - std::pow(beta1, t)));
+    params[i].root = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, t)));
+  }
+  AdamW s = {};
+  s.params = params.data();
+  s.count = static_cast<int64_t>(params.size());
+  s.beta1 = static_cast<float>(beta1), s.beta2 = static_cast<float>(beta2);
+  s.eps = static_cast<float>(eps);
+  s.clip = static_cast<float>(clip);
+  s.norm = static_cast<float*>(norm.data_ptr());
+  kernels().adamw(s, torch_threads());
+  return norm;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) { m.impl("adamw_", TORCH_BOX(&adamw)); }
+
+}  // namespace gptfast

@@ -1,0 +1,60 @@
+"""AdamW with clipping: torch's, or the kernel that does the same in two passes over memory."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptfast.ops import select
+from gptfast.ops.adamw import adamw_
+
+
+class AdamW(torch.optim.AdamW):
+    """torch.optim.AdamW, whose `clipped_step` clips the gradients' norm as well.
+
+    Where the kernels can run, all parameters move in one operator call. The state is torch's own:
+    checkpoints of either serve both.
+
+    Args:
+        params: float32 tensors for the kernel, any for torch's own step.
+        fused_kernel: False has torch do it, as with tensors that the kernel does not take.
+        options: Those of torch.optim.AdamW.
+    """
+
+    def __init__(self, params: list[nn.Parameter], fused_kernel: bool = True, **options: Any):
+        device = params[0].device.type
+        super().__init__(params, fused=device in ("cpu", "cuda"), **options)
+        plain = all(p.dtype == torch.float32 and p.is_contiguous() for p in params)
+        self._kernel = fused_kernel and plain and not select.unavailable(device, torch.float32)
+
+    @torch.no_grad()
+    def clipped_step(self, clip: float | None) -> None:
+        """Scales the gradients to a norm of at most `clip` (None: any), then moves the parameters.
+
+        What the gradients hold afterwards is not defined.
+        """
+        if not self._kernel:
+            if clip is not None:
+                params = [p for group in self.param_groups for p in group["params"]]
+                nn.utils.clip_grad_norm_(params, clip)
+            self.step()
+            return
+        (group,) = self.param_groups
+        params = [p for p in group["params"] if p.grad is not None]
+        states = [self._state_of(p) for p in params]
+        means, squares, steps = (
+            [state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")
+        )
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        options = lr, beta1, beta2, group["eps"], group["weight_decay"]
+        grads = [p.grad.contiguous() for p in params]
+        adamw_(params, grads, means, squares, steps, *options, math.inf if clip is None else clip)
+
+    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
+        state = self.state[param]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(param)
+            state["exp_avg_sq"] = torch.zeros_like(param)
+        return state

@@ -1,0 +1,132 @@
+"""The fused clipping and AdamW against torch's, at every instruction set."""
+
+import copy
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import nn
+
+from gptfast.ops import adamw, select
+from gptfast.optimizer import AdamW
+
+SHAPES = ((3,), (5, 7), (40_000,), (130, 300), (1,))
+OPTIONS = {"lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}
+
+
+def parameters() -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(1)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+
+
+def set_gradients(params: Sequence[nn.Parameter], step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+
+
+def torch_step(optimizer: torch.optim.Optimizer, params: list, clip: float | None) -> None:
+    if clip is not None:
+        nn.utils.clip_grad_norm_(params, clip)
+    optimizer.step()
+
+
+def assert_close(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("clip", (None, 0.5, 1e6))
+def test_steps_are_those_of_torch(isa: str, clip: float | None) -> None:
+    ours, theirs = parameters(), parameters()
+    optimizer, torch_optimizer = AdamW(ours, **OPTIONS), torch.optim.AdamW(theirs, **OPTIONS)
+    for step in range(6):
+        set_gradients(ours, step), set_gradients(theirs, step)
+        optimizer.clipped_step(clip)
+        torch_step(torch_optimizer, theirs, clip)
+        assert_close(ours, theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert optimizer.state[a]["step"] == torch_optimizer.state[b]["step"] == 6
+
+
+def test_state_goes_to_torch_and_back(isa: str) -> None:
+    params = parameters()
+    optimizer = AdamW(params, **OPTIONS)
+    set_gradients(params, 0)
+    optimizer.clipped_step(1.0)
+    with_torch, resumed = copy.deepcopy(params), copy.deepcopy(params)
+    theirs, ours = torch.optim.AdamW(with_torch, **OPTIONS), AdamW(resumed, **OPTIONS)
+    theirs.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    for each in (params, with_torch, resumed):
+        set_gradients(each, 1)
+    optimizer.clipped_step(1.0), ours.clipped_step(1.0), torch_step(theirs, with_torch, 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(params, resumed, strict=True))
+    assert_close(params, with_torch)
+
+
+def test_parameters_without_gradient_stay(isa: str) -> None:
+    params = parameters()
+    before = [param.detach().clone() for param in params]
+    set_gradients(params, 0)
+    params[1].grad = None
+    optimizer = AdamW(params, **OPTIONS)
+    optimizer.clipped_step(1.0)
+    assert [torch.equal(a, b) for a, b in zip(params, before, strict=True)] == [
+        i == 1 for i in range(len(params))
+    ]
+    assert params[1] not in optimizer.state
+
+
+def test_same_bits_for_any_number_of_threads(isa: str) -> None:
+    results = []
+    threads = torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        params = parameters()
+        set_gradients(params, 0)
+        AdamW(params, **OPTIONS).clipped_step(0.3)
+        results.append(params)
+    torch.set_num_threads(threads)
+    for params in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(params, results[0], strict=True))
+
+
+def test_norm_is_the_one_before_clipping(isa: str) -> None:
+    grads = [torch.full((20_000,), 3.0), torch.full((20_000,), 4.0)]
+    zeros = [[torch.zeros(20_000) for _ in range(2)] for _ in range(3)]
+    steps = [torch.zeros(()), torch.zeros(())]
+    options = 1e-3, 0.9, 0.999, 1e-8, 0.0, 1.0
+    norm = adamw.adamw_(zeros[0], grads, zeros[1], zeros[2], steps, *options)
+    assert norm.item() == pytest.approx(5.0 * 20_000**0.5, rel=1e-6)
+    assert (grads[0] == 3.0).all()
+
+
+def test_a_gradient_that_is_not_finite_shows_in_every_weight(isa: str) -> None:
+    params = parameters()
+    set_gradients(params, 0)
+    params[2].grad[17] = float("nan")
+    AdamW(params, **OPTIONS).clipped_step(1.0)
+    assert all(param.isnan().all() for param in params)
+
+
+def test_torch_does_what_the_kernel_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    for dtype, fused in ((torch.float64, True), (torch.float32, False)):
+        params = [nn.Parameter(param.detach().to(dtype)) for param in parameters()]
+        theirs = copy.deepcopy(params)
+        set_gradients(params, 0), set_gradients(theirs, 0)
+        monkeypatch.setattr("gptfast.optimizer.adamw_", None)
+        AdamW(params, fused_kernel=fused, **OPTIONS).clipped_step(0.5)
+        torch_step(torch.optim.AdamW(theirs, fused=True, **OPTIONS), theirs, 0.5)
+        assert all(torch.equal(a, b) for a, b in zip(params, theirs, strict=True))
+
+
+@pytest.mark.skipif(select.extension() is None, reason=f"{select.extension_error}")
+def test_errors_name_argument_and_expected() -> None:
+    w, options = [torch.zeros(4)], (1e-3, 0.9, 0.999, 1e-8, 0.0, 1.0)
+    with pytest.raises(RuntimeError, match="adamw_: grads must be contiguous float32"):
+        adamw.adamw_(w, [torch.zeros(3)], w, w, [torch.zeros(())], *options)
+    with pytest.raises(RuntimeError, match="adamw_: steps must be float32 tensors of one"):
+        adamw.adamw_(w, w, w, w, [torch.zeros(2)], *options)
+    with pytest.raises(RuntimeError, match="as many as weights"):
+        adamw.adamw_(w, [], w, w, [torch.zeros(())], *options)
