@@ -34,14 +34,16 @@ asan:
 	build/asan/harness list > build/asan/groups
 	xargs -n 1 -P $${MAX_JOBS:-$$(nproc)} build/asan/harness < build/asan/groups
 
-# Each script in a process of its own. The pictures are to be looked at, not committed.
-benchmark = PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/bench_$(1).py $(2) \
-	--out benchmarks/results/$(1).json --plot benchmarks/results/$(1).png
+# Each script in a process of its own. The pictures are to be looked at, not committed. TEXT is
+# Shakespeare as a file, where it cannot be downloaded.
+benchmark = PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/$(1).py $(3) \
+	--out benchmarks/results/$(2).json --plot benchmarks/results/$(2).png
 bench: build
-	$(call benchmark,attention)
-	$(call benchmark,ffn)
-	$(call benchmark,cross_entropy)
-	$(call benchmark,train,--memory)
+	$(call benchmark,bench_attention,attention)
+	$(call benchmark,bench_ffn,ffn)
+	$(call benchmark,bench_cross_entropy,cross_entropy)
+	$(call benchmark,bench_train,train,--memory)
+	$(call benchmark,loss_curves,loss_curves,$(if $(TEXT),--data $(TEXT)))
 	$(PYTHON) benchmarks/report.py
 
 lint:

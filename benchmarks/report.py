@@ -18,6 +18,7 @@ SCRIPTS = {  # in the README's order
     "ffn": "Feed-forward block (rows x n_embd)",
     "cross_entropy": "Output projection and loss (rows x n_embd x vocab_size)",
 }
+LOSS_CURVES = "loss_curves"
 NOTHING = "No results have been committed yet."
 
 
@@ -28,12 +29,12 @@ class ReportError(Exception):
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """The results that there are. Raises ReportError where one cannot be reported."""
     found = []
-    for script in SCRIPTS:
+    for script in (*SCRIPTS, LOSS_CURVES):
         path = folder / f"{script}.json"
         if not path.exists():
             continue
         result = json.loads(path.read_text(encoding="utf-8"))
-        if result["failed"]:
+        if result.get("failed"):
             raise ReportError(f"{path}: row {result['failed'][0]['name']!r} failed: run it again")
         found.append(result)
     return found
@@ -48,6 +49,9 @@ def report(results: list[dict[str, Any]]) -> str:
         if card != before:
             lines += [card, ""]
             before = card
+        if result["script"] == LOSS_CURVES:
+            lines += loss_lines(result)
+            continue
         lines += [f"**{SCRIPTS[result['script']]}**", "", *table(result), "", *notes(result)]
         if any(row.get("memory_mib") for row in result["rows"]):
             lines += ["**Peak memory of a step, MiB**", "", *memory_table(result), ""]
@@ -92,6 +96,21 @@ def notes(result: dict[str, Any]) -> list[str]:
         for row in noted
     ]
     return [*lines, ""] if lines else []
+
+
+def loss_lines(result: dict[str, Any]) -> list[str]:
+    """Where the runs in float32 and bfloat16 end."""
+    seeds = list(dict.fromkeys(run["seed"] for run in result["runs"]))
+    steps = result["runs"][0]["curve"][-1][0]
+    lines = [
+        f"**Held-out loss on Shakespeare after {steps} steps, nats**",
+        "",
+        _line(["", *(f"seed {seed}" for seed in seeds)]),
+        _line(["---", *["---:"] * len(seeds)]),
+    ]
+    for precision, losses in result["last"].items():
+        lines.append(_line([precision, *(f"{loss:.4f}" for loss in losses)]))
+    return [*lines, ""]
 
 
 def by_name(result: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -18,6 +18,7 @@ import bench_ffn
 import bench_train
 import command
 import common
+import loss_curves
 import memory
 import pytest
 import report
@@ -347,3 +348,37 @@ def test_report_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert report.main(arguments) == 2
     assert "row 'abc' failed" in capsys.readouterr().err
     assert readme.read_text() == "no markers"
+
+
+def test_loss_curves_of_a_small_text(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    text, out, picture = tmp_path / "text", tmp_path / "out.json", tmp_path / "out.png"
+    text.write_text("so long lives this, and this gives life to thee\n" * 400)
+    options = ["--data", text, "--steps", "4", "--seeds", "1", "2", "--out", out, "--plot", picture]
+    code = loss_curves.main([str(option) for option in options])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result == json.loads(out.read_text()) and picture.stat().st_size > 10_000
+    assert code == (0 if result["within"] else 1)
+    assert [(run["precision"], run["seed"]) for run in result["runs"]] == [
+        ("fp32", 1), ("bf16", 1), ("fp32", 2), ("bf16", 2)
+    ]  # fmt: skip
+    assert all([step for step, _ in run["curve"]] == [1, 2, 3, 4] for run in result["runs"])
+    assert "seed 2" in report.report([result])
+
+
+@pytest.mark.parametrize(("bf16", "within"), ((1.005, True), (0.9, True), (1.02, False)))
+def test_loss_curves_compare_with_another_seed(bf16: float, within: bool) -> None:
+    runs = [
+        {"precision": "fp32", "seed": 1, "curve": [(5, 3.0), (10, 1.0)]},
+        {"precision": "fp32", "seed": 2, "curve": [(5, 3.0), (10, 1.01)]},
+        *({"precision": "bf16", "seed": seed, "curve": [(10, bf16)]} for seed in (1, 2)),
+    ]
+    result = loss_curves.compare(runs)
+    assert result["within"] == within
+    assert result["difference"] == pytest.approx(bf16 - 1.005)
+    assert result["spread"] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("options", (["--seeds", "1"], ["--data", "no such file"]))
+def test_loss_curves_say_what_is_wrong(options: list[str], capsys: pytest.CaptureFixture) -> None:
+    assert loss_curves.main(options) == 2
+    assert len(capsys.readouterr().err.splitlines()[-1]) > 20

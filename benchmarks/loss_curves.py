@@ -1,0 +1,130 @@
+"""Whether training in bfloat16 reaches the loss of float32: both on the Shakespeare preset.
+
+Runs of several seeds in each precision, the same initial weights, windows and dropout masks in
+both. The difference of the mean held-out losses is held to what another seed changes. The last
+line is JSON. Exit code 1: bfloat16 differs by more; 2: a mistake in the options.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import show
+from rich.console import Console
+from rich.table import Table
+
+import gptfast
+from gptfast import threads
+from gptfast.errors import GptfastError
+from gptfast.plots import COLOURS
+
+PRECISIONS = ("fp32", "bf16")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains, prints the curves, and compares where they end."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--data", type=Path, help="the text; default: Shakespeare, downloaded")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves")
+    options = parser.parse_args(argv)
+    threads.use_usable_threads()
+    try:
+        if len(options.seeds) < 2:
+            raise gptfast.ConfigError(f"--seeds needs two at least, got {len(options.seeds)}")
+        if options.plot:
+            show.need_matplotlib()
+        runs = [
+            {"precision": precision, "seed": seed, "curve": curve(precision, seed, options)}
+            for seed in options.seeds
+            for precision in PRECISIONS
+        ]
+    except (GptfastError, OSError) as error:
+        print(f"loss_curves: {error}", file=sys.stderr)
+        return 2
+    result = {"script": "loss_curves", "card": show.card(), "runs": runs} | compare(runs)
+    print_result(result)
+    if options.out:
+        show.write_json(options.out, result)
+    if options.plot:
+        plot(options.plot, result)
+    show.print_json(result)
+    return 0 if result["within"] else 1
+
+
+def curve(precision: str, seed: int, options: argparse.Namespace) -> list[tuple[int, float]]:
+    """The held-out loss over the steps, in nats."""
+    print(f"{precision}, seed {seed}", file=sys.stderr)
+    done = gptfast.train(
+        "shakespeare",
+        data=options.data,
+        steps=options.steps,
+        eval_every=max(1, options.steps // 10),
+        precision=precision,
+        seed=seed,
+    )
+    return [(row["step"], row["val_loss"]) for row in done.history]
+
+
+def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last losses by precision and seed; the difference of the means; the spread of fp32."""
+    last = {
+        precision: [run["curve"][-1][1] for run in runs if run["precision"] == precision]
+        for precision in PRECISIONS
+    }
+    mean = {precision: sum(losses) / len(losses) for precision, losses in last.items()}
+    difference = mean["bf16"] - mean["fp32"]
+    spread = max(last["fp32"]) - min(last["fp32"])
+    return {
+        "last": last,
+        "difference": difference,
+        "spread": spread,
+        "within": difference <= spread,
+    }
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """Prints the curves as a table, and the comparison."""
+    runs = result["runs"]
+    table = Table(box=None)
+    table.add_column("step", justify="right")
+    for run in runs:
+        table.add_column(f"{run['precision']}, seed {run['seed']}", justify="right")
+    for points in zip(*(run["curve"] for run in runs), strict=True):
+        table.add_row(str(points[0][0]), *(f"{loss:.4f}" for _, loss in points))
+    console = Console(highlight=False, width=show.WIDTH)
+    console.print(table)
+    console.print(
+        f"\nbf16 ends {result['difference']:+.4f} from fp32 in the mean; another seed changes fp32"
+        f" by up to {result['spread']:.4f}"
+    )
+
+
+def plot(path: Path, result: dict[str, Any]) -> None:
+    """Draws all curves, a colour for each precision."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for run in result["runs"]:
+        i = PRECISIONS.index(run["precision"])
+        first = run["seed"] == result["runs"][0]["seed"]
+        axes.plot(
+            *zip(*run["curve"], strict=True),
+            color=COLOURS[i],
+            linestyle=("-", "--")[i],
+            label=run["precision"] if first else None,
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("held-out loss, nats per character")
+    axes.legend(frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
