@@ -38,7 +38,7 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, **optio
 
 @pytest.mark.parametrize("dropout_p", (0.0, 0.2))
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("D", (8, 16, 33, 64, 100, 128))
+@pytest.mark.parametrize("D", (8, 16, 33, 64, 100, 128, 256))
 @pytest.mark.parametrize("T", (5, 17, 100, 257))
 def test_budget(isa: str, T: int, D: int, dtype: torch.dtype, dropout_p: float) -> None:
     q, k, v = (heads(2, 3, T, D, seed=i) for i in range(3))

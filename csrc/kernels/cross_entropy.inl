@@ -63,12 +63,10 @@ class CrossEntropyPass {
   void run() {
     for (int64_t first = 0; first < blocks_; first += chunk_) {
       const int64_t slots = min(chunk_, blocks_ - first);
-      run_tasks(parallel_, slots, [&](int64_t slot) { start(first, slot); });
-      for (int64_t v0 = 0; v0 < s_.V; v0 += VOCAB) sum_block(first, slots, v0);
-      run_tasks(parallel_, slots, [&](int64_t slot) { finish_losses(first, slot); });
-      if (!with_grad_) continue;
-      for (int64_t v0 = 0; v0 < s_.V; v0 += VOCAB) grad_block(first, slots, v0);
-      run_tasks(parallel_, slots, [&](int64_t slot) { finish_dx(first, slot); });
+      if (s_.V <= VOCAB)
+        whole_vocabulary(first, slots);
+      else
+        vocabulary_in_blocks(first, slots);
     }
     finish();
   }
@@ -87,6 +85,7 @@ class CrossEntropyPass {
   float* logits(int64_t slot, int64_t v0) const {
     return logits_ + slot * ROWS * logits_ld_ + (with_grad_ ? v0 : 0);
   }
+  int64_t columns(int64_t v0) const { return min(VOCAB, s_.V - v0); }
   Weight weight_rows(int64_t v0) const { return rows_from(s_.weight, v0, s_.K); }
   bool ignored(int64_t m) const { return s_.targets[m] == s_.ignore_index; }
 
@@ -98,22 +97,52 @@ class CrossEntropyPass {
     if (with_grad_) dweight_.set_x(slot, x_[slot].data, x_[slot].row, rows, 0, s_.K);
   }
 
-  void sum_block(int64_t first, int64_t slots, int64_t v0) {
-    const int64_t n = min(VOCAB, s_.V - v0);
+  // A row block has everything done to it while it is in the cache.
+  void whole_vocabulary(int64_t first, int64_t slots) {
     Frame frame;
-    const Rhs<P> w = weight_transposed<P>(weight_rows(v0), n, s_.K, frame, parallel_);
+    const Rhs<P> w = weight_transposed<P>(s_.weight, s_.V, s_.K, frame, parallel_);
+    const Rhs<P> w_rows =
+        with_grad_ ? weight_straight<P>(s_.weight, s_.V, s_.K, frame, parallel_) : Rhs<P>{};
     run_tasks(parallel_, slots, [&](int64_t slot) {
-      const int64_t m0 = (first + slot) * ROWS, rows = rows_of(first + slot);
-      float* block = logits(slot, v0);
-      gemm(rows, n, s_.K, x_[slot], w, block, logits_ld_, false);
-      for (int64_t i = 0; i < rows; ++i) {
-        RowSum& row = sums_[slot * ROWS + i];
-        add_logits(block + i * logits_ld_, n, row);
-        const int64_t target = s_.targets[m0 + i] - v0;
-        if (!ignored(m0 + i) && target >= 0 && target < n)
-          row.target = block[i * logits_ld_ + target];
-      }
+      start(first, slot);
+      sum_rows(first, slot, 0, w);
+      finish_losses(first, slot);
+      if (!with_grad_) return;
+      grad_rows(first, slot, 0, w_rows);
+      finish_dx(first, slot);
     });
+    if (with_grad_) accumulate(first, slots, 0);
+  }
+
+  void vocabulary_in_blocks(int64_t first, int64_t slots) {
+    run_tasks(parallel_, slots, [&](int64_t slot) { start(first, slot); });
+    for (int64_t v0 = 0; v0 < s_.V; v0 += VOCAB) {
+      Frame frame;
+      const Rhs<P> w = weight_transposed<P>(weight_rows(v0), columns(v0), s_.K, frame, parallel_);
+      run_tasks(parallel_, slots, [&](int64_t slot) { sum_rows(first, slot, v0, w); });
+    }
+    run_tasks(parallel_, slots, [&](int64_t slot) { finish_losses(first, slot); });
+    if (!with_grad_) return;
+    for (int64_t v0 = 0; v0 < s_.V; v0 += VOCAB) {
+      Frame frame;
+      const Rhs<P> w = weight_straight<P>(weight_rows(v0), columns(v0), s_.K, frame, parallel_);
+      run_tasks(parallel_, slots, [&](int64_t slot) { grad_rows(first, slot, v0, w); });
+      accumulate(first, slots, v0);
+    }
+    run_tasks(parallel_, slots, [&](int64_t slot) { finish_dx(first, slot); });
+  }
+
+  void sum_rows(int64_t first, int64_t slot, int64_t v0, Rhs<P> w) {
+    const int64_t m0 = (first + slot) * ROWS, rows = rows_of(first + slot), n = columns(v0);
+    float* block = logits(slot, v0);
+    gemm(rows, n, s_.K, x_[slot], w, block, logits_ld_, false);
+    for (int64_t i = 0; i < rows; ++i) {
+      RowSum& row = sums_[slot * ROWS + i];
+      add_logits(block + i * logits_ld_, n, row);
+      const int64_t target = s_.targets[m0 + i] - v0;
+      if (!ignored(m0 + i) && target >= 0 && target < n)
+        row.target = block[i * logits_ld_ + target];
+    }
   }
 
   void finish_losses(int64_t first, int64_t slot) {
@@ -124,24 +153,22 @@ class CrossEntropyPass {
     }
   }
 
-  // dN += dS W and dW = dS' N for the columns of the block.
-  void grad_block(int64_t first, int64_t slots, int64_t v0) {
-    const int64_t n = min(VOCAB, s_.V - v0);
+  // dN += dS W for the columns from v0 on; dS is left for dW = dS' N.
+  void grad_rows(int64_t first, int64_t slot, int64_t v0, Rhs<P> w) {
+    const int64_t rows = rows_of(first + slot), n = columns(v0);
+    float* ds = logits(slot, v0);
+    for (int64_t i = 0; i < rows; ++i)
+      grad_row((first + slot) * ROWS + i, sums_[slot * ROWS + i], v0, n, ds + i * logits_ld_);
     Frame frame;
-    const Rhs<P> w = weight_straight<P>(weight_rows(v0), n, s_.K, frame, parallel_);
-    run_tasks(parallel_, slots, [&](int64_t slot) {
-      const int64_t rows = rows_of(first + slot);
-      float* ds = logits(slot, v0);
-      for (int64_t i = 0; i < rows; ++i)
-        grad_row((first + slot) * ROWS + i, sums_[slot * ROWS + i], v0, n, ds + i * logits_ld_);
-      Frame task_frame;
-      P* copy = take<P>(task_frame, rows * row_stride<P>(padded_k<P>(n)));
-      gemm(rows, s_.K, n, lhs_rows(ds, logits_ld_, rows, n, copy), w, dn_ + slot * ROWS * k_ld_,
-           k_ld_, v0 > 0);
-      dweight_.set_dy(slot, ds, logits_ld_, rows, 0, n);
-    });
+    P* copy = take<P>(frame, rows * row_stride<P>(padded_k<P>(n)));
+    gemm(rows, s_.K, n, lhs_rows(ds, logits_ld_, rows, n, copy), w, dn_ + slot * ROWS * k_ld_,
+         k_ld_, v0 > 0);
+    dweight_.set_dy(slot, ds, logits_ld_, rows, 0, n);
+  }
+
+  void accumulate(int64_t first, int64_t slots, int64_t v0) {
     const int64_t rows = min(s_.M, (first + slots) * ROWS) - first * ROWS;
-    dweight_.accumulate(rows, first > 0, v0, n, parallel_);
+    dweight_.accumulate(rows, first > 0, v0, columns(v0), parallel_);
   }
 
   void grad_row(int64_t m, const RowSum& row, int64_t v0, int64_t n, float* ds) const {
