@@ -75,10 +75,10 @@ class CrossEntropyPass {
   // As many row blocks as the outer cache holds the operands of the weight's gradient for, and
   // no more logits than most_logits allows: each chunk reads and writes the whole gradient.
   int64_t blocks_in_chunk() const {
-    const int64_t cached = blocks_per_chunk(s_.M, min(s_.V, VOCAB) + s_.K, parallel_);
+    const int64_t cached = blocks_per_chunk<P>(s_.M, min(s_.V, VOCAB) + s_.K, parallel_);
     if (!with_grad_) return cached;
     const int64_t fitting = most_logits / (ROWS * padded_n<P>(s_.V));
-    return min(cached, round_up(max(fitting, parallel_.threads), KC / ROWS));
+    return min(cached, round_up(max(fitting, parallel_.threads), Tile<P>::KC / ROWS));
   }
 
   int64_t rows_of(int64_t block) const { return min(ROWS, s_.M - block * ROWS); }

@@ -2,11 +2,10 @@
 // and columns:
 //   n = norm(x), u = n W1' + b1, y = x + dropout(gelu(u) W2' + b2)
 
-// Hidden columns in work at a time; a multiple of KC, of every NR and of WeightGrad's groups.
+// Hidden columns in work at a time; a multiple of every NR and of WeightGrad's groups.
 constexpr int64_t HIDDEN = 576;
 
-static_assert(HIDDEN % KC == 0 && HIDDEN % WeightGrad<float>::GROUP == 0 &&
-              HIDDEN % WeightGrad<bf16>::GROUP == 0);
+static_assert(HIDDEN % WeightGrad<float>::GROUP == 0 && HIDDEN % WeightGrad<bf16>::GROUP == 0);
 
 template <class T>
 void ffn_typed(const Ffn& s, const Parallel& parallel) {
@@ -70,7 +69,7 @@ void ffn_grad_typed(const FfnGrad& s, const Parallel& parallel) {
   const RowNorm norm(f.norm, C, frame);
   const Rhs<P> w1 = weight_straight<P>(f.w1, F, C, frame, parallel);
   const Rhs<P> w2 = weight_straight<P>(f.w2, C, F, frame, parallel);
-  const int64_t blocks = divide_up(M, ROWS), chunk = blocks_per_chunk(M, 2 * (F + C), parallel);
+  const int64_t blocks = divide_up(M, ROWS), chunk = blocks_per_chunk<P>(M, 2 * (F + C), parallel);
   WeightGrad<P> dw1(s.dw1, F, C, chunk, frame), dw2(s.dw2, C, F, chunk, frame);
   const ColumnSums db1(blocks, F, frame), db2(blocks, C, frame), dnorm_weight(blocks, C, frame),
       dnorm_bias(blocks, C, frame);

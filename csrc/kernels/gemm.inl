@@ -4,10 +4,6 @@
 // of k, whatever M and N: a row of C has the same bits alone and in a batch. C holds whole panels
 // (ldc >= N rounded up to NR).
 
-// Short sums lose less to rounding than one long one, and the part of a panel in use stays in the
-// L1 and L2 caches.
-constexpr int64_t KC = 192;
-
 template <int M, int NV>
 inline void write_tile(VF (&acc)[M][NV], float* c, int64_t ldc, bool add) {
   for (int i = 0; i < M; ++i)
@@ -107,7 +103,7 @@ inline Microkernel<P> microkernel_of(int64_t m, int64_t n) {
 template <class P, class Done>
 inline void gemm(int64_t m, int64_t n, int64_t k, Lhs<P> a, Rhs<P> b, float* c, int64_t ldc,
                  bool add, const Done& done) {
-  constexpr int MR = Tile<P>::MR, NR = Tile<P>::NR, KU = Tile<P>::KU;
+  constexpr int MR = Tile<P>::MR, NR = Tile<P>::NR, KU = Tile<P>::KU, KC = Tile<P>::KC;
   const int64_t tiles = divide_up(m, MR), unit_bytes = NR * KU * static_cast<int64_t>(sizeof(P));
   for (int64_t k0 = 0; k0 < k; k0 += KC) {
     const int64_t units = padded_k<P>(min(KC, k - k0)) / KU;

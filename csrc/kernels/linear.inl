@@ -67,7 +67,7 @@ void linear_grad_typed(const LinearGrad& s, const Parallel& parallel) {
   Frame frame;
   const RowNorm norm(f.norm, K, frame);
   const Rhs<P> w = weight_straight<P>(f.weight, N, K, frame, parallel);
-  const int64_t blocks = divide_up(M, ROWS), chunk = blocks_per_chunk(M, N + K, parallel);
+  const int64_t blocks = divide_up(M, ROWS), chunk = blocks_per_chunk<P>(M, N + K, parallel);
   WeightGrad<P> dweight(s.dweight, N, K, chunk, frame);
   const ColumnSums dbias(blocks, s.dbias.data ? N : 0, frame);
   const ColumnSums dnorm_weight(blocks, norm.weight ? K : 0, frame),

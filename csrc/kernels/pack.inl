@@ -29,6 +29,9 @@ struct Tile<float> {
   static constexpr int NR = 2 * W;
   static constexpr int KU = 1;
   static constexpr int KPAD = 1;  // K is padded to a multiple of this
+  // Products are summed up in blocks of this many: short sums lose less to rounding than one long
+  // one, and the part of a panel in use stays in the L1 and L2 caches.
+  static constexpr int KC = 192;
 };
 
 template <>
@@ -42,6 +45,7 @@ struct Tile<bf16> {
 #endif
   static constexpr int NR = 2 * W;
   static constexpr int KU = 2;
+  static constexpr int KC = 384;
 };
 
 // Rows of an activation matrix that one task works on, so that what it keeps of them stays in the

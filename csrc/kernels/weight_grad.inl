@@ -7,13 +7,15 @@
 
 // Row blocks per chunk: one per thread at least, and otherwise as many as the outer cache holds the
 // operands of, rounded up to whole KC.
+template <class P>
 inline int64_t blocks_per_chunk(int64_t rows, int64_t floats_per_row, const Parallel& parallel) {
   constexpr int64_t cache_floats = int64_t{2} << 20;
   const int64_t fitting = cache_floats / (ROWS * floats_per_row);
-  return min(divide_up(rows, ROWS), round_up(max(fitting, parallel.threads), KC / ROWS));
+  return min(divide_up(rows, ROWS), round_up(max(fitting, parallel.threads), Tile<P>::KC / ROWS));
 }
 
-static_assert(KC % ROWS == 0 && ROWS % DROPOUT_ROWS == 0);
+static_assert(Tile<float>::KC % ROWS == 0 && Tile<bf16>::KC % ROWS == 0 &&
+              ROWS % DROPOUT_ROWS == 0);
 
 constexpr int64_t no_limit = INT64_MAX;
 
