@@ -42,7 +42,8 @@ struct HeadTasks {
   int64_t last_head(int64_t task) const { return min(heads, first_head(task) + heads_per_task); }
 };
 
-// Rows of scores are this far apart: not a multiple of 2048 bytes over any few rows.
+// Rows of scores are this far apart, so that the same column of many rows does not fall into one
+// set of the L1 cache: a backward reads columns in place.
 constexpr int64_t SCORES = KEYS + 16;
 
 inline float highest_score(const float* s, int64_t count) {
