@@ -104,16 +104,21 @@ def parse(
     reasons = select.unavailable(options.device, torch.float32)
     if reasons:
         raise ConfigError(f"the fused kernels cannot run: {'; '.join(reasons)}")
-    if options.plot and options.plot.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"--plot: the name must end in {', '.join(SUFFIXES)}, got {options.plot}")
-    if options.plot:
-        show.need_matplotlib()
-    for path in (options.out, options.plot):
-        if path:
-            _check_writable(path)
+    check_outputs(options.out, options.plot)
     options.seconds = options.seconds or (QUICK_SECONDS if options.quick else 3.0)
     options.memory = with_memory and options.memory
     return options
+
+
+def check_outputs(out: Path | None, plot: Path | None) -> None:
+    """Raises ConfigError or OSError where --out or --plot could not be written at the end."""
+    if plot and plot.suffix.lower() not in SUFFIXES:
+        raise ConfigError(f"--plot: the name must end in {', '.join(SUFFIXES)}, got {plot}")
+    if plot:
+        show.need_matplotlib()
+    for path in (out, plot):
+        if path:
+            _check_writable(path)
 
 
 def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:

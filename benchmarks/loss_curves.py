@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import command
 import show
 from rich.console import Console
 from rich.table import Table
@@ -35,16 +36,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if len(options.seeds) < 2:
             raise gptfast.ConfigError(f"--seeds needs two at least, got {len(options.seeds)}")
-        if options.plot:
-            show.need_matplotlib()
+        command.check_outputs(options.out, options.plot)
         runs = [
             {"precision": precision, "seed": seed, "curve": curve(precision, seed, options)}
             for seed in options.seeds
             for precision in PRECISIONS
         ]
     except (GptfastError, OSError) as error:
-        print(f"loss_curves: {error}", file=sys.stderr)
-        return 2
+        print(f"loss_curves: {command.sentence(error)}", file=sys.stderr)
+        return command.EXIT_BAD_INPUT
     result = {"script": "loss_curves", "card": show.card(), "runs": runs} | compare(runs)
     print_result(result)
     if options.out:
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.plot:
         plot(options.plot, result)
     show.print_json(result)
-    return 0 if result["within"] else 1
+    return 0 if result["within"] else command.EXIT_FAILED
 
 
 def curve(precision: str, seed: int, options: argparse.Namespace) -> list[tuple[int, float]]:
@@ -78,12 +78,8 @@ def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
     mean = {precision: sum(losses) / len(losses) for precision, losses in last.items()}
     difference = mean["bf16"] - mean["fp32"]
     spread = max(last["fp32"]) - min(last["fp32"])
-    return {
-        "last": last,
-        "difference": difference,
-        "spread": spread,
-        "within": difference <= spread,
-    }
+    within = abs(difference) <= spread
+    return {"last": last, "difference": difference, "spread": spread, "within": within}
 
 
 def print_result(result: dict[str, Any]) -> None:

@@ -161,10 +161,8 @@ def _run(model: GPT, request: _Request, first: int, last: int) -> Iterator[None]
     """Fills the outputs of prompts first .. last - 1, a token each per step."""
     if request.max_new_tokens == 0 or first == last:
         return
-    decoder, sampler = (
-        make_decoder(model, last - first, request.dtype),
-        request.sampler.part(first, last),
-    )
+    decoder = make_decoder(model, last - first, request.dtype)
+    sampler = request.sampler.part(first, last)
     prompts = request.prompts[first:last]
     batch = Batch(decoder, prompts, model.config.block_size, request.max_new_tokens, request.stride)
     for step in range(request.max_new_tokens):

@@ -1,6 +1,7 @@
 """The fused clipping and AdamW against torch's, at every instruction set."""
 
 import copy
+import functools
 from collections.abc import Sequence
 
 import pytest
@@ -78,16 +79,15 @@ def test_parameters_without_gradient_stay(isa: str) -> None:
     assert params[1] not in optimizer.state
 
 
-def test_same_bits_for_any_number_of_threads(isa: str) -> None:
+def test_same_bits_for_any_number_of_threads(isa: str, request: pytest.FixtureRequest) -> None:
     results = []
-    threads = torch.get_num_threads()
+    request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         params = parameters()
         set_gradients(params, 0)
         AdamW(params, **OPTIONS).clipped_step(0.3)
         results.append(params)
-    torch.set_num_threads(threads)
     for params in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(params, results[0], strict=True))
 
@@ -130,3 +130,14 @@ def test_errors_name_argument_and_expected() -> None:
         adamw.adamw_(w, w, w, w, [torch.zeros(2)], *options)
     with pytest.raises(RuntimeError, match="as many as weights"):
         adamw.adamw_(w, [], w, w, [torch.zeros(())], *options)
+
+
+def test_nothing_moves_where_an_argument_is_wrong() -> None:
+    if select.extension() is None:
+        pytest.skip(f"{select.extension_error}")
+    weights, grads, means, squares = ([torch.ones(4), torch.ones(6)] for _ in range(4))
+    steps = [torch.zeros(()), torch.zeros(2)]
+    with pytest.raises(RuntimeError, match="steps must be float32 tensors of one"):
+        adamw.adamw_(weights, grads, means, squares, steps, 1e-3, 0.9, 0.999, 1e-8, 0.1, 1.0)
+    assert steps[0] == 0.0
+    assert all((x == 1.0).all() for x in (*weights, *grads, *means, *squares))

@@ -7,7 +7,6 @@
 
 constexpr int64_t QUERIES = 96;  // a multiple of every MR and KPAD, and of DROPOUT_ROWS
 constexpr int64_t KEYS = 128;
-constexpr float no_score = -__builtin_inff();
 
 template <class T>
 struct Head {
@@ -31,10 +30,9 @@ struct HeadTasks {
   int64_t heads, parts, heads_per_task, tasks;
 
   HeadTasks(const Attention& s, int64_t most_parts, const Parallel& parallel) : heads(s.B * s.H) {
-    const int64_t wanted = 4 * parallel.threads;
-    parts = parallel.threads == 1 ? 1 : max(1, min(divide_up(wanted, max(1, heads)), most_parts));
-    heads_per_task = max(1, heads * parts / (4 * wanted));
-    if (parts > 1) heads_per_task = 1;
+    const int64_t wanted = parallel.threads == 1 ? 1 : 4 * parallel.threads;
+    parts = max(1, min(divide_up(wanted, max(1, heads)), most_parts));
+    heads_per_task = max(1, heads / (4 * wanted));  // 1 wherever a head has several parts
     tasks = divide_up(heads, heads_per_task) * parts;
   }
 
@@ -45,14 +43,6 @@ struct HeadTasks {
 // Rows of scores are this far apart, so that the same column of many rows does not fall into one
 // set of the L1 cache: a backward reads columns in place.
 constexpr int64_t SCORES = KEYS + 16;
-
-inline float highest_score(const float* s, int64_t count) {
-  VF highest = splat(no_score);
-  for_vectors(count, [&](int64_t j, auto part) {
-    highest = vmax(highest, only(load(s + j, part), part, no_score));
-  });
-  return max(highest);
-}
 
 // s_j -> exp2(c s_j - m) for j < count and 0 up to width; returns their sum.
 inline float exponentials(float* s, int64_t count, int64_t width, float c, float m) {

@@ -11,19 +11,15 @@
 constexpr int64_t VOCAB = 1152;
 constexpr int64_t most_logits = int64_t{32} << 20;  // of a chunk
 
-// The running maximum m and l = sum_j exp(s_j - m) of a row of logits, and its target's logit.
+// The running maximum m and l = sum_j exp(s_j - m) of a row of logits, its target's logit, and,
+// once all logits are in, lse = m + ln l.
 struct RowSum {
-  float m, l, target;
-
-  float log_sum_exp() const { return m + __builtin_logf(l); }
+  float m, l, target, lse;
 };
 
 inline void add_logits(const float* s, int64_t n, RowSum& row) {
-  VF highest = splat(row.m), total = splat(0.0f);
-  for_vectors(n, [&](int64_t j, auto part) {
-    highest = vmax(highest, only(load(s + j, part), part, no_score));
-  });
-  const float top = max(highest);
+  const float highest = highest_score(s, n), top = row.m > highest ? row.m : highest;
+  VF total = splat(0.0f);
   for_vectors(n, [&](int64_t j, auto part) { total += only(exp(load(s + j, part) - top), part); });
   row.l = row.l * (row.m == no_score ? 0.0f : exp(splat(row.m - top))[0]) + sum(total);
   row.m = top;
@@ -93,7 +89,7 @@ class CrossEntropyPass {
     const int64_t m0 = (first + slot) * ROWS, rows = rows_of(first + slot);
     x_[slot] = norm_rows(static_cast<const T*>(s_.x), m0, rows, s_.K, norm_, true,
                          x_copy_ + slot * ROWS * x_stride_);
-    for (int64_t i = 0; i < rows; ++i) sums_[slot * ROWS + i] = {no_score, 0.0f, 0.0f};
+    for (int64_t i = 0; i < rows; ++i) sums_[slot * ROWS + i] = {no_score, 0.0f, 0.0f, 0.0f};
     if (with_grad_) dweight_.set_x(slot, x_[slot].data, x_[slot].row, rows, 0, s_.K);
   }
 
@@ -148,8 +144,9 @@ class CrossEntropyPass {
   void finish_losses(int64_t first, int64_t slot) {
     const int64_t m0 = (first + slot) * ROWS;
     for (int64_t i = 0; i < rows_of(first + slot); ++i) {
-      const RowSum& row = sums_[slot * ROWS + i];
-      losses_[m0 + i] = ignored(m0 + i) ? 0.0f : row.log_sum_exp() - row.target;
+      RowSum& row = sums_[slot * ROWS + i];
+      row.lse = row.m + __builtin_logf(row.l);
+      losses_[m0 + i] = ignored(m0 + i) ? 0.0f : row.lse - row.target;
     }
   }
 
@@ -172,10 +169,9 @@ class CrossEntropyPass {
   }
 
   void grad_row(int64_t m, const RowSum& row, int64_t v0, int64_t n, float* ds) const {
-    const float lse = row.log_sum_exp();
     const bool counts = !ignored(m);
     for_vectors(n, [&](int64_t j, auto part) {
-      const VF p = counts ? exp(load(ds + j, part) - lse) * share_ : splat(0.0f);
+      const VF p = counts ? exp(load(ds + j, part) - row.lse) * share_ : splat(0.0f);
       store(ds + j, p, part);
     });
     const int64_t target = s_.targets[m] - v0;

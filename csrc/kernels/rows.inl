@@ -132,6 +132,17 @@ inline void norm_grad_row(const float* dn, const T* x, const T* add, int64_t n, 
   });
 }
 
+constexpr float no_score = -__builtin_inff();
+
+// The largest of n scores; no_score of none.
+inline float highest_score(const float* s, int64_t n) {
+  VF highest = splat(no_score);
+  for_vectors(n, [&](int64_t j, auto part) {
+    highest = vmax(highest, only(load(s + j, part), part, no_score));
+  });
+  return max(highest);
+}
+
 struct GeluValue {
   VF value, slope;
 };

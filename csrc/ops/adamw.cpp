@@ -13,11 +13,11 @@ float* values(const Arguments& args, const char* name, const Tensor& x, const Te
   return static_cast<float*>(x.data_ptr());
 }
 
-// Advances the count of steps, which torch keeps as a tensor, and returns it.
-double advance(const Arguments& args, const Tensor& step) {
+// The count of steps, which torch keeps as a tensor.
+float* count(const Arguments& args, const Tensor& step) {
   args.require(step.is_cpu() && step.numel() == 1 && step.scalar_type() == ScalarType::Float,
                "steps must be float32 tensors of one element");
-  return *static_cast<float*>(step.data_ptr()) += 1.0f;
+  return static_cast<float*>(step.data_ptr());
 }
 
 Tensor adamw(std::vector<Tensor> weights, std::vector<Tensor> grads, std::vector<Tensor> means,
@@ -29,13 +29,17 @@ Tensor adamw(std::vector<Tensor> weights, std::vector<Tensor> grads, std::vector
                    squares.size() == weights.size() && steps.size() == weights.size(),
                "grads, means, squares and steps must be as many as weights");
   std::vector<AdamWParam> params;
-  for (size_t i = 0; i < weights.size(); ++i)
+  std::vector<float*> counts;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    counts.push_back(count(args, steps[i]));
     params.push_back(
         {values(args, "weights", weights[i], weights[i]),
          values(args, "grads", grads[i], weights[i]), values(args, "means", means[i], weights[i]),
          values(args, "squares", squares[i], weights[i]), weights[i].numel(), 0, 0, 0});
+  }
+  // Nothing moves before all arguments are known to be right.
   for (size_t i = 0; i < weights.size(); ++i) {
-    const double t = advance(args, steps[i]);
+    const double t = *counts[i] += 1.0f;
     params[i].decay = static_cast<float>(1.0 - lr * weight_decay);
     params[i].rate = static_cast<float>(lr / (1.0 - std::pow(beta1, t)));
     params[i].root = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, t)));
