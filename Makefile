@@ -43,6 +43,7 @@ bench: build
 	$(call benchmark,bench_ffn,ffn)
 	$(call benchmark,bench_cross_entropy,cross_entropy)
 	$(call benchmark,bench_train,train,--memory)
+	$(call benchmark,bench_generate,generate)
 	$(call benchmark,loss_curves,loss_curves,$(if $(TEXT),--data $(TEXT)))
 	$(PYTHON) benchmarks/report.py
 

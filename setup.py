@@ -21,8 +21,8 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).resolve().parent
 KERNELS, TEMP = ROOT / "csrc" / "kernels", ROOT / "build" / "temp"
-SOURCES = "bindings kernels/dispatch kernels/scratch engine/decoder ops/common"
-SOURCES += " ops/attention ops/embedding ops/linear ops/ffn ops/cross_entropy ops/adamw ops/decoder"
+SOURCES = "bindings kernels/dispatch kernels/scratch engine/decoder engine/generator ops/common"
+SOURCES += " ops/attention ops/embedding ops/linear ops/ffn ops/cross_entropy ops/adamw ops/engine"
 
 CXX = os.environ.get("CXX") or "c++"
 FLAGS = "-O0 -g -UNDEBUG" if os.environ.get("DEBUG") == "1" else "-O3 -g0"

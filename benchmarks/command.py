@@ -194,6 +194,8 @@ def run_row(row: Row, options: argparse.Namespace, peak_gflops: float) -> dict[s
     case.verify()
     timing = measure(case.contenders, options.seconds)
     line = show.line(row, case, timing, peak_gflops, notes)
+    if case.details:
+        line["details"] = case.details(timing.seconds[OURS])
     if options.memory:
         names = list(case.contenders)
         del case

@@ -37,6 +37,8 @@ class Case:
     verify: Callable[[], None]  # raises AssertionError
     compiles: tuple[str, ...] = ()  # contenders whose first call compiles
     other_dtype: tuple[str, ...] = ()  # contenders that do not compute in the row's dtype
+    # what else there is to say of ours, given its median in seconds
+    details: Callable[[float], dict[str, float]] | None = None
 
 
 @dataclass(frozen=True)

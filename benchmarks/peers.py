@@ -121,11 +121,15 @@ class SdpaGPT(nn.Module):
 
     def forward(self, idx: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, V) logits."""
+        return self.lm_head(self.hidden(idx))
+
+    def hidden(self, idx: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, C), what the logits are made of."""
         positions = torch.arange(idx.shape[1], device=idx.device)
-        x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
+        x = self.drop(self.wte(idx) + self.wpe(positions))
         for block in self.h:
             x = block(x)
-        return self.lm_head(self.ln_f(x))
+        return self.ln_f(x)
 
 
 def token_losses(model: nn.Module, idx: Tensor, targets: Tensor) -> Tensor:

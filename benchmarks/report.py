@@ -17,6 +17,7 @@ SCRIPTS = {  # in the README's order
     "attention": "Attention (B x H x T x D)",
     "ffn": "Feed-forward block (rows x n_embd)",
     "cross_entropy": "Output projection and loss (rows x n_embd x vocab_size)",
+    "generate": "Greedy generation, all texts of a batch",
 }
 LOSS_CURVES = "loss_curves"
 NOTHING = "No results have been committed yet."

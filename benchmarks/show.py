@@ -3,8 +3,8 @@
 A result is a dict: `script`, `card`, `peak` (by dtype: `gflops`, `by`, `size`), `rows` and `failed`
 (`name`, `dtype`, `why`). Its rows have `name`, `dtype`, `rounds`, `gflop`, `ms` (medians by
 contender), `ratio` (how many times faster gptfast is, by contender), `best` (the fastest of the
-others in the row's dtype, None without one), `gflops`, `of_peak`, `notes`, and `memory_mib` where
-that was measured.
+others in the row's dtype, None without one), `gflops`, `of_peak`, `notes`, and `memory_mib` and
+`details` (numbers by name) where there are any.
 """
 
 import datetime
@@ -73,6 +73,8 @@ def print_result(result: dict[str, Any]) -> None:
     console.print(_table(result["rows"]))
     if any("memory_mib" in row for row in result["rows"]):
         console.print(_memory_table(result["rows"]))
+    if any("details" in row for row in result["rows"]):
+        console.print(_details_table(result["rows"]))
     for row in result["rows"]:
         for name, note in row["notes"].items():
             console.print(Text(f"{row['name']}, {row['dtype']}: {name}: {note}"), soft_wrap=True)
@@ -141,6 +143,20 @@ def _memory_table(rows: list[dict[str, Any]]) -> Table:
     for row in measured:
         found = row["memory_mib"]
         cells = [f"{found[name]:.0f}" if name in found else "-" for name in names]
+        table.add_row(row["name"], row["dtype"], *cells)
+    return table
+
+
+def _details_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="\ngptfast", title_justify="left", box=None)
+    table.add_column("row")
+    table.add_column("dtype")
+    names = list(dict.fromkeys(name for row in rows for name in row.get("details", {})))
+    for name in names:
+        table.add_column(name, justify="right")
+    for row in rows:
+        found = row.get("details", {})
+        cells = [f"{found[name]:,.4g}" if name in found else "-" for name in names]
         table.add_row(row["name"], row["dtype"], *cells)
     return table
 

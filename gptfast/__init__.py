@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from gptfast import ops
     from gptfast.checkpoint import load, save
     from gptfast.config import GPTConfig
+    from gptfast.engine import PackedModel, pack
     from gptfast.errors import (
         BackendError,
         CheckpointError,
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from gptfast.generation import Generation, generate, stream
     from gptfast.model import GPT, Intermediates
     from gptfast.presets import TrainConfig
+    from gptfast.scoring import Score, score
     from gptfast.tokenizer import CharTokenizer
     from gptfast.trainer import Trainer
     from gptfast.training import train
@@ -34,12 +36,16 @@ __all__ = [
     "Generation",
     "GptfastError",
     "Intermediates",
+    "PackedModel",
+    "Score",
     "TrainConfig",
     "Trainer",
     "generate",
     "load",
     "ops",
+    "pack",
     "save",
+    "score",
     "stream",
     "train",
 ]
@@ -47,10 +53,12 @@ __all__ = [
 _HOMES = {
     "checkpoint": ("load", "save"),
     "config": ("GPTConfig",),
+    "engine": ("PackedModel", "pack"),
     "errors": ("BackendError", "CheckpointError", "ConfigError", "DataError", "GptfastError"),
     "generation": ("Generation", "generate", "stream"),
     "model": ("GPT", "Intermediates"),
     "presets": ("TrainConfig",),
+    "scoring": ("Score", "score"),
     "tokenizer": ("CharTokenizer",),
     "trainer": ("Trainer",),
     "training": ("train",),

@@ -27,6 +27,7 @@ EXIT_INTERRUPTED = 130
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 Count = Annotated[int | None, tyro.conf.arg(metavar="N")]
+Fraction = Annotated[float | None, tyro.conf.arg(metavar="P")]
 Texts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")]
 
 
@@ -192,11 +193,15 @@ class Generate:
     max_new_tokens: int = 100  # tokens to generate per prompt
     temperature: float = 1.0  # 0 takes the likeliest token; higher is more random
     top_k: Count = None  # draw from the N likeliest tokens; None: from all
+    top_p: Fraction = None  # draw from the likeliest tokens that together have this probability
+    min_p: Fraction = None  # draw only tokens with this fraction of the likeliest one's probability
+    repetition_penalty: float = 1.0  # above 1 makes tokens that came before less likely
+    num_samples: int = 1  # texts per prompt
     seed: int = 0  # of the draws; equal seeds give equal texts
     stop: Texts = ()  # end before this text
     # what to do past the window: slide it by one token (exact) or by K (faster), end, or refuse
     overflow: Annotated[str, tyro.conf.arg(metavar="recompute|stride:K|stop|error")] = "recompute"
-    dtype: Literal["fp32", "bf16"] | None = None  # of weights and cache; None: the model's own
+    dtype: Literal["fp32", "bf16", "int8"] | None = None  # of the weights; None: the model's own
 
     def run(self) -> int:
         """Prints prompts and continuations."""
@@ -205,18 +210,23 @@ class Generate:
         prompts = self._prompts()
         use_threads(self.compute.threads)
         model, tokenizer = load_text_model(self.run_path, self.compute)
-        names = ("max_new_tokens", "temperature", "top_k", "seed", "overflow", "dtype")
-        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        names = "max_new_tokens temperature top_k top_p min_p repetition_penalty num_samples seed"
+        options: dict[str, Any] = {
+            name: getattr(self, name) for name in [*names.split(), "overflow", "dtype"]
+        }
         options |= {"tokenizer": tokenizer, "stop": self.stop}
-        if len(prompts) == 1:
+        if len(prompts) == 1 and self.num_samples == 1:
             pieces = stream(model, prompts[0], **options)  # checks all before the first output
             _write([prompts[0]])
             _write(str(piece) for piece in pieces)
             _write(["\n"])
             return 0
-        for i, result in enumerate(generate(model, prompts, **options)):
-            _write([f"--- {i + 1} of {len(prompts)}\n{prompts[i]}{result.text}\n"])
-        return 0
+        results = generate(model, prompts, **options)
+        for i, result in enumerate(results):
+            prompt = prompts[i // self.num_samples]
+            _write([f"--- {i + 1} of {len(results)}\n{prompt}{result.text}\n"])
+        interrupted = any(result.finish_reason == "interrupted" for result in results)
+        return EXIT_INTERRUPTED if interrupted else 0
 
     def _prompts(self) -> list[str]:
         from gptfast.data import read_text

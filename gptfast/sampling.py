@@ -1,7 +1,8 @@
-"""From logits to tokens: temperature, top-k, draws that depend on (seed, sequence, step) alone."""
+"""From logits to tokens, in plain torch: the specification of csrc/kernels/sampling.inl."""
 
-import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -10,75 +11,96 @@ from gptfast.errors import ConfigError
 from gptfast.ops.random import WORD, philox
 
 SAMPLING_STREAM = WORD  # apart from every dropout's stream
-STEPS_AT_ONCE = 64  # that many draws in one go cost little more than one
+# The engine computes in float32, where factors beyond these would leave its range.
+MOST_TEMPERATURE, MOST_PENALTY = 1e6, 1e3
 
 
-class Sampler:
-    """Chooses the next token of each sequence.
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen; `generate` says what the options mean.
 
-    A draw is a Philox number with key `seed` and counter (step, sequence), so a sequence gets the
-    same draws alone and in any batch. With one seed for all prompts a sequence is its place in the
-    list; with a seed per prompt it is 0.
+    Raises:
+        ConfigError: An option is out of its range.
     """
 
-    def __init__(
-        self, sequences: int, *, temperature: float, top_k: int | None, seed: int | Sequence[int]
-    ) -> None:
-        if not temperature >= 0.0:
-            raise ConfigError(f"temperature must be 0 (greedy) or positive, got {temperature!r}")
-        if top_k is not None and (type(top_k) is not int or top_k < 1):
-            raise ConfigError(f"top_k must be None or a positive whole number, got {top_k!r}")
-        shared = isinstance(seed, int)
-        seeds = [seed] * sequences if isinstance(seed, int) else list(seed)
-        if len(seeds) != sequences:
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not _within(self.temperature, 0.0, MOST_TEMPERATURE):
             raise ConfigError(
-                f"seed must be one int or one per prompt ({sequences}), got {len(seeds)}"
+                f"temperature must be 0 (greedy) or positive, got {self.temperature!r}"
             )
-        self.temperature, self.top_k = temperature, top_k
-        self._keys = torch.tensor([each & (2**63 - 1) for each in seeds], dtype=torch.int64)
-        self._sequence = (
-            torch.arange(sequences) if shared else torch.zeros(sequences, dtype=torch.int64)
-        )
+        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
+            raise ConfigError(f"top_k must be None or a positive whole number, got {self.top_k!r}")
+        if self.top_p is not None and not (_within(self.top_p, 0.0, 1.0) and self.top_p > 0.0):
+            raise ConfigError(f"top_p must be None or in (0, 1], got {self.top_p!r}")
+        if self.min_p is not None and not _within(self.min_p, 0.0, 1.0):
+            raise ConfigError(f"min_p must be None or in [0, 1], got {self.min_p!r}")
+        if not _within(self.repetition_penalty, 1 / MOST_PENALTY, MOST_PENALTY):
+            raise ConfigError(
+                f"repetition_penalty must be in [{1 / MOST_PENALTY:g}, {MOST_PENALTY:g}],"
+                f" got {self.repetition_penalty!r}"
+            )
 
-        self._block, self._uniforms = -1, torch.empty(0)
 
-    def part(self, first: int, last: int) -> "Sampler":
-        """The sampler of sequences first .. last - 1, which count from 0 in it."""
-        part = copy.copy(self)
-        part._keys, part._sequence = self._keys[first:last], self._sequence[first:last]
-        part._block = -1  # what is kept of the draws is of other sequences
-        return part
+def _within(value: object, least: float, most: float) -> bool:
+    return isinstance(value, Real) and least <= float(value) <= most
 
-    def __call__(self, logits: Tensor, sequences: Tensor, step: int) -> Tensor:
-        """Chooses a token per row.
 
-        Args:
-            logits: (n, V) float.
-            sequences: (n,) int64, which sequence each row belongs to.
-            step: Number of the token since the prompt.
+def choose(
+    how: Sampling, logits: Tensor, seen: Sequence[Sequence[int]], uniforms: Tensor
+) -> Tensor:
+    """Chooses a token per row.
 
-        Returns:
-            (n,) int64.
-        """
-        if self.temperature == 0.0:
-            return logits.argmax(-1)
-        scaled = logits.double() / self.temperature
-        if self.top_k is not None and self.top_k < scaled.shape[-1]:
-            lowest = scaled.topk(self.top_k).values[:, -1:]  # (n, 1)
-            scaled = scaled.masked_fill(scaled < lowest, -torch.inf)
-        cumulative = scaled.softmax(-1).cumsum(-1)  # (n, V)
-        # The first token whose cumulative probability exceeds the draw; one without probability
-        # never does.
-        target = self._draws(step)[sequences, None] * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    Args:
+        how: The options.
+        logits: (n, V) float.
+        seen: The tokens that each row's penalty applies to.
+        uniforms: (n,) float64 in [0, 1), the draws.
 
-    def _draws(self, step: int) -> Tensor:
-        """A number in [0, 1) of 53 bits for each sequence, (sequences,) float64."""
-        block, within = divmod(step, STEPS_AT_ONCE)
-        if block != self._block:
-            steps = torch.arange(block * STEPS_AT_ONCE, (block + 1) * STEPS_AT_ONCE)
-            counter = (steps, self._sequence[:, None], 0, SAMPLING_STREAM)
-            high, low, _, _ = philox(counter, self._keys[:, None])  # (sequences, steps) each
-            self._block = block
-            self._uniforms = ((high << 21) + (low >> 11)).double() * 2.0**-53
-        return self._uniforms[:, within]
+    Returns:
+        (n,) int64.
+    """
+    scores = logits.double()
+    if how.repetition_penalty != 1.0:
+        for row, tokens in zip(scores, seen, strict=True):
+            picked = row[list(tokens)]
+            penalized = torch.where(
+                picked > 0, picked / how.repetition_penalty, picked * how.repetition_penalty
+            )
+            row[list(tokens)] = penalized
+    if how.temperature == 0.0:
+        return scores.argmax(-1)
+    # The first token whose cumulative probability exceeds the draw; one without probability never
+    # does.
+    cumulative = probabilities(how, scores).cumsum(-1)
+    return torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
+
+
+def probabilities(how: Sampling, scores: Tensor) -> Tensor:
+    """The distribution (n, V) to draw from, at a temperature above 0, up to a factor per row."""
+    weights = ((scores - scores.amax(-1, keepdim=True)) / how.temperature).exp()
+    if how.top_k is not None and how.top_k < scores.shape[-1]:
+        weights = weights.where(scores >= scores.topk(how.top_k).values[:, -1:], 0.0)
+    if how.top_p is not None:
+        falling = weights.sort(descending=True).values
+        mass = falling.cumsum(-1)
+        enough = (mass < how.top_p * mass[:, -1:]).sum(-1, keepdim=True)  # the last token needed
+        weights = weights.where(weights >= falling.gather(-1, enough), 0.0)
+    if how.min_p is not None:
+        weights = weights.where(weights >= how.min_p, 0.0)
+    return weights
+
+
+def draws(seeds: Tensor, numbers: Tensor, steps: Tensor) -> Tensor:
+    """A number in [0, 1) of 53 bits for each sequence, (n,) float64.
+
+    It is a Philox number with key `seeds` and counter (steps, numbers), all (n,) int64: a sequence
+    gets the same draws alone and in any batch.
+    """
+    high, low, _, _ = philox((steps, numbers, 0, SAMPLING_STREAM), seeds)
+    return ((high << 21) + (low >> 11)).double() * 2.0**-53

@@ -15,6 +15,7 @@ from typing import Any
 import bench_attention
 import bench_cross_entropy
 import bench_ffn
+import bench_generate
 import bench_train
 import command
 import common
@@ -38,6 +39,7 @@ SCRIPTS = {
     "ffn": bench_ffn,
     "cross_entropy": bench_cross_entropy,
     "train": bench_train,
+    "generate": bench_generate,
 }
 QUICK = [row for script in SCRIPTS.values() for row in script.rows() if row.quick]
 CASES = {str(row): row.build() for row in QUICK}

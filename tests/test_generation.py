@@ -1,14 +1,21 @@
 """Generation: the cached engine against the uncached loop; windows, draws, stops, streams."""
 
-import sys
+import signal
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 import gptfast
-from gptfast import GPT, BackendError, CharTokenizer, ConfigError, DataError, GPTConfig
-from gptfast.sampling import Sampler
+from gptfast import GPT, BackendError, CharTokenizer, ConfigError, DataError, Generation, GPTConfig
+from gptfast.ops import select
+from gptfast.sampling import Sampling, choose, draws, probabilities
 
 MODELS = {
     "course": GPTConfig(block_size=16, vocab_size=5, n_embd=32),
@@ -42,7 +49,14 @@ def prompts_for(config: GPTConfig) -> list[list[int]]:
 @pytest.mark.parametrize("overflow", ("recompute", "stride:5", "stop"))
 @pytest.mark.parametrize(
     "options",
-    ({"temperature": 0.0}, {"top_k": 3, "seed": 7}, {"temperature": 0.7, "seed": [1, 2, 3, 4, 5]}),
+    (
+        {"temperature": 0.0},
+        {"top_k": 3, "seed": 7},
+        {"temperature": 0.7, "seed": [1, 2, 3, 4, 5]},
+        {"top_p": 0.8, "repetition_penalty": 1.3, "logprobs": 3},
+        {"temperature": 1.4, "min_p": 0.1, "top_k": 9, "num_samples": 2, "stop": [2]},
+        {"temperature": 0.0, "repetition_penalty": 2.0},
+    ),
 )
 @pytest.mark.parametrize("name", MODELS)
 def test_tokens_equal_the_uncached_loop(name: str, options: dict[str, Any], overflow: str) -> None:
@@ -55,6 +69,9 @@ def test_tokens_equal_the_uncached_loop(name: str, options: dict[str, Any], over
     for a, b in zip(fused, plain, strict=True):
         assert a.tokens == b.tokens and a.finish_reason == b.finish_reason
         assert torch.allclose(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4)
+        assert [[t for t, _ in row] for row in a.alternatives] == [
+            [t for t, _ in row] for row in b.alternatives
+        ]
 
 
 def test_greedy_is_the_loop_of_the_course() -> None:
@@ -67,7 +84,7 @@ def test_greedy_is_the_loop_of_the_course() -> None:
     assert result.tokens == idx[0, 2:].tolist()
 
 
-@pytest.mark.parametrize("dtype", ("fp32", "bf16"))
+@pytest.mark.parametrize("dtype", ("fp32", "bf16", "int8"))
 def test_a_prompt_has_the_bits_it_has_alone(isa: str, dtype: str) -> None:
     model = make("odd")
     prompts = prompts_for(model.config) * 3
@@ -81,12 +98,139 @@ def test_a_prompt_has_the_bits_it_has_alone(isa: str, dtype: str) -> None:
     torch.set_num_threads(threads)
 
 
-def test_more_prompts_than_fit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", ("fp32", "bf16", "int8"))
+@pytest.mark.parametrize("name", ("odd", "course"))
+def test_memory_does_not_change_the_bits(isa: str, name: str, dtype: str) -> None:
+    model = make(name)
+    options: dict[str, Any] = {"max_new_tokens": 30, "seed": 5, "dtype": dtype, "num_samples": 2}
+    prompts = prompts_for(model.config) + [[1, 2, 3]] * 3
+    whole = gptfast.generate(model, prompts, **options)
+    for memory in ({"max_batch": 1}, {"max_batch": 7}, {"max_cache_bytes": 300_000}):
+        assert gptfast.generate(model, prompts, **memory, **options) == whole
+
+
+def test_ten_thousand_prompts_come_in_order() -> None:
     model = make("course")
-    prompts = [[1 + i % 4] * (1 + i % 9) for i in range(30)]
-    whole = gptfast.generate(model, prompts, max_new_tokens=12, seed=5)
-    monkeypatch.setattr(sys.modules["gptfast.generation"], "ROWS_AT_ONCE", 7)
-    assert gptfast.generate(model, prompts, max_new_tokens=12, seed=5) == whole
+    prompts = [[1 + i % 4] * (1 + i % 9) for i in range(10_000)]
+    results = gptfast.generate(model, prompts, max_new_tokens=3, seed=[0] * len(prompts))
+    assert len(results) == len(prompts)
+    assert results[:36] * 277 == results[: 36 * 277]  # every 36th prompt is the same
+
+
+def test_samples_share_the_prompt_and_differ() -> None:
+    model = make("odd")
+    prompts = [[1, 2, 3, 4], [5], [6] * 60]
+    samples = gptfast.generate(model, prompts, num_samples=3, max_new_tokens=20, seed=[3, 4, 5])
+    assert len(samples) == 9 and samples[0] != samples[1] != samples[2]
+    singles = gptfast.generate(model, prompts, max_new_tokens=20, seed=[3, 4, 5])
+    assert samples[::3] == singles  # the first sample of each
+    together = gptfast.generate(model, prompts, num_samples=3, max_new_tokens=20, seed=8)
+    alone = gptfast.generate(
+        model, [p for p in prompts for _ in range(3)], max_new_tokens=20, seed=8
+    )
+    assert together == alone
+
+
+def test_one_text_that_needs_more_cache_than_there_may_be() -> None:
+    model = make("odd")
+    with pytest.raises(ConfigError, match=r"max_cache_bytes must hold one sequence of 37 tokens"):
+        gptfast.generate(model, [[1]], max_cache_bytes=1000)
+    assert len(gptfast.generate(model, [[1]], max_cache_bytes=1_000_000)[0].tokens) == 100
+
+
+@pytest.mark.parametrize("dtype", (None, "bf16", "int8"))
+@pytest.mark.parametrize("backend", ("auto", "reference"))
+def test_a_model_without_finite_logits(backend: Any, dtype: str | None) -> None:
+    model = make("course")
+    model.backend = backend
+    model.lm_head.weight.data[1, 0] = torch.nan
+    with pytest.raises(DataError, match="the model's logits are not finite"):
+        gptfast.generate(model, [[1], [2]], max_new_tokens=4, dtype=dtype)
+
+
+def interrupted_soon(call: Callable[[], Any], seconds: float) -> Any:
+    """What a call returns that gets Ctrl-C after so long."""
+    timer = threading.Timer(seconds, lambda: signal.raise_signal(signal.SIGINT))
+    timer.start()
+    try:
+        return call()
+    finally:
+        timer.join()
+
+
+@pytest.mark.parametrize("backend", ("auto", "reference"))
+def test_interrupt_returns_what_there_is(backend: Any) -> None:
+    model = make("course")
+    model.backend = backend
+    results = interrupted_soon(
+        lambda: gptfast.generate(model, [[1], [2], [3]], max_new_tokens=10**6, max_batch=2), 0.3
+    )
+    assert [each.finish_reason for each in results] == ["interrupted"] * 3
+    assert results[0].tokens and bool(results[2].tokens) == (backend == "reference")
+    (whole,) = gptfast.generate(model, [[1]], max_new_tokens=10)
+    assert results[0].tokens[:10] == whole.tokens
+
+
+@pytest.mark.parametrize("dtype", (None, "bf16", "int8"))
+def test_a_packed_model_is_the_model_as_it_was(dtype: str | None) -> None:
+    model = make("odd")
+    before = gptfast.generate(model, [[1, 2]], dtype=dtype)
+    packed = gptfast.pack(model, dtype)
+    for param in model.parameters():
+        param.data.zero_()
+    assert gptfast.generate(packed, [[1, 2]]) == before
+    assert gptfast.generate(packed, [[1, 2]], dtype=dtype) == before
+    assert [*gptfast.stream(packed, [[1, 2]], max_new_tokens=3)]
+    other = "int8" if dtype != "int8" else "fp32"
+    with pytest.raises(ConfigError, match=f"dtype must be the packed model's, .*, got '{other}'"):
+        gptfast.generate(packed, [[1]], dtype=other)
+
+
+def test_what_cannot_be_packed() -> None:
+    model = make("course")
+    with pytest.raises(ConfigError, match="dtype must be None or one of"):
+        gptfast.pack(model, "int3")
+    with pytest.raises(BackendError, match="pack: the fused kernels cannot run: .*not float64"):
+        gptfast.pack(model.double())
+    model.backend = "reference"
+    with pytest.raises(BackendError, match="pack: the model's backend is 'reference'"):
+        gptfast.pack(model)
+
+
+def test_two_threads_generate_at_once() -> None:
+    model = make("odd")
+    expected = [gptfast.generate(model, [[i]], max_new_tokens=200) for i in (1, 2)]
+    results: dict[int, list[Generation]] = {}
+
+    def work(i: int) -> None:
+        results[i] = gptfast.generate(model, [[i]], max_new_tokens=200)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [results[1], results[2]] == expected
+
+
+@pytest.mark.skipif(select.extension() is None, reason="the engine is compiled")
+def test_other_python_threads_run_meanwhile() -> None:
+    model, ticks, done = make("odd"), 0, threading.Event()
+
+    def tick() -> None:
+        nonlocal ticks
+        while not done.is_set():
+            ticks += 1
+            time.sleep(0.001)
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    start = time.perf_counter()
+    gptfast.generate(model, [[1]] * 64, max_new_tokens=300)
+    seconds = time.perf_counter() - start
+    done.set()
+    ticker.join()
+    assert ticks > 100 * seconds  # of 1,000 a second; a call that keeps the GIL allows 10
 
 
 def test_seed_decides_the_draws() -> None:
@@ -99,21 +243,160 @@ def test_seed_decides_the_draws() -> None:
     assert twins[0].tokens == first != twins[1].tokens
 
 
-@pytest.mark.parametrize(("temperature", "top_k"), ((1.0, None), (0.5, None), (2.0, 3)))
-def test_draws_follow_the_distribution(temperature: float, top_k: int | None) -> None:
-    n = 20_000
-    logits = torch.tensor([[0.3, -1.0, 2.0, 0.9, -0.2, 1.1]])
-    sampler = Sampler(n, temperature=temperature, top_k=top_k, seed=11)
-    drawn = sampler(logits.expand(n, -1), torch.arange(n), step=4)
-    scaled = logits[0].double() / temperature
-    if top_k is not None:
-        scaled = scaled.where(scaled >= scaled.topk(top_k).values[-1], torch.tensor(-torch.inf))
-    expected = scaled.softmax(-1) * n
-    observed = torch.bincount(drawn, minlength=6).double()
+LOGITS = [0.3, -1.0, 2.0, 0.9, -0.2, 1.1]
+FILTERS = (
+    {},
+    {"temperature": 0.5},
+    {"temperature": 2.0, "top_k": 3},
+    {"top_p": 0.75},
+    {"min_p": 0.2},
+    {"repetition_penalty": 1.8},
+    {"temperature": 1.5, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 0.7},
+)
+
+
+def constant_model(logits: list[float]) -> GPT:
+    """A model that gives these logits whatever it reads."""
+    V = len(logits)
+    model = GPT(GPTConfig(block_size=2, vocab_size=V, n_embd=8, n_layer=1, n_head=1))
+    for param in model.parameters():
+        param.data.zero_()
+    model.ln_f.bias.data[0] = 1.0
+    model.lm_head.weight.data[:, 0] = torch.tensor(logits)
+    return model
+
+
+def chi_square(observed: Tensor, expected: Tensor) -> float:
     assert (observed[expected == 0] == 0).all()
     possible = expected > 0
-    chi_square = ((observed - expected)[possible] ** 2 / expected[possible]).sum().item()
-    assert chi_square < 22.0  # 5 degrees of freedom exceed it once in 2,000
+    return ((observed - expected)[possible] ** 2 / expected[possible]).sum().item()
+
+
+@pytest.mark.parametrize("options", FILTERS)
+@pytest.mark.parametrize("backend", ("auto", "reference"))
+def test_draws_follow_the_distribution(isa: str, backend: Any, options: dict[str, Any]) -> None:
+    n = 20_000
+    model = constant_model(LOGITS)
+    model.backend = backend
+    prompt = [2, 4]  # what the penalty applies to
+    results = gptfast.generate(
+        model, [prompt], num_samples=n, max_new_tokens=1, seed=11, max_batch=4096, **options
+    )
+    observed = torch.bincount(torch.tensor([r.tokens[0] for r in results]), minlength=6).double()
+    scores = torch.tensor([LOGITS], dtype=torch.float64)
+    penalty = options.get("repetition_penalty", 1.0)
+    for token in prompt:
+        scores[0, token] *= penalty if scores[0, token] < 0 else 1 / penalty
+    weights = probabilities(Sampling(**options), scores)[0]
+    # 5 degrees of freedom exceed it once in 2,000
+    assert chi_square(observed, weights / weights.sum() * n) < 22.0
+
+
+def test_filters_by_hand() -> None:
+    p = torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15]], dtype=torch.float64)
+
+    def kept(**options: Any) -> list[int]:
+        return probabilities(Sampling(**options), p.log())[0].nonzero()[:, 0].tolist()
+
+    assert kept() == [0, 1, 2, 3, 4]
+    assert kept(top_k=2) == [1, 3]
+    assert kept(top_p=0.7) == [1, 3] and kept(top_p=0.71) == [1, 3, 4]
+    assert kept(min_p=0.3) == [1, 3, 4] and kept(min_p=1.0) == [1]
+    assert kept(top_k=4, top_p=0.95, min_p=0.26) == [1, 3, 4]
+    ties = torch.tensor([[0.2, 0.2, 0.2, 0.4]], dtype=torch.float64)
+    assert (probabilities(Sampling(top_k=2), ties.log()) > 0).all()
+    assert (probabilities(Sampling(top_p=0.5), ties.log()) > 0).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    V=st.integers(1, 300),
+    seed=st.integers(0, 2**62),
+    scale=st.sampled_from((0.0, 0.1, 3.0, 50.0)),
+    temperature=st.sampled_from((0.0, 1e-5, 0.3, 1.0, 3.0)),
+    top_k=st.none() | st.integers(1, 320),
+    top_p=st.none() | st.floats(0.01, 1.0),
+    min_p=st.none() | st.floats(0.0, 1.0),
+    penalty=st.sampled_from((1.0, 0.5, 2.0)),
+)
+def test_engine_draws_what_the_reference_draws(
+    V: int, seed: int, scale: float, temperature: float, top_k: int | None, top_p: float | None,
+    min_p: float | None, penalty: float,
+) -> None:  # fmt: skip
+    logits = scale * torch.randn(V, generator=torch.Generator().manual_seed(seed))
+    model, n = constant_model(logits.tolist()), 40
+    options: dict[str, Any] = {
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": penalty,
+    }  # fmt: skip
+    prompt = [V - 1]
+    results = gptfast.generate(
+        model, [prompt], num_samples=n, max_new_tokens=1, seed=seed, **options
+    )
+    drawn = torch.tensor([r.tokens[0] for r in results])
+    keys, zero = torch.full((n,), seed & (2**63 - 1)), torch.zeros(n, dtype=torch.int64)
+    uniforms = draws(keys, torch.arange(n), zero)
+    rows = logits.expand(n, -1)
+    expected = choose(Sampling(**options), rows, [prompt] * n, uniforms)
+    # A draw, or a threshold, may fall between two roundings of the same sum.
+    nearby = [
+        choose(Sampling(**options), rows, [prompt] * n, (uniforms + d).clamp(0, 1 - 1e-9))
+        for d in (-1e-5, 1e-5)
+    ]
+    equal = (drawn == expected) | (drawn == nearby[0]) | (drawn == nearby[1])
+    if top_p is not None and not equal.all():
+        wider = [Sampling(**(options | {"top_p": min(1.0, top_p + d)})) for d in (-1e-5, 1e-5)]
+        for how in wider:
+            equal |= drawn == choose(how, rows, [prompt] * n, uniforms)
+    assert equal.all()
+
+
+def test_alternatives_are_the_likeliest_tokens() -> None:
+    model = constant_model(LOGITS)
+    (result,) = gptfast.generate(model, [[1]], max_new_tokens=2, logprobs=3, top_k=1)
+    logprobs = torch.tensor(LOGITS).log_softmax(-1)
+    for row in result.alternatives:
+        assert [token for token, _ in row] == [2, 5, 3]
+        assert torch.allclose(torch.tensor([value for _, value in row]), logprobs[[2, 5, 3]])
+    assert result.tokens == [2, 2]
+    (all_of_them,) = gptfast.generate(model, [[1]], max_new_tokens=1, logprobs=100)
+    assert len(all_of_them.alternatives[0]) == 6
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_configuration_equals_the_uncached_loop(data: st.DataObject) -> None:
+    draw = data.draw
+    head_dim, n_head = draw(st.integers(1, 33)), draw(st.integers(1, 3))
+    config = GPTConfig(
+        block_size=draw(st.integers(1, 40)),
+        vocab_size=draw(st.integers(1, 50)),
+        n_layer=draw(st.integers(1, 3)),
+        n_head=n_head,
+        n_embd=head_dim * n_head,
+        bias=draw(st.booleans()),
+        attention=draw(st.booleans()),
+    )
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    model = GPT(config)
+    lengths = draw(st.lists(st.integers(1, 60), min_size=1, max_size=6))
+    prompts = [torch.randint(config.vocab_size, (n,)).tolist() for n in lengths]
+    options: dict[str, Any] = {
+        "max_new_tokens": draw(st.integers(0, 30)),
+        "overflow": draw(
+            st.sampled_from(("recompute", "stop", "stride:1", f"stride:{config.block_size}"))
+        ),
+        "temperature": 0.0,
+        "max_batch": draw(st.integers(1, 8)),
+    }
+    fused = gptfast.generate(model, prompts, **options)
+    model.backend = "reference"
+    for a, b in zip(fused, gptfast.generate(model, prompts, **options), strict=True):
+        assert a.finish_reason == b.finish_reason and len(a.tokens) == len(b.tokens)
+        for n, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)):
+            if x != y:  # two tokens that are equally likely but for rounding
+                assert abs(a.logprobs[n] - b.logprobs[n]) < 1e-4
+                break
 
 
 def test_options_of_zero_tokens_and_no_prompts() -> None:
@@ -175,9 +458,29 @@ def test_stream_gives_what_generate_gives() -> None:
     model, tokenizer = text_model()
     (whole,) = gptfast.generate(model, ["a "], tokenizer=tokenizer, max_new_tokens=25, seed=9)
     pieces = list(gptfast.stream(model, "a ", tokenizer=tokenizer, max_new_tokens=25, seed=9))
-    assert "".join(map(str, pieces)) == whole.text and len(pieces) > 20
+    assert "".join(map(str, pieces)) == whole.text and len(pieces[0]) == 1
     tokens = [t for piece in gptfast.stream(model, [1, 2], max_new_tokens=25) for t in piece]
     assert tokens == gptfast.generate(model, [[1, 2]], max_new_tokens=25)[0].tokens
+
+
+def test_stream_of_several_prompts() -> None:
+    model, tokenizer = text_model()
+    prompts = ["a ", "the", "sat on"]
+    options: dict[str, Any] = {
+        "tokenizer": tokenizer, "max_new_tokens": 300, "num_samples": 2, "stop": "ca",
+        "max_batch": 4,
+    }  # fmt: skip
+    whole = gptfast.generate(model, prompts, **options)
+    texts = [""] * 6
+    for i, piece in gptfast.stream(model, prompts, **options):
+        texts[i] += piece
+    assert texts == [each.text for each in whole]
+
+
+def test_stream_starts_before_all_is_generated() -> None:
+    model = make("course")
+    pieces = gptfast.stream(model, [1], max_new_tokens=10**6)  # all would take a minute
+    assert len(next(pieces)) == 1 and len(next(pieces)) < 10_000
 
 
 def test_overflow_rules() -> None:
@@ -234,9 +537,23 @@ def test_fused_is_asked_for_and_cannot_run() -> None:
         ([[1]], {"max_new_tokens": -1}, "max_new_tokens must be"),
         ([[1]], {"overflow": "slide"}, "overflow must be 'recompute', 'stride:K'"),
         ([[1]], {"overflow": "stride:0"}, "overflow must be"),
-        ([[1]], {"seed": [1, 2]}, r"seed must be one int or one per prompt \(1\), got 2"),
+        ([[1]], {"overflow": "stride:17"}, "overflow must be .* K from 1 to block_size"),
+        ([[1]], {"seed": [1, 2]}, r"seed must be one int or one per prompt \(1\), got \[1, 2\]"),
         ([[1]], {"stop": ["x"]}, "stop must be non-empty strings .with a tokenizer."),
-        ([[1]], {"dtype": "int3"}, r"dtype must be None or one of \['bf16', 'fp32'\], got 'int3'"),
+        ([[1]], {"stop": [5]}, r"stop must be .* or token ids in \[0, 5\), got 5"),
+        ([[1]], {"stop": 1.5}, "stop must be .* got 1.5"),
+        ([1, 2], {}, "prompt 0 must be a text or a list of token ids, got 1"),
+        ([[1.5]], {}, "prompt 0 has token id 1.5"),
+        ([[1]], {"seed": 1.5}, r"seed must be one int or one per prompt \(1\), got 1.5"),
+        ([[1]], {"temperature": "1"}, "temperature must be"),
+        ([[1]], {"max_new_tokens": 2**63}, "max_new_tokens must be a whole number from 0 to"),
+        ([[1]], {"dtype": "int3"}, r"dtype must be None or one of .*, got 'int3'"),
+        ([[1]], {"top_p": 0.0}, r"top_p must be None or in \(0, 1\], got 0.0"),
+        ([[1]], {"min_p": 1.5}, r"min_p must be None or in \[0, 1\], got 1.5"),
+        ([[1]], {"repetition_penalty": 0}, "repetition_penalty must be in .*, got 0"),
+        ([[1]], {"num_samples": 0}, "num_samples must be a whole number from 1 to .*, got 0"),
+        ([[1]], {"logprobs": -1}, "logprobs must be a whole number from 0 to .*, got -1"),
+        ([[1]], {"max_batch": 0}, "max_batch must be a whole number from 1 to .*, got 0"),
     ),
 )
 def test_bad_input_is_one_sentence(prompts: Any, options: dict[str, Any], message: str) -> None:
@@ -248,5 +565,5 @@ def test_bad_input_is_one_sentence(prompts: Any, options: dict[str, Any], messag
 def test_stream_checks_at_the_call() -> None:
     with pytest.raises(ConfigError, match="temperature"):
         gptfast.stream(make("course"), [1], temperature=-1)
-    with pytest.raises(TypeError, match="has no option 'beams'; it has max_new_tokens"):
+    with pytest.raises(TypeError, match="has no option 'beams'; it has tokenizer, max_new_tokens"):
         gptfast.stream(make("course"), [1], beams=2)

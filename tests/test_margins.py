@@ -182,9 +182,13 @@ def models() -> list[gptfast.GPT]:
 
 
 def generate(model: gptfast.GPT, dtype: str) -> None:
-    """A ragged batch, inside the window and past it."""
+    """A ragged batch, inside the window and past it, with every option of sampling; then scores."""
     prompts = [[1], [2, 3, 4, 5, 6], list(range(11))]
-    gptfast.generate(model, prompts, max_new_tokens=9, dtype=dtype)
+    options: dict[str, Any] = {"max_new_tokens": 9, "dtype": dtype, "stop": [3], "logprobs": 2}
+    gptfast.generate(model, prompts, **options)
+    filters: dict[str, Any] = {"top_k": 9, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2}
+    gptfast.generate(model, prompts, num_samples=2, max_batch=4, **filters, **options)
+    gptfast.score(model, prompts, dtype=dtype)
 
 
 def move_weights() -> None:
@@ -216,7 +220,7 @@ def run_all(level: str) -> None:
                 print(side, described(op, args, options), flush=True)
                 run_op(op, args, options)
             for model in models():
-                for dtype in ("fp32", "bf16"):
+                for dtype in ("fp32", "bf16", "int8"):
                     print(side, f"generate, {dtype}, {model.config}", flush=True)
                     generate(model, dtype)
             print(side, "a step of the optimiser", flush=True)

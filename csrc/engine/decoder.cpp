@@ -1,88 +1,83 @@
 #include "decoder.h"
 
-#include <cmath>
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
 #include "../kernels/scratch.h"
+#include "parallel.h"
 
 namespace gptfast {
 namespace {
 
-void run_in_this_thread(int64_t tasks, void (*body)(void*, int64_t), void* context) {
-  for (int64_t task = 0; task < tasks; ++task) body(context, task);
-}
-
 class Pass {
  public:
   Pass(const Kernels& kernels, const Decoder& model, const DecoderBatch& batch,
-       const KeyValueCache& cache, const Parallel& parallel)
+       const KeyValueCache& cache, const FirstLayerTable& table, const Parallel& parallel)
       : kernels_(kernels),
         model_(model),
         batch_(batch),
         cache_(cache),
+        table_(table),
         parallel_(parallel),
-        element_(model.dtype == DType::f32 ? sizeof(float) : sizeof(uint16_t)),
+        element_(model.element_bytes()),
         M_(batch.starts[batch.sequences]),
         C_(model.n_embd),
-        D_(model.n_embd / model.n_head),
+        position_(take<int64_t>(M_)),
         x_(activation(M_, C_)),
         next_(activation(M_, C_)),
         qkv_(activation(M_, 3 * C_)),
         heads_(activation(M_, C_)) {}
 
-  void run(float* logits) {
+  // The blocks' output for every token, or for the last one of each sequence alone.
+  void run(bool last_tokens) {
     embed();
     for (size_t i = 0; i < model_.layers.size(); ++i) {
       const DecoderLayer& layer = model_.layers[i];
-      const bool last = i + 1 == model_.layers.size();
-      if (model_.attention) {
-        linear(M_, 3 * C_, x_, layer.ln_1, layer.c_attn, layer.c_attn_bias, nullptr, qkv_,
-               model_.dtype);
-        attend(static_cast<int64_t>(i), last);
-        if (last) keep_last_tokens();
-        linear(M_, C_, heads_, Norm{}, layer.c_proj, layer.c_proj_bias, x_, next_, model_.dtype);
-        std::swap(x_, next_);
-      } else if (last) {
+      const bool narrow = last_tokens && i + 1 == model_.layers.size();
+      if (model_.attention)
+        attend(static_cast<int64_t>(i), narrow);
+      else if (narrow)
         keep_last_tokens();
-      }
       feed_forward(layer);
     }
-    linear(M_, model_.vocab_size, x_, model_.ln_f, model_.lm_head, Param{}, nullptr, logits,
-           DType::f32);
+  }
+
+  // Logits (count, V) of the rows from `first` on.
+  void logits(int64_t first, int64_t count, float* out) {
+    linear(count, model_.vocab_size, at(x_, first * C_), model_.ln_f, model_.lm_head, Param{},
+           nullptr, out, DType::f32);
   }
 
  private:
-  char* activation(int64_t rows, int64_t columns) {
-    return static_cast<char*>(frame_.bytes(static_cast<size_t>(rows * columns) * element_));
+  template <class T>
+  T* take(int64_t count) {
+    return static_cast<T*>(frame_.bytes(static_cast<size_t>(count) * sizeof(T)));
   }
-  char* at(char* data, int64_t offset) const {
-    return data + offset * static_cast<int64_t>(element_);
-  }
-  int64_t new_tokens(int64_t sequence) const {
-    return batch_.starts[sequence + 1] - batch_.starts[sequence];
+  char* activation(int64_t rows, int64_t columns) { return take<char>(rows * columns * element_); }
+  char* at(char* data, int64_t offset) const { return data + offset * element_; }
+  void copy(const char* from, int64_t count, char* to) const {
+    std::memcpy(to, from, static_cast<size_t>(count * element_));
   }
 
-  // What follows the last layer's attention is needed for the last token of each sequence alone.
+  // What follows the last layer's keys and values is needed for each sequence's last token alone.
   void keep_last_tokens() {
+    if (M_ == batch_.sequences) return;
     for (int64_t i = 0; i < batch_.sequences; ++i)
-      std::memcpy(at(next_, i * C_), at(x_, (batch_.starts[i + 1] - 1) * C_),
-                  static_cast<size_t>(C_) * element_);
+      copy(at(x_, (batch_.starts[i + 1] - 1) * C_), C_, at(next_, i * C_));
     std::swap(x_, next_);
     M_ = batch_.sequences;
   }
 
   void embed() {
-    int64_t* position =
-        static_cast<int64_t*>(frame_.bytes(static_cast<size_t>(M_) * sizeof(int64_t)));
     for (int64_t i = 0; i < batch_.sequences; ++i)
-      for (int64_t t = 0; t < new_tokens(i); ++t)
-        position[batch_.starts[i] + t] = batch_.cached[i] + t;
+      for (int64_t t = batch_.starts[i]; t < batch_.starts[i + 1]; ++t)
+        position_[t] = batch_.cached[i] + t - batch_.starts[i];
     Embedding s = {};
     s.y_dtype = model_.dtype;
     s.M = M_, s.C = C_, s.V = model_.vocab_size;
     s.idx = batch_.tokens;
-    s.position = position;
+    s.position = position_;
     s.wte = model_.wte;
     s.wpe = model_.wpe;
     s.y = x_;
@@ -111,67 +106,120 @@ class Pass {
     std::swap(x_, next_);
   }
 
-  // With a sequence per thread each attends by itself, with fewer the threads share a sequence's
-  // heads.
-  void attend(int64_t layer, bool last_tokens) {
-    struct Context {
-      Pass* pass;
-      int64_t layer;
-      bool last_tokens;
-      Parallel inner;
-    };
-    const bool spread = batch_.sequences >= parallel_.threads;
-    Context context = {this, layer, last_tokens,
-                       spread ? Parallel{run_in_this_thread, 1} : parallel_};
-    const auto sequence = [](void* data, int64_t i) {
-      const Context& c = *static_cast<Context*>(data);
-      c.pass->attend_sequence(c.layer, i, c.last_tokens, c.inner);
-    };
-    (spread ? parallel_.run : run_in_this_thread)(batch_.sequences, sequence, &context);
+  void attend(int64_t index, bool last_tokens) {
+    const DecoderLayer& layer = model_.layers[static_cast<size_t>(index)];
+    const bool last_layer = index + 1 == static_cast<int64_t>(model_.layers.size());
+    CachedAttention s = {};
+    s.dtype = model_.dtype;
+    s.sequences = batch_.sequences, s.H = model_.n_head, s.D = model_.head_dim();
+    s.capacity = cache_.capacity;
+    s.starts = batch_.starts, s.row = batch_.row, s.cached = batch_.cached;
+    const int64_t layer_bytes = cache_.rows * kernels_.cache_bytes(s.dtype, s.H, s.D, s.capacity);
+    s.cache = static_cast<char*>(cache_.data) + index * layer_bytes;
+    s.last_queries = last_tokens;
+    s.out = heads_;
+    if (last_layer) {
+      char* kv = at(qkv_, M_ * C_);
+      linear(M_, 2 * C_, x_, layer.ln_1, layer.kv, layer.kv_bias, nullptr, kv, model_.dtype);
+      s.k = kv, s.v = at(kv, C_), s.kv_stride = 2 * C_;
+      if (last_tokens) keep_last_tokens();
+      linear(M_, C_, x_, layer.ln_1, layer.c_attn, layer.c_attn_bias, nullptr, qkv_, model_.dtype);
+      s.q = qkv_, s.q_stride = C_;
+    } else {
+      project(layer, index == 0 && table_.qkv != nullptr);
+      s.q = qkv_, s.k = at(qkv_, C_), s.v = at(qkv_, 2 * C_);
+      s.q_stride = s.kv_stride = 3 * C_;
+    }
+    kernels_.attention_cached(s, parallel_);
+    linear(M_, C_, heads_, Norm{}, layer.c_proj, layer.c_proj_bias, x_, next_, model_.dtype);
+    std::swap(x_, next_);
   }
 
-  void attend_sequence(int64_t layer, int64_t i, bool last_token, const Parallel& parallel) {
-    const int64_t H = model_.n_head, start = batch_.starts[i], cached = batch_.cached[i];
-    const int64_t row_size = H * model_.block_size * D_;
-    char* keys =
-        at(static_cast<char*>(cache_.data), (layer * 2 * cache_.rows + batch_.row[i]) * row_size);
-    char* values = at(keys, cache_.rows * row_size);
-    for (int64_t t = 0; t < new_tokens(i); ++t)
-      for (int64_t h = 0; h < H; ++h) {
-        const int64_t from = (start + t) * 3 * C_ + h * D_,
-                      to = (h * model_.block_size + cached + t) * D_;
-        std::memcpy(at(keys, to), at(qkv_, from + C_), static_cast<size_t>(D_) * element_);
-        std::memcpy(at(values, to), at(qkv_, from + 2 * C_), static_cast<size_t>(D_) * element_);
-      }
-    Attention s = {};
-    s.dtype = model_.dtype;
-    // The queries from `first` on; with the last token's alone, sequence i has row i of the result.
-    const int64_t first = last_token ? new_tokens(i) - 1 : 0;
-    s.B = 1, s.H = H, s.Tq = new_tokens(i) - first, s.Tk = cached + new_tokens(i), s.D = D_;
-    s.q = {at(qkv_, (start + first) * 3 * C_), 0, D_, 3 * C_};
-    s.k = {keys, 0, model_.block_size * D_, D_};
-    s.v = {values, 0, model_.block_size * D_, D_};
-    s.out = {at(heads_, (last_token ? i : start) * C_), 0, D_, C_};
-    s.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(D_)));
-    kernels_.attention(s, parallel);
+  void project(const DecoderLayer& layer, bool tabulated) {
+    if (!tabulated)
+      return linear(M_, 3 * C_, x_, layer.ln_1, layer.c_attn, layer.c_attn_bias, nullptr, qkv_,
+                    model_.dtype);
+    const auto entry = [&](int64_t m) {
+      return position_[m] * model_.vocab_size + batch_.tokens[m];
+    };
+    char* table = static_cast<char*>(table_.qkv);
+    std::vector<int64_t> missing;
+    for (int64_t m = 0; m < M_; ++m)
+      if (!table_.known[entry(m)]) missing.push_back(m);
+    const auto count = static_cast<int64_t>(missing.size());
+    for (int64_t i = 0; i < count; ++i)
+      copy(at(x_, missing[static_cast<size_t>(i)] * C_), C_, at(next_, i * C_));
+    if (count > 0)
+      linear(count, 3 * C_, next_, layer.ln_1, layer.c_attn, layer.c_attn_bias, nullptr, qkv_,
+             model_.dtype);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t to = entry(missing[static_cast<size_t>(i)]);
+      copy(at(qkv_, i * 3 * C_), 3 * C_, at(table, to * 3 * C_));
+      table_.known[to] = 1;
+    }
+    constexpr int64_t rows = 64;
+    for_each(parallel_, (M_ + rows - 1) / rows, [&](int64_t task) {
+      for (int64_t m = task * rows; m < std::min(M_, (task + 1) * rows); ++m)
+        copy(at(table, entry(m) * 3 * C_), 3 * C_, at(qkv_, m * 3 * C_));
+    });
   }
 
   const Kernels& kernels_;
   const Decoder& model_;
   const DecoderBatch& batch_;
   const KeyValueCache& cache_;
+  const FirstLayerTable table_;
   const Parallel& parallel_;
   Frame frame_;
-  size_t element_;
-  int64_t M_, C_, D_;
+  int64_t element_, M_, C_;
+  int64_t* position_;
   char *x_, *next_, *qkv_, *heads_;
 };
 
 }  // namespace
 
 void decoder_forward(const Kernels& kernels, const Decoder& model, const DecoderBatch& batch,
-                     const KeyValueCache& cache, float* logits, const Parallel& parallel) {
-  if (batch.sequences > 0) Pass(kernels, model, batch, cache, parallel).run(logits);
+                     const KeyValueCache& cache, const FirstLayerTable& table, float* logits,
+                     const Parallel& parallel) {
+  if (batch.sequences == 0) return;
+  Pass pass(kernels, model, batch, cache, table, parallel);
+  pass.run(true);
+  pass.logits(0, batch.sequences, logits);
+}
+
+void decoder_score(const Kernels& kernels, const Decoder& model, const DecoderBatch& batch,
+                   const KeyValueCache& cache, const int64_t* targets, float* logprobs,
+                   const Parallel& parallel) {
+  const int64_t M = batch.starts[batch.sequences], V = model.vocab_size;
+  if (M == 0) return;
+  Pass pass(kernels, model, batch, cache, FirstLayerTable{}, parallel);
+  pass.run(false);
+  const int64_t rows = std::max<int64_t>(1, std::min(M, (int64_t{4} << 20) / V));
+  Frame frame;
+  float* logits = static_cast<float*>(frame.bytes(static_cast<size_t>(rows * V) * sizeof(float)));
+  for (int64_t first = 0; first < M; first += rows) {
+    const int64_t count = std::min(rows, M - first);
+    pass.logits(first, count, logits);
+    for_each(parallel, count, [&](int64_t i) {
+      const float* row = logits + i * V;
+      logprobs[first + i] = row[targets[first + i]] - kernels.log_sum_exp(row, V);
+    });
+  }
+}
+
+int64_t cache_row_bytes(const Kernels& kernels, const Decoder& model, int64_t capacity) {
+  return static_cast<int64_t>(model.layers.size()) *
+         kernels.cache_bytes(model.dtype, model.n_head, model.head_dim(), capacity);
+}
+
+void copy_cached(const Kernels& kernels, const Decoder& model, const KeyValueCache& cache,
+                 int64_t from, int64_t to, int64_t count, const Parallel& parallel) {
+  const int64_t H = model.n_head, D = model.head_dim();
+  const int64_t layer = cache.rows * kernels.cache_bytes(model.dtype, H, D, cache.capacity);
+  for_each(parallel, static_cast<int64_t>(model.layers.size()), [&](int64_t i) {
+    kernels.copy_cached(model.dtype, H, D, cache.capacity,
+                        static_cast<char*>(cache.data) + i * layer, from, to, count);
+  });
 }
 
 }  // namespace gptfast

@@ -63,7 +63,7 @@ struct AttentionTask {
 
   const Attention& s;
   int64_t head;  // b * H + h
-  Head<T> q, k, v, out;
+  Head<T> q, out;
   int64_t ld;  // of O
   float c;
   Frame frame;
@@ -85,11 +85,13 @@ struct AttentionTask {
         p_copy(take<P>(frame, QUERIES * row_stride<P>(KEYS))) {}
 
   void start_head(int64_t index, int64_t used_keys) {
-    const int64_t b = index / s.H, h = index % s.H;
-    head = index;
-    q = {s.q, b, h}, k = {s.k, b, h}, v = {s.v, b, h}, out = {s.out, b, h};
-    keys = pack_transposed(k.data, k.row, s.D, used_keys, key_panels);
-    values = pack_straight(v.data, v.row, used_keys, s.D, value_panels);
+    const Head<T> k(s.k, index / s.H, index % s.H), v(s.v, index / s.H, index % s.H);
+    start_head(index, pack_transposed(k.data, k.row, s.D, used_keys, key_panels),
+               pack_straight(v.data, v.row, used_keys, s.D, value_panels));
+  }
+  void start_head(int64_t index, Rhs<P> packed_keys, Rhs<P> packed_values) {
+    head = index, keys = packed_keys, values = packed_values;
+    q = {s.q, index / s.H, index % s.H}, out = {s.out, index / s.H, index % s.H};
   }
 
   // Keys of the block from k0 on that any row before `row` of the query block sees.

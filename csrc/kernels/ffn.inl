@@ -7,51 +7,129 @@ constexpr int64_t HIDDEN = 576;
 
 static_assert(HIDDEN % WeightGrad<float>::GROUP == 0 && HIDDEN % WeightGrad<bf16>::GROUP == 0);
 
+// h = gelu(u scales + b1) for a tile of u, columns from column f of the whole on; the sums before
+// GELU go to `hidden` where the backward wants them. Pointers are at the tile's first element.
+template <class T, class P>
+inline void activate(int64_t rows, int64_t n, float* u, int64_t ldu, const float* scales,
+                     const float* b1, Gelu kind, T* hidden, int64_t ld_hidden, P* h, int64_t ldh) {
+  apply_scales(scales, rows, n, u, ldu);
+  for (int64_t i = 0; i < rows; ++i)
+    for_vectors(n, [&](int64_t j, auto part) {
+      VF value = load(u + i * ldu + j, part);
+      if (b1) value += load(b1 + j, part);
+      if (hidden) store(hidden + i * ld_hidden + j, value, part);
+      store(h + i * ldh + j, gelu(value, kind).value, part);
+    });
+}
+
 template <class T>
-void ffn_typed(const Ffn& s, const Parallel& parallel) {
+struct FfnOperands {
+  using P = typename OperandOf<T>::type;
+
+  RowNorm norm;
+  const float *b1, *b2;
+  PackedWeight<P> w1, w2;
+
+  FfnOperands(const Ffn& s, Frame& frame, const Parallel& parallel)
+      : norm(s.norm, s.C, frame),
+        b1(floats(s.b1, s.F, frame)),
+        b2(floats(s.b2, s.C, frame)),
+        w1(weight_transposed<P>(s.w1, s.F, s.C, frame, parallel)),
+        w2(weight_transposed<P>(s.w2, s.C, s.F, frame, parallel)) {}
+};
+
+// y = x + c + b2 for whole rows, after dropout.
+template <class T>
+inline void finish_ffn(const Ffn& s, const FfnOperands<T>& with, int64_t m0, int64_t rows,
+                       int64_t c0, int64_t n, float* c, int64_t ld) {
+  apply_scales(with.w2.scales ? with.w2.scales + c0 : nullptr, rows, n, c, ld);
+  if (with.b2)
+    for (int64_t i = 0; i < rows; ++i)
+      finish_row(c + i * ld, with.b2 + c0, static_cast<const T*>(nullptr), n, c + i * ld);
+  apply_dropout(s.dropout, 0, m0, c0, rows, n, c, ld);
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t at = (m0 + i) * s.C + c0;
+    finish_row(c + i * ld, nullptr, static_cast<const T*>(s.x) + at, n, static_cast<T*>(s.y) + at);
+  }
+}
+
+template <class T>
+void ffn_by_rows(const Ffn& s, const FfnOperands<T>& with, const Parallel& parallel) {
   using P = typename OperandOf<T>::type;
   const int64_t M = s.M, C = s.C, F = s.F, ld = padded_n<P>(C), h_stride = row_stride<P>(HIDDEN);
-  const T* x = static_cast<const T*>(s.x);
-  T* y = static_cast<T*>(s.y);
-  T* hidden = static_cast<T*>(s.hidden);
-  Frame frame;
-  const RowNorm norm(s.norm, C, frame);
-  const float *b1 = floats(s.b1, F, frame), *b2 = floats(s.b2, C, frame);
-  const Rhs<P> w1 = weight_transposed<P>(s.w1, F, C, frame, parallel);
-  const Rhs<P> w2 = weight_transposed<P>(s.w2, C, F, frame, parallel);
-
   run_tasks(parallel, divide_up(M, ROWS), [&](int64_t block) {
     const int64_t m0 = block * ROWS, rows = min(ROWS, M - m0);
-    Frame task_frame;
-    P* copy = take<P>(task_frame, rows * row_stride<P>(padded_k<P>(C)));
-    const Lhs<P> a = norm_rows(x, m0, rows, C, norm, true, copy);
-    float* u = take<float>(task_frame, rows * HIDDEN);
-    P* h = take<P>(task_frame, rows * h_stride);
-    float* c = take<float>(task_frame, rows * ld);
+    Frame frame;
+    P* copy = take<P>(frame, rows * row_stride<P>(padded_k<P>(C)));
+    const Lhs<P> a = norm_rows(static_cast<const T*>(s.x), m0, rows, C, with.norm, true, copy);
+    float* u = take<float>(frame, rows * HIDDEN);
+    P* h = take<P>(frame, rows * h_stride);
+    float* c = take<float>(frame, rows * ld);
     for (int64_t f0 = 0; f0 < F; f0 += HIDDEN) {
       const int64_t f = min(HIDDEN, F - f0), padded = padded_k<P>(f);
-      const auto activate = [&](int64_t i0, int64_t tile, int64_t j0, int64_t columns) {
-        for (int64_t i = i0; i < i0 + tile; ++i)
-          for_vectors(columns, [&](int64_t jj, auto part) {
-            const int64_t j = j0 + jj;
-            VF value = load(u + i * HIDDEN + j, part);
-            if (b1) value += load(b1 + f0 + j, part);
-            if (hidden) store(hidden + (m0 + i) * F + f0 + j, value, part);
-            store(h + i * h_stride + j, gelu(value, s.gelu).value, part);
-          });
-      };
-      gemm(rows, f, C, a, w1.columns(f0), u, HIDDEN, false, activate);
+      const PackedWeight<P> w1 = with.w1.columns(f0);
+      gemm(rows, f, C, a, w1, u, HIDDEN, false,
+           [&](int64_t i, int64_t tile, int64_t j, int64_t columns) {
+             activate(tile, columns, u + i * HIDDEN + j, HIDDEN,
+                      w1.scales ? w1.scales + j : nullptr, with.b1 ? with.b1 + f0 + j : nullptr,
+                      s.gelu,
+                      s.hidden ? static_cast<T*>(s.hidden) + (m0 + i) * F + f0 + j : nullptr, F,
+                      h + i * h_stride + j, h_stride);
+           });
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = f; j < padded; ++j) h[i * h_stride + j] = P{};
-      gemm(rows, C, f, Lhs<P>{h, h_stride, Tile<P>::KU}, w2.rows(f0), c, ld, f0 > 0);
+      gemm(rows, C, f, Lhs<P>{h, h_stride, Tile<P>::KU}, with.w2.rows(f0), c, ld, f0 > 0);
     }
-    if (b2)
-      for (int64_t i = 0; i < rows; ++i)
-        finish_row(c + i * ld, b2, static_cast<const T*>(nullptr), C, c + i * ld);
-    apply_dropout(s.dropout, 0, m0, 0, rows, C, c, ld);
-    for (int64_t i = 0; i < rows; ++i)
-      finish_row(c + i * ld, nullptr, x + (m0 + i) * C, C, y + (m0 + i) * C);
+    finish_ffn(s, with, m0, rows, 0, C, c, ld);
   });
+}
+
+// The same sums in the same order for few rows: the threads share the columns of both products.
+template <class T>
+void ffn_by_columns(const Ffn& s, const FfnOperands<T>& with, const Parallel& parallel) {
+  using P = typename OperandOf<T>::type;
+  const int64_t M = s.M, C = s.C, F = s.F, padded = padded_k<P>(F),
+                h_stride = row_stride<P>(padded);
+  Frame frame;
+  P* h = take<P>(frame, M * h_stride);
+  for_blocks(M, F, C, Tile<P>::NR, parallel,
+             [&](int64_t m0, int64_t rows, int64_t f0, int64_t n, int64_t ld) {
+               Frame task_frame;
+               P* copy = take<P>(task_frame, rows * row_stride<P>(padded_k<P>(C)));
+               const Lhs<P> a =
+                   norm_rows(static_cast<const T*>(s.x), m0, rows, C, with.norm, f0 == 0, copy);
+               float* u = take<float>(task_frame, rows * ld);
+               const PackedWeight<P> w1 = with.w1.columns(f0);
+               gemm(rows, n, C, a, w1, u, ld, false,
+                    [&](int64_t i, int64_t tile, int64_t j, int64_t columns) {
+                      activate(
+                          tile, columns, u + i * ld + j, ld, w1.scales ? w1.scales + j : nullptr,
+                          with.b1 ? with.b1 + f0 + j : nullptr, s.gelu, static_cast<T*>(nullptr), F,
+                          h + (m0 + i) * h_stride + f0 + j, h_stride);
+                    });
+               if (f0 + n == F)
+                 for (int64_t i = 0; i < rows; ++i)
+                   for (int64_t j = F; j < padded; ++j) h[(m0 + i) * h_stride + j] = P{};
+             });
+  for_blocks(M, C, F, Tile<P>::NR, parallel,
+             [&](int64_t m0, int64_t rows, int64_t c0, int64_t n, int64_t ld) {
+               Frame task_frame;
+               float* c = take<float>(task_frame, rows * ld);
+               for (int64_t f0 = 0; f0 < F; f0 += HIDDEN)
+                 gemm(rows, n, min(HIDDEN, F - f0),
+                      Lhs<P>{h + m0 * h_stride + f0, h_stride, Tile<P>::KU},
+                      with.w2.columns(c0).rows(f0), c, ld, f0 > 0);
+               finish_ffn(s, with, m0, rows, c0, n, c, ld);
+             });
+}
+
+template <class T>
+void ffn_typed(const Ffn& s, const Parallel& parallel) {
+  Frame frame;
+  const FfnOperands<T> with(s, frame, parallel);
+  const bool few = divide_up(s.M, ROWS) < 4 * parallel.threads;
+  if (few && !s.hidden && s.dropout.threshold == 0) return ffn_by_columns(s, with, parallel);
+  ffn_by_rows(s, with, parallel);
 }
 
 // With g = dy * dropout:  dh = g W2, du = dh gelu'(u), dn = du W1, dx = dy + norm'(dn);

@@ -98,12 +98,95 @@ inline Microkernel<P> microkernel_of(int64_t m, int64_t n) {
   return n <= W ? narrow_ones.rows[m] : wide_ones.rows[m];
 }
 
+// The vectors that a product reads of B, dense or as bytes (pack.inl), and the step
+//   acc += sum_e x_e b_e
+// of KU products that the microkernels do for each row.
+template <class P>
+struct Step;
+
+template <>
+struct Step<float> {
+  using Vector = VF;
+  static VF repeat(const float* x) { return splat(*x); }
+  static VF read(const float* b) { return load(b); }
+  static VF read(const int8_t* b) { return widen_bytes(b); }
+  static VF add(VF acc, VF x, VF b) { return acc + x * b; }
+};
+
+#if GPTFAST_BF16_DOT
+template <>
+struct Step<bf16> {
+  using Vector = __m512bh;
+  static Vector repeat(const bf16* x) {
+    int32_t pair;
+    __builtin_memcpy(&pair, x, sizeof pair);
+    return (__m512bh)_mm512_set1_epi32(pair);
+  }
+  static Vector read(const bf16* b) { return (__m512bh)_mm512_loadu_si512(b); }
+  static Vector read(const int8_t* b) {
+    return _mm512_cvtne2ps_pbh((__m512)widen_bytes(b + W), (__m512)widen_bytes(b));
+  }
+  static VF add(VF acc, Vector x, Vector b) { return (VF)_mm512_dpbf16_ps((__m512)acc, x, b); }
+};
+#endif
+
+// One row of A times NV vectors of each of PANELS panels: a row alone needs several panels at once,
+// as every sum waits for its last step.
+template <int PANELS, int NV, class P, class B>
+inline void row_kernel(int64_t units, Lhs<P> a, const B* b, int64_t panel, float* c, bool add) {
+  using S = Step<P>;
+  constexpr int NR = Tile<P>::NR, KU = Tile<P>::KU;
+  VF acc[PANELS][NV] = {};
+  for (int64_t u = 0; u < units; ++u, b += NR * KU) {
+    const typename S::Vector x = S::repeat(a.data + u * a.step);
+#pragma GCC unroll 8
+    for (int p = 0; p < PANELS; ++p)
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v)
+        acc[p][v] = S::add(acc[p][v], x, S::read(b + p * panel + v * W * KU));
+  }
+  for (int p = 0; p < PANELS; ++p)
+    for (int v = 0; v < NV; ++v) {
+      float* sum = c + p * NR + v * W;
+      store(sum, add ? load(sum) + acc[p][v] : acc[p][v]);
+    }
+}
+
+// gemm() for one row; panels of B `panel` apart.
+template <class P, class B, class Done>
+inline void gemm_row(int64_t n, int64_t k, Lhs<P> a, const B* b, int64_t panel, float* c, bool add,
+                     const Done& done) {
+  constexpr int NR = Tile<P>::NR, KU = Tile<P>::KU, KC = Tile<P>::KC;
+  for (int64_t k0 = 0; k0 < k; k0 += KC, b += KC * NR) {
+    const int64_t units = padded_k<P>(min(KC, k - k0)) / KU;
+    const Lhs<P> from = {a.data + k0 / KU * a.step, a.row, a.step};
+    const bool more = add || k0 > 0;
+    for (int64_t n0 = 0; n0 < n;) {
+      const B* at = b + n0 / NR * panel;
+      const int64_t panels = (n - n0) / NR, columns = panels >= 4   ? 4 * NR
+                                                      : panels >= 2 ? 2 * NR
+                                                                    : min(n - n0, NR);
+      if (panels >= 4)
+        row_kernel<4, 2>(units, from, at, panel, c + n0, more);
+      else if (panels >= 2)
+        row_kernel<2, 2>(units, from, at, panel, c + n0, more);
+      else if (columns > W)
+        row_kernel<1, 2>(units, from, at, panel, c + n0, more);
+      else
+        row_kernel<1, 1>(units, from, at, panel, c + n0, more);
+      if (k0 + KC >= k) done(0, 1, n0, columns);
+      n0 += columns;
+    }
+  }
+}
+
 // `done(m0, rows, n0, columns)` is called for each tile of C when it is complete and still in the
-// L1 cache: columns n0 .. of one panel, rows m0 ...
+// L1 cache: columns n0 .. of some panels, rows m0 ...
 template <class P, class Done>
 inline void gemm(int64_t m, int64_t n, int64_t k, Lhs<P> a, Rhs<P> b, float* c, int64_t ldc,
                  bool add, const Done& done) {
   constexpr int MR = Tile<P>::MR, NR = Tile<P>::NR, KU = Tile<P>::KU, KC = Tile<P>::KC;
+  if (m == 1) return gemm_row(n, k, a, b.data, b.panel, c, add, done);
   const int64_t tiles = divide_up(m, MR), unit_bytes = NR * KU * static_cast<int64_t>(sizeof(P));
   for (int64_t k0 = 0; k0 < k; k0 += KC) {
     const int64_t units = padded_k<P>(min(KC, k - k0)) / KU;

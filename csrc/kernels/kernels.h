@@ -43,11 +43,16 @@ struct ParamGrad {
   DType dtype;
 };
 
+// How pack_weight keeps a weight: in what the activations' products read, or in 8-bit whole numbers
+// with a scale per output.
+enum class Packing : int32_t { dense, int8 };
+
 // A linear layer's weight (N, K), as nn.Linear keeps it. `packed`, when not null, is what
 // pack_weight made of it, and is read instead by a forward; a backward reads `param`.
 struct Weight {
   Param param;
   const void* packed;
+  Packing packing;
 };
 
 // LayerNorm over the K columns: y = (x - mean) * rstd * weight + bias. A null `weight.data` means
@@ -190,6 +195,46 @@ struct AdamW {
   float* norm;  // receives it, as it was
 };
 
+// The new tokens of some sequences attend to themselves and to those before them, whose keys and
+// values the cache has; theirs are added to it. Sequence i has rows starts[i] .. starts[i + 1] - 1
+// of q, k, v and out, row[i] of the cache, and cached[i] tokens there already.
+struct CachedAttention {
+  DType dtype;
+  int64_t sequences, H, D, capacity;
+  const int64_t *starts, *row, *cached;
+  const void *q, *k, *v;        // (tokens, H D)
+  int64_t q_stride, kv_stride;  // between their rows
+  void* cache;        // of one layer: rows of cache_bytes(), zeroed before their first use
+  bool last_queries;  // q and out have each sequence's last token alone, (sequences, H D)
+  void* out;          // contiguous
+};
+
+// How a token is chosen from its logits.
+struct Sampling {
+  float temperature;  // 0: the likeliest
+  int64_t top_k;      // 0: no limit, as for the others 1, 0, 1
+  float top_p;
+  float min_p;
+  float repetition_penalty;  // of the tokens seen before
+};
+
+struct SampleRow {
+  const float* logits;  // (V,)
+  int64_t V;
+  const int64_t* seen;  // (seen_count,)
+  int64_t seen_count;
+  uint64_t seed;
+  uint32_t sequence, step;  // each draws its own number
+  int64_t alternatives;     // how many of the likeliest tokens are wanted
+  int64_t* alternative;     // (alternatives,)
+  float* alternative_logprob;
+};
+
+struct Sample {
+  int64_t token;
+  float logprob;  // under softmax(logits)
+};
+
 struct Kernels {
   const char* name;
   void (*attention)(const Attention&, const Parallel&);
@@ -202,10 +247,17 @@ struct Kernels {
   void (*embedding)(const Embedding&, const Parallel&);
   void (*embedding_grad)(const EmbeddingGrad&, const Parallel&);
   void (*adamw)(const AdamW&, const Parallel&);
+  void (*attention_cached)(const CachedAttention&, const Parallel&);
+  int64_t (*cache_bytes)(DType dtype, int64_t H, int64_t D, int64_t capacity);
+  // Rows of one layer's cache: `to` receives the first `count` tokens of `from`.
+  void (*copy_cached)(DType dtype, int64_t H, int64_t D, int64_t capacity, void* cache,
+                      int64_t from, int64_t to, int64_t count);
+  Sample (*sample)(const Sampling&, const SampleRow&);
+  float (*log_sum_exp)(const float* logits, int64_t V);
   // A weight (N, K) in the layout that this instruction set multiplies by, for activations of
   // `dtype`.
-  int64_t (*packed_weight_bytes)(DType dtype, int64_t N, int64_t K);
-  void (*pack_weight)(DType dtype, Param weight, int64_t N, int64_t K, void* packed,
+  int64_t (*packed_weight_bytes)(DType dtype, Packing, int64_t N, int64_t K);
+  void (*pack_weight)(DType dtype, Packing, Param weight, int64_t N, int64_t K, void* packed,
                       const Parallel&);
 };
 

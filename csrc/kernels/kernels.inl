@@ -28,15 +28,18 @@ namespace {
 #if GPTFAST_AMX
 #include "amx.inl"
 #endif
+#include "gemm_bytes.inl"
 #include "rows.inl"
 #include "weight_grad.inl"
 #include "linear.inl"
 #include "ffn.inl"
 #include "attention.inl"
+#include "attention_cached.inl"
 #include "attention_grad.inl"
 #include "cross_entropy.inl"
 #include "embedding.inl"
 #include "adamw.inl"
+#include "sampling.inl"
 
 #define GPTFAST_STRING_(x) #x
 #define GPTFAST_STRING(x) GPTFAST_STRING_(x)
@@ -55,6 +58,11 @@ constexpr Kernels table = {
     embedding,
     embedding_grad,
     adamw,
+    attention_cached,
+    cache_bytes,
+    copy_cached,
+    sample,
+    log_sum_exp,
     packed_weight_bytes,
     pack_weight,
 };

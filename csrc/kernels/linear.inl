@@ -1,13 +1,27 @@
 // Linear layers with LayerNorm applied while the operand is read, and bias and residual while the
 // result is written.
 
-// Columns of the result that one task computes: its fp32 block (ROWS, columns) stays in the L2
-// cache.
-inline int64_t columns_per_task(int64_t row_blocks, int64_t n, int nr, const Parallel& parallel) {
-  const int64_t wanted = row_blocks >= 2 * parallel.threads
-                             ? 512
-                             : divide_up(n, divide_up(4 * parallel.threads, max(1, row_blocks)));
-  return round_up(min(wanted, 512), nr);
+// Calls f(m0, rows, n0, columns, most_columns) for the blocks of a result (M, N) with K products
+// per element, in parallel. The fp32 block (rows, columns) stays in the L2 cache; where there are
+// few rows, tasks that follow one another read the same part of the weight.
+template <class F>
+inline void for_blocks(int64_t M, int64_t N, int64_t K, int nr, const Parallel& parallel,
+                       const F& f) {
+  constexpr int64_t most = 512;
+  const int64_t block = M <= 2 * ROWS ? max(1, M) : ROWS, row_blocks = divide_up(M, block);
+  const bool few = row_blocks < 2 * parallel.threads;
+  const int64_t shared = few ? divide_up(4 * parallel.threads, max(1, row_blocks)) : 1;
+  const int64_t worth = tasks_worth_a_thread(N, block * N * K);
+  const int64_t columns = round_up(min(max(divide_up(N, shared), worth), most), nr);
+  const int64_t column_blocks = divide_up(N, columns), tasks = row_blocks * column_blocks;
+  const int64_t group = worth < N ? 1 : max(1, tasks);  // little work is one task
+  run_tasks(parallel, divide_up(tasks, group), [&](int64_t first) {
+    for (int64_t task = first * group; task < min(tasks, (first + 1) * group); ++task) {
+      const int64_t m0 = (few ? task % row_blocks : task / column_blocks) * block;
+      const int64_t n0 = (few ? task / row_blocks : task % column_blocks) * columns;
+      f(m0, min(block, M - m0), n0, min(columns, N - n0), columns);
+    }
+  });
 }
 
 // y = residual + c + bias for one row; columns [0, n).
@@ -35,25 +49,23 @@ void linear_typed(const Linear& s, const Parallel& parallel) {
   Frame frame;
   const RowNorm norm(s.norm, s.K, frame);
   const float* bias = floats(s.bias, s.N, frame);
-  const Rhs<P> w = weight_transposed<P>(s.weight, s.N, s.K, frame, parallel);
-  const int64_t row_blocks = divide_up(s.M, ROWS);
-  const int64_t columns = columns_per_task(row_blocks, s.N, Tile<P>::NR, parallel);
-  const int64_t column_blocks = divide_up(s.N, columns);
+  const PackedWeight<P> w = weight_transposed<P>(s.weight, s.N, s.K, frame, parallel);
 
-  run_tasks(parallel, row_blocks * column_blocks, [&](int64_t task) {
-    const int64_t m0 = task / column_blocks * ROWS, rows = min(ROWS, s.M - m0);
-    const int64_t n0 = task % column_blocks * columns, n = min(columns, s.N - n0);
-    Frame task_frame;
-    P* copy = take<P>(task_frame, rows * row_stride<P>(padded_k<P>(s.K)));
-    const Lhs<P> a = norm_rows(x, m0, rows, s.K, norm, n0 == 0, copy);
-    float* c = take<float>(task_frame, rows * columns);
-    gemm(rows, n, s.K, a, w.columns(n0), c, columns, false);
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t at = (m0 + i) * s.N + n0;
-      finish_row(c + i * columns, bias ? bias + n0 : nullptr, residual ? residual + at : nullptr, n,
-                 y + at);
-    }
-  });
+  for_blocks(s.M, s.N, s.K, Tile<P>::NR, parallel,
+             [&](int64_t m0, int64_t rows, int64_t n0, int64_t n, int64_t ld) {
+               Frame task_frame;
+               P* copy = take<P>(task_frame, rows * row_stride<P>(padded_k<P>(s.K)));
+               const Lhs<P> a = norm_rows(x, m0, rows, s.K, norm, n0 == 0, copy);
+               float* c = take<float>(task_frame, rows * ld);
+               const PackedWeight<P> columns = w.columns(n0);
+               gemm(rows, n, s.K, a, columns, c, ld, false);
+               apply_scales(columns.scales, rows, n, c, ld);
+               for (int64_t i = 0; i < rows; ++i) {
+                 const int64_t at = (m0 + i) * s.N + n0;
+                 finish_row(c + i * ld, bias ? bias + n0 : nullptr,
+                            residual ? residual + at : nullptr, n, y + at);
+               }
+             });
 }
 
 template <class T>
@@ -117,15 +129,26 @@ void linear_grad(const LinearGrad& s, const Parallel& parallel) {
   linear_grad_typed<bf16>(s, parallel);
 }
 
-int64_t packed_weight_bytes(DType dtype, int64_t n, int64_t k) {
-  if (dtype == DType::f32) return rhs_elements<float>(k, n) * sizeof(float);
+template <class P>
+inline int64_t packed_weight_size(Packing packing, int64_t n, int64_t k) {
+  return packing == Packing::int8 ? byte_weight_size<P>(n, k)
+                                  : rhs_elements<P>(k, n) * static_cast<int64_t>(sizeof(P));
+}
+int64_t packed_weight_bytes(DType dtype, Packing packing, int64_t n, int64_t k) {
   using P = OperandOf<bf16>::type;
-  return rhs_elements<P>(k, n) * sizeof(P);
+  return dtype == DType::f32 ? packed_weight_size<float>(packing, n, k)
+                             : packed_weight_size<P>(packing, n, k);
 }
 
-void pack_weight(DType dtype, Param weight, int64_t n, int64_t k, void* packed,
+template <class P>
+inline void pack_weight_as(Packing packing, const Param& weight, int64_t n, int64_t k, void* packed,
+                           const Parallel& parallel) {
+  if (packing == Packing::int8) return pack_weight_bytes<P>(weight, n, k, packed, parallel);
+  pack_weight_panels(weight, n, k, static_cast<P*>(packed), parallel);
+}
+void pack_weight(DType dtype, Packing packing, Param weight, int64_t n, int64_t k, void* packed,
                  const Parallel& parallel) {
-  if (dtype == DType::f32)
-    return pack_weight_panels(weight, n, k, static_cast<float*>(packed), parallel);
-  pack_weight_panels(weight, n, k, static_cast<OperandOf<bf16>::type*>(packed), parallel);
+  using P = OperandOf<bf16>::type;
+  if (dtype == DType::f32) return pack_weight_as<float>(packing, weight, n, k, packed, parallel);
+  pack_weight_as<P>(packing, weight, n, k, packed, parallel);
 }

@@ -284,3 +284,46 @@ inline Lhs<P> lhs_transposed(const S* x, int64_t ld, int64_t k, int64_t m, P* co
     return {copy + padded * width, padded, KU};
   }
 }
+
+// A weight in panels: as the products read it, or as 8-bit whole numbers in the same places, of
+// which column n counts scales[n] each.
+template <class P>
+struct PackedWeight {
+  Rhs<P> dense;
+  const int8_t* bytes = nullptr;
+  const float* scales = nullptr;
+
+  PackedWeight columns(int64_t n) const {
+    const int64_t offset = n / Tile<P>::NR * dense.panel;
+    return bytes ? PackedWeight{dense, bytes + offset, scales + n} : PackedWeight{dense.columns(n)};
+  }
+  PackedWeight rows(int64_t k) const {
+    return bytes ? PackedWeight{dense, bytes + k * Tile<P>::NR, scales}
+                 : PackedWeight{dense.rows(k)};
+  }
+};
+
+typedef int8_t Bytes __attribute__((vector_size(W)));
+
+inline VF widen_bytes(const int8_t* from) {
+#if GPTFAST_VECTOR_BYTES == 64
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return (VF)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x));
+#elif GPTFAST_VECTOR_BYTES == 32
+  const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  return (VF)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x));
+#else
+  Bytes x;
+  __builtin_memcpy(&x, from, sizeof x);
+  return __builtin_convertvector(__builtin_convertvector(x, VI), VF);
+#endif
+}
+
+template <class P>
+inline void narrow_bytes(const P* from, int64_t count, int8_t* to) {
+  for (int64_t i = 0; i < count; i += W) {
+    const VI whole = __builtin_convertvector(load(from + i, Full{}), VI);
+    const Bytes x = __builtin_convertvector(whole, Bytes);
+    __builtin_memcpy(to + i, &x, sizeof x);
+  }
+}

@@ -13,6 +13,12 @@ inline void run_tasks(const Parallel& parallel, int64_t tasks, const F& f) {
       const_cast<void*>(static_cast<const void*>(&f)));
 }
 
+// How many of `tasks` equal tasks with `work` multiplications in all are worth waking a thread for.
+inline int64_t tasks_worth_a_thread(int64_t tasks, int64_t work) {
+  constexpr int64_t worth = int64_t{1} << 17;
+  return max(1, min(tasks, divide_up(tasks * worth, max(1, work))));
+}
+
 // Calls f with a pointer of the parameter's own element type.
 template <class F>
 inline auto with_elements(const Param& param, F&& f) {
@@ -196,7 +202,7 @@ struct ColumnSums {
 inline Weight rows_from(const Weight& w, int64_t n0, int64_t k) {
   return {
       with_elements(w.param, [&](auto* data) -> Param { return {data + n0 * k, w.param.dtype}; }),
-      nullptr};
+      nullptr, Packing::dense};
 }
 
 // The weight (N, K) of a linear layer as the right-hand side W' (K, N).
@@ -213,13 +219,70 @@ inline void pack_weight_panels(const Param& w, int64_t n, int64_t k, P* out,
   });
 }
 
+// An 8-bit weight is its scales, then its panels; row n of W counts max_k |W_nk| / 127 per unit.
 template <class P>
-inline Rhs<P> weight_transposed(const Weight& w, int64_t n, int64_t k, Frame& frame,
-                                const Parallel& parallel) {
-  if (w.packed) return {static_cast<const P*>(w.packed), panel_elements<P>(k)};
+inline int64_t byte_weight_size(int64_t n, int64_t k) {
+  return padded_n<P>(n) * static_cast<int64_t>(sizeof(float)) + rhs_elements<P>(k, n);
+}
+template <class P>
+inline PackedWeight<P> byte_weight(const void* packed, int64_t n, int64_t k) {
+  const float* scales = static_cast<const float*>(packed);
+  return {{nullptr, panel_elements<P>(k)},
+          reinterpret_cast<const int8_t*>(scales + padded_n<P>(n)),
+          scales};
+}
+
+// Elements [first, first + k) of a weight as multiples of the largest one's 127th part, which is
+// returned; NaN where one is not finite.
+inline float to_units(const Param& w, int64_t first, int64_t k, float* units) {
+  VF largest = splat(0.0f), nothing = splat(0.0f);
+  with_elements(w, [&](auto* data) {
+    for_vectors(k, [&](int64_t j, auto part) {
+      const VF x = load(data + first + j, part);
+      largest = vmax(largest, vmax(x, -x));
+      nothing += x - x;
+      store(units + j, x, part);
+    });
+  });
+  const float unit = max(largest) / 127.0f + sum(nothing),
+              inverse = unit > 0.0f ? 1.0f / unit : 0.0f;
+  constexpr float shift = 0x1.8p23f;  // adding it rounds to whole numbers
+  for_vectors(
+      k, [&](int64_t j, auto part) { store(units + j, load(units + j, part) * inverse, part); });
+  // A loop of its own: the product is rounded before, with and without fused multiply-add.
+  for_vectors(k, [&](int64_t j, auto part) {
+    store(units + j, load(units + j, part) + shift - shift, part);
+  });
+  return unit;
+}
+
+template <class P>
+inline void pack_weight_bytes(const Param& w, int64_t n, int64_t k, void* packed,
+                              const Parallel& parallel) {
+  constexpr int NR = Tile<P>::NR;
+  const PackedWeight<P> out = byte_weight<P>(packed, n, k);
+  run_tasks(parallel, divide_up(n, NR), [&](int64_t index) {
+    const int64_t n0 = index * NR, rows = min(NR, n - n0), size = panel_elements<P>(k);
+    Frame frame;
+    float* units = take<float>(frame, NR * k);
+    P* panel = take<P>(frame, size);
+    float* scales = const_cast<float*>(out.scales + n0);
+    for (int64_t i = 0; i < rows; ++i) scales[i] = to_units(w, (n0 + i) * k, k, units + i * k);
+    for (int64_t i = rows; i < NR; ++i) scales[i] = 0.0f;
+    __builtin_memset(panel, 0, static_cast<size_t>(size) * sizeof(P));
+    pack_panel_transposed(units, k, k, rows, panel);
+    narrow_bytes(panel, size, const_cast<int8_t*>(out.bytes + index * size));
+  });
+}
+
+template <class P>
+inline PackedWeight<P> weight_transposed(const Weight& w, int64_t n, int64_t k, Frame& frame,
+                                         const Parallel& parallel) {
+  if (w.packed && w.packing == Packing::int8) return byte_weight<P>(w.packed, n, k);
+  if (w.packed) return {{static_cast<const P*>(w.packed), panel_elements<P>(k)}};
   P* out = take<P>(frame, rhs_elements<P>(k, n));
   pack_weight_panels(w.param, n, k, out, parallel);
-  return {out, panel_elements<P>(k)};
+  return {{out, panel_elements<P>(k)}};
 }
 
 // The weight (N, K) as the right-hand side W (N, K), for the gradient of the layer's input.

@@ -40,11 +40,11 @@ def unavailable(device: str, dtype: torch.dtype) -> tuple[str, ...]:
     return tuple(reasons)
 
 
-def require_fused(op: str, device: str, dtype: torch.dtype) -> None:
-    """Raises BackendError with every reason where the fused kernels cannot run."""
+def require_fused(op: str, device: str, dtype: torch.dtype, instead: str | None = None) -> None:
+    """Raises BackendError with every reason, and what can run, where the fused kernels cannot."""
     reasons = unavailable(device, dtype)
     if reasons:
         raise BackendError(
             f"{op}: the fused kernels cannot run: {'; '.join(reasons)};"
-            f" gptfast.ops.reference.{op} can"
+            f" {instead or f'gptfast.ops.reference.{op}'} can"
         )

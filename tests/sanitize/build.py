@@ -73,7 +73,7 @@ def main(directory: Path) -> None:
         command = f"{cxx} {FLAGS} {facts['KERNEL_FLAGS']} {facts['ISA_FLAGS'][isa]}"
         source = CSRC / "kernels" / f"isa_{isa}.cpp"
         jobs.append((command, source, directory / f"isa_{isa}.o", kernels))
-    others = [CSRC / "kernels" / "dispatch.cpp", CSRC / "engine" / "decoder.cpp"]
+    others = [CSRC / "kernels" / "dispatch.cpp", *sorted((CSRC / "engine").glob("*.cpp"))]
     for source in [*others, *sorted(HERE.glob("*.cpp"))]:
         target = directory / f"{source.parent.name}_{source.stem}.o"
         jobs.append((plain, source, target, digest([source, *headers])))

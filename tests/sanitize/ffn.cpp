@@ -45,11 +45,11 @@ Ffn forward(const Shape& s, const Inputs& in) {
 // As in generation: from packed weights, nothing kept for a backward.
 void run_packed(Ffn a, const Buffer& y, const Kernels& kernels, const Parallel& parallel) {
   Buffer again(a.M * a.C, a.dtype);
-  Buffer w1(kernels.packed_weight_bytes(a.dtype, a.F, a.C) / 2, DType::bf16);
-  Buffer w2(kernels.packed_weight_bytes(a.dtype, a.C, a.F) / 2, DType::bf16);
-  kernels.pack_weight(a.dtype, a.w1.param, a.F, a.C, w1.data(), parallel);
-  kernels.pack_weight(a.dtype, a.w2.param, a.C, a.F, w2.data(), parallel);
-  a.w1 = {Param{}, w1.data()}, a.w2 = {Param{}, w2.data()};
+  Buffer w1(kernels.packed_weight_bytes(a.dtype, Packing::dense, a.F, a.C) / 2, DType::bf16);
+  Buffer w2(kernels.packed_weight_bytes(a.dtype, Packing::dense, a.C, a.F) / 2, DType::bf16);
+  kernels.pack_weight(a.dtype, Packing::dense, a.w1.param, a.F, a.C, w1.data(), parallel);
+  kernels.pack_weight(a.dtype, Packing::dense, a.w2.param, a.C, a.F, w2.data(), parallel);
+  a.w1 = {Param{}, w1.data(), Packing::dense}, a.w2 = {Param{}, w2.data(), Packing::dense};
   a.norm.mean = a.norm.rstd = nullptr;
   a.hidden = nullptr;
   a.y = again.data();

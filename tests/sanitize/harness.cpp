@@ -109,6 +109,7 @@ const std::pair<const char*, void (*)()> groups[] = {
     {"embedding", embedding_cases},
     {"adamw", adamw_cases},
     {"decoder", decoder_cases},
+    {"generator", generator_cases},
 };
 
 // Prints the groups, and to the other stream what no group will run.

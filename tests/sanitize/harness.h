@@ -114,5 +114,6 @@ void cross_entropy_cases();
 void embedding_cases();
 void adamw_cases();
 void decoder_cases();
+void generator_cases();
 
 }  // namespace gptfast::sanitize

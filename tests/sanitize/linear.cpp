@@ -31,7 +31,7 @@ void run_packed(const Linear& from_weight, const Buffer& packed, const Buffer& y
   Linear a = from_weight;
   Buffer again(a.M * a.N, y_dtype);
   a.y = again.data(), a.y_dtype = y_dtype;
-  a.weight = {Param{}, packed.data()};
+  a.weight = {Param{}, packed.data(), Packing::dense};
   a.norm.mean = a.norm.rstd = nullptr;
   kernels.linear(a, parallel);
   if (y_dtype == from_weight.dtype)
@@ -59,8 +59,9 @@ std::vector<Result> run(const Shape& s, const Inputs& in, const Kernels& kernels
   a.y = y.data();
   kernels.linear(a, parallel);
 
-  Buffer packed(kernels.packed_weight_bytes(s.dtype, s.N, s.K) / 2, DType::bf16);
-  kernels.pack_weight(s.dtype, in.weight.param(), s.N, s.K, packed.data(), parallel);
+  Buffer packed(kernels.packed_weight_bytes(s.dtype, Packing::dense, s.N, s.K) / 2, DType::bf16);
+  kernels.pack_weight(s.dtype, Packing::dense, in.weight.param(), s.N, s.K, packed.data(),
+                      parallel);
   for (const DType y_dtype : param_dtypes(s.dtype))
     run_packed(a, packed, y, y_dtype, kernels, parallel);
 

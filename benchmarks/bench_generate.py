@@ -1,0 +1,257 @@
+"""Greedy generation: gptfast against the course's loop, torch with a cache, and other engines.
+
+Past the window everyone who can do it slides it by one token and computes it again; others do not
+run there. transformers and CTranslate2 take part where they are installed. All have their weights
+ready.
+Letters: B batch, T time, C n_embd, V vocab_size, L layers.
+"""
+
+import functools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import generation_peers
+import peers
+import torch
+from command import main
+from common import OURS, Case, Row
+from generation_peers import Generate
+from torch import Tensor
+
+import gptfast
+from gptfast import GPT, GPTConfig
+from gptfast.engine import Engine
+from gptfast.generation import make_request
+from gptfast.reference_loop import reference_model
+
+# How far below the largest logit of the float64 model a token's may lie, relative to the size of
+# the logits, to be the likeliest token but for rounding.
+NEARLY_LIKELIEST = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.15}
+VERIFIED_TEXTS, LATENCY_TOKENS = 2, 100
+BANDWIDTH_BYTES = 1 << 29
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model, and how much is generated with it."""
+
+    name: str
+    model: GPTConfig
+    prompt: int
+    new: int
+    batch: int
+    past: bool = False  # the prompt fills the window
+
+    def __str__(self) -> str:
+        return f"{self.name}, batch {self.batch}{', past the window' if self.past else ''}"
+
+    @property
+    def flops(self) -> float:
+        """Useful ones: of a token once where it may be kept, of the window where it slides."""
+        m, T = self.model, self.model.block_size
+        C, V, L = m.n_embd, m.vocab_size, m.n_layer
+        seen = range(1, self.prompt + self.new)
+        prefill = sum(L * (24 * C * C + 4 * C * t) for t in seen if t <= T) + self.new * 2 * C * V
+        if not self.past:
+            return self.batch * prefill
+        # A slide: no projection to q, k, v in the first layer, k and v alone in the last one.
+        layers = T * (L * 24 - 6 - 20) * C * C + 20 * C * C
+        attention = (L - 1) * 2 * C * T * (T + 1) + 4 * C * T
+        return self.batch * (prefill + (self.new - 1) * (layers + attention))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the matrices that a step reads, in float32."""
+        m = self.model
+        return 4 * m.n_embd * (12 * m.n_layer * m.n_embd + m.vocab_size)
+
+
+S = GPTConfig(block_size=64, vocab_size=66, n_layer=2, n_head=2, n_embd=128)
+M = GPTConfig(block_size=256, vocab_size=66, n_layer=6, n_head=6, n_embd=384)
+L = GPTConfig(
+    block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768, gelu="tanh",
+    tie_weights=True, padding_idx=None, init="gpt2",
+)  # fmt: skip
+SHAPES = (
+    *(Shape("S", S, 4, 56, batch) for batch in (1, 8, 64)),
+    *(Shape("M", M, 16, 48, batch) for batch in (1, 8, 64)),
+    *(Shape("L", L, 32, 24, batch) for batch in (1, 8, 64)),
+    *(Shape("S", S, 64, 16, batch, past=True) for batch in (1, 8, 64)),
+    *(Shape("M", M, 256, new, batch, past=True) for batch, new in ((1, 12), (8, 4), (64, 2))),
+)
+
+
+@functools.lru_cache(maxsize=1)
+def model_of(config: GPTConfig) -> GPT:
+    """A model of random weights that is sure enough of its tokens for rounding to change few."""
+    torch.manual_seed(0)
+    model = GPT(config, backend="fused").eval()
+    for param in model.parameters():
+        if param.dim() == 2:
+            param.data.mul_(2.0)
+    return model
+
+
+def prompt_of(shape: Shape) -> Tensor:
+    """Random tokens, (B, T)."""
+    generator = torch.Generator().manual_seed(5)
+    size = (shape.batch, shape.prompt)
+    return torch.randint(1, shape.model.vocab_size, size, generator=generator)
+
+
+def options_of(shape: Shape, dtype: str) -> dict[str, object]:
+    """Those of generate()."""
+    return {
+        "max_new_tokens": shape.new,
+        "temperature": 0.0,
+        "dtype": dtype,
+        "max_cache_bytes": 16 << 30,
+    }
+
+
+def ours(shape: Shape, dtype: str) -> Generate:
+    """gptfast.generate."""
+    model, prompts = gptfast.pack(model_of(shape.model), dtype), prompt_of(shape).tolist()
+    options = options_of(shape, dtype)
+    return lambda: [each.tokens for each in gptfast.generate(model, prompts, **options)]  # type: ignore[arg-type]
+
+
+def makers(shape: Shape, dtype: str) -> dict[str, Callable[[], Generate]]:
+    """Builds each contender; `dtype` is fp32, bf16 or int8."""
+    model, prompt, new = model_of(shape.model), prompt_of(shape), shape.new
+    found: dict[str, Callable[[], Generate]] = {OURS: lambda: ours(shape, dtype)}
+    torch_dtype = "fp32" if dtype == "fp32" else "bf16"
+    if shape.name != "L":
+        name = "course" if dtype == "fp32" else "course fp32"
+        found[name] = lambda: generation_peers.course_loop(model, prompt, new)
+    if dtype != "int8":
+        found["SDPA loop"] = lambda: generation_peers.sdpa_loop(model, dtype, prompt, new)
+    if shape.past:
+        return found
+    if dtype != "int8":
+        found["SDPA, cache"] = lambda: generation_peers.sdpa_cache(model, dtype, prompt, new)
+    if generation_peers.installed("transformers"):
+        found["transformers"] = lambda: generation_peers.transformers_generate(
+            model, torch_dtype, prompt, new
+        )
+    # It has no bfloat16 on processors without AMX.
+    if dtype != "bf16" and generation_peers.installed("ctranslate2"):
+        kind = {"fp32": "float32", "int8": "int8_float32"}[dtype]
+        found["CTranslate2"] = lambda: generation_peers.ctranslate2_generate(
+            model, kind, prompt, new
+        )
+    return found
+
+
+def step(shape: Shape, dtype: str) -> Case:
+    """A row: one model, batch and dtype."""
+    contenders = {name: make() for name, make in makers(shape, dtype).items()}
+    return Case(
+        dict(contenders),
+        shape.flops,
+        functools.partial(verify, shape, dtype, contenders),
+        other_dtype=("course fp32",) if dtype != "fp32" else (),
+        details=functools.partial(details, shape, dtype),
+    )
+
+
+def verify(shape: Shape, dtype: str, contenders: dict[str, Generate]) -> None:
+    """Asserts that each contender's tokens are the likeliest ones but for rounding."""
+    exact = oracle_of(shape.model, None)
+    rounded = oracle_of(shape.model, "int8") if dtype == "int8" else exact
+    prompt, rows = prompt_of(shape).tolist(), range(min(VERIFIED_TEXTS, shape.batch))
+    for name, contender in contenders.items():
+        kind = "fp32" if name == "course fp32" else dtype
+        oracle = rounded if name in (OURS, "CTranslate2") else exact
+        tokens = contender()
+        assert [len(row) for row in tokens] == [shape.new] * shape.batch, f"{name}: other lengths"
+        for row in rows:
+            gap = largest_gap(oracle, prompt[row], tokens[row], shape)
+            assert gap <= NEARLY_LIKELIEST[kind], (
+                f"{name} takes unlikely tokens: an error of {gap:.3g} in text {row}"
+            )
+
+
+def oracle_of(config: GPTConfig, dtype: str | None) -> peers.SdpaGPT:
+    """The model in float64, its weights rounded as `dtype` says."""
+    model = reference_model(model_of(config), dtype)
+    untied = peers.SdpaGPT(replace(config, tie_weights=False))
+    untied.load_state_dict(model.state_dict())
+    return untied.double().eval()
+
+
+@torch.no_grad()
+def largest_gap(oracle: peers.SdpaGPT, prompt: list[int], new: list[int], shape: Shape) -> float:
+    """How far the logit of a new token lies below the largest one, relative to their size."""
+    text, T = torch.tensor([*prompt, *new]), shape.model.block_size
+    if shape.past:
+        windows = [text[i - T : i] for i in range(len(prompt), len(text))]
+        hidden = torch.cat([oracle.hidden(window[None])[:, -1] for window in windows])  # (new, C)
+    else:
+        hidden = oracle.hidden(text[None, :-1])[0, len(prompt) - 1 :]
+    logits = oracle.lm_head(hidden)  # (new, V)
+    taken = logits.gather(1, torch.tensor(new)[:, None])
+    return float(((logits.amax(1, keepdim=True) - taken) / logits.abs().amax()).max())
+
+
+def details(shape: Shape, dtype: str, seconds: float) -> dict[str, float]:
+    """What is told of our own run besides its time."""
+    found = {"tokens/s": shape.batch * shape.new / seconds}
+    if shape.past and shape.batch > 1:
+        return found  # a step is many calls of the engine there
+    packed = gptfast.pack(model_of(shape.model), dtype)
+    start = time.perf_counter()
+    request = make_request(packed, prompt_of(shape).tolist(), **options_of(shape, dtype))
+    engine = Engine(packed, request)
+    engine.run(0.0)
+    first = time.perf_counter() - start
+    steps: list[float] = []
+    more = shape.new > 1
+    while more and len(steps) < LATENCY_TOKENS:
+        start = time.perf_counter()
+        more = engine.run(0.0)
+        steps.append(time.perf_counter() - start)
+    size = {"fp32": 1.0, "bf16": 0.5, "int8": 0.25}[dtype] * shape.weight_bytes
+    p50 = statistics.median(steps)
+    found |= {
+        "first token, ms": 1e3 * first,
+        "step p50, ms": 1e3 * p50,
+        "step p99, ms": 1e3 * sorted(steps)[int(0.99 * (len(steps) - 1))],
+    }
+    if shape.batch == 1 and not shape.past:
+        found["of bandwidth"] = size / p50 / bandwidth()
+    return found
+
+
+@functools.cache
+def bandwidth() -> float:
+    """Bytes per second that torch reads from memory, the best of some tries."""
+    x = torch.ones(BANDWIDTH_BYTES // 4)
+    tries = []
+    for _ in range(5):
+        start = time.perf_counter()
+        x.sum()
+        tries.append(time.perf_counter() - start)
+    return BANDWIDTH_BYTES / min(tries)
+
+
+def rows() -> Iterator[Row]:
+    """All rows of the script; weights of 8 bits have activations in bfloat16 where that is fast."""
+    for shape in SHAPES:
+        for dtype in ("fp32", "bf16", "int8"):
+            name = f"{shape}, int8" if dtype == "int8" else str(shape)
+            quick = shape.name == "S" and shape.batch == 1 and not shape.past
+            build = functools.partial(step, shape, dtype)
+            yield Row(name, "bf16" if dtype == "int8" else dtype, build, quick)
+
+
+def run(argv: list[str] | None = None) -> int:
+    """Runs the script and returns its exit code."""
+    return main("generate", __doc__ or "", rows(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,42 @@
+// Products with a PackedWeight. Bytes are widened a block of one panel at a time, which stays in
+// the L1 cache for all rows; the sums are those of gemm.inl, so a row has the same bits in any
+// batch.
+
+template <class P, class Done>
+inline void gemm(int64_t m, int64_t n, int64_t k, Lhs<P> a, const PackedWeight<P>& b, float* c,
+                 int64_t ldc, bool add, const Done& done) {
+  constexpr int NR = Tile<P>::NR, KU = Tile<P>::KU, KC = Tile<P>::KC;
+  if (!b.bytes) return gemm(m, n, k, a, b.dense, c, ldc, add, done);
+  if (m == 1 && !lhs_by_rows<P>) return gemm_row(n, k, a, b.bytes, b.dense.panel, c, add, done);
+  alignas(64) P block[KC * NR];
+  for (int64_t n0 = 0; n0 < n; n0 += NR)
+    for (int64_t k0 = 0; k0 < k; k0 += KC) {
+      const int64_t depth = min(KC, k - k0);
+      const auto finish = [&](int64_t i0, int64_t rows, int64_t, int64_t columns) {
+        if (k0 + KC >= k) done(i0, rows, n0, columns);
+      };
+      const int8_t* bytes = b.columns(n0).rows(k0).bytes;
+      for (int64_t i = 0; i < panel_elements<P>(depth); i += W * KU) {
+        const typename Step<P>::Vector x = Step<P>::read(bytes + i);
+        __builtin_memcpy(block + i, &x, sizeof x);
+      }
+      gemm(m, min(NR, n - n0), depth, Lhs<P>{a.data + k0 / KU * a.step, a.row, a.step},
+           Rhs<P>{block, 0}, c + n0, ldc, add || k0 > 0, finish);
+    }
+}
+
+template <class P>
+inline void gemm(int64_t m, int64_t n, int64_t k, Lhs<P> a, const PackedWeight<P>& b, float* c,
+                 int64_t ldc, bool add) {
+  gemm(m, n, k, a, b, c, ldc, add, [](int64_t, int64_t, int64_t, int64_t) {});
+}
+
+// Columns of c (rows, n) times their scales; nothing where the weight is dense. The products are
+// stored before anything is added, so that no compiler makes them one operation in one place alone.
+inline void apply_scales(const float* scales, int64_t rows, int64_t n, float* c, int64_t ldc) {
+  if (!scales) return;
+  for (int64_t i = 0; i < rows; ++i)
+    for_vectors(n, [&](int64_t j, auto part) {
+      store(c + i * ldc + j, load(c + i * ldc + j, part) * load(scales + j, part), part);
+    });
+}

@@ -1,0 +1,315 @@
+"""The compiled engine as Python sees it: a model's packed weights, and the sequences of a request.
+
+Letters: L layers, C n_embd, D head_dim, T block_size, V vocab_size, N sequences.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptfast.errors import BackendError, ConfigError, DataError
+from gptfast.model import GPT, Block
+from gptfast.ops import engine as ops
+from gptfast.ops import select
+from gptfast.request import Progress, Request, check_dtype
+
+_COLUMN = {name: i for i, name in enumerate(ops.FIELDS)}
+_STATE = {name: i for i, name in enumerate(ops.STATES)}
+
+
+def pack(model: GPT, dtype: str | None = None) -> "PackedModel":
+    """Packs a model's weights once for many calls of `generate`, `stream` and `score`.
+
+    Args:
+        model: The GPT; what happens to it later does not reach the result.
+        dtype: As for `generate`, which then takes no other.
+
+    Raises:
+        ConfigError: `dtype` is unknown.
+        BackendError: The kernels cannot run, or the model's backend is "reference".
+    """
+    check_dtype(dtype)
+    if model.backend == "reference":
+        raise BackendError("pack: the model's backend is 'reference', which packs nothing")
+    device = model.wte.weight.device.type
+    select.require_fused("pack", device, _activations(model, dtype), "an unpacked model")
+    return PackedModel(model, dtype)
+
+
+def packed_for(model: "GPT | PackedModel", dtype: str | None) -> "PackedModel | None":
+    """The model packed for the engine; None where plain torch computes.
+
+    Raises:
+        ConfigError: The model has been packed for another dtype.
+        BackendError: The kernels are asked for and cannot run.
+    """
+    if isinstance(model, GPT):
+        return PackedModel(model, dtype, lasting=False) if can_run(model, dtype) else None
+    if dtype not in (None, model.name):
+        raise ConfigError(f"dtype must be the packed model's, {model.name!r}, got {dtype!r}")
+    return model
+
+
+def can_run(model: GPT, dtype: str | None) -> bool:
+    """Whether the engine computes for this model; an error where it is asked for and cannot."""
+    device, chosen = model.wte.weight.device.type, _activations(model, dtype)
+    if model.backend == "fused":
+        select.require_fused("generate", device, chosen, "backend='reference'")
+    return model.backend != "reference" and not select.unavailable(device, chosen)
+
+
+def _activations(model: GPT, dtype: str | None) -> torch.dtype:
+    if dtype is None:
+        return model.wte.weight.dtype
+    if dtype == "int8":  # whole numbers of 8 bits are exact in bfloat16: it costs their range alone
+        extension = select.extension()
+        fast = extension is not None and extension.isa_current() in ("avx512_bf16", "amx")
+        return torch.bfloat16 if fast else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+
+
+class PackedModel:
+    """A model's weights in the engine's layout, for `generate`, `stream` and `score`.
+
+    Packing takes about as long as a token; a model that many calls use is better packed once, by
+    `gptfast.pack`. Later changes of the model do not reach it; one that does not outlive a call
+    (`lasting=False`) may share the model's vectors.
+    """
+
+    def __init__(self, model: GPT, dtype: str | None, lasting: bool = True) -> None:
+        config = model.config
+        own = {torch.float32: "fp32", torch.bfloat16: "bf16"}[model.wte.weight.dtype]
+        self.config, self.name, self._lasting = config, dtype or own, lasting
+        self.dtype, self._int8 = _activations(model, dtype), dtype == "int8"
+        self._params: list[Tensor] = []
+        self._packed: list[Tensor] = []
+        self._add_param(model.wte.weight)
+        self._add_param(model.wpe.weight)
+        for block in model.blocks:
+            self._add_block(block, last=block is model.blocks[-1])
+        self._add_norm(model.ln_f)
+        self._add_weight(model.lm_head.weight)
+
+    def _add_block(self, block: Block, last: bool) -> None:
+        C = self.config.n_embd
+        if self.config.attention:
+            c_attn, c_proj = block.attn.c_attn, block.attn.c_proj
+            self._add_norm(block.ln_1)
+            for rows in (slice(C), slice(C, None)) if last else (slice(None),):
+                self._add_weight(c_attn.weight[rows])
+                self._add_param(None if c_attn.bias is None else c_attn.bias[rows])
+            self._add_weight(c_proj.weight)
+            self._add_param(c_proj.bias)
+        self._add_norm(block.ln_2)
+        for linear in (block.mlp.c_fc, block.mlp.c_proj):
+            self._add_weight(linear.weight)
+            self._add_param(linear.bias)
+
+    def _add_norm(self, norm: torch.nn.LayerNorm) -> None:
+        self._add_param(norm.weight)
+        self._add_param(norm.bias)
+
+    def _add_param(self, param: Tensor | None) -> None:
+        own = torch.empty(0) if param is None else param.detach().float()
+        self._params.append(own.clone() if self._lasting else own)
+
+    def _add_weight(self, weight: Tensor) -> None:
+        # A model in bfloat16 may compute in float32: widened parameters serve both.
+        self._packed.append(
+            ops.pack_weight(weight.detach().float().contiguous(), self.dtype, self._int8)
+        )
+
+    def row_bytes(self, capacity: int) -> int:
+        """Bytes of the keys and values of one sequence of up to `capacity` tokens."""
+        extension, config = select.extension(), self.config
+        if extension is None:
+            raise BackendError(f"{select.extension_error}")
+        bf16 = self.dtype == torch.bfloat16
+        return config.n_layer * extension.cache_bytes(
+            bf16, config.n_head, config.head_dim, capacity
+        )
+
+    def new_cache(self, rows: int, capacity: int) -> Tensor:
+        """Keys and values of `rows` sequences, (rows, elements)."""
+        return torch.zeros(rows, self.row_bytes(capacity) // self.dtype.itemsize, dtype=self.dtype)
+
+    def generate(
+        self,
+        state: list[Tensor],
+        cache: Tensor,
+        table: list[Tensor],
+        stops: list[Tensor],
+        capacity: int,
+        *options: float,
+    ) -> int:
+        """Calls ops.engine.generate with this model."""
+        return ops.generate(
+            state,
+            cache,
+            table,
+            self._params,
+            self._packed,
+            stops,
+            *self._description(capacity),
+            *options,
+        )
+
+    def score(self, tokens: Tensor, targets: Tensor, starts: Tensor, capacity: int) -> Tensor:
+        """Calls ops.engine.score with this model."""
+        if not self.config.attention:
+            capacity = 1  # nothing is kept
+        cache = self.new_cache(len(starts) - 1, capacity)
+        return ops.score(
+            tokens,
+            targets,
+            starts,
+            cache,
+            self._params,
+            self._packed,
+            *self._description(capacity),
+        )
+
+    def _description(self, capacity: int) -> tuple[int, int, bool, str, bool, int]:
+        c = self.config
+        return c.n_layer, c.n_head, c.attention, c.gelu, self._int8, capacity
+
+
+class Engine:
+    """The sequences of a request, in memory that the engine reads and writes; see request.Loop."""
+
+    def __init__(self, model: PackedModel, request: Request) -> None:
+        self._request, self._model = request, model
+        config, sampling = model.config, request.sampling
+        prompts = [np.array(prompt, dtype=np.int64) for prompt in request.prompts]
+        lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
+        limits = lengths + request.max_new_tokens
+        self._sequences = np.zeros((len(prompts), len(ops.FIELDS)), dtype=np.int64)
+        self._set("begin", np.cumsum(limits) - limits)
+        self._set("length", lengths)
+        self._set("prompt", lengths)
+        self._set("limit", limits)
+        self._set("seed", np.array(request.seeds, dtype=np.int64))
+        self._set("number", np.array(request.numbers, dtype=np.int64))
+        first: dict[bytes, int] = {}
+        self._set("twin", [first.setdefault(p.tobytes(), i) for i, p in enumerate(prompts)])
+        if request.max_new_tokens == 0:
+            self._set("state", _STATE["length"])
+
+        places = int(limits.sum())
+        self._tokens = np.zeros(places, dtype=np.int64)
+        for begin, prompt in zip(self._sequences[:, _COLUMN["begin"]], prompts, strict=True):
+            self._tokens[begin : begin + len(prompt)] = prompt
+        self._logprobs = np.zeros(places, dtype=np.float32)
+        self._alternative = np.zeros((places, request.alternatives), dtype=np.int64)
+        self._alternative_logprob = np.zeros((places, request.alternatives), dtype=np.float32)
+        self._state = [
+            torch.from_numpy(each)
+            for each in (
+                self._sequences,
+                self._tokens,
+                self._logprobs,
+                self._alternative,
+                self._alternative_logprob,
+            )
+        ]
+        self._reported = np.zeros((len(prompts), 2), dtype=np.int64)
+        longest = int(limits.max(initial=1)) - 1
+        window = config.block_size if config.attention else 1  # the rest would never be read
+        self._capacity = max(1, min(window, longest))
+        self._table = self._new_table(longest > config.block_size)
+        self._cache = self._model.new_cache(self._rows(len(prompts)), self._capacity)
+        self._stops = [
+            torch.tensor(request.stop_tokens, dtype=torch.int64),
+            *_bytes(request.stop_strings),
+            *_bytes(request.pieces or []),
+        ]
+        self._options = (
+            sampling.temperature,
+            min(sampling.top_k or 0, config.vocab_size),
+            1.0 if sampling.top_p is None else sampling.top_p,
+            sampling.min_p or 0.0,
+            sampling.repetition_penalty,
+            request.stride or 0,
+        )
+
+    def run(self, seconds: float) -> bool:
+        """See Loop."""
+        if not (self._sequences[:, _COLUMN["state"]] <= _STATE["running"]).any():
+            return False
+        more = self._model.generate(
+            self._state,
+            self._cache,
+            self._table,
+            self._stops,
+            self._capacity,
+            *self._options,
+            seconds,
+        )
+        if (self._sequences[:, _COLUMN["state"]] == _STATE["invalid"]).any():
+            raise DataError("the model's logits are not finite")
+        return more > 0
+
+    def progress(self, i: int, first: int = 0) -> Progress:
+        """See Loop."""
+        begin, length, prompt = (
+            int(self._sequences[i, _COLUMN[name]]) for name in ("begin", "length", "prompt")
+        )
+        places = slice(begin + prompt + first, begin + length)
+        alternatives = [
+            list(zip(tokens, logprobs, strict=True))
+            for tokens, logprobs in zip(
+                self._alternative[places].tolist(),
+                self._alternative_logprob[places].tolist(),
+                strict=True,
+            )
+        ]
+        return Progress(
+            ops.STATES[self._sequences[i, _COLUMN["state"]]],
+            self._tokens[places].tolist(),
+            self._logprobs[places].tolist(),
+            alternatives if self._request.alternatives else [],
+        )
+
+    def changed(self) -> list[int]:
+        """See Loop."""
+        now = self._sequences[:, [_COLUMN["length"], _COLUMN["state"]]]
+        found = np.flatnonzero((now != self._reported).any(axis=1)).tolist()
+        self._reported = now
+        return found
+
+    def _set(self, field: str, values: np.ndarray | list[int] | int) -> None:
+        self._sequences[:, _COLUMN[field]] = values
+
+    def _new_table(self, slides: bool) -> list[Tensor]:
+        """Memory for what the first layer gives for each (token, position), where that pays."""
+        config = self._model.config
+        entries = config.block_size * config.vocab_size
+        size = entries * 3 * config.n_embd * self._model.dtype.itemsize
+        useful = slides and self._request.stride is not None and config.attention
+        left = self._request.max_cache_bytes - self._model.row_bytes(self._capacity)
+        if not useful or config.n_layer < 2 or size > left // 4:
+            return []
+        qkv = torch.empty(entries, 3 * config.n_embd, dtype=self._model.dtype)
+        return [qkv, torch.zeros(entries, dtype=torch.uint8)]
+
+    def _rows(self, sequences: int) -> int:
+        """How many sequences run at once."""
+        row = self._model.row_bytes(self._capacity)
+        left = self._request.max_cache_bytes - sum(table.nbytes for table in self._table)
+        if sequences and left < row:
+            raise ConfigError(
+                f"max_cache_bytes must hold one sequence of {self._capacity} tokens, {row} bytes,"
+                f" got {self._request.max_cache_bytes}"
+            )
+        return min(sequences, self._request.max_batch, left // row)
+
+
+def _bytes(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Texts as bytes one after the other, uint8, and where each starts and the last ends."""
+    encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+    starts = torch.tensor([0, *accumulate(map(len, encoded))])
+    data = np.frombuffer(b"".join(encoded), dtype=np.uint8).copy()
+    return torch.from_numpy(data), starts

@@ -1,0 +1,136 @@
+"""Generation without a cache, by the model's reference: the specification of the engine."""
+
+import copy
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptfast.errors import DataError
+from gptfast.model import GPT
+from gptfast.request import Progress, Request
+from gptfast.sampling import choose, draws
+
+
+class ReferenceLoop:
+    """The whole window of each sequence through the model at every step."""
+
+    def __init__(self, model: GPT, request: Request) -> None:
+        self._model = reference_model(model, request.dtype)
+        self._request = request
+        self._tokens = [list(prompt) for prompt in request.prompts]
+        self._offset = [0] * len(self._tokens)
+        self._progress = [
+            Progress("running" if request.max_new_tokens > 0 else "length") for _ in self._tokens
+        ]
+        self._reported: dict[int, tuple[int, str]] = {}
+
+    @torch.no_grad()
+    def run(self, seconds: float) -> bool:
+        """One token for every sequence; see Loop."""
+        for i in self._running():
+            self._slide(i)
+        running = self._running()
+        lengths = np.array([len(self._window(i)) for i in running])
+        for length in np.unique(lengths):
+            group = [running[n] for n in np.flatnonzero(lengths == length)]
+            for first in range(0, len(group), self._request.max_batch):
+                self._step(group[first : first + self._request.max_batch])
+        return bool(self._running())
+
+    def progress(self, i: int, first: int = 0) -> Progress:
+        """See Loop."""
+        own = self._progress[i]
+        end = len(own.tokens)  # Ctrl-C may have come before a token, after what is said of it
+        return Progress(
+            own.state, own.tokens[first:], own.logprobs[first:end], own.alternatives[first:end]
+        )
+
+    def changed(self) -> list[int]:
+        """See Loop."""
+        now = {i: (len(own.tokens), own.state) for i, own in enumerate(self._progress)}
+        found = [i for i, what in now.items() if self._reported.get(i) != what]
+        self._reported = now
+        return found
+
+    def _running(self) -> list[int]:
+        return [i for i, own in enumerate(self._progress) if own.state == "running"]
+
+    def _window(self, i: int) -> list[int]:
+        return self._tokens[i][self._offset[i] :]
+
+    def _slide(self, i: int) -> None:
+        over = len(self._window(i)) - self._model.config.block_size
+        stride = self._request.stride
+        if over <= 0:
+            return
+        if stride is None:
+            self._progress[i].state = "window"
+        else:
+            self._offset[i] += -(-over // stride) * stride
+
+    def _step(self, group: list[int]) -> None:
+        request = self._request
+        idx = torch.tensor([self._window(i) for i in group])  # (n, length)
+        logits = self._model(idx.to(self._model.wte.weight.device))[:, -1].float().cpu()  # (n, V)
+        if not logits.isfinite().all():
+            raise DataError("the model's logits are not finite")
+        steps = [len(self._progress[i].tokens) for i in group]
+        uniforms = draws(
+            torch.tensor([request.seeds[i] for i in group]),
+            torch.tensor([request.numbers[i] for i in group]),
+            torch.tensor(steps),
+        )
+        chosen = choose(request.sampling, logits, [self._tokens[i] for i in group], uniforms)
+        logprobs = logits.double().log_softmax(-1)
+        for i, token, row in zip(group, chosen.tolist(), logprobs, strict=True):
+            self._append(i, token, row)
+
+    def _append(self, i: int, token: int, logprobs: Tensor) -> None:
+        request, own = self._request, self._progress[i]
+        if token in request.stop_tokens:
+            own.state = "stop"
+            return
+        own.logprobs.append(float(logprobs[token]))
+        if request.alternatives:
+            likeliest = logprobs.sort(descending=True, stable=True)
+            count = request.alternatives
+            own.alternatives.append(
+                list(
+                    zip(
+                        likeliest.indices[:count].tolist(),
+                        likeliest.values[:count].tolist(),
+                        strict=True,
+                    )
+                )
+            )
+        self._tokens[i].append(token)
+        own.tokens.append(token)
+        if request.stop_strings and request.pieces is not None:
+            text = "".join(request.pieces[token] for token in own.tokens)
+            if any(stop in text for stop in request.stop_strings):
+                own.state = "stop"
+                return
+        if len(own.tokens) == request.max_new_tokens:
+            own.state = "length"
+
+
+def reference_model(model: GPT, dtype: str | None) -> GPT:
+    """A copy of the model that computes in this dtype; int8 means rounded weights in float32."""
+    chosen = copy.deepcopy(model).eval()
+    if dtype == "int8":
+        chosen = chosen.float()
+        for name, param in chosen.named_parameters():
+            if param.dim() == 2 and not name.startswith(("wte", "wpe")):
+                param.data = rounded_to_bytes(param.data)
+        if model.config.tie_weights:  # the embedding itself is not rounded
+            chosen.lm_head.weight = torch.nn.Parameter(rounded_to_bytes(chosen.wte.weight.data))
+    elif dtype is not None:
+        chosen = chosen.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    return chosen
+
+
+def rounded_to_bytes(weight: Tensor) -> Tensor:
+    """A weight (N, K) as its 8-bit form counts: whole multiples of max |row| / 127."""
+    unit = weight.abs().amax(1, keepdim=True) / 127  # (N, 1)
+    return torch.where(unit == 0, 0.0, (weight * (1 / unit)).round() * unit)

@@ -1,0 +1,183 @@
+"""What is to be generated, checked: the input of the engine and of the reference loop."""
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from gptfast.config import GPTConfig
+from gptfast.errors import ConfigError, DataError
+from gptfast.sampling import Sampling
+from gptfast.tokenizer import CharTokenizer
+
+Prompt = str | Sequence[int]
+DTYPES = ("bf16", "fp32", "int8")
+GIB = 1 << 30
+MOST = 2**31 - 1  # that an option may count
+
+
+@dataclass(frozen=True)
+class Request:
+    """Sequences to continue and how. Sequence i draws with key `seeds[i]` and number `numbers[i]`.
+
+    `num_samples` sequences of one prompt follow one another.
+    """
+
+    prompts: list[list[int]]
+    seeds: list[int]
+    numbers: list[int]
+    sampling: Sampling
+    max_new_tokens: int
+    stride: int | None  # how far a full window moves; None: it does not
+    alternatives: int
+    stop_tokens: list[int]
+    stop_strings: list[str]
+    pieces: list[str] | None  # what each token writes
+    max_batch: int
+    max_cache_bytes: int
+    dtype: str | None
+
+
+@dataclass
+class Progress:
+    """What one sequence has so far; a stop string still ends it, a stop token does not."""
+
+    state: str  # waiting, running, or why it ended: length, stop, window
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    alternatives: list[list[tuple[int, float]]] = field(default_factory=list)
+
+
+class Loop(Protocol):
+    """What generates a request."""
+
+    def run(self, seconds: float) -> bool:
+        """Generates for about so long, one step at least; whether there is more to do."""
+        ...
+
+    def progress(self, i: int, first: int = 0) -> Progress:
+        """What sequence i has, its tokens from number `first` on."""
+        ...
+
+    def changed(self) -> list[int]:
+        """The sequences with new tokens or another state since the last call."""
+        ...
+
+
+def window_stride(overflow: str, block_size: int) -> int | None:
+    """How many tokens the window drops when it is full; None where it does not move."""
+    if overflow == "recompute":
+        return 1
+    if overflow in ("stop", "error"):
+        return None
+    head, _, count = str(overflow).partition(":")
+    if head == "stride" and count.isdecimal() and 0 < int(count) <= block_size:
+        return int(count)
+    raise ConfigError(
+        "overflow must be 'recompute', 'stride:K' with K from 1 to block_size, 'stop' or 'error',"
+        f" got {overflow!r}"
+    )
+
+
+def whole(x: Any) -> int | None:
+    """A whole number of any type as an int; None where it is none."""
+    try:
+        return operator.index(x)
+    except TypeError:
+        return None
+
+
+def check_count(name: str, value: Any, least: int, most: int = MOST) -> None:
+    """Checks an option that counts something."""
+    count = whole(value)
+    if count is None or not least <= count <= most:
+        raise ConfigError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Checks the name of a dtype to generate or score in."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype must be None or one of {list(DTYPES)}, got {dtype!r}")
+
+
+def check_tokenizer(tokenizer: CharTokenizer | None, config: GPTConfig) -> None:
+    """Checks that the model has all of the tokenizer's ids."""
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}: they"
+            " do not belong together"
+        )
+
+
+def encode(
+    name: str, texts: Sequence[Prompt], tokenizer: CharTokenizer | None, vocab_size: int
+) -> list[list[int]]:
+    """The ids of texts, or of lists of ids, in the vocabulary; `name` is what one of them is."""
+    if isinstance(texts, str):
+        raise ConfigError(f"{name}s must be a list of {name}s, got one str; wrap it in a list")
+    encoded = []
+    for i, text in enumerate(texts):
+        if isinstance(text, str):
+            if tokenizer is None:
+                raise ConfigError(f"{name}s given as text need a tokenizer")
+            tokens = tokenizer.encode(text)
+        elif isinstance(text, Iterable):
+            tokens = [_token(f"{name} {i}", token, vocab_size) for token in text]
+        else:
+            raise ConfigError(f"{name} {i} must be a text or a list of token ids, got {text!r}")
+        if not tokens:
+            raise DataError(f"{name} {i} is empty; a {name} needs at least one token")
+        encoded.append(tokens)
+    return encoded
+
+
+def _token(name: str, token: Any, vocab_size: int) -> int:
+    value = whole(token)
+    if value is None or not 0 <= value < vocab_size:
+        raise DataError(f"{name} has token id {token!r}, which is not in [0, {vocab_size})")
+    return value
+
+
+def stops_of(stop: Any, has_text: bool, vocab_size: int) -> tuple[list[int], list[str]]:
+    """The token ids and the strings that end a text."""
+    alone = isinstance(stop, str) or whole(stop) is not None or not isinstance(stop, Iterable)
+    stops = [] if stop is None else [stop] if alone else list(stop)
+    tokens, strings = [], []
+    for each in stops:
+        token = whole(each)
+        if isinstance(each, str) and each and has_text:
+            strings.append(each)
+        elif token is not None and 0 <= token < vocab_size:
+            tokens.append(token)
+        else:
+            raise ConfigError(
+                "stop must be non-empty strings (with a tokenizer) or token ids in"
+                f" [0, {vocab_size}), got {each!r}"
+            )
+    return tokens, strings
+
+
+def written(tokenizer: CharTokenizer | None, vocab_size: int) -> list[str] | None:
+    """What each token writes; ids that the model has and the tokenizer has not write nothing."""
+    if tokenizer is None:
+        return None
+    known = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
+    return known + [""] * (vocab_size - len(known))
+
+
+def seeds_of(
+    seed: int | Sequence[int], prompts: int, num_samples: int
+) -> tuple[list[int], list[int]]:
+    """Keys and numbers of the draws: with one seed for all, the place in the list is the number."""
+    key = whole(seed)
+    if key is not None:
+        count = prompts * num_samples
+        keys, numbers = [key] * count, list(range(count))
+    else:
+        given = [whole(each) for each in seed] if isinstance(seed, Iterable) else [None]
+        found = [each for each in given if each is not None]
+        if len(found) != len(given) or len(given) != prompts:
+            raise ConfigError(f"seed must be one int or one per prompt ({prompts}), got {seed!r}")
+        keys = [each for each in found for _ in range(num_samples)]
+        numbers = [*range(num_samples)] * prompts
+    return [key & (2**63 - 1) for key in keys], numbers

@@ -1,0 +1,159 @@
+"""How likely a model finds given texts."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from gptfast.engine import PackedModel, packed_for
+from gptfast.model import GPT
+from gptfast.reference_loop import reference_model
+from gptfast.request import (
+    Prompt,
+    check_count,
+    check_dtype,
+    check_tokenizer,
+    encode,
+    written,
+)
+from gptfast.tokenizer import CharTokenizer
+
+TOKENS_AT_ONCE = 2048  # bounds the memory; results do not depend on it
+
+
+@dataclass
+class Score:
+    """The log-probabilities, in nats, of a text's tokens after the first."""
+
+    tokens: list[int]
+    logprobs: list[float]  # of tokens[1:], each given those before it in its window
+    characters: int | None  # that tokens[1:] write; None without a tokenizer
+
+    @property
+    def logprob(self) -> float:
+        """Of all tokens but the first."""
+        return math.fsum(self.logprobs)
+
+    @property
+    def bits_per_token(self) -> float:
+        """Mean surprise in bits; NaN where there is only one token."""
+        return -self.logprob / math.log(2) / len(self.logprobs) if self.logprobs else math.nan
+
+    @property
+    def bits_per_character(self) -> float:
+        """Mean surprise in bits per character; NaN where there is none, or no tokenizer."""
+        return -self.logprob / math.log(2) / self.characters if self.characters else math.nan
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Tokens first .. last of a text predict first + 1 .. last + 1; the last `new` are wanted."""
+
+    text: int
+    first: int
+    last: int
+    new: int
+
+    @property
+    def length(self) -> int:
+        """How many tokens it has."""
+        return self.last - self.first
+
+
+def score(
+    model: GPT | PackedModel,
+    texts: Sequence[Prompt],
+    *,
+    tokenizer: CharTokenizer | None = None,
+    stride: int | None = None,
+    dtype: str | None = None,
+) -> list[Score]:
+    """Computes how likely the model finds each token of each text given those before it.
+
+    Args:
+        model: The GPT, whose `backend` chooses between the engine and plain torch; or what
+            `gptfast.pack` made of it.
+        texts: Texts (with `tokenizer`) or token lists, of any mix of lengths, none of them empty.
+        tokenizer: Encodes texts.
+        stride: How far the window moves along a text that is longer than `block_size`: a token has
+            at least block_size - stride tokens before it. Half of `block_size` when None.
+        dtype: As for `generate`.
+
+    Returns:
+        One Score per text, in order.
+
+    Raises:
+        ConfigError: An option is wrong.
+        DataError: A text is empty, or has an unknown character or token.
+        BackendError: `model.backend` is "fused" and the kernels cannot run.
+    """
+    T = model.config.block_size
+    check_dtype(dtype)
+    check_tokenizer(tokenizer, model.config)
+    stride = max(1, T // 2) if stride is None else stride
+    check_count("stride", stride, 1)
+    encoded = encode("text", texts, tokenizer, model.config.vocab_size)
+    logprobs: list[list[float]] = [[] for _ in encoded]
+    windows = [
+        window for i, text in enumerate(encoded) for window in _windows(i, len(text), T, stride)
+    ]
+    for window, values in zip(windows, _score(model, encoded, windows, dtype), strict=True):
+        logprobs[window.text] += values[len(values) - window.new :]
+    pieces = written(tokenizer, model.config.vocab_size)
+    return [
+        Score(tokens, own, None if pieces is None else sum(len(pieces[t]) for t in tokens[1:]))
+        for tokens, own in zip(encoded, logprobs, strict=True)
+    ]
+
+
+def _windows(text: int, length: int, T: int, stride: int) -> list[_Window]:
+    windows, scored = [], 0  # predictions wanted: length - 1
+    while scored < length - 1:
+        last = min(length - 1, T if scored == 0 else scored + min(stride, T))
+        windows.append(_Window(text, max(0, last - T), last, last - scored))
+        scored = last
+    return windows
+
+
+def _score(
+    model: GPT | PackedModel, texts: list[list[int]], windows: list[_Window], dtype: str | None
+) -> list[list[float]]:
+    """The log-probabilities that each window gives, of all its predictions."""
+    packed = packed_for(model, dtype)
+    if packed is None:
+        assert isinstance(model, GPT)
+        reference = reference_model(model, dtype)
+        return [_reference_scores(reference, texts[w.text], w) for w in windows]
+    results: list[list[float]] = [[] for _ in windows]
+    for group in _groups(windows):
+        lengths = [windows[n].length for n in group]
+        parts = [texts[windows[n].text][windows[n].first : windows[n].last + 1] for n in group]
+        tokens = torch.tensor([token for part in parts for token in part[:-1]])
+        targets = torch.tensor([token for part in parts for token in part[1:]])
+        starts = torch.tensor([0, *lengths]).cumsum(0)
+        values = packed.score(tokens, targets, starts, capacity=max(lengths))
+        for n, own in zip(group, values.split(lengths), strict=True):
+            results[n] = own.tolist()
+    return results
+
+
+def _groups(windows: list[_Window]) -> Iterator[list[int]]:
+    """Numbers of windows of similar length, whose cache is one of TOKENS_AT_ONCE or of one row."""
+    group: list[int] = []
+    for n in sorted(range(len(windows)), key=lambda n: windows[n].length):
+        if group and (len(group) + 1) * windows[n].length > TOKENS_AT_ONCE:
+            yield group
+            group = []
+        group.append(n)
+    if group:
+        yield group
+
+
+@torch.no_grad()
+def _reference_scores(model: GPT, text: list[int], window: _Window) -> list[float]:
+    device = model.wte.weight.device
+    idx = torch.tensor([text[window.first : window.last]], device=device)
+    targets = torch.tensor(text[window.first + 1 : window.last + 1], device=device)
+    logprobs = model(idx)[0].float().log_softmax(-1)  # (T, V)
+    return logprobs.gather(-1, targets[:, None])[:, 0].tolist()
