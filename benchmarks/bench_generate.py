@@ -199,13 +199,16 @@ def largest_gap(oracle: peers.SdpaGPT, prompt: list[int], new: list[int], shape:
 
 def details(shape: Shape, dtype: str, seconds: float) -> dict[str, float]:
     """What is told of our own run besides its time."""
-    found = {"tokens/s": shape.batch * shape.new / seconds}
-    if shape.past and shape.batch > 1:
-        return found  # a step is many calls of the engine there
     packed = gptfast.pack(model_of(shape.model), dtype)
     start = time.perf_counter()
     request = make_request(packed, prompt_of(shape).tolist(), **options_of(shape, dtype))
     engine = Engine(packed, request)
+    found = {
+        "tokens/s": shape.batch * shape.new / seconds,
+        "cache, MiB": engine.cache_bytes / 2**20,
+    }
+    if shape.past and shape.batch > 1:
+        return found  # a step is many calls of the engine there
     engine.run(0.0)
     first = time.perf_counter() - start
     steps: list[float] = []

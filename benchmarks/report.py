@@ -110,7 +110,11 @@ def loss_lines(result: dict[str, Any]) -> list[str]:
         _line(["---", *["---:"] * len(seeds)]),
     ]
     for precision, losses in result["last"].items():
-        lines.append(_line([precision, *(f"{loss:.4f}" for loss in losses)]))
+        lines.append(_line([f"trained in {precision}", *(f"{loss:.4f}" for loss in losses)]))
+    for dtype, losses in result["engine"].items():
+        if dtype in result["lost"]:
+            name = f"... in fp32, {dtype} weights ({result['lost'][dtype]:+.2%})"
+            lines.append(_line([name, *(f"{loss:.4f}" for loss in losses)]))
     return [*lines, ""]
 
 

@@ -273,6 +273,11 @@ class Engine:
             alternatives if self._request.alternatives else [],
         )
 
+    @property
+    def cache_bytes(self) -> int:
+        """Of the keys and values, and of what is known of the first layer."""
+        return sum(x.nbytes for x in (self._cache, *self._table))
+
     def changed(self) -> list[int]:
         """See Loop."""
         now = self._sequences[:, [_COLUMN["length"], _COLUMN["state"]]]

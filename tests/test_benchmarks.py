@@ -369,15 +369,19 @@ def test_loss_curves_of_a_small_text(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize(("bf16", "within"), ((1.005, True), (0.9, False), (1.02, False)))
 def test_loss_curves_compare_with_another_seed(bf16: float, within: bool) -> None:
+    engine = {"fp32": 1.0, "bf16": 1.001, "int8": 1.004}
     runs = [
-        {"precision": "fp32", "seed": 1, "curve": [(5, 3.0), (10, 1.0)]},
-        {"precision": "fp32", "seed": 2, "curve": [(5, 3.0), (10, 1.01)]},
+        {"precision": "fp32", "seed": 1, "curve": [(5, 3.0), (10, 1.0)], "engine": engine},
+        {"precision": "fp32", "seed": 2, "curve": [(5, 3.0), (10, 1.01)], "engine": engine},
         *({"precision": "bf16", "seed": seed, "curve": [(10, bf16)]} for seed in (1, 2)),
     ]
     result = loss_curves.compare(runs)
     assert result["within"] == within
     assert result["difference"] == pytest.approx(bf16 - 1.005)
     assert result["spread"] == pytest.approx(0.01)
+    assert result["lost"] == pytest.approx({"bf16": 0.001, "int8": 0.004})
+    engine["int8"] = 1.006
+    assert not loss_curves.compare(runs)["within"]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from torch import Tensor
 
 import gptfast
 from gptfast import GPT, BackendError, CharTokenizer, ConfigError, DataError, Generation, GPTConfig
+from gptfast.engine import Engine
+from gptfast.generation import make_request
 from gptfast.ops import select
 from gptfast.sampling import Sampling, choose, draws, probabilities
 
@@ -136,6 +138,16 @@ def test_one_text_that_needs_more_cache_than_there_may_be() -> None:
     with pytest.raises(ConfigError, match=r"max_cache_bytes must hold one sequence of 37 tokens"):
         gptfast.generate(model, [[1]], max_cache_bytes=1000)
     assert len(gptfast.generate(model, [[1]], max_cache_bytes=1_000_000)[0].tokens) == 100
+
+
+@pytest.mark.parametrize("overflow", ("recompute", "stop"))
+@pytest.mark.parametrize("budget", (200_000, 1_000_000, 30_000_000))
+def test_the_cache_stays_within_its_budget(budget: int, overflow: str) -> None:
+    packed = gptfast.pack(make("odd"))
+    options: dict[str, Any] = {"max_cache_bytes": budget, "overflow": overflow}
+    request = make_request(packed, [[1, 2, 3]] * 300, max_new_tokens=50, **options)
+    assert 0.6 * min(budget, 256 * packed.row_bytes(37)) < Engine(packed, request).cache_bytes
+    assert Engine(packed, request).cache_bytes <= budget
 
 
 @pytest.mark.parametrize("dtype", (None, "bf16", "int8"))
