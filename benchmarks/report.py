@@ -71,13 +71,15 @@ def describe(card: dict[str, Any]) -> str:
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """A line per row; for each dtype gptfast's time, and how many times faster it is than whom."""
+    """A line per row; for each dtype gptfast's speed, and how many times faster it is than whom."""
     rows = by_name(result)
+    generates = result["script"] == "generate"
+    measure, best = ("tokens/s", "x best other") if generates else ("ms", "x best torch")
     dtypes = list(result["peak"])
     course = any(name.startswith("course") for row in result["rows"] for name in row["ratio"])
     titles = [""]
     for dtype in dtypes:
-        titles += [f"{dtype}, ms", *(["x course fp32"] if course else []), "x best torch"]
+        titles += [f"{dtype}, {measure}", *(["x course fp32"] if course else []), best]
         titles += ["of peak"]
     lines = [_line(titles), _line(["---", *["---:"] * (len(titles) - 1)])]
     for name, found in rows.items():
@@ -132,9 +134,10 @@ def _cells(row: dict[str, Any] | None, course: bool) -> list[str]:
     against = [ratio for name, ratio in row["ratio"].items() if name.startswith("course")]
     course_cell = [f"{against[0]:.2f}" if against else "-"]
     best = f"{row['ratio'][row['best']]:.2f} ({row['best']})" if row["best"] else "-"
-    ms = row["ms"]["gptfast"]
-    time = f"{ms:.2f}" if ms < 100 else f"{ms:.0f}"
-    return [time, *(course_cell if course else []), best, f"{row['of_peak']:.0%}"]
+    speed = row.get("details", {}).get("tokens/s")
+    value = row["ms"]["gptfast"] if speed is None else speed
+    shown = f"{value:.2f}" if value < 100 else f"{value:,.0f}"
+    return [shown, *(course_cell if course else []), best, f"{row['of_peak']:.0%}"]
 
 
 def memory_table(result: dict[str, Any]) -> list[str]:

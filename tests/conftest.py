@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from gptfast.ops import select
 
@@ -37,3 +38,11 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     extension.isa_set(request.param)
     yield request.param
     extension.isa_set(before)
+
+
+@pytest.fixture
+def any_threads() -> Iterator[None]:
+    """For tests that change torch's number of threads: it is what it was afterwards."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -123,12 +123,13 @@ def test_packed_equals_separate(isa: str, dtype: torch.dtype, dropout_p: float) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_of_a_batch_have_the_bits_they_have_alone(isa: str, dtype: torch.dtype) -> None:
+def test_rows_of_a_batch_have_the_bits_they_have_alone(
+    isa: str, dtype: torch.dtype, any_threads: None
+) -> None:
     q, k, v = (heads(5, 3, 90, 40, seed=i).to(dtype).requires_grad_() for i in range(3))
     grad = heads(5, 3, 90, 40, seed=4).to(dtype)
     out = ops.causal_attention(q, k, v)
     grads = torch.autograd.grad(out, (q, k, v), grad)
-    threads = torch.get_num_threads()
     for count in (1, 2):
         torch.set_num_threads(count)
         one = [x[3:4].detach().requires_grad_() for x in (q, k, v)]
@@ -138,7 +139,6 @@ def test_rows_of_a_batch_have_the_bits_they_have_alone(isa: str, dtype: torch.dt
         if count == 1:
             for a, b in zip(torch.autograd.grad(alone, one, grad[3:4]), grads, strict=True):
                 assert torch.equal(a, b[3:4])
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -87,17 +87,15 @@ def test_greedy_is_the_loop_of_the_course() -> None:
 
 
 @pytest.mark.parametrize("dtype", ("fp32", "bf16", "int8"))
-def test_a_prompt_has_the_bits_it_has_alone(isa: str, dtype: str) -> None:
+def test_a_prompt_has_the_bits_it_has_alone(isa: str, dtype: str, any_threads: None) -> None:
     model = make("odd")
     prompts = prompts_for(model.config) * 3
     seeds = list(range(len(prompts)))
     together = gptfast.generate(model, prompts, max_new_tokens=45, seed=seeds, dtype=dtype)
-    threads = torch.get_num_threads()
     for count, i in ((1, 0), (2, 3), (1, 7), (2, 14)):
         torch.set_num_threads(count)
         (alone,) = gptfast.generate(model, [prompts[i]], max_new_tokens=45, seed=[i], dtype=dtype)
         assert alone == together[i]  # the log-probabilities too
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", ("fp32", "bf16", "int8"))

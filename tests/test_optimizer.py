@@ -1,7 +1,6 @@
 """The fused clipping and AdamW against torch's, at every instruction set."""
 
 import copy
-import functools
 from collections.abc import Sequence
 
 import pytest
@@ -79,9 +78,8 @@ def test_parameters_without_gradient_stay(isa: str) -> None:
     assert params[1] not in optimizer.state
 
 
-def test_same_bits_for_any_number_of_threads(isa: str, request: pytest.FixtureRequest) -> None:
+def test_same_bits_for_any_number_of_threads(isa: str, any_threads: None) -> None:
     results = []
-    request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         params = parameters()

@@ -52,15 +52,13 @@ def test_long_texts_move_the_window(backend: Any, stride: int | None) -> None:
 
 
 @pytest.mark.parametrize("dtype", ("fp32", "bf16", "int8"))
-def test_a_text_has_the_bits_it_has_alone(isa: str, dtype: str) -> None:
+def test_a_text_has_the_bits_it_has_alone(isa: str, dtype: str, any_threads: None) -> None:
     model = make("odd")
     texts = prompts_for(model.config) * 2
     together = gptfast.score(model, texts, dtype=dtype)
-    threads = torch.get_num_threads()
     for count, i in ((1, 1), (2, 3), (1, 7)):
         torch.set_num_threads(count)
         assert gptfast.score(model, [texts[i]], dtype=dtype) == [together[i]]
-    torch.set_num_threads(threads)
 
 
 def test_bits_per_character() -> None:
