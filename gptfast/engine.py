@@ -46,7 +46,7 @@ def packed_for(model: "GPT | PackedModel", dtype: str | None) -> "PackedModel | 
         ConfigError: The model has been packed for another dtype.
         BackendError: The kernels are asked for and cannot run.
     """
-    if isinstance(model, GPT):
+    if not isinstance(model, PackedModel):
         return PackedModel(model, dtype, lasting=False) if can_run(model, dtype) else None
     if dtype not in (None, model.name):
         raise ConfigError(f"dtype must be the packed model's, {model.name!r}, got {dtype!r}")

@@ -216,7 +216,7 @@ def _loop(model: GPT | PackedModel, request: Request) -> Loop:
     packed = packed_for(model, request.dtype)
     if packed is not None:
         return Engine(packed, request)
-    assert isinstance(model, GPT)
+    assert not isinstance(model, PackedModel)
     return ReferenceLoop(model, request)
 
 

@@ -122,7 +122,7 @@ def _score(
     """The log-probabilities that each window gives, of all its predictions."""
     packed = packed_for(model, dtype)
     if packed is None:
-        assert isinstance(model, GPT)
+        assert not isinstance(model, PackedModel)
         reference = reference_model(model, dtype)
         return [_reference_scores(reference, texts[w.text], w) for w in windows]
     results: list[list[float]] = [[] for _ in windows]
