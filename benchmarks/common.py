@@ -37,6 +37,8 @@ class Case:
     verify: Callable[[], None]  # raises AssertionError
     compiles: tuple[str, ...] = ()  # contenders whose first call compiles
     other_dtype: tuple[str, ...] = ()  # contenders that do not compute in the row's dtype
+    # before each call, until threads that others left spinning have gone to sleep
+    pause_seconds: float = 0.0
     # what else there is to say of ours, given its median in seconds
     details: Callable[[float], dict[str, float]] | None = None
 
@@ -164,12 +166,13 @@ def plain_linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.gptfast.linear(x, None, None, weight, None, None)[0]
 
 
-def measure(contenders: dict[str, Run], seconds: float) -> Timing:
+def measure(contenders: dict[str, Run], seconds: float, pause: float = 0.0) -> Timing:
     """Times the contenders in turn, each once a round, after a round that warms up.
 
     Args:
         contenders: by name.
         seconds: how long the rounds should take together; see `count_rounds`.
+        pause: seconds before each call.
     """
     names = list(contenders)
     first = [_seconds(contenders[name]) for name in names]
@@ -180,6 +183,7 @@ def measure(contenders: dict[str, Run], seconds: float) -> Timing:
     times: dict[str, list[float]] = {name: [] for name in names}
     for round_ in range(rounds):
         for name in rotated(names, round_):
+            time.sleep(pause)
             times[name].append(_seconds(contenders[name]))
     return Timing(rounds, {name: statistics.median(times[name]) for name in names})
 
