@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import generation_peers
 import peers
@@ -102,7 +103,7 @@ def prompt_of(shape: Shape) -> Tensor:
     return torch.randint(1, shape.model.vocab_size, size, generator=generator)
 
 
-def options_of(shape: Shape, dtype: str) -> dict[str, object]:
+def options_of(shape: Shape, dtype: str) -> dict[str, Any]:
     """Those of generate()."""
     return {
         "max_new_tokens": shape.new,
@@ -116,7 +117,7 @@ def ours(shape: Shape, dtype: str) -> Generate:
     """gptfast.generate."""
     model, prompts = gptfast.pack(model_of(shape.model), dtype), prompt_of(shape).tolist()
     options = options_of(shape, dtype)
-    return lambda: [each.tokens for each in gptfast.generate(model, prompts, **options)]  # type: ignore[arg-type]
+    return lambda: [each.tokens for each in gptfast.generate(model, prompts, **options)]
 
 
 def makers(shape: Shape, dtype: str) -> dict[str, Callable[[], Generate]]:
@@ -177,6 +178,7 @@ def verify(shape: Shape, dtype: str, contenders: dict[str, Generate]) -> None:
             )
 
 
+@functools.lru_cache(maxsize=2)
 def oracle_of(config: GPTConfig, dtype: str | None) -> peers.SdpaGPT:
     """The model in float64, its weights rounded as `dtype` says."""
     model = reference_model(model_of(config), dtype)

@@ -46,19 +46,16 @@ def packed_for(model: "GPT | PackedModel", dtype: str | None) -> "PackedModel | 
         ConfigError: The model has been packed for another dtype.
         BackendError: The kernels are asked for and cannot run.
     """
-    if not isinstance(model, PackedModel):
-        return PackedModel(model, dtype, lasting=False) if can_run(model, dtype) else None
-    if dtype not in (None, model.name):
-        raise ConfigError(f"dtype must be the packed model's, {model.name!r}, got {dtype!r}")
-    return model
-
-
-def can_run(model: GPT, dtype: str | None) -> bool:
-    """Whether the engine computes for this model; an error where it is asked for and cannot."""
+    if isinstance(model, PackedModel):
+        if dtype not in (None, model.name):
+            raise ConfigError(f"dtype must be the packed model's, {model.name!r}, got {dtype!r}")
+        return model
     device, chosen = model.wte.weight.device.type, _activations(model, dtype)
     if model.backend == "fused":
         select.require_fused("generate", device, chosen, "backend='reference'")
-    return model.backend != "reference" and not select.unavailable(device, chosen)
+    if model.backend == "reference" or select.unavailable(device, chosen):
+        return None
+    return PackedModel(model, dtype, lasting=False)
 
 
 def _activations(model: GPT, dtype: str | None) -> torch.dtype:

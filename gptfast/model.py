@@ -222,7 +222,7 @@ class GPT(nn.Module):
             attention=any(name.startswith("MM.") for name in state_dict),
         )
         model = cls(config, backend)
-        renamed = {_from_course_name(name): weight for name, weight in state_dict.items()}
+        renamed = {from_course_name(name): weight for name, weight in state_dict.items()}
         own = model.state_dict()
         for name in sorted(own.keys() | renamed.keys()):
             got = tuple(renamed[name].shape) if name in renamed else "nothing"
@@ -333,7 +333,7 @@ _COURSE_NAMES = {
 }
 
 
-def _from_course_name(name: str) -> str:
+def from_course_name(name: str) -> str:
     """`MM.0.in_proj_weight` -> `h.0.attn.c_attn.weight`; a name that is not the course's stays."""
     head, _, rest = name.partition(".")
     layer, _, tail = rest.partition(".")

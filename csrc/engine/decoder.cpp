@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "../kernels/scratch.h"
-#include "parallel.h"
+#include "../kernels/parallel.h"
 
 namespace gptfast {
 namespace {
@@ -158,7 +158,7 @@ class Pass {
       table_.known[to] = 1;
     }
     constexpr int64_t rows = 64;
-    for_each(parallel_, (M_ + rows - 1) / rows, [&](int64_t task) {
+    run_tasks(parallel_, (M_ + rows - 1) / rows, [&](int64_t task) {
       for (int64_t m = task * rows; m < std::min(M_, (task + 1) * rows); ++m)
         copy(at(table, entry(m) * 3 * C_), 3 * C_, at(qkv_, m * 3 * C_));
     });
@@ -200,7 +200,7 @@ void decoder_score(const Kernels& kernels, const Decoder& model, const DecoderBa
   for (int64_t first = 0; first < M; first += rows) {
     const int64_t count = std::min(rows, M - first);
     pass.logits(first, count, logits);
-    for_each(parallel, count, [&](int64_t i) {
+    run_tasks(parallel, count, [&](int64_t i) {
       const float* row = logits + i * V;
       logprobs[first + i] = row[targets[first + i]] - kernels.log_sum_exp(row, V);
     });
@@ -216,7 +216,7 @@ void copy_cached(const Kernels& kernels, const Decoder& model, const KeyValueCac
                  int64_t from, int64_t to, int64_t count, const Parallel& parallel) {
   const int64_t H = model.n_head, D = model.head_dim();
   const int64_t layer = cache.rows * kernels.cache_bytes(model.dtype, H, D, cache.capacity);
-  for_each(parallel, static_cast<int64_t>(model.layers.size()), [&](int64_t i) {
+  run_tasks(parallel, static_cast<int64_t>(model.layers.size()), [&](int64_t i) {
     kernels.copy_cached(model.dtype, H, D, cache.capacity,
                         static_cast<char*>(cache.data) + i * layer, from, to, count);
   });

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <vector>
 
-#include "parallel.h"
+#include "../kernels/parallel.h"
 
 namespace gptfast {
 namespace {
@@ -163,7 +163,7 @@ class Generator {
 
     constexpr int64_t worth = int64_t{1} << 14;  // logits that are worth waking a thread for
     const int64_t rows = std::max<int64_t>(1, worth / V), tasks = (count + rows - 1) / rows;
-    for_each(parallel_, tasks, [&](int64_t task) {
+    run_tasks(parallel_, tasks, [&](int64_t task) {
       for (int64_t n = task * rows; n < std::min(count, (task + 1) * rows); ++n)
         append(sequences_.all[chosen[n]], logits_.data() + n * V);
     });

@@ -16,6 +16,7 @@
 #endif
 
 #include "kernels.h"
+#include "parallel.h"
 #include "scratch.h"
 
 namespace gptfast {

@@ -6,13 +6,6 @@ inline T* take(Frame& frame, int64_t count) {
   return static_cast<T*>(frame.bytes(static_cast<size_t>(count) * sizeof(T)));
 }
 
-template <class F>
-inline void run_tasks(const Parallel& parallel, int64_t tasks, const F& f) {
-  parallel.run(
-      tasks, [](void* context, int64_t task) { (*static_cast<const F*>(context))(task); },
-      const_cast<void*>(static_cast<const void*>(&f)));
-}
-
 // How many of `tasks` equal tasks with `work` multiplications in all are worth waking a thread for.
 inline int64_t tasks_worth_a_thread(int64_t tasks, int64_t work) {
   constexpr int64_t worth = int64_t{1} << 17;

@@ -7,11 +7,9 @@
 
 // ln sum_j exp(s_j)
 inline float log_sum_exp(const float* s, int64_t n) {
-  const float highest = highest_score(s, n);
-  VF total = splat(0.0f);
-  for_vectors(n,
-              [&](int64_t j, auto part) { total += only(exp(load(s + j, part) - highest), part); });
-  return highest + log(splat(sum(total)))[0];
+  RowSum row = {no_score, 0.0f, 0.0f, 0.0f};
+  add_logits(s, n, row);
+  return row.m + __builtin_logf(row.l);
 }
 
 inline int64_t first_index_of(float value, const float* s, int64_t n) {

@@ -1,14 +1,12 @@
 // A loop on the kernels' threads.
 #pragma once
 
-#include <cstdint>
-
-#include "../kernels/kernels.h"
+#include "kernels.h"
 
 namespace gptfast {
 
 template <class F>
-void for_each(const Parallel& parallel, int64_t tasks, const F& f) {
+inline void run_tasks(const Parallel& parallel, int64_t tasks, const F& f) {
   parallel.run(
       tasks, [](void* context, int64_t task) { (*static_cast<const F*>(context))(task); },
       const_cast<void*>(static_cast<const void*>(&f)));
