@@ -159,13 +159,18 @@ def test_a_model_without_finite_logits(backend: Any, dtype: str | None) -> None:
 
 
 def interrupted_soon(call: Callable[[], Any], seconds: float) -> Any:
-    """What a call returns that gets Ctrl-C after so long."""
+    """What a call returns that gets Ctrl-C after so long.
+
+    A shell starts what runs in its background with the signal ignored.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(seconds, lambda: signal.raise_signal(signal.SIGINT))
     timer.start()
     try:
         return call()
     finally:
         timer.join()
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("backend", ("auto", "reference"))
