@@ -57,7 +57,8 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _flex(T: int) -> tuple[Any, Any]:
     from torch.nn.attention import flex_attention as flex
 
-    mask = flex.create_block_mask(lambda b, h, q, k: q >= k, None, None, T, T, device="cpu")
+    device = str(torch.get_default_device())
+    mask = flex.create_block_mask(lambda b, h, q, k: q >= k, None, None, T, T, device=device)
     return compiled(flex.flex_attention), mask
 
 

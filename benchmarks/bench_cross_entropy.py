@@ -21,7 +21,8 @@ SHAPES = ((1024, 128, 5), (4096, 128, 66), (4096, 384, 66), (1024, 768, 50257))
 def cross_entropy(M: int, K: int, V: int, dtype: str) -> Case:
     """One shape; logits have a variance of 1."""
     x, weight = random_tensors((M, K), (V, K), dtype=dtype, scale=K**-0.25)
-    targets = torch.randint(V, (M,), generator=torch.Generator().manual_seed(2))
+    generator = torch.Generator().manual_seed(2)
+    targets = torch.randint(V, (M,), generator=generator, device="cpu").to(x.device)
     inputs, grad = [x, weight, targets], torch.ones(())
     contenders = {
         OURS: work(ops.linear_cross_entropy, inputs, grad),

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import gptfast
 from gptfast import GPT, GPTConfig
-from gptfast.engine import Engine
+from gptfast.engine import Engine, PackedModel
 from gptfast.generation import make_request
 from gptfast.reference_loop import reference_model
 
@@ -100,7 +100,8 @@ def prompt_of(shape: Shape) -> Tensor:
     """Random tokens, (B, T)."""
     generator = torch.Generator().manual_seed(5)
     size = (shape.batch, shape.prompt)
-    return torch.randint(1, shape.model.vocab_size, size, generator=generator)
+    prompt = torch.randint(1, shape.model.vocab_size, size, generator=generator, device="cpu")
+    return prompt.to(torch.get_default_device())
 
 
 def options_of(shape: Shape, dtype: str) -> dict[str, Any]:
@@ -113,9 +114,15 @@ def options_of(shape: Shape, dtype: str) -> dict[str, Any]:
     }
 
 
+def ready(shape: Shape, dtype: str) -> GPT | PackedModel:
+    """The model as many calls are best given it."""
+    model = model_of(shape.model)
+    return model if model.wte.weight.is_cuda else gptfast.pack(model, dtype)
+
+
 def ours(shape: Shape, dtype: str) -> Generate:
     """gptfast.generate."""
-    model, prompts = gptfast.pack(model_of(shape.model), dtype), prompt_of(shape).tolist()
+    model, prompts = ready(shape, dtype), prompt_of(shape).tolist()
     options = options_of(shape, dtype)
     return lambda: [each.tokens for each in gptfast.generate(model, prompts, **options)]
 
@@ -138,8 +145,9 @@ def makers(shape: Shape, dtype: str) -> dict[str, Callable[[], Generate]]:
         found["transformers"] = lambda: generation_peers.transformers_generate(
             model, torch_dtype, prompt, new
         )
-    # It has no bfloat16 on processors without AMX.
-    if dtype != "bf16" and generation_peers.installed("ctranslate2"):
+    # It has no bfloat16 on processors without AMX. On GPUs it is another build.
+    on_cpu = model.wte.weight.is_cpu
+    if on_cpu and dtype != "bf16" and generation_peers.installed("ctranslate2"):
         kind = {"fp32": "float32", "int8": "int8_float32"}[dtype]
         found["CTranslate2"] = lambda: generation_peers.ctranslate2_generate(
             model, kind, prompt, new
@@ -203,7 +211,9 @@ def largest_gap(oracle: peers.SdpaGPT, prompt: list[int], new: list[int], shape:
 
 def details(shape: Shape, dtype: str, seconds: float) -> dict[str, float]:
     """What is told of our own run besides its time."""
-    packed = gptfast.pack(model_of(shape.model), dtype)
+    packed = ready(shape, dtype)
+    if not isinstance(packed, PackedModel):
+        return {"tokens/s": shape.batch * shape.new / seconds}
     start = time.perf_counter()
     request = make_request(packed, prompt_of(shape).tolist(), **options_of(shape, dtype))
     engine = Engine(packed, request)

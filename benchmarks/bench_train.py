@@ -66,7 +66,8 @@ def batch(shape: Shape) -> tuple[Tensor, Tensor]:
     """Random tokens and the ones after them, (B, T) each."""
     generator = torch.Generator().manual_seed(3)
     size = (shape.batch, shape.model.block_size + 1)
-    idx = torch.randint(1, shape.model.vocab_size, size, generator=generator)
+    idx = torch.randint(1, shape.model.vocab_size, size, generator=generator, device="cpu")
+    idx = idx.to(torch.get_default_device())
     return idx[:, :-1], idx[:, 1:]
 
 

@@ -58,7 +58,11 @@ def main(
         torch.set_num_threads(options.threads)
     else:
         threads.use_usable_threads()
-    result = run(script, chosen, options)
+    torch.set_default_device(options.device)
+    try:
+        result = run(script, chosen, options)
+    finally:
+        torch.set_default_device("cpu")
     show.print_result(result)
     if options.out:
         show.write_json(options.out, result)

@@ -68,8 +68,8 @@ class Timing:
 def random_tensors(*shapes: tuple[int, ...], dtype: str, scale: float = 1.0) -> list[Tensor]:
     """Normally distributed tensors of these shapes, always the same ones."""
     generator = torch.Generator().manual_seed(1)
-    made = [torch.randn(shape, generator=generator) * scale for shape in shapes]
-    return [x.to(DTYPES[dtype]) for x in made]
+    made = [torch.randn(shape, generator=generator, device="cpu") * scale for shape in shapes]
+    return [x.to(torch.get_default_device(), DTYPES[dtype]) for x in made]
 
 
 def forward_backward(
@@ -203,6 +203,8 @@ def rotated(names: Sequence[str], by: int) -> list[str]:
 def _seconds(run: Run) -> float:
     start = time.perf_counter()
     run()
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 

@@ -87,7 +87,8 @@ def check_op(
     rounded = [x.to(dtype) if x is not None and x.dtype.is_floating_point else x for x in inputs]
     with torch.no_grad():
         shape = fused(*rounded, **options)
-    grad = torch.randn(shape.shape, generator=torch.Generator().manual_seed(9)).to(dtype)
+    grad = torch.randn(shape.shape, generator=torch.Generator().manual_seed(9), device="cpu")
+    grad = grad.to(shape.device, dtype)
     oracle = run(reference, rounded, torch.float64, grad, **options)
     own = run(torch_own, rounded, dtype, grad, **options)
     actual = run(fused, rounded, dtype, grad, **options)

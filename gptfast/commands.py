@@ -46,6 +46,7 @@ class Compute:
     threads: Count = None  # CPU threads; None: as many as can run at once
     # fused: the kernels; reference: plain torch; auto: the kernels where they can run
     backend: Literal["auto", "fused", "reference"] = "auto"
+    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "cpu"  # or cuda, as torch names it
 
 
 ComputeOptions = Annotated[Compute, tyro.conf.OmitArgPrefixes]
@@ -120,6 +121,7 @@ class Train:
             self.out,
             data=self.data,
             backend=self.compute.backend,
+            device=self.compute.device,
             resume=self.resume,
             overwrite=self.overwrite,
             **overrides,
@@ -321,8 +323,10 @@ def use_threads(threads: int | None) -> None:
 def load_text_model(path: Path, compute: Compute | None = None) -> "tuple[GPT, CharTokenizer]":
     """Loads a checkpoint that must have a tokenizer, and chooses how its model computes."""
     from gptfast import checkpoint
+    from gptfast.ops.select import usable_device
 
-    model, tokenizer = checkpoint.load(path)
+    device = usable_device("cpu" if compute is None else compute.device)
+    model, tokenizer = checkpoint.load(path, device)
     if tokenizer is None:
         raise CheckpointError(f"{path}: the checkpoint has no tokenizer, so it cannot take text")
     if compute is not None:

@@ -14,7 +14,7 @@ from gptfast.errors import BackendError, ConfigError, DataError
 from gptfast.model import GPT, Block
 from gptfast.ops import engine as ops
 from gptfast.ops import select
-from gptfast.request import Progress, Request, check_dtype
+from gptfast.request import Progress, Request, check_dtype, rows_at_once
 
 _COLUMN = {name: i for i, name in enumerate(ops.FIELDS)}
 _STATE = {name: i for i, name in enumerate(ops.STATES)}
@@ -35,12 +35,14 @@ def pack(model: GPT, dtype: str | None = None) -> "PackedModel":
     if model.backend == "reference":
         raise BackendError("pack: the model's backend is 'reference', which packs nothing")
     device = model.wte.weight.device.type
+    if device != "cpu":
+        raise BackendError(f"pack: the compiled engine is for the CPU, the model is on {device!r}")
     select.require_fused("pack", device, _activations(model, dtype), "an unpacked model")
     return PackedModel(model, dtype)
 
 
 def packed_for(model: "GPT | PackedModel", dtype: str | None) -> "PackedModel | None":
-    """The model packed for the engine; None where plain torch computes.
+    """The model packed for the compiled engine; None where that does not compute.
 
     Raises:
         ConfigError: The model has been packed for another dtype.
@@ -53,7 +55,7 @@ def packed_for(model: "GPT | PackedModel", dtype: str | None) -> "PackedModel | 
     device, chosen = model.wte.weight.device.type, _activations(model, dtype)
     if model.backend == "fused":
         select.require_fused("generate", device, chosen, "backend='reference'")
-    if model.backend == "reference" or select.unavailable(device, chosen):
+    if device != "cpu" or model.backend == "reference" or select.unavailable(device, chosen):
         return None
     return PackedModel(model, dtype, lasting=False)
 
@@ -300,13 +302,8 @@ class Engine:
     def _rows(self, sequences: int) -> int:
         """How many sequences run at once."""
         row = self._model.row_bytes(self._capacity)
-        left = self._request.max_cache_bytes - sum(table.nbytes for table in self._table)
-        if sequences and left < row:
-            raise ConfigError(
-                f"max_cache_bytes must hold one sequence of {self._capacity} tokens, {row} bytes,"
-                f" got {self._request.max_cache_bytes}"
-            )
-        return min(sequences, self._request.max_batch, left // row)
+        table = sum(each.nbytes for each in self._table)
+        return rows_at_once(self._request, sequences, self._capacity, row, table)
 
 
 def _bytes(texts: Sequence[str]) -> tuple[Tensor, Tensor]:

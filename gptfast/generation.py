@@ -7,6 +7,7 @@ from typing import Any, Literal
 from gptfast.engine import Engine, PackedModel, packed_for
 from gptfast.errors import ConfigError, DataError
 from gptfast.model import GPT
+from gptfast.ops import select
 from gptfast.reference_loop import ReferenceLoop
 from gptfast.request import (
     GIB,
@@ -217,6 +218,11 @@ def _loop(model: GPT | PackedModel, request: Request) -> Loop:
     if packed is not None:
         return Engine(packed, request)
     assert not isinstance(model, PackedModel)
+    weight, on_kernels = model.wte.weight, model.backend != "reference"
+    if weight.is_cuda and on_kernels and not select.unavailable("cuda", weight.dtype):
+        from gptfast.device_loop import DeviceLoop  # needs Triton
+
+        return DeviceLoop(model, request)
     return ReferenceLoop(model, request)
 
 

@@ -4,7 +4,7 @@ Letters: B batch, T time, C n_embd, H heads, D head_dim, V vocab_size, L layers.
 GPT-2's names.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, cast
 
@@ -19,6 +19,7 @@ from gptfast.ops import reference, select
 from gptfast.ops.random import seed_tensor
 
 Backend = Literal["auto", "fused", "reference"]
+Attend = Callable[[Tensor], Tensor]  # a packed projection (B, T, 3 C) -> (B, T, C)
 
 
 class Intermediates(NamedTuple):
@@ -75,12 +76,18 @@ class Block(nn.Module):
         ln, linear = self.ln_1, self.attn.c_attn
         return step.ops.layer_norm_linear(x, ln.weight, ln.bias, linear.weight, linear.bias)
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+    def forward(self, x: Tensor, step: Step, attend: Attend | None = None) -> Tensor:
+        """(B, T, C) -> (B, T, C).
+
+        `attend` takes the place of attention, as where keys and values of earlier tokens are kept.
+        """
         drop: dict[str, Any] = {"dropout_p": step.dropout_p, "seed": step.seed}
         if hasattr(self, "attn"):
-            y = step.ops.causal_attention_packed(
-                self.qkv(x, step), self.attn.n_head, stream=self.stream, **drop
+            qkv = self.qkv(x, step)
+            y = (
+                step.ops.causal_attention_packed(qkv, self.attn.n_head, stream=self.stream, **drop)
+                if attend is None
+                else attend(qkv)
             )
             x = step.ops.linear_residual(y, self.attn.c_proj.weight, self.attn.c_proj.bias, x)
         ln, fc, proj = self.ln_2, self.mlp.c_fc, self.mlp.c_proj
@@ -181,7 +188,7 @@ class GPT(nn.Module):
         self._check_idx(idx)
         B, T = idx.shape
         step = Step(reference, 0.0, None)
-        x = self._embed(idx, step)
+        x = self.embed(idx, step)
         weights = []
         for block in self.blocks:
             qkv = block.qkv(x, step).view(B, T, 3, self.config.n_head, self.config.head_dim)
@@ -238,9 +245,10 @@ class GPT(nn.Module):
         """The blocks' output, (B, T, C), before the final norm."""
         self._check_idx(idx)
         dropout_p = self.config.dropout if self.training else 0.0
-        seed = seed_tensor(None) if dropout_p > 0.0 else None
+        # Drawn on the CPU: masks are the same on every device.
+        seed = seed_tensor(None).to(idx.device) if dropout_p > 0.0 else None
         step = Step(self._ops(), dropout_p, seed)
-        x = self._embed(idx, step)
+        x = self.embed(idx, step)
         for block in self.blocks:
             x = block(x, step)
         return x, step
@@ -269,7 +277,7 @@ class GPT(nn.Module):
             return reference if select.unavailable(device, self._dtype()) else ops
         return ops if self.backend == "fused" else reference
 
-    def _embed(self, idx: Tensor, step: Step) -> Tensor:
+    def embed(self, idx: Tensor, step: Step) -> Tensor:
         """Token and position embedding, (B, T, C)."""
         return step.ops.embedding(
             idx,

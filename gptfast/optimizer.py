@@ -26,7 +26,8 @@ class AdamW(torch.optim.AdamW):
         device = params[0].device.type
         super().__init__(params, fused=device in ("cpu", "cuda"), **options)
         plain = all(p.dtype == torch.float32 and p.is_contiguous() for p in params)
-        self._kernel = fused_kernel and plain and not select.unavailable(device, torch.float32)
+        unavailable = device != "cpu" or select.unavailable(device, torch.float32)
+        self._kernel = fused_kernel and plain and not unavailable  # torch's is as fused on a GPU
 
     @torch.no_grad()
     def clipped_step(self, clip: float | None) -> None:

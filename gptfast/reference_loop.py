@@ -30,13 +30,16 @@ class ReferenceLoop:
         """One token for every sequence; see Loop."""
         for i in self._running():
             self._slide(i)
-        running = self._running()
+        self._advance(self._running())
+        return bool(self._running())
+
+    def _advance(self, running: list[int]) -> None:
+        """The next token of each of these sequences."""
         lengths = np.array([len(self._window(i)) for i in running])
         for length in np.unique(lengths):
             group = [running[n] for n in np.flatnonzero(lengths == length)]
             for first in range(0, len(group), self._request.max_batch):
                 self._step(group[first : first + self._request.max_batch])
-        return bool(self._running())
 
     def progress(self, i: int, first: int = 0) -> Progress:
         """See Loop."""
@@ -83,27 +86,20 @@ class ReferenceLoop:
         )
         chosen = choose(request.sampling, logits, [self._tokens[i] for i in group], uniforms)
         logprobs = logits.double().log_softmax(-1)
-        for i, token, row in zip(group, chosen.tolist(), logprobs, strict=True):
-            self._append(i, token, row)
+        likeliest = likeliest_tokens(logprobs, request.alternatives)
+        for i, token, row, others in zip(group, chosen.tolist(), logprobs, likeliest, strict=True):
+            self._append(i, token, float(row[token]), others)
 
-    def _append(self, i: int, token: int, logprobs: Tensor) -> None:
+    def _append(
+        self, i: int, token: int, logprob: float, alternatives: list[tuple[int, float]]
+    ) -> None:
         request, own = self._request, self._progress[i]
         if token in request.stop_tokens:
             own.state = "stop"
             return
-        own.logprobs.append(float(logprobs[token]))
+        own.logprobs.append(logprob)
         if request.alternatives:
-            likeliest = logprobs.sort(descending=True, stable=True)
-            count = request.alternatives
-            own.alternatives.append(
-                list(
-                    zip(
-                        likeliest.indices[:count].tolist(),
-                        likeliest.values[:count].tolist(),
-                        strict=True,
-                    )
-                )
-            )
+            own.alternatives.append(alternatives)
         self._tokens[i].append(token)
         own.tokens.append(token)
         if request.stop_strings and request.pieces is not None:
@@ -113,6 +109,13 @@ class ReferenceLoop:
                 return
         if len(own.tokens) == request.max_new_tokens:
             own.state = "length"
+
+
+def likeliest_tokens(logprobs: Tensor, count: int) -> list[list[tuple[int, float]]]:
+    """The likeliest tokens of each row, and their log-probabilities."""
+    found = logprobs.sort(descending=True, stable=True)
+    rows = found.indices[:, :count].tolist(), found.values[:, :count].tolist()
+    return [list(zip(tokens, values, strict=True)) for tokens, values in zip(*rows, strict=True)]
 
 
 def reference_model(model: GPT, dtype: str | None) -> GPT:

@@ -64,6 +64,23 @@ class Loop(Protocol):
         ...
 
 
+def rows_at_once(
+    request: Request, sequences: int, capacity: int, row_bytes: int, used_bytes: int = 0
+) -> int:
+    """How many sequences may run at once, of `capacity` tokens and so many bytes of cache each.
+
+    Raises:
+        ConfigError: The memory does not hold one.
+    """
+    left = request.max_cache_bytes - used_bytes
+    if sequences and left < row_bytes:
+        raise ConfigError(
+            f"max_cache_bytes must hold one sequence of {capacity} tokens, {row_bytes} bytes,"
+            f" got {request.max_cache_bytes}"
+        )
+    return min(sequences, request.max_batch, left // max(1, row_bytes))
+
+
 def window_stride(overflow: str, block_size: int) -> int | None:
     """How many tokens the window drops when it is full; None where it does not move."""
     if overflow == "recompute":

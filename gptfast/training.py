@@ -10,6 +10,7 @@ from gptfast import checkpoint, run
 from gptfast.data import read_text
 from gptfast.errors import ConfigError, DataError
 from gptfast.model import GPT, Backend
+from gptfast.ops.select import usable_device
 from gptfast.presets import PRESETS, Preset, TrainConfig, preset
 from gptfast.tokenizer import CharTokenizer
 from gptfast.trainer import (
@@ -45,6 +46,7 @@ def train(
     data: str | Path | None = None,
     tokenizer: CharTokenizer | None = None,
     backend: Backend = "auto",
+    device: str | torch.device = "cpu",
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
@@ -62,6 +64,7 @@ def train(
         data: a UTF-8 text file.
         tokenizer: None makes one of the whole text.
         backend: the model's.
+        device: where the model is trained, and stays.
         resume: go on with the interrupted run in `out`, with the text and options of its start.
         overwrite: replace the run in `out`.
         progress: show a progress bar and the evaluations on stderr.
@@ -69,12 +72,14 @@ def train(
             and the other way round.
 
     Raises:
-        ConfigError: an unknown preset or field, a wrong value, or an `out` that holds another run.
+        ConfigError: an unknown preset or field, a wrong value, a device that is not there, or an
+            `out` that holds another run.
         DataError: the text is missing, empty, or shorter than a window.
         CheckpointError: `out` cannot be written or read.
         TrainError: the loss is no longer finite; the last checkpoint stays.
     """
     recipe = (preset(chosen) if isinstance(chosen, str) else chosen).override(overrides)
+    device = usable_device(device)
     run.check(out, resume, overwrite)
     if text is not None and data is not None:
         raise ConfigError("give the text or a file with it, not both")
@@ -96,7 +101,7 @@ def train(
     check_lengths(config.block_size, train_ids, val_ids)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.train.seed)
-        model = GPT(config, backend)
+        model = GPT(config, backend).to(device)
     return Trainer(model, recipe.train).fit(
         train_ids,
         val_ids,

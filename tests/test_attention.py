@@ -26,7 +26,7 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, **optio
     gradient is held to one rounding of the largest gradient of the three.
     """
     inputs = [x.to(dtype) for x in (q, k, v)]
-    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(9)).to(dtype)
+    grad = heads(*q.shape, seed=9).to(q.device, dtype)
     oracle = run(reference.causal_attention, inputs, torch.float64, grad, **options)
     own = run(torch_attention, inputs, dtype, grad, **options)
     actual = run(ops.causal_attention, inputs, dtype, grad, **options)

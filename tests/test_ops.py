@@ -289,3 +289,19 @@ def test_import_needs_no_optional_package() -> None:
 def test_ops_have_the_references_names() -> None:
     names = set(ops.__all__) - {"reference"}
     assert all(callable(getattr(ops.reference, name)) for name in names)
+
+
+def test_a_gpu_without_triton_is_an_error_that_names_the_extra() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None
+import gptfast, torch
+from gptfast.ops import select
+try:
+    select.require_fused("layer_norm_ffn", "cuda", torch.float32)
+except gptfast.BackendError as error:
+    print(error)
+"""
+    message = run_python(code)
+    assert message.startswith("layer_norm_ffn: the fused kernels cannot run: they need Triton")
+    assert "pip install 'gptfast-kernels[gpu]'" in message

@@ -14,7 +14,8 @@ LIBRARY = torch.library.Library("gptfast", "DEF")
 def define(schema: str, fake: Callable[..., Any]) -> Any:
     """Defines gptfast::<schema> with the function for its results' shapes; returns the operator.
 
-    Kernels are added elsewhere: by the compiled extension for the CPU.
+    Kernels are added elsewhere: by the compiled extension for the CPU, by gptfast.ops.triton for
+    CUDA.
     """
     name = schema.partition("(")[0].strip()
     LIBRARY.define(" ".join(schema.split()))

@@ -52,8 +52,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (dloss,) = grads
         saved = ctx.saved_tensors
         # A loss that is differentiated as it is needs no pass over the weight's gradient. What a
-        # compiled graph does cannot depend on the value.
-        if torch.compiler.is_compiling() or dloss.item() != 1.0:
+        # compiled graph does cannot depend on the value, and a GPU is not waited for.
+        if torch.compiler.is_compiling() or not dloss.is_cpu or dloss.item() != 1.0:
             saved = tuple(None if grad is None else grad * dloss for grad in saved)
         return None, *saved, None, None
 

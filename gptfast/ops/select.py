@@ -1,14 +1,18 @@
-"""Which backend can run: loads the compiled extension, and says why where there is none."""
+"""Which backend can run: loads the kernels, and says why where there are none."""
 
+import functools
 import importlib
 import importlib.util
 from types import ModuleType
 
 import torch
 
-from gptfast.errors import BackendError
+from gptfast.errors import BackendError, ConfigError
 
-FUSED_DTYPES = (torch.float32, torch.bfloat16)
+FUSED_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -26,18 +30,32 @@ def extension() -> ModuleType | None:
     return _extension
 
 
+@functools.cache
+def triton_error() -> str | None:
+    """Registers the kernels for CUDA and ROCm, where that can be done; else why not."""
+    try:
+        importlib.import_module("gptfast.ops.triton")
+    except ImportError as error:
+        return f"they need Triton, pip install 'gptfast-kernels[gpu]' ({error})"
+    return None
+
+
 def unavailable(device: str, dtype: torch.dtype) -> tuple[str, ...]:
     """Why the fused kernels cannot run on this device type and dtype; empty when they can."""
+    if device not in FUSED_DTYPES:
+        return (f"there are none for device type {device!r}",)
     reasons = []
-    if dtype not in FUSED_DTYPES:
-        reasons.append(
-            f"they compute in float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-        )
-    if device != "cpu":
-        reasons.append(f"there are none for device type {device!r}")
-    elif extension_error is not None:
-        reasons.append(extension_error)
+    if dtype not in FUSED_DTYPES[device]:
+        known, got = ([_name(x) for x in dtypes] for dtypes in (FUSED_DTYPES[device], (dtype,)))
+        reasons.append(f"they compute in {' and '.join(known)}, not {got[0]}")
+    error = extension_error if device == "cpu" else triton_error()
+    if error is not None:
+        reasons.append(error)
     return tuple(reasons)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def require_fused(op: str, device: str, dtype: torch.dtype, instead: str | None = None) -> None:
@@ -48,3 +66,14 @@ def require_fused(op: str, device: str, dtype: torch.dtype, instead: str | None 
             f"{op}: the fused kernels cannot run: {'; '.join(reasons)};"
             f" {instead or f'gptfast.ops.reference.{op}'} can"
         )
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device of this name. Raises ConfigError where there is none."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device must be 'cpu' or 'cuda', got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r}: torch finds no CUDA device here")
+    return device

@@ -1,0 +1,397 @@
+"""What the Triton kernels compile to for GPUs, without one: resources, instructions, best times.
+
+Every operator is called on tensors without data, and every configuration that a chip's shared
+memory allows is compiled instead of launched. A kernel fails where it spills registers, needs more
+shared memory than there is, multiplies without the matrix units that its dtype has, or nowhere
+loads 16 bytes at once. The best time is what the useful FLOPs and the least bytes would take at the
+chip's published peaks. Exit code 1: a kernel fails; 2: a mistake in the
+options.
+
+Letters: B batch, T time, C n_embd, H heads, D head_dim, F 4C, V vocab_size, M B T.
+"""
+
+import argparse
+import contextlib
+import functools
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import command
+import show
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler as nvidia
+from triton.runtime import Autotuner, JITFunction
+
+from gptfast.errors import ConfigError
+from gptfast.ops.triton import (
+    attention,
+    attention_grad,
+    cross_entropy,
+    decode,
+    embedding,
+    ffn,
+    launch,
+    linear,
+)
+from gptfast.ops.triton import sampling as device_sampling
+from gptfast.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A GPU's limits, as its maker publishes them."""
+
+    name: str
+    target: GPUTarget
+    shared: int  # bytes that a block may have
+    matrix: float  # dense TFLOP/s in bfloat16 and float16
+    vector: float  # TFLOP/s in float32, without tf32
+    bandwidth: float  # GB/s of its memory
+
+
+CHIPS = {
+    "sm_80": Chip("A100 SXM 80 GB", GPUTarget("cuda", 80, 32), 166912, 312.0, 19.5, 2039.0),
+    "sm_90": Chip("H100 SXM", GPUTarget("cuda", 90, 32), 232448, 989.0, 67.0, 3350.0),
+    "sm_100": Chip("B200", GPUTarget("cuda", 100, 32), 232448, 2250.0, 75.0, 8000.0),
+    "gfx942": Chip("MI300X", GPUTarget("hip", "gfx942", 64), 65536, 1307.0, 163.0, 5300.0),
+}
+DTYPES = {
+    "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32,
+}  # fmt: skip
+MATRIX = {"cuda": r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", "hip": r"v_mfma"}
+WIDE_LOAD = {
+    "cuda": r"ld\.global[.\w:]*\.v4\.b32|cp\.async\.cg\.shared\.global|ld\.global[.\w:]*\.v2\.b64",
+    "hip": r"(global|buffer)_load_dwordx4",
+}
+PRODUCTS = (
+    "forward_kernel", "query_grad_kernel", "key_grads_kernel", "linear_kernel",
+    "hidden_grad_kernel", "weight_grad_kernel", "partial_sums_kernel", "logits_grad_kernel",
+)  # fmt: skip
+# No tile is small enough to keep heads of 256 float32 columns in registers: docs/gpu.md says so.
+KNOWN = [(f"attention{backward}, D 256, dropout", "fp32") for backward in ("", " backward")]
+SMALL = ("join_kernel", "losses_kernel")  # they read a number or two per thread
+B, T, C, H, F, V = 8, 1024, 768, 12, 3072, 50257  # GPT-2
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of an operator in one dtype: useful FLOPs, and bytes read or written once."""
+
+    name: str
+    run: Callable[[torch.dtype], Any]
+    flops: float
+    elements: float  # of activations and weights, in the dtype
+    fixed_bytes: float = 0.0
+    dtypes: tuple[str, ...] = ("bf16", "fp32")
+    wide: bool = True  # rows are long enough for loads of 16 bytes
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel in one configuration, for one chip."""
+
+    kernel: str
+    config: str
+    shared: int  # bytes
+    registers: int
+    spills: int  # registers or bytes of stack
+    matrix: bool  # whether it has matrix instructions
+    wide: bool  # whether it has loads of 16 bytes
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor without data."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def long(*shape: int) -> Tensor:
+    """Indices without data."""
+    return empty(*shape, dtype=torch.int64)
+
+
+def attention_case(D: int, dropout_p: float, backward: bool) -> Case:
+    """Attention of a packed projection with C / D heads."""
+    heads = C // D
+    seed = long() if dropout_p else None
+
+    def run(dtype: torch.dtype) -> None:
+        qkv = empty(B, T, 3 * C, dtype=dtype)
+        if not backward:
+            attention.attention_packed(qkv, heads, dropout_p, seed, 1)
+            return
+        out, lse = empty(B, T, C, dtype=dtype), empty(B, heads, T)
+        attention_grad.attention_packed_backward(out, qkv, heads, out, lse, dropout_p, seed, 1)
+
+    products = 5 if backward else 2
+    name = f"attention{' backward' if backward else ''}, D {D}{', dropout' if dropout_p else ''}"
+    return Case(
+        name, run, products * B * C * T * (T + 1), B * T * C * (8 if backward else 4),
+        4.0 * B * heads * T, tuple(DTYPES) if D == 64 else ("bf16", "fp32"), D >= 64,
+    )  # fmt: skip
+
+
+def cases() -> list[Case]:
+    """All kernels at the sizes of GPT-2 124M, the heads' width and dropout varied."""
+    M, norm = B * T, (empty(C), empty(C))
+    moments = empty(M), empty(M)
+
+    def linear_forward(dtype: torch.dtype) -> None:
+        x, w = empty(M, C, dtype=dtype), empty(3 * C, C)
+        linear.linear(x, *norm, w, empty(3 * C), None)
+
+    def linear_backward(dtype: torch.dtype) -> None:
+        x, dy, w = (empty(*size, dtype=dtype) for size in ((M, C), (M, 3 * C), (3 * C, C)))
+        linear.linear_backward(dy, x, *norm, *moments, w, empty(3 * C))
+
+    def projection(dtype: torch.dtype) -> None:
+        x, w = empty(M, C, dtype=dtype), empty(C, C)
+        linear.linear(x, None, None, w, empty(C), x)
+
+    def ffn_params() -> Any:
+        return *norm, empty(F, C), empty(F), empty(C, F), empty(C)
+
+    def ffn_forward(gelu: str, dropout_p: float, dtype: torch.dtype) -> None:
+        x, seed = empty(M, C, dtype=dtype), long() if dropout_p else None
+        options: Any = gelu, dropout_p, seed, 2, True
+        ffn.ffn(x, *ffn_params(), *options)
+
+    def ffn_backward(gelu: str, dropout_p: float, dtype: torch.dtype) -> None:
+        x, seed = empty(M, C, dtype=dtype), long() if dropout_p else None
+        hidden = empty(M, F, dtype=dtype)
+        rest: Any = *ffn_params(), *moments, hidden, gelu, dropout_p, seed, 2
+        ffn.ffn_backward(x, x, *rest)
+
+    def loss(with_grad: bool, dtype: torch.dtype) -> None:
+        x = empty(M, C, dtype=dtype)
+        cross_entropy.linear_cross_entropy(x, *norm, empty(V, C), long(M), -100, with_grad)
+
+    def embed(dtype: torch.dtype) -> None:
+        tables = empty(V, C), empty(T, C)
+        embedding.embedding(long(B, T), *tables, 0.1, long(), 0, dtype)
+
+    def embed_backward(dtype: torch.dtype) -> None:
+        tables = empty(V, C), empty(T, C)
+        dy = empty(B, T, C, dtype=dtype)
+        embedding.embedding_backward(dy, long(B, T), *tables, 0, 0.1, long(), 0)
+
+    def decode_step(rows: int, D: int, dtype: torch.dtype) -> None:
+        cache = empty(rows, 2, C // D, T, D, dtype=dtype)
+        decode.decode_attention(empty(rows, C, dtype=dtype), cache, long(rows))
+
+    def sample(how: Sampling, _: torch.dtype) -> None:
+        seen, each = empty(64, V, dtype=torch.uint8), long(64)
+        device_sampling.sample(how, empty(64, V), seen, each, each, each, each, empty(64))
+
+    weights = 8 * C * C
+    everything = Sampling(temperature=0.8, top_k=50, top_p=0.9, repetition_penalty=1.1)
+    found = [
+        attention_case(D, dropout_p, backward)
+        for D, dropout_p in ((16, 0.0), (32, 0.0), (64, 0.0), (64, 0.1), (128, 0.0), (256, 0.1))
+        for backward in (False, True)
+    ]
+    for name, gelu, p in (("ffn", "tanh", 0.0), ("ffn, erf, dropout", "erf", 0.1)):
+        found += [
+            Case(name, functools.partial(ffn_forward, gelu, p), 4.0 * M * C * F,
+                 M * (2 * C + F) + weights),
+            Case(f"{name}, backward", functools.partial(ffn_backward, gelu, p), 8.0 * M * C * F,
+                 M * (3 * C + F) + 2 * weights),
+        ]  # fmt: skip
+    return [
+        *found,
+        Case("norm and linear", linear_forward, 6.0 * M * C * C, 4 * M * C + 3 * C * C),
+        Case("norm and linear, backward", linear_backward, 12.0 * M * C * C,
+             5 * M * C + 6 * C * C),
+        Case("linear and residual", projection, 2.0 * M * C * C, 3 * M * C + C * C),
+        Case("loss", functools.partial(loss, False), 2.0 * M * C * V, M * C + V * C),
+        Case("loss and gradients", functools.partial(loss, True), 6.0 * M * C * V,
+             2 * M * C + 2 * V * C),
+        Case("embedding", embed, 0.0, 2 * M * C),
+        Case("embedding, backward", embed_backward, 0.0, 2 * M * C + V * C),
+        *(Case(f"decode attention, D {D}", functools.partial(decode_step, 64, D),
+               4.0 * 64 * T * C, 2 * 64 * T * C) for D in (64, 128)),
+        # Rows of 50,257 numbers do not start at multiples of 16 bytes.
+        Case("sampling", functools.partial(sample, everything), 0.0, 0.0, 4.0 * 64 * V,
+             ("fp32",), wide=False),
+        Case("sampling, greedy", functools.partial(sample, Sampling(temperature=0.0)), 0.0, 0.0,
+             4.0 * 64 * V, ("fp32",), wide=False),
+    ]  # fmt: skip
+
+
+class NoDevice:
+    """What Triton asks of a GPU's driver to compile for it."""
+
+    def __init__(self, chip: Chip) -> None:
+        self._target = chip.target
+
+    def get_current_target(self) -> GPUTarget:
+        """What to compile for."""
+        return self._target
+
+    def get_current_device(self) -> str:
+        """The key of Triton's cache."""
+        return str(self._target)
+
+    def get_current_stream(self, device: str) -> int:
+        """Nothing is launched."""
+        return 0
+
+
+@contextlib.contextmanager
+def compiling_for(chip: Chip) -> Iterator[list[tuple[str, Any, Any]]]:
+    """Compiles where a kernel would be launched; yields (config, kernel, compiled) as they come."""
+    found: list[tuple[str, Any, Any]] = []
+    jit_run, tuned_run, limit = JITFunction.run, Autotuner.run, launch.shared_limit
+
+    def compile_one(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        names = ("BM", "BN", "BK", "BLOCK", "ROWS", "PART", "num_warps", "num_stages")
+        config = ", ".join(f"{name} {options[name]}" for name in names if name in options)
+        found.append((config, self, jit_run(self, *args, grid=grid, warmup=True, **options)))
+
+    def compile_all(self: Any, *args: Any, **options: Any) -> None:
+        self.nargs = dict(zip(self.arg_names, args, strict=False))
+        for config in self.prune_configs(options):
+            self.fn.run(*args, **options, **config.all_kwargs())
+
+    triton.runtime.driver.set_active(NoDevice(chip))
+    launch.shared_limit = lambda: chip.shared
+    JITFunction.run, Autotuner.run = compile_one, compile_all
+    try:
+        yield found
+    finally:
+        JITFunction.run, Autotuner.run, launch.shared_limit = jit_run, tuned_run, limit
+
+
+def examine(config: str, kernel: Any, compiled: Any) -> Compiled:
+    """What the compiler says of a kernel's resources, and what its assembly shows."""
+    backend = compiled.metadata.target.backend
+    text = compiled.asm["ptx" if backend == "cuda" else "amdgcn"]
+    registers, spills = (_cuda_resources if backend == "cuda" else _hip_resources)(compiled)
+    return Compiled(
+        kernel.__name__,
+        config,
+        compiled.metadata.shared,
+        registers,
+        spills,
+        bool(re.search(MATRIX[backend], text)),
+        bool(re.search(WIDE_LOAD[backend], text)),
+    )
+
+
+def _cuda_resources(compiled: Any) -> tuple[int, int]:
+    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        said = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    names = "REG", "STACK", "LOCAL"
+    registers, stack, local = (_number(rf"{name}:(\d+)", said) for name in names)
+    return registers, stack + local
+
+
+def _hip_resources(compiled: Any) -> tuple[int, int]:
+    text = compiled.asm["amdgcn"]
+    # Scalar registers spill to lanes of vector ones, not to memory.
+    names = "vgpr_count", "vgpr_spill_count"
+    registers, spills = (_number(rf"\.{name}: +(\d+)", text) for name in names)
+    return registers, spills
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found is not None, f"the compiler does not say {pattern}"
+    return int(found[1])
+
+
+def compile_case(arch: str, name: str, dtype: str) -> list[dict[str, Any]]:
+    """The rows of one case: a kernel in one configuration each."""
+    chip, (case,) = CHIPS[arch], [case for case in cases() if case.name == name]
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+    with compiling_for(chip) as found:
+        case.run(DTYPES[dtype])
+    size = case.elements * DTYPES[dtype].itemsize + case.fixed_bytes
+    # tf32 has half the matrix units' rate of bfloat16, float32 a third of that again; AMD's units
+    # have float32 itself.
+    tf32 = chip.matrix / 2
+    exact = chip.vector if chip.target.backend == "hip" else tf32 / 3
+    peak = {"fp32": exact, "tf32": tf32}.get(dtype, chip.matrix)
+    best = max(case.flops / peak / 1e6, size / chip.bandwidth / 1e3)
+    shared = {"gflop": case.flops / 1e9, "mib": size / 2**20, "best_us": best}
+    rows: list[dict[str, Any]] = []
+    kernels = [examine(*each) for each in found]
+    for each in kernels:
+        wrong = fails(each, chip, known=(name, dtype) in KNOWN)
+        alike = [other.wide for other in kernels if other.kernel == each.kernel]
+        if case.wide and each.kernel not in SMALL and not any(alike):
+            wrong.append("no loads of 16 bytes in any configuration")
+        place = {"chip": arch, "case": name, "dtype": dtype}
+        rows.append(asdict(each) | place | {"fails": wrong} | shared)
+    return rows
+
+
+def fails(kernel: Compiled, chip: Chip, known: bool) -> list[str]:
+    """What is wrong with a kernel's resources but for known spills; empty where nothing is."""
+    found = []
+    if kernel.shared > chip.shared:
+        found.append(f"{kernel.shared} bytes of shared memory")
+    if kernel.spills and not known:
+        found.append(f"{kernel.spills} spilled")
+    if kernel.kernel in PRODUCTS and not kernel.matrix:
+        found.append("no matrix instructions")
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compiles, prints what fails, and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--chip", nargs="+", choices=tuple(CHIPS), default=list(CHIPS))
+    parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
+    parser.add_argument("--only", default="", metavar="SUBSTRING", help="cases with this in them")
+    parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table as JSON")
+    options = parser.parse_args(argv)
+    try:
+        command.check_outputs(options.out, None)
+        chosen = [case for case in cases() if options.only in case.name]
+        if not chosen:
+            raise ConfigError(f"--only: no case has {options.only!r} in its name")
+    except (ConfigError, OSError) as error:
+        print(f"gpu_static: {command.sentence(error)}", file=sys.stderr)
+        return command.EXIT_BAD_INPUT
+    jobs = [
+        (arch, case.name, dtype)
+        for case in chosen
+        for dtype in case.dtypes
+        for arch in options.chip
+        if dtype in options.dtype
+    ]
+    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+        rows = [row for some in pool.starmap(compile_case, jobs, chunksize=1) for row in some]
+    failed = [row for row in rows if row["fails"]]
+    for row in failed:
+        place = ", ".join(row[name] for name in ("chip", "case", "dtype", "kernel", "config"))
+        print(f"{place}: {'; '.join(row['fails'])}", file=sys.stderr)
+    print(f"{len(rows)} kernels compiled, {len(failed)} fail")
+    result = {
+        "script": "gpu_static", "triton": triton.__version__, "torch": torch.__version__,
+        "chips": {arch: {**asdict(chip), "target": arch} for arch, chip in CHIPS.items()},
+        "rows": rows,
+    }  # fmt: skip
+    if options.out:
+        show.write_json(options.out, result)
+    return command.EXIT_FAILED if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""The operators' kernels for CUDA and ROCm, in Triton; importing this registers them.
+
+Nothing imports it before an operator meets a tensor on such a device (gptfast.ops.select).
+"""
+
+from typing import Any
+
+from gptfast.ops.common import LIBRARY
+from gptfast.ops.triton import attention, attention_grad, cross_entropy, embedding, ffn, linear
+
+KERNELS: dict[str, Any] = {
+    "attention": attention.attention,
+    "attention_backward": attention_grad.attention_backward,
+    "attention_packed": attention.attention_packed,
+    "attention_packed_backward": attention_grad.attention_packed_backward,
+    "linear": linear.linear,
+    "linear_backward": linear.linear_backward,
+    "ffn": ffn.ffn,
+    "ffn_backward": ffn.ffn_backward,
+    "linear_cross_entropy": cross_entropy.linear_cross_entropy,
+    "embedding": embedding.embedding,
+    "embedding_backward": embedding.embedding_backward,
+}
+
+for name, kernel in KERNELS.items():
+    LIBRARY.impl(name, kernel, "CUDA")

@@ -1,0 +1,185 @@
+"""Causal attention in blocks with an online softmax (FlashAttention-2, arXiv:2307.08691).
+
+Query i sees the keys j <= i + Tk - Tq. Blocks of keys that every query of a program sees need no
+mask; those on the diagonal come after them.
+
+Letters: B batch, T time (Tq queries, Tk keys), H heads, D head_dim.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gptfast.ops.triton.launch import block_of, config, dropout_args, precision, tuned
+from gptfast.ops.triton.tiles import LN2, dropout_factors
+
+
+@triton.jit
+def head_rows(x, t, stride, T, d, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """Rows t of a head, (rows, BLOCK_D); 0 past T, which only MASKED looks at, and past D."""
+    at = x + t.to(tl.int64)[:, None] * stride + d[None, :]
+    if MASKED:
+        tile = tl.load(at, mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
+    elif D == BLOCK_D:
+        tile = tl.load(at)
+    else:
+        tile = tl.load(at, mask=(d < D)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def _attend(
+    acc, m, total, q, k, v, k_row, v_row, i, i0, first, last, Tk, offset, scale_log2, head,
+    seed, substream, threshold, keep_scale,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Takes keys [first, last) into the running maximum m, sum and output acc of a block.
+
+    s = c q k',  m' = max(m, max_j s_j),  sum' = sum 2^(m - m') + sum_j 2^(s_j - m'),
+    acc' = acc 2^(m - m') + dropout(2^(s - m')) v,  with c = scale log2(e).
+    """
+    d = tl.arange(0, BLOCK_D)
+    for j0 in tl.range(first, last, BN):
+        j = j0 + tl.arange(0, BN)
+        keys = head_rows(k, j, k_row, Tk, d, D, BLOCK_D, MASKED)
+        s = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale_log2
+        if MASKED:
+            seen = (j[None, :] <= i[:, None] + offset) & (j < Tk)[None, :]
+            s = tl.where(seen, s, -float("inf"))
+        top = tl.maximum(m, tl.max(s, 1))
+        finite = tl.where(top == -float("inf"), 0.0, top)  # a row may have seen no key yet
+        p = tl.exp2(s - finite[:, None])
+        shrink = tl.exp2(m - finite)
+        total = total * shrink + tl.sum(p, 1)
+        if seed is not None:
+            p *= dropout_factors(
+                tl.load(seed), substream, head, i0, j0, threshold, keep_scale, BM, BN
+            )
+        values = head_rows(v, j, v_row, Tk, d, D, BLOCK_D, MASKED)
+        acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
+        m = top
+    return acc, m, total
+
+
+def head_kind(args: Any) -> tuple[int, int]:
+    """Bytes of an element, and columns of a head: the next of 64, 128 and 256."""
+    return args["q"].element_size(), max(64, block_of(args["D"]))
+
+
+def head_shared(staying: int, passing: int, args: Any) -> int:
+    """Bytes of rows of a head: some stay, others pass by in stages."""
+    rows = staying + args["num_stages"] * passing
+    return rows * block_of(args["D"]) * args["q"].element_size()
+
+
+# Queries and keys of a tile.
+FORWARD = {
+    (2, 64): [config(8, 3, BM=128, BN=64), config(8, 2, BM=64, BN=64), config(4, 2, BM=64, BN=32)],
+    (2, 128): [config(8, 3, BM=128, BN=64), config(8, 2, BM=64, BN=64), config(4, 2, BM=64, BN=32)],
+    (2, 256): [config(8, 2, BM=64, BN=32), config(4, 1, BM=32, BN=32)],
+    (4, 64): [config(4, 1, BM=32, BN=32), config(4, 1, BM=16, BN=16)],
+    (4, 128): [config(8, 1, BM=32, BN=16), config(4, 1, BM=16, BN=16)],
+    (4, 256): [config(8, 1, BM=16, BN=16)],
+}
+
+
+@tuned(
+    FORWARD,
+    head_kind,
+    lambda args: head_shared(args["BM"], 2 * args["BN"], args),
+    ["D", "PRECISION"],
+)
+@triton.jit(do_not_specialize=["substream", "threshold", "Tq", "Tk"])
+def forward_kernel(
+    q, k, v, out, lse, H, Tq, Tk, scale_log2,
+    q_b, q_h, q_row, k_b, k_h, k_row, v_b, v_h, v_row, out_b, out_h, out_row,
+    seed, substream, threshold, keep_scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """A block of BM queries of one head; the longest rows start first."""
+    blocks = tl.cdiv(Tq, BM)
+    head = tl.program_id(0) // blocks
+    i0 = (blocks - 1 - tl.program_id(0) % blocks) * BM
+    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    q += b * q_b + h * q_h
+    k += b * k_b + h * k_h
+    v += b * v_b + h * v_h
+    out += b * out_b + h * out_h
+    i, d = i0 + tl.arange(0, BM), tl.arange(0, BLOCK_D)
+    offset = Tk - Tq
+    queries = head_rows(q, i, q_row, Tq, d, D, BLOCK_D, True)
+    acc = tl.zeros([BM, BLOCK_D], tl.float32)
+    m = tl.full([BM], -float("inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    # Every query sees the keys before `whole`, none those from `last` on.
+    whole = tl.maximum(i0 + 1 + offset, 0) // BN * BN
+    last = tl.minimum(Tk, i0 + BM + offset)
+    acc, m, total = _attend(
+        acc, m, total, queries, k, v, k_row, v_row, i, i0, 0, whole, Tk, offset, scale_log2, head,
+        seed, substream, threshold, keep_scale, False, PRECISION, D, BLOCK_D, BM, BN,
+    )  # fmt: skip
+    acc, m, total = _attend(
+        acc, m, total, queries, k, v, k_row, v_row, i, i0, whole, last, Tk, offset, scale_log2,
+        head, seed, substream, threshold, keep_scale, True, PRECISION, D, BLOCK_D, BM, BN,
+    )  # fmt: skip
+    some = total > 0.0
+    acc = tl.where(some[:, None], acc / tl.where(some, total, 1.0)[:, None], 0.0)
+    at = out + i.to(tl.int64)[:, None] * out_row + d[None, :]
+    tl.store(at, acc.to(out.dtype.element_ty), mask=(i < Tq)[:, None] & (d < D)[None, :])
+    value = tl.where(some, m * LN2 + tl.log(tl.where(some, total, 1.0)), -float("inf"))
+    tl.store(lse + head.to(tl.int64) * Tq + i, value, mask=i < Tq)
+
+
+def _launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, dropout: dict[str, Any]
+) -> None:
+    B, H, Tq, D = q.shape
+    if lse.numel() == 0:
+        return
+    grid = lambda meta: (triton.cdiv(Tq, meta["BM"]) * B * H,)  # noqa: E731
+    forward_kernel[grid](
+        q, k, v, out, lse, H, Tq, k.shape[2], scale / math.log(2),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        **dropout, D=D, BLOCK_D=block_of(D), PRECISION=precision(),
+    )  # fmt: skip
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, seed: Tensor | None,
+    stream: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """gptfast::attention."""
+    B, H, Tq, D = q.shape
+    out, lse = q.new_empty(B, Tq, H, D), _row_sums(q)
+    dropout = dropout_args(dropout_p, seed, stream, q.device)
+    _launch_forward(q, k, v, out.transpose(1, 2), lse, scale, dropout)
+    return out, lse
+
+
+def attention_packed(
+    qkv: Tensor, n_head: int, dropout_p: float, seed: Tensor | None, stream: int
+) -> tuple[Tensor, Tensor]:
+    """gptfast::attention_packed."""
+    q, k, v = unpacked(qkv.contiguous(), n_head)
+    B, H, T, D = q.shape
+    out, lse = q.new_empty(B, T, H * D), _row_sums(q)
+    heads = out.view(B, T, H, D).transpose(1, 2)
+    dropout = dropout_args(dropout_p, seed, stream, qkv.device)
+    _launch_forward(q, k, v, heads, lse, 1 / math.sqrt(D), dropout)
+    return out, lse
+
+
+def _row_sums(q: Tensor) -> Tensor:
+    return q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def unpacked(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views (B, H, T, D) of the packed (B, T, 3 C)."""
+    q, k, v = qkv.unflatten(-1, (3, n_head, -1)).permute(2, 0, 3, 1, 4)
+    return q, k, v

@@ -1,0 +1,165 @@
+"""Final norm, output projection and cross-entropy in blocks of the vocabulary.
+
+The forward keeps, of a tile of logits, each row's maximum and sum of exponentials; the (M, V)
+logits never exist. The backward computes a block of them once more, as their gradient, which it
+multiplies into those of the activations and of the weight.
+
+Letters: M rows (all leading dimensions), K columns, V vocab_size.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gptfast.ops.triton.launch import absent, config, precision, tuned
+from gptfast.ops.triton.linear import (
+    NO_NORM,
+    Norm,
+    multiply,
+    product_kind,
+    product_shared,
+    weight_grads,
+)
+from gptfast.ops.triton.rows import moments, norm_grad
+from gptfast.ops.triton.tiles import LN2, LOG2E, grouped, product
+
+BLOCK_BYTES = 1 << 26  # of a block of the logits' gradient
+LEAST_BLOCK = 1024  # columns of it at least
+PART = 128  # columns that a row's partial maximum and sum are of
+
+PRODUCT = {
+    2: [config(8, 3, BM=128, BK=32, GROUP=8), config(4, 2, BM=64, BK=32, GROUP=8)],
+    4: [config(8, 2, BM=64, BK=32, GROUP=8)],
+}
+
+
+@tuned(PRODUCT, product_kind, product_shared, ["V", "K", "PRECISION"])
+@triton.jit
+def partial_sums_kernel(
+    a, b, targets, tops, totals, target_logits, mean, rstd, norm_weight, norm_bias, M, V, K,
+    PRECISION: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Of a tile of logits: max_j s_j and sum_j exp(s_j - max) of each row, and its target's."""
+    row, column = grouped(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(V, BN), GROUP)
+    m, n = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
+    s = product(
+        a, b, mean, rstd, norm_weight, norm_bias, m, n, M, V, K, K, 1, K, PRECISION, BM, BN, BK
+    )
+    s = tl.where((n < V)[None, :], s, -float("inf"))
+    top = tl.max(s, 1)
+    at = column.to(tl.int64) * M + m
+    tl.store(tops + at, top, mask=m < M)
+    tl.store(totals + at, tl.sum(tl.exp2((s - top[:, None]) * LOG2E), 1), mask=m < M)
+    target = tl.load(targets + m, mask=m < M, other=-1)
+    own = n[None, :] == target[:, None]
+    here = (target >= column * BN) & (target < column * BN + BN)
+    tl.store(target_logits + m, tl.sum(tl.where(own, s, 0.0), 1), mask=(m < M) & here)
+
+
+@triton.jit
+def losses_kernel(
+    tops, totals, target_logits, targets, lse, losses, ignore_index, M, parts,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """lse = ln sum_j exp(s_j) from the parts in their order; loss = lse - s_target, or 0."""
+    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = m < M
+    top = tl.full([BLOCK], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for part in tl.range(0, parts):
+        at = tl.cast(part, tl.int64) * M + m
+        other = tl.load(tops + at, mask=inside, other=0.0)
+        both = tl.maximum(top, other)
+        total *= tl.exp2((top - both) * LOG2E)
+        total += tl.load(totals + at, mask=inside, other=1.0) * tl.exp2((other - both) * LOG2E)
+        top = both
+    value = top + tl.log2(total) * LN2
+    counted = inside & (tl.load(targets + m, mask=inside, other=0) != ignore_index)
+    target = tl.load(target_logits + m, mask=counted, other=0.0)
+    tl.store(lse + m, value, mask=inside)
+    tl.store(losses + m, tl.where(counted, value - target, 0.0), mask=inside)
+
+
+@tuned(PRODUCT, product_kind, product_shared, ["V", "K", "PRECISION"])
+@triton.jit(do_not_specialize=["v0"])
+def logits_grad_kernel(
+    a, b, targets, lse, share, dlogits, mean, rstd, norm_weight, norm_bias, ignore_index,
+    M, V, K, v0, PRECISION: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """dS_j = (exp(s_j - lse) - [j = target]) share over V columns from v0 on; 0 if ignored."""
+    row, column = grouped(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(V, BN), GROUP)
+    m, n = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
+    s = product(
+        a, b, mean, rstd, norm_weight, norm_bias, m, n, M, V, K, K, 1, K, PRECISION, BM, BN, BK
+    )
+    target = tl.load(targets + m, mask=m < M, other=0)
+    value = tl.exp2((s - tl.load(lse + m, mask=m < M, other=0.0)[:, None]) * LOG2E)
+    value -= tl.where((n + v0)[None, :] == target[:, None], 1.0, 0.0)
+    value *= tl.where(target == ignore_index, 0.0, tl.load(share))[:, None]
+    at = dlogits + m.to(tl.int64)[:, None] * V + n[None, :]
+    tl.store(at, value.to(dlogits.dtype.element_ty), mask=(m < M)[:, None] & (n < V)[None, :])
+
+
+def linear_cross_entropy(
+    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor,
+    targets: Tensor, ignore_index: int, with_grad: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """gptfast::linear_cross_entropy."""
+    x, targets, (V, K) = x.contiguous(), targets.contiguous(), weight.shape
+    counted = targets != ignore_index
+    torch._assert_async(
+        (~counted | ((targets >= 0) & (targets < V))).all(),
+        f"linear_cross_entropy: targets must be in [0, {V}) or {ignore_index}",
+    )
+    own = weight.to(x.dtype)
+    norm = None if norm_weight is None else (*moments(x), norm_weight, norm_bias)
+    lse, losses = _losses(x, own, targets, ignore_index, norm)
+    share = 1.0 / counted.sum().clamp(min=1).float()
+    loss = losses.sum() * share
+    if not with_grad:
+        return loss, x.new_empty(0), absent(x), absent(x), absent(x)
+    dx, dweight = x.new_zeros(x.shape, dtype=torch.float32), torch.empty_like(weight)
+    M = losses.numel()
+    width = max(LEAST_BLOCK, BLOCK_BYTES // max(1, M * x.element_size()) // PART * PART)
+    for v0 in range(0, V if M else 0, width):
+        block = own[v0 : v0 + width]
+        dlogits = x.new_empty(*x.shape[:-1], block.shape[0])
+        logits_grad_kernel[_grid(M, block.shape[0])](
+            x, block, targets, lse, share, dlogits, *(norm or NO_NORM), ignore_index, M,
+            block.shape[0], K, v0, PRECISION=precision(), BN=PART,
+        )  # fmt: skip
+        dx = multiply(dlogits, block, residual=dx, dtype=torch.float32)
+        weight_grads(dlogits, x, block, None, norm, out=dweight[v0 : v0 + width])
+    if not M:
+        dweight.zero_()
+    if norm is None:
+        return loss, dx.to(x.dtype), absent(x), absent(x), dweight
+    return loss, *norm_grad(dx, x, None, *norm), dweight
+
+
+def _grid(M: int, V: int) -> Any:
+    return lambda meta: (triton.cdiv(M, meta["BM"]) * triton.cdiv(V, meta["BN"]),)
+
+
+def _losses(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, norm: Norm | None
+) -> tuple[Tensor, Tensor]:
+    """ln sum exp of each row's logits and its loss, float32 (M,)."""
+    (V, K), M = weight.shape, targets.numel()
+    parts = triton.cdiv(V, PART)
+    lse, losses, target_logits = (x.new_empty(M, dtype=torch.float32) for _ in range(3))
+    tops, totals = (x.new_empty(parts, M, dtype=torch.float32) for _ in range(2))
+    if M:
+        partial_sums_kernel[_grid(M, V)](
+            x, weight, targets, tops, totals, target_logits, *(norm or NO_NORM), M, V, K,
+            PRECISION=precision(), BN=PART,
+        )  # fmt: skip
+        losses_kernel[(triton.cdiv(M, 128),)](
+            tops, totals, target_logits, targets, lse, losses, ignore_index, M, parts, BLOCK=128
+        )
+    return lse, losses

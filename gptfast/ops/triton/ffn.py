@@ -1,0 +1,84 @@
+"""The feed-forward block: two products with what is around them, and its backward.
+
+Letters: C n_embd, F hidden columns, M rows (all leading dimensions).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gptfast.ops.triton.launch import dropout_args, precision, tuned
+from gptfast.ops.triton.linear import (
+    PRODUCT,
+    multiply,
+    product_kind,
+    product_shared,
+    weight_grads,
+)
+from gptfast.ops.triton.rows import dropped, moments, norm_grad
+from gptfast.ops.triton.tiles import gelu, gelu_slope, grouped, product
+
+# The largest tiles would not stay in registers beside U.
+HIDDEN_GRAD = {2: PRODUCT[2][1:], 4: PRODUCT[4]}
+
+
+@tuned(HIDDEN_GRAD, product_kind, product_shared, ["N", "K", "PRECISION"])
+@triton.jit
+def hidden_grad_kernel(
+    a, b, before, dhidden, hidden, M, N, K, GELU: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """A tile of dU = (A B) gelu'(U), with U in `before`, and of gelu(U) again.
+
+    A (M, K) is the gradient of the block's output, B (K, N) the second layer's weight.
+    """
+    row, column = grouped(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
+    m, n = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
+    acc = product(a, b, None, None, None, None, m, n, M, N, K, K, N, 1, PRECISION, BM, BN, BK)
+    at = m.to(tl.int64)[:, None] * N + n[None, :]
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    u = tl.load(before + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dhidden + at, (acc * gelu_slope(u, GELU)).to(dhidden.dtype.element_ty), mask=inside)
+    tl.store(hidden + at, gelu(u, GELU).to(hidden.dtype.element_ty), mask=inside)
+
+
+def ffn(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor, b1: Tensor | None,
+    w2: Tensor, b2: Tensor | None, gelu: str, dropout_p: float, seed: Tensor | None, stream: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """gptfast::ffn."""
+    x = x.contiguous()
+    mean, rstd = moments(x)
+    rows = x.numel() // x.shape[-1] if keep else 0
+    before = x.new_empty(rows, w1.shape[0])
+    hidden = multiply(
+        x, w1.t(), norm=(mean, rstd, norm_weight, norm_bias), bias=b1, gelu=gelu,
+        before=before if keep else None,
+    )  # fmt: skip
+    dropout = dropout_args(dropout_p, seed, stream, x.device)
+    y = multiply(hidden, w2.t(), bias=b2, dropout=dropout, residual=x)
+    return y, mean[:rows], rstd[:rows], before
+
+
+def ffn_backward(
+    dy: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor,
+    b1: Tensor | None, w2: Tensor, b2: Tensor | None, mean: Tensor, rstd: Tensor, before: Tensor,
+    gelu: str, dropout_p: float, seed: Tensor | None, stream: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """gptfast::ffn_backward."""
+    x, dy = x.contiguous(), dy.contiguous()
+    d = dropped(dy, dropout_args(dropout_p, seed, stream, x.device))
+    dhidden, hidden = torch.empty_like(before), torch.empty_like(before)
+    (M, N), K = before.shape, d.shape[-1]
+    if before.numel():
+        grid = lambda meta: (triton.cdiv(M, meta["BM"]) * triton.cdiv(N, meta["BN"]),)  # noqa: E731
+        hidden_grad_kernel[grid](
+            d, w2.to(x.dtype), before, dhidden, hidden, M, N, K, GELU=gelu, PRECISION=precision()
+        )
+    dw2, db2 = weight_grads(d, hidden, w2, b2)
+    dw1, db1 = weight_grads(dhidden, x, w1, b1, (mean, rstd, norm_weight, norm_bias))
+    dn = multiply(dhidden, w1).view_as(x)
+    dx, dnorm_weight, dnorm_bias = norm_grad(dn, x, dy, mean, rstd, norm_weight, norm_bias)
+    return dx, dnorm_weight, dnorm_bias, dw1, db1, dw2, db2

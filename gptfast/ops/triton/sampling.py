@@ -1,0 +1,177 @@
+"""From logits to tokens: the draws of csrc/kernels/sampling.inl, a program for each row.
+
+The filters keep every token that reaches a threshold, found by bisection over the floats in their
+own order, without sorting.
+
+Letters: R rows, V vocab_size.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gptfast.ops.triton.launch import block_of
+from gptfast.ops.triton.tiles import LN2, LOG2E
+from gptfast.sampling import SAMPLING_STREAM, Sampling
+
+BLOCK = 1024
+STREAM = tl.constexpr(SAMPLING_STREAM)
+LEAST_SCORE = tl.constexpr(-2139095041)  # -inf as _ordered has it
+ONE = tl.constexpr(0x3F800000)  # the bits of 1.0
+
+
+@triton.jit
+def _ordered(bits):
+    """A float's bits as an integer of the same order, and back."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _score(logits, seen, j, V, penalty):
+    """Logits j with the penalty for tokens that were there before; -inf past V."""
+    z = tl.load(logits + j, mask=j < V, other=-float("inf"))
+    if seen is not None:
+        before = tl.load(seen + j, mask=j < V, other=0) != 0
+        z = tl.where(before, tl.where(z > 0.0, z / penalty, z * penalty), z)
+    return z
+
+
+@triton.jit
+def _weight(z, highest, sharpness):
+    """exp((z - highest) / temperature); 1 for the highest even at a temperature near 0."""
+    below = z - highest
+    return tl.where(below == 0.0, 1.0, tl.exp2(below * sharpness))
+
+
+@triton.jit
+def _kept(logits, seen, j, V, penalty, highest, sharpness, least_score, least_weight):
+    """The weights j that reach both thresholds, the others as 0."""
+    z = _score(logits, seen, j, V, penalty)
+    p = _weight(z, highest, sharpness)
+    reaches = (_ordered(z.to(tl.int32, bitcast=True)) >= least_score) & (
+        p.to(tl.int32, bitcast=True) >= least_weight
+    )
+    return tl.where(reaches & (j < V), p, 0.0)
+
+
+@triton.jit
+def sample_kernel(
+    logits, seen, seeds, sequences, steps, tokens, logprobs, V,
+    sharpness, top_k, top_p, min_p, penalty,
+    GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A token of one row, and its log-probability under softmax(logits)."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * V
+    if seen is not None:
+        seen += row * V
+    # The highest score, the first token that has it, and ln sum exp of the logits themselves.
+    lane = tl.arange(0, BLOCK)
+    first, nothing = tl.cast(V, tl.int32), tl.cast(-float("inf"), tl.float32)
+    highest, top, total = nothing, nothing, 0.0
+    for j0 in tl.range(0, V, BLOCK):
+        j = j0 + lane
+        z = _score(logits, seen, j, V, penalty)
+        higher = tl.max(z, 0)
+        place = tl.min(tl.where((z == higher) & (j < V), j, V), 0)
+        first = tl.where(higher > highest, place, first)
+        highest = tl.maximum(highest, higher)
+        x = tl.load(logits + j, mask=j < V, other=-float("inf"))
+        both = tl.maximum(top, tl.max(x, 0))
+        total = total * tl.exp2((top - both) * LOG2E) + tl.sum(tl.exp2((x - both) * LOG2E), 0)
+        top = both
+    token = first
+    if not GREEDY:
+        least_score, least_weight = LEAST_SCORE, 0
+        if TOP_K:
+            # The largest t that at least top_k scores reach.
+            low = (first * 0).to(tl.int64) + LEAST_SCORE
+            high = _ordered(highest.to(tl.int32, bitcast=True)).to(tl.int64)
+            while low < high:
+                middle = low + (high - low + 1) // 2
+                count = 0
+                for j0 in tl.range(0, V, BLOCK):
+                    z = _score(logits, seen, j0 + lane, V, penalty)
+                    reaches = _ordered(z.to(tl.int32, bitcast=True)) >= middle
+                    count += tl.sum((reaches & (j0 + lane < V)).to(tl.int32), 0)
+                low = tl.where(count >= top_k, middle, low)
+                high = tl.where(count >= top_k, high, middle - 1)
+            least_score = low.to(tl.int32)
+        whole = 0.0
+        if TOP_P:
+            for j0 in tl.range(0, V, BLOCK):
+                p = _kept(logits, seen, j0 + lane, V, penalty, highest, sharpness, least_score, 0)
+                whole += tl.sum(p, 0)
+            # The largest t with top_p of the mass in weights that reach it; 1.0 is the largest.
+            low, high = (first * 0).to(tl.int64), (first * 0).to(tl.int64) + ONE
+            while low < high:
+                middle = low + (high - low + 1) // 2
+                mass = 0.0
+                for j0 in tl.range(0, V, BLOCK):
+                    p = _kept(
+                        logits, seen, j0 + lane, V, penalty, highest, sharpness, least_score,
+                        middle.to(tl.int32),
+                    )  # fmt: skip
+                    mass += tl.sum(p, 0)
+                low = tl.where(mass >= top_p * whole, middle, low)
+                high = tl.where(mass >= top_p * whole, high, middle - 1)
+            least_weight = low.to(tl.int32)
+        share = tl.cast(min_p, tl.float32)
+        least_weight = tl.maximum(least_weight, share.to(tl.int32, bitcast=True))
+        # 53 bits of a Philox block, then the first token whose cumulative weight exceeds them.
+        none = tl.zeros([1], tl.uint32)
+        step = none + tl.load(steps + row).to(tl.uint32)
+        sequence = none + tl.load(sequences + row).to(tl.uint32)
+        w0, w1, _, _ = tl.philox(tl.load(seeds + row), step, sequence, none, none + STREAM)
+        bits = (w0.to(tl.uint64) << 21) + (w1.to(tl.uint64) >> 11)
+        uniform = tl.sum(bits.to(tl.float64), 0) * 1.1102230246251565e-16
+        mass = tl.sum(tl.zeros([1], tl.float64), 0)
+        for j0 in tl.range(0, V, BLOCK):
+            p = _kept(
+                logits, seen, j0 + lane, V, penalty, highest, sharpness, least_score, least_weight
+            )
+            mass += tl.sum(p.to(tl.float64), 0)
+        target = uniform * mass
+        reached = tl.sum(tl.zeros([1], tl.float64), 0)
+        token, last = V, 0
+        for j0 in tl.range(0, V, BLOCK):
+            j = j0 + lane
+            p = _kept(
+                logits, seen, j, V, penalty, highest, sharpness, least_score, least_weight
+            ).to(tl.float64)
+            sums = reached + tl.cumsum(p, 0)
+            place = tl.min(tl.where((sums > target) & (p > 0.0), j, V), 0)
+            token = tl.minimum(token, place)
+            last = tl.maximum(last, tl.max(tl.where(p > 0.0, j, 0), 0))
+            reached += tl.sum(p, 0)
+        token = tl.where(token < V, token, last)  # should rounding leave the target unreached
+    tl.store(tokens + row, token.to(tl.int64))
+    lse = top + tl.log2(total) * LN2
+    tl.store(logprobs + row, tl.load(logits + token) - lse)
+
+
+def sample(
+    how: Sampling, logits: Tensor, seen: Tensor | None, seeds: Tensor, sequences: Tensor,
+    steps: Tensor, tokens: Tensor, logprobs: Tensor,
+) -> None:  # fmt: skip
+    """Chooses a token of every row as gptfast.sampling.choose does.
+
+    Args:
+        how: The options.
+        logits: (R, V) float32, contiguous.
+        seen: (R, V) uint8, 1 for the tokens that the penalty applies to; None without one.
+        seeds: (R,) int64, like the next two: which number each row draws.
+        sequences: (R,).
+        steps: (R,).
+        tokens: (R,) int64, receives the tokens.
+        logprobs: (R,) float32, receives their log-probabilities under softmax(logits).
+    """
+    R, V = logits.shape
+    greedy = how.temperature == 0.0
+    sample_kernel[(R,)](
+        logits, seen if how.repetition_penalty != 1.0 else None, seeds, sequences, steps, tokens,
+        logprobs, V, 0.0 if greedy else 1.4426950408889634 / how.temperature,
+        how.top_k or 0, how.top_p or 1.0, how.min_p or 0.0, how.repetition_penalty,
+        GREEDY=greedy, TOP_K=how.top_k is not None and how.top_k < V,
+        TOP_P=how.top_p is not None and how.top_p < 1.0, BLOCK=min(BLOCK, block_of(V)),
+    )  # fmt: skip

@@ -1,0 +1,107 @@
+"""What the kernels share on the device: a tile of a product, of a dropout mask, and of GELU.
+
+Letters: M rows of an activation, K columns that a product sums over, N columns of its result.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+DROPOUT_ROWS = tl.constexpr(8)
+
+
+@triton.jit
+def dropout_factors(
+    seed, substream, matrix, i0, j0, threshold, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The factors, 0 or `scale`, of rows i0 .. and columns j0 .., as gptfast.ops.random has them.
+
+    i0 and ROWS are multiples of 8: a Philox block serves 8 rows of a column, 16 bits each.
+    """
+    GROUPS: tl.constexpr = ROWS // DROPOUT_ROWS
+    group = (tl.arange(0, GROUPS) + i0 // DROPOUT_ROWS)[:, None]
+    none = tl.zeros([GROUPS, COLUMNS], tl.int32)
+    c0 = (none + (tl.arange(0, COLUMNS) + j0)[None, :]).to(tl.uint32)
+    c1 = (none + group).to(tl.uint32)
+    c2 = (none + matrix).to(tl.uint32)
+    c3 = (none + substream).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
+    words = tl.join(tl.join(w0, w1), tl.join(w2, w3))  # (groups, columns, w % 2, w // 2)
+    draws = tl.join(words & 0xFFFF, words >> 16)  # (groups, columns, w % 2, w // 2, half)
+    draws = tl.reshape(tl.permute(draws, (0, 3, 2, 4, 1)), (ROWS, COLUMNS)).to(tl.int32)
+    return tl.where(draws < threshold, 0.0, scale)
+
+
+@triton.jit
+def gelu(u, GELU: tl.constexpr):
+    """u Phi(u), or its approximation by tanh (Hendrycks and Gimpel, arXiv:1606.08415)."""
+    if GELU == "erf":
+        value = 0.5 * u * (1.0 + tl.erf(u * 0.7071067811865476))
+    else:  # (1 + tanh x) / 2 = sigmoid(2 x)
+        value = u * tl.sigmoid(1.5957691216057308 * u * (1.0 + 0.044715 * u * u))
+    return value
+
+
+@triton.jit
+def gelu_slope(u, GELU: tl.constexpr):
+    """The derivative of `gelu`."""
+    if GELU == "erf":
+        density = 0.3989422804014327 * tl.exp(-0.5 * u * u)
+        slope = 0.5 * (1.0 + tl.erf(u * 0.7071067811865476)) + u * density
+    else:
+        cubic = 0.044715 * u * u
+        s = tl.sigmoid(1.5957691216057308 * u * (1.0 + cubic))
+        slope = s + u * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 3.0 * cubic)
+    return slope
+
+
+@triton.jit
+def normalized(x, mean, rstd, weight, bias, k, inside):
+    """Columns k of LayerNorm(x), x (rows, columns) in float32; 0 where a column is not `inside`."""
+    w = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
+    y = (x - mean[:, None]) * rstd[:, None] * w[None, :]
+    if bias is not None:
+        y += tl.load(bias + k, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return y
+
+
+@triton.jit
+def grouped(index, rows, columns, GROUP: tl.constexpr):
+    """Place (row, column) number `index` of a grid of tiles, GROUP rows at a time.
+
+    Programs that run together so share tiles of both operands in the L2 cache.
+    """
+    first = index // (GROUP * columns) * GROUP
+    height = tl.minimum(rows - first, GROUP)
+    inner = index % (GROUP * columns)
+    return first + inner % height, inner // height
+
+
+@triton.jit
+def product(
+    a, b, mean, rstd, norm_weight, norm_bias, m, n, M, N, K, a_row, b_row, b_column,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Rows m and columns n of A B, or of LayerNorm(A) B where `mean` is given, in float32.
+
+    A (M, K) has rows `a_row` apart; element (k, n) of B is at k b_row + n b_column. Rows past M
+    repeat others, columns past N are 0.
+    """
+    row = (m % M).to(tl.int64)
+    if mean is not None:
+        row_mean, row_rstd = tl.load(mean + row), tl.load(rstd + row)
+    acc = tl.zeros([BM, BN], tl.float32)
+    for k0 in tl.range(0, K, BK):
+        k = k0 + tl.arange(0, BK)
+        x = tl.load(a + row[:, None] * a_row + k[None, :], mask=(k < K)[None, :], other=0.0)
+        if mean is not None:
+            y = normalized(x.to(tl.float32), row_mean, row_rstd, norm_weight, norm_bias, k, k < K)
+            x = y.to(x.dtype)
+        w = tl.load(
+            b + k.to(tl.int64)[:, None] * b_row + n.to(tl.int64)[None, :] * b_column,
+            mask=(k < K)[:, None] & (n < N)[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    return acc

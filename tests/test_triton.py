@@ -1,0 +1,405 @@
+"""The Triton kernels against the float64 oracle, in Triton's interpreter where there is no GPU.
+
+In the interpreter they run on CPU tensors in place of the compiled kernels, so that the public
+functions are what is tested. A process has the interpreter or the compiler: with a GPU, the cases
+marked `cuda` run, and the others are skipped.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import bench_attention
+import pytest
+import torch
+from oracle import check_op, run
+from peers import ffn as torch_ffn
+from test_attention import check_attention, heads
+from test_cross_entropy import (
+    case,
+    norm_case,
+    torch_linear_cross_entropy,
+    torch_norm_linear_cross_entropy,
+    with_norm,
+)
+from test_embedding import fused, plain, tables
+from test_ffn import block
+from test_linear import normal, torch_layer_norm_linear, torch_linear_residual
+from test_ops import cases
+from torch import Tensor
+
+from gptfast import GPT, GPTConfig, ops
+from gptfast.generation import make_request
+from gptfast.ops import reference, select
+from gptfast.ops.random import dropout_factors
+from gptfast.reference_loop import ReferenceLoop
+from gptfast.sampling import Sampling, choose, draws
+
+triton = pytest.importorskip("triton")
+from gptfast import device_loop  # noqa: E402
+from gptfast.ops import triton as kernels  # noqa: E402
+from gptfast.ops.triton import attention, attention_grad, cross_entropy, decode, ffn, linear, rows  # noqa: E402
+from gptfast.ops.triton.sampling import sample  # noqa: E402
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True, params=("interpreter", pytest.param("cuda", marks=pytest.mark.cuda)))
+def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Runs the kernels on CPU tensors in the interpreter, and on a GPU."""
+    if (request.param == "cuda") != CUDA:
+        pytest.skip("Triton compiles on this machine" if CUDA else "torch finds no CUDA device")
+    if CUDA:
+        yield "cuda"
+        return
+    if request.node.callspec.params.get("dtype") == torch.bfloat16:
+        pytest.skip("the interpreter's products of bfloat16 are wrong (triton issue 11584)")
+    monkeypatch.setitem(select.FUSED_DTYPES, "cpu", DTYPES)
+    library = torch.library.Library("gptfast", "IMPL")
+    for name, kernel in kernels.KERNELS.items():
+        library.impl(name, kernel, "CPU", allow_override=True)
+    yield "interpreter"
+    library._destroy()
+
+
+def there(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.to(DEVICE) for x in tensors]
+
+
+def test_masks_have_the_bits_of_the_reference() -> None:
+    x, seed = torch.ones(77, 300), torch.tensor(2**61 + 12345)
+    for p, stream in ((0.2, 3), (0.5, 2**32 - 5), (1.0, 0)):
+        dropout = {
+            "seed": seed, "substream": stream, "threshold": int(p * 65536 + 0.5),
+            "keep_scale": 1 / (1 - int(p * 65536 + 0.5) / 65536) if p < 1 else 0.0,
+        }  # fmt: skip
+        got = rows.dropped(x, dropout)
+        assert torch.equal(got, dropout_factors(p, seed, stream, 1, 77, 300)[0].to(got))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout_p", (0.0, 0.2))
+@pytest.mark.parametrize(("T", "D"), ((1, 16), (5, 8), (17, 33), (70, 64), (129, 100), (200, 256)))
+def test_attention(T: int, D: int, dropout_p: float, dtype: torch.dtype) -> None:
+    q, k, v = (heads(2, 2, T, D, seed=i).to(DEVICE) for i in range(3))
+    if T == 1:  # its weight is 1 and has no gradient: test_attention.py bounds what is left
+        out = ops.causal_attention(q.to(dtype), k.to(dtype), v.to(dtype))
+        assert torch.equal(out, v.to(dtype))
+        return
+    check_attention(q, k, v, dtype, dropout_p=dropout_p, seed=5, stream=3)
+
+
+@pytest.mark.parametrize(("Tq", "Tk"), ((1, 90), (5, 150), (100, 101), (7, 3), (150, 40)))
+def test_attention_is_aligned_bottom_right(Tq: int, Tk: int) -> None:
+    q, k, v = there(heads(2, 2, Tq, 32), heads(2, 2, Tk, 32, seed=1), heads(2, 2, Tk, 32, seed=2))
+    check_attention(q, k, v, torch.float32)
+
+
+def test_attention_of_strided_and_large_scores() -> None:
+    q, k, v = heads(2, 50, 3, 4, 32).to(DEVICE).permute(2, 0, 3, 1, 4)
+    column_first = heads(2, 4, 32, 50).to(DEVICE).transpose(2, 3)
+    check_attention(column_first, k, v.flip(2), torch.float32, scale=-0.5)
+    grad = heads(2, 4, 50, 32, seed=9).to(DEVICE)
+    large = 30 * q, 30 * k, v
+    oracle = run(reference.causal_attention, large, torch.float64, grad)
+    for a, o in zip(run(ops.causal_attention, large, torch.float32, grad), oracle, strict=True):
+        assert (a.double() - o).abs().max() <= 2e-3 * o.abs().max()
+
+
+def test_packed_attention_equals_separate() -> None:
+    qkv = heads(3, 70, 3 * 2 * 48).to(DEVICE).requires_grad_()
+    q, k, v = qkv.view(3, 70, 3, 2, 48).permute(2, 0, 3, 1, 4)
+    options = {"dropout_p": 0.3, "seed": 8, "stream": 2}
+    separate = ops.causal_attention(q, k, v, **options).transpose(1, 2).reshape(3, 70, 96)
+    packed = ops.causal_attention_packed(qkv, 2, **options)
+    assert torch.equal(packed, separate)
+    grad = torch.randn_like(packed)
+    (a,), (b,) = (torch.autograd.grad(x, qkv, grad) for x in (packed, separate))
+    assert torch.equal(a, b)
+
+
+def configurations(module: Any, *names: str) -> list[Any]:
+    """Every configuration that these tables of a module have, once."""
+    found = [each for name in names for kind in getattr(module, name).values() for each in kind]
+    return list({str(each): each for each in found}.values())
+
+
+ATTENTION = {
+    str(config): config
+    for config in (
+        *configurations(attention, "FORWARD"),
+        *configurations(attention_grad, "QUERY_GRAD", "KEY_GRADS"),
+    )
+}
+
+
+@pytest.mark.parametrize("config", ATTENTION.values(), ids=str)
+def test_attention_in_every_configuration(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    grads = attention_grad.query_grad_kernel, attention_grad.key_grads_kernel
+    for kernel in (attention.forward_kernel, *grads):
+        monkeypatch.setattr(kernel, "configs", [config])
+    q, k, v = (heads(1, 2, 150, 48, seed=i).to(DEVICE) for i in range(3))
+    check_attention(q, k, v, torch.float32, dropout_p=0.2, seed=5)
+
+
+def test_a_row_of_a_batch_has_the_bits_it_has_alone() -> None:
+    leaves = [heads(5, 3, 90, 40, seed=i).to(DEVICE).requires_grad_() for i in range(3)]
+    grad = heads(5, 3, 90, 40, seed=4).to(DEVICE)
+    out = ops.causal_attention(*leaves)
+    one = [x[3:4].detach().requires_grad_() for x in leaves]
+    alone = ops.causal_attention(*one)
+    assert torch.equal(alone, out[3:4])
+    grads = torch.autograd.grad(out, leaves, grad)
+    for a, b in zip(torch.autograd.grad(alone, one, grad[3:4]), grads, strict=True):
+        assert torch.equal(a, b[3:4])
+    x, *params = there(*block(130, 48, 192))
+    assert x is not None
+    whole = ops.layer_norm_ffn(x, *params)
+    assert torch.equal(ops.layer_norm_ffn(x[90:101], *params), whole[90:101])
+
+
+@pytest.mark.parametrize("name", kernels.KERNELS)
+def test_opcheck(name: str) -> None:
+    arguments = [each.to(DEVICE) if isinstance(each, Tensor) else each for each in cases()[name]]
+    op = getattr(torch.ops.gptfast, name).default
+    torch.library.opcheck(op, tuple(arguments), test_utils=("test_schema", "test_faketensor"))
+
+
+SHAPES = ((1, 16, 5), (7, 33, 70), (97, 64, 200), (150, 128, 130))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", (True, False))
+@pytest.mark.parametrize(("M", "K", "N"), SHAPES)
+def test_layer_norm_linear(M: int, K: int, N: int, bias: bool, dtype: torch.dtype) -> None:
+    ln_b, b = (normal(K, seed=1), normal(N, seed=2)) if bias else (None, None)
+    inputs = there(normal(M, K) * 2 + 1, normal(K, seed=3), ln_b, normal(N, K), b)
+    args = (ops.layer_norm_linear, reference.layer_norm_linear, torch_layer_norm_linear)
+    check_op(*args, inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("M", "K", "N"), SHAPES)
+def test_linear_residual(M: int, K: int, N: int, dtype: torch.dtype) -> None:
+    inputs = there(normal(M, K), normal(N, K), normal(N, seed=2), normal(M, N, seed=3))
+    check_op(ops.linear_residual, reference.linear_residual, torch_linear_residual, inputs, dtype)
+
+
+def test_gradient_of_a_weight_in_several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "LEAST_PART", 50)
+    args = (ops.layer_norm_linear, reference.layer_norm_linear, torch_layer_norm_linear)
+    inputs = there(normal(170, 40), normal(40, seed=3), None, normal(24, 40), normal(24, seed=2))
+    check_op(*args, inputs, torch.float32)
+
+
+@pytest.mark.parametrize("config", configurations(linear, "PRODUCT"), ids=str)
+def test_ffn_in_every_configuration(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kernel in (linear.linear_kernel, ffn.hidden_grad_kernel):
+        monkeypatch.setattr(kernel, "configs", [config])
+    args = (ops.layer_norm_ffn, reference.layer_norm_ffn, torch_ffn)
+    check_op(*args, there(*block(150, 40, 200)), torch.float32, dropout_p=0.3, seed=7)
+
+
+@pytest.mark.parametrize("config", configurations(linear, "WEIGHT_GRAD"), ids=str)
+def test_weight_grads_in_every_configuration(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear.weight_grad_kernel, "configs", [config])
+    args = (ops.linear_residual, reference.linear_residual, torch_linear_residual)
+    inputs = there(normal(150, 70), normal(140, 70), normal(140, seed=2), normal(150, 140, seed=3))
+    check_op(*args, inputs, torch.float32)
+
+
+@pytest.mark.parametrize("config", configurations(cross_entropy, "PRODUCT"), ids=str)
+def test_loss_in_every_configuration(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kernel in (cross_entropy.partial_sums_kernel, cross_entropy.logits_grad_kernel):
+        monkeypatch.setattr(kernel, "configs", [config])
+    args = (ops.linear_cross_entropy, reference.linear_cross_entropy, torch_linear_cross_entropy)
+    check_op(*args, there(*case(150, 40, 300)), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gelu", ("erf", "tanh"))
+@pytest.mark.parametrize("dropout_p", (0.0, 0.3))
+@pytest.mark.parametrize(("M", "C", "hidden"), ((1, 16, 64), (33, 20, 80), (130, 64, 256)))
+def test_ffn(M: int, C: int, hidden: int, dropout_p: float, gelu: str, dtype: torch.dtype) -> None:
+    args = (ops.layer_norm_ffn, reference.layer_norm_ffn, torch_ffn)
+    inputs = there(*block(M, C, hidden))
+    check_op(*args, inputs, dtype, gelu=gelu, dropout_p=dropout_p, seed=77)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ffn_without_biases(dtype: torch.dtype) -> None:
+    args = (ops.layer_norm_ffn, reference.layer_norm_ffn, torch_ffn)
+    check_op(*args, there(*block(40, 32, 128, bias=False)), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("M", "K", "V"), ((1, 16, 5), (3, 8, 1), (150, 64, 66), (97, 33, 1003)))
+def test_cross_entropy(M: int, K: int, V: int, dtype: torch.dtype) -> None:
+    args = (ops.linear_cross_entropy, reference.linear_cross_entropy, torch_linear_cross_entropy)
+    check_op(*args, there(*case(M, K, V)), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cross_entropy_with_norm_in_several_blocks(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cross_entropy, "LEAST_BLOCK", 128)
+    monkeypatch.setattr(cross_entropy, "BLOCK_BYTES", 0)
+    args = with_norm(ops.linear_cross_entropy), with_norm(reference.linear_cross_entropy)
+    check_op(*args, torch_norm_linear_cross_entropy, there(*norm_case(60, 48, 300)), dtype)
+
+
+def test_cross_entropy_of_ignored_targets() -> None:
+    x, weight, targets = (t.to(DEVICE) for t in case(40, 16, 30))
+    targets[::3] = 7
+    args = (ops.linear_cross_entropy, reference.linear_cross_entropy, torch_linear_cross_entropy)
+    check_op(*args, [x, weight, targets], torch.float32, ignore_index=7)
+    nothing = torch.full_like(targets, -100)
+    loss = ops.linear_cross_entropy(x.requires_grad_(), weight, nothing)
+    loss.backward()
+    assert loss == 0 and x.grad is not None and (x.grad == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout_p", (0.0, 0.2))
+@pytest.mark.parametrize(("B", "T", "V", "C"), ((1, 1, 2, 8), (2, 5, 7, 16), (9, 33, 66, 100)))
+def test_embedding(B: int, T: int, V: int, C: int, dropout_p: float, dtype: torch.dtype) -> None:
+    idx = torch.randint(V, (B, T), generator=torch.Generator(DEVICE).manual_seed(1), device=DEVICE)
+    idx[0, 0] = 0
+    options = {"padding_idx": 0, "dropout_p": dropout_p, "seed": 3}
+    check_op(fused, plain, plain, there(*tables(V, 40, C), idx), dtype, **options)
+
+
+def test_indices_out_of_range(where: str) -> None:
+    if where == "cuda":
+        pytest.skip("an assertion on the device ends the process")
+    wte, wpe = tables(7, 8, 16)
+    with pytest.raises(RuntimeError, match=r"embedding: idx must be in \[0, 7\)"):
+        ops.embedding(torch.tensor([[1, 7]]), wte, wpe)
+    x, weight, targets = case(4, 8, 5)
+    targets[2] = -1
+    with pytest.raises(RuntimeError, match=r"targets must be in \[0, 5\) or -100"):
+        ops.linear_cross_entropy(x, weight, targets)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("H", "D", "capacity"), ((2, 16, 40), (3, 33, 600), (1, 128, 257)))
+def test_decode_attention(H: int, D: int, capacity: int, dtype: torch.dtype) -> None:
+    lengths = torch.tensor([1, capacity, capacity // 2 + 1, 7], device=DEVICE)
+    q = heads(4, H * D, seed=1).to(DEVICE, dtype)
+    cache = heads(4, 2, H, capacity, D).to(DEVICE, dtype)
+    got = decode.decode_attention(q, cache, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        k, v = cache[row : row + 1, :, :, :length].double().unbind(1)
+        one = q[row].double().view(1, H, 1, D)
+        expected = reference.causal_attention(one, k, v).flatten()
+        assert (got[row].double() - expected).abs().max() <= 3 * torch.finfo(dtype).eps
+        cut = cache[row : row + 1].clone()
+        cut[:, :, :, length:] = math.nan  # what is past the length is not read
+        alone = decode.decode_attention(q[row : row + 1], cut, lengths[row : row + 1])
+        assert torch.equal(alone[0], got[row])
+
+
+@pytest.mark.parametrize(
+    "how",
+    (
+        Sampling(temperature=0.0),
+        Sampling(),
+        Sampling(temperature=0.3, top_k=5),
+        Sampling(top_p=0.7),
+        Sampling(temperature=1.3, top_k=40, top_p=0.9, min_p=0.02, repetition_penalty=1.4),
+        Sampling(temperature=0.0, repetition_penalty=3.0),
+        Sampling(min_p=1.0),
+    ),
+)
+@pytest.mark.parametrize("V", (1, 5, 66, 1500))
+def test_the_cpu_draws_the_same_tokens(V: int, how: Sampling) -> None:
+    R = 10
+    generator = torch.Generator().manual_seed(V)
+    logits = 3 * torch.randn(R, V, generator=generator)
+    logits[0, :] = 1.0  # ties
+    seen = torch.rand(R, V, generator=generator) < 0.2
+    seeds = torch.randint(2**62, (R,), generator=generator)
+    numbers, steps = torch.arange(R), torch.arange(R) * 7
+    tokens, logprobs = torch.empty(R, dtype=torch.int64), torch.empty(R)
+    arguments = logits, seen.byte(), seeds, numbers, steps, tokens, logprobs
+    on_device = [x.to(DEVICE) for x in arguments]
+    sample(how, *on_device)
+    listed = [row.nonzero()[:, 0].tolist() for row in seen.cpu()]
+    expected = choose(how, logits.cpu(), listed, draws(seeds.cpu(), numbers.cpu(), steps.cpu()))
+    assert torch.equal(on_device[-2].cpu(), expected)
+    exact = logits.cpu().double().log_softmax(-1).gather(1, expected[:, None])[:, 0]
+    assert torch.allclose(on_device[-1].cpu().double(), exact, atol=1e-5)
+
+
+SMALL = GPTConfig(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=32, dropout=0.2)
+
+
+def test_a_training_step_of_the_model() -> None:
+    grads = []
+    idx = torch.randint(11, (3, 17), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    for backend in ("fused", "reference"):
+        torch.manual_seed(0)
+        model = GPT(SMALL, backend=backend).to(DEVICE)  # type: ignore[arg-type]
+        loss = model.loss(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        grads.append([loss.detach(), *(param.grad for param in model.parameters())])
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("overflow", ("recompute", "stride:5", "stop"))
+@pytest.mark.parametrize(
+    "options",
+    (
+        {"temperature": 0.0, "max_batch": 2},
+        {"temperature": 0.7, "seed": [1, 2, 3], "stop": [2]},
+        {"top_p": 0.8, "repetition_penalty": 1.3, "logprobs": 3},
+    ),
+)
+def test_generation_is_that_of_the_uncached_loop(options: dict[str, Any], overflow: str) -> None:
+    torch.manual_seed(0)
+    model = GPT(SMALL).to(DEVICE)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.mul_(1.5)
+    prompts = [[1], [4, 5, 6, 7], [3, 1] * 10]
+    request = make_request(model, prompts, max_new_tokens=14, overflow=overflow, **options)
+    on_device = device_loop.DeviceLoop(model, request)
+    model.backend = "reference"
+    plainly = ReferenceLoop(model, request)
+    for loop in (on_device, plainly):
+        while loop.run(0.0):
+            pass
+    for i in range(len(prompts)):
+        a, b = on_device.progress(i), plainly.progress(i)
+        assert a.tokens == b.tokens and a.state == b.state
+        assert torch.allclose(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4)
+        assert [[t for t, _ in row] for row in a.alternatives] == [
+            [t for t, _ in row] for row in b.alternatives
+        ]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", ("bf16", "fp32"))
+def test_attention_is_faster_than_multihead_attention(where: str, dtype: str) -> None:
+    if where != "cuda":
+        pytest.skip("torch finds no CUDA device")
+    path = ["--device", "cuda", "--dtype", dtype, "--only", "4x12x1024x64", "--seconds", "1"]
+    assert bench_attention.run(path) == 0  # prints the ratios against SDPA
+    qkv = torch.randn(4, 1024, 3 * 768, device=DEVICE, dtype=DTYPES[2 if dtype == "bf16" else 0])
+    module = torch.nn.MultiheadAttention(768, 12, batch_first=True).to(DEVICE, qkv.dtype)
+    x, mask = qkv[..., :768], torch.ones(1024, 1024, dtype=torch.bool, device=DEVICE).triu(1)
+
+    def multihead() -> Tensor:
+        return module(x, x, x, attn_mask=mask, need_weights=False)[0]
+
+    def ours() -> Tensor:
+        projected = torch.nn.functional.linear(x, module.in_proj_weight, module.in_proj_bias)
+        return module.out_proj(ops.causal_attention_packed(projected, 12))
+
+    with torch.no_grad():
+        own, other = (triton.testing.do_bench(each) for each in (ours, multihead))
+    assert own < other
