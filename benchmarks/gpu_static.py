@@ -255,7 +255,9 @@ def compiling_for(chip: Chip) -> Iterator[list[tuple[str, Any, Any]]]:
     def compile_one(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         names = ("BM", "BN", "BK", "BLOCK", "ROWS", "PART", "num_warps", "num_stages")
         config = ", ".join(f"{name} {options[name]}" for name in names if name in options)
-        found.append((config, self, jit_run(self, *args, grid=grid, warmup=True, **options)))
+        compiled = jit_run(self, *args, grid=grid, warmup=True, **options)
+        if compiled.hash not in {each.hash for _, _, each in found}:
+            found.append((config, self, compiled))
 
     def compile_all(self: Any, *args: Any, **options: Any) -> None:
         self.nargs = dict(zip(self.arg_names, args, strict=False))

@@ -79,10 +79,10 @@ def head_shared(staying: int, passing: int, args: Any) -> int:
 
 # Queries and keys of a tile.
 FORWARD = {
-    (2, 64): [config(8, 3, BM=128, BN=64), config(8, 2, BM=64, BN=64), config(4, 2, BM=64, BN=32)],
-    (2, 128): [config(8, 3, BM=128, BN=64), config(8, 2, BM=64, BN=64), config(4, 2, BM=64, BN=32)],
+    (2, 64): [config(8, 3, BM=128, BN=64), config(8, 2, BM=64, BN=32)],
+    (2, 128): [config(8, 3, BM=128, BN=64), config(8, 2, BM=64, BN=32)],
     (2, 256): [config(8, 2, BM=64, BN=32), config(4, 1, BM=32, BN=32)],
-    (4, 64): [config(4, 1, BM=32, BN=32), config(4, 1, BM=16, BN=16)],
+    (4, 64): [config(8, 1, BM=32, BN=16), config(4, 1, BM=16, BN=16)],
     (4, 128): [config(8, 1, BM=32, BN=16), config(4, 1, BM=16, BN=16)],
     (4, 256): [config(8, 1, BM=16, BN=16)],
 }

@@ -76,7 +76,7 @@ QUERY_GRAD = {
     (2, 64): [config(4, 2, BM=64, BN=32), config(4, 1, BM=32, BN=32)],
     (2, 128): [config(4, 2, BM=64, BN=32), config(4, 1, BM=32, BN=32)],
     (2, 256): [config(4, 1, BM=32, BN=32)],
-    (4, 64): [config(4, 1, BM=32, BN=32), config(4, 1, BM=16, BN=16)],
+    (4, 64): [config(8, 1, BM=32, BN=16), config(4, 1, BM=16, BN=16)],
     (4, 128): [config(4, 1, BM=16, BN=16)],
     (4, 256): [config(8, 1, BM=16, BN=16)],
 }
@@ -161,7 +161,7 @@ KEY_GRADS = {
     (2, 64): [config(8, 2, BM=64, BN=32), config(4, 2, BM=64, BN=32)],
     (2, 128): [config(4, 1, BM=32, BN=32)],
     (2, 256): [config(4, 1, BM=16, BN=32)],
-    (4, 64): [config(8, 1, BM=32, BN=16), config(4, 1, BM=16, BN=16)],
+    (4, 64): [config(8, 1, BM=32, BN=16)],
     (4, 128): [config(4, 1, BM=16, BN=16)],
     (4, 256): [config(8, 1, BM=16, BN=16)],
 }

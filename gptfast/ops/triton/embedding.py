@@ -12,7 +12,7 @@ from gptfast.ops.triton.launch import block_of, dropout_args
 from gptfast.ops.triton.rows import dropped
 from gptfast.ops.triton.tiles import dropout_factors
 
-ROWS, COLUMNS = 32, 128
+ROWS, COLUMNS = 16, 128
 
 
 @triton.jit(do_not_specialize=["substream", "threshold", "T"])

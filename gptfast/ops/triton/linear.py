@@ -37,9 +37,9 @@ def product_shared(args: Any) -> int:
 PRODUCT = {
     2: [
         config(8, 3, BM=128, BN=128, BK=32, GROUP=8),
-        config(4, 3, BM=64, BN=64, BK=64, GROUP=8),
+        config(8, 3, BM=64, BN=64, BK=64, GROUP=8),
     ],
-    4: [config(4, 2, BM=64, BN=64, BK=32, GROUP=8)],
+    4: [config(8, 2, BM=64, BN=64, BK=32, GROUP=8)],
 }
 
 
@@ -115,8 +115,8 @@ def _weight_grad_shared(args: Any) -> int:
 
 
 WEIGHT_GRAD = {
-    2: [config(8, 3, BN=128, BK=64, BM=32), config(4, 2, BN=64, BK=64, BM=32)],
-    4: [config(4, 2, BN=64, BK=64, BM=32)],
+    2: [config(8, 3, BN=128, BK=64, BM=32), config(8, 2, BN=64, BK=64, BM=32)],
+    4: [config(8, 2, BN=64, BK=64, BM=32)],
 }
 
 
