@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gptfast.info import build_info
+from gptfast.info import build_info, cpu_name
 from gptfast.ops import select
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,8 +123,10 @@ def test_isa_request_is_obeyed():
 
 
 @needs_extension
-def test_isa_default_is_the_highest_level():
+def test_isa_default_is_the_fastest_level():
     available = [level for level, reason in EXTENSION.isa_levels().items() if reason is None]
+    if available[-1] == "avx512_bf16" and "Intel" in cpu_name():
+        available.pop()  # its products of bfloat16 have half of float32's rate
     found = run("-c", ASK, GPTFAST_CPU_ISA="", ATEN_CPU_CAPABILITY="").stdout.strip()
     assert found == available[-1]
 

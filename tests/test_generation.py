@@ -183,7 +183,8 @@ def test_interrupt_returns_what_there_is(backend: Any) -> None:
     assert [each.finish_reason for each in results] == ["interrupted"] * 3
     assert results[0].tokens and bool(results[2].tokens) == (backend == "reference")
     (whole,) = gptfast.generate(model, [[1]], max_new_tokens=10)
-    assert results[0].tokens[:10] == whole.tokens
+    first = results[0].tokens[:10]
+    assert first == whole.tokens[: len(first)]
 
 
 @pytest.mark.parametrize("dtype", (None, "bf16", "int8"))

@@ -96,7 +96,7 @@ class CrossEntropyPass {
   // A row block has everything done to it while it is in the cache.
   void whole_vocabulary(int64_t first, int64_t slots) {
     Frame frame;
-    const Rhs<P> w = weight_transposed<P>(s_.weight, s_.V, s_.K, frame, parallel_).dense;
+    const Rhs<P> w = weight_transposed<T>(s_.weight, s_.V, s_.K, frame, parallel_).dense;
     const Rhs<P> w_rows =
         with_grad_ ? weight_straight<P>(s_.weight, s_.V, s_.K, frame, parallel_) : Rhs<P>{};
     run_tasks(parallel_, slots, [&](int64_t slot) {
@@ -115,7 +115,7 @@ class CrossEntropyPass {
     for (int64_t v0 = 0; v0 < s_.V; v0 += VOCAB) {
       Frame frame;
       const Rhs<P> w =
-          weight_transposed<P>(weight_rows(v0), columns(v0), s_.K, frame, parallel_).dense;
+          weight_transposed<T>(weight_rows(v0), columns(v0), s_.K, frame, parallel_).dense;
       run_tasks(parallel_, slots, [&](int64_t slot) { sum_rows(first, slot, v0, w); });
     }
     run_tasks(parallel_, slots, [&](int64_t slot) { finish_losses(first, slot); });

@@ -34,8 +34,8 @@ struct FfnOperands {
       : norm(s.norm, s.C, frame),
         b1(floats(s.b1, s.F, frame)),
         b2(floats(s.b2, s.C, frame)),
-        w1(weight_transposed<P>(s.w1, s.F, s.C, frame, parallel)),
-        w2(weight_transposed<P>(s.w2, s.C, s.F, frame, parallel)) {}
+        w1(weight_transposed<T>(s.w1, s.F, s.C, frame, parallel)),
+        w2(weight_transposed<T>(s.w2, s.C, s.F, frame, parallel)) {}
 };
 
 // y = x + c + b2 for whole rows, after dropout.

@@ -109,6 +109,7 @@ struct Step<float> {
   using Vector = VF;
   static VF repeat(const float* x) { return splat(*x); }
   static VF read(const float* b) { return load(b); }
+  static VF read(const bf16* b) { return load(b, Full{}); }
   static VF read(const int8_t* b) { return widen_bytes(b); }
   static VF add(VF acc, VF x, VF b) { return acc + x * b; }
 };

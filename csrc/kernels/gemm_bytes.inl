@@ -1,28 +1,35 @@
-// Products with a PackedWeight. Bytes are widened a block of one panel at a time, which stays in
-// the L1 cache for all rows; the sums are those of gemm.inl, so a row has the same bits in any
-// batch.
+// Products with a PackedWeight. What is narrower is widened a block of one panel at a time, which
+// stays in the L1 cache for all rows; the sums are those of gemm.inl, so a row has the same bits in
+// any batch.
 
-template <class P, class Done>
-inline void gemm(int64_t m, int64_t n, int64_t k, Lhs<P> a, const PackedWeight<P>& b, float* c,
-                 int64_t ldc, bool add, const Done& done) {
+template <class P, class S, class Done>
+inline void gemm_widened(int64_t m, int64_t n, int64_t k, Lhs<P> a, const S* b, int64_t panel,
+                         float* c, int64_t ldc, bool add, const Done& done) {
   constexpr int NR = Tile<P>::NR, KU = Tile<P>::KU, KC = Tile<P>::KC;
-  if (!b.bytes) return gemm(m, n, k, a, b.dense, c, ldc, add, done);
-  if (m == 1 && !lhs_by_rows<P>) return gemm_row(n, k, a, b.bytes, b.dense.panel, c, add, done);
+  if (m == 1 && !lhs_by_rows<P>) return gemm_row(n, k, a, b, panel, c, add, done);
   alignas(64) P block[KC * NR];
-  for (int64_t n0 = 0; n0 < n; n0 += NR)
+  for (int64_t n0 = 0; n0 < n; n0 += NR, b += panel)
     for (int64_t k0 = 0; k0 < k; k0 += KC) {
       const int64_t depth = min(KC, k - k0);
       const auto finish = [&](int64_t i0, int64_t rows, int64_t, int64_t columns) {
         if (k0 + KC >= k) done(i0, rows, n0, columns);
       };
-      const int8_t* bytes = b.columns(n0).rows(k0).bytes;
       for (int64_t i = 0; i < panel_elements<P>(depth); i += W * KU) {
-        const typename Step<P>::Vector x = Step<P>::read(bytes + i);
+        const typename Step<P>::Vector x = Step<P>::read(b + k0 * NR + i);
         __builtin_memcpy(block + i, &x, sizeof x);
       }
       gemm(m, min(NR, n - n0), depth, Lhs<P>{a.data + k0 / KU * a.step, a.row, a.step},
            Rhs<P>{block, 0}, c + n0, ldc, add || k0 > 0, finish);
     }
+}
+
+template <class P, class Done>
+inline void gemm(int64_t m, int64_t n, int64_t k, Lhs<P> a, const PackedWeight<P>& b, float* c,
+                 int64_t ldc, bool add, const Done& done) {
+  if (b.bytes) return gemm_widened(m, n, k, a, b.bytes, b.dense.panel, c, ldc, add, done);
+  if constexpr (sizeof(P) > sizeof(bf16))
+    if (b.halves) return gemm_widened(m, n, k, a, b.halves, b.dense.panel, c, ldc, add, done);
+  gemm(m, n, k, a, b.dense, c, ldc, add, done);
 }
 
 template <class P>

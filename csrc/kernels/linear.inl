@@ -49,7 +49,7 @@ void linear_typed(const Linear& s, const Parallel& parallel) {
   Frame frame;
   const RowNorm norm(s.norm, s.K, frame);
   const float* bias = floats(s.bias, s.N, frame);
-  const PackedWeight<P> w = weight_transposed<P>(s.weight, s.N, s.K, frame, parallel);
+  const PackedWeight<P> w = weight_transposed<T>(s.weight, s.N, s.K, frame, parallel);
 
   for_blocks(s.M, s.N, s.K, Tile<P>::NR, parallel,
              [&](int64_t m0, int64_t rows, int64_t n0, int64_t n, int64_t ld) {
@@ -129,26 +129,26 @@ void linear_grad(const LinearGrad& s, const Parallel& parallel) {
   linear_grad_typed<bf16>(s, parallel);
 }
 
-template <class P>
+template <class T>
 inline int64_t packed_weight_size(Packing packing, int64_t n, int64_t k) {
+  using P = typename OperandOf<T>::type;
   return packing == Packing::int8 ? byte_weight_size<P>(n, k)
-                                  : rhs_elements<P>(k, n) * static_cast<int64_t>(sizeof(P));
+                                  : rhs_elements<P>(k, n) * static_cast<int64_t>(sizeof(T));
 }
 int64_t packed_weight_bytes(DType dtype, Packing packing, int64_t n, int64_t k) {
-  using P = OperandOf<bf16>::type;
   return dtype == DType::f32 ? packed_weight_size<float>(packing, n, k)
-                             : packed_weight_size<P>(packing, n, k);
+                             : packed_weight_size<bf16>(packing, n, k);
 }
 
-template <class P>
+template <class T>
 inline void pack_weight_as(Packing packing, const Param& weight, int64_t n, int64_t k, void* packed,
                            const Parallel& parallel) {
-  if (packing == Packing::int8) return pack_weight_bytes<P>(weight, n, k, packed, parallel);
-  pack_weight_panels(weight, n, k, static_cast<P*>(packed), parallel);
+  if (packing == Packing::int8)
+    return pack_weight_bytes<typename OperandOf<T>::type>(weight, n, k, packed, parallel);
+  pack_weight_dense(weight, n, k, static_cast<T*>(packed), parallel);
 }
 void pack_weight(DType dtype, Packing packing, Param weight, int64_t n, int64_t k, void* packed,
                  const Parallel& parallel) {
-  using P = OperandOf<bf16>::type;
   if (dtype == DType::f32) return pack_weight_as<float>(packing, weight, n, k, packed, parallel);
-  pack_weight_as<P>(packing, weight, n, k, packed, parallel);
+  pack_weight_as<bf16>(packing, weight, n, k, packed, parallel);
 }

@@ -285,21 +285,23 @@ inline Lhs<P> lhs_transposed(const S* x, int64_t ld, int64_t k, int64_t m, P* co
   }
 }
 
-// A weight in panels: as the products read it, or as 8-bit whole numbers in the same places, of
-// which column n counts scales[n] each.
+// A weight in panels: as the products read it, or narrower in the same places, as bf16 or as 8-bit
+// whole numbers, of which column n counts scales[n] each.
 template <class P>
 struct PackedWeight {
   Rhs<P> dense;
   const int8_t* bytes = nullptr;
   const float* scales = nullptr;
+  const bf16* halves = nullptr;
 
-  PackedWeight columns(int64_t n) const {
-    const int64_t offset = n / Tile<P>::NR * dense.panel;
-    return bytes ? PackedWeight{dense, bytes + offset, scales + n} : PackedWeight{dense.columns(n)};
-  }
-  PackedWeight rows(int64_t k) const {
-    return bytes ? PackedWeight{dense, bytes + k * Tile<P>::NR, scales}
-                 : PackedWeight{dense.rows(k)};
+  PackedWeight columns(int64_t n) const { return from(n / Tile<P>::NR * dense.panel, n); }
+  PackedWeight rows(int64_t k) const { return from(k * Tile<P>::NR, 0); }
+
+ private:
+  PackedWeight from(int64_t offset, int64_t n) const {
+    if (bytes) return {dense, bytes + offset, scales + n};
+    if (halves) return {dense, nullptr, nullptr, halves + offset};
+    return {{dense.data + offset, dense.panel}};
   }
 };
 

@@ -268,14 +268,43 @@ inline void pack_weight_bytes(const Param& w, int64_t n, int64_t k, void* packed
   });
 }
 
-template <class P>
+// The panels of a weight for activations of type T, which are kept as that type: bf16 takes half
+// the memory also where it is multiplied as float.
+template <class T>
+constexpr bool kept_narrow = sizeof(T) < sizeof(typename OperandOf<T>::type);
+
+template <class T>
+inline void pack_weight_dense(const Param& w, int64_t n, int64_t k, T* out,
+                              const Parallel& parallel) {
+  using P = typename OperandOf<T>::type;
+  if constexpr (!kept_narrow<T>) {
+    pack_weight_panels(w, n, k, out, parallel);
+  } else {
+    const int64_t size = panel_elements<P>(k);
+    run_tasks(parallel, divide_up(n, Tile<P>::NR), [&](int64_t index) {
+      Frame frame;
+      P* panel = take<P>(frame, size);
+      __builtin_memset(panel, 0, static_cast<size_t>(size) * sizeof(P));
+      const int64_t n0 = index * Tile<P>::NR;
+      with_elements(w, [&](auto* data) {
+        pack_panel_transposed(data + n0 * k, k, k, min(Tile<P>::NR, n - n0), panel);
+      });
+      for (int64_t i = 0; i < size; i += W) store(out + index * size + i, load(panel + i), Full{});
+    });
+  }
+}
+
+template <class T, class P = typename OperandOf<T>::type>
 inline PackedWeight<P> weight_transposed(const Weight& w, int64_t n, int64_t k, Frame& frame,
                                          const Parallel& parallel) {
+  const int64_t panel = panel_elements<P>(k);
   if (w.packed && w.packing == Packing::int8) return byte_weight<P>(w.packed, n, k);
-  if (w.packed) return {{static_cast<const P*>(w.packed), panel_elements<P>(k)}};
+  if (w.packed && kept_narrow<T>)
+    return {{nullptr, panel}, nullptr, nullptr, static_cast<const bf16*>(w.packed)};
+  if (w.packed) return {{static_cast<const P*>(w.packed), panel}};
   P* out = take<P>(frame, rhs_elements<P>(k, n));
   pack_weight_panels(w.param, n, k, out, parallel);
-  return {{out, panel_elements<P>(k)}};
+  return {{out, panel}};
 }
 
 // The weight (N, K) as the right-hand side W (N, K), for the gradient of the layer's input.

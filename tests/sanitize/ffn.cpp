@@ -43,16 +43,22 @@ Ffn forward(const Shape& s, const Inputs& in) {
 }
 
 // As in generation: from packed weights, nothing kept for a backward.
-void run_packed(Ffn a, const Buffer& y, const Kernels& kernels, const Parallel& parallel) {
-  Buffer again(a.M * a.C, a.dtype);
+// The same from weights rounded to what the packed ones are kept in.
+void run_packed(Ffn a, const Inputs& in, const Kernels& kernels, const Parallel& parallel) {
+  Buffer again(a.M * a.C, a.dtype), y(a.M * a.C, a.dtype);
+  Buffer rounded1(a.F * a.C, a.dtype), rounded2(a.C * a.F, a.dtype);
+  a.norm.mean = a.norm.rstd = nullptr;
+  a.hidden = nullptr;
   Buffer w1(kernels.packed_weight_bytes(a.dtype, Packing::dense, a.F, a.C) / 2, DType::bf16);
   Buffer w2(kernels.packed_weight_bytes(a.dtype, Packing::dense, a.C, a.F) / 2, DType::bf16);
   kernels.pack_weight(a.dtype, Packing::dense, a.w1.param, a.F, a.C, w1.data(), parallel);
   kernels.pack_weight(a.dtype, Packing::dense, a.w2.param, a.C, a.F, w2.data(), parallel);
   a.w1 = {Param{}, w1.data(), Packing::dense}, a.w2 = {Param{}, w2.data(), Packing::dense};
-  a.norm.mean = a.norm.rstd = nullptr;
-  a.hidden = nullptr;
   a.y = again.data();
+  kernels.ffn(a, parallel);
+  copy_rounded(in.w1, rounded1), copy_rounded(in.w2, rounded2);
+  a.w1 = {rounded1.param()}, a.w2 = {rounded2.param()};
+  a.y = y.data();
   kernels.ffn(a, parallel);
   expect(same_bits(again, y), "packed weights give another result");
 }
@@ -68,7 +74,7 @@ std::vector<Result> run(const Shape& s, const Inputs& in, const Kernels& kernels
   a.hidden = hidden.data();
   a.y = y.data();
   kernels.ffn(a, parallel);
-  run_packed(a, y, kernels, parallel);
+  run_packed(a, in, kernels, parallel);
 
   FfnGrad g = {};
   g.forward = a;

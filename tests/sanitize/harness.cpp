@@ -178,6 +178,19 @@ int main_of(const std::string& wanted) {
   return 2;
 }
 
+void copy_rounded(const Buffer& from, Buffer& to) {
+  for (int64_t i = 0; i < from.count(); ++i) {
+    const float value = from.value(i);
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint16_t half = static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    if (to.dtype() == DType::f32)
+      std::memcpy(to.at(i), &value, sizeof value);
+    else
+      std::memcpy(to.at(i), &half, sizeof half);
+  }
+}
+
 }  // namespace gptfast::sanitize
 
 // The sanitizers call these before their reports.

@@ -95,6 +95,9 @@ std::string format(const char* pattern, ...) __attribute__((format(printf, 1, 2)
 const char* name(DType dtype);
 int64_t random_below(int64_t limit);
 bool same_bits(const Buffer& a, const Buffer& b);
+
+// Writes the values of `from` to `to`, rounded to its dtype.
+void copy_rounded(const Buffer& from, Buffer& to);
 double root_mean_square(const Buffer& x);
 
 extern int scratch_fill;  // the byte that scratch memory is filled with

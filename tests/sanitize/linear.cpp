@@ -25,10 +25,16 @@ struct Inputs {
         dy(s.M * s.N, s.dtype, 1.0) {}
 };
 
-// The forward from the weight itself and from its packed form, in each dtype of the result.
-void run_packed(const Linear& from_weight, const Buffer& packed, const Buffer& y, DType y_dtype,
-                const Kernels& kernels, const Parallel& parallel) {
+// The forward from the weight's packed form, which has the activations' dtype, and from the weight
+// rounded to that, in each dtype of the result.
+void run_packed(const Linear& from_weight, const Buffer& weight, const Buffer& packed,
+                DType y_dtype, const Kernels& kernels, const Parallel& parallel) {
   Linear a = from_weight;
+  Buffer rounded(weight.count(), a.dtype), y(a.M * a.N, a.dtype);
+  copy_rounded(weight, rounded);
+  a.weight.param = rounded.param();
+  a.y = y.data();
+  kernels.linear(a, parallel);
   Buffer again(a.M * a.N, y_dtype);
   a.y = again.data(), a.y_dtype = y_dtype;
   a.weight = {Param{}, packed.data(), Packing::dense};
@@ -63,7 +69,7 @@ std::vector<Result> run(const Shape& s, const Inputs& in, const Kernels& kernels
   kernels.pack_weight(s.dtype, Packing::dense, in.weight.param(), s.N, s.K, packed.data(),
                       parallel);
   for (const DType y_dtype : param_dtypes(s.dtype))
-    run_packed(a, packed, y, y_dtype, kernels, parallel);
+    run_packed(a, in.weight, packed, y_dtype, kernels, parallel);
 
   LinearGrad g = {};
   g.forward = a;
