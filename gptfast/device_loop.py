@@ -16,7 +16,7 @@ from gptfast.errors import DataError
 from gptfast.model import GPT, Step
 from gptfast.ops.triton.decode import decode_attention
 from gptfast.ops.triton.sampling import sample
-from gptfast.reference_loop import ReferenceLoop, likeliest_tokens
+from gptfast.reference_loop import ReferenceLoop, likeliest_tokens, reference_model
 from gptfast.request import Request, rows_at_once
 from gptfast.sampling import Sampling
 
@@ -35,13 +35,24 @@ class DeviceLoop(ReferenceLoop):
         config = self._model.config
         longest = max((len(tokens) for tokens in self._tokens), default=0) + request.max_new_tokens
         capacity = max(1, min(config.block_size, longest - 1))
-        row = 2 * config.n_layer * config.n_embd * capacity * self._model.wte.weight.itemsize
+        layers = config.n_layer if config.attention else 0
+        row = 2 * layers * config.n_embd * capacity * self._model.wte.weight.itemsize
         rows = rows_at_once(request, len(self._tokens), capacity, row)
         self._free = list(range(rows))[::-1]
         self._row: dict[int, int] = {}
         self._start: dict[int, int] = {}  # where the window starts that a row has the cache of
         if rows:
             self._decoder = Decoder(self._model, rows, capacity, request.sampling)
+
+    def _prepared(self, model: GPT, dtype: str | None) -> GPT:
+        """The model itself where it has the dtype: nothing here changes it."""
+        own = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(model.wte.weight.dtype)
+        return model if dtype in (None, own) else reference_model(model, dtype)
+
+    def run(self, seconds: float) -> bool:
+        """One token for every sequence that has a row; see Loop."""
+        with torch.cuda.device_of(self._model.wte.weight):
+            return super().run(seconds)
 
     def _advance(self, running: list[int]) -> None:
         for i in set(self._row).difference(running):

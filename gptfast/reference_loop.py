@@ -16,7 +16,7 @@ class ReferenceLoop:
     """The whole window of each sequence through the model at every step."""
 
     def __init__(self, model: GPT, request: Request) -> None:
-        self._model = reference_model(model, request.dtype)
+        self._model = self._prepared(model, request.dtype)
         self._request = request
         self._tokens = [list(prompt) for prompt in request.prompts]
         self._offset = [0] * len(self._tokens)
@@ -24,6 +24,9 @@ class ReferenceLoop:
             Progress("running" if request.max_new_tokens > 0 else "length") for _ in self._tokens
         ]
         self._reported: dict[int, tuple[int, str]] = {}
+
+    def _prepared(self, model: GPT, dtype: str | None) -> GPT:
+        return reference_model(model, dtype)
 
     @torch.no_grad()
     def run(self, seconds: float) -> bool:

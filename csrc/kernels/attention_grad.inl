@@ -1,7 +1,10 @@
 // The backward of attention.inl, probabilities recomputed from lse (FlashAttention-2, algorithm 2).
-// With f the dropout factors and delta_i = sum_d dO_id O_id:
+// With f the dropout factors and delta_i = sum_j p_ij dP_ij f_ij = sum_d dO_id O_id:
 //   p = exp(scale s - lse), dV = (p f)' dO, dP = dO V', dS = scale p (dP f - delta), dQ = dS K, dK
 //   = dS' Q
+//
+// A query whose keys are all in one block has delta as the first sum, which rounds as dP does, so
+// that less is left of the difference's error; the others have it as the second.
 //
 // One task owns some key blocks of one head: it writes their dK and dV, and adds to a dQ of its
 // own. Where a head has several tasks, their dQ are added in order at the end.
@@ -52,6 +55,7 @@ struct AttentionGradTask {
     dq_total = dq_sums;
     __builtin_memset(dq_total, 0, static_cast<size_t>(s.Tq * ld) * sizeof(float));
     for (int64_t i = 0; i < s.Tq; ++i) {
+      if (in_one_block(i)) continue;
       VF total = splat(0.0f);
       for_vectors(s.D, [&](int64_t j, auto part) {
         total += load(dout.at(i) + j, part) * load(out.at(i) + j, part);
@@ -59,6 +63,8 @@ struct AttentionGradTask {
       delta[i] = sum(total);
     }
   }
+
+  bool in_one_block(int64_t query) const { return visible_keys(s, query) <= KEYS; }
 
   void key_block(int64_t k0, int64_t keys) {
     const Rhs<P> keys_t = pack_transposed(k.at(k0), k.row, s.D, keys, keys_copy);
@@ -112,6 +118,8 @@ struct AttentionGradTask {
   void probability_rows(int64_t q0, int64_t r0, int64_t rows, int64_t k0, int64_t keys,
                         int64_t width) {
     const float c = s.scale * log2e;
+    alignas(64) float prob[DROPOUT_ROWS][KEYS];
+    VF delta_sum[DROPOUT_ROWS] = {};
     for (int64_t j = 0; j < width; j += W) {
       Keep keep;
       if (s.dropout.threshold > 0) keep = dropout_factors(s.dropout, head, q0 + r0, k0 + j);
@@ -126,15 +134,26 @@ struct AttentionGradTask {
           continue;
         }
         const VI hidden = lanes() >= static_cast<int32_t>(min(count, W));
-        const VF prob = exp2(load(p_at) * c - s.lse[head * s.Tq + query] * log2e);
-        VF dp = load(ds_at), kept = prob;
+        VF of = exp2(load(p_at) * c - s.lse[head * s.Tq + query] * log2e), dp = load(ds_at);
+        of = hidden ? splat(0.0f) : of;
+        dp = hidden ? splat(0.0f) : dp;
+        VF kept = of;
         if (s.dropout.threshold > 0) {
           dp *= keep.factor[row];
           kept *= keep.factor[row];
         }
-        store(p_at, hidden ? splat(0.0f) : kept);
-        store(ds_at, hidden ? splat(0.0f) : prob * (dp - delta[query]) * s.scale);
+        delta_sum[row] += of * dp;
+        store(prob[row] + j, of);
+        store(p_at, kept);
+        store(ds_at, dp);
       }
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t query = q0 + r0 + row, count = min(keys, visible_keys(s, query) - k0);
+      const float d = in_one_block(query) ? sum(delta_sum[row]) : delta[query];
+      float* ds_row = ds + (r0 + row) * SCORES;
+      for (int64_t j = 0; j < count; j += W)
+        store(ds_row + j, load(prob[row] + j) * (load(ds_row + j) - d) * s.scale);
     }
   }
 

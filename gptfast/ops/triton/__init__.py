@@ -3,7 +3,10 @@
 Nothing imports it before an operator meets a tensor on such a device (gptfast.ops.select).
 """
 
+import functools
 from typing import Any
+
+import torch
 
 from gptfast.ops.common import LIBRARY
 from gptfast.ops.triton import attention, attention_grad, cross_entropy, embedding, ffn, linear
@@ -22,5 +25,17 @@ KERNELS: dict[str, Any] = {
     "embedding_backward": embedding.embedding_backward,
 }
 
+
+def on_device(kernel: Any) -> Any:
+    """The kernel, launched on the device of its first argument."""
+
+    @functools.wraps(kernel)
+    def launch(first: torch.Tensor, *args: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return kernel(first, *args)
+
+    return launch
+
+
 for name, kernel in KERNELS.items():
-    LIBRARY.impl(name, kernel, "CUDA")
+    LIBRARY.impl(name, on_device(kernel), "CUDA")
