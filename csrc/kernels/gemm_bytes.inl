@@ -26,6 +26,9 @@ inline void gemm_widened(int64_t m, int64_t n, int64_t k, Lhs<P> a, const S* b, 
 template <class P, class Done>
 inline void gemm(int64_t m, int64_t n, int64_t k, Lhs<P> a, const PackedWeight<P>& b, float* c,
                  int64_t ldc, bool add, const Done& done) {
+#if GPTFAST_VNNI
+  if (b.vnni) return gemm_vnni(m, n, k, a.data, a.row, b.bytes, b.dense.panel, c, ldc, add, done);
+#endif
   if (b.bytes) return gemm_widened(m, n, k, a, b.bytes, b.dense.panel, c, ldc, add, done);
   if constexpr (sizeof(P) > sizeof(bf16))
     if (b.halves) return gemm_widened(m, n, k, a, b.halves, b.dense.panel, c, ldc, add, done);

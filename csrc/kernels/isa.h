@@ -31,6 +31,10 @@ void isa_limit(Isa highest);
 // The kernels of the level in use; throws as isa_current does.
 const Kernels& kernels();
 
+// Whether the level's kernels can take Packing::int8_vnni on this machine: of the processors of one
+// level, some have VNNI.
+bool isa_has_vnni(Isa isa);
+
 // Each is defined in isa_<level>.cpp; the build says by GPTFAST_HAVE_<LEVEL> which ones exist.
 const Kernels* kernels_generic();
 const Kernels* kernels_avx2();

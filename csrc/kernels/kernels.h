@@ -44,8 +44,8 @@ struct ParamGrad {
 };
 
 // How pack_weight keeps a weight: in what the activations' products read, or in 8-bit whole numbers
-// with a scale per output.
-enum class Packing : int32_t { dense, int8 };
+// with a scale per output, for products that widen them or that are done in whole numbers.
+enum class Packing : int32_t { dense, int8, int8_vnni };
 
 // A linear layer's weight (N, K), as nn.Linear keeps it. `packed`, when not null, is what
 // pack_weight made of it, and is read instead by a forward; a backward reads `param`.
@@ -259,6 +259,7 @@ struct Kernels {
   int64_t (*packed_weight_bytes)(DType dtype, Packing, int64_t N, int64_t K);
   void (*pack_weight)(DType dtype, Packing, Param weight, int64_t N, int64_t K, void* packed,
                       const Parallel&);
+  bool vnni;  // takes Packing::int8_vnni, on a processor that has VNNI
 };
 
 }  // namespace gptfast

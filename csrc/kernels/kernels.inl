@@ -15,6 +15,14 @@
 #include <immintrin.h>
 #endif
 
+// Whether there are products of 8-bit weights in whole numbers, for the processors of this level
+// that have them; tiles do without.
+#if GPTFAST_VECTOR_BYTES >= 32 && !GPTFAST_AMX && __has_include(<avxvnniintrin.h>)
+#define GPTFAST_VNNI 1
+#else
+#define GPTFAST_VNNI 0
+#endif
+
 #include "kernels.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -29,8 +37,10 @@ namespace {
 #if GPTFAST_AMX
 #include "amx.inl"
 #endif
-#include "gemm_bytes.inl"
 #include "rows.inl"
+#include "gemm_vnni.inl"
+#include "gemm_bytes.inl"
+#include "weights.inl"
 #include "weight_grad.inl"
 #include "linear.inl"
 #include "ffn.inl"
@@ -66,6 +76,7 @@ constexpr Kernels table = {
     log_sum_exp,
     packed_weight_bytes,
     pack_weight,
+    GPTFAST_VNNI,
 };
 
 }  // namespace

@@ -10,7 +10,7 @@ inline void for_blocks(int64_t M, int64_t N, int64_t K, int nr, const Parallel& 
   constexpr int64_t most = 512;
   const int64_t block = M <= 2 * ROWS ? max(1, M) : ROWS, row_blocks = divide_up(M, block);
   const bool few = row_blocks < 2 * parallel.threads;
-  const int64_t shared = few ? divide_up(4 * parallel.threads, max(1, row_blocks)) : 1;
+  const int64_t shared = few ? divide_up(2 * parallel.threads, max(1, row_blocks)) : 1;
   const int64_t worth = tasks_worth_a_thread(N, block * N * K);
   const int64_t columns = round_up(min(max(divide_up(N, shared), worth), most), nr);
   const int64_t column_blocks = divide_up(N, columns), tasks = row_blocks * column_blocks;
@@ -132,8 +132,8 @@ void linear_grad(const LinearGrad& s, const Parallel& parallel) {
 template <class T>
 inline int64_t packed_weight_size(Packing packing, int64_t n, int64_t k) {
   using P = typename OperandOf<T>::type;
-  return packing == Packing::int8 ? byte_weight_size<P>(n, k)
-                                  : rhs_elements<P>(k, n) * static_cast<int64_t>(sizeof(T));
+  return packing == Packing::dense ? rhs_elements<P>(k, n) * static_cast<int64_t>(sizeof(T))
+                                   : byte_weight_size<P>(packing, n, k);
 }
 int64_t packed_weight_bytes(DType dtype, Packing packing, int64_t n, int64_t k) {
   return dtype == DType::f32 ? packed_weight_size<float>(packing, n, k)
@@ -143,9 +143,9 @@ int64_t packed_weight_bytes(DType dtype, Packing packing, int64_t n, int64_t k) 
 template <class T>
 inline void pack_weight_as(Packing packing, const Param& weight, int64_t n, int64_t k, void* packed,
                            const Parallel& parallel) {
-  if (packing == Packing::int8)
-    return pack_weight_bytes<typename OperandOf<T>::type>(weight, n, k, packed, parallel);
-  pack_weight_dense(weight, n, k, static_cast<T*>(packed), parallel);
+  if (packing == Packing::dense)
+    return pack_weight_dense(weight, n, k, static_cast<T*>(packed), parallel);
+  pack_weight_bytes<typename OperandOf<T>::type>(packing, weight, n, k, packed, parallel);
 }
 void pack_weight(DType dtype, Packing packing, Param weight, int64_t n, int64_t k, void* packed,
                  const Parallel& parallel) {

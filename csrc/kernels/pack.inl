@@ -293,13 +293,14 @@ struct PackedWeight {
   const int8_t* bytes = nullptr;
   const float* scales = nullptr;
   const bf16* halves = nullptr;
+  bool vnni = false;  // the bytes are as gemm_vnni.inl reads them
 
   PackedWeight columns(int64_t n) const { return from(n / Tile<P>::NR * dense.panel, n); }
   PackedWeight rows(int64_t k) const { return from(k * Tile<P>::NR, 0); }
 
  private:
   PackedWeight from(int64_t offset, int64_t n) const {
-    if (bytes) return {dense, bytes + offset, scales + n};
+    if (bytes) return {dense, bytes + offset, scales + n, nullptr, vnni};
     if (halves) return {dense, nullptr, nullptr, halves + offset};
     return {{dense.data + offset, dense.panel}};
   }

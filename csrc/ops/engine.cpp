@@ -18,10 +18,15 @@ struct Label {
 
   Label(DType dtype, Packing packing) {
     std::snprintf(text, sizeof text, "%s, %s for %s", kernels().name,
-                  packing == Packing::int8 ? "int8" : "dense",
+                  packing == Packing::dense ? "dense" : "int8",
                   dtype == DType::f32 ? "fp32" : "bf16");
   }
 };
+
+Packing packing_of(bool int8) {
+  if (!int8) return Packing::dense;
+  return isa_has_vnni(isa_current()) ? Packing::int8_vnni : Packing::int8;
+}
 
 Tensor pack_weight(Tensor weight, ScalarType dtype, bool int8) {
   const Arguments args("pack_weight", "weight", weight);
@@ -30,7 +35,7 @@ Tensor pack_weight(Tensor weight, ScalarType dtype, bool int8) {
       dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
       std::string("dtype must be float32 or bfloat16, got ") + torch::headeronly::toString(dtype));
   const DType compute = dtype == ScalarType::Float ? DType::f32 : DType::bf16;
-  const Packing packing = int8 ? Packing::int8 : Packing::dense;
+  const Packing packing = packing_of(int8);
   const int64_t N = weight.size(0), K = weight.size(1);
   const Param param = args.param("weight", weight, {N, K});
   const Kernels& table = kernels();
@@ -105,7 +110,7 @@ Decoder decoder(const Arguments& args, const Model& from) {
   const int64_t T = from.params[1].size(0), F = 4 * C, L = from.n_layer;
   args.require(H > 0 && C % H == 0 && C > 0 && V > 0 && T > 0 && L > 0,
                "params must be those of a model with C divisible by n_head");
-  Parameters take(args, from.params, from.packed, from.int8 ? Packing::int8 : Packing::dense);
+  Parameters take(args, from.params, from.packed, packing_of(from.int8));
   Decoder model = {};
   model.dtype = args.dtype();
   model.block_size = T, model.vocab_size = V, model.n_head = H, model.n_embd = C;

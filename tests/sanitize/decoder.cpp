@@ -92,7 +92,10 @@ std::vector<Result> run(const ModelShape& s, const Model& parameters, std::vecto
     all.insert(all.end(), logits.begin(), logits.end());
     advance(s, batch);
   }
-  const double deviation = s.packing == Packing::int8 ? 4.0 : 1.0;  // bf16 or fp32 activations
+  // The activations are multiplied as fp32 or bf16, in VNNI as 15 bits.
+  const double deviation = s.packing == Packing::dense  ? 1.0
+                           : s.packing == Packing::int8 ? 4.0
+                                                        : 32.0;
   std::vector<int64_t> text = batch[0].text;
   text.resize(static_cast<size_t>(s.T));
   return {{"logits", all, deviation}, {"scores", session.score(text), deviation}};
@@ -105,10 +108,13 @@ void decoder_case(const ModelShape& s) {
   for (Window& each : batch)
     for (int64_t i = 0; i < s.T + steps; ++i) each.text.push_back(random_below(s.V));
   const auto i = [](int64_t x) { return static_cast<long long>(x); };
-  const std::string name = format(
-      "decoder %s L%lld H%lld D%lld T%lld V%lld%s%s %s%s", sanitize::name(s.dtype), i(s.L), i(s.H),
-      i(s.D), i(s.T), i(s.V), s.bias ? " bias" : "", s.attention ? "" : " without attention",
-      s.gelu == Gelu::erf ? "erf" : "tanh", s.packing == Packing::int8 ? " int8" : "");
+  const std::string name =
+      format("decoder %s L%lld H%lld D%lld T%lld V%lld%s%s %s%s", sanitize::name(s.dtype), i(s.L),
+             i(s.H), i(s.D), i(s.T), i(s.V), s.bias ? " bias" : "",
+             s.attention ? "" : " without attention", s.gelu == Gelu::erf ? "erf" : "tanh",
+             s.packing == Packing::dense  ? ""
+             : s.packing == Packing::int8 ? " int8"
+                                          : " int8 by VNNI");
   check(name, s.dtype, [&](const Kernels& kernels, const Parallel& parallel) {
     return run(s, model, batch, steps, kernels, parallel);
   });
@@ -118,7 +124,7 @@ void decoder_case(const ModelShape& s) {
 
 void decoder_cases() {
   for (const DType dtype : dtypes)
-    for (const Packing packing : {Packing::dense, Packing::int8}) {
+    for (const Packing packing : {Packing::dense, Packing::int8, Packing::int8_vnni}) {
       decoder_case({dtype, 2, 2, 17, 20, 11, true, true, Gelu::erf, packing});
       decoder_case({dtype, 1, 3, 8, 150, 66, false, true, Gelu::tanh, packing});
       decoder_case({dtype, 2, 1, 64, 5, 3, true, true, Gelu::erf, packing});

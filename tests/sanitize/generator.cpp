@@ -137,6 +137,8 @@ void generator_cases() {
       generator_case({dtype, 2, 2, 17, 12, 11, true, true, Gelu::erf, Packing::dense}, with);
   generator_case({DType::f32, 1, 3, 8, 12, 11, false, true, Gelu::tanh, Packing::int8}, options[2]);
   generator_case({DType::bf16, 2, 1, 64, 7, 11, true, true, Gelu::erf, Packing::int8}, options[4]);
+  generator_case({DType::f32, 2, 3, 17, 7, 11, true, true, Gelu::erf, Packing::int8_vnni},
+                 options[4]);
   generator_case({DType::f32, 2, 2, 16, 12, 11, true, false, Gelu::erf, Packing::dense},
                  options[2]);
 }

@@ -32,12 +32,14 @@ class Model {
   }
 
   Decoder at(const Kernels& kernels, const Parallel& parallel, std::deque<Guarded>& packed) const {
+    const bool vnni = isa_has_vnni(isa_from_name(kernels.name));
+    const Packing packing = s_.packing == Packing::int8_vnni && !vnni ? Packing::int8 : s_.packing;
     const auto rows = [&](const Buffer* w, int64_t first, int64_t N) {
       const int64_t K = C_ * 4 * C_ == w->count() && N == C_ ? 4 * C_ : C_;
       const Param from = {w->at(first * K), w->dtype()};
-      packed.emplace_back(kernels.packed_weight_bytes(s_.dtype, s_.packing, N, K), 64, 0xff);
-      kernels.pack_weight(s_.dtype, s_.packing, from, N, K, packed.back().data(), parallel);
-      return Weight{Param{}, packed.back().data(), s_.packing};
+      packed.emplace_back(kernels.packed_weight_bytes(s_.dtype, packing, N, K), 64, 0xff);
+      kernels.pack_weight(s_.dtype, packing, from, N, K, packed.back().data(), parallel);
+      return Weight{Param{}, packed.back().data(), packing};
     };
     const auto weight = [&](const Buffer* w, int64_t N) { return rows(w, 0, N); };
     const auto norm = [&](const Buffer* w, const Buffer* b) {
