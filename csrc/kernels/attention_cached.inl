@@ -67,7 +67,7 @@ struct CachedHead {
   }
 };
 
-// The queries of one head of sequence i.
+// The queries of sequence i.
 inline Attention queries_of(const CachedAttention& s, int64_t i) {
   const int64_t C = s.H * s.D, element = s.dtype == DType::f32 ? sizeof(float) : sizeof(bf16);
   const int64_t count = s.starts[i + 1] - s.starts[i], first = s.last_queries ? i : s.starts[i];
@@ -91,36 +91,44 @@ void attention_cached_typed(const CachedAttention& s, const Parallel& parallel) 
     const Attention a = queries_of(s, i);
     work += 2 * a.Tq * a.Tk * C;
   }
-  const auto start = [&](int64_t head) {
-    const int64_t i = head / s.H, h = head % s.H;
+  const auto start = [&](int64_t i, int64_t h) {
     const int64_t first = s.starts[i] * s.kv_stride + h * s.D;
     CachedHead<T>(s, s.row[i], h)
         .append(static_cast<const T*>(s.k) + first, static_cast<const T*>(s.v) + first, s.kv_stride,
                 s.cached[i], s.starts[i + 1] - s.starts[i]);
   };
-  const auto attend = [&](int64_t head, int64_t part, int64_t parts) {
-    const Attention a = queries_of(s, head / s.H);
-    const CachedHead<T> cache(s, s.row[head / s.H], head % s.H);
-    const int64_t blocks = divide_up(a.Tq, QUERIES);
-    AttentionTask<T> attention(a, 0);
-    attention.start_head(head % s.H, cache.packed_keys(), cache.packed_values());
+  const auto attend = [&](AttentionTask<T>& attention, int64_t i, int64_t h, int64_t part,
+                          int64_t parts) {
+    const CachedHead<T> cache(s, s.row[i], h);
+    const int64_t blocks = divide_up(attention.s.Tq, QUERIES);
+    attention.start_head(h, cache.packed_keys(), cache.packed_values());
     for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block)
       attention.query_block(block * QUERIES);
   };
   const int64_t per_task = max(heads / (16 * parallel.threads), tasks_worth_a_thread(heads, work));
   if (heads >= parallel.threads || per_task == heads) {
     run_tasks(parallel, divide_up(heads, per_task), [&](int64_t task) {
-      for (int64_t head = task * per_task; head < min(heads, (task + 1) * per_task); ++head) {
-        start(head);
-        attend(head, 0, 1);
+      const int64_t last = min(heads, (task + 1) * per_task);
+      for (int64_t head = task * per_task; head < last;) {
+        const int64_t i = head / s.H, end = min(last, (i + 1) * s.H);
+        const Attention a = queries_of(s, i);
+        AttentionTask<T> attention(a, 0);
+        for (; head < end; ++head) {
+          start(i, head % s.H);
+          attend(attention, i, head % s.H, 0, 1);
+        }
       }
     });
     return;
   }
   const int64_t parts = 4 * parallel.threads;
-  run_tasks(parallel, heads, start);
-  run_tasks(parallel, heads * parts,
-            [&](int64_t task) { attend(task / parts, parts - 1 - task % parts, parts); });
+  run_tasks(parallel, heads, [&](int64_t head) { start(head / s.H, head % s.H); });
+  run_tasks(parallel, heads * parts, [&](int64_t task) {
+    const int64_t head = task / parts;
+    const Attention a = queries_of(s, head / s.H);
+    AttentionTask<T> attention(a, 0);
+    attend(attention, head / s.H, head % s.H, parts - 1 - task % parts, parts);
+  });
 }
 
 void attention_cached(const CachedAttention& s, const Parallel& parallel) {
