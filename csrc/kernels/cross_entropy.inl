@@ -17,10 +17,15 @@ struct RowSum {
   float m, l, target, lse;
 };
 
-inline void add_logits(const float* s, int64_t n, RowSum& row) {
+// `exponentials`, unless null, receives exp(s_j - m).
+inline void add_logits(const float* s, int64_t n, RowSum& row, float* exponentials) {
   const float highest = highest_score(s, n), top = row.m > highest ? row.m : highest;
   VF total = splat(0.0f);
-  for_vectors(n, [&](int64_t j, auto part) { total += only(exp(load(s + j, part) - top), part); });
+  for_vectors(n, [&](int64_t j, auto part) {
+    const VF e = exp(load(s + j, part) - top);
+    if (exponentials) store(exponentials + j, e, part);
+    total += only(e, part);
+  });
   row.l = row.l * (row.m == no_score ? 0.0f : exp(splat(row.m - top))[0]) + sum(total);
   row.m = top;
 }
@@ -42,7 +47,7 @@ class CrossEntropyPass {
         logits_ld_(padded_n<P>(with_grad_ ? s.V : min(s.V, VOCAB))),
         losses_(take<float>(frame_, s.M)),
         logits_(take<float>(frame_, chunk_ * ROWS * logits_ld_)),
-        dn_(take<float>(frame_, with_grad_ ? chunk_ * ROWS * k_ld_ : 0)),
+        dn_(dx_in_place() ? nullptr : take<float>(frame_, with_grad_ ? chunk_ * ROWS * k_ld_ : 0)),
         x_copy_(take<P>(frame_, chunk_ * ROWS * x_stride_)),
         x_(take<Lhs<P>>(frame_, chunk_)),
         sums_(take<RowSum>(frame_, chunk_ * ROWS)),
@@ -59,7 +64,7 @@ class CrossEntropyPass {
   void run() {
     for (int64_t first = 0; first < blocks_; first += chunk_) {
       const int64_t slots = min(chunk_, blocks_ - first);
-      if (s_.V <= VOCAB)
+      if (whole())
         whole_vocabulary(first, slots);
       else
         vocabulary_in_blocks(first, slots);
@@ -77,10 +82,17 @@ class CrossEntropyPass {
     return min(cached, round_up(max(fitting, parallel_.threads), Tile<P>::KC / ROWS));
   }
 
+  bool whole() const { return s_.V <= VOCAB; }
   int64_t rows_of(int64_t block) const { return min(ROWS, s_.M - block * ROWS); }
   float* logits(int64_t slot, int64_t v0) const {
     return logits_ + slot * ROWS * logits_ld_ + (with_grad_ ? v0 : 0);
   }
+  // Where the sums of dN are made: dx itself where it is that.
+  float* dn(int64_t first, int64_t slot) const {
+    return dn_ ? dn_ + slot * ROWS * k_ld_
+               : static_cast<float*>(s_.dx) + (first + slot) * ROWS * k_ld_;
+  }
+  bool dx_in_place() const { return sizeof(T) == sizeof(float) && !norm_.weight && k_ld_ == s_.K; }
   int64_t columns(int64_t v0) const { return min(VOCAB, s_.V - v0); }
   Weight weight_rows(int64_t v0) const { return rows_from(s_.weight, v0, s_.K); }
   bool ignored(int64_t m) const { return s_.targets[m] == s_.ignore_index; }
@@ -135,10 +147,10 @@ class CrossEntropyPass {
     gemm(rows, n, s_.K, x_[slot], w, block, logits_ld_, false);
     for (int64_t i = 0; i < rows; ++i) {
       RowSum& row = sums_[slot * ROWS + i];
-      add_logits(block + i * logits_ld_, n, row);
+      float* s = block + i * logits_ld_;
       const int64_t target = s_.targets[m0 + i] - v0;
-      if (!ignored(m0 + i) && target >= 0 && target < n)
-        row.target = block[i * logits_ld_ + target];
+      if (!ignored(m0 + i) && target >= 0 && target < n) row.target = s[target];
+      add_logits(s, n, row, whole() && with_grad_ ? s : nullptr);
     }
   }
 
@@ -159,8 +171,7 @@ class CrossEntropyPass {
       grad_row((first + slot) * ROWS + i, sums_[slot * ROWS + i], v0, n, ds + i * logits_ld_);
     Frame frame;
     P* copy = take<P>(frame, rows * row_stride<P>(padded_k<P>(n)));
-    gemm(rows, s_.K, n, lhs_rows(ds, logits_ld_, rows, n, copy), w, dn_ + slot * ROWS * k_ld_,
-         k_ld_, v0 > 0);
+    gemm(rows, s_.K, n, lhs_rows(ds, logits_ld_, rows, n, copy), w, dn(first, slot), k_ld_, v0 > 0);
     dweight_.set_dy(slot, ds, logits_ld_, rows, 0, n);
   }
 
@@ -169,10 +180,13 @@ class CrossEntropyPass {
     dweight_.accumulate(rows, first > 0, v0, columns(v0), parallel_);
   }
 
+  // ds: logits, or exp(s - m) where the whole vocabulary is one block, to their gradients.
   void grad_row(int64_t m, const RowSum& row, int64_t v0, int64_t n, float* ds) const {
     const bool counts = !ignored(m);
+    const float each = whole() ? share_ / row.l : share_;
     for_vectors(n, [&](int64_t j, auto part) {
-      const VF p = counts ? exp(load(ds + j, part) - row.lse) * share_ : splat(0.0f);
+      VF p = splat(0.0f);
+      if (counts) p = (whole() ? load(ds + j, part) : exp(load(ds + j, part) - row.lse)) * each;
       store(ds + j, p, part);
     });
     const int64_t target = s_.targets[m] - v0;
@@ -180,10 +194,11 @@ class CrossEntropyPass {
   }
 
   void finish_dx(int64_t first, int64_t slot) {
+    if (dx_in_place()) return;
     const int64_t block = first + slot;
     for (int64_t i = 0; i < rows_of(block); ++i) {
       const int64_t m = block * ROWS + i;
-      const float* dn = dn_ + (slot * ROWS + i) * k_ld_;
+      const float* dn = this->dn(first, slot) + i * k_ld_;
       const T* x = static_cast<const T*>(s_.x) + m * s_.K;
       T* dx = static_cast<T*>(s_.dx) + m * s_.K;
       if (norm_.weight)

@@ -24,8 +24,8 @@ struct Ahead {
 
 // C (M, NV vectors) from one panel; A's rows are reached from a base pointer per three of them.
 template <int M, int NV>
-inline void microkernel(int64_t units, Lhs<float> a, const float* b, float* c, int64_t ldc,
-                        bool add, Ahead ahead) {
+inline void microkernel(int64_t units, const Lhs<float>& a, const float* b, float* c, int64_t ldc,
+                        bool add, const Ahead& ahead) {
   VF acc[M][NV];
   for (int i = 0; i < M; ++i)
     for (int v = 0; v < NV; ++v) acc[i][v] = splat(0.0f);
@@ -51,8 +51,8 @@ inline void microkernel(int64_t units, Lhs<float> a, const float* b, float* c, i
 #if GPTFAST_BF16_DOT && !GPTFAST_AMX
 // The same on pairs of bf16: c += a[2u] b[2u] + a[2u+1] b[2u+1].
 template <int M, int NV>
-inline void microkernel(int64_t units, Lhs<bf16> a, const bf16* b, float* c, int64_t ldc, bool add,
-                        Ahead ahead) {
+inline void microkernel(int64_t units, const Lhs<bf16>& a, const bf16* b, float* c, int64_t ldc,
+                        bool add, const Ahead& ahead) {
   __m512 acc[M][NV];
   for (int i = 0; i < M; ++i)
     for (int v = 0; v < NV; ++v) acc[i][v] = _mm512_setzero_ps();
@@ -78,8 +78,9 @@ inline void microkernel(int64_t units, Lhs<bf16> a, const bf16* b, float* c, int
 }
 #endif
 
+// By reference: copies of what was just written in parts would wait for it to reach the cache.
 template <class P>
-using Microkernel = void (*)(int64_t, Lhs<P>, const P*, float*, int64_t, bool, Ahead);
+using Microkernel = void (*)(int64_t, const Lhs<P>&, const P*, float*, int64_t, bool, const Ahead&);
 
 // The microkernels of 1 .. MR rows.
 template <class P, int NV, int M = Tile<P>::MR>
@@ -188,16 +189,16 @@ inline void gemm(int64_t m, int64_t n, int64_t k, Lhs<P> a, Rhs<P> b, float* c, 
                  bool add, const Done& done) {
   constexpr int MR = Tile<P>::MR, NR = Tile<P>::NR, KU = Tile<P>::KU, KC = Tile<P>::KC;
   if (m == 1) return gemm_row(n, k, a, b.data, b.panel, c, add, done);
-  const int64_t tiles = divide_up(m, MR), unit_bytes = NR * KU * static_cast<int64_t>(sizeof(P));
+  const int64_t unit_bytes = NR * KU * static_cast<int64_t>(sizeof(P)),
+                part = unit_bytes / divide_up(m, MR);
   for (int64_t k0 = 0; k0 < k; k0 += KC) {
     const int64_t units = padded_k<P>(min(KC, k - k0)) / KU;
     for (int64_t n0 = 0; n0 < n; n0 += NR) {
       const P* panel = b.rows(k0).columns(n0).data;
       // The next panel, a part of it with each tile; after the last one, this one again.
-      const char* next = reinterpret_cast<const char*>(n0 + NR < n ? panel + b.panel : panel);
-      for (int64_t m0 = 0; m0 < m; m0 += MR) {
+      Ahead ahead = {reinterpret_cast<const char*>(n0 + NR < n ? panel + b.panel : panel), part};
+      for (int64_t m0 = 0; m0 < m; m0 += MR, ahead.data += units * part) {
         const Lhs<P> rows = {a.data + m0 * a.row + k0 / KU * a.step, a.row, a.step};
-        const Ahead ahead = {next + m0 / MR * units * unit_bytes / tiles, unit_bytes / tiles};
         microkernel_of<P>(min(MR, m - m0), n - n0)(units, rows, panel, c + m0 * ldc + n0, ldc,
                                                    add || k0 > 0, ahead);
         if (k0 + KC >= k) done(m0, min(MR, m - m0), n0, min(NR, n - n0));

@@ -124,7 +124,7 @@ GPTFAST_VNNI_TARGET inline VI repeat_quad(const int8_t* from) {
 template <int M, int PANELS, int NV>
 GPTFAST_VNNI_TARGET inline void vnni_kernel(int64_t units, const int8_t* a, int64_t row,
                                             const FixedRow* fixed, const int8_t* b, int64_t panel,
-                                            float* c, int64_t ldc, bool add, Ahead ahead) {
+                                            float* c, int64_t ldc, bool add, const Ahead& ahead) {
   constexpr int NR = 2 * W, VECTORS = PANELS * NV;
   VI high[M][VECTORS], low[M][VECTORS];
   for (int i = 0; i < M; ++i)
@@ -164,7 +164,7 @@ GPTFAST_VNNI_TARGET inline void vnni_kernel(int64_t units, const int8_t* a, int6
 }
 
 using VnniKernel = void (*)(int64_t, const int8_t*, int64_t, const FixedRow*, const int8_t*,
-                            int64_t, float*, int64_t, bool, Ahead);
+                            int64_t, float*, int64_t, bool, const Ahead&);
 
 template <int NV, int M = Fixed16::MR>
 struct VnniKernels : VnniKernels<NV, M - 1> {
@@ -200,7 +200,7 @@ inline void gemm_vnni(int64_t m, int64_t n, int64_t k, const T* a, int64_t row, 
                       int64_t panel, float* c, int64_t ldc, bool add, const Done& done) {
   constexpr int64_t MR = Fixed16::MR, NR = 2 * W, KC = Fixed16::KC;
   Frame frame;
-  const int64_t stride = digits_stride(min(k, KC)), tiles = divide_up(m, MR);
+  const int64_t stride = digits_stride(min(k, KC)), part = NR * QUAD / divide_up(m, MR);
   int8_t* digits = take<int8_t>(frame, m * stride);
   FixedRow* fixed = take<FixedRow>(frame, m);
   for (int64_t k0 = 0; k0 < k; k0 += KC, b += KC * NR) {
@@ -209,14 +209,14 @@ inline void gemm_vnni(int64_t m, int64_t n, int64_t k, const T* a, int64_t row, 
       fixed[i] = round_to_fixed(a + i * row + k0, depth, digits + i * stride);
     for (int64_t n0 = 0; n0 < n;) {
       const int8_t* at = b + n0 / NR * panel;
-      const char* next = reinterpret_cast<const char*>(n0 + NR < n ? at + panel : at);
+      Ahead ahead = {reinterpret_cast<const char*>(n0 + NR < n ? at + panel : at), part};
       int64_t columns = 0;
-      for (int64_t m0 = 0; m0 < m; m0 += MR) {
-        const int64_t rows = min(MR, m - m0), part = NR * QUAD / tiles;
+      for (int64_t m0 = 0; m0 < m; m0 += MR, ahead.data += units * part) {
+        const int64_t rows = min(MR, m - m0);
         const VnniKernelChoice chosen =
             m == 1 ? vnni_kernel_of_row(n - n0) : vnni_kernel_of(rows, n - n0);
         chosen.kernel(units, digits + m0 * stride, stride, fixed + m0, at, panel, c + m0 * ldc + n0,
-                      ldc, add || k0 > 0, {next + m0 / MR * units * part, part});
+                      ldc, add || k0 > 0, ahead);
         columns = chosen.columns;
         if (k0 + KC >= k) done(m0, rows, n0, columns);
       }

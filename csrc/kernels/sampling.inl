@@ -8,7 +8,7 @@
 // ln sum_j exp(s_j)
 inline float log_sum_exp(const float* s, int64_t n) {
   RowSum row = {no_score, 0.0f, 0.0f, 0.0f};
-  add_logits(s, n, row);
+  add_logits(s, n, row, nullptr);
   return row.m + __builtin_logf(row.l);
 }
 

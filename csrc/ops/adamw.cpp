@@ -9,7 +9,7 @@ namespace {
 float* values(const Arguments& args, const char* name, const Tensor& x, const Tensor& like) {
   args.require(x.is_cpu() && x.is_contiguous() && x.scalar_type() == ScalarType::Float &&
                    x.numel() == like.numel(),
-               std::string(name) + " must be contiguous float32 tensors of the weights' sizes");
+               name, " must be contiguous float32 tensors of the weights' sizes");
   return static_cast<float*>(x.data_ptr());
 }
 

@@ -1,5 +1,6 @@
 #include "common.h"
 
+#include <algorithm>
 #include <atomic>
 #include <exception>
 #include <stdexcept>
@@ -29,13 +30,6 @@ void run_on_torch_threads(int64_t tasks, void (*body)(void*, int64_t), void* con
   if (failed) std::rethrow_exception(failure);
 }
 
-template <class Sizes>
-std::string in_words(const Sizes& sizes) {
-  std::string text = "(";
-  for (const int64_t size : sizes) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
-  return text + ")";
-}
-
 bool is_floating(const Tensor& x, DType& dtype) {
   if (x.scalar_type() == ScalarType::Float)
     dtype = DType::f32;
@@ -46,9 +40,13 @@ bool is_floating(const Tensor& x, DType& dtype) {
   return true;
 }
 
-std::string dtype_name(const Tensor& x) { return torch::headeronly::toString(x.scalar_type()); }
-
 }  // namespace
+
+std::string in_words(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  std::string text = "(";
+  for (const int64_t size : sizes) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  return text + ")";
+}
 
 Parallel torch_threads() {
   return {run_on_torch_threads, static_cast<int>(torch::stable::get_num_threads())};
@@ -56,13 +54,12 @@ Parallel torch_threads() {
 
 Arguments::Arguments(const char* op, const char* name, const Tensor& x)
     : op_(op), dtype_(DType::f32) {
-  require(is_floating(x, dtype_),
-          std::string(name) + " must be float32 or bfloat16, got " + dtype_name(x));
+  require(is_floating(x, dtype_), name, " must be float32 or bfloat16, got ", x.scalar_type());
 }
 
-void Arguments::require(bool condition, const std::string& sentence) const {
+void Arguments::fail(const std::string& sentence) const {
   // STD_TORCH_CHECK would put the source file and line before the sentence.
-  if (!condition) throw std::runtime_error("gptfast::" + std::string(op_) + ": " + sentence);
+  throw std::runtime_error("gptfast::" + std::string(op_) + ": " + sentence);
 }
 
 void Arguments::shape(const char* name, const Tensor& x,
@@ -70,21 +67,21 @@ void Arguments::shape(const char* name, const Tensor& x,
   const auto sizes = x.sizes();
   const bool same = sizes.size() == expected.size() &&
                     std::equal(expected.begin(), expected.end(), sizes.begin());
-  require(same, std::string(name) + " must have shape " + in_words(expected) + ", got " +
-                    in_words(sizes));
+  require(same, name, " must have shape ",
+          torch::headeronly::IntHeaderOnlyArrayRef(expected.begin(), expected.size()), ", got ",
+          sizes);
 }
 
 void Arguments::on_cpu(const char* name, const Tensor& x) const {
-  require(x.is_cpu(), std::string(name) + " must be on the CPU, as the other arguments are");
+  require(x.is_cpu(), name, " must be on the CPU, as the other arguments are");
 }
 
 void Arguments::like_activations(const char* name, const Tensor& x,
                                  std::initializer_list<int64_t> expected) const {
   on_cpu(name, x);
   shape(name, x, expected);
-  require(x.scalar_type() == scalar_type(dtype_),
-          std::string(name) + " must be " + torch::headeronly::toString(scalar_type(dtype_)) +
-              " like the other activations, got " + dtype_name(x));
+  require(x.scalar_type() == scalar_type(dtype_), name, " must be ", scalar_type(dtype_),
+          " like the other activations, got ", x.scalar_type());
 }
 
 Tensor Arguments::activation(const char* name, const Tensor& x,
@@ -96,9 +93,8 @@ Tensor Arguments::activation(const char* name, const Tensor& x,
 Heads Arguments::heads(const char* name, const Tensor& x,
                        std::initializer_list<int64_t> expected) const {
   like_activations(name, x, expected);
-  require(x.stride(3) == 1 || x.size(3) == 1,
-          std::string(name) + " must have stride 1 in its last dimension, got " +
-              std::to_string(x.stride(3)));
+  require(x.stride(3) == 1 || x.size(3) == 1, name,
+          " must have stride 1 in its last dimension, got ", x.stride(3));
   return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
@@ -108,10 +104,9 @@ Param Arguments::param(const char* name, const OptionalTensor& x,
   on_cpu(name, *x);
   shape(name, *x, expected);
   DType dtype = DType::f32;
-  require(
-      is_floating(*x, dtype) && (dtype == DType::f32 || dtype == dtype_),
-      std::string(name) + " must be float32 or of the activations' dtype, got " + dtype_name(*x));
-  require(x->is_contiguous(), std::string(name) + " must be contiguous");
+  require(is_floating(*x, dtype) && (dtype == DType::f32 || dtype == dtype_), name,
+          " must be float32 or of the activations' dtype, got ", x->scalar_type());
+  require(x->is_contiguous(), name, " must be contiguous");
   return {x->const_data_ptr(), dtype};
 }
 
@@ -119,8 +114,8 @@ float* Arguments::statistics(const char* name, const Tensor& x,
                              std::initializer_list<int64_t> expected) const {
   on_cpu(name, x);
   shape(name, x, expected);
-  require(x.scalar_type() == ScalarType::Float && x.is_contiguous(),
-          std::string(name) + " must be a contiguous float32 tensor");
+  require(x.scalar_type() == ScalarType::Float && x.is_contiguous(), name,
+          " must be a contiguous float32 tensor");
   return static_cast<float*>(x.data_ptr());
 }
 
@@ -129,19 +124,19 @@ Tensor Arguments::indices(const char* name, const Tensor& x,
                           std::optional<int64_t> allowed) const {
   on_cpu(name, x);
   shape(name, x, expected);
-  require(x.scalar_type() == ScalarType::Long,
-          std::string(name) + " must be int64, got " + dtype_name(x));
+  require(x.scalar_type() == ScalarType::Long, name, " must be int64, got ", x.scalar_type());
   const Tensor dense = x.is_contiguous() ? x : torch::stable::contiguous(x);
   const int64_t* data = static_cast<const int64_t*>(dense.const_data_ptr());
-  for (int64_t i = 0; i < dense.numel(); ++i)
-    require((data[i] >= 0 && data[i] < limit) || (allowed && data[i] == *allowed),
-            std::string(name) + " must be in [0, " + std::to_string(limit) + "), got " +
-                std::to_string(data[i]));
+  const int64_t* end = data + dense.numel();
+  const int64_t* wrong = std::find_if(data, end, [&](int64_t index) {
+    return (index < 0 || index >= limit) && !(allowed && index == *allowed);
+  });
+  if (wrong != end) require(false, name, " must be in [0, ", limit, "), got ", *wrong);
   return dense;
 }
 
 Dropout Arguments::dropout(double p, const OptionalTensor& seed, int64_t stream) const {
-  require(p >= 0.0 && p <= 1.0, "dropout_p must be in [0, 1], got " + std::to_string(p));
+  require(p >= 0.0 && p <= 1.0, "dropout_p must be in [0, 1], got ", std::to_string(p));
   const auto threshold = static_cast<int32_t>(p * 65536.0 + 0.5);
   if (threshold == 0) return {};
   require(seed.has_value() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1 &&
@@ -171,9 +166,8 @@ ParamGrad param_grad(const Tensor& grad) {
 }
 
 Tensor Arguments::rows(const char* name, const Tensor& x, int64_t M, int64_t K) const {
-  require(x.dim() >= 1 && rows_of(x) == M && x.size(-1) == K,
-          std::string(name) + " must have " + std::to_string(M) + " rows of " + std::to_string(K) +
-              " columns, got shape " + in_words(x.sizes()));
+  require(x.dim() >= 1 && rows_of(x) == M && x.size(-1) == K, name, " must have ", M, " rows of ",
+          K, " columns, got shape ", x.sizes());
   return activation(name, torch::stable::reshape(x, {M, K}), {M, K});
 }
 

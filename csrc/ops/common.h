@@ -22,6 +22,11 @@ using OptionalTensor = std::optional<Tensor>;
 // loaded.
 Parallel torch_threads();
 
+inline std::string in_words(const std::string& text) { return text; }
+inline std::string in_words(int64_t number) { return std::to_string(number); }
+inline std::string in_words(ScalarType dtype) { return torch::headeronly::toString(dtype); }
+std::string in_words(torch::headeronly::IntHeaderOnlyArrayRef sizes);
+
 // An operator's name and its activations' dtype, against which the arguments are checked.
 class Arguments {
  public:
@@ -45,13 +50,19 @@ class Arguments {
   Tensor indices(const char* name, const Tensor& x, std::initializer_list<int64_t> shape,
                  int64_t limit, std::optional<int64_t> allowed = std::nullopt) const;
   Dropout dropout(double p, const OptionalTensor& seed, int64_t stream) const;
-  void require(bool condition, const std::string& sentence) const;
+  // The sentence is made of its parts (texts, numbers, sizes, dtypes) where it is needed alone:
+  // checks run at every call.
+  template <class... Parts>
+  void require(bool condition, const Parts&... sentence) const {
+    if (!condition) fail((in_words(sentence) + ...));
+  }
   void shape(const char* name, const Tensor& x, std::initializer_list<int64_t> expected) const;
 
  private:
   void like_activations(const char* name, const Tensor& x,
                         std::initializer_list<int64_t> shape) const;
   void on_cpu(const char* name, const Tensor& x) const;
+  [[noreturn]] void fail(const std::string& sentence) const;
 
   const char* op_;
   DType dtype_;

@@ -12,9 +12,8 @@ Embedding arguments(const Arguments& args, const Tensor& idx, const Tensor& wte,
   args.require(idx.dim() == 2 && wte.dim() == 2 && wpe.dim() == 2,
                "idx must be (B, T), wte (V, C) and wpe (block_size, C)");
   const int64_t B = idx.size(0), T = idx.size(1), V = wte.size(0), C = wte.size(1);
-  args.require(T <= wpe.size(0),
-               "idx must have at most block_size = " + std::to_string(wpe.size(0)) +
-                   " positions, got " + std::to_string(T));
+  args.require(T <= wpe.size(0), "idx must have at most block_size = ", wpe.size(0),
+               " positions, got ", T);
   dense = args.indices("idx", idx, {B, T}, V);
   Embedding s = {};
   s.M = B * T, s.T = T, s.C = C, s.V = V;
@@ -28,9 +27,8 @@ Embedding arguments(const Arguments& args, const Tensor& idx, const Tensor& wte,
 Tensor embedding(Tensor idx, Tensor wte, Tensor wpe, double p, OptionalTensor seed, int64_t stream,
                  ScalarType dtype) {
   const Arguments args("embedding", "wte", wte);
-  args.require(
-      dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
-      std::string("dtype must be float32 or bfloat16, got ") + torch::headeronly::toString(dtype));
+  args.require(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
+               "dtype must be float32 or bfloat16, got ", dtype);
   Tensor dense;
   Embedding s = arguments(args, idx, wte, wpe, p, seed, stream, dense);
   Tensor y = new_tensor({idx.size(0), idx.size(1), s.C}, dtype);

@@ -31,9 +31,8 @@ Packing packing_of(bool int8) {
 Tensor pack_weight(Tensor weight, ScalarType dtype, bool int8) {
   const Arguments args("pack_weight", "weight", weight);
   args.require(weight.dim() == 2, "weight must be (N, K)");
-  args.require(
-      dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
-      std::string("dtype must be float32 or bfloat16, got ") + torch::headeronly::toString(dtype));
+  args.require(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
+               "dtype must be float32 or bfloat16, got ", dtype);
   const DType compute = dtype == ScalarType::Float ? DType::f32 : DType::bf16;
   const Packing packing = packing_of(int8);
   const int64_t N = weight.size(0), K = weight.size(1);
@@ -80,9 +79,8 @@ class Parameters {
     args_.require(x.is_cpu() && x.is_contiguous() && x.scalar_type() == ScalarType::Byte,
                   "packed must be what pack_weight returned");
     const char* data = static_cast<const char*>(x.const_data_ptr());
-    args_.require(std::strncmp(data, label.text, label_bytes) == 0,
-                  "packed must be made for \"" + std::string(label.text) + "\", got \"" +
-                      std::string(data, strnlen(data, label_bytes)) + "\"");
+    args_.require(std::strncmp(data, label.text, label_bytes) == 0, "packed must be made for \"",
+                  label.text, "\", got \"", std::string(data, strnlen(data, label_bytes)), "\"");
     return {Param{}, data + label_bytes, packing_};
   }
   bool all_taken() const { return param_ == params_.size() && weight_ == packed_.size(); }
@@ -141,16 +139,14 @@ Decoder decoder(const Arguments& args, const Model& from) {
   }
   model.ln_f = take.next_norm(C);
   model.lm_head = take.next_weight(V, C);
-  args.require(take.all_taken(),
-               "params and packed must be those of a model with " + std::to_string(L) + " layers");
+  args.require(take.all_taken(), "params and packed must be those of a model with ", L, " layers");
   return model;
 }
 
 KeyValueCache cache_of(const Arguments& args, const Decoder& model, const Tensor& cache,
                        int64_t capacity) {
-  args.require(capacity > 0 && capacity <= model.block_size,
-               "capacity must be in [1, " + std::to_string(model.block_size) + "], got " +
-                   std::to_string(capacity));
+  args.require(capacity > 0 && capacity <= model.block_size, "capacity must be in [1, ",
+               model.block_size, "], got ", capacity);
   const int64_t columns =
       cache_row_bytes(kernels(), model, capacity) / static_cast<int64_t>(cache.element_size());
   args.require(cache.dim() == 2 && cache.is_contiguous() && cache.is_cpu(),
@@ -164,10 +160,8 @@ template <class T>
 T* in_place(const Arguments& args, const char* name, const Tensor& x, ScalarType type,
             int64_t count) {
   args.require(x.is_cpu() && x.is_contiguous() && x.scalar_type() == type && x.numel() == count,
-               std::string(name) + " must be a contiguous " + torch::headeronly::toString(type) +
-                   " tensor of " + std::to_string(count) + " elements on the CPU, got " +
-                   std::to_string(x.numel()) + " of " +
-                   torch::headeronly::toString(x.scalar_type()));
+               name, " must be a contiguous ", type, " tensor of ", count,
+               " elements on the CPU, got ", x.numel(), " of ", x.scalar_type());
   return static_cast<T*>(x.data_ptr());
 }
 
@@ -177,7 +171,7 @@ Texts texts_of(const Arguments& args, const char* name, const Tensor& data, cons
   const int64_t count = starts.numel() - 1;
   args.require(
       count >= 0 && at[0] == 0 && at[count] == data.numel() && std::is_sorted(at, at + count + 1),
-      std::string(name) + " must have starts that rise from 0 to their data's size");
+      name, " must have starts that rise from 0 to their data's size");
   return {bytes, at, count};
 }
 
@@ -189,9 +183,8 @@ void check_sequences(const Arguments& args, const Sequences& s, int64_t places,
   int64_t end = 0;
   for (int64_t i = 0; i < s.count; ++i) {
     const Sequence& each = s.all[i];
-    // Sentences are made where something is wrong alone: this runs at every call.
     const auto require = [&](bool condition, const char* sentence) {
-      if (!condition) args.require(false, "sequence " + std::to_string(i) + " must " + sentence);
+      args.require(condition, "sequence ", i, " must ", sentence);
     };
     require(each.begin >= end && each.prompt > 0 && each.prompt <= each.length &&
                 each.length <= each.limit && each.limit <= places - each.begin,
@@ -206,9 +199,8 @@ void check_sequences(const Arguments& args, const Sequences& s, int64_t places,
     const auto* unknown =
         std::find_if(first, last, [&](int64_t t) { return t < 0 || t >= model.vocab_size; });
     if (unknown != last)
-      args.require(false, "sequence " + std::to_string(i) + " must have tokens in [0, " +
-                              std::to_string(model.vocab_size) + "), got " +
-                              std::to_string(*unknown));
+      args.require(false, "sequence ", i, " must have tokens in [0, ", model.vocab_size, "), got ",
+                   *unknown);
     if (state == State::waiting) continue;
     require(each.row >= 0 && each.row < cache.rows && !taken[static_cast<size_t>(each.row)] &&
                 each.cached >= 0 && each.offset >= 0 && each.offset + each.cached < each.length,
@@ -297,9 +289,8 @@ Tensor score(Tensor tokens, Tensor targets, Tensor starts, Tensor cache, std::ve
   std::vector<int64_t> row(static_cast<size_t>(count)), cached(static_cast<size_t>(count));
   for (int64_t i = 0; i < count; ++i) {
     const int64_t length = data(starts_)[i + 1] - data(starts_)[i];
-    args.require(length > 0 && length <= most, "starts must give each window 1 to " +
-                                                   std::to_string(most) + " tokens, got " +
-                                                   std::to_string(length));
+    args.require(length > 0 && length <= most, "starts must give each window 1 to ", most,
+                 " tokens, got ", length);
     row[static_cast<size_t>(i)] = i;
   }
   Tensor logprobs = new_tensor({M}, ScalarType::Float);
