@@ -128,27 +128,37 @@ struct AttentionTask {
     if (width <= 0) return;
     gemm(tile, width, s.D, Lhs<P>{queries.data + r0 * queries.row, queries.row, queries.step},
          keys.columns(k0), scores + r0 * SCORES, SCORES, false);
-    float highest[MR], rescale[MR], total[MR];
-    const auto count = [&](int64_t i) { return min(width, visible_keys(s, q0 + r0 + i) - k0); };
-    for (int64_t i = 0; i < tile; ++i)
-      highest[i] = highest_score(scores + (r0 + i) * SCORES, count(i));
-    for_vectors(tile, [&](int64_t i, auto part) {
-      const VF before = load(m + r0 + i, part);
-      const VF now = vmax(before, c * load(highest + i, part));
-      store(rescale + i, before == no_score ? splat(0.0f) : exp2(before - now), part);
-      store(m + r0 + i, now, part);
-    });
-    for (int64_t i = 0; i < tile; ++i)
-      total[i] = exponentials(scores + (r0 + i) * SCORES, count(i), width, c, m[r0 + i]);
-    for_vectors(tile, [&](int64_t i, auto part) {
-      float* sums = l + r0 + i;
-      store(sums, load(sums, part) * load(rescale + i, part) + load(total + i, part), part);
-    });
+    for (int64_t first = r0; first < r0 + tile; first += W) {
+      const int64_t n = min(W, r0 + tile - first);
+      if (n == W)
+        softmax_rows(q0, first, n, k0, width, Full{});
+      else
+        softmax_rows(q0, first, n, k0, width, Tail{static_cast<int>(n)});
+    }
+  }
+
+  // For the rows first .. first + n, of which the vectors below have one per lane. They are put
+  // together in registers: a vector load of numbers stored one by one waits for all of them.
+  template <class Part>
+  void softmax_rows(int64_t q0, int64_t first, int64_t n, int64_t k0, int64_t width, Part part) {
+    const auto count = [&](int64_t i) { return min(width, visible_keys(s, q0 + first + i) - k0); };
+    float* row = scores + first * SCORES;
+    VF highest = splat(no_score), total = splat(0.0f);
+    for (int64_t i = 0; i < n; ++i)
+      highest = with_lane(highest, i, highest_score(row + i * SCORES, count(i)));
+    const VF before = load(m + first, part), now = vmax(before, c * highest);
+    const VF factor = before == no_score ? splat(0.0f) : exp2(before - now);
+    float now_of[W], rescale[W];
+    store(now_of, now), store(rescale, factor);
+    for (int64_t i = 0; i < n; ++i)
+      total = with_lane(total, i, exponentials(row + i * SCORES, count(i), width, c, now_of[i]));
+    store(m + first, now, part);
+    store(l + first, load(l + first, part) * factor + total, part);
     if (k0 == 0) return;
-    for (int64_t i = 0; i < tile; ++i) {
-      float* row = o + (r0 + i) * ld;
+    for (int64_t i = 0; i < n; ++i) {
+      float* sums = o + (first + i) * ld;
       if (rescale[i] != 1.0f)
-        for (int64_t j = 0; j < ld; j += W) store(row + j, load(row + j) * rescale[i]);
+        for (int64_t j = 0; j < ld; j += W) store(sums + j, load(sums + j) * rescale[i]);
     }
   }
 

@@ -141,6 +141,11 @@ inline VI lanes() {
 inline VF only(VF x, Full, float = 0.0f) { return x; }
 inline VF only(VF x, Tail t, float other = 0.0f) { return lanes() < t.count ? x : splat(other); }
 
+// x with `value` in lane i.
+inline VF with_lane(VF x, int64_t i, float value) {
+  return lanes() == static_cast<int32_t>(i) ? splat(value) : x;
+}
+
 inline VF vsqrt(VF x) {
 #if GPTFAST_VECTOR_BYTES == 64
   return (VF)_mm512_sqrt_ps((__m512)x);
@@ -162,7 +167,7 @@ inline VF polynomial(VF x, const float (&c)[N]) {
 // 2^x, relative error below 3e-7 on [-126, 128); 0, or a denormal number, below that range; 0 of
 // -inf; NaN of NaN. n = round(x), 2^x = 2^n 2^f with |f| <= 1/2 and 2^f by its minimax polynomial
 // of degree 6.
-inline VF exp2(VF x) {
+[[gnu::always_inline]] inline VF exp2(VF x) {
   constexpr float lowest = GPTFAST_VECTOR_BYTES == 64 ? -200.0f : -127.0f;
   const VF clamped = vmin(splat(128.0f), vmax(splat(lowest), x));  // in this order a NaN stays one
 #if GPTFAST_VECTOR_BYTES == 64
