@@ -97,7 +97,8 @@ def generate(
             it, nor on the next one.
         max_cache_bytes: Memory for keys and values.
         dtype: "fp32" or "bf16" for weights, activations and cache, "int8" for weights of 8 bits
-            with a scale per output; the model's own when None.
+            with a scale per output, whose activations are rounded to 16 bits where the processor
+            multiplies bytes (VNNI); the model's own when None.
 
     Returns:
         `num_samples` Generations per prompt, in order; tokens and text are the new ones alone.
