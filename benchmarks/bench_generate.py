@@ -1,8 +1,8 @@
 """Greedy generation: gptfast against the course's loop, torch with a cache, and other engines.
 
 Past the window everyone who can do it slides it by one token and computes it again; others do not
-run there. transformers and CTranslate2 take part where they are installed. All have their weights
-ready.
+run there. transformers, CTranslate2 and llama.cpp take part where they are installed. All have
+their weights ready.
 Letters: B batch, T time, C n_embd, V vocab_size, L layers.
 """
 
@@ -152,6 +152,11 @@ def makers(shape: Shape, dtype: str) -> dict[str, Callable[[], Generate]]:
         found["CTranslate2"] = lambda: generation_peers.ctranslate2_generate(
             model, kind, prompt, new
         )
+    if on_cpu and generation_peers.installed("llama_cpp", "gguf"):
+        file_type = {"fp32": "F32", "bf16": "BF16", "int8": "Q8_0"}[dtype]
+        found["llama.cpp"] = lambda: generation_peers.llama_cpp_generate(
+            model, file_type, prompt, new
+        )
     return found
 
 
@@ -163,7 +168,7 @@ def step(shape: Shape, dtype: str) -> Case:
         shape.flops,
         functools.partial(verify, shape, dtype, contenders),
         other_dtype=("course fp32",) if dtype != "fp32" else (),
-        # CTranslate2's OpenMP keeps its threads awake for 0.2 seconds.
+        # CTranslate2's OpenMP keeps its threads awake for 0.2 seconds; llama.cpp has torch's.
         pause_seconds=0.3 if "CTranslate2" in contenders else 0.0,
         details=functools.partial(details, shape, dtype),
     )

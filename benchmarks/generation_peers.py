@@ -6,6 +6,7 @@ Every function here makes a contender: a call without arguments that returns the
 
 import copy
 import importlib.util
+import logging
 import shutil
 import tempfile
 import weakref
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peers
 import torch
 from common import DTYPES
@@ -21,6 +23,7 @@ from torch.nn import functional as F
 
 from gptfast import GPT
 from gptfast.model import from_course_name
+from gptfast.ops.reference import LAYER_NORM_EPS
 
 Tokens = list[list[int]]
 Generate = Callable[[], Tokens]
@@ -108,9 +111,9 @@ def sdpa_cache(model: GPT, dtype: str, prompt: Tensor, new: int) -> Generate:
     return run
 
 
-def installed(module: str) -> bool:
+def installed(*modules: str) -> bool:
     """Whether a peer can be imported: `pip install -e .[peers]` brings them."""
-    return importlib.util.find_spec(module) is not None
+    return all(importlib.util.find_spec(module) is not None for module in modules)
 
 
 def transformers_model(model: GPT) -> nn.Module:
@@ -232,3 +235,102 @@ def _fill_ctranslate2(spec: Any, original: GPT) -> None:
         norm(to.ffn.layer_norm, block.ln_2)
         linear(to.ffn.linear_0, block.mlp.c_fc)
         linear(to.ffn.linear_1, block.mlp.c_proj)
+
+
+def llama_cpp_generate(model: GPT, kind: str, prompt: Tensor, new: int) -> Generate:
+    """llama.cpp with the number of threads that torch has, a sequence per text.
+
+    `kind` is that of the matrices: F32, BF16 or Q8_0. Keys and values are in float16, its default
+    and its fastest. Its GELU is always that by tanh, from a table in float16, which moves the
+    logits by 5e-4 of their size.
+    """
+    import llama_cpp
+
+    (B, T), V = prompt.shape, model.config.vocab_size
+    logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)
+    llama_cpp.llama_backend_init()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        _write_gguf(path, model, kind)
+        params = llama_cpp.llama_model_default_params()
+        other = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+    assert other, "llama.cpp cannot load the model"
+    options = llama_cpp.llama_context_default_params()
+    options.n_seq_max, options.n_batch, options.n_ctx = B, B * T, B * (T + new)
+    options.n_threads = options.n_threads_batch = torch.get_num_threads()
+    context = llama_cpp.llama_init_from_model(other, options)
+    assert context, "llama.cpp cannot make a context"
+    memory = llama_cpp.llama_get_memory(context)
+    prefill, step = _llama_batch(B, T), _llama_batch(B, 1)
+    np.ctypeslib.as_array(prefill.token, (B * T,))[:] = prompt.flatten().numpy()
+    tokens, positions = (np.ctypeslib.as_array(x, (B,)) for x in (step.token, step.pos))
+
+    def decode(batch: Any) -> None:
+        code = llama_cpp.llama_decode(context, batch)
+        assert code == 0, f"llama_decode returns {code}"
+
+    decode(prefill)  # the logits stay where they are from now on
+    logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), (B, V))
+
+    def run() -> Tokens:
+        llama_cpp.llama_memory_clear(memory, False)
+        out = np.empty((new, B), dtype=np.int64)
+        decode(prefill)
+        for i, row in enumerate(out):
+            if i > 0:
+                tokens[:], positions[:] = out[i - 1], T + i - 1
+                decode(step)
+            llama_cpp.llama_get_logits(context)  # waits, and puts the rows in their order
+            logits.argmax(1, out=row)
+        return out.T.tolist()
+
+    def free() -> None:
+        for batch in (prefill, step):
+            llama_cpp.llama_batch_free(batch)
+        llama_cpp.llama_free(context)
+        llama_cpp.llama_model_free(other)
+
+    weakref.finalize(run, free)
+    return run
+
+
+def _llama_batch(B: int, T: int) -> Any:
+    """T tokens of each of B sequences from position 0 on, logits of the last ones."""
+    import llama_cpp
+
+    batch = llama_cpp.llama_batch_init(B * T, 0, 1)
+    batch.n_tokens = B * T
+    for i in range(B * T):
+        sequence, position = divmod(i, T)
+        batch.pos[i], batch.logits[i] = position, position == T - 1
+        batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+    return batch
+
+
+def _write_gguf(path: Path, model: GPT, kind: str) -> None:
+    import gguf
+
+    c = model.config
+    writer = gguf.GGUFWriter(path, "gpt2")
+    writer.add_context_length(c.block_size)
+    writer.add_embedding_length(c.n_embd)
+    writer.add_feed_forward_length(4 * c.n_embd)
+    writer.add_block_count(c.n_layer)
+    writer.add_head_count(c.n_head)
+    writer.add_layer_norm_eps(LAYER_NORM_EPS)
+    writer.add_vocab_size(c.vocab_size)
+    writer.add_tokenizer_model("none")
+    names: Any = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, c.n_layer)
+    for name, weight in model.state_dict().items():
+        head = name == "lm_head.weight"
+        if head and c.tie_weights:
+            continue
+        place = names.get_name(name if head else f"transformer.{name}", (".weight", ".bias"))
+        # Norms, biases and positions are float32 in every file.
+        matrix = weight.dim() == 2 and name != "wpe.weight"
+        to = gguf.GGMLQuantizationType[kind if matrix else "F32"]
+        writer.add_tensor(place, gguf.quantize(weight.numpy(), to), raw_dtype=to)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
