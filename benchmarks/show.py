@@ -22,7 +22,7 @@ from gptfast.errors import ConfigError
 from gptfast.info import info
 from gptfast.plots import COLOURS, GREY
 
-WIDTH = 160  # where the output is no terminal
+WIDTH = 200  # where the output is no terminal
 
 
 def card() -> dict[str, Any]:
