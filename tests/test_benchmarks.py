@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ import bench_generate
 import bench_train
 import command
 import common
+import generation_peers
 import loss_curves
 import memory
 import pytest
@@ -124,6 +126,31 @@ def test_script_prints_table_and_json(processes: dict[str, Any], name: str) -> N
             shown = f"{row['ms'][contender]:.3f} ({ratio:.2f}x)"
             assert any(line.startswith(row["name"]) and shown in line for line in table)
         assert row["rounds"] >= common.LEAST_SLOW_ROUNDS
+
+
+@pytest.mark.skipif(
+    not generation_peers.installed("llama_cpp", "gguf"), reason="llama.cpp or gguf is not installed"
+)
+@pytest.mark.parametrize("dtype", ("fp32", "bf16", "int8"))
+@pytest.mark.parametrize("tied", (False, True))
+def test_llama_cpp_takes_the_likeliest_tokens(dtype: str, tied: bool) -> None:
+    config = replace(bench_generate.S, tie_weights=tied)
+    shape = bench_generate.Shape("S", config, prompt=5, new=20, batch=3)
+    run = bench_generate.makers(shape, dtype)["llama.cpp"]()
+    bench_generate.verify(shape, dtype, {"llama.cpp": run})
+    assert run() == run()
+
+
+@pytest.mark.parametrize("peer", ("transformers", "CTranslate2", "llama.cpp"))
+def test_peers_take_part_where_they_are_installed_and_can(
+    peer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside, past = bench_generate.SHAPES[0], bench_generate.SHAPES[-1]
+    monkeypatch.setattr(generation_peers, "installed", lambda *_: True)
+    assert peer in bench_generate.makers(inside, "fp32")
+    assert peer not in bench_generate.makers(past, "fp32")
+    monkeypatch.setattr(generation_peers, "installed", lambda *_: False)
+    assert peer not in bench_generate.makers(inside, "fp32")
 
 
 def wrong_by_a_thousandth(op: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
