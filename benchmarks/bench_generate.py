@@ -149,8 +149,8 @@ def makers(shape: Shape, dtype: str) -> dict[str, Callable[[], Generate]]:
     on_cpu = model.wte.weight.is_cpu
     if on_cpu and dtype != "bf16" and generation_peers.installed("ctranslate2"):
         kind = {"fp32": "float32", "int8": "int8_float32"}[dtype]
-        found["CTranslate2"] = lambda: generation_peers.ctranslate2_generate(
-            model, kind, prompt, new
+        found["CTranslate2"] = lambda: generation_peers.apart(
+            generation_peers.ctranslate2_generate, model, kind, prompt, new
         )
     if on_cpu and generation_peers.installed("llama_cpp", "gguf"):
         file_type = {"fp32": "F32", "bf16": "BF16", "int8": "Q8_0"}[dtype]

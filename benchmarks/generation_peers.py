@@ -4,9 +4,11 @@ Every function here makes a contender: a call without arguments that returns the
 (B, new) as lists. Letters: B batch, T time, C n_embd, H heads, D head_dim, V vocab_size, L layers.
 """
 
+import contextlib
 import copy
 import importlib.util
 import logging
+import multiprocessing
 import shutil
 import tempfile
 import weakref
@@ -162,6 +164,50 @@ def transformers_generate(model: GPT, dtype: str, prompt: Tensor, new: int) -> G
         return out[:, prompt.shape[1] :].tolist()
 
     return run
+
+
+def apart(make: Callable[..., Generate], model: GPT, *arguments: Any) -> Generate:
+    """The contender that `make` builds, in a process of its own.
+
+    OpenMP's threads of two pools in one process are more than there are processors, and it then
+    waits at no barrier: all others would run at half their speed while the other pool exists.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    copied = copy.deepcopy(model)  # or its weights would move to shared memory
+    arguments = (there, torch.get_num_threads(), make, copied, *arguments)
+    process = context.Process(target=_serve, args=arguments, daemon=True)
+    process.start()
+    there.close()
+
+    def run() -> Tokens:
+        here.send(None)
+        tokens, error = here.recv()
+        if error:
+            raise RuntimeError(error)
+        return tokens
+
+    def stop() -> None:
+        here.close()
+        process.join()
+
+    weakref.finalize(run, stop)
+    return run
+
+
+def _serve(
+    there: Any, threads: int, make: Callable[..., Generate], model: GPT, *arguments: Any
+) -> None:
+    torch.set_num_threads(threads)
+    run: Generate | None = None
+    with contextlib.suppress(EOFError):  # the other end is closed
+        while True:
+            there.recv()
+            try:
+                run = run or make(model, *arguments)
+                there.send((run(), ""))
+            except Exception as error:
+                there.send(([], f"{type(error).__name__}: {error}"))
 
 
 def ctranslate2_generate(model: GPT, compute_type: str, prompt: Tensor, new: int) -> Generate:
