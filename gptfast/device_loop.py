@@ -194,7 +194,8 @@ class Decoder:
                 self._step()
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # torch's own stream for this is one of the device that captured first in the process.
+        with torch.cuda.graph(self._graph, stream=stream):
             self._step()
 
     @torch.no_grad()

@@ -5,8 +5,10 @@ functions are what is tested. A process has the interpreter or the compiler: wit
 marked `cuda` run, and the others are skipped.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import bench_attention
@@ -38,7 +40,16 @@ from gptfast.sampling import Sampling, choose, draws
 triton = pytest.importorskip("triton")
 from gptfast import device_loop  # noqa: E402
 from gptfast.ops import triton as kernels  # noqa: E402
-from gptfast.ops.triton import attention, attention_grad, cross_entropy, decode, ffn, linear, rows  # noqa: E402
+from gptfast.ops.triton import (  # noqa: E402
+    attention,
+    attention_grad,
+    cross_entropy,
+    decode,
+    ffn,
+    launch,
+    linear,
+    rows,
+)
 from gptfast.ops.triton.sampling import sample  # noqa: E402
 
 CUDA = torch.cuda.is_available()
@@ -380,6 +391,52 @@ def test_generation_is_that_of_the_uncached_loop(options: dict[str, Any], overfl
         assert [[t for t, _ in row] for row in a.alternatives] == [
             [t for t, _ in row] for row in b.alternatives
         ]
+
+
+def test_a_step_is_captured_where_it_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams: list[Any] = []
+
+    @contextlib.contextmanager
+    def on(stream: Any) -> Iterator[None]:
+        streams.append(stream)
+        yield
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream=None: on(stream))
+    device_loop.Decoder(GPT(SMALL).to(DEVICE), 2, 4, Sampling())._capture()
+    assert streams == [stream, stream]  # else on a stream of the first device that ever captured
+
+
+@pytest.mark.parametrize(
+    ("target", "exact", "short"),
+    (
+        (("cuda", 80), "tf32x3", "tf32"),
+        (("hip", "gfx942"), "ieee", "tf32"),
+        (("hip", "gfx90a"), "ieee", "ieee"),  # has no tf32, and Triton refuses it
+        (("hip", "gfx950"), "ieee", "ieee"),
+    ),
+)
+def test_how_float32_is_multiplied(
+    target: tuple[str, Any], exact: str, short: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, arch = target
+    chip = SimpleNamespace(backend=backend, arch=arch)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(
+        triton.runtime.driver, "_active", SimpleNamespace(get_current_target=lambda: chip)
+    )
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for setting, expected in (("ieee", exact), ("tf32", short)):
+            matmul.fp32_precision = setting  # after which torch may not tell the older setting
+            assert launch.precision() == expected
+    finally:
+        matmul.fp32_precision = before
 
 
 @pytest.mark.cuda

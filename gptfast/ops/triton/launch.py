@@ -74,16 +74,17 @@ def programs(device: torch.device) -> int:
 
 
 def precision() -> str:
-    """How float32 is multiplied: as torch.set_float32_matmul_precision says.
+    """How float32 is multiplied: as torch.backends.cuda.matmul.fp32_precision says.
 
     By default as three products of tf32, whose sum has float32's digits (Ootomo and Yokota,
-    arXiv:2203.03341); AMD's units multiply float32 itself.
+    arXiv:2203.03341); AMD's units multiply float32 itself, and only gfx942's multiply tf32.
     """
-    if torch.get_float32_matmul_precision() != "highest":
-        return "tf32"
-    if INTERPRETED or triton.runtime.driver.active.get_current_target().backend == "hip":
-        return "ieee"
-    return "tf32x3"
+    # torch.set_float32_matmul_precision sets it, too, but cannot be asked where both were used.
+    short = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    target = None if INTERPRETED else triton.runtime.driver.active.get_current_target()
+    if target is not None and target.backend == "cuda":
+        return "tf32" if short else "tf32x3"
+    return "tf32" if short and target is not None and target.arch == "gfx942" else "ieee"
 
 
 def dropout_args(p: float, seed: Tensor | None, stream: int, device: Any) -> dict[str, Any]:
