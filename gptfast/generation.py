@@ -220,7 +220,11 @@ def _loop(model: GPT | PackedModel, request: Request) -> Loop:
         return Engine(packed, request)
     assert not isinstance(model, PackedModel)
     weight, on_kernels = model.wte.weight, model.backend != "reference"
-    if weight.is_cuda and on_kernels and not select.unavailable("cuda", weight.dtype):
+    if (
+        weight.is_cuda
+        and on_kernels
+        and not select.unavailable("cuda", weight.dtype, model.config.head_dim)
+    ):
         from gptfast.device_loop import DeviceLoop  # needs Triton
 
         return DeviceLoop(model, request)

@@ -273,8 +273,8 @@ class GPT(nn.Module):
 
     def _ops(self) -> ModuleType:
         if self.backend == "auto":
-            device = self.wte.weight.device.type
-            return reference if select.unavailable(device, self._dtype()) else ops
+            device, head_dim = self.wte.weight.device.type, self.config.head_dim
+            return reference if select.unavailable(device, self._dtype(), head_dim) else ops
         return ops if self.backend == "fused" else reference
 
     def embed(self, idx: Tensor, step: Step) -> Tensor:

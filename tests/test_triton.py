@@ -6,6 +6,7 @@ marked `cuda` run, and the others are skipped.
 """
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -30,7 +31,7 @@ from test_linear import normal, torch_layer_norm_linear, torch_linear_residual
 from test_ops import cases
 from torch import Tensor
 
-from gptfast import GPT, GPTConfig, ops
+from gptfast import GPT, BackendError, GPTConfig, ops
 from gptfast.generation import make_request
 from gptfast.ops import reference, select
 from gptfast.ops.random import dropout_factors
@@ -153,6 +154,24 @@ def test_attention_in_every_configuration(config: Any, monkeypatch: pytest.Monke
         monkeypatch.setattr(kernel, "configs", [config])
     q, k, v = (heads(1, 2, 150, 48, seed=i).to(DEVICE) for i in range(3))
     check_attention(q, k, v, torch.float32, dropout_p=0.2, seed=5)
+
+
+def test_heads_are_as_wide_as_the_tables_of_configurations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    most = select.MOST_HEAD_DIM["cuda"]
+    for table in (attention.FORWARD, attention_grad.QUERY_GRAD, attention_grad.KEY_GRADS):
+        for D, dtype in itertools.product((1, 65, most), DTYPES):
+            assert attention.head_kind({"q": torch.empty(0, dtype=dtype), "D": D}) in table
+    (reason,) = select.unavailable("cuda", torch.float32, most + 1)
+    assert reason == "head_dim is at most 256 there, not 257"
+    monkeypatch.setitem(select.MOST_HEAD_DIM, DEVICE.type, SMALL.head_dim - 1)
+    idx = torch.ones(1, 5, dtype=torch.int64, device=DEVICE)
+    GPT(SMALL).to(DEVICE)(idx)  # auto takes the reference
+    with pytest.raises(BackendError, match="head_dim is at most 15 there, not 16"):
+        GPT(SMALL, backend="fused").to(DEVICE)(idx)
+    with pytest.raises(BackendError, match="causal_attention: .* head_dim is at most 15"):
+        ops.causal_attention(*(heads(1, 2, 5, 16).to(DEVICE) for _ in range(3)))
 
 
 def test_a_row_of_a_batch_has_the_bits_it_has_alone() -> None:

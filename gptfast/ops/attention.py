@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gptfast.ops import select
 from gptfast.ops.common import check_activation, check_dropout, check_like, define
 from gptfast.ops.random import seed_tensor
 
@@ -141,6 +142,7 @@ def causal_attention(
     """
     check_activation("causal_attention", "q", q, 4)
     B, H, _, D = q.shape
+    select.require_fused("causal_attention", q.device.type, q.dtype, head_dim=D)
     check_like("causal_attention", "k", k, q, (B, H, k.shape[2] if k.dim() == 4 else 0, D))
     check_like("causal_attention", "v", v, q, tuple(k.shape))
     check_dropout("causal_attention", dropout_p)
@@ -175,6 +177,8 @@ def causal_attention_packed(
             f" n_head={n_head},"
             f" got shape {tuple(qkv.shape)}"
         )
+    D = qkv.shape[2] // (3 * n_head)
+    select.require_fused("causal_attention_packed", qkv.device.type, qkv.dtype, head_dim=D)
     check_dropout("causal_attention_packed", dropout_p)
     key = seed_tensor(seed) if dropout_p > 0.0 else None
     return _AttentionPacked.apply(qkv, key, n_head, dropout_p, stream)

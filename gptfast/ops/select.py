@@ -13,6 +13,7 @@ FUSED_DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
+MOST_HEAD_DIM = {"cuda": 256}  # columns that a tile of a head may have
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -40,14 +41,17 @@ def triton_error() -> str | None:
     return None
 
 
-def unavailable(device: str, dtype: torch.dtype) -> tuple[str, ...]:
-    """Why the fused kernels cannot run on this device type and dtype; empty when they can."""
+def unavailable(device: str, dtype: torch.dtype, head_dim: int = 0) -> tuple[str, ...]:
+    """Why the fused kernels cannot run on this device type and so on; empty when they can."""
     if device not in FUSED_DTYPES:
         return (f"there are none for device type {device!r}",)
     reasons = []
     if dtype not in FUSED_DTYPES[device]:
         known, got = ([_name(x) for x in dtypes] for dtypes in (FUSED_DTYPES[device], (dtype,)))
         reasons.append(f"they compute in {' and '.join(known)}, not {got[0]}")
+    most = MOST_HEAD_DIM.get(device, head_dim)
+    if head_dim > most:
+        reasons.append(f"head_dim is at most {most} there, not {head_dim}")
     error = extension_error if device == "cpu" else triton_error()
     if error is not None:
         reasons.append(error)
@@ -58,9 +62,11 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def require_fused(op: str, device: str, dtype: torch.dtype, instead: str | None = None) -> None:
+def require_fused(
+    op: str, device: str, dtype: torch.dtype, instead: str | None = None, head_dim: int = 0
+) -> None:
     """Raises BackendError with every reason, and what can run, where the fused kernels cannot."""
-    reasons = unavailable(device, dtype)
+    reasons = unavailable(device, dtype, head_dim)
     if reasons:
         raise BackendError(
             f"{op}: the fused kernels cannot run: {'; '.join(reasons)};"
