@@ -148,6 +148,8 @@ def test_errors_name_argument_expected_and_got() -> None:
     x, weight, targets = case(40, 16, 30)
     with pytest.raises(TypeError, match=r"targets must be torch.int64, got torch.int32"):
         ops.linear_cross_entropy(x, weight, targets.int())
+    with pytest.raises(TypeError, match=r"targets must be on cpu, got meta"):
+        ops.linear_cross_entropy(x, weight, targets.to("meta"))
     with pytest.raises(ValueError, match=r"targets must have shape \(40,\), got \(39,\)"):
         ops.linear_cross_entropy(x, weight, targets[1:])
     with pytest.raises(ValueError, match="ln_b needs ln_w, got ln_b alone"):

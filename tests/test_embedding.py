@@ -79,3 +79,7 @@ def test_errors_name_argument_expected_and_got() -> None:
         ops.embedding(torch.zeros(1, 13, dtype=torch.int64), wte, wpe)
     with pytest.raises(TypeError, match=r"idx must be torch.int64, got torch.int32"):
         ops.embedding(torch.zeros(1, 3, dtype=torch.int32), wte, wpe)
+    with pytest.raises(TypeError, match=r"idx must be on cpu, got meta"):
+        ops.embedding(torch.zeros(1, 3, dtype=torch.int64, device="meta"), wte, wpe)
+    with pytest.raises(ValueError, match=r"wte must be contiguous, got strides \(1, 6\)"):
+        ops.embedding(torch.zeros(1, 3, dtype=torch.int64), wte.t().contiguous().t(), wpe)

@@ -62,10 +62,14 @@ def check_shape(op: str, name: str, x: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(x.shape)}")
 
 
-def check_indices(op: str, name: str, x: Tensor, shape: tuple[int, ...] | None = None) -> None:
-    """Checks that a tensor holds int64 indices; the kernels check their range."""
+def check_indices(
+    op: str, name: str, x: Tensor, like: Tensor, shape: tuple[int, ...] | None = None
+) -> None:
+    """Checks that a tensor holds int64 indices where `like` is; the kernels check their range."""
     if x.dtype != torch.int64:
         raise TypeError(f"{op}: {name} must be torch.int64, got {x.dtype}")
+    if x.device != like.device:
+        raise TypeError(f"{op}: {name} must be on {like.device}, got {x.device}")
     if shape is not None:
         check_shape(op, name, x, shape)
 

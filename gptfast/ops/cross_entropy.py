@@ -94,7 +94,7 @@ def linear_cross_entropy(
     check_param(op, "weight", weight, x, (weight.shape[0], K))
     check_param(op, "ln_w", ln_w, x, (K,))
     check_param(op, "ln_b", ln_b, x, (K,))
-    check_indices(op, "targets", targets, tuple(x.shape[:-1]))
+    check_indices(op, "targets", targets, x, tuple(x.shape[:-1]))
     if ln_w is None and ln_b is not None:
         raise ValueError(f"{op}: ln_b needs ln_w, got ln_b alone")
     params = (ln_w, ln_b, weight)

@@ -75,7 +75,7 @@ def embedding(
 
     Args:
         idx: (B, T), int64 in [0, V), T at most wpe's rows.
-        wte: (V, C), float32 or bfloat16.
+        wte: (V, C), contiguous, float32 or bfloat16.
         wpe: (block_size, C), float32 or wte's dtype.
         padding_idx: The row of wte that gets no gradient.
         dropout_p: Probability, in [0, 1], of an element to be dropped.
@@ -94,7 +94,8 @@ def embedding(
     """
     op = "embedding"
     check_activation(op, "wte", wte, 2)
-    check_indices(op, "idx", idx)
+    check_param(op, "wte", wte, wte, tuple(wte.shape))
+    check_indices(op, "idx", idx, wte)
     if idx.dim() != 2 or idx.shape[1] > wpe.shape[0]:
         raise ValueError(
             f"{op}: idx must be (B, T) with T at most {wpe.shape[0]}, got shape {tuple(idx.shape)}"
