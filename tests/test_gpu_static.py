@@ -21,6 +21,79 @@ def gpu_static(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
+def compiled(calls: str) -> int:
+    """How many kernels these calls compile, for sm_80."""
+    script = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "benchmarks")!r}]
+import numpy, torch
+from gpu_static import CHIPS, compiling_for, empty, long
+from gptfast.ops.triton import attention, attention_grad, decode, embedding, ffn, linear
+from gptfast.ops.triton.cross_entropy import linear_cross_entropy
+from gptfast.ops.triton.sampling import sample
+from gptfast.sampling import Sampling
+
+def layer(M, K, N):
+    linear.linear(empty(M, K), empty(K), empty(K), empty(N, K), empty(N), empty(M, N))
+    args = empty(M, N), empty(M, K), empty(K), empty(K), empty(M), empty(M), empty(N, K), empty(N)
+    linear.linear_backward(*args)
+
+def heads(B, T, H, D):
+    qkv, out = empty(B, T, 3 * H * D), empty(B, T, H * D)
+    attention.attention_packed(qkv, H, 0.1, long(), 2**32 - 1)
+    attention_grad.attention_packed_backward(out, qkv, H, out, empty(B, H, T), 0.1, long(), 1)
+
+def block(M, C, F):
+    x, params = empty(M, C), (empty(C), empty(C), empty(F, C), empty(F), empty(C, F), empty(C))
+    ffn.ffn(x, *params, "erf", 0.1, long(), 2, True)
+    kept = empty(M), empty(M), empty(M, F)
+    ffn.ffn_backward(x, x, *params, *kept, "erf", 0.1, long(), 2)
+
+def loss(M, K, V):
+    linear_cross_entropy(empty(M, K), empty(K), empty(K), empty(V, K), long(M), 1, True)
+
+def tables(B, T, V, C):
+    idx, wte, wpe = long(B, T), empty(V, C), empty(T, C)
+    embedding.embedding(idx, wte, wpe, 0.1, long(), 0, torch.float32)
+    embedding.embedding_backward(empty(B, T, C), idx, wte, wpe, 1, 0.1, long(), 0)
+
+def decoded(R, H, capacity, D):
+    decode.decode_attention(empty(R, H * D), empty(R, 2, H, capacity, D), long(R))
+
+def drawn(R, V, **how):
+    each = (long(R) for _ in range(4))
+    sample(Sampling(**how), empty(R, V), empty(R, V, dtype=torch.uint8), *each, empty(R))
+
+with compiling_for(CHIPS["sm_80"]) as found:
+    {calls}
+print(len(found))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", script]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr
+    return int(process.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "call",
+    (
+        "layer(1, 1, 1)", "heads(1, 1, 1, 1)", "block(1, 1, 1)", "loss(1, 1, 1)",
+        "tables(1, 1, 1, 1)", "decoded(1, 1, 1, 1)",
+        "drawn(1, 1, top_k=1, top_p=1, min_p=1, repetition_penalty=2, temperature=1)",
+        "drawn(2, 9, top_k=2**70, temperature=numpy.float32(0.5), top_p=numpy.float32(0.5))",
+    ),
+)  # fmt: skip
+def test_sizes_of_one_compile_and_numbers_of_any_type(call: str) -> None:
+    assert compiled(call) > 0  # a size of 1 is a constant to the compiler
+
+
+def test_a_kernel_is_the_same_for_every_number_of_rows() -> None:
+    calls = "layer({0}, 32, 48); block({0}, 32, 64); loss({0}, 32, 80); tables({0}, 3, 9, 32)"
+    some = [calls.format(rows) for rows in (1, 64, 600)]
+    assert compiled("; ".join(some)) == compiled(some[0])
+
+
 @pytest.mark.parametrize("chip", ("sm_80", "sm_90", "sm_100", "gfx942"))
 def test_kernels_of_a_training_step_compile(chip: str) -> None:
     for case in ("attention, D 64, dropout", "attention backward, D 64, dropout", "linear and"):

@@ -15,7 +15,7 @@ from gptfast.ops.triton.tiles import dropout_factors
 ROWS, COLUMNS = 16, 128
 
 
-@triton.jit(do_not_specialize=["substream", "threshold", "T"])
+@triton.jit(do_not_specialize=["M", "T", "substream", "threshold"])
 def embedding_kernel(
     idx, wte, wpe, y, M, T, C, seed, substream, threshold, keep_scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -24,7 +24,7 @@ HIDDEN_GRAD = {2: PRODUCT[2][1:], 4: PRODUCT[4]}
 
 
 @tuned(HIDDEN_GRAD, product_kind, product_shared, ["N", "K", "PRECISION"])
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def hidden_grad_kernel(
     a, b, before, dhidden, hidden, M, N, K, GELU: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,

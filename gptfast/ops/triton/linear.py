@@ -44,7 +44,7 @@ PRODUCT = {
 
 
 @tuned(PRODUCT, product_kind, product_shared, ["N", "K", "PRECISION"])
-@triton.jit(do_not_specialize=["substream", "threshold"])
+@triton.jit(do_not_specialize=["M", "substream", "threshold"])
 def linear_kernel(
     a, b, y, before, bias, residual, mean, rstd, norm_weight, norm_bias, M, N, K,
     b_row, b_column, seed, substream, threshold, keep_scale,
@@ -126,7 +126,7 @@ WEIGHT_GRAD = {
     _weight_grad_shared,
     ["N", "K", "PRECISION"],
 )
-@triton.jit
+@triton.jit(do_not_specialize=["M", "rows", "parts"])
 def weight_grad_kernel(
     dy, x, dweight, dbias, mean, rstd, norm_weight, norm_bias, M, N, K, rows, parts,
     PRECISION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,

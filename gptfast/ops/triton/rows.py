@@ -22,7 +22,7 @@ def _tile(columns: int) -> dict[str, int]:
     return {"BLOCK": width, "ROWS": max(1, ELEMENTS // width)}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def moments_kernel(x, mean, rstd, M, K, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """The mean of a row and 1 / sqrt(variance + eps), the variance from what the mean leaves."""
     m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -49,7 +49,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, rstd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def norm_grad_kernel(
     dn, x, add, mean, rstd, weight, dx, dweight, dbias, M, K,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -109,7 +109,7 @@ def norm_grad(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def sum_kernel(parts, out, P, n, BLOCK: tl.constexpr):
     """out_i = parts_0i + parts_1i + .., in this order."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -129,7 +129,7 @@ def add_parts(parts: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-@triton.jit(do_not_specialize=["substream", "threshold"])
+@triton.jit(do_not_specialize=["M", "substream", "threshold"])
 def dropout_kernel(
     x, y, M, K, seed, substream, threshold, keep_scale, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -147,7 +147,8 @@ def sample_kernel(
         token = tl.where(token < V, token, last)  # should rounding leave the target unreached
     tl.store(tokens + row, token.to(tl.int64))
     lse = top + tl.log2(total) * LN2
-    tl.store(logprobs + row, tl.load(logits + token) - lse)
+    # No token is found among logits that are all NaN; the caller reports those.
+    tl.store(logprobs + row, tl.load(logits + token, mask=token < V, other=0.0) - lse)
 
 
 def sample(
@@ -167,11 +168,11 @@ def sample(
         logprobs: (R,) float32, receives their log-probabilities under softmax(logits).
     """
     R, V = logits.shape
-    greedy = how.temperature == 0.0
+    top_k, top_p = min(how.top_k or V, V), float(how.top_p or 1.0)
+    greedy = bool(how.temperature == 0.0)
     sample_kernel[(R,)](
         logits, seen if how.repetition_penalty != 1.0 else None, seeds, sequences, steps, tokens,
-        logprobs, V, 0.0 if greedy else 1.4426950408889634 / how.temperature,
-        how.top_k or 0, how.top_p or 1.0, how.min_p or 0.0, how.repetition_penalty,
-        GREEDY=greedy, TOP_K=how.top_k is not None and how.top_k < V,
-        TOP_P=how.top_p is not None and how.top_p < 1.0, BLOCK=min(BLOCK, block_of(V)),
+        logprobs, V, 0.0 if greedy else 1.4426950408889634 / float(how.temperature),
+        top_k, top_p, float(how.min_p or 0.0), float(how.repetition_penalty),
+        GREEDY=greedy, TOP_K=top_k < V, TOP_P=top_p < 1.0, BLOCK=min(BLOCK, block_of(V)),
     )  # fmt: skip
