@@ -20,6 +20,7 @@ from gptfast.reference_loop import ReferenceLoop, likeliest_tokens, reference_mo
 from gptfast.request import Request, rows_at_once
 from gptfast.sampling import Sampling
 
+ALIGNED = 16  # numbers that a row of logits is a multiple of
 WARM_UPS = 3  # steps before one is captured: they compile, choose configurations, allocate
 
 
@@ -113,9 +114,13 @@ class Decoder:
         self._tokens, self._positions, self._seeds, self._numbers, self._steps, self._next = (
             torch.zeros(rows, dtype=torch.int64, device=weight.device) for _ in range(6)
         )
-        self._logits = torch.zeros(rows, config.vocab_size, device=weight.device)
+        # Columns past the vocabulary are never drawn; with them every row is read by 16 bytes.
+        columns = -(-config.vocab_size // ALIGNED) * ALIGNED
+        self._scores = torch.zeros(rows, columns, device=weight.device)
+        self._scores[:, config.vocab_size :] = -torch.inf
+        self._logits = self._scores[:, : config.vocab_size]
         self._logprobs = torch.zeros(rows, device=weight.device)
-        self._seen = torch.zeros(rows, config.vocab_size, dtype=torch.uint8, device=weight.device)
+        self._seen = torch.zeros(rows, columns, dtype=torch.uint8, device=weight.device)
         shape = config.n_layer, rows, 2, config.n_head, capacity, config.head_dim
         self._cache = weight.new_zeros(shape if config.attention else 0)
         self._graph: Any = None
@@ -227,7 +232,7 @@ class Decoder:
 
     def _sample(self) -> None:
         sample(
-            self._sampling, self._logits, self._seen, self._seeds, self._numbers, self._steps,
+            self._sampling, self._scores, self._seen, self._seeds, self._numbers, self._steps,
             self._next, self._logprobs,
         )  # fmt: skip
 

@@ -342,6 +342,7 @@ def test_decode_attention(H: int, D: int, capacity: int, dtype: torch.dtype) -> 
         Sampling(temperature=1.3, top_k=40, top_p=0.9, min_p=0.02, repetition_penalty=1.4),
         Sampling(temperature=0.0, repetition_penalty=3.0),
         Sampling(min_p=1.0),
+        Sampling(top_k=68),
     ),
 )
 @pytest.mark.parametrize("V", (1, 5, 66, 1500))
@@ -357,6 +358,13 @@ def test_the_cpu_draws_the_same_tokens(V: int, how: Sampling) -> None:
     arguments = logits, seen.byte(), seeds, numbers, steps, tokens, logprobs
     on_device = [x.to(DEVICE) for x in arguments]
     sample(how, *on_device)
+    # Columns without a chance, which a row may end with, change nothing.
+    padded = [x.clone() for x in on_device]
+    for i, nothing in enumerate((-math.inf, 0)):
+        padded[i] = torch.nn.functional.pad(padded[i], (0, 7), value=nothing)
+    sample(how, *padded)
+    assert torch.equal(padded[-2], on_device[-2])
+    assert torch.allclose(padded[-1], on_device[-1], atol=1e-6)
     listed = [row.nonzero()[:, 0].tolist() for row in seen.cpu()]
     expected = choose(how, logits.cpu(), listed, draws(seeds.cpu(), numbers.cpu(), steps.cpu()))
     assert torch.equal(on_device[-2].cpu(), expected)
