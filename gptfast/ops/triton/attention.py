@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.ops.triton.launch import block_of, config, dropout_args, precision, tuned
-from gptfast.ops.triton.tiles import LN2, dropout_factors
+from gptfast.ops.triton.tiles import LN2, dropout_factors, own_head
 
 
 @triton.jit
@@ -103,10 +103,7 @@ def forward_kernel(
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """A block of BM queries of one head; the longest rows start first."""
-    blocks = tl.cdiv(Tq, BM)
-    head = tl.program_id(0) // blocks
-    i0 = (blocks - 1 - tl.program_id(0) % blocks) * BM
-    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    head, b, h, i0 = own_head(H, Tq, BM, True)
     q += b * q_b + h * q_h
     k += b * k_b + h * k_h
     v += b * v_b + h * v_h

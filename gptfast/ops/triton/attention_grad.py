@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gptfast.ops.triton.attention import head_kind, head_rows, head_shared, unpacked
 from gptfast.ops.triton.launch import block_of, config, dropout_args, precision, tuned
-from gptfast.ops.triton.tiles import LOG2E, dropout_factors
+from gptfast.ops.triton.tiles import LOG2E, dropout_factors, own_head
 
 
 @triton.jit
@@ -98,10 +98,7 @@ def query_grad_kernel(
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dQ of a block of BM queries of one head, and their delta for the other kernel."""
-    blocks = tl.cdiv(Tq, BM)
-    head = tl.program_id(0) // blocks
-    i0 = (blocks - 1 - tl.program_id(0) % blocks) * BM
-    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    head, b, h, i0 = own_head(H, Tq, BM, True)
     q += b * q_b + h * q_h
     k += b * k_b + h * k_h
     v += b * v_b + h * v_h
@@ -183,10 +180,7 @@ def key_grads_kernel(
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a block of BN keys of one head; the keys that most queries see come first."""
-    blocks = tl.cdiv(Tk, BN)
-    head = tl.program_id(0) // blocks
-    j0 = tl.program_id(0) % blocks * BN
-    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    head, b, h, j0 = own_head(H, Tk, BN, False)
     q += b * q_b + h * q_h
     k += b * k_b + h * k_h
     v += b * v_b + h * v_h

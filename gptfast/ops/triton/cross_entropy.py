@@ -24,7 +24,7 @@ from gptfast.ops.triton.linear import (
     weight_grads,
 )
 from gptfast.ops.triton.rows import moments, norm_grad
-from gptfast.ops.triton.tiles import LN2, LOG2E, grouped, product
+from gptfast.ops.triton.tiles import LN2, LOG2E, own_tile, product
 
 BLOCK_BYTES = 1 << 26  # of a block of the logits' gradient
 LEAST_BLOCK = 1024  # columns of it at least
@@ -44,19 +44,18 @@ def partial_sums_kernel(
     BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Of a tile of logits: max_j s_j and sum_j exp(s_j - max) of each row, and its target's."""
-    row, column = grouped(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(V, BN), GROUP)
-    m, n = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
+    m, n, _, n0 = own_tile(M, V, BM, BN, GROUP)
     s = product(
-        a, b, mean, rstd, norm_weight, norm_bias, m, n, M, V, K, K, 1, K, PRECISION, BM, BN, BK
+        a, b, mean, rstd, norm_weight, norm_bias, m, n, M, V, K, 1, K, PRECISION, BM, BN, BK
     )
     s = tl.where((n < V)[None, :], s, -float("inf"))
     top = tl.max(s, 1)
-    at = column.to(tl.int64) * M + m
+    at = (n0 // BN).to(tl.int64) * M + m
     tl.store(tops + at, top, mask=m < M)
     tl.store(totals + at, tl.sum(tl.exp2((s - top[:, None]) * LOG2E), 1), mask=m < M)
     target = tl.load(targets + m, mask=m < M, other=-1)
     own = n[None, :] == target[:, None]
-    here = (target >= column * BN) & (target < column * BN + BN)
+    here = (target >= n0) & (target < n0 + BN)
     tl.store(target_logits + m, tl.sum(tl.where(own, s, 0.0), 1), mask=(m < M) & here)
 
 
@@ -92,10 +91,9 @@ def logits_grad_kernel(
     BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """dS_j = (exp(s_j - lse) - [j = target]) share over V columns from v0 on; 0 if ignored."""
-    row, column = grouped(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(V, BN), GROUP)
-    m, n = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
+    m, n, _, _ = own_tile(M, V, BM, BN, GROUP)
     s = product(
-        a, b, mean, rstd, norm_weight, norm_bias, m, n, M, V, K, K, 1, K, PRECISION, BM, BN, BK
+        a, b, mean, rstd, norm_weight, norm_bias, m, n, M, V, K, 1, K, PRECISION, BM, BN, BK
     )
     target = tl.load(targets + m, mask=m < M, other=0)
     value = tl.exp2((s - tl.load(lse + m, mask=m < M, other=0.0)[:, None]) * LOG2E)

@@ -17,7 +17,7 @@ from gptfast.ops.triton.linear import (
     weight_grads,
 )
 from gptfast.ops.triton.rows import dropped, moments, norm_grad
-from gptfast.ops.triton.tiles import gelu, gelu_slope, grouped, product
+from gptfast.ops.triton.tiles import gelu, gelu_slope, own_tile, product
 
 # The largest tiles would not stay in registers beside U.
 HIDDEN_GRAD = {2: PRODUCT[2][1:], 4: PRODUCT[4]}
@@ -33,9 +33,8 @@ def hidden_grad_kernel(
 
     A (M, K) is the gradient of the block's output, B (K, N) the second layer's weight.
     """
-    row, column = grouped(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
-    m, n = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
-    acc = product(a, b, None, None, None, None, m, n, M, N, K, K, N, 1, PRECISION, BM, BN, BK)
+    m, n, _, _ = own_tile(M, N, BM, BN, GROUP)
+    acc = product(a, b, None, None, None, None, m, n, M, N, K, N, 1, PRECISION, BM, BN, BK)
     at = m.to(tl.int64)[:, None] * N + n[None, :]
     inside = (m < M)[:, None] & (n < N)[None, :]
     u = tl.load(before + at, mask=inside, other=0.0).to(tl.float32)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gptfast.ops.triton.launch import absent, config, dropout_args, precision, programs, tuned
 from gptfast.ops.triton.rows import add_parts, moments, norm_grad
-from gptfast.ops.triton.tiles import dropout_factors, gelu, grouped, normalized, product
+from gptfast.ops.triton.tiles import dropout_factors, gelu, normalized, own_tile, product
 
 Norm = tuple[Tensor, Tensor, Tensor, Tensor | None]  # mean, rstd, weight and bias of a LayerNorm
 NO_NORM = (None, None, None, None)
@@ -55,10 +55,9 @@ def linear_kernel(
 
     `before`, where given, receives what GELU is applied to.
     """
-    row, column = grouped(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
-    m, n = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
+    m, n, m0, n0 = own_tile(M, N, BM, BN, GROUP)
     acc = product(
-        a, b, mean, rstd, norm_weight, norm_bias, m, n, M, N, K, K, b_row, b_column,
+        a, b, mean, rstd, norm_weight, norm_bias, m, n, M, N, K, b_row, b_column,
         PRECISION, BM, BN, BK,
     )  # fmt: skip
     at = m.to(tl.int64)[:, None] * N + n[None, :]
@@ -70,9 +69,7 @@ def linear_kernel(
     if GELU is not None:
         acc = gelu(acc, GELU)
     if seed is not None:
-        acc *= dropout_factors(
-            tl.load(seed), substream, 0, row * BM, column * BN, threshold, keep_scale, BM, BN
-        )
+        acc *= dropout_factors(tl.load(seed), substream, 0, m0, n0, threshold, keep_scale, BM, BN)
     if residual is not None:
         acc += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + at, acc.to(y.dtype.element_ty), mask=inside)

@@ -67,26 +67,39 @@ def normalized(x, mean, rstd, weight, bias, k, inside):
 
 
 @triton.jit
-def grouped(index, rows, columns, GROUP: tl.constexpr):
-    """Place (row, column) number `index` of a grid of tiles, GROUP rows at a time.
+def own_tile(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """Rows m and columns n of this program's tile of an (M, N) matrix, and the first of each.
 
-    Programs that run together so share tiles of both operands in the L2 cache.
+    GROUP tiles below one another come first, then those beside them: programs that run together
+    share tiles of both operands in the L2 cache.
     """
-    first = index // (GROUP * columns) * GROUP
-    height = tl.minimum(rows - first, GROUP)
-    inner = index % (GROUP * columns)
-    return first + inner % height, inner // height
+    columns = tl.cdiv(N, BN)
+    first = tl.program_id(0) // (GROUP * columns) * GROUP
+    height = tl.minimum(tl.cdiv(M, BM) - first, GROUP)
+    inner = tl.program_id(0) % (GROUP * columns)
+    m0, n0 = (first + inner % height) * BM, inner // height * BN
+    return m0 + tl.arange(0, BM), n0 + tl.arange(0, BN), m0, n0
+
+
+@triton.jit
+def own_head(H, T, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """This program's head, its place (b, h) among (B, H), and the first of its BLOCK of T rows."""
+    blocks = tl.cdiv(T, BLOCK)
+    head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    if LAST_FIRST:
+        block = blocks - 1 - block
+    return head, (head // H).to(tl.int64), (head % H).to(tl.int64), block * BLOCK
 
 
 @triton.jit
 def product(
-    a, b, mean, rstd, norm_weight, norm_bias, m, n, M, N, K, a_row, b_row, b_column,
+    a, b, mean, rstd, norm_weight, norm_bias, m, n, M, N, K, b_row, b_column,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Rows m and columns n of A B, or of LayerNorm(A) B where `mean` is given, in float32.
 
-    A (M, K) has rows `a_row` apart; element (k, n) of B is at k b_row + n b_column. Rows past M
-    repeat others, columns past N are 0.
+    A (M, K) is contiguous; element (k, n) of B is at k b_row + n b_column. Rows past M repeat
+    others, columns past N are 0.
     """
     row = (m % M).to(tl.int64)
     if mean is not None:
@@ -94,7 +107,7 @@ def product(
     acc = tl.zeros([BM, BN], tl.float32)
     for k0 in tl.range(0, K, BK):
         k = k0 + tl.arange(0, BK)
-        x = tl.load(a + row[:, None] * a_row + k[None, :], mask=(k < K)[None, :], other=0.0)
+        x = tl.load(a + row[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
         if mean is not None:
             y = normalized(x.to(tl.float32), row_mean, row_rstd, norm_weight, norm_bias, k, k < K)
             x = y.to(x.dtype)
