@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -386,6 +387,23 @@ def test_a_training_step_of_the_model() -> None:
         grads.append([loss.detach(), *(param.grad for param in model.parameters())])
     for a, b in zip(*grads, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_loss_is_one_graph_with_the_same_gradients() -> None:
+    torch._dynamo.reset()
+    model = GPT(replace(SMALL, dropout=0.0)).to(DEVICE)
+    idx = torch.randint(11, (3, 17), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+
+    def loss(idx: Tensor, targets: Tensor) -> Tensor:
+        assert not select.unavailable("cuda", torch.float32)  # what a model on a GPU asks
+        return model.loss(idx, targets)
+
+    found = []
+    for each in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        value = each(idx[:, :-1], idx[:, 1:])
+        found.append([value, *torch.autograd.grad(value, list(model.parameters()))])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("overflow", ("recompute", "stride:5", "stop"))

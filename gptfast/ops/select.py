@@ -1,8 +1,6 @@
 """Which backend can run: loads the kernels, and says why where there are none."""
 
-import functools
 import importlib
-import importlib.util
 from types import ModuleType
 
 import torch
@@ -31,11 +29,10 @@ def extension() -> ModuleType | None:
     return _extension
 
 
-@functools.cache
 def triton_error() -> str | None:
     """Registers the kernels for CUDA and ROCm, where that can be done; else why not."""
-    try:
-        importlib.import_module("gptfast.ops.triton")
+    try:  # a statement, which torch.compile follows, as it does no call of importlib nor a cache
+        import gptfast.ops.triton  # noqa: F401
     except ImportError as error:
         return f"they need Triton, pip install 'gptfast-kernels[gpu]' ({error})"
     return None
