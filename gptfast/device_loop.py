@@ -52,7 +52,9 @@ class DeviceLoop(ReferenceLoop):
 
     def run(self, seconds: float) -> bool:
         """One token for every sequence that has a row; see Loop."""
-        with torch.cuda.device_of(self._model.wte.weight):
+        weight = self._model.wte.weight
+        # Autocast would lower what is computed as a whole, and leave the steps from the cache.
+        with torch.cuda.device_of(weight), torch.autocast(weight.device.type, enabled=False):
             return super().run(seconds)
 
     def _advance(self, running: list[int]) -> None:

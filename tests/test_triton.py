@@ -438,6 +438,18 @@ def test_generation_is_that_of_the_uncached_loop(options: dict[str, Any], overfl
         ]
 
 
+def test_generation_has_the_models_dtype_whatever_autocast_says() -> None:
+    model = GPT(SMALL).to(DEVICE)
+    found = []
+    for enabled in (False, True):
+        loop = device_loop.DeviceLoop(model, make_request(model, [[1, 2, 3]], max_new_tokens=3))
+        with torch.autocast(DEVICE.type, torch.float16, enabled=enabled):
+            while loop.run(0.0):
+                pass
+        found.append(loop.progress(0).logprobs)
+    assert found[0] == found[1]
+
+
 def test_a_step_is_captured_where_it_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     streams: list[Any] = []
 
