@@ -245,8 +245,8 @@ class GPT(nn.Module):
         """The blocks' output, (B, T, C), before the final norm."""
         self._check_idx(idx)
         dropout_p = self.config.dropout if self.training else 0.0
-        # Drawn on the CPU: masks are the same on every device.
-        seed = seed_tensor(None).to(idx.device) if dropout_p > 0.0 else None
+        # Drawn on the CPU: masks are the same on every device, which is not waited for.
+        seed = seed_tensor(None).to(idx.device, non_blocking=True) if dropout_p > 0.0 else None
         step = Step(self._ops(), dropout_p, seed)
         x = self.embed(idx, step)
         for block in self.blocks:
