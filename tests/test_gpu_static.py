@@ -86,9 +86,17 @@ def test_sampling_options_may_be_numbers_of_any_type() -> None:
 
 
 def test_a_kernel_is_the_same_for_every_number_of_rows() -> None:
-    calls = "layer({0}, 32, 48); block({0}, 32, 64); loss({0}, 32, 80); tables({0}, 3, 9, 32)"
-    some = [calls.format(rows) for rows in (1, 64, 600)]
-    assert compiled("; ".join(some)) == compiled(some[0])
+    calls = (
+        "linear.linear(empty({0}, 32), empty(32), None, empty(48, 32), None, empty({0}, 48))",
+        "ffn.ffn(empty({0}, 32), *weights, 'erf', 0.1, long(), 2, True)",
+        "embedding.embedding(long({0}, 3), wte, wpe, 0.1, long(), 0, torch.float32)",
+    )
+    given = (
+        "weights = empty(32), None, empty(64, 32), None, empty(32, 64), None;"
+        "wte, wpe = empty(9, 32), empty(3, 32)"
+    )
+    some = ["; ".join(calls).format(rows) for rows in (1, 64, 600)]
+    assert compiled("; ".join((given, *some))) == compiled(f"{given}; {some[0]}")
 
 
 @pytest.mark.parametrize("chip", ("sm_80", "sm_90", "sm_100", "gfx942"))

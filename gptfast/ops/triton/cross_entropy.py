@@ -37,7 +37,7 @@ PRODUCT = {
 
 
 @tuned(PRODUCT, product_kind, product_shared, ["V", "K", "PRECISION"])
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
 def partial_sums_kernel(
     a, b, targets, tops, totals, target_logits, mean, rstd, norm_weight, norm_bias, M, V, K,
     PRECISION: tl.constexpr, BN: tl.constexpr,
@@ -59,7 +59,7 @@ def partial_sums_kernel(
     tl.store(target_logits + m, tl.sum(tl.where(own, s, 0.0), 1), mask=(m < M) & here)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
 def losses_kernel(
     tops, totals, target_logits, targets, lse, losses, ignore_index, M, parts,
     BLOCK: tl.constexpr,
@@ -84,7 +84,7 @@ def losses_kernel(
 
 
 @tuned(PRODUCT, product_kind, product_shared, ["V", "K", "PRECISION"])
-@triton.jit(do_not_specialize=["M", "v0"])
+@triton.jit(do_not_specialize=["v0"])
 def logits_grad_kernel(
     a, b, targets, lse, share, dlogits, mean, rstd, norm_weight, norm_bias, ignore_index,
     M, V, K, v0, PRECISION: tl.constexpr, BN: tl.constexpr,

@@ -23,8 +23,8 @@ def tuned(
 ) -> Any:
     """Has a kernel's configuration chosen by time, once per `key` and dtypes, and remembered.
 
-    A key never has the batch in it, nor is a kernel compiled for a number of rows: the order of a
-    row's sums, and so its bits, are the same whatever else there is.
+    A key never has the batch in it, nor is a kernel that makes rows of an activation compiled for a
+    number of them: a row's bits are the same whatever else there is.
 
     Args:
         configs: The candidates of each kind of call: those that stay in registers on the chips of

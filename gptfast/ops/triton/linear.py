@@ -123,7 +123,7 @@ WEIGHT_GRAD = {
     _weight_grad_shared,
     ["N", "K", "PRECISION"],
 )
-@triton.jit(do_not_specialize=["M", "rows", "parts"])
+@triton.jit
 def weight_grad_kernel(
     dy, x, dweight, dbias, mean, rstd, norm_weight, norm_bias, M, N, K, rows, parts,
     PRECISION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,

@@ -109,7 +109,7 @@ def norm_grad(
     )
 
 
-@triton.jit(do_not_specialize=["P"])
+@triton.jit
 def sum_kernel(parts, out, P, n, BLOCK: tl.constexpr):
     """out_i = parts_0i + parts_1i + .., in this order."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
