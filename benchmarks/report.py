@@ -113,7 +113,7 @@ def loss_lines(result: dict[str, Any]) -> list[str]:
     ]
     for precision, losses in result["last"].items():
         lines.append(_line([f"trained in {precision}", *(f"{loss:.4f}" for loss in losses)]))
-    for dtype, losses in result.get("engine", {}).items():
+    for dtype, losses in result["engine"].items():
         if dtype in result["lost"]:
             name = f"... in fp32, {dtype} weights ({result['lost'][dtype]:+.2%})"
             lines.append(_line([name, *(f"{loss:.4f}" for loss in losses)]))
