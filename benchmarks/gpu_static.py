@@ -32,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.runtime import Autotuner, JITFunction
 
-from gptfast.device_loop import ALIGNED
+from gptfast.device_loop import logits_columns
 from gptfast.errors import ConfigError
 from gptfast.ops.triton import (
     attention,
@@ -190,7 +190,7 @@ def cases() -> list[Case]:
         decode.decode_attention(empty(rows, C, dtype=dtype), cache, long(rows))
 
     def sample(how: Sampling, _: torch.dtype) -> None:
-        columns = -(-V // ALIGNED) * ALIGNED
+        columns = logits_columns(V)
         seen, each = empty(64, columns, dtype=torch.uint8), long(64)
         device_sampling.sample(how, empty(64, columns), seen, each, each, each, each, empty(64))
 

@@ -20,7 +20,6 @@ from gptfast.reference_loop import ReferenceLoop, likeliest_tokens, reference_mo
 from gptfast.request import Request, rows_at_once
 from gptfast.sampling import Sampling
 
-ALIGNED = 16  # numbers that a row of logits is a multiple of
 WARM_UPS = 3  # steps before one is captured: they compile, choose configurations, allocate
 
 
@@ -104,6 +103,11 @@ class DeviceLoop(ReferenceLoop):
             self._append(i, token, logprob, alternatives)
 
 
+def logits_columns(vocab_size: int) -> int:
+    """Columns of a row of logits with which every row is read by 16 bytes."""
+    return -(-vocab_size // 16) * 16
+
+
 class Decoder:
     """R rows of keys and values, and the step that gives each its next token.
 
@@ -116,8 +120,7 @@ class Decoder:
         self._tokens, self._positions, self._seeds, self._numbers, self._steps, self._next = (
             torch.zeros(rows, dtype=torch.int64, device=weight.device) for _ in range(6)
         )
-        # Columns past the vocabulary are never drawn; with them every row is read by 16 bytes.
-        columns = -(-config.vocab_size // ALIGNED) * ALIGNED
+        columns = logits_columns(config.vocab_size)  # those past the vocabulary are never drawn
         self._scores = torch.zeros(rows, columns, device=weight.device)
         self._scores[:, config.vocab_size :] = -torch.inf
         self._logits = self._scores[:, : config.vocab_size]

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from gptfast import GPT, BackendError, GPTConfig, ops
 from gptfast.generation import make_request
+from gptfast.model import Backend
 from gptfast.ops import reference, select
 from gptfast.ops.random import dropout_factors
 from gptfast.reference_loop import ReferenceLoop
@@ -379,9 +380,10 @@ SMALL = GPTConfig(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=32, 
 def test_a_training_step_of_the_model() -> None:
     grads = []
     idx = torch.randint(11, (3, 17), generator=torch.Generator().manual_seed(2)).to(DEVICE)
-    for backend in ("fused", "reference"):
+    backends: tuple[Backend, ...] = ("fused", "reference")
+    for backend in backends:
         torch.manual_seed(0)
-        model = GPT(SMALL, backend=backend).to(DEVICE)  # type: ignore[arg-type]
+        model = GPT(SMALL, backend=backend).to(DEVICE)
         loss = model.loss(idx[:, :-1], idx[:, 1:])
         loss.backward()
         grads.append([loss.detach(), *(param.grad for param in model.parameters())])

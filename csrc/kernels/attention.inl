@@ -128,13 +128,9 @@ struct AttentionTask {
     if (width <= 0) return;
     gemm(tile, width, s.D, Lhs<P>{queries.data + r0 * queries.row, queries.row, queries.step},
          keys.columns(k0), scores + r0 * SCORES, SCORES, false);
-    for (int64_t first = r0; first < r0 + tile; first += W) {
-      const int64_t n = min(W, r0 + tile - first);
-      if (n == W)
-        softmax_rows(q0, first, n, k0, width, Full{});
-      else
-        softmax_rows(q0, first, n, k0, width, Tail{static_cast<int>(n)});
-    }
+    for_vectors(tile, [&](int64_t i, auto part) {
+      softmax_rows(q0, r0 + i, min(W, tile - i), k0, width, part);
+    });
   }
 
   // For the rows first .. first + n, of which the vectors below have one per lane. They are put
