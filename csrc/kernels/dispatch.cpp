@@ -232,8 +232,8 @@ const Kernels& kernels() { return *kTables[static_cast<int>(isa_current())](); }
 bool isa_has_vnni(Isa isa) {
   const Table table = kTables[static_cast<int>(isa)];
 #if defined(__x86_64__)
-  const Cpuid features(7, 0), more(7, 1);
-  const bool avx512_vnni = features.ecx >> 11 & 1, avx_vnni = more.eax >> 4 & 1;
+  // Asked at every call of the engine, and a virtual machine answers slowly.
+  static const bool avx512_vnni = Cpuid(7, 0).ecx >> 11 & 1, avx_vnni = Cpuid(7, 1).eax >> 4 & 1;
   return table != nullptr && table()->vnni && (isa == Isa::avx2 ? avx_vnni : avx512_vnni);
 #else
   return false;
