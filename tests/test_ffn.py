@@ -28,7 +28,8 @@ def block(M: int, C: int, hidden: int, bias: bool = True) -> list[Tensor | None]
 @pytest.mark.parametrize("gelu", ("erf", "tanh"))
 @pytest.mark.parametrize("dropout_p", (0.0, 0.3))
 @pytest.mark.parametrize(
-    ("M", "C", "hidden"), ((1, 16, 64), (33, 20, 80), (250, 128, 512), (97, 192, 768), (5, 7, 11))
+    ("M", "C", "hidden"),
+    ((1, 16, 64), (33, 20, 80), (250, 128, 512), (97, 192, 768), (5, 7, 11), (1700, 9, 21)),
 )
 def test_budget(
     isa: str, M: int, C: int, hidden: int, dropout_p: float, gelu: str, dtype: torch.dtype
@@ -66,14 +67,17 @@ def test_rows_have_the_bits_they_have_alone(isa: str, dtype: torch.dtype) -> Non
         assert torch.equal(ops.layer_norm_ffn(x[rows], *params), whole[rows])
 
 
-def test_gradients_do_not_depend_on_the_number_of_threads(isa: str, any_threads: None) -> None:
-    leaves = [t.requires_grad_() for t in block(400, 64, 256) if t is not None]
+@pytest.mark.parametrize("rows", [400, 1700])  # the latter in parts
+def test_gradients_do_not_depend_on_the_number_of_threads(
+    isa: str, rows: int, any_threads: None
+) -> None:
+    leaves = [t.requires_grad_() for t in block(rows, 64, 256) if t is not None]
     grads = []
-    for count in (1, 2):
+    for count in (1, 2, 3):
         torch.set_num_threads(count)
         out = ops.layer_norm_ffn(*leaves, dropout_p=0.2, seed=1)
         grads.append(torch.autograd.grad(out.square().sum(), leaves))
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*grads, strict=True))
 
 
 def test_errors_name_argument_expected_and_got() -> None:

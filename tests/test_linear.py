@@ -10,7 +10,15 @@ from gptfast import ops
 from gptfast.ops import reference
 
 DTYPES = (torch.float32, torch.bfloat16)
-SHAPES = ((1, 16, 5), (2, 1, 1), (7, 33, 70), (97, 64, 1000), (200, 128, 384), (300, 600, 40))
+SHAPES = (
+    (1, 16, 5),
+    (2, 1, 1),
+    (7, 33, 70),
+    (97, 64, 1000),
+    (200, 128, 384),
+    (300, 600, 40),
+    (1700, 9, 21),
+)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -80,16 +88,19 @@ def test_rows_have_the_bits_they_have_alone(isa: str, dtype: torch.dtype) -> Non
         assert torch.equal(ops.linear_residual(x[rows], weight, bias, residual[rows]), whole[rows])
 
 
-def test_gradients_do_not_depend_on_the_number_of_threads(isa: str, any_threads: None) -> None:
-    x = normal(500, 96).requires_grad_()
+@pytest.mark.parametrize("rows", [500, 1700])  # the latter in parts
+def test_gradients_do_not_depend_on_the_number_of_threads(
+    isa: str, rows: int, any_threads: None
+) -> None:
+    x = normal(rows, 96).requires_grad_()
     params = [normal(96, seed=1), normal(96, seed=2), normal(64, 96), normal(64, seed=3)]
     params = [param.requires_grad_() for param in params]
     grads = []
-    for count in (1, 2):
+    for count in (1, 2, 3):
         torch.set_num_threads(count)
         out = ops.layer_norm_linear(x, *params)
         grads.append(torch.autograd.grad(out.square().sum(), [x, *params]))
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*grads, strict=True))
 
 
 def test_leading_dimensions_and_strides(isa: str) -> None:

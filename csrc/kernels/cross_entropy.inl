@@ -51,7 +51,8 @@ class CrossEntropyPass {
         x_copy_(take<P>(frame_, chunk_ * ROWS * x_stride_)),
         x_(take<Lhs<P>>(frame_, chunk_)),
         sums_(take<RowSum>(frame_, chunk_ * ROWS)),
-        dweight_(s.dweight, with_grad_ ? s.V : 0, s.K, with_grad_ ? chunk_ : 0, frame_, VOCAB),
+        dweight_sum_(s.dweight, with_grad_ ? s.V : 0, s.K, 1, frame_),
+        dweight_(dweight_sum_, 0, with_grad_ ? chunk_ : 0, frame_, VOCAB),
         dnorm_weight_(blocks_, with_grad_ && norm_.weight ? s.K : 0, frame_),
         dnorm_bias_(blocks_, with_grad_ && norm_.weight ? s.K : 0, frame_) {
     norm_.mean = take<float>(frame_, s.M);
@@ -216,7 +217,7 @@ class CrossEntropyPass {
     if (!with_grad_) return;
     dnorm_weight_.finish(s_.dnorm.weight);
     dnorm_bias_.finish(s_.dnorm.bias);
-    dweight_.finish(parallel_);
+    dweight_sum_.finish(s_.M == 0, parallel_);
   }
 
   const CrossEntropy& s_;
@@ -230,6 +231,7 @@ class CrossEntropyPass {
   P* x_copy_;
   Lhs<P>* x_;
   RowSum* sums_;
+  WeightSums<P> dweight_sum_;
   WeightGrad<P> dweight_;
   ColumnSums dnorm_weight_, dnorm_bias_;
 };

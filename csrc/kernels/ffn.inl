@@ -13,13 +13,15 @@ template <class T, class P>
 inline void activate(int64_t rows, int64_t n, float* u, int64_t ldu, const float* scales,
                      const float* b1, Gelu kind, T* hidden, int64_t ld_hidden, P* h, int64_t ldh) {
   apply_scales(scales, rows, n, u, ldu);
-  for (int64_t i = 0; i < rows; ++i)
-    for_vectors(n, [&](int64_t j, auto part) {
+  for_vectors(n, [&](int64_t j, auto part) {
+    const VF bias = b1 ? load(b1 + j, part) : splat(0.0f);
+    for (int64_t i = 0; i < rows; ++i) {
       VF value = load(u + i * ldu + j, part);
-      if (b1) value += load(b1 + j, part);
+      if (b1) value += bias;
       if (hidden) store(hidden + i * ld_hidden + j, value, part);
       store(h + i * ldh + j, gelu(value, kind).value, part);
-    });
+    }
+  });
 }
 
 template <class T>
@@ -68,14 +70,16 @@ void ffn_by_rows(const Ffn& s, const FfnOperands<T>& with, const Parallel& paral
     for (int64_t f0 = 0; f0 < F; f0 += HIDDEN) {
       const int64_t f = min(HIDDEN, F - f0), padded = padded_k<P>(f);
       const PackedWeight<P> w1 = with.w1.columns(f0);
-      gemm(rows, f, C, a, w1, u, HIDDEN, false,
-           [&](int64_t i, int64_t tile, int64_t j, int64_t columns) {
-             activate(tile, columns, u + i * HIDDEN + j, HIDDEN,
-                      w1.scales ? w1.scales + j : nullptr, with.b1 ? with.b1 + f0 + j : nullptr,
-                      s.gelu,
-                      s.hidden ? static_cast<T*>(s.hidden) + (m0 + i) * F + f0 + j : nullptr, F,
-                      h + i * h_stride + j, h_stride);
-           });
+      T* hidden = s.hidden ? static_cast<T*>(s.hidden) + m0 * F + f0 : nullptr;
+      const auto fetch = [&](int64_t i, int64_t tile, int64_t j, int64_t columns) {
+        if (hidden) fetch_block<true>(hidden + i * F + j, F, tile, columns);
+      };
+      const auto finish = [&](int64_t i, int64_t tile, int64_t j, int64_t columns) {
+        activate(tile, columns, u + i * HIDDEN + j, HIDDEN, w1.scales ? w1.scales + j : nullptr,
+                 with.b1 ? with.b1 + f0 + j : nullptr, s.gelu,
+                 hidden ? hidden + i * F + j : nullptr, F, h + i * h_stride + j, h_stride);
+      };
+      gemm(rows, f, C, a, w1, u, HIDDEN, false, Fetching{fetch, finish});
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = f; j < padded; ++j) h[i * h_stride + j] = P{};
       gemm(rows, C, f, Lhs<P>{h, h_stride, Tile<P>::KU}, with.w2.rows(f0), c, ld, f0 > 0);
@@ -147,15 +151,19 @@ void ffn_grad_typed(const FfnGrad& s, const Parallel& parallel) {
   const RowNorm norm(f.norm, C, frame);
   const Rhs<P> w1 = weight_straight<P>(f.w1, F, C, frame, parallel);
   const Rhs<P> w2 = weight_straight<P>(f.w2, C, F, frame, parallel);
-  const int64_t blocks = divide_up(M, ROWS), chunk = blocks_per_chunk<P>(M, 2 * (F + C), parallel);
-  WeightGrad<P> dw1(s.dw1, F, C, chunk, frame), dw2(s.dw2, C, F, chunk, frame);
+  const RowParts<P> parts(M, 2 * F * C, 2 * (F + C), parallel);
+  const WeightSums<P> sums1(s.dw1, F, C, parts.count(), frame),
+      sums2(s.dw2, C, F, parts.count(), frame);
+  const int64_t blocks = parts.blocks();
   const ColumnSums db1(blocks, F, frame), db2(blocks, C, frame), dnorm_weight(blocks, C, frame),
       dnorm_bias(blocks, C, frame);
 
-  for (int64_t first = 0; first < blocks; first += chunk) {
-    const int64_t last = min(blocks, first + chunk);
-    run_tasks(parallel, last - first, [&](int64_t slot) {
-      const int64_t block = first + slot, m0 = block * ROWS, rows = min(ROWS, M - m0);
+  parts.for_each([&](const RowPart& part) {
+    Frame part_frame;
+    const WeightGrad<P> dw1(sums1, part.index, part.chunk, part_frame),
+        dw2(sums2, part.index, part.chunk, part_frame);
+    const auto produce = [&](int64_t block, int64_t slot) {
+      const int64_t m0 = block * ROWS, rows = min(ROWS, M - m0);
       Frame task_frame;
       float* g = take<float>(task_frame, rows * ld);
       float* dn = take<float>(task_frame, rows * ld);
@@ -174,13 +182,17 @@ void ffn_grad_typed(const FfnGrad& s, const Parallel& parallel) {
       for (int64_t f0 = 0; f0 < F; f0 += HIDDEN) {
         const int64_t columns = min(HIDDEN, F - f0);
         const int64_t padded = padded_k<P>(columns);
+        const T* u = hidden + m0 * F + f0;
+        const auto fetch = [&](int64_t i, int64_t tile, int64_t j, int64_t n) {
+          fetch_block<false>(u + i * F + j, F, tile, n);
+        };
         const auto derive = [&](int64_t i0, int64_t tile, int64_t j0, int64_t n) {
           for_vectors(n, [&](int64_t jj, auto part) {
             const int64_t j = j0 + jj;
             float* sum_at = db1.block(block) + f0 + j;
             VF total = load(sum_at, part);
             for (int64_t i = i0; i < i0 + tile; ++i) {
-              const GeluValue at = gelu(load(hidden + (m0 + i) * F + f0 + j, part), f.gelu);
+              const GeluValue at = gelu(load(u + i * F + j, part), f.gelu);
               const VF d = load(dh + i * HIDDEN + j, part) * at.slope;
               store(h + i * u_stride + j, at.value, part);
               store(du + i * u_stride + j, d, part);
@@ -189,7 +201,7 @@ void ffn_grad_typed(const FfnGrad& s, const Parallel& parallel) {
             store(sum_at, total, part);
           });
         };
-        gemm(rows, columns, C, g_rows, w2.columns(f0), dh, HIDDEN, false, derive);
+        gemm(rows, columns, C, g_rows, w2.columns(f0), dh, HIDDEN, false, Fetching{fetch, derive});
         for (int64_t i = 0; i < rows; ++i)
           for (int64_t j = columns; j < padded; ++j) du[i * u_stride + j] = P{};
         dw2.set_x(slot, h, u_stride, rows, f0, columns);
@@ -205,12 +217,14 @@ void ffn_grad_typed(const FfnGrad& s, const Parallel& parallel) {
                       dx + m * C);
       }
       dw1.set_x(slot, normalized, ld, rows, 0, C);
+    };
+    part.for_chunks(produce, [&](int64_t rows, bool add) {
+      dw1.accumulate(rows, add, 0, F, part.parallel);
+      dw2.accumulate(rows, add, 0, C, part.parallel);
     });
-    dw1.accumulate(min(M, last * ROWS) - first * ROWS, parallel);
-    dw2.accumulate(min(M, last * ROWS) - first * ROWS, parallel);
-  }
-  dw1.finish(parallel);
-  dw2.finish(parallel);
+  });
+  sums1.finish(M == 0, parallel);
+  sums2.finish(M == 0, parallel);
   db1.finish(s.db1);
   db2.finish(s.db2);
   dnorm_weight.finish(s.dnorm.weight);

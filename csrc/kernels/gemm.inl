@@ -182,8 +182,37 @@ inline void gemm_row(int64_t n, int64_t k, Lhs<P> a, const B* b, int64_t panel, 
   }
 }
 
-// `done(m0, rows, n0, columns)` is called for each tile of C when it is complete and still in the
-// L1 cache: columns n0 .. of some panels, rows m0 ...
+// An epilogue is called for each tile of C, columns n0 .. of some panels, rows m0 .., when it is
+// complete and still in the L1 cache: done(m0, rows, n0, columns). One that reads or writes memory
+// of its own has it brought into the cache while the tile is computed, by `fetch`.
+template <class Fetch, class Done>
+struct Fetching {
+  Fetch fetch;
+  Done done;
+
+  void operator()(int64_t m0, int64_t rows, int64_t n0, int64_t columns) const {
+    done(m0, rows, n0, columns);
+  }
+};
+template <class Fetch, class Done>
+Fetching(Fetch, Done) -> Fetching<Fetch, Done>;
+
+template <class Done>
+inline void fetch_for(const Done&, int64_t, int64_t, int64_t, int64_t) {}
+template <class Fetch, class Done>
+inline void fetch_for(const Fetching<Fetch, Done>& epilogue, int64_t m0, int64_t rows, int64_t n0,
+                      int64_t columns) {
+  epilogue.fetch(m0, rows, n0, columns);
+}
+
+// Brings a block of a matrix into the cache, to be read or, with WRITE, to be written.
+template <bool WRITE, class T>
+inline void fetch_block(const T* p, int64_t ld, int64_t rows, int64_t n) {
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < n; j += line) __builtin_prefetch(p + i * ld + j, WRITE);
+}
+
 template <class P, class Done>
 inline void gemm(int64_t m, int64_t n, int64_t k, Lhs<P> a, Rhs<P> b, float* c, int64_t ldc,
                  bool add, const Done& done) {
@@ -199,9 +228,12 @@ inline void gemm(int64_t m, int64_t n, int64_t k, Lhs<P> a, Rhs<P> b, float* c, 
       Ahead ahead = {reinterpret_cast<const char*>(n0 + NR < n ? panel + b.panel : panel), part};
       for (int64_t m0 = 0; m0 < m; m0 += MR, ahead.data += units * part) {
         const Lhs<P> rows = {a.data + m0 * a.row + k0 / KU * a.step, a.row, a.step};
-        microkernel_of<P>(min(MR, m - m0), n - n0)(units, rows, panel, c + m0 * ldc + n0, ldc,
-                                                   add || k0 > 0, ahead);
-        if (k0 + KC >= k) done(m0, min(MR, m - m0), n0, min(NR, n - n0));
+        const int64_t tile = min(MR, m - m0), columns = min(NR, n - n0);
+        const bool last = k0 + KC >= k;
+        if (last) fetch_for(done, m0, tile, n0, columns);
+        microkernel_of<P>(tile, columns)(units, rows, panel, c + m0 * ldc + n0, ldc, add || k0 > 0,
+                                         ahead);
+        if (last) done(m0, tile, n0, columns);
       }
     }
   }

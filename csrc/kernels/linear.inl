@@ -58,13 +58,21 @@ void linear_typed(const Linear& s, const Parallel& parallel) {
                const Lhs<P> a = norm_rows(x, m0, rows, s.K, norm, n0 == 0, copy);
                float* c = take<float>(task_frame, rows * ld);
                const PackedWeight<P> columns = w.columns(n0);
-               gemm(rows, n, s.K, a, columns, c, ld, false);
-               apply_scales(columns.scales, rows, n, c, ld);
-               for (int64_t i = 0; i < rows; ++i) {
-                 const int64_t at = (m0 + i) * s.N + n0;
-                 finish_row(c + i * ld, bias ? bias + n0 : nullptr,
-                            residual ? residual + at : nullptr, n, y + at);
-               }
+               const int64_t at = m0 * s.N + n0;
+               const auto fetch = [&](int64_t i, int64_t tile, int64_t j, int64_t width) {
+                 fetch_block<true>(y + at + i * s.N + j, s.N, tile, width);
+                 if (residual) fetch_block<false>(residual + at + i * s.N + j, s.N, tile, width);
+               };
+               const auto finish = [&](int64_t i0, int64_t tile, int64_t j, int64_t width) {
+                 apply_scales(columns.scales ? columns.scales + j : nullptr, tile, width,
+                              c + i0 * ld + j, ld);
+                 for (int64_t i = i0; i < i0 + tile; ++i) {
+                   const int64_t row = at + i * s.N + j;
+                   finish_row(c + i * ld + j, bias ? bias + n0 + j : nullptr,
+                              residual ? residual + row : nullptr, width, y + row);
+                 }
+               };
+               gemm(rows, n, s.K, a, columns, c, ld, false, Fetching{fetch, finish});
              });
 }
 
@@ -79,16 +87,18 @@ void linear_grad_typed(const LinearGrad& s, const Parallel& parallel) {
   Frame frame;
   const RowNorm norm(f.norm, K, frame);
   const Rhs<P> w = weight_straight<P>(f.weight, N, K, frame, parallel);
-  const int64_t blocks = divide_up(M, ROWS), chunk = blocks_per_chunk<P>(M, N + K, parallel);
-  WeightGrad<P> dweight(s.dweight, N, K, chunk, frame);
+  const RowParts<P> parts(M, N * K, N + K, parallel);
+  const WeightSums<P> sums(s.dweight, N, K, parts.count(), frame);
+  const int64_t blocks = parts.blocks();
   const ColumnSums dbias(blocks, s.dbias.data ? N : 0, frame);
   const ColumnSums dnorm_weight(blocks, norm.weight ? K : 0, frame),
       dnorm_bias(blocks, norm.weight ? K : 0, frame);
 
-  for (int64_t first = 0; first < blocks; first += chunk) {
-    const int64_t last = min(blocks, first + chunk);
-    run_tasks(parallel, last - first, [&](int64_t slot) {
-      const int64_t block = first + slot, m0 = block * ROWS, rows = min(ROWS, M - m0);
+  parts.for_each([&](const RowPart& part) {
+    Frame part_frame;
+    const WeightGrad<P> dweight(sums, part.index, part.chunk, part_frame);
+    const auto produce = [&](int64_t block, int64_t slot) {
+      const int64_t m0 = block * ROWS, rows = min(ROWS, M - m0);
       Frame task_frame;
       P* copy = take<P>(task_frame, rows * row_stride<P>(padded_k<P>(N)));
       float* dn = take<float>(task_frame, rows * ld);
@@ -109,10 +119,12 @@ void linear_grad_typed(const LinearGrad& s, const Parallel& parallel) {
                       dnorm_bias.block(block), normalized + i * ld, dx + m * K);
       }
       dweight.set_x(slot, normalized, ld, rows, 0, K);
+    };
+    part.for_chunks(produce, [&](int64_t rows, bool add) {
+      dweight.accumulate(rows, add, 0, N, part.parallel);
     });
-    dweight.accumulate(min(M, last * ROWS) - first * ROWS, parallel);
-  }
-  dweight.finish(parallel);
+  });
+  sums.finish(M == 0, parallel);
   dbias.finish(s.dbias);
   dnorm_weight.finish(s.dnorm.weight);
   dnorm_bias.finish(s.dnorm.bias);

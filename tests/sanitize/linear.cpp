@@ -121,6 +121,8 @@ void linear_cases() {
       }
     // So wide that the rows of a weight's gradient come in several chunks.
     linear_case({dtype, dtype, 193, 8753, 3, true, true, false});
+    // So many rows that they come in parts with a sum each.
+    linear_case({dtype, params.back(), 1601, 33, 17, true, true, false});
   }
 }
 
