@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gptfast.ops import select
-from gptfast.ops.common import check_activation, check_dropout, check_like, define
+from gptfast.ops.common import check_dropout, check_floating, check_like, define, needs_grad
 from gptfast.ops.random import seed_tensor
 
 
@@ -140,7 +140,7 @@ def causal_attention(
         ValueError, TypeError: Shapes or dtypes do not fit.
         BackendError: There are no fused kernels for the device or dtype.
     """
-    check_activation("causal_attention", "q", q, 4)
+    check_floating("causal_attention", "q", q, 4)
     B, H, _, D = q.shape
     select.require_fused("causal_attention", q.device.type, q.dtype, head_dim=D)
     check_like("causal_attention", "k", k, q, (B, H, k.shape[2] if k.dim() == 4 else 0, D))
@@ -148,8 +148,10 @@ def causal_attention(
     check_dropout("causal_attention", dropout_p)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     key = seed_tensor(seed) if dropout_p > 0.0 else None
-    options = (1 / math.sqrt(D) if scale is None else scale, dropout_p, stream)
-    return _Attention.apply(q, k, v, key, *options).transpose(1, 2)
+    scale = 1 / math.sqrt(D) if scale is None else scale
+    if needs_grad(q, k, v):
+        return _Attention.apply(q, k, v, key, scale, dropout_p, stream).transpose(1, 2)
+    return _attention(q, k, v, scale, dropout_p, key, stream)[0].transpose(1, 2)
 
 
 def causal_attention_packed(
@@ -170,7 +172,7 @@ def causal_attention_packed(
     Returns:
         (B, T, C) in qkv's dtype.
     """
-    check_activation("causal_attention_packed", "qkv", qkv, 3)
+    check_floating("causal_attention_packed", "qkv", qkv, 3)
     if n_head < 1 or qkv.shape[2] % (3 * n_head):
         raise ValueError(
             f"causal_attention_packed: qkv must have 3 C columns with C divisible by"
@@ -181,4 +183,6 @@ def causal_attention_packed(
     select.require_fused("causal_attention_packed", qkv.device.type, qkv.dtype, head_dim=D)
     check_dropout("causal_attention_packed", dropout_p)
     key = seed_tensor(seed) if dropout_p > 0.0 else None
-    return _AttentionPacked.apply(qkv, key, n_head, dropout_p, stream)
+    if needs_grad(qkv):
+        return _AttentionPacked.apply(qkv, key, n_head, dropout_p, stream)
+    return _attention_packed(qkv, n_head, dropout_p, key, stream)[0]

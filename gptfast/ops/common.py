@@ -23,15 +23,25 @@ def define(schema: str, fake: Callable[..., Any]) -> Any:
     return getattr(torch.ops.gptfast, name).default
 
 
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether the gradient of one of them may be asked for."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def check_activation(op: str, name: str, x: Tensor, dims: int | None = None) -> None:
     """Checks that `x` is what the fused kernels take, with `dims` dimensions where given."""
+    check_floating(op, name, x, dims)
+    select.require_fused(op, x.device.type, x.dtype)
+
+
+def check_floating(op: str, name: str, x: Tensor, dims: int | None = None) -> None:
+    """Checks that `x` is a tensor of floating-point numbers, of `dims` dimensions where given."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
     if not x.dtype.is_floating_point:
         raise TypeError(f"{op}: {name} must be a floating-point tensor, got {x.dtype}")
     if dims is not None and x.dim() != dims:
         raise ValueError(f"{op}: {name} must have {dims} dimensions, got shape {tuple(x.shape)}")
-    select.require_fused(op, x.device.type, x.dtype)
 
 
 def check_like(op: str, name: str, x: Tensor, like: Tensor, shape: tuple[int, ...]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gptfast.ops.common import check_activation, check_indices, check_param, define
+from gptfast.ops.common import check_activation, check_indices, check_param, define, needs_grad
 from gptfast.ops.linear import absent_to_none, fake_grad
 
 
@@ -98,7 +98,5 @@ def linear_cross_entropy(
     if ln_w is None and ln_b is not None:
         raise ValueError(f"{op}: ln_b needs ln_w, got ln_b alone")
     params = (ln_w, ln_b, weight)
-    with_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, *params)
-    )
+    with_grad = needs_grad(x, *params)
     return _LinearCrossEntropy.apply(with_grad, x, *params, targets, ignore_index)

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gptfast.ops.common import check_activation, check_choice, check_dropout, check_param, define
+from gptfast.ops.common import (
+    check_activation,
+    check_choice,
+    check_dropout,
+    check_param,
+    define,
+    needs_grad,
+)
 from gptfast.ops.linear import absent_to_none, fake_grad
 from gptfast.ops.random import seed_tensor
 
@@ -121,5 +128,4 @@ def layer_norm_ffn(
     check_dropout(op, dropout_p)
     key = seed_tensor(seed) if dropout_p > 0.0 else None
     params = (ln_w, ln_b, w1, b1, w2, b2)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *params))
-    return _Ffn.apply(keep, x, *params, gelu, dropout_p, key, stream)
+    return _Ffn.apply(needs_grad(x, *params), x, *params, gelu, dropout_p, key, stream)
