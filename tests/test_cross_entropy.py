@@ -47,7 +47,8 @@ def torch_norm_linear_cross_entropy(
     return torch_linear_cross_entropy(F.layer_norm(x, x.shape[-1:], ln_w, ln_b), weight, targets)
 
 
-# With blocks of 1152 columns and chunks of 192 rows at least: less than one, one, and more.
+# With blocks of 1152 columns and chunks of 192 rows at least: less than one, one, and more; with
+# 1700 rows in parts.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("M", "K", "V"),
@@ -60,6 +61,7 @@ def torch_norm_linear_cross_entropy(
         (70, 32, 1152),
         (49, 24, 1153),
         (210, 16, 2500),
+        (1700, 9, 21),
     ),
 )
 def test_budget(isa: str, M: int, K: int, V: int, dtype: torch.dtype) -> None:

@@ -40,21 +40,14 @@ class CrossEntropyPass {
         parallel_(parallel),
         norm_(s.norm, s.K, frame_),
         with_grad_(s.dx != nullptr),
-        blocks_(divide_up(s.M, ROWS)),
-        chunk_(blocks_in_chunk()),
+        parts_(s.M, s.V * s.K, min(s.V, VOCAB) + s.K, parallel),
         k_ld_(padded_n<P>(s.K)),
         x_stride_(row_stride<P>(padded_k<P>(s.K))),
         logits_ld_(padded_n<P>(with_grad_ ? s.V : min(s.V, VOCAB))),
         losses_(take<float>(frame_, s.M)),
-        logits_(take<float>(frame_, chunk_ * ROWS * logits_ld_)),
-        dn_(dx_in_place() ? nullptr : take<float>(frame_, with_grad_ ? chunk_ * ROWS * k_ld_ : 0)),
-        x_copy_(take<P>(frame_, chunk_ * ROWS * x_stride_)),
-        x_(take<Lhs<P>>(frame_, chunk_)),
-        sums_(take<RowSum>(frame_, chunk_ * ROWS)),
-        dweight_sum_(s.dweight, with_grad_ ? s.V : 0, s.K, 1, frame_),
-        dweight_(dweight_sum_, 0, with_grad_ ? chunk_ : 0, frame_, VOCAB),
-        dnorm_weight_(blocks_, with_grad_ && norm_.weight ? s.K : 0, frame_),
-        dnorm_bias_(blocks_, with_grad_ && norm_.weight ? s.K : 0, frame_) {
+        sums_(s.dweight, with_grad_ ? s.V : 0, s.K, whole() ? parts_.count() : 1, frame_),
+        dnorm_weight_(parts_.blocks(), with_grad_ && norm_.weight ? s.K : 0, frame_),
+        dnorm_bias_(parts_.blocks(), with_grad_ && norm_.weight ? s.K : 0, frame_) {
     norm_.mean = take<float>(frame_, s.M);
     norm_.rstd = take<float>(frame_, s.M);
     int64_t counted = 0;
@@ -63,122 +56,150 @@ class CrossEntropyPass {
   }
 
   void run() {
-    for (int64_t first = 0; first < blocks_; first += chunk_) {
-      const int64_t slots = min(chunk_, blocks_ - first);
-      if (whole())
-        whole_vocabulary(first, slots);
-      else
-        vocabulary_in_blocks(first, slots);
-    }
+    if (whole())
+      whole_vocabulary();
+    else
+      vocabulary_in_blocks();
     finish();
   }
 
  private:
-  // As many row blocks as the outer cache holds the operands of the weight's gradient for, and
-  // no more logits than most_logits allows: each chunk reads and writes the whole gradient.
-  int64_t blocks_in_chunk() const {
-    const int64_t cached = blocks_per_chunk<P>(s_.M, min(s_.V, VOCAB) + s_.K, parallel_);
-    if (!with_grad_) return cached;
-    const int64_t fitting = most_logits / (ROWS * padded_n<P>(s_.V));
-    return min(cached, round_up(max(fitting, parallel_.threads), Tile<P>::KC / ROWS));
-  }
+  // What is kept of the row blocks of a chunk, by slots.
+  struct Chunk {
+    float *logits, *dn;  // dn: null where its sums are made in dx
+    P* x_copy;
+    Lhs<P>* x;
+    RowSum* sums;
+    WeightGrad<P> dweight;
+
+    Chunk(const CrossEntropyPass& pass, int64_t part, int64_t blocks, Frame& frame)
+        : logits(take<float>(frame, blocks * ROWS * pass.logits_ld_)),
+          dn(pass.with_grad_ && !pass.dx_in_place() ? take<float>(frame, blocks * ROWS * pass.k_ld_)
+                                                    : nullptr),
+          x_copy(take<P>(frame, blocks * ROWS * pass.x_stride_)),
+          x(take<Lhs<P>>(frame, blocks)),
+          sums(take<RowSum>(frame, blocks * ROWS)),
+          dweight(pass.sums_, part, pass.with_grad_ ? blocks : 0, frame, VOCAB) {}
+  };
 
   bool whole() const { return s_.V <= VOCAB; }
   int64_t rows_of(int64_t block) const { return min(ROWS, s_.M - block * ROWS); }
-  float* logits(int64_t slot, int64_t v0) const {
-    return logits_ + slot * ROWS * logits_ld_ + (with_grad_ ? v0 : 0);
+  float* logits(const Chunk& chunk, int64_t slot, int64_t v0) const {
+    return chunk.logits + slot * ROWS * logits_ld_ + (with_grad_ ? v0 : 0);
   }
-  // Where the sums of dN are made: dx itself where it is that.
-  float* dn(int64_t first, int64_t slot) const {
-    return dn_ ? dn_ + slot * ROWS * k_ld_
-               : static_cast<float*>(s_.dx) + (first + slot) * ROWS * k_ld_;
+  float* dn(const Chunk& chunk, int64_t block, int64_t slot) const {
+    return chunk.dn ? chunk.dn + slot * ROWS * k_ld_
+                    : static_cast<float*>(s_.dx) + block * ROWS * k_ld_;
   }
   bool dx_in_place() const { return sizeof(T) == sizeof(float) && !norm_.weight && k_ld_ == s_.K; }
   int64_t columns(int64_t v0) const { return min(VOCAB, s_.V - v0); }
   Weight weight_rows(int64_t v0) const { return rows_from(s_.weight, v0, s_.K); }
   bool ignored(int64_t m) const { return s_.targets[m] == s_.ignore_index; }
 
-  void start(int64_t first, int64_t slot) {
-    const int64_t m0 = (first + slot) * ROWS, rows = rows_of(first + slot);
-    x_[slot] = norm_rows(static_cast<const T*>(s_.x), m0, rows, s_.K, norm_, true,
-                         x_copy_ + slot * ROWS * x_stride_);
-    for (int64_t i = 0; i < rows; ++i) sums_[slot * ROWS + i] = {no_score, 0.0f, 0.0f, 0.0f};
-    if (with_grad_) dweight_.set_x(slot, x_[slot].data, x_[slot].row, rows, 0, s_.K);
-  }
-
   // A row block has everything done to it while it is in the cache.
-  void whole_vocabulary(int64_t first, int64_t slots) {
+  void whole_vocabulary() {
     Frame frame;
     const Rhs<P> w = weight_transposed<T>(s_.weight, s_.V, s_.K, frame, parallel_).dense;
     const Rhs<P> w_rows =
         with_grad_ ? weight_straight<P>(s_.weight, s_.V, s_.K, frame, parallel_) : Rhs<P>{};
-    run_tasks(parallel_, slots, [&](int64_t slot) {
-      start(first, slot);
-      sum_rows(first, slot, 0, w);
-      finish_losses(first, slot);
-      if (!with_grad_) return;
-      grad_rows(first, slot, 0, w_rows);
-      finish_dx(first, slot);
+    parts_.for_each([&](const RowPart& part) {
+      Frame part_frame;
+      const Chunk chunk(*this, part.index, part.chunk, part_frame);
+      const auto produce = [&](int64_t block, int64_t slot) {
+        start(chunk, block, slot);
+        sum_rows(chunk, block, slot, 0, w);
+        finish_losses(chunk, block, slot);
+        if (!with_grad_) return;
+        grad_rows(chunk, block, slot, 0, w_rows);
+        finish_dx(chunk, block, slot);
+      };
+      part.for_chunks(produce, [&](int64_t rows, bool add) {
+        if (with_grad_) chunk.dweight.accumulate(rows, add, 0, s_.V, part.parallel);
+      });
     });
-    if (with_grad_) accumulate(first, slots, 0);
   }
 
-  void vocabulary_in_blocks(int64_t first, int64_t slots) {
-    run_tasks(parallel_, slots, [&](int64_t slot) { start(first, slot); });
+  // As many row blocks as the outer cache holds the operands of the weight's gradient for, and
+  // no more logits than most_logits allows: each chunk reads and writes the whole gradient.
+  int64_t blocks_in_chunk() const {
+    const int64_t cached = blocks_per_chunk<P>(s_.M, VOCAB + s_.K, parallel_);
+    if (!with_grad_) return cached;
+    const int64_t fitting = most_logits / (ROWS * padded_n<P>(s_.V));
+    return min(cached, round_up(max(fitting, parallel_.threads), Tile<P>::KC / ROWS));
+  }
+
+  void vocabulary_in_blocks() {
+    Frame frame;
+    const int64_t most = blocks_in_chunk();
+    const Chunk chunk(*this, 0, most, frame);
+    for (int64_t first = 0; first < parts_.blocks(); first += most)
+      vocabulary_in_blocks(chunk, first, min(most, parts_.blocks() - first));
+  }
+
+  void vocabulary_in_blocks(const Chunk& chunk, int64_t first, int64_t slots) {
+    const auto for_slots = [&](const auto& f) {
+      run_tasks(parallel_, slots, [&](int64_t slot) { f(first + slot, slot); });
+    };
+    for_slots([&](int64_t block, int64_t slot) { start(chunk, block, slot); });
     for (int64_t v0 = 0; v0 < s_.V; v0 += VOCAB) {
       Frame frame;
       const Rhs<P> w =
           weight_transposed<T>(weight_rows(v0), columns(v0), s_.K, frame, parallel_).dense;
-      run_tasks(parallel_, slots, [&](int64_t slot) { sum_rows(first, slot, v0, w); });
+      for_slots([&](int64_t block, int64_t slot) { sum_rows(chunk, block, slot, v0, w); });
     }
-    run_tasks(parallel_, slots, [&](int64_t slot) { finish_losses(first, slot); });
+    for_slots([&](int64_t block, int64_t slot) { finish_losses(chunk, block, slot); });
     if (!with_grad_) return;
+    const int64_t rows = min(s_.M, (first + slots) * ROWS) - first * ROWS;
     for (int64_t v0 = 0; v0 < s_.V; v0 += VOCAB) {
       Frame frame;
       const Rhs<P> w = weight_straight<P>(weight_rows(v0), columns(v0), s_.K, frame, parallel_);
-      run_tasks(parallel_, slots, [&](int64_t slot) { grad_rows(first, slot, v0, w); });
-      accumulate(first, slots, v0);
+      for_slots([&](int64_t block, int64_t slot) { grad_rows(chunk, block, slot, v0, w); });
+      chunk.dweight.accumulate(rows, first > 0, v0, columns(v0), parallel_);
     }
-    run_tasks(parallel_, slots, [&](int64_t slot) { finish_dx(first, slot); });
+    for_slots([&](int64_t block, int64_t slot) { finish_dx(chunk, block, slot); });
   }
 
-  void sum_rows(int64_t first, int64_t slot, int64_t v0, Rhs<P> w) {
-    const int64_t m0 = (first + slot) * ROWS, rows = rows_of(first + slot), n = columns(v0);
-    float* block = logits(slot, v0);
-    gemm(rows, n, s_.K, x_[slot], w, block, logits_ld_, false);
+  void start(const Chunk& chunk, int64_t block, int64_t slot) {
+    const int64_t rows = rows_of(block);
+    chunk.x[slot] = norm_rows(static_cast<const T*>(s_.x), block * ROWS, rows, s_.K, norm_, true,
+                              chunk.x_copy + slot * ROWS * x_stride_);
+    for (int64_t i = 0; i < rows; ++i) chunk.sums[slot * ROWS + i] = {no_score, 0.0f, 0.0f, 0.0f};
+    if (with_grad_) chunk.dweight.set_x(slot, chunk.x[slot].data, chunk.x[slot].row, rows, 0, s_.K);
+  }
+
+  void sum_rows(const Chunk& chunk, int64_t block, int64_t slot, int64_t v0, Rhs<P> w) const {
+    const int64_t m0 = block * ROWS, rows = rows_of(block), n = columns(v0);
+    float* scores = logits(chunk, slot, v0);
+    gemm(rows, n, s_.K, chunk.x[slot], w, scores, logits_ld_, false);
     for (int64_t i = 0; i < rows; ++i) {
-      RowSum& row = sums_[slot * ROWS + i];
-      float* s = block + i * logits_ld_;
+      RowSum& row = chunk.sums[slot * ROWS + i];
+      float* s = scores + i * logits_ld_;
       const int64_t target = s_.targets[m0 + i] - v0;
       if (!ignored(m0 + i) && target >= 0 && target < n) row.target = s[target];
       add_logits(s, n, row, whole() && with_grad_ ? s : nullptr);
     }
   }
 
-  void finish_losses(int64_t first, int64_t slot) {
-    const int64_t m0 = (first + slot) * ROWS;
-    for (int64_t i = 0; i < rows_of(first + slot); ++i) {
-      RowSum& row = sums_[slot * ROWS + i];
+  void finish_losses(const Chunk& chunk, int64_t block, int64_t slot) const {
+    const int64_t m0 = block * ROWS;
+    for (int64_t i = 0; i < rows_of(block); ++i) {
+      RowSum& row = chunk.sums[slot * ROWS + i];
       row.lse = row.m + __builtin_logf(row.l);
       losses_[m0 + i] = ignored(m0 + i) ? 0.0f : row.lse - row.target;
     }
   }
 
   // dN += dS W for the columns from v0 on; dS is left for dW = dS' N.
-  void grad_rows(int64_t first, int64_t slot, int64_t v0, Rhs<P> w) {
-    const int64_t rows = rows_of(first + slot), n = columns(v0);
-    float* ds = logits(slot, v0);
+  void grad_rows(const Chunk& chunk, int64_t block, int64_t slot, int64_t v0, Rhs<P> w) const {
+    const int64_t rows = rows_of(block), n = columns(v0);
+    float* ds = logits(chunk, slot, v0);
     for (int64_t i = 0; i < rows; ++i)
-      grad_row((first + slot) * ROWS + i, sums_[slot * ROWS + i], v0, n, ds + i * logits_ld_);
+      grad_row(block * ROWS + i, chunk.sums[slot * ROWS + i], v0, n, ds + i * logits_ld_);
     Frame frame;
     P* copy = take<P>(frame, rows * row_stride<P>(padded_k<P>(n)));
-    gemm(rows, s_.K, n, lhs_rows(ds, logits_ld_, rows, n, copy), w, dn(first, slot), k_ld_, v0 > 0);
-    dweight_.set_dy(slot, ds, logits_ld_, rows, 0, n);
-  }
-
-  void accumulate(int64_t first, int64_t slots, int64_t v0) {
-    const int64_t rows = min(s_.M, (first + slots) * ROWS) - first * ROWS;
-    dweight_.accumulate(rows, first > 0, v0, columns(v0), parallel_);
+    gemm(rows, s_.K, n, lhs_rows(ds, logits_ld_, rows, n, copy), w, dn(chunk, block, slot), k_ld_,
+         v0 > 0);
+    chunk.dweight.set_dy(slot, ds, logits_ld_, rows, 0, n);
   }
 
   // ds: logits, or exp(s - m) where the whole vocabulary is one block, to their gradients.
@@ -194,12 +215,11 @@ class CrossEntropyPass {
     if (counts && target >= 0 && target < n) ds[target] -= share_;
   }
 
-  void finish_dx(int64_t first, int64_t slot) {
+  void finish_dx(const Chunk& chunk, int64_t block, int64_t slot) const {
     if (dx_in_place()) return;
-    const int64_t block = first + slot;
     for (int64_t i = 0; i < rows_of(block); ++i) {
       const int64_t m = block * ROWS + i;
-      const float* dn = this->dn(first, slot) + i * k_ld_;
+      const float* dn = this->dn(chunk, block, slot) + i * k_ld_;
       const T* x = static_cast<const T*>(s_.x) + m * s_.K;
       T* dx = static_cast<T*>(s_.dx) + m * s_.K;
       if (norm_.weight)
@@ -210,14 +230,14 @@ class CrossEntropyPass {
     }
   }
 
-  void finish() {
+  void finish() const {
     double total_loss = 0.0;
     for (int64_t i = 0; i < s_.M; ++i) total_loss += losses_[i];
     *s_.loss = static_cast<float>(total_loss * static_cast<double>(share_));
     if (!with_grad_) return;
     dnorm_weight_.finish(s_.dnorm.weight);
     dnorm_bias_.finish(s_.dnorm.bias);
-    dweight_sum_.finish(s_.M == 0, parallel_);
+    sums_.finish(s_.M == 0, parallel_);
   }
 
   const CrossEntropy& s_;
@@ -225,14 +245,11 @@ class CrossEntropyPass {
   Frame frame_;
   RowNorm norm_;
   bool with_grad_;
-  int64_t blocks_, chunk_, k_ld_, x_stride_, logits_ld_;
+  RowParts<P> parts_;
+  int64_t k_ld_, x_stride_, logits_ld_;
   float share_;  // of one row in the mean
-  float *losses_, *logits_, *dn_;
-  P* x_copy_;
-  Lhs<P>* x_;
-  RowSum* sums_;
-  WeightSums<P> dweight_sum_;
-  WeightGrad<P> dweight_;
+  float* losses_;
+  WeightSums<P> sums_;
   ColumnSums dnorm_weight_, dnorm_bias_;
 };
 

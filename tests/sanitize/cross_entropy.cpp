@@ -114,6 +114,8 @@ void cross_entropy_cases() {
     }
     // So wide that the rows come in several chunks.
     cross_entropy_case({dtype, dtype, 193, 8753, 3, Ignored::some, With::norm});
+    // So many that they come in parts with a sum each.
+    cross_entropy_case({dtype, dtype, 1601, 9, 21, Ignored::some, With::norm});
   }
 }
 
