@@ -182,7 +182,7 @@ def measure(contenders: dict[str, Run], seconds: float, pause: float = 0.0) -> T
             contenders[name]()
     times: dict[str, list[float]] = {name: [] for name in names}
     for round_ in range(rounds):
-        for name in rotated(names, round_):
+        for name in ordered(names, round_):
             time.sleep(pause)
             times[name].append(_seconds(contenders[name]))
     return Timing(rounds, {name: statistics.median(times[name]) for name in names})
@@ -194,10 +194,15 @@ def count_rounds(seconds: float, one_round: float) -> int:
     return max(least, min(int(seconds / one_round), MOST_ROUNDS))
 
 
-def rotated(names: Sequence[str], by: int) -> list[str]:
-    """The names in order, another one first each time: none always follows the same neighbour."""
-    start = by % len(names)
-    return [*names[start:], *names[:start]]
+def ordered(names: Sequence[str], round_: int) -> list[str]:
+    """The names from another one on every second round, backwards in between.
+
+    What ran before a contender decides what it finds in the caches: of three, each follows either
+    of the others equally often.
+    """
+    start = round_ // 2 % len(names)
+    order = [*names[start:], *names[:start]]
+    return order[::-1] if round_ % 2 else order
 
 
 def _seconds(run: Run) -> float:
