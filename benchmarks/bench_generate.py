@@ -168,8 +168,7 @@ def step(shape: Shape, dtype: str) -> Case:
         shape.flops,
         functools.partial(verify, shape, dtype, contenders),
         other_dtype=("course fp32",) if dtype != "fp32" else (),
-        # CTranslate2's OpenMP keeps its threads awake for 0.2 seconds; llama.cpp has torch's.
-        pause_seconds=0.3 if "CTranslate2" in contenders else 0.0,
+        rests={"CTranslate2": 0.3},  # its OpenMP keeps its threads awake for 0.2 seconds
         details=functools.partial(details, shape, dtype),
     )
 

@@ -196,7 +196,7 @@ def run_row(row: Row, options: argparse.Namespace, peak_gflops: float) -> dict[s
             del case.contenders[name]
     notes = leave_out_what_does_not_run(case)
     case.verify()
-    timing = measure(case.contenders, options.seconds, case.pause_seconds)
+    timing = measure(case.contenders, options.seconds, case.rests)
     line = show.line(row, case, timing, peak_gflops, notes)
     if case.details:
         line["details"] = case.details(timing.seconds[OURS])

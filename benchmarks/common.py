@@ -6,7 +6,7 @@ A script describes its rows; `command.main` runs them. A row is verified before 
 import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,8 +37,8 @@ class Case:
     verify: Callable[[], None]  # raises AssertionError
     compiles: tuple[str, ...] = ()  # contenders whose first call compiles
     other_dtype: tuple[str, ...] = ()  # contenders that do not compute in the row's dtype
-    # before each call, until threads that others left spinning have gone to sleep
-    pause_seconds: float = 0.0
+    # seconds after a contender's call, until the threads that it left spinning have gone to sleep
+    rests: Mapping[str, float] = field(default_factory=dict)
     # what else there is to say of ours, given its median in seconds
     details: Callable[[float], dict[str, float]] | None = None
 
@@ -166,13 +166,15 @@ def plain_linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.gptfast.linear(x, None, None, weight, None, None)[0]
 
 
-def measure(contenders: dict[str, Run], seconds: float, pause: float = 0.0) -> Timing:
+def measure(
+    contenders: dict[str, Run], seconds: float, rests: Mapping[str, float] | None = None
+) -> Timing:
     """Times the contenders in turn, each once a round, after a round that warms up.
 
     Args:
         contenders: by name.
         seconds: how long the rounds should take together; see `count_rounds`.
-        pause: seconds before each call.
+        rests: seconds that the processors are left alone after a call of the contender, by name.
     """
     names = list(contenders)
     first = [_seconds(contenders[name]) for name in names]
@@ -183,8 +185,9 @@ def measure(contenders: dict[str, Run], seconds: float, pause: float = 0.0) -> T
     times: dict[str, list[float]] = {name: [] for name in names}
     for round_ in range(rounds):
         for name in ordered(names, round_):
-            time.sleep(pause)
             times[name].append(_seconds(contenders[name]))
+            if rests and name in rests:
+                time.sleep(rests[name])
     return Timing(rounds, {name: statistics.median(times[name]) for name in names})
 
 
