@@ -32,11 +32,42 @@ def head_rows(x, t, stride, T, d, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED
 
 
 @triton.jit
+def held_rows(
+    x, t, stride, T, d, D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Rows t of a head as `row_products` takes them: a tile; their address where PART < BLOCK_D."""
+    if PART == BLOCK_D:
+        rows = head_rows(x, t, stride, T, d, D, BLOCK_D, MASKED)
+    else:
+        rows = x
+    return rows
+
+
+@triton.jit
+def row_products(
+    x, i, x_row, Tx, y, j, y_row, Ty,
+    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """x y' of rows i of one head and rows j of another, PART columns at a time."""
+    if PART == BLOCK_D:
+        products = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+    else:
+        products = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
+        for d0 in tl.static_range(0, BLOCK_D, PART):
+            d = d0 + tl.arange(0, PART)
+            rows = head_rows(x, i, x_row, Tx, d, D, BLOCK_D, True)
+            columns = head_rows(y, j, y_row, Ty, d, D, BLOCK_D, True)
+            products = tl.dot(rows, tl.trans(columns), products, input_precision=PRECISION)
+    return products
+
+
+@triton.jit
 def _attend(
-    acc, m, total, q, k, v, k_row, v_row, i, i0, first, last, Tk, offset, scale_log2, head,
-    seed, substream, threshold, keep_scale,
+    acc, m, total, q, k, v, q_row, k_row, v_row, i, i0, first, last, Tq, Tk, offset, scale_log2,
+    head, seed, substream, threshold, keep_scale,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    PART: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Takes keys [first, last) into the running maximum m, sum and output acc of a block.
 
@@ -46,8 +77,9 @@ def _attend(
     d = tl.arange(0, BLOCK_D)
     for j0 in tl.range(first, last, BN):
         j = j0 + tl.arange(0, BN)
-        keys = head_rows(k, j, k_row, Tk, d, D, BLOCK_D, MASKED)
-        s = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale_log2
+        keys = held_rows(k, j, k_row, Tk, d, D, BLOCK_D, PART, MASKED)
+        s = row_products(q, i, q_row, Tq, keys, j, k_row, Tk, PRECISION, D, BLOCK_D, PART)
+        s *= scale_log2
         if MASKED:
             seen = (j[None, :] <= i[:, None] + offset) & (j < Tk)[None, :]
             s = tl.where(seen, s, -float("inf"))
@@ -71,6 +103,16 @@ def head_kind(args: Any) -> tuple[int, int]:
     return args["q"].element_size(), max(64, block_of(args["D"]))
 
 
+def parts_of(x: Tensor) -> dict[str, int]:
+    """D, the columns of a block of a head, and those that are multiplied at a time.
+
+    All 256 columns of float32 rows at once, split for three products, do not stay in registers.
+    """
+    columns = block_of(x.shape[-1])
+    wide = columns == 256 and x.element_size() == 4
+    return {"D": x.shape[-1], "BLOCK_D": columns, "PART": 64 if wide else columns}
+
+
 def head_shared(staying: int, passing: int, args: Any) -> int:
     """Bytes of rows of a head: some stay, others pass by in stages."""
     rows = staying + args["num_stages"] * passing
@@ -84,7 +126,7 @@ FORWARD = {
     (2, 256): [config(8, 2, BM=64, BN=32), config(4, 1, BM=32, BN=32)],
     (4, 64): [config(8, 1, BM=32, BN=16), config(4, 1, BM=16, BN=16)],
     (4, 128): [config(8, 1, BM=32, BN=16), config(4, 1, BM=16, BN=16)],
-    (4, 256): [config(8, 1, BM=16, BN=16)],
+    (4, 256): [config(4, 1, BM=16, BN=16)],
 }
 
 
@@ -99,7 +141,7 @@ def forward_kernel(
     q, k, v, out, lse, H, Tq, Tk, scale_log2,
     q_b, q_h, q_row, k_b, k_h, k_row, v_b, v_h, v_row, out_b, out_h, out_row,
     seed, substream, threshold, keep_scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """A block of BM queries of one head; the longest rows start first."""
@@ -110,7 +152,7 @@ def forward_kernel(
     out += b * out_b + h * out_h
     i, d = i0 + tl.arange(0, BM), tl.arange(0, BLOCK_D)
     offset = Tk - Tq
-    queries = head_rows(q, i, q_row, Tq, d, D, BLOCK_D, True)
+    queries = held_rows(q, i, q_row, Tq, d, D, BLOCK_D, PART, True)
     acc = tl.zeros([BM, BLOCK_D], tl.float32)
     m = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
@@ -118,12 +160,14 @@ def forward_kernel(
     whole = tl.maximum(i0 + 1 + offset, 0) // BN * BN
     last = tl.minimum(Tk, i0 + BM + offset)
     acc, m, total = _attend(
-        acc, m, total, queries, k, v, k_row, v_row, i, i0, 0, whole, Tk, offset, scale_log2, head,
-        seed, substream, threshold, keep_scale, False, PRECISION, D, BLOCK_D, BM, BN,
+        acc, m, total, queries, k, v, q_row, k_row, v_row, i, i0, 0, whole, Tq, Tk, offset,
+        scale_log2, head, seed, substream, threshold, keep_scale,
+        False, PRECISION, D, BLOCK_D, PART, BM, BN,
     )  # fmt: skip
     acc, m, total = _attend(
-        acc, m, total, queries, k, v, k_row, v_row, i, i0, whole, last, Tk, offset, scale_log2,
-        head, seed, substream, threshold, keep_scale, True, PRECISION, D, BLOCK_D, BM, BN,
+        acc, m, total, queries, k, v, q_row, k_row, v_row, i, i0, whole, last, Tq, Tk, offset,
+        scale_log2, head, seed, substream, threshold, keep_scale,
+        True, PRECISION, D, BLOCK_D, PART, BM, BN,
     )  # fmt: skip
     some = total > 0.0
     acc = tl.where(some[:, None], acc / tl.where(some, total, 1.0)[:, None], 0.0)
@@ -136,14 +180,14 @@ def forward_kernel(
 def _launch_forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, dropout: dict[str, Any]
 ) -> None:
-    B, H, Tq, D = q.shape
+    B, H, Tq, _ = q.shape
     if lse.numel() == 0:
         return
     grid = lambda meta: (triton.cdiv(Tq, meta["BM"]) * B * H,)  # noqa: E731
     forward_kernel[grid](
         q, k, v, out, lse, H, Tq, k.shape[2], scale / math.log(2),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        **dropout, D=D, BLOCK_D=block_of(D), PRECISION=precision(),
+        **dropout, **parts_of(q), PRECISION=precision(),
     )  # fmt: skip
 
 

@@ -12,8 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptfast.ops.triton.attention import head_kind, head_rows, head_shared, unpacked
-from gptfast.ops.triton.launch import block_of, config, dropout_args, precision, tuned
+from gptfast.ops.triton.attention import (
+    head_kind,
+    head_rows,
+    head_shared,
+    held_rows,
+    parts_of,
+    row_products,
+    unpacked,
+)
+from gptfast.ops.triton.launch import config, dropout_args, precision, tuned
 from gptfast.ops.triton.tiles import LOG2E, dropout_factors, own_head
 
 
@@ -27,20 +35,18 @@ def _delta(out, out_row, dout, dout_row, i, Tq, d, D: tl.constexpr, BLOCK_D: tl.
 
 @triton.jit
 def _score_grad(
-    q, keys, do, values, lse, delta, i, i0, j, j0, Tk, offset, scale_log2, head,
+    s, dp, lse, delta, i, i0, j, j0, Tk, offset, scale_log2, head,
     seed, substream, threshold, keep_scale,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    MASKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """A tile of dropped weights P F and of the scores' gradient dS, queries by keys.
+    """A tile of dropped weights P F and of the scores' gradient dS, from s = q k' and dp = dO v'.
 
-    P = 2^(c q k' - log2(e) lse),  dP = (dO v') F,  dS = P (dP - delta).
+    P = 2^(c s - log2(e) lse),  dP = dp F,  dS = P (dP - delta).
     """
-    s = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale_log2
-    p = tl.exp2(s - lse[:, None])
+    p = tl.exp2(s * scale_log2 - lse[:, None])
     if MASKED:
         seen = (j[None, :] <= i[:, None] + offset) & (j < Tk)[None, :]
         p = tl.where(seen, p, 0.0)
-    dp = tl.dot(do, tl.trans(values), input_precision=PRECISION)
     dropped = p
     if seed is not None:
         factors = dropout_factors(
@@ -53,20 +59,23 @@ def _score_grad(
 
 @triton.jit
 def _query_grad(
-    dq, q, do, lse, delta, k, v, k_row, v_row, i, i0, first, last, Tk, offset, scale_log2, head,
-    seed, substream, threshold, keep_scale,
+    dq, q, do, lse, delta, k, v, q_row, do_row, k_row, v_row, i, i0, first, last, Tq, Tk, offset,
+    scale_log2, head, seed, substream, threshold, keep_scale,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    PART: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dQ += dS K over the keys [first, last)."""
     d = tl.arange(0, BLOCK_D)
     for j0 in tl.range(first, last, BN):
         j = j0 + tl.arange(0, BN)
         keys = head_rows(k, j, k_row, Tk, d, D, BLOCK_D, MASKED)
-        values = head_rows(v, j, v_row, Tk, d, D, BLOCK_D, MASKED)
+        values = held_rows(v, j, v_row, Tk, d, D, BLOCK_D, PART, MASKED)
+        shown = keys if PART == BLOCK_D else k
+        s = row_products(q, i, q_row, Tq, shown, j, k_row, Tk, PRECISION, D, BLOCK_D, PART)
+        dp = row_products(do, i, do_row, Tq, values, j, v_row, Tk, PRECISION, D, BLOCK_D, PART)
         _, ds = _score_grad(
-            q, keys, do, values, lse, delta, i, i0, j, j0, Tk, offset, scale_log2, head,
-            seed, substream, threshold, keep_scale, MASKED, PRECISION, BM, BN,
+            s, dp, lse, delta, i, i0, j, j0, Tk, offset, scale_log2, head,
+            seed, substream, threshold, keep_scale, MASKED, BM, BN,
         )  # fmt: skip
         dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
     return dq
@@ -78,7 +87,7 @@ QUERY_GRAD = {
     (2, 256): [config(4, 1, BM=32, BN=32)],
     (4, 64): [config(8, 1, BM=32, BN=16), config(4, 1, BM=16, BN=16)],
     (4, 128): [config(4, 1, BM=16, BN=16)],
-    (4, 256): [config(8, 1, BM=16, BN=16)],
+    (4, 256): [config(4, 1, BM=16, BN=16)],
 }
 
 
@@ -94,7 +103,7 @@ def query_grad_kernel(
     q_b, q_h, q_row, k_b, k_h, k_row, v_b, v_h, v_row, out_b, out_h, out_row,
     dout_b, dout_h, dout_row, dq_b, dq_h, dq_row,
     seed, substream, threshold, keep_scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dQ of a block of BM queries of one head, and their delta for the other kernel."""
@@ -107,8 +116,8 @@ def query_grad_kernel(
     dq += b * dq_b + h * dq_h
     i, d = i0 + tl.arange(0, BM), tl.arange(0, BLOCK_D)
     offset = Tk - Tq
-    queries = head_rows(q, i, q_row, Tq, d, D, BLOCK_D, True)
-    do = head_rows(dout, i, dout_row, Tq, d, D, BLOCK_D, True)
+    queries = held_rows(q, i, q_row, Tq, d, D, BLOCK_D, PART, True)
+    do = held_rows(dout, i, dout_row, Tq, d, D, BLOCK_D, PART, True)
     row_delta = _delta(out, out_row, dout, dout_row, i, Tq, d, D, BLOCK_D)
     tl.store(delta + head.to(tl.int64) * Tq + i, row_delta, mask=i < Tq)
     row_lse = tl.load(lse + head.to(tl.int64) * Tq + i, mask=i < Tq, other=0.0) * LOG2E
@@ -116,14 +125,14 @@ def query_grad_kernel(
     last = tl.minimum(Tk, i0 + BM + offset)
     total = tl.zeros([BM, BLOCK_D], tl.float32)
     total = _query_grad(
-        total, queries, do, row_lse, row_delta, k, v, k_row, v_row, i, i0, 0, whole, Tk, offset,
-        scale_log2, head, seed, substream, threshold, keep_scale,
-        False, PRECISION, D, BLOCK_D, BM, BN,
+        total, queries, do, row_lse, row_delta, k, v, q_row, dout_row, k_row, v_row, i, i0,
+        0, whole, Tq, Tk, offset, scale_log2, head, seed, substream, threshold, keep_scale,
+        False, PRECISION, D, BLOCK_D, PART, BM, BN,
     )  # fmt: skip
     total = _query_grad(
-        total, queries, do, row_lse, row_delta, k, v, k_row, v_row, i, i0, whole, last, Tk, offset,
-        scale_log2, head, seed, substream, threshold, keep_scale,
-        True, PRECISION, D, BLOCK_D, BM, BN,
+        total, queries, do, row_lse, row_delta, k, v, q_row, dout_row, k_row, v_row, i, i0,
+        whole, last, Tq, Tk, offset, scale_log2, head, seed, substream, threshold, keep_scale,
+        True, PRECISION, D, BLOCK_D, PART, BM, BN,
     )  # fmt: skip
     at = dq + i.to(tl.int64)[:, None] * dq_row + d[None, :]
     inside = (i < Tq)[:, None] & (d < D)[None, :]
@@ -132,22 +141,25 @@ def query_grad_kernel(
 
 @triton.jit
 def _key_grads(
-    dk, dv, q, dout, lse, delta, keys, values, q_row, dout_row, j, j0, first, last, Tq, Tk, offset,
-    scale_log2, head, seed, substream, threshold, keep_scale,
+    dk, dv, q, dout, lse, delta, keys, values, q_row, dout_row, k_row, v_row, j, j0, d, first,
+    last, Tq, Tk, offset, scale_log2, head, seed, substream, threshold, keep_scale,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    PART: tl.constexpr, COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dV += (P F)' dO and dK += dS' Q over the queries [first, last); those past Tq are 0."""
-    d = tl.arange(0, BLOCK_D)
     for i0 in tl.range(first, last, BM):
         i = i0 + tl.arange(0, BM)
-        queries = head_rows(q, i, q_row, Tq, d, D, BLOCK_D, True)
-        do = head_rows(dout, i, dout_row, Tq, d, D, BLOCK_D, True)
+        queries = head_rows(q, i, q_row, Tq, d, D, COLUMNS, True)
+        do = head_rows(dout, i, dout_row, Tq, d, D, COLUMNS, True)
         row_lse = tl.load(lse + i, mask=i < Tq, other=0.0) * LOG2E
         row_delta = tl.load(delta + i, mask=i < Tq, other=0.0)
+        shown = queries if PART == BLOCK_D else q
+        s = row_products(shown, i, q_row, Tq, keys, j, k_row, Tk, PRECISION, D, BLOCK_D, PART)
+        shown = do if PART == BLOCK_D else dout
+        dp = row_products(shown, i, dout_row, Tq, values, j, v_row, Tk, PRECISION, D, BLOCK_D, PART)
         dropped, ds = _score_grad(
-            queries, keys, do, values, row_lse, row_delta, i, i0, j, j0, Tk, offset, scale_log2,
-            head, seed, substream, threshold, keep_scale, MASKED, PRECISION, BM, BN,
+            s, dp, row_lse, row_delta, i, i0, j, j0, Tk, offset, scale_log2, head,
+            seed, substream, threshold, keep_scale, MASKED, BM, BN,
         )  # fmt: skip
         dv = tl.dot(tl.trans(dropped.to(do.dtype)), do, dv, input_precision=PRECISION)
         dk = tl.dot(tl.trans(ds.to(queries.dtype)), queries, dk, input_precision=PRECISION)
@@ -176,10 +188,13 @@ def key_grads_kernel(
     q_b, q_h, q_row, k_b, k_h, k_row, v_b, v_h, v_row, dout_b, dout_h, dout_row,
     dk_b, dk_h, dk_row, dv_b, dv_h, dv_row,
     seed, substream, threshold, keep_scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of a block of BN keys of one head; the keys that most queries see come first."""
+    """dK and dV of a block of BN keys of one head; the keys that most queries see come first.
+
+    A program makes COLUMNS of their columns.
+    """
     head, b, h, j0 = own_head(H, Tk, BN, False)
     q += b * q_b + h * q_h
     k += b * k_b + h * k_h
@@ -189,25 +204,27 @@ def key_grads_kernel(
     dv += b * dv_b + h * dv_h
     lse += head.to(tl.int64) * Tq
     delta += head.to(tl.int64) * Tq
-    j, d = j0 + tl.arange(0, BN), tl.arange(0, BLOCK_D)
+    j, d = j0 + tl.arange(0, BN), tl.arange(0, COLUMNS)
+    if COLUMNS < BLOCK_D:
+        d += tl.program_id(1) * COLUMNS
     offset = Tk - Tq
-    keys = head_rows(k, j, k_row, Tk, d, D, BLOCK_D, True)
-    values = head_rows(v, j, v_row, Tk, d, D, BLOCK_D, True)
+    keys = held_rows(k, j, k_row, Tk, d, D, BLOCK_D, PART, True)
+    values = held_rows(v, j, v_row, Tk, d, D, BLOCK_D, PART, True)
     # No query before `first` sees a key of the block, all those from `whole` on see every one.
     first = tl.maximum(j0 - offset, 0) // BM * BM
     whole = tl.cdiv(tl.maximum(tl.minimum(j0 + BN, Tk) - 1 - offset, 0), BM) * BM
     whole = tl.minimum(tl.maximum(whole, first), tl.cdiv(Tq, BM) * BM)
-    key_total = tl.zeros([BN, BLOCK_D], tl.float32)
-    value_total = tl.zeros([BN, BLOCK_D], tl.float32)
+    key_total = tl.zeros([BN, COLUMNS], tl.float32)
+    value_total = tl.zeros([BN, COLUMNS], tl.float32)
     key_total, value_total = _key_grads(
-        key_total, value_total, q, dout, lse, delta, keys, values, q_row, dout_row, j, j0,
-        first, whole, Tq, Tk, offset, scale_log2, head, seed, substream, threshold, keep_scale,
-        True, PRECISION, D, BLOCK_D, BM, BN,
+        key_total, value_total, q, dout, lse, delta, keys, values, q_row, dout_row, k_row, v_row,
+        j, j0, d, first, whole, Tq, Tk, offset, scale_log2, head, seed, substream, threshold,
+        keep_scale, True, PRECISION, D, BLOCK_D, PART, COLUMNS, BM, BN,
     )  # fmt: skip
     key_total, value_total = _key_grads(
-        key_total, value_total, q, dout, lse, delta, keys, values, q_row, dout_row, j, j0,
-        whole, Tq, Tq, Tk, offset, scale_log2, head, seed, substream, threshold, keep_scale,
-        False, PRECISION, D, BLOCK_D, BM, BN,
+        key_total, value_total, q, dout, lse, delta, keys, values, q_row, dout_row, k_row, v_row,
+        j, j0, d, whole, Tq, Tq, Tk, offset, scale_log2, head, seed, substream, threshold,
+        keep_scale, False, PRECISION, D, BLOCK_D, PART, COLUMNS, BM, BN,
     )  # fmt: skip
     inside = (j < Tk)[:, None] & (d < D)[None, :]
     rows = j.to(tl.int64)[:, None]
@@ -223,23 +240,27 @@ def _launch_backward(
 ) -> None:  # fmt: skip
     """Writes dq, dk and dv, all (B, H, T, D)."""
     dq, dk, dv = grads
-    B, H, Tq, D = q.shape
+    B, H, Tq, _ = q.shape
     Tk = k.shape[2]
     delta = lse.new_empty(lse.shape)
-    shape = {"D": D, "BLOCK_D": block_of(D), "PRECISION": precision()}
+    shape: dict[str, Any] = {**parts_of(q), "PRECISION": precision()}
     sizes = H, Tq, Tk, scale, scale / math.log(2)
     inputs = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     if dq.numel():
-        grid = lambda meta: (triton.cdiv(Tq, meta["BM"]) * B * H,)  # noqa: E731
-        query_grad_kernel[grid](
+        queries = lambda meta: (triton.cdiv(Tq, meta["BM"]) * B * H,)  # noqa: E731
+        query_grad_kernel[queries](
             q, k, v, out, dout, dq, lse, delta, *sizes, *inputs,
             *out.stride()[:3], *dout.stride()[:3], *dq.stride()[:3], **dropout, **shape,
         )  # fmt: skip
     if dk.numel():
-        grid = lambda meta: (triton.cdiv(Tk, meta["BN"]) * B * H,)  # noqa: E731
-        key_grads_kernel[grid](
+        block = columns = shape["BLOCK_D"]
+        if shape["PART"] < block:  # the threads of AMD's warps want 128 for loads of 16 bytes
+            columns = 64 if shape["PRECISION"] == "tf32x3" else 128
+        keys = lambda meta: (triton.cdiv(Tk, meta["BN"]) * B * H, block // columns)  # noqa: E731
+        key_grads_kernel[keys](
             q, k, v, dout, dk, dv, lse, delta, *sizes, *inputs,
             *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], **dropout, **shape,
+            COLUMNS=columns,
         )  # fmt: skip
 
 
