@@ -5,6 +5,7 @@ Letters: B batch, T time, C n_embd, H heads, V vocab_size, L layers.
 """
 
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from gptfast import GPT, GPTConfig, TrainConfig, Trainer, config
 from gptfast.presets import Precision
 
 LR, CLIP = 1e-3, 1.0
+BATCHES = 16
 COURSE, COURSE_FP32 = "course", "course fp32"  # the second in rows of another dtype
 
 
@@ -62,13 +64,17 @@ SHAPES = (
 )
 
 
-def batch(shape: Shape) -> tuple[Tensor, Tensor]:
-    """Random tokens and the ones after them, (B, T) each."""
+def batches(shape: Shape) -> Iterator[tuple[Tensor, Tensor]]:
+    """Random tokens and the ones after them, (B, T) each, without end.
+
+    A model that learns one batch by heart has ever smaller gradients, and some processors multiply
+    denormal numbers slowly: hence many batches.
+    """
     generator = torch.Generator().manual_seed(3)
-    size = (shape.batch, shape.model.block_size + 1)
+    size = (BATCHES, shape.batch, shape.model.block_size + 1)
     idx = torch.randint(1, shape.model.vocab_size, size, generator=generator, device="cpu")
     idx = idx.to(torch.get_default_device())
-    return idx[:, :-1], idx[:, 1:]
+    return itertools.cycle((rows[:, :-1], rows[:, 1:]) for rows in idx)
 
 
 def our_step(shape: Shape, dtype: str) -> Run:
@@ -76,19 +82,21 @@ def our_step(shape: Shape, dtype: str) -> Run:
     precision: Precision = "bf16" if dtype == "bf16" else "fp32"
     train = TrainConfig(lr=LR, clip=CLIP, precision=precision, batch_size=shape.batch)
     trainer = Trainer(GPT(shape.model, backend="fused"), train)
-    return functools.partial(trainer.step, *batch(shape))
+    data = batches(shape)
+    return lambda: trainer.step(*next(data))
 
 
 def torch_step(
     shape: Shape, dtype: str, make: Callable[[GPTConfig], nn.Module], loss_of: Op = peers.loss
 ) -> Run:
     """The same step of a torch model, its activations in `dtype`."""
-    x, y = batch(shape)
+    data = batches(shape)
     model = make(shape.model)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=LR, fused=True)
 
     def step() -> Tensor:
+        x, y = next(data)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
             loss = loss_of(model, x, y)
         loss.backward()
@@ -136,7 +144,7 @@ def verify(shape: Shape, dtype: str) -> None:
     """
     sizes = replace(shape.model, dropout=0.0)
     torch.manual_seed(0)
-    ours, sdpa, (x, y) = GPT(sizes, backend="fused"), peers.SdpaGPT(sizes), batch(shape)
+    ours, sdpa, (x, y) = GPT(sizes, backend="fused"), peers.SdpaGPT(sizes), next(batches(shape))
     if shape.course:
         course = peers.CourseGPT(sizes)
         as_ours = GPT.from_course_state_dict(course.state_dict(), sizes.n_head)

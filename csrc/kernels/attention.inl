@@ -44,18 +44,6 @@ struct HeadTasks {
 // set of the L1 cache: a backward reads columns in place.
 constexpr int64_t SCORES = KEYS + 16;
 
-// s_j -> exp2(c s_j - m) for j < count and 0 up to width; returns their sum.
-inline float exponentials(float* s, int64_t count, int64_t width, float c, float m) {
-  VF total = splat(0.0f);
-  for_vectors(count, [&](int64_t j, auto part) {
-    const VF p = exp2(load(s + j, part) * c - m);
-    store(s + j, p, part);
-    total += only(p, part);
-  });
-  for (int64_t j = max(count, 0); j < width; ++j) s[j] = 0.0f;
-  return sum(total);
-}
-
 template <class T>
 struct AttentionTask {
   using P = typename OperandOf<T>::type;
@@ -133,23 +121,42 @@ struct AttentionTask {
     });
   }
 
-  // For the rows first .. first + n, of which the vectors below have one per lane. They are put
-  // together in registers: a vector load of numbers stored one by one waits for all of them.
+  // For the rows first .. first + n, of which the vectors below have one per lane. Vectors of keys
+  // that all of these rows see come first, then those of the diagonal.
   template <class Part>
   void softmax_rows(int64_t q0, int64_t first, int64_t n, int64_t k0, int64_t width, Part part) {
-    const auto count = [&](int64_t i) { return min(width, visible_keys(s, q0 + first + i) - k0); };
     float* row = scores + first * SCORES;
-    VF highest = splat(no_score), total = splat(0.0f);
-    for (int64_t i = 0; i < n; ++i)
-      highest = with_lane(highest, i, highest_score(row + i * SCORES, count(i)));
-    const VF before = load(m + first, part), now = vmax(before, c * highest);
+    const int64_t seen = q0 + first + 1 + s.Tk - s.Tq - k0;  // by the first row, i more by row i
+    const int64_t unmasked = max(0, min(width, seen)) / W * W;
+    const auto for_keys = [&](int64_t i, auto&& f) {
+      for (int64_t j = 0; j < unmasked; j += W) f(row + i * SCORES + j, Full{});
+      for (int64_t j = unmasked; j < width; j += W)
+        f(row + i * SCORES + j, Tail{static_cast<int>(min(width, seen + i) - j)});
+    };
+    VF of_row[W] = {};
+    for (int64_t i = 0; i < n; ++i) {
+      VF highest = splat(no_score);
+      for_keys(i, [&](const float* x, auto keys) {
+        highest = vmax(highest, only(load(x), keys, no_score));
+      });
+      of_row[i] = highest;
+    }
+    const VF highest = reduce_each(of_row, n, Higher{}), before = load(m + first, part),
+             now = vmax(before, c * highest);
     const VF factor = before == no_score ? splat(0.0f) : exp2(before - now);
     float now_of[W], rescale[W];
     store(now_of, now), store(rescale, factor);
-    for (int64_t i = 0; i < n; ++i)
-      total = with_lane(total, i, exponentials(row + i * SCORES, count(i), width, c, now_of[i]));
+    for (int64_t i = 0; i < n; ++i) {
+      VF total = splat(0.0f);
+      for_keys(i, [&](float* x, auto keys) {
+        const VF p = only(exp2(load(x) * c - now_of[i]), keys);
+        store(x, p);
+        total += p;
+      });
+      of_row[i] = total;
+    }
     store(m + first, now, part);
-    store(l + first, load(l + first, part) * factor + total, part);
+    store(l + first, load(l + first, part) * factor + reduce_each(of_row, n, Add{}), part);
     if (k0 == 0) return;
     for (int64_t i = 0; i < n; ++i) {
       float* sums = o + (first + i) * ld;

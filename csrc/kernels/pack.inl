@@ -84,19 +84,6 @@ inline int64_t rhs_elements(int64_t k, int64_t n) {
   return panel_elements<P>(k) * divide_up(n, Tile<P>::NR);
 }
 
-template <int S, int... L>
-inline void exchange(VF& a, VF& b, Lanes<L...>) {
-#if __has_builtin(__builtin_shufflevector)
-  const VF x = __builtin_shufflevector(a, b, ((L & S) ? W + L - S : L)...);
-  const VF y = __builtin_shufflevector(a, b, ((L & S) ? W + L : L + S)...);
-#else  // g++ before 12
-  const VF x = __builtin_shuffle(a, b, VI{((L & S) ? W + L - S : L)...});
-  const VF y = __builtin_shuffle(a, b, VI{((L & S) ? W + L : L + S)...});
-#endif
-  a = x;
-  b = y;
-}
-
 template <int S>
 inline void transpose_stage(VF (&r)[W]) {
 #pragma GCC unroll 16

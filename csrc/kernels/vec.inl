@@ -114,6 +114,21 @@ inline VF rotate(VF x, Lanes<L...>) {
 #endif
 }
 
+// Blocks of S lanes change places: those of `a` that have bit S in their number, and those of b
+// that do not.
+template <int S, int... L>
+inline void exchange(VF& a, VF& b, Lanes<L...>) {
+#if __has_builtin(__builtin_shufflevector)
+  const VF x = __builtin_shufflevector(a, b, ((L & S) ? W + L - S : L)...);
+  const VF y = __builtin_shufflevector(a, b, ((L & S) ? W + L : L + S)...);
+#else  // g++ before 12
+  const VF x = __builtin_shuffle(a, b, VI{((L & S) ? W + L - S : L)...});
+  const VF y = __builtin_shuffle(a, b, VI{((L & S) ? W + L : L + S)...});
+#endif
+  a = x;
+  b = y;
+}
+
 // Lanes are combined in pairs, half onto half: the order is fixed by W alone.
 template <int S = W / 2, class F>
 inline float reduce(VF x, const F& combine) {
@@ -123,11 +138,29 @@ inline float reduce(VF x, const F& combine) {
     return reduce<S / 2>(combine(x, rotate<S>(x, AllLanes{})), combine);
   }
 }
-inline float sum(VF x) {
-  return reduce(x, [](VF a, VF b) { return a + b; });
-}
-inline float max(VF x) {
-  return reduce(x, [](VF a, VF b) { return vmax(a, b); });
+struct Add {
+  VF operator()(VF a, VF b) const { return a + b; }
+};
+struct Higher {
+  VF operator()(VF a, VF b) const { return vmax(a, b); }
+};
+inline float sum(VF x) { return reduce(x, Add{}); }
+inline float max(VF x) { return reduce(x, Higher{}); }
+
+// Lane i of the result is reduce(x[i]) for i < n <= W, with the same bits: two vectors that are half
+// reduced share one.
+template <int S = W / 2, class F>
+inline VF reduce_each(VF (&x)[W], int64_t n, const F& combine) {
+  if (S == W / 2 && n == 1) return splat(reduce(x[0], combine));
+#pragma GCC unroll 8
+  for (int i = 0; i < S; ++i) {
+    exchange<S>(x[i], x[i + S], AllLanes{});
+    x[i] = combine(x[i], x[i + S]);
+  }
+  if constexpr (S == 1)
+    return x[0];
+  else
+    return reduce_each<S / 2>(x, n, combine);
 }
 
 // Lane numbers 0, 1, ..., W-1.
