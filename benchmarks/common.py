@@ -211,7 +211,7 @@ def ordered(names: Sequence[str], round_: int) -> list[str]:
 def _seconds(run: Run) -> float:
     start = time.perf_counter()
     run()
-    if torch.get_default_device().type == "cuda":
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter() - start
 

@@ -18,6 +18,9 @@ struct Head {
       : data(static_cast<const T*>(all.data) + b * all.b + h * all.h), row(all.t) {}
   const T* at(int64_t t) const { return data + t * row; }
   T* out(int64_t t) const { return const_cast<T*>(at(t)); }
+  void expect(int64_t rows, int64_t D, Upcoming& upcoming) const {
+    upcoming.add(data, row, rows, D);
+  }
 };
 
 inline int64_t visible_keys(const Attention& s, int64_t query) {
@@ -60,6 +63,16 @@ struct AttentionTask {
   float *scores, *o;
   P *q_copy, *p_copy;
   float m[QUERIES], l[QUERIES];
+  Upcoming upcoming;
+
+  // Has the products of this head fetch the next one.
+  void expect_head(int64_t index, int64_t used_keys) {
+    const int64_t b = index / s.H, h = index % s.H;
+    upcoming.clear();
+    const Heads of_keys[] = {s.k, s.v}, of_queries[] = {s.q, s.out};
+    for (const Heads& all : of_keys) Head<T>(all, b, h).expect(used_keys, s.D, upcoming);
+    for (const Heads& all : of_queries) Head<T>(all, b, h).expect(s.Tq, s.D, upcoming);
+  }
 
   AttentionTask(const Attention& s, int64_t used_keys)
       : s(s),
@@ -102,7 +115,7 @@ struct AttentionTask {
         const int64_t tile = min(MR, rows - r0), count = block_keys(q0, r0 + tile, k0);
         if (count <= 0) continue;
         const Lhs<P> p = lhs_rows(scores + r0 * SCORES, SCORES, tile, count, p_copy);
-        gemm(tile, s.D, count, p, values.rows(k0), o + r0 * ld, ld, k0 > 0);
+        gemm(tile, s.D, count, p, values.rows(k0), o + r0 * ld, ld, k0 > 0, upcoming);
       }
     }
     finish_queries(q0, rows);
@@ -115,7 +128,7 @@ struct AttentionTask {
     const int64_t width = block_keys(q0, r0 + tile, k0);
     if (width <= 0) return;
     gemm(tile, width, s.D, Lhs<P>{queries.data + r0 * queries.row, queries.row, queries.step},
-         keys.columns(k0), scores + r0 * SCORES, SCORES, false);
+         keys.columns(k0), scores + r0 * SCORES, SCORES, false, upcoming);
     for_vectors(tile, [&](int64_t i, auto part) {
       softmax_rows(q0, r0 + i, min(W, tile - i), k0, width, part);
     });
@@ -194,6 +207,7 @@ void attention_typed(const Attention& s, const Parallel& parallel) {
     AttentionTask<T> attention(s, used_keys);
     for (int64_t head = split.first_head(task); head < split.last_head(task); ++head) {
       attention.start_head(head, used_keys);
+      if (head + 1 < split.last_head(task)) attention.expect_head(head + 1, used_keys);
       for (int64_t q0 = first; q0 < last; q0 += QUERIES) attention.query_block(q0);
     }
   });

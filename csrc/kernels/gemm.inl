@@ -213,9 +213,61 @@ inline void fetch_block(const T* p, int64_t ld, int64_t rows, int64_t n) {
     for (int64_t j = 0; j < n; j += line) __builtin_prefetch(p + i * ld + j, WRITE);
 }
 
+// Matrices of the next task: a product that gets this as its epilogue has each microkernel fetch
+// lines of them, one per step, where it would fetch the product's next panel.
+class Upcoming {
+ public:
+  void clear() { count = at = row = line = 0, bytes = 0; }
+
+  // Rows of `length` elements; matrices beyond a part of the L2 cache are left out.
+  template <class T>
+  void add(const T* data, int64_t ld, int64_t rows, int64_t length) {
+    constexpr int64_t element = sizeof(T), most = 512 << 10;
+    bytes += rows * length * element;
+    if (count == MOST || bytes > most) return;
+    if (ld == length)
+      matrices[count++] = {reinterpret_cast<const char*>(data), 64,
+                           divide_up(rows * length * element, 64), 1};
+    else
+      matrices[count++] = {reinterpret_cast<const char*>(data), ld * element, rows,
+                           divide_up(length * element, 64)};
+  }
+
+  // For a microkernel of so many steps.
+  Ahead next(int64_t units, const Ahead& otherwise) {
+    if (at == count) return otherwise;
+    const Matrix& from = matrices[at];
+    const Ahead found = {from.data + row * from.step + line * 64, from.step};
+    row += units;
+    if (row >= from.rows) row = 0, ++line;
+    if (line == from.lines) line = 0, ++at;
+    return found;
+  }
+
+  void operator()(int64_t, int64_t, int64_t, int64_t) const {}
+
+ private:
+  struct Matrix {
+    const char* data;
+    int64_t step, rows, lines;  // bytes from row to row; lines of 64 bytes in each
+  };
+  static constexpr int MOST = 8;
+  Matrix matrices[MOST];
+  int count = 0, at = 0;
+  int64_t row = 0, line = 0, bytes = 0;
+};
+
+template <class Done>
+inline Ahead ahead_for(const Done&, const Ahead& next_panel, int64_t) {
+  return next_panel;
+}
+inline Ahead ahead_for(Upcoming& upcoming, const Ahead& next_panel, int64_t units) {
+  return upcoming.next(units, next_panel);
+}
+
 template <class P, class Done>
 inline void gemm(int64_t m, int64_t n, int64_t k, Lhs<P> a, Rhs<P> b, float* c, int64_t ldc,
-                 bool add, const Done& done) {
+                 bool add, Done&& done) {
   constexpr int MR = Tile<P>::MR, NR = Tile<P>::NR, KU = Tile<P>::KU, KC = Tile<P>::KC;
   if (m == 1) return gemm_row(n, k, a, b.data, b.panel, c, add, done);
   const int64_t unit_bytes = NR * KU * static_cast<int64_t>(sizeof(P)),
@@ -232,7 +284,7 @@ inline void gemm(int64_t m, int64_t n, int64_t k, Lhs<P> a, Rhs<P> b, float* c, 
         const bool last = k0 + KC >= k;
         if (last) fetch_for(done, m0, tile, n0, columns);
         microkernel_of<P>(tile, columns)(units, rows, panel, c + m0 * ldc + n0, ldc, add || k0 > 0,
-                                         ahead);
+                                         ahead_for(done, ahead, units));
         if (last) done(m0, tile, n0, columns);
       }
     }

@@ -147,8 +147,8 @@ struct Higher {
 inline float sum(VF x) { return reduce(x, Add{}); }
 inline float max(VF x) { return reduce(x, Higher{}); }
 
-// Lane i of the result is reduce(x[i]) for i < n <= W, with the same bits: two vectors that are half
-// reduced share one.
+// Lane i of the result is reduce(x[i]) for i < n <= W, with the same bits: two vectors that are
+// half reduced share one.
 template <int S = W / 2, class F>
 inline VF reduce_each(VF (&x)[W], int64_t n, const F& combine) {
   if (S == W / 2 && n == 1) return splat(reduce(x[0], combine));
