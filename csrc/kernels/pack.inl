@@ -154,8 +154,8 @@ inline void pack_row_pair(const S* row, const S*, int64_t count, float* dst) {
 }
 template <class S>
 inline void pack_row_pair(const S* row, const S* next, int64_t count, bf16* dst) {
-  const VU low = __builtin_convertvector(narrow(load_count(row, count)), VU);
-  const VU high = next ? __builtin_convertvector(narrow(load_count(next, count)), VU) : VU{};
+  const VU low = extend(narrow(load_count(row, count)));
+  const VU high = next ? extend(narrow(load_count(next, count))) : VU{};
   const VU pair = low | high << 16;
   __builtin_memcpy(dst, &pair, sizeof pair);
 }

@@ -8,7 +8,7 @@ inline T* take(Frame& frame, int64_t count) {
 
 // How many of `tasks` equal tasks with `work` multiplications in all are worth waking a thread for.
 inline int64_t tasks_worth_a_thread(int64_t tasks, int64_t work) {
-  constexpr int64_t worth = int64_t{1} << 17;
+  constexpr int64_t worth = int64_t{1} << 16;
   return max(1, min(tasks, divide_up(tasks * worth, max(1, work))));
 }
 

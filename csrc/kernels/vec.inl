@@ -37,14 +37,36 @@ inline VF load(const float* p, Full) {
 }
 inline void store(float* p, VF x, Full) { __builtin_memcpy(p, &x, sizeof x); }
 
-inline VF widen(VH h) { return (VF)(__builtin_convertvector(h, VU) << 16); }
+// 16 bits to 32 and back, of numbers that fit. Compilers make up to five shuffles of a conversion
+// between vectors of different length.
+inline VU extend(VH h) {
+#if GPTFAST_VECTOR_BYTES == 64
+  return (VU)_mm512_cvtepu16_epi32((__m256i)h);
+#elif GPTFAST_VECTOR_BYTES == 32
+  return (VU)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, VU);
+#endif
+}
+inline VH shorten(VU x) {
+#if GPTFAST_VECTOR_BYTES == 64
+  return (VH)_mm512_cvtepi32_epi16((__m512i)x);
+#elif GPTFAST_VECTOR_BYTES == 32
+  return (VH)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)x),
+                              _mm256_extracti128_si256((__m256i)x, 1));
+#else
+  return __builtin_convertvector(x, VH);
+#endif
+}
+
+inline VF widen(VH h) { return (VF)(extend(h) << 16); }
 
 // Round to nearest, ties to even; a NaN stays one.
 inline VH narrow(VF x) {
   const VU u = (VU)x;
   const VU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const VU quiet = (u >> 16) | 0x40u;
-  return __builtin_convertvector(x == x ? rounded : quiet, VH);
+  return shorten(x == x ? rounded : quiet);
 }
 
 inline VF load(const bf16* p, Full) {
