@@ -65,15 +65,6 @@ struct AttentionTask {
   float m[QUERIES], l[QUERIES];
   Upcoming upcoming;
 
-  // Has the products of this head fetch the next one.
-  void expect_head(int64_t index, int64_t used_keys) {
-    const int64_t b = index / s.H, h = index % s.H;
-    upcoming.clear();
-    const Heads of_keys[] = {s.k, s.v}, of_queries[] = {s.q, s.out};
-    for (const Heads& all : of_keys) Head<T>(all, b, h).expect(used_keys, s.D, upcoming);
-    for (const Heads& all : of_queries) Head<T>(all, b, h).expect(s.Tq, s.D, upcoming);
-  }
-
   AttentionTask(const Attention& s, int64_t used_keys)
       : s(s),
         ld(padded_n<P>(s.D)),
@@ -93,6 +84,15 @@ struct AttentionTask {
   void start_head(int64_t index, Rhs<P> packed_keys, Rhs<P> packed_values) {
     head = index, keys = packed_keys, values = packed_values;
     q = {s.q, index / s.H, index % s.H}, out = {s.out, index / s.H, index % s.H};
+  }
+
+  // Has the products of this head fetch the next one.
+  void expect_head(int64_t index, int64_t used_keys) {
+    const int64_t b = index / s.H, h = index % s.H;
+    upcoming.clear();
+    const Heads of_keys[] = {s.k, s.v}, of_queries[] = {s.q, s.out};
+    for (const Heads& all : of_keys) Head<T>(all, b, h).expect(used_keys, s.D, upcoming);
+    for (const Heads& all : of_queries) Head<T>(all, b, h).expect(s.Tq, s.D, upcoming);
   }
 
   // Keys of the block from k0 on that any row before `row` of the query block sees.
