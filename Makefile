@@ -3,7 +3,7 @@ PYTHON ?= python
 CLANG_FORMAT = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('scripts'))")/clang-format
 CSRC = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: build test test-isa test-amx asan bench lint format clean
+.PHONY: build test test-isa test-amx asan tsan bench lint format clean
 
 build:  ## compile what has changed and put gptfast/_C*.so in place
 	$(PYTHON) setup.py --quiet build_ext --inplace
@@ -27,12 +27,14 @@ test-amx:
 	cd $(EMULATED) && GPTFAST_AMX_EMULATED=1 $(PYTHON) setup.py --quiet build_ext --inplace
 	cd $(EMULATED) && $(PYTHON) -m pytest -k amx tests
 
-# Kernels and engine under AddressSanitizer and UBSan, on shapes where they could miss an end; each
-# group of cases is a process of its own.
-asan:
-	$(PYTHON) tests/sanitize/build.py build/asan
-	build/asan/harness list > build/asan/groups
-	xargs -n 1 -P $${MAX_JOBS:-$$(nproc)} build/asan/harness < build/asan/groups
+# Kernels and engine under AddressSanitizer and UBSan, on shapes where they could miss an end, and
+# under ThreadSanitizer; each group of cases is a process of its own.
+asan: SANITIZERS = address,undefined
+tsan: SANITIZERS = thread
+asan tsan:
+	$(PYTHON) tests/sanitize/build.py build/$@ $(SANITIZERS)
+	build/$@/harness list > build/$@/groups
+	xargs -n 1 -P $${MAX_JOBS:-$$(nproc)} build/$@/harness < build/$@/groups
 
 # Each script in a process of its own. The pictures are to be looked at, not committed. TEXT is
 # Shakespeare as a file, where it cannot be downloaded.

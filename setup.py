@@ -21,8 +21,9 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).resolve().parent
 KERNELS, TEMP = ROOT / "csrc" / "kernels", ROOT / "build" / "temp"
-SOURCES = "bindings kernels/dispatch kernels/scratch engine/decoder engine/generator ops/common"
-SOURCES += " ops/attention ops/embedding ops/linear ops/ffn ops/cross_entropy ops/adamw ops/engine"
+SOURCES = "bindings kernels/dispatch kernels/scratch kernels/team engine/decoder engine/generator"
+SOURCES += " ops/common ops/attention ops/embedding ops/linear ops/ffn ops/cross_entropy ops/adamw"
+SOURCES += " ops/engine"
 
 CXX = os.environ.get("CXX") or "c++"
 FLAGS = "-O0 -g -UNDEBUG" if os.environ.get("DEBUG") == "1" else "-O3 -g0"

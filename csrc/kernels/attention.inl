@@ -18,10 +18,17 @@ struct Head {
       : data(static_cast<const T*>(all.data) + b * all.b + h * all.h), row(all.t) {}
   const T* at(int64_t t) const { return data + t * row; }
   T* out(int64_t t) const { return const_cast<T*>(at(t)); }
-  void expect(int64_t rows, int64_t D, Upcoming& upcoming) const {
-    upcoming.add(data, row, rows, D);
-  }
 };
+
+// Has the products that are given `upcoming` fetch `rows` rows of head `index` of each of these.
+template <class T, int N>
+inline void expect_head(const Heads (&all)[N], const Attention& s, int64_t index, int64_t rows,
+                        Upcoming& upcoming) {
+  for (const Heads& heads : all) {
+    const Head<T> head(heads, index / s.H, index % s.H);
+    upcoming.add(head.data, head.row, rows, s.D);
+  }
+}
 
 inline int64_t visible_keys(const Attention& s, int64_t query) {
   return max(0, min(s.Tk, query + 1 + s.Tk - s.Tq));
@@ -86,13 +93,10 @@ struct AttentionTask {
     q = {s.q, index / s.H, index % s.H}, out = {s.out, index / s.H, index % s.H};
   }
 
-  // Has the products of this head fetch the next one.
-  void expect_head(int64_t index, int64_t used_keys) {
-    const int64_t b = index / s.H, h = index % s.H;
+  void expect_next(int64_t index, int64_t used_keys) {
     upcoming.clear();
-    const Heads of_keys[] = {s.k, s.v}, of_queries[] = {s.q, s.out};
-    for (const Heads& all : of_keys) Head<T>(all, b, h).expect(used_keys, s.D, upcoming);
-    for (const Heads& all : of_queries) Head<T>(all, b, h).expect(s.Tq, s.D, upcoming);
+    expect_head<T>({s.k, s.v}, s, index, used_keys, upcoming);
+    expect_head<T>({s.q, s.out}, s, index, s.Tq, upcoming);
   }
 
   // Keys of the block from k0 on that any row before `row` of the query block sees.
@@ -115,7 +119,8 @@ struct AttentionTask {
         const int64_t tile = min(MR, rows - r0), count = block_keys(q0, r0 + tile, k0);
         if (count <= 0) continue;
         const Lhs<P> p = lhs_rows(scores + r0 * SCORES, SCORES, tile, count, p_copy);
-        gemm(tile, s.D, count, p, values.rows(k0), o + r0 * ld, ld, k0 > 0, upcoming);
+        gemm(tile, s.D, count, p, values.rows(k0), o + r0 * ld, ld, k0 > 0, no_epilogue,
+             &upcoming);
       }
     }
     finish_queries(q0, rows);
@@ -128,7 +133,7 @@ struct AttentionTask {
     const int64_t width = block_keys(q0, r0 + tile, k0);
     if (width <= 0) return;
     gemm(tile, width, s.D, Lhs<P>{queries.data + r0 * queries.row, queries.row, queries.step},
-         keys.columns(k0), scores + r0 * SCORES, SCORES, false, upcoming);
+         keys.columns(k0), scores + r0 * SCORES, SCORES, false, no_epilogue, &upcoming);
     for_vectors(tile, [&](int64_t i, auto part) {
       softmax_rows(q0, r0 + i, min(W, tile - i), k0, width, part);
     });
@@ -207,7 +212,7 @@ void attention_typed(const Attention& s, const Parallel& parallel) {
     AttentionTask<T> attention(s, used_keys);
     for (int64_t head = split.first_head(task); head < split.last_head(task); ++head) {
       attention.start_head(head, used_keys);
-      if (head + 1 < split.last_head(task)) attention.expect_head(head + 1, used_keys);
+      if (head + 1 < split.last_head(task)) attention.expect_next(head + 1, used_keys);
       for (int64_t q0 = first; q0 < last; q0 += QUERIES) attention.query_block(q0);
     }
   });

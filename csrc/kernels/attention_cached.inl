@@ -89,7 +89,7 @@ void attention_cached_typed(const CachedAttention& s, const Parallel& parallel) 
   int64_t work = 0;  // multiplications
   for (int64_t i = 0; i < s.sequences; ++i) {
     const Attention a = queries_of(s, i);
-    work += 2 * a.Tq * a.Tk * C;
+    work += 2 * a.Tq * a.Tk * C * static_cast<int64_t>(sizeof(typename OperandOf<T>::type));
   }
   const auto start = [&](int64_t i, int64_t h) {
     const int64_t first = s.starts[i] * s.kv_stride + h * s.D;

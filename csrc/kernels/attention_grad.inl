@@ -65,14 +65,10 @@ struct AttentionGradTask {
     }
   }
 
-  // Has the products of this head fetch the next one.
-  void expect_head(int64_t index) {
-    const int64_t b = index / s.H, h = index % s.H;
+  void expect_next(int64_t index) {
     upcoming.clear();
-    const Heads of_keys[] = {s.k, s.v, grad.dk, grad.dv};
-    const Heads of_queries[] = {s.q, grad.dout, s.out, grad.dq};
-    for (const Heads& all : of_keys) Head<T>(all, b, h).expect(s.Tk, s.D, upcoming);
-    for (const Heads& all : of_queries) Head<T>(all, b, h).expect(s.Tq, s.D, upcoming);
+    expect_head<T>({s.k, s.v, grad.dk, grad.dv}, s, index, s.Tk, upcoming);
+    expect_head<T>({s.q, grad.dout, s.out, grad.dq}, s, index, s.Tq, upcoming);
   }
 
   bool in_one_block(int64_t query) const { return visible_keys(s, query) <= KEYS; }
@@ -101,10 +97,8 @@ struct AttentionGradTask {
       const int64_t tile = min(MR, rows - r0),
                     count = min(keys, visible_keys(s, q0 + r0 + tile - 1) - k0);
       if (count > 0) {
-        gemm(tile, count, s.D, at_row(queries, r0), keys_t, p + r0 * SCORES, SCORES, false,
-             upcoming);
-        gemm(tile, count, s.D, at_row(douts, r0), values_t, ds + r0 * SCORES, SCORES, false,
-             upcoming);
+        gemm(tile, count, s.D, at_row(queries, r0), keys_t, p + r0 * SCORES, SCORES, false, no_epilogue, &upcoming);
+        gemm(tile, count, s.D, at_row(douts, r0), values_t, ds + r0 * SCORES, SCORES, false, no_epilogue, &upcoming);
       }
     }
     for (int64_t r0 = 0; r0 < rows; r0 += DROPOUT_ROWS)
@@ -121,7 +115,7 @@ struct AttentionGradTask {
                     count = min(keys, visible_keys(s, q0 + r0 + tile - 1) - k0);
       if (count <= 0) continue;
       const Lhs<P> ds_rows = lhs_rows(ds + r0 * SCORES, SCORES, tile, count, ds_copy);
-      gemm(tile, s.D, count, ds_rows, key_rows, dq_total + (q0 + r0) * ld, ld, true, upcoming);
+      gemm(tile, s.D, count, ds_rows, key_rows, dq_total + (q0 + r0) * ld, ld, true, no_epilogue, &upcoming);
     }
   }
 
@@ -178,8 +172,7 @@ struct AttentionGradTask {
       const int64_t seen_from = max(0, k0 + j0 - (s.Tk - s.Tq) - q0) / KPAD * KPAD;
       if (seen_from >= rows) break;
       const Lhs<P> from = {a.data + j0 * a.row + seen_from / Tile<P>::KU * a.step, a.row, a.step};
-      gemm(tile, s.D, rows - seen_from, from, b.rows(seen_from), total + j0 * ld, ld, true,
-           upcoming);
+      gemm(tile, s.D, rows - seen_from, from, b.rows(seen_from), total + j0 * ld, ld, true, no_epilogue, &upcoming);
     }
   }
 
@@ -203,7 +196,7 @@ void attention_grad_typed(const AttentionGrad& grad, const Parallel& parallel) {
     const int64_t part = task % parts;
     for (int64_t head = split.first_head(task); head < split.last_head(task); ++head) {
       backward.start_head(head, dq_total);
-      if (head + 1 < split.last_head(task)) backward.expect_head(head + 1);
+      if (head + 1 < split.last_head(task)) backward.expect_next(head + 1);
       for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block)
         backward.key_block(block * KEYS, min(KEYS, s.Tk - block * KEYS));
       if (parts == 1) backward.write_dq();

@@ -96,7 +96,7 @@ void ffn_by_columns(const Ffn& s, const FfnOperands<T>& with, const Parallel& pa
                 h_stride = row_stride<P>(padded);
   Frame frame;
   P* h = take<P>(frame, M * h_stride);
-  for_blocks(M, F, C, Tile<P>::NR, parallel,
+  for_blocks(M, F, C * with.w1.element_bytes(), Tile<P>::NR, parallel,
              [&](int64_t m0, int64_t rows, int64_t f0, int64_t n, int64_t ld) {
                Frame task_frame;
                P* copy = take<P>(task_frame, rows * row_stride<P>(padded_k<P>(C)));
@@ -115,7 +115,7 @@ void ffn_by_columns(const Ffn& s, const FfnOperands<T>& with, const Parallel& pa
                  for (int64_t i = 0; i < rows; ++i)
                    for (int64_t j = F; j < padded; ++j) h[(m0 + i) * h_stride + j] = P{};
              });
-  for_blocks(M, C, F, Tile<P>::NR, parallel,
+  for_blocks(M, C, F * with.w2.element_bytes(), Tile<P>::NR, parallel,
              [&](int64_t m0, int64_t rows, int64_t c0, int64_t n, int64_t ld) {
                Frame task_frame;
                float* c = take<float>(task_frame, rows * ld);

@@ -165,12 +165,12 @@ inline void gemm_row(int64_t n, int64_t k, Lhs<P> a, const B* b, int64_t panel, 
     const bool more = add || k0 > 0;
     for (int64_t n0 = 0; n0 < n;) {
       const B* at = b + n0 / NR * panel;
-      const int64_t panels = (n - n0) / NR, columns = panels >= 4   ? 4 * NR
-                                                      : panels >= 2 ? 2 * NR
-                                                                    : min(n - n0, NR);
-      if (panels >= 4)
+      const int64_t panels = min(4, (n - n0) / NR), columns = min(n - n0, max(1, panels) * NR);
+      if (panels == 4)
         row_kernel<4, 2>(units, from, at, panel, c + n0, more);
-      else if (panels >= 2)
+      else if (panels == 3)
+        row_kernel<3, 2>(units, from, at, panel, c + n0, more);
+      else if (panels == 2)
         row_kernel<2, 2>(units, from, at, panel, c + n0, more);
       else if (columns > W)
         row_kernel<1, 2>(units, from, at, panel, c + n0, more);
@@ -213,8 +213,8 @@ inline void fetch_block(const T* p, int64_t ld, int64_t rows, int64_t n) {
     for (int64_t j = 0; j < n; j += line) __builtin_prefetch(p + i * ld + j, WRITE);
 }
 
-// Matrices of the next task: a product that gets this as its epilogue has each microkernel fetch
-// lines of them, one per step, where it would fetch the product's next panel.
+// Matrices of the next task: a product that is given them has each microkernel fetch lines of them,
+// one per step, where it would fetch the product's next panel.
 class Upcoming {
  public:
   void clear() { count = at = row = line = 0, bytes = 0; }
@@ -244,8 +244,6 @@ class Upcoming {
     return found;
   }
 
-  void operator()(int64_t, int64_t, int64_t, int64_t) const {}
-
  private:
   struct Matrix {
     const char* data;
@@ -257,17 +255,14 @@ class Upcoming {
   int64_t row = 0, line = 0, bytes = 0;
 };
 
-template <class Done>
-inline Ahead ahead_for(const Done&, const Ahead& next_panel, int64_t) {
-  return next_panel;
-}
-inline Ahead ahead_for(Upcoming& upcoming, const Ahead& next_panel, int64_t units) {
-  return upcoming.next(units, next_panel);
-}
+struct NoEpilogue {
+  void operator()(int64_t, int64_t, int64_t, int64_t) const {}
+};
+constexpr NoEpilogue no_epilogue;
 
 template <class P, class Done>
 inline void gemm(int64_t m, int64_t n, int64_t k, Lhs<P> a, Rhs<P> b, float* c, int64_t ldc,
-                 bool add, Done&& done) {
+                 bool add, const Done& done, Upcoming* upcoming = nullptr) {
   constexpr int MR = Tile<P>::MR, NR = Tile<P>::NR, KU = Tile<P>::KU, KC = Tile<P>::KC;
   if (m == 1) return gemm_row(n, k, a, b.data, b.panel, c, add, done);
   const int64_t unit_bytes = NR * KU * static_cast<int64_t>(sizeof(P)),
@@ -284,7 +279,7 @@ inline void gemm(int64_t m, int64_t n, int64_t k, Lhs<P> a, Rhs<P> b, float* c, 
         const bool last = k0 + KC >= k;
         if (last) fetch_for(done, m0, tile, n0, columns);
         microkernel_of<P>(tile, columns)(units, rows, panel, c + m0 * ldc + n0, ldc, add || k0 > 0,
-                                         ahead_for(done, ahead, units));
+                                         upcoming ? upcoming->next(units, ahead) : ahead);
         if (last) done(m0, tile, n0, columns);
       }
     }
@@ -294,5 +289,5 @@ inline void gemm(int64_t m, int64_t n, int64_t k, Lhs<P> a, Rhs<P> b, float* c, 
 template <class P>
 inline void gemm(int64_t m, int64_t n, int64_t k, Lhs<P> a, Rhs<P> b, float* c, int64_t ldc,
                  bool add) {
-  gemm(m, n, k, a, b, c, ldc, add, [](int64_t, int64_t, int64_t, int64_t) {});
+  gemm(m, n, k, a, b, c, ldc, add, no_epilogue);
 }

@@ -38,7 +38,7 @@ inline void gemm(int64_t m, int64_t n, int64_t k, Lhs<P> a, const PackedWeight<P
 template <class P>
 inline void gemm(int64_t m, int64_t n, int64_t k, Lhs<P> a, const PackedWeight<P>& b, float* c,
                  int64_t ldc, bool add) {
-  gemm(m, n, k, a, b, c, ldc, add, [](int64_t, int64_t, int64_t, int64_t) {});
+  gemm(m, n, k, a, b, c, ldc, add, no_epilogue);
 }
 
 // Columns of c (rows, n) times their scales; nothing where the weight is dense. The products are

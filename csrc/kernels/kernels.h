@@ -19,8 +19,9 @@ constexpr float layer_norm_eps = 1e-5f;
 // Runs body(context, task) for each task in [0, tasks): any thread, any order. Every task writes
 // its own part of the result, so the bits do not depend on the schedule.
 struct Parallel {
-  void (*run)(int64_t tasks, void (*body)(void* context, int64_t task), void* context);
+  void (*run)(void* pool, int64_t tasks, void (*body)(void* context, int64_t task), void* context);
   int threads;
+  void* pool = nullptr;
 };
 
 // Element (i, j) of matrix n is dropped as random.inl says.

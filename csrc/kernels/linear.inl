@@ -1,18 +1,19 @@
 // Linear layers with LayerNorm applied while the operand is read, and bias and residual while the
 // result is written.
 
-// Calls f(m0, rows, n0, columns, most_columns) for the blocks of a result (M, N) with K products
-// per element, in parallel. The fp32 block (rows, columns) stays in the L2 cache; where there are
+// Calls f(m0, rows, n0, columns, most_columns) for the blocks of a result (M, N), in parallel. Its
+// columns are products with `column_bytes` of a weight each. The fp32 block (rows, columns) stays in the L2 cache; where there are
 // few rows, tasks that follow one another read the same part of the weight.
 template <class F>
-inline void for_blocks(int64_t M, int64_t N, int64_t K, int nr, const Parallel& parallel,
-                       const F& f) {
+inline void for_blocks(int64_t M, int64_t N, int64_t column_bytes, int nr,
+                       const Parallel& parallel, const F& f) {
   constexpr int64_t most = 512;
   const int64_t block = M <= 2 * ROWS ? max(1, M) : ROWS, row_blocks = divide_up(M, block);
   const bool few = row_blocks < 2 * parallel.threads;
-  const int64_t shared = few ? divide_up(2 * parallel.threads, max(1, row_blocks)) : 1;
-  const int64_t worth = tasks_worth_a_thread(N, block * N * K);
-  const int64_t columns = round_up(min(max(divide_up(N, shared), worth), most), nr);
+  const int64_t shared = few ? divide_up(parallel.threads, max(1, row_blocks)) : 1;
+  const int64_t worth = tasks_worth_a_thread(N, block * N * column_bytes);
+  const int64_t parts = shared * divide_up(max(1, N), shared * most);
+  const int64_t columns = round_up(min(max(divide_up(N, parts), worth), most), nr);
   const int64_t column_blocks = divide_up(N, columns), tasks = row_blocks * column_blocks;
   const int64_t group = worth < N ? 1 : max(1, tasks);  // little work is one task
   run_tasks(parallel, divide_up(tasks, group), [&](int64_t first) {
@@ -51,7 +52,7 @@ void linear_typed(const Linear& s, const Parallel& parallel) {
   const float* bias = floats(s.bias, s.N, frame);
   const PackedWeight<P> w = weight_transposed<T>(s.weight, s.N, s.K, frame, parallel);
 
-  for_blocks(s.M, s.N, s.K, Tile<P>::NR, parallel,
+  for_blocks(s.M, s.N, s.K * w.element_bytes(), Tile<P>::NR, parallel,
              [&](int64_t m0, int64_t rows, int64_t n0, int64_t n, int64_t ld) {
                Frame task_frame;
                P* copy = take<P>(task_frame, rows * row_stride<P>(padded_k<P>(s.K)));

@@ -282,6 +282,9 @@ struct PackedWeight {
   const bf16* halves = nullptr;
   bool vnni = false;  // the bytes are as gemm_vnni.inl reads them
 
+  int64_t element_bytes() const {
+    return bytes ? sizeof *bytes : halves ? sizeof *halves : sizeof *dense.data;
+  }
   PackedWeight columns(int64_t n) const { return from(n / Tile<P>::NR * dense.panel, n); }
   PackedWeight rows(int64_t k) const { return from(k * Tile<P>::NR, 0); }
 

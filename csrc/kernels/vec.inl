@@ -196,11 +196,6 @@ inline VI lanes() {
 inline VF only(VF x, Full, float = 0.0f) { return x; }
 inline VF only(VF x, Tail t, float other = 0.0f) { return lanes() < t.count ? x : splat(other); }
 
-// x with `value` in lane i.
-inline VF with_lane(VF x, int64_t i, float value) {
-  return lanes() == static_cast<int32_t>(i) ? splat(value) : x;
-}
-
 inline VF vsqrt(VF x) {
 #if GPTFAST_VECTOR_BYTES == 64
   return (VF)_mm512_sqrt_ps((__m512)x);

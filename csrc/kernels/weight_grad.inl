@@ -71,7 +71,7 @@ class RowParts {
   }
 
  private:
-  static void run_in_turn(int64_t tasks, void (*body)(void*, int64_t), void* context) {
+  static void run_in_turn(void*, int64_t tasks, void (*body)(void*, int64_t), void* context) {
     for (int64_t task = 0; task < tasks; ++task) body(context, task);
   }
   RowPart part(int64_t i, int64_t chunk, const Parallel& parallel) const {

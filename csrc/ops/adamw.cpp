@@ -51,7 +51,7 @@ Tensor adamw(std::vector<Tensor> weights, std::vector<Tensor> grads, std::vector
   s.eps = static_cast<float>(eps);
   s.clip = static_cast<float>(clip);
   s.norm = static_cast<float*>(norm.data_ptr());
-  kernels().adamw(s, torch_threads());
+  with_threads([&](const Parallel& parallel) { kernels().adamw(s, parallel); });
   return norm;
 }
 

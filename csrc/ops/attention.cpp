@@ -53,7 +53,7 @@ Tensor forward(Attention& s, const Tensor& out) {
   Tensor lse = new_tensor({s.B, s.H, s.Tq}, ScalarType::Float);
   s.out = heads_within(out, s.Tq, 1, 0, s.H, s.D);
   s.lse = static_cast<float*>(lse.data_ptr());
-  kernels().attention(s, torch_threads());
+  with_threads([&](const Parallel& parallel) { kernels().attention(s, parallel); });
   return lse;
 }
 
@@ -93,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, Tensor q, Ten
   grad.dq = heads_within(dq, s.Tq, 1, 0, s.H, s.D);
   grad.dk = heads_within(dk, s.Tk, 1, 0, s.H, s.D);
   grad.dv = heads_within(dv, s.Tk, 1, 0, s.H, s.D);
-  kernels().attention_grad(grad, torch_threads());
+  with_threads([&](const Parallel& parallel) { kernels().attention_grad(grad, parallel); });
   return {dq, dk, dv};
 }
 
@@ -119,7 +119,7 @@ Tensor attention_packed_backward(Tensor dout, Tensor qkv, int64_t n_head, Tensor
   grad.dq = heads_within(dqkv, s.Tq, 3, 0, s.H, s.D);
   grad.dk = heads_within(dqkv, s.Tq, 3, 1, s.H, s.D);
   grad.dv = heads_within(dqkv, s.Tq, 3, 2, s.H, s.D);
-  kernels().attention_grad(grad, torch_threads());
+  with_threads([&](const Parallel& parallel) { kernels().attention_grad(grad, parallel); });
   return dqkv;
 }
 

@@ -1,34 +1,10 @@
 #include "common.h"
 
 #include <algorithm>
-#include <atomic>
-#include <exception>
 #include <stdexcept>
 
 namespace gptfast {
 namespace {
-
-// Tasks differ in cost (later queries see more keys), so threads take the next one when they are
-// free.
-void run_on_torch_threads(int64_t tasks, void (*body)(void*, int64_t), void* context) {
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
-  if (threads <= 1) {
-    for (int64_t task = 0; task < tasks; ++task) body(context, task);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> failed{false};
-  std::exception_ptr failure;
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    try {
-      for (int64_t task = next++; task < tasks; task = next++) body(context, task);
-    } catch (...) {
-      // An exception must not leave a thread of the pool.
-      if (!failed.exchange(true)) failure = std::current_exception();
-    }
-  });
-  if (failed) std::rethrow_exception(failure);
-}
 
 bool is_floating(const Tensor& x, DType& dtype) {
   if (x.scalar_type() == ScalarType::Float)
@@ -46,10 +22,6 @@ std::string in_words(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   std::string text = "(";
   for (const int64_t size : sizes) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
   return text + ")";
-}
-
-Parallel torch_threads() {
-  return {run_on_torch_threads, static_cast<int>(torch::stable::get_num_threads())};
 }
 
 Arguments::Arguments(const char* op, const char* name, const Tensor& x)

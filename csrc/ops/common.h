@@ -1,5 +1,5 @@
 // What every operator needs: argument checks that name op, argument, expected and got; kernel
-// arguments made of tensors; torch's thread pool as the kernels' Parallel.
+// arguments made of tensors; threads to run them on.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -11,6 +11,7 @@
 #include <string>
 
 #include "../kernels/isa.h"
+#include "../kernels/team.h"
 
 namespace gptfast {
 
@@ -18,9 +19,28 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Tasks on torch's own threads: torch.set_num_threads is obeyed, and no second OpenMP runtime is
-// loaded.
-Parallel torch_threads();
+// Calls f(parallel) with torch's own threads: torch.set_num_threads is obeyed, and no second OpenMP
+// runtime is loaded.
+template <class F>
+void with_threads(const F& f) {
+  Team team(torch::stable::get_num_threads());
+  std::exception_ptr failure;
+  const auto run = [&](int64_t first, int64_t last) {
+    for (int64_t member = first; member < last; ++member) {
+      if (member > 0) {
+        team.follow(member);
+        continue;
+      }
+      try {
+        team.lead(f);
+      } catch (...) {
+        failure = std::current_exception();  // it must not leave a thread of the pool
+      }
+    }
+  };
+  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, run);
+  if (failure) std::rethrow_exception(failure);
+}
 
 inline std::string in_words(const std::string& text) { return text; }
 inline std::string in_words(int64_t number) { return std::to_string(number); }

@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
     s.dnorm = {param_grad(dnorm_weight), param_grad(dnorm_bias)};
     s.dweight = param_grad(dweight);
   }
-  kernels().cross_entropy(s, torch_threads());
+  with_threads([&](const Parallel& parallel) { kernels().cross_entropy(s, parallel); });
   return {loss, dx, dnorm_weight, dnorm_bias, dweight};
 }
 

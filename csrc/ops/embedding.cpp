@@ -34,7 +34,7 @@ Tensor embedding(Tensor idx, Tensor wte, Tensor wpe, double p, OptionalTensor se
   Tensor y = new_tensor({idx.size(0), idx.size(1), s.C}, dtype);
   s.y_dtype = dtype == ScalarType::Float ? DType::f32 : DType::bf16;
   s.y = y.data_ptr();
-  kernels().embedding(s, torch_threads());
+  with_threads([&](const Parallel& parallel) { kernels().embedding(s, parallel); });
   return y;
 }
 
@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor> embedding_backward(Tensor dy, Tensor idx, Tensor wte,
   s.block_size = wpe.size(0);
   s.dwte = param_grad(dwte);
   s.dwpe = param_grad(dwpe);
-  kernels().embedding_grad(s, torch_threads());
+  with_threads([&](const Parallel& parallel) { kernels().embedding_grad(s, parallel); });
   return {dwte, dwpe};
 }
 

@@ -42,7 +42,9 @@ Tensor pack_weight(Tensor weight, ScalarType dtype, bool int8) {
                              ScalarType::Byte);
   char* data = static_cast<char*>(packed.data_ptr());
   std::memcpy(data, Label(compute, packing).text, label_bytes);
-  table.pack_weight(compute, packing, param, N, K, data + label_bytes, torch_threads());
+  with_threads([&](const Parallel& parallel) {
+    table.pack_weight(compute, packing, param, N, K, data + label_bytes, parallel);
+  });
   return packed;
 }
 
@@ -267,7 +269,12 @@ int64_t generate(std::vector<Tensor> state, Tensor cache, std::vector<Tensor> ta
   args.require(options.stops.strings.count == 0 || options.stops.pieces.count == model.vocab_size,
                "pieces must be one per token where there are stop strings");
   options.seconds = seconds;
-  return generator_run(kernels(), model, rows, first_layer, sequences, options, torch_threads());
+  int64_t unfinished = 0;
+  with_threads([&](const Parallel& parallel) {
+    unfinished =
+        generator_run(kernels(), model, rows, first_layer, sequences, options, parallel);
+  });
+  return unfinished;
 }
 
 Tensor score(Tensor tokens, Tensor targets, Tensor starts, Tensor cache, std::vector<Tensor> params,
@@ -294,8 +301,11 @@ Tensor score(Tensor tokens, Tensor targets, Tensor starts, Tensor cache, std::ve
     row[static_cast<size_t>(i)] = i;
   }
   Tensor logprobs = new_tensor({M}, ScalarType::Float);
-  decoder_score(kernels(), model, {count, data(tokens_), data(starts_), row.data(), cached.data()},
-                rows, data(targets_), static_cast<float*>(logprobs.data_ptr()), torch_threads());
+  const DecoderBatch batch = {count, data(tokens_), data(starts_), row.data(), cached.data()};
+  with_threads([&](const Parallel& parallel) {
+    decoder_score(kernels(), model, batch, rows, data(targets_),
+                  static_cast<float*>(logprobs.data_ptr()), parallel);
+  });
   return logprobs;
 }
 

@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ffn(Tensor x, Tensor norm_weight,
     s.hidden = hidden.data_ptr();
   }
   s.y = y.data_ptr();
-  kernels().ffn(s, torch_threads());
+  with_threads([&](const Parallel& parallel) { kernels().ffn(s, parallel); });
   return {y, mean, rstd, hidden};
 }
 
@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
   s.dnorm = {param_grad(dnorm_weight), param_grad(dnorm_bias)};
   s.dw1 = param_grad(dw1), s.db1 = param_grad(db1);
   s.dw2 = param_grad(dw2), s.db2 = param_grad(db2);
-  kernels().ffn_grad(s, torch_threads());
+  with_threads([&](const Parallel& parallel) { kernels().ffn_grad(s, parallel); });
   return {dx, dnorm_weight, dnorm_bias, dw1, db1, dw2, db2};
 }
 

@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor> linear(Tensor x, OptionalTensor norm_weight,
   s.norm.mean = static_cast<float*>(mean.data_ptr());
   s.norm.rstd = static_cast<float*>(rstd.data_ptr());
   s.y = y.data_ptr();
-  kernels().linear(s, torch_threads());
+  with_threads([&](const Parallel& parallel) { kernels().linear(s, parallel); });
   return {y, mean, rstd};
 }
 
@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
   s.dnorm = {param_grad(dnorm_weight), param_grad(dnorm_bias)};
   s.dweight = param_grad(dweight);
   s.dbias = param_grad(dbias);
-  kernels().linear_grad(s, torch_threads());
+  with_threads([&](const Parallel& parallel) { kernels().linear_grad(s, parallel); });
   return {dx, dnorm_weight, dnorm_bias, dweight, dbias};
 }
 

@@ -6,34 +6,53 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
+#include <thread>
+
+#include "../../csrc/kernels/team.h"
 
 namespace gptfast::sanitize {
 namespace {
 
+enum class Order { forward, reversed, team };
+
 struct Way {
   int fill;
-  bool reversed;
+  Order order;
   int threads;
 };
 
 // The first is what the others are compared with.
 constexpr Way ways[] = {
-    {0xff, false, 1},
-    {0x00, true, 1},
-    {0x3f, true, 7},
-    {0xff, false, 7},
+    {0xff, Order::forward, 1},  {0x00, Order::reversed, 1}, {0x3f, Order::reversed, 7},
+    {0xff, Order::forward, 7},  {0xff, Order::team, 7},
 };
 
 std::vector<const Kernels*> levels;
 std::string running = "the start";
 int64_t cases = 0, runs = 0, failures = 0;
 
-void forward_order(int64_t tasks, void (*body)(void*, int64_t), void* context) {
+void forward_order(void*, int64_t tasks, void (*body)(void*, int64_t), void* context) {
   for (int64_t task = 0; task < tasks; ++task) body(context, task);
 }
 
-void reversed_order(int64_t tasks, void (*body)(void*, int64_t), void* context) {
+void reversed_order(void*, int64_t tasks, void (*body)(void*, int64_t), void* context) {
   for (int64_t task = tasks; task-- > 0;) body(context, task);
+}
+
+// Threads of their own; most members of the team never come.
+std::vector<Result> run_in_team(const Case& run, const Kernels& level, int members) {
+  Team team(members);
+  std::thread others[] = {std::thread([&] { team.follow(1); }),
+                          std::thread([&] { team.follow(members - 1); })};
+  std::vector<Result> results;
+  team.lead([&](const Parallel& parallel) { results = run(level, parallel); });
+  for (std::thread& other : others) other.join();
+  return results;
+}
+
+std::vector<Result> run_in(const Way& way, const Case& run, const Kernels& level) {
+  if (way.order == Order::team) return run_in_team(run, level, way.threads);
+  return run(level, {way.order == Order::reversed ? reversed_order : forward_order, way.threads});
 }
 
 // The root of the mean square of a - b; equal infinities do not differ.
@@ -78,11 +97,11 @@ std::vector<Result> check_level(const std::string& name, DType dtype, const Case
   std::vector<Result> first, of_threads;
   int threads = 0;
   for (const Way& way : ways) {
+    const char* orders[] = {"", " reversed", " of a team"};
     running = format("%s, %s, %d threads%s, scratch %02x", name.c_str(), level.name, way.threads,
-                     way.reversed ? " reversed" : "", static_cast<unsigned>(way.fill));
+                     orders[static_cast<int>(way.order)], static_cast<unsigned>(way.fill));
     scratch_fill = way.fill;
-    const std::vector<Result> results =
-        run(level, {way.reversed ? reversed_order : forward_order, way.threads});
+    const std::vector<Result> results = run_in(way, run, level);
     ++runs;
     if (first.empty()) first = results;
     if (way.threads != threads) of_threads = results;

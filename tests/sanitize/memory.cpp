@@ -47,12 +47,12 @@ Guarded::Guarded(size_t size, size_t alignment, int fill)
   data_ = base_ + margin + alignment % line;
   std::memset(base_, nan_byte, total_);
   std::memset(data_, fill, size);
-  __asan_poison_memory_region(base_, static_cast<size_t>(data_ - base_));
-  __asan_poison_memory_region(data_ + size, margin);
+  ASAN_POISON_MEMORY_REGION(base_, static_cast<size_t>(data_ - base_));
+  ASAN_POISON_MEMORY_REGION(data_ + size, margin);
 }
 
 Guarded::~Guarded() {
-  __asan_unpoison_memory_region(base_, total_);
+  ASAN_UNPOISON_MEMORY_REGION(base_, total_);
   bool intact = true;
   for (const char* p = base_; p < data_; ++p) intact &= static_cast<uint8_t>(*p) == nan_byte;
   for (const char* p = data_ + size_; p < base_ + total_; ++p)
