@@ -183,6 +183,8 @@ def run(script: str, rows: list[Row], options: argparse.Namespace) -> dict[str, 
             print(f"{row}: FAILED: {error}", file=sys.stderr)
             continue
         result["rows"].append(line)
+        if options.out:
+            show.write_json(options.out, result)  # what there is outlives a run that is stopped
         print(f"{row}: verified, {line['rounds']} rounds", file=sys.stderr)
     return result
 

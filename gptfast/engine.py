@@ -221,7 +221,7 @@ class Engine:
         self._table = self._new_table(longest > config.block_size)
         self._cache = self._model.new_cache(self._rows(len(prompts)), self._capacity)
         self._stops = [
-            torch.tensor(request.stop_tokens, dtype=torch.int64),
+            _whole_numbers(request.stop_tokens),
             *_bytes(request.stop_strings),
             *_bytes(request.pieces or []),
         ]
@@ -309,6 +309,10 @@ class Engine:
 def _bytes(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Texts as bytes one after the other, uint8, and where each starts and the last ends."""
     encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
-    starts = torch.tensor([0, *accumulate(map(len, encoded))])
     data = np.frombuffer(b"".join(encoded), dtype=np.uint8).copy()
-    return torch.from_numpy(data), starts
+    return torch.from_numpy(data), _whole_numbers([0, *accumulate(map(len, encoded))])
+
+
+def _whole_numbers(values: list[int]) -> Tensor:
+    # torch.tensor takes four times longer
+    return torch.from_numpy(np.array(values, dtype=np.int64))

@@ -3,6 +3,7 @@
 With --benchmark-enable, their quick rows are timed by pytest-benchmark, which can compare commits.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -199,6 +200,37 @@ def test_right_results_beside_a_wrong_one_are_timed(
     assert [row["name"] for row in result["failed"]] == [
         "LN+FFN+residual 4096x128 forward+backward"
     ]
+
+
+def test_no_mode_slows_what_is_timed() -> None:
+    devices: list[str] = []
+
+    def contender() -> None:
+        devices.append(torch.empty(()).device.type)
+
+    row = Row("row", "fp32", lambda: Case({OURS: contender}, 1.0, lambda: None), False, {})
+    options = argparse.Namespace(device="meta", quick=False, seconds=0.01, memory=False)
+    line = command.run_row(row, options, 1.0)
+    assert devices[0] == "meta"  # built and tried there
+    assert devices[-line["rounds"] :] == ["cpu"] * line["rounds"]
+
+
+def test_a_run_that_is_stopped_keeps_its_rows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first, *_ = rows = [row for row in bench_attention.rows() if row.quick][:2]
+
+    def run_first(row: Row, *_: Any) -> dict[str, Any]:
+        if row is first:
+            return {"name": row.name, "rounds": 1}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "peak", lambda *_: {"gflops": 1.0, "by": "nobody", "size": "0"})
+    monkeypatch.setattr(command, "run_row", run_first)
+    out = tmp_path / "rows.json"
+    with pytest.raises(KeyboardInterrupt):
+        command.main("attention", "", rows, ["--quick", "--out", str(out)])
+    assert [row["name"] for row in json.loads(out.read_text())["rows"]] == [first.name]
 
 
 @pytest.mark.parametrize(

@@ -119,8 +119,7 @@ struct AttentionTask {
         const int64_t tile = min(MR, rows - r0), count = block_keys(q0, r0 + tile, k0);
         if (count <= 0) continue;
         const Lhs<P> p = lhs_rows(scores + r0 * SCORES, SCORES, tile, count, p_copy);
-        gemm(tile, s.D, count, p, values.rows(k0), o + r0 * ld, ld, k0 > 0, no_epilogue,
-             &upcoming);
+        gemm(tile, s.D, count, p, values.rows(k0), o + r0 * ld, ld, k0 > 0, no_epilogue, &upcoming);
       }
     }
     finish_queries(q0, rows);

@@ -97,8 +97,10 @@ struct AttentionGradTask {
       const int64_t tile = min(MR, rows - r0),
                     count = min(keys, visible_keys(s, q0 + r0 + tile - 1) - k0);
       if (count > 0) {
-        gemm(tile, count, s.D, at_row(queries, r0), keys_t, p + r0 * SCORES, SCORES, false, no_epilogue, &upcoming);
-        gemm(tile, count, s.D, at_row(douts, r0), values_t, ds + r0 * SCORES, SCORES, false, no_epilogue, &upcoming);
+        gemm(tile, count, s.D, at_row(queries, r0), keys_t, p + r0 * SCORES, SCORES, false,
+             no_epilogue, &upcoming);
+        gemm(tile, count, s.D, at_row(douts, r0), values_t, ds + r0 * SCORES, SCORES, false,
+             no_epilogue, &upcoming);
       }
     }
     for (int64_t r0 = 0; r0 < rows; r0 += DROPOUT_ROWS)
@@ -115,7 +117,8 @@ struct AttentionGradTask {
                     count = min(keys, visible_keys(s, q0 + r0 + tile - 1) - k0);
       if (count <= 0) continue;
       const Lhs<P> ds_rows = lhs_rows(ds + r0 * SCORES, SCORES, tile, count, ds_copy);
-      gemm(tile, s.D, count, ds_rows, key_rows, dq_total + (q0 + r0) * ld, ld, true, no_epilogue, &upcoming);
+      gemm(tile, s.D, count, ds_rows, key_rows, dq_total + (q0 + r0) * ld, ld, true, no_epilogue,
+           &upcoming);
     }
   }
 
@@ -172,7 +175,8 @@ struct AttentionGradTask {
       const int64_t seen_from = max(0, k0 + j0 - (s.Tk - s.Tq) - q0) / KPAD * KPAD;
       if (seen_from >= rows) break;
       const Lhs<P> from = {a.data + j0 * a.row + seen_from / Tile<P>::KU * a.step, a.row, a.step};
-      gemm(tile, s.D, rows - seen_from, from, b.rows(seen_from), total + j0 * ld, ld, true, no_epilogue, &upcoming);
+      gemm(tile, s.D, rows - seen_from, from, b.rows(seen_from), total + j0 * ld, ld, true,
+           no_epilogue, &upcoming);
     }
   }
 

@@ -271,8 +271,7 @@ int64_t generate(std::vector<Tensor> state, Tensor cache, std::vector<Tensor> ta
   options.seconds = seconds;
   int64_t unfinished = 0;
   with_threads([&](const Parallel& parallel) {
-    unfinished =
-        generator_run(kernels(), model, rows, first_layer, sequences, options, parallel);
+    unfinished = generator_run(kernels(), model, rows, first_layer, sequences, options, parallel);
   });
   return unfinished;
 }

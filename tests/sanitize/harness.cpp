@@ -23,8 +23,8 @@ struct Way {
 
 // The first is what the others are compared with.
 constexpr Way ways[] = {
-    {0xff, Order::forward, 1},  {0x00, Order::reversed, 1}, {0x3f, Order::reversed, 7},
-    {0xff, Order::forward, 7},  {0xff, Order::team, 7},
+    {0xff, Order::forward, 1}, {0x00, Order::reversed, 1}, {0x3f, Order::reversed, 7},
+    {0xff, Order::forward, 7}, {0xff, Order::team, 7},
 };
 
 std::vector<const Kernels*> levels;
