@@ -28,7 +28,8 @@ SOURCES += " ops/engine"
 CXX = os.environ.get("CXX") or "c++"
 FLAGS = "-O0 -g -UNDEBUG" if os.environ.get("DEBUG") == "1" else "-O3 -g0"
 FLAGS += " -fvisibility=hidden -Wall"
-KERNEL_FLAGS = "-std=c++17 -fPIC -ffp-contract=fast -fno-math-errno -fno-trapping-math"
+STANDARD = "-std=c++20"  # torch before 2.12 would take an older one
+KERNEL_FLAGS = f"{STANDARD} -fPIC -ffp-contract=fast -fno-math-errno -fno-trapping-math"
 # g++ takes the undefined operands inside its own AVX-512 headers for mistakes.
 KERNEL_FLAGS += " -Wno-maybe-uninitialized -Wno-uninitialized"
 AVX2 = "-mavx2 -mfma -mf16c"
@@ -113,7 +114,7 @@ extension = CppExtension(
     [f"csrc/{source}.cpp" for source in SOURCES.split()],
     include_dirs=[pybind11.get_include()],
     define_macros=[*MACROS.items()],
-    extra_compile_args=FLAGS.split(),
+    extra_compile_args=[*FLAGS.split(), STANDARD],
 )
 extension.libraries = ["torch_cpu"]  # the stable ABI asks for nothing else
 # `python setup.py` of a virtual environment that is not activated finds its ninja beside python.

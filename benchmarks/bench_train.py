@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from gptfast import GPT, GPTConfig, TrainConfig, Trainer, config
 from gptfast.presets import Precision
 
-# The weights stay as they are: gradients of a model that knows its batch become denormal numbers,
-# which some processors multiply slowly.
+# The weights hardly move: gradients of a model that knows its batch become denormal numbers, which
+# some processors multiply slowly.
 LR, CLIP = 1e-9, 1.0
 COURSE, COURSE_FP32 = "course", "course fp32"  # the second in rows of another dtype
 

@@ -63,6 +63,7 @@ def main(
     show.print_result(result)
     if options.out:
         show.write_json(options.out, result)
+        partial(options.out).unlink(missing_ok=True)
     if options.plot:
         show.plot(options.plot, result)
     show.print_json(result)
@@ -172,6 +173,8 @@ def run(script: str, rows: list[Row], options: argparse.Namespace) -> dict[str, 
         "failed": [],
     }
     for row in rows:
+        if options.out and (result["rows"] or result["failed"]):
+            show.write_json(partial(options.out), result)
         if not options.quick:
             torch.compiler.reset()  # or the rows before would use up the limit of recompilations
         gc.collect()
@@ -183,10 +186,13 @@ def run(script: str, rows: list[Row], options: argparse.Namespace) -> dict[str, 
             print(f"{row}: FAILED: {error}", file=sys.stderr)
             continue
         result["rows"].append(line)
-        if options.out:
-            show.write_json(options.out, result)  # what there is outlives a run that is stopped
         print(f"{row}: verified, {line['rounds']} rounds", file=sys.stderr)
     return result
+
+
+def partial(out: Path) -> Path:
+    """Where the rows are that a run has so far; they outlive one that is stopped."""
+    return out.with_name(f"{out.name}.partial")
 
 
 def building_on(device: str) -> contextlib.AbstractContextManager[Any]:

@@ -230,7 +230,9 @@ def test_a_run_that_is_stopped_keeps_its_rows(
     out = tmp_path / "rows.json"
     with pytest.raises(KeyboardInterrupt):
         command.main("attention", "", rows, ["--quick", "--out", str(out)])
-    assert [row["name"] for row in json.loads(out.read_text())["rows"]] == [first.name]
+    kept = json.loads(Path(f"{out}.partial").read_text())
+    assert [row["name"] for row in kept["rows"]] == [first.name]
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(

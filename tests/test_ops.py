@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from gptfast import ops
+from gptfast import GPT, GPTConfig, ops
 from gptfast.ops import adamw, engine, select
 
 if select.extension() is None:
@@ -278,6 +279,20 @@ except gptfast.BackendError as error:
 """
     count, message = run_python(code).splitlines()
     assert count == "12" and "the compiled extension cannot be loaded" in message
+
+
+def test_python_threads_share_the_processors(any_threads: None) -> None:
+    torch.set_num_threads(8)  # more than most machines have, and twice that at once
+    model = GPT(GPTConfig(block_size=48, vocab_size=30, n_layer=2, n_head=2, n_embd=64)).eval()
+    idx = torch.randint(1, 30, (9, 48))
+
+    def gradients(_: int) -> list[Tensor]:
+        return list(torch.autograd.grad(model.loss(idx, idx), list(model.parameters())))
+
+    alone = gradients(0)
+    with ThreadPoolExecutor(3) as pool:
+        for found in pool.map(gradients, range(12)):
+            assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
 
 
 def test_import_needs_no_optional_package() -> None:

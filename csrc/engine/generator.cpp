@@ -161,7 +161,7 @@ class Generator {
     const DecoderBatch batch = {count, tokens_.data(), starts_.data(), row_.data(), cached_.data()};
     decoder_forward(kernels_, model_, batch, cache_, table_, logits_.data(), parallel_);
 
-    constexpr int64_t worth = int64_t{1} << 14;  // logits that are worth waking a thread for
+    constexpr int64_t worth = int64_t{1} << 11;  // logits, for a thread to join in
     const int64_t rows = std::max<int64_t>(1, worth / V), tasks = (count + rows - 1) / rows;
     run_tasks(parallel_, tasks, [&](int64_t task) {
       for (int64_t n = task * rows; n < std::min(count, (task + 1) * rows); ++n)

@@ -86,7 +86,7 @@ inline Attention queries_of(const CachedAttention& s, int64_t i) {
 template <class T>
 void attention_cached_typed(const CachedAttention& s, const Parallel& parallel) {
   const int64_t C = s.H * s.D, heads = s.sequences * s.H;
-  int64_t work = 0;  // multiplications
+  int64_t work = 0;  // bytes of keys and values, once per query
   for (int64_t i = 0; i < s.sequences; ++i) {
     const Attention a = queries_of(s, i);
     work += 2 * a.Tq * a.Tk * C * static_cast<int64_t>(sizeof(typename OperandOf<T>::type));

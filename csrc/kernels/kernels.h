@@ -17,7 +17,8 @@ enum class DType : int32_t { f32, bf16 };
 constexpr float layer_norm_eps = 1e-5f;
 
 // Runs body(context, task) for each task in [0, tasks): any thread, any order. Every task writes
-// its own part of the result, so the bits do not depend on the schedule.
+// its own part of the result, so the bits do not depend on the schedule. A task starts no loop of
+// the same pool.
 struct Parallel {
   void (*run)(void* pool, int64_t tasks, void (*body)(void* context, int64_t task), void* context);
   int threads;

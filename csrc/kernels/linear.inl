@@ -11,10 +11,11 @@ inline void for_blocks(int64_t M, int64_t N, int64_t column_bytes, int nr, const
   constexpr int64_t most = 512;
   const int64_t block = M <= 2 * ROWS ? max(1, M) : ROWS, row_blocks = divide_up(M, block);
   const bool few = row_blocks < 2 * parallel.threads;
-  const int64_t shared = few ? divide_up(parallel.threads, max(1, row_blocks)) : 1;
+  const int64_t wanted = row_blocks == 1 ? parallel.threads : 2 * parallel.threads;
+  const int64_t shared = few ? divide_up(wanted, max(1, row_blocks)) : 1;
   const int64_t worth = tasks_worth_a_thread(N, block * N * column_bytes);
-  const int64_t parts = shared * divide_up(max(1, N), shared * most);
-  const int64_t columns = round_up(min(max(divide_up(N, parts), worth), most), nr);
+  const int64_t parts = min(shared * divide_up(N, shared * most), divide_up(N, worth));
+  const int64_t columns = round_up(divide_up(N, max(parts, divide_up(N, most))), nr);
   const int64_t column_blocks = divide_up(N, columns), tasks = row_blocks * column_blocks;
   const int64_t group = worth < N ? 1 : max(1, tasks);  // little work is one task
   run_tasks(parallel, divide_up(tasks, group), [&](int64_t first) {

@@ -5,16 +5,24 @@
 namespace gptfast {
 namespace {
 
-// Whether `state` is another than `value` soon. Loops follow one another within microseconds; a
-// thread that has waited longer lets others run before it looks again.
-bool changes(const std::atomic<int>& state, int value) {
-  for (int looks = 0; looks < 2000; ++looks) {
-    if (state.load(std::memory_order_acquire) != value) return true;
-    if (looks >= 500) std::this_thread::yield();
+inline void pause() {
 #if defined(__x86_64__)
-    __builtin_ia32_pause();
+  __builtin_ia32_pause();
 #endif
-  }
+}
+
+// Whether `state` is another than `value` within about 20 us.
+bool changes_at_once(const std::atomic<int>& state, int value) {
+  for (int looks = 0; looks < 500; ++looks, pause())
+    if (state.load(std::memory_order_acquire) != value) return true;
+  return false;
+}
+
+// Within about a millisecond: loops follow one another quickly, and to wake a thread takes long.
+bool changes_soon(const std::atomic<int>& state, int value) {
+  if (changes_at_once(state, value)) return true;
+  for (int looks = 0; looks < 1500; ++looks, std::this_thread::yield())
+    if (state.load(std::memory_order_acquire) != value) return true;
   return false;
 }
 
@@ -26,32 +34,47 @@ void Team::run_loop(void* team, int64_t tasks, void (*body)(void*, int64_t), voi
 
 void Team::loop(int64_t tasks, void (*body)(void*, int64_t), void* context) {
   const auto count = static_cast<int64_t>(members_.size());
-  if (tasks <= 1 || count == 1) return work_alone({body, context, 0, tasks, false});
+  if (tasks <= 1 || count == 1) return run_range({body, context, 0, tasks, false});
   // A member's own tasks are the same part of each loop over the same operands, which it finds in
   // its core's cache.
   const bool shared = tasks > 2 * count;
   for (int64_t i = 0; i < count; ++i) {
     Member& member = members_[static_cast<size_t>(i)];
     member.loop = {body, context, i * tasks / count, (i + 1) * tasks / count, shared};
+    member.takes_part = false;
     if (shared) member.next.store(member.loop.first, std::memory_order_relaxed);
+    // What is not shared cannot be joined later.
+    if (!begun_ && !shared && i > 0) changes_at_once(member.state, absent);
   }
-  for (size_t i = 1; i < members_.size(); ++i) members_[i].takes_part = offer(members_[i]);
+  begun_ = true;
+  offer_again();
   work(0);
   for (size_t i = 1; i < members_.size(); ++i) {
     Member& member = members_[i];
-    if (!member.takes_part && !shared) work(i);
-    while (member.takes_part && !changes(member.state, working)) member.state.wait(working);
+    if (!shared && has_tasks(member) && !member.takes_part && !(member.takes_part = offer(member)))
+      work(i);
   }
-  if (failed_) std::rethrow_exception(failure_);
+  for (size_t i = 1; i < members_.size(); ++i)
+    while (members_[i].takes_part && !changes_soon(members_[i].state, working))
+      members_[i].state.wait(working);
+  if (failed_.exchange(false)) std::rethrow_exception(failure_);
 }
 
-// Whether the member takes it up.
+// Whether the member takes the loop up.
 bool Team::offer(Member& member) {
-  int state = watching;
-  if (member.state.compare_exchange_strong(state, working)) return true;
+  int state = member.state.load(std::memory_order_relaxed);
+  if (state == watching) return member.state.compare_exchange_strong(state, working);
   if (state == absent && member.state.compare_exchange_strong(state, called))
     member.state.notify_one();
   return false;
+}
+
+// To all who do not take part yet.
+void Team::offer_again() {
+  for (size_t i = 1; i < members_.size(); ++i) {
+    Member& member = members_[i];
+    if (!member.takes_part && has_tasks(member)) member.takes_part = offer(member);
+  }
 }
 
 void Team::follow(int64_t index) {
@@ -67,7 +90,7 @@ void Team::follow(int64_t index) {
       state.notify_one();
     } else if (found != watching) {
       state.compare_exchange_strong(found, watching);
-    } else if (!changes(state, watching) && state.compare_exchange_strong(found, absent)) {
+    } else if (!changes_soon(state, watching) && state.compare_exchange_strong(found, absent)) {
       state.wait(absent);
     }
   }
@@ -76,19 +99,21 @@ void Team::follow(int64_t index) {
 void Team::work(size_t index) {
   try {
     const Loop& own = members_[index].loop;
-    if (!own.shared) return work_alone(own);
+    if (!own.shared) return run_range(own);
     for (size_t i = 0; i < members_.size(); ++i) {
       Member& member = members_[(index + i) % members_.size()];
       int64_t task;
-      while ((task = member.next.fetch_add(1, std::memory_order_relaxed)) < member.loop.last)
+      while ((task = member.next.fetch_add(1, std::memory_order_relaxed)) < member.loop.last) {
         own.body(own.context, task);
+        if (index == 0) offer_again();
+      }
     }
   } catch (...) {
     if (!failed_.exchange(true)) failure_ = std::current_exception();
   }
 }
 
-void Team::work_alone(const Loop& loop) {
+void Team::run_range(const Loop& loop) {
   for (int64_t task = loop.first; task < loop.last; ++task) loop.body(loop.context, task);
 }
 

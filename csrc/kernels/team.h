@@ -18,8 +18,8 @@ class Team {
  public:
   explicit Team(int64_t members) : members_(static_cast<size_t>(members)) {}
 
-  // For member 0: calls f(parallel), whose loops the others share, and then dismisses them. Nobody
-  // is waited for who has not come yet.
+  // For member 0: calls f(parallel), whose loops the others share as soon as they have come, and
+  // then dismisses them.
   template <class F>
   void lead(const F& f) {
     struct Dismissal {
@@ -29,18 +29,18 @@ class Team {
     f(Parallel{run_loop, static_cast<int>(members_.size()), this});
   }
   // For every other member: takes part in the loops until it is dismissed.
-  void follow(int64_t member);
+  void follow(int64_t index);
 
  private:
-  // A member that watches takes up what it is offered, and is then waited for. One that is absent,
-  // because it has not come yet or sleeps, is called for the next loops and left out of this one.
+  // A member that watches takes up what it is offered, and is then waited for. One that is absent
+  // has not come yet, or sleeps until it is called.
   enum State : int { absent, called, watching, working, dismissed };
 
   struct Loop {
     void (*body)(void*, int64_t);
     void* context;
     int64_t first, last;  // the member's own tasks
-    bool shared;          // whose are anybody's who has none left
+    bool shared;          // who has done his own takes those of others
   };
 
   // All that passes between the leader and a member lies in one cache line.
@@ -53,12 +53,15 @@ class Team {
 
   static void run_loop(void* team, int64_t tasks, void (*body)(void*, int64_t), void* context);
   void loop(int64_t tasks, void (*body)(void*, int64_t), void* context);
+  static bool has_tasks(const Member& member) { return member.loop.first < member.loop.last; }
   static bool offer(Member& member);
-  void work(size_t member);
-  static void work_alone(const Loop& loop);
+  void offer_again();
+  void work(size_t index);
+  static void run_range(const Loop& loop);
   void dismiss();
 
   std::vector<Member> members_;
+  bool begun_ = false;  // has had a loop
   std::atomic<bool> failed_{false};
   std::exception_ptr failure_;
 };

@@ -23,7 +23,8 @@ using OptionalTensor = std::optional<Tensor>;
 // runtime is loaded.
 template <class F>
 void with_threads(const F& f) {
-  Team team(torch::stable::get_num_threads());
+  const int64_t threads = torch::stable::get_num_threads();
+  Team team(threads);
   std::exception_ptr failure;
   const auto run = [&](int64_t first, int64_t last) {
     for (int64_t member = first; member < last; ++member) {
@@ -38,7 +39,7 @@ void with_threads(const F& f) {
       }
     }
   };
-  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, run);
+  torch::stable::parallel_for(0, threads, 1, run);
   if (failure) std::rethrow_exception(failure);
 }
 

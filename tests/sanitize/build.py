@@ -67,7 +67,7 @@ def main(directory: Path, sanitizers: str) -> None:
     headers = [*CSRC.rglob("*.h"), *HERE.glob("*.h")]
     kernels = digest((CSRC / "kernels").iterdir())
     macros = " ".join(f"-DGPTFAST_HAVE_{isa.upper()}=1" for isa in built)
-    plain = f"{cxx} {sanitized} -std=c++20 -DGPTFAST_AMX_EMULATED=1 {macros}"
+    plain = f"{cxx} {sanitized} {facts['STANDARD']} -DGPTFAST_AMX_EMULATED=1 {macros}"
     jobs = []
     for isa in built:
         command = f"{cxx} {sanitized} {facts['KERNEL_FLAGS']} {facts['ISA_FLAGS'][isa]}"

@@ -1,6 +1,7 @@
 // Runs a group of cases at every instruction set of this machine. Usage: harness list | GROUP
 #include "harness.h"
 
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstdarg>
@@ -29,7 +30,8 @@ constexpr Way ways[] = {
 
 std::vector<const Kernels*> levels;
 std::string running = "the start";
-int64_t cases = 0, runs = 0, failures = 0;
+int64_t cases = 0, runs = 0;
+std::atomic<int64_t> failures = 0;
 
 void forward_order(void*, int64_t tasks, void (*body)(void*, int64_t), void* context) {
   for (int64_t task = 0; task < tasks; ++task) body(context, task);
@@ -127,6 +129,7 @@ const std::pair<const char*, void (*)()> groups[] = {
     {"cross_entropy", cross_entropy_cases},
     {"embedding", embedding_cases},
     {"adamw", adamw_cases},
+    {"team", team_cases},
     {"decoder", decoder_cases},
     {"generator", generator_cases},
 };
@@ -154,7 +157,7 @@ int run_group(const char* group, void (*run)()) {
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
   std::printf("%s: %lld cases in %lld runs at %s: %lld failures (%.1f s)\n", group,
               static_cast<long long>(cases), static_cast<long long>(runs), names.c_str(),
-              static_cast<long long>(failures), seconds.count());
+              static_cast<long long>(failures.load()), seconds.count());
   return failures > 0 || cases == 0;
 }
 
@@ -214,6 +217,8 @@ void copy_rounded(const Buffer& from, Buffer& to) {
 
 // The sanitizers call these before their reports.
 extern "C" void __asan_on_error() { gptfast::sanitize::expect(false, "AddressSanitizer:"); }
+extern "C" const char* __tsan_default_options() { return "halt_on_error=1"; }
+extern "C" void __tsan_on_report(void*) { gptfast::sanitize::expect(false, "ThreadSanitizer:"); }
 extern "C" void __ubsan_on_report() { gptfast::sanitize::expect(false, "UBSan:"); }
 
 int main(int argc, char** argv) {

@@ -116,6 +116,7 @@ void ffn_cases();
 void cross_entropy_cases();
 void embedding_cases();
 void adamw_cases();
+void team_cases();
 void decoder_cases();
 void generator_cases();
 
