@@ -21,9 +21,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).resolve().parent
 KERNELS, TEMP = ROOT / "csrc" / "kernels", ROOT / "build" / "temp"
-SOURCES = "bindings kernels/dispatch kernels/scratch kernels/team engine/decoder engine/generator"
-SOURCES += " ops/common ops/attention ops/embedding ops/linear ops/ffn ops/cross_entropy ops/adamw"
-SOURCES += " ops/engine"
+SOURCES = [path for path in ROOT.glob("csrc/**/*.cpp") if not path.name.startswith("isa_")]
 
 CXX = os.environ.get("CXX") or "c++"
 FLAGS = "-O0 -g -UNDEBUG" if os.environ.get("DEBUG") == "1" else "-O3 -g0"
@@ -111,7 +109,7 @@ class BuildExt(BuildExtension):
 
 extension = CppExtension(
     "gptfast._C",
-    [f"csrc/{source}.cpp" for source in SOURCES.split()],
+    sorted(path.relative_to(ROOT).as_posix() for path in SOURCES),
     include_dirs=[pybind11.get_include()],
     define_macros=[*MACROS.items()],
     extra_compile_args=[*FLAGS.split(), STANDARD],
