@@ -19,7 +19,7 @@ inline void activate(int64_t rows, int64_t n, float* u, int64_t ldu, const float
       VF value = load(u + i * ldu + j, part);
       if (b1) value += bias;
       if (hidden) store(hidden + i * ld_hidden + j, value, part);
-      store(h + i * ldh + j, gelu(value, kind).value, part);
+      store(h + i * ldh + j, gelu<P>(value, kind).value, part);
     }
   });
 }
@@ -192,7 +192,7 @@ void ffn_grad_typed(const FfnGrad& s, const Parallel& parallel) {
             float* sum_at = db1.block(block) + f0 + j;
             VF total = load(sum_at, part);
             for (int64_t i = i0; i < i0 + tile; ++i) {
-              const GeluValue at = gelu(load(u + i * F + j, part), f.gelu);
+              const GeluValue at = gelu<P>(load(u + i * F + j, part), f.gelu);
               const VF d = load(dh + i * HIDDEN + j, part) * at.slope;
               store(h + i * u_stride + j, at.value, part);
               store(du + i * u_stride + j, d, part);

@@ -31,7 +31,7 @@ struct Tile<float> {
   static constexpr int KPAD = 1;  // K is padded to a multiple of this
   // Products are summed up in blocks of this many: short sums lose less to rounding than one long
   // one, and the part of a panel in use stays in the L1 and L2 caches.
-  static constexpr int KC = 192;
+  static constexpr int KC = 384;
 };
 
 template <>
@@ -45,7 +45,7 @@ struct Tile<bf16> {
 #endif
   static constexpr int NR = 2 * W;
   static constexpr int KU = 2;
-  static constexpr int KC = 384;
+  static constexpr int KC = 768;
 };
 
 // Rows of an activation matrix that one task works on, so that what it keeps of them stays in the
@@ -106,28 +106,25 @@ inline VF load_count(const S* p, int64_t count) {
   if (count >= W) return load(p, Full{});
   return count > 0 ? load(p, Tail{static_cast<int>(count)}) : splat(0.0f);
 }
+inline VF load_raw(const float* p, int64_t count) { return load_count(p, count); }
+inline VH load_raw(const bf16* p, int64_t count) {
+  VH x = {};
+  if (count >= W)
+    __builtin_memcpy(&x, p, sizeof x);
+  else if (count > 0)
+    __builtin_memcpy(&x, p, static_cast<size_t>(count) * sizeof *p);
+  return x;
+}
 template <class S>
 inline VF load_units(const S* p, int64_t count, float) {
   return load_count(p, count);
 }
+#if GPTFAST_BF16_DOT
 template <class S>
 inline VF load_units(const S* p, int64_t count, bf16) {
-  VH halves[2] = {narrow(load_count(p, count)), narrow(load_count(p + W, count - W))};
-  VF units;
-  __builtin_memcpy(&units, halves, sizeof units);
-  return units;
+  return (VF)narrow_both(load_raw(p, count), load_raw(p + W, count - W));
 }
-inline VF load_units(const bf16* p, int64_t count, bf16) {
-  VF units = splat(0.0f);
-  if (count >= 2 * W) {
-    __builtin_memcpy(&units, p, sizeof units);
-  } else if (count > 0) {
-    bf16 buffer[2 * W] = {};
-    for (int64_t i = 0; i < count; ++i) buffer[i] = p[i];
-    __builtin_memcpy(&units, buffer, sizeof units);
-  }
-  return units;
-}
+#endif
 
 // One panel of B from the columns' own rows: column n of B is row n of src (K contiguous), n <
 // count <= NR. Zeros follow up to whole vectors; a vector of columns that do not exist is left as
@@ -152,19 +149,13 @@ template <class S>
 inline void pack_row_pair(const S* row, const S*, int64_t count, float* dst) {
   store(dst, load_count(row, count));
 }
+#if GPTFAST_BF16_DOT
 template <class S>
 inline void pack_row_pair(const S* row, const S* next, int64_t count, bf16* dst) {
-  const VU low = extend(narrow(load_count(row, count)));
-  const VU high = next ? extend(narrow(load_count(next, count))) : VU{};
-  const VU pair = low | high << 16;
+  const VU pair = interleave(narrow_both(load_raw(row, count), load_raw(next, next ? count : 0)));
   __builtin_memcpy(dst, &pair, sizeof pair);
 }
-
-inline void pack_row_pair(const bf16* row, const bf16* next, int64_t count, bf16* dst) {
-  const VU low = (VU)load_count(row, count) >> 16;  // a widened bf16 is the high half
-  const VU pair = next ? low | (VU)load_count(next, count) : low;
-  __builtin_memcpy(dst, &pair, sizeof pair);
-}
+#endif
 
 // Columns [n0, n0 + width) of src (K, N), a multiple of W, as [K / KU][width][KU], zeros past the
 // ends of src.

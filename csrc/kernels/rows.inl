@@ -149,10 +149,11 @@ struct GeluValue {
 };
 
 // erf: u Phi(u). tanh: u/2 (1 + tanh(sqrt(2/pi) (u + 0.044715 u^3))) (Hendrycks and Gimpel,
-// arXiv:1606.08415).
+// arXiv:1606.08415). To the precision of P.
+template <class P>
 inline GeluValue gelu(VF u, Gelu kind) {
   if (kind == Gelu::erf) {
-    const Normal at = normal(u);
+    const Normal at = normal(u, P{});
     return {u * at.cdf, at.slope};
   }
   constexpr float scale = 0.7978845608f, cubic = 0.044715f;

@@ -34,9 +34,10 @@ struct RowPart {
 // Row blocks per chunk that all threads share: one per thread at least, and otherwise as many as
 // the outer cache holds the operands of, rounded up to whole KC.
 template <class P>
-inline int64_t blocks_per_chunk(int64_t rows, int64_t floats_per_row, const Parallel& parallel) {
-  constexpr int64_t cache_floats = int64_t{2} << 20;
-  const int64_t fitting = cache_floats / (ROWS * floats_per_row);
+inline int64_t blocks_per_chunk(int64_t rows, int64_t elements_per_row, const Parallel& parallel) {
+  constexpr int64_t cache_bytes = int64_t{16} << 20;
+  const int64_t fitting =
+      cache_bytes / (ROWS * elements_per_row * static_cast<int64_t>(sizeof(P)));
   return min(divide_up(rows, ROWS), round_up(max(fitting, parallel.threads), Tile<P>::KC / ROWS));
 }
 
@@ -44,11 +45,11 @@ inline int64_t blocks_per_chunk(int64_t rows, int64_t floats_per_row, const Para
 template <class P>
 class RowParts {
  public:
-  RowParts(int64_t rows, int64_t sum_floats, int64_t floats_per_row, const Parallel& parallel)
+  RowParts(int64_t rows, int64_t sum_floats, int64_t elements_per_row, const Parallel& parallel)
       : rows_(rows),
         blocks_(divide_up(rows, ROWS)),
         count_(1),
-        shared_chunk_(blocks_per_chunk<P>(rows, floats_per_row, parallel)),
+        shared_chunk_(blocks_per_chunk<P>(rows, elements_per_row, parallel)),
         parallel_(parallel) {
     constexpr int64_t most_parts = 8, blocks_worth_a_sum = 8,
                       most_floats = int64_t{1} << 18;  // half of an L2 cache
