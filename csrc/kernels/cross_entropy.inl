@@ -8,7 +8,9 @@
 
 // Columns of the logits in work at a time: a multiple of KC, of every NR and of WeightGrad's
 // groups, so that sums over the vocabulary are the same with and without blocks.
-constexpr int64_t VOCAB = 1152;
+constexpr int64_t VOCAB = 1536;
+static_assert(VOCAB % Tile<float>::KC == 0 && VOCAB % Tile<bf16>::KC == 0 &&
+              VOCAB % WeightGrad<float>::GROUP == 0 && VOCAB % WeightGrad<bf16>::GROUP == 0);
 constexpr int64_t most_logits = int64_t{32} << 20;  // of a chunk
 
 // The running maximum m and l = sum_j exp(s_j - m) of a row of logits, its target's logit, and,
@@ -64,34 +66,29 @@ class CrossEntropyPass {
   }
 
  private:
-  // What is kept of the row blocks of a chunk, by slots.
-  struct Chunk {
-    float *logits, *dn;  // dn: null where its sums are made in dx
+  // A block of rows from its logits to its gradients.
+  struct Rows {
+    int64_t m0, count;
+    float *logits, *dn;  // dN is summed up in dx where it can be
     P* x_copy;
-    Lhs<P>* x;
+    Lhs<P> x;
     RowSum* sums;
-    WeightGrad<P> dweight;
 
-    Chunk(const CrossEntropyPass& pass, int64_t part, int64_t blocks, Frame& frame)
-        : logits(take<float>(frame, blocks * ROWS * pass.logits_ld_)),
-          dn(pass.with_grad_ && !pass.dx_in_place() ? take<float>(frame, blocks * ROWS * pass.k_ld_)
-                                                    : nullptr),
-          x_copy(take<P>(frame, blocks * ROWS * pass.x_stride_)),
-          x(take<Lhs<P>>(frame, blocks)),
-          sums(take<RowSum>(frame, blocks * ROWS)),
-          dweight(pass.sums_, part, pass.with_grad_ ? blocks : 0, frame, VOCAB) {}
+    Rows(const CrossEntropyPass& pass, int64_t block, Frame& frame)
+        : m0(block * ROWS),
+          count(min(ROWS, pass.s_.M - m0)),
+          logits(take<float>(frame, count * pass.logits_ld_)),
+          dn(pass.dx_in_place() ? static_cast<float*>(pass.s_.dx) + m0 * pass.k_ld_
+                                : take<float>(frame, pass.with_grad_ ? count * pass.k_ld_ : 0)),
+          x_copy(take<P>(frame, count * pass.x_stride_)),
+          sums(take<RowSum>(frame, count)) {}
   };
 
   bool whole() const { return s_.V <= VOCAB; }
-  int64_t rows_of(int64_t block) const { return min(ROWS, s_.M - block * ROWS); }
-  float* logits(const Chunk& chunk, int64_t slot, int64_t v0) const {
-    return chunk.logits + slot * ROWS * logits_ld_ + (with_grad_ ? v0 : 0);
+  float* logits(const Rows& at, int64_t v0) const { return at.logits + (with_grad_ ? v0 : 0); }
+  bool dx_in_place() const {
+    return with_grad_ && sizeof(T) == sizeof(float) && !norm_.weight && k_ld_ == s_.K;
   }
-  float* dn(const Chunk& chunk, int64_t block, int64_t slot) const {
-    return chunk.dn ? chunk.dn + slot * ROWS * k_ld_
-                    : static_cast<float*>(s_.dx) + block * ROWS * k_ld_;
-  }
-  bool dx_in_place() const { return sizeof(T) == sizeof(float) && !norm_.weight && k_ld_ == s_.K; }
   int64_t columns(int64_t v0) const { return min(VOCAB, s_.V - v0); }
   Weight weight_rows(int64_t v0) const { return rows_from(s_.weight, v0, s_.K); }
   bool ignored(int64_t m) const { return s_.targets[m] == s_.ignore_index; }
@@ -104,17 +101,19 @@ class CrossEntropyPass {
         with_grad_ ? weight_straight<P>(s_.weight, s_.V, s_.K, frame, parallel_) : Rhs<P>{};
     parts_.for_each([&](const RowPart& part) {
       Frame part_frame;
-      const Chunk chunk(*this, part.index, part.chunk, part_frame);
+      const WeightGrad<P> dweight(sums_, part.index, with_grad_ ? part.chunk : 0, part_frame);
       const auto produce = [&](int64_t block, int64_t slot) {
-        start(chunk, block, slot);
-        sum_rows(chunk, block, slot, 0, w);
-        finish_losses(chunk, block, slot);
+        Frame block_frame;
+        Rows rows(*this, block, block_frame);
+        start(rows, slot, dweight);
+        sum_rows(rows, 0, w);
+        finish_losses(rows);
         if (!with_grad_) return;
-        grad_rows(chunk, block, slot, 0, w_rows);
-        finish_dx(chunk, block, slot);
+        grad_rows(rows, 0, w_rows, slot, dweight);
+        finish_dx(rows);
       };
       part.for_chunks(produce, [&](int64_t rows, bool add) {
-        if (with_grad_) chunk.dweight.accumulate(rows, add, 0, s_.V, part.parallel);
+        if (with_grad_) dweight.accumulate(rows, add, 0, s_.V, part.parallel);
       });
     });
   }
@@ -131,75 +130,76 @@ class CrossEntropyPass {
   void vocabulary_in_blocks() {
     Frame frame;
     const int64_t most = blocks_in_chunk();
-    const Chunk chunk(*this, 0, most, frame);
+    const WeightGrad<P> dweight(sums_, 0, with_grad_ ? most : 0, frame, VOCAB);
     for (int64_t first = 0; first < parts_.blocks(); first += most)
-      vocabulary_in_blocks(chunk, first, min(most, parts_.blocks() - first));
+      vocabulary_in_blocks(dweight, first, min(most, parts_.blocks() - first));
   }
 
-  void vocabulary_in_blocks(const Chunk& chunk, int64_t first, int64_t slots) {
+  void vocabulary_in_blocks(const WeightGrad<P>& dweight, int64_t first, int64_t slots) {
+    Frame chunk_frame;
+    Rows* chunk = take<Rows>(chunk_frame, slots);
+    for (int64_t slot = 0; slot < slots; ++slot)
+      chunk[slot] = Rows(*this, first + slot, chunk_frame);
     const auto for_slots = [&](const auto& f) {
-      run_tasks(parallel_, slots, [&](int64_t slot) { f(first + slot, slot); });
+      run_tasks(parallel_, slots, [&](int64_t slot) { f(chunk[slot], slot); });
     };
-    for_slots([&](int64_t block, int64_t slot) { start(chunk, block, slot); });
+    for_slots([&](Rows& rows, int64_t slot) { start(rows, slot, dweight); });
     for (int64_t v0 = 0; v0 < s_.V; v0 += VOCAB) {
       Frame frame;
       const Rhs<P> w =
           weight_transposed<T>(weight_rows(v0), columns(v0), s_.K, frame, parallel_).dense;
-      for_slots([&](int64_t block, int64_t slot) { sum_rows(chunk, block, slot, v0, w); });
+      for_slots([&](Rows& rows, int64_t) { sum_rows(rows, v0, w); });
     }
-    for_slots([&](int64_t block, int64_t slot) { finish_losses(chunk, block, slot); });
+    for_slots([&](Rows& rows, int64_t) { finish_losses(rows); });
     if (!with_grad_) return;
-    const int64_t rows = min(s_.M, (first + slots) * ROWS) - first * ROWS;
+    const int64_t rows_in_all = min(s_.M, (first + slots) * ROWS) - first * ROWS;
     for (int64_t v0 = 0; v0 < s_.V; v0 += VOCAB) {
       Frame frame;
       const Rhs<P> w = weight_straight<P>(weight_rows(v0), columns(v0), s_.K, frame, parallel_);
-      for_slots([&](int64_t block, int64_t slot) { grad_rows(chunk, block, slot, v0, w); });
-      chunk.dweight.accumulate(rows, first > 0, v0, columns(v0), parallel_);
+      for_slots([&](Rows& rows, int64_t slot) { grad_rows(rows, v0, w, slot, dweight); });
+      dweight.accumulate(rows_in_all, first > 0, v0, columns(v0), parallel_);
     }
-    for_slots([&](int64_t block, int64_t slot) { finish_dx(chunk, block, slot); });
+    for_slots([&](Rows& rows, int64_t) { finish_dx(rows); });
   }
 
-  void start(const Chunk& chunk, int64_t block, int64_t slot) {
-    const int64_t rows = rows_of(block);
-    chunk.x[slot] = norm_rows(static_cast<const T*>(s_.x), block * ROWS, rows, s_.K, norm_, true,
-                              chunk.x_copy + slot * ROWS * x_stride_);
-    for (int64_t i = 0; i < rows; ++i) chunk.sums[slot * ROWS + i] = {no_score, 0.0f, 0.0f, 0.0f};
-    if (with_grad_) chunk.dweight.set_x(slot, chunk.x[slot].data, chunk.x[slot].row, rows, 0, s_.K);
+  void start(Rows& at, int64_t slot, const WeightGrad<P>& dweight) const {
+    at.x = norm_rows(static_cast<const T*>(s_.x), at.m0, at.count, s_.K, norm_, true, at.x_copy);
+    for (int64_t i = 0; i < at.count; ++i) at.sums[i] = {no_score, 0.0f, 0.0f, 0.0f};
+    if (with_grad_) dweight.set_x(slot, at.x.data, at.x.row, at.count, 0, s_.K);
   }
 
-  void sum_rows(const Chunk& chunk, int64_t block, int64_t slot, int64_t v0, Rhs<P> w) const {
-    const int64_t m0 = block * ROWS, rows = rows_of(block), n = columns(v0);
-    float* scores = logits(chunk, slot, v0);
-    gemm(rows, n, s_.K, chunk.x[slot], w, scores, logits_ld_, false);
-    for (int64_t i = 0; i < rows; ++i) {
-      RowSum& row = chunk.sums[slot * ROWS + i];
+  void sum_rows(const Rows& at, int64_t v0, Rhs<P> w) const {
+    const int64_t n = columns(v0);
+    float* scores = logits(at, v0);
+    gemm(at.count, n, s_.K, at.x, w, scores, logits_ld_, false);
+    for (int64_t i = 0; i < at.count; ++i) {
+      RowSum& row = at.sums[i];
       float* s = scores + i * logits_ld_;
-      const int64_t target = s_.targets[m0 + i] - v0;
-      if (!ignored(m0 + i) && target >= 0 && target < n) row.target = s[target];
+      const int64_t target = s_.targets[at.m0 + i] - v0;
+      if (!ignored(at.m0 + i) && target >= 0 && target < n) row.target = s[target];
       add_logits(s, n, row, whole() && with_grad_ ? s : nullptr);
     }
   }
 
-  void finish_losses(const Chunk& chunk, int64_t block, int64_t slot) const {
-    const int64_t m0 = block * ROWS;
-    for (int64_t i = 0; i < rows_of(block); ++i) {
-      RowSum& row = chunk.sums[slot * ROWS + i];
+  void finish_losses(const Rows& at) const {
+    for (int64_t i = 0; i < at.count; ++i) {
+      RowSum& row = at.sums[i];
       row.lse = row.m + __builtin_logf(row.l);
-      losses_[m0 + i] = ignored(m0 + i) ? 0.0f : row.lse - row.target;
+      losses_[at.m0 + i] = ignored(at.m0 + i) ? 0.0f : row.lse - row.target;
     }
   }
 
   // dN += dS W for the columns from v0 on; dS is left for dW = dS' N.
-  void grad_rows(const Chunk& chunk, int64_t block, int64_t slot, int64_t v0, Rhs<P> w) const {
-    const int64_t rows = rows_of(block), n = columns(v0);
-    float* ds = logits(chunk, slot, v0);
-    for (int64_t i = 0; i < rows; ++i)
-      grad_row(block * ROWS + i, chunk.sums[slot * ROWS + i], v0, n, ds + i * logits_ld_);
+  void grad_rows(const Rows& at, int64_t v0, Rhs<P> w, int64_t slot,
+                 const WeightGrad<P>& dweight) const {
+    const int64_t n = columns(v0);
+    float* ds = logits(at, v0);
+    for (int64_t i = 0; i < at.count; ++i)
+      grad_row(at.m0 + i, at.sums[i], v0, n, ds + i * logits_ld_);
     Frame frame;
-    P* copy = take<P>(frame, rows * row_stride<P>(padded_k<P>(n)));
-    gemm(rows, s_.K, n, lhs_rows(ds, logits_ld_, rows, n, copy), w, dn(chunk, block, slot), k_ld_,
-         v0 > 0);
-    chunk.dweight.set_dy(slot, ds, logits_ld_, rows, 0, n);
+    P* copy = take<P>(frame, at.count * row_stride<P>(padded_k<P>(n)));
+    gemm(at.count, s_.K, n, lhs_rows(ds, logits_ld_, at.count, n, copy), w, at.dn, k_ld_, v0 > 0);
+    dweight.set_dy(slot, ds, logits_ld_, at.count, 0, n);
   }
 
   // ds: logits, or exp(s - m) where the whole vocabulary is one block, to their gradients.
@@ -215,11 +215,12 @@ class CrossEntropyPass {
     if (counts && target >= 0 && target < n) ds[target] -= share_;
   }
 
-  void finish_dx(const Chunk& chunk, int64_t block, int64_t slot) const {
+  void finish_dx(const Rows& at) const {
     if (dx_in_place()) return;
-    for (int64_t i = 0; i < rows_of(block); ++i) {
-      const int64_t m = block * ROWS + i;
-      const float* dn = this->dn(chunk, block, slot) + i * k_ld_;
+    const int64_t block = at.m0 / ROWS;
+    for (int64_t i = 0; i < at.count; ++i) {
+      const int64_t m = at.m0 + i;
+      const float* dn = at.dn + i * k_ld_;
       const T* x = static_cast<const T*>(s_.x) + m * s_.K;
       T* dx = static_cast<T*>(s_.dx) + m * s_.K;
       if (norm_.weight)

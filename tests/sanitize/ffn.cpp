@@ -131,7 +131,7 @@ void ffn_cases() {
           ++turn;
         }
     // So wide that the rows of a weight's gradient come in several chunks.
-    if (dtype == DType::f32) ffn_case({dtype, dtype, 193, 3, 4391, true, 10000, Gelu::erf});
+    if (dtype == DType::f32) ffn_case({dtype, dtype, 385, 3, 5501, true, 10000, Gelu::erf});
     // So many rows that they come in parts with a sum each.
     ffn_case({dtype, params.back(), 1601, 9, 37, true, 10000, Gelu::erf});
   }
