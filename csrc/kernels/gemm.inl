@@ -154,11 +154,17 @@ inline void row_kernel(int64_t units, Lhs<P> a, const B* b, int64_t panel, float
     }
 }
 
+// How many products are one sum: KC, or half of it where B is narrower than what it is multiplied as
+// and many rows have a block of it widened, which stays in the L1 cache.
+template <class P, class B>
+constexpr int64_t sum_depth = sizeof(B) < sizeof(P) ? Tile<P>::KC / 2 : Tile<P>::KC;
+
 // gemm() for one row; panels of B `panel` apart.
 template <class P, class B, class Done>
 inline void gemm_row(int64_t n, int64_t k, Lhs<P> a, const B* b, int64_t panel, float* c, bool add,
                      const Done& done) {
-  constexpr int NR = Tile<P>::NR, KU = Tile<P>::KU, KC = Tile<P>::KC;
+  constexpr int NR = Tile<P>::NR, KU = Tile<P>::KU;
+  constexpr int64_t KC = sum_depth<P, B>;
   for (int64_t k0 = 0; k0 < k; k0 += KC, b += KC * NR) {
     const int64_t units = padded_k<P>(min(KC, k - k0)) / KU;
     const Lhs<P> from = {a.data + k0 / KU * a.step, a.row, a.step};

@@ -5,7 +5,8 @@
 template <class P, class S, class Done>
 inline void gemm_widened(int64_t m, int64_t n, int64_t k, Lhs<P> a, const S* b, int64_t panel,
                          float* c, int64_t ldc, bool add, const Done& done) {
-  constexpr int NR = Tile<P>::NR, KU = Tile<P>::KU, KC = Tile<P>::KC;
+  constexpr int NR = Tile<P>::NR, KU = Tile<P>::KU;
+  constexpr int64_t KC = sum_depth<P, S>;
   if (m == 1 && !lhs_by_rows<P>) return gemm_row(n, k, a, b, panel, c, add, done);
   alignas(64) P block[KC * NR];
   for (int64_t n0 = 0; n0 < n; n0 += NR, b += panel)
