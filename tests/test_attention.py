@@ -94,6 +94,16 @@ def test_strided_inputs(isa: str, dtype: torch.dtype) -> None:
     check_attention(column_first, k, v.flip(2), dtype)
 
 
+def test_a_gradient_lies_as_its_input() -> None:
+    """Nothing is left to copy where a gradient is kept, or goes back into a projection's."""
+    apart = [heads(2, 4, 50, 32, seed=i).requires_grad_() for i in range(3)]
+    together = [x.requires_grad_() for x in heads(2, 50, 3, 4, 32).permute(2, 0, 3, 1, 4)]
+    for inputs in (apart, together):
+        out = ops.causal_attention(*inputs)
+        for grad, x in zip(torch.autograd.grad(out.sum(), inputs), inputs, strict=True):
+            assert grad.stride() == torch.empty_like(x).stride()
+
+
 @pytest.mark.parametrize("scale", (0.3, -0.5))
 def test_scale(isa: str, scale: float) -> None:
     q, k, v = (heads(1, 2, 40, 24, seed=i) for i in range(3))

@@ -127,42 +127,50 @@ struct AttentionGradTask {
   // p: s -> p f, ds: dP -> dS, for up to 8 rows; both zero where the mask hides the key.
   void probability_rows(int64_t q0, int64_t r0, int64_t rows, int64_t k0, int64_t keys,
                         int64_t width) {
-    const float c = s.scale * log2e;
-    alignas(64) float prob[DROPOUT_ROWS][KEYS];
-    VF delta_sum[DROPOUT_ROWS] = {};
+    struct Row {
+      int64_t seen;  // keys
+      float lse;     // log2
+      bool summed;   // delta is the sum over this block, and known at its end
+      VF delta;
+    } of_row[DROPOUT_ROWS];
+    alignas(64) float prob[DROPOUT_ROWS][KEYS];  // of rows whose delta is still to be known
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t query = q0 + r0 + row;
+      const bool summed = in_one_block(query);
+      of_row[row] = {min(keys, visible_keys(s, query) - k0), s.lse[head * s.Tq + query] * log2e,
+                     summed, splat(summed ? 0.0f : delta[query])};
+    }
+    Keep keep;
+    const auto step = [&](Row& at, int64_t row, int64_t j, auto part) {
+      float* p_at = p + (r0 + row) * SCORES + j;
+      float* ds_at = ds + (r0 + row) * SCORES + j;
+      const VF of = only(exp2(load(p_at) * (s.scale * log2e) - at.lse), part);
+      VF kept = of, dp = only(load(ds_at), part);
+      if (s.dropout.threshold > 0) {
+        dp *= keep.factor[row];
+        kept *= keep.factor[row];
+      }
+      store(p_at, kept);
+      if (!at.summed) return store(ds_at, of * (dp - at.delta) * s.scale);
+      at.delta += of * dp;
+      store(prob[row] + j, of);
+      store(ds_at, dp);
+    };
     for (int64_t j = 0; j < width; j += W) {
-      Keep keep;
       if (s.dropout.threshold > 0) keep = dropout_factors(s.dropout, head, q0 + r0, k0 + j);
       for (int64_t row = 0; row < rows; ++row) {
-        const int64_t i = r0 + row, query = q0 + i;
-        float* p_at = p + i * SCORES + j;
-        float* ds_at = ds + i * SCORES + j;
-        const int64_t count = min(keys, visible_keys(s, query) - k0) - j;
-        if (count <= 0) {
-          store(p_at, splat(0.0f));
-          store(ds_at, splat(0.0f));
-          continue;
-        }
-        const VI hidden = lanes() >= static_cast<int32_t>(min(count, W));
-        VF of = exp2(load(p_at) * c - s.lse[head * s.Tq + query] * log2e), dp = load(ds_at);
-        of = hidden ? splat(0.0f) : of;
-        dp = hidden ? splat(0.0f) : dp;
-        VF kept = of;
-        if (s.dropout.threshold > 0) {
-          dp *= keep.factor[row];
-          kept *= keep.factor[row];
-        }
-        delta_sum[row] += of * dp;
-        store(prob[row] + j, of);
-        store(p_at, kept);
-        store(ds_at, dp);
+        Row& at = of_row[row];
+        if (at.seen >= j + W)
+          step(at, row, j, Full{});
+        else
+          step(at, row, j, Tail{static_cast<int>(max(0, at.seen - j))});
       }
     }
     for (int64_t row = 0; row < rows; ++row) {
-      const int64_t query = q0 + r0 + row, count = min(keys, visible_keys(s, query) - k0);
-      const float d = in_one_block(query) ? sum(delta_sum[row]) : delta[query];
+      if (!of_row[row].summed) continue;
+      const float d = sum(of_row[row].delta);
       float* ds_row = ds + (r0 + row) * SCORES;
-      for (int64_t j = 0; j < count; j += W)
+      for (int64_t j = 0; j < of_row[row].seen; j += W)
         store(ds_row + j, load(prob[row] + j) * (load(ds_row + j) - d) * s.scale);
     }
   }

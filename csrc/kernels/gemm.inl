@@ -5,8 +5,10 @@
 // (ldc >= N rounded up to NR).
 
 template <int M, int NV>
-inline void write_tile(VF (&acc)[M][NV], float* c, int64_t ldc, bool add) {
+inline void write_tile(const VF (&acc)[M][NV], float* c, int64_t ldc, bool add) {
+#pragma GCC unroll 16
   for (int i = 0; i < M; ++i)
+#pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) {
       float* p = c + i * ldc + v * W;
       store(p, add ? load(p) + acc[i][v] : acc[i][v]);
@@ -22,15 +24,20 @@ struct Ahead {
   void fetch(int64_t unit) const { __builtin_prefetch(data + unit * step, 0, 2); }
 };
 
-// C (M, NV vectors) from one panel; A's rows are reached from a base pointer per three of them.
+// C (M, NV vectors) from one panel; A's rows are reached from a base pointer per three of them. All
+// loops over accumulators are unrolled by name: g++ keeps an array that a loop indexes in memory,
+// before and after the sums, which costs as much as 8 steps of them.
 template <int M, int NV>
 inline void microkernel(int64_t units, const Lhs<float>& a, const float* b, float* c, int64_t ldc,
                         bool add, const Ahead& ahead) {
   VF acc[M][NV];
+#pragma GCC unroll 16
   for (int i = 0; i < M; ++i)
+#pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) acc[i][v] = splat(0.0f);
   const float* base[(M + 2) / 3];
-  for (int i = 0; i < M; i += 3) base[i / 3] = a.data + i * a.row;
+#pragma GCC unroll 4
+  for (int i = 0; i < (M + 2) / 3; ++i) base[i] = a.data + 3 * i * a.row;
   for (int64_t u = 0; u < units; ++u, b += 2 * W) {
     ahead.fetch(u);
     VF column[NV];
@@ -45,7 +52,7 @@ inline void microkernel(int64_t units, const Lhs<float>& a, const float* b, floa
 #pragma GCC unroll 4
     for (int i = 0; i < (M + 2) / 3; ++i) base[i] += a.step;
   }
-  write_tile<M, NV>((VF(&)[M][NV])acc, c, ldc, add);
+  write_tile<M, NV>(acc, c, ldc, add);
 }
 
 #if GPTFAST_BF16_DOT && !GPTFAST_AMX
@@ -53,11 +60,14 @@ inline void microkernel(int64_t units, const Lhs<float>& a, const float* b, floa
 template <int M, int NV>
 inline void microkernel(int64_t units, const Lhs<bf16>& a, const bf16* b, float* c, int64_t ldc,
                         bool add, const Ahead& ahead) {
-  __m512 acc[M][NV];
+  VF acc[M][NV];
+#pragma GCC unroll 16
   for (int i = 0; i < M; ++i)
-    for (int v = 0; v < NV; ++v) acc[i][v] = _mm512_setzero_ps();
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) acc[i][v] = splat(0.0f);
   const bf16* base[(M + 2) / 3];
-  for (int i = 0; i < M; i += 3) base[i / 3] = a.data + i * a.row;
+#pragma GCC unroll 4
+  for (int i = 0; i < (M + 2) / 3; ++i) base[i] = a.data + 3 * i * a.row;
   for (int64_t u = 0; u < units; ++u, b += 4 * W) {
     ahead.fetch(u);
     __m512bh column[NV];
@@ -69,12 +79,13 @@ inline void microkernel(int64_t units, const Lhs<bf16>& a, const bf16* b, float*
       __builtin_memcpy(&pair, base[i / 3] + i % 3 * a.row, sizeof pair);
       const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) acc[i][v] = _mm512_dpbf16_ps(acc[i][v], x, column[v]);
+      for (int v = 0; v < NV; ++v)
+        acc[i][v] = (VF)_mm512_dpbf16_ps((__m512)acc[i][v], x, column[v]);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < (M + 2) / 3; ++i) base[i] += a.step;
   }
-  write_tile<M, NV>((VF(&)[M][NV])acc, c, ldc, add);
+  write_tile<M, NV>(acc, c, ldc, add);
 }
 #endif
 
@@ -138,7 +149,11 @@ template <int PANELS, int NV, class P, class B>
 inline void row_kernel(int64_t units, Lhs<P> a, const B* b, int64_t panel, float* c, bool add) {
   using S = Step<P>;
   constexpr int NR = Tile<P>::NR, KU = Tile<P>::KU;
-  VF acc[PANELS][NV] = {};
+  VF acc[PANELS][NV];
+#pragma GCC unroll 8
+  for (int p = 0; p < PANELS; ++p)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) acc[p][v] = splat(0.0f);
   for (int64_t u = 0; u < units; ++u, b += NR * KU) {
     const typename S::Vector x = S::repeat(a.data + u * a.step);
 #pragma GCC unroll 8
@@ -147,7 +162,9 @@ inline void row_kernel(int64_t units, Lhs<P> a, const B* b, int64_t panel, float
       for (int v = 0; v < NV; ++v)
         acc[p][v] = S::add(acc[p][v], x, S::read(b + p * panel + v * W * KU));
   }
+#pragma GCC unroll 8
   for (int p = 0; p < PANELS; ++p)
+#pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) {
       float* sum = c + p * NR + v * W;
       store(sum, add ? load(sum) + acc[p][v] : acc[p][v]);

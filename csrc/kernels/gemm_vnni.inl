@@ -127,11 +127,14 @@ GPTFAST_VNNI_TARGET inline void vnni_kernel(int64_t units, const int8_t* a, int6
                                             float* c, int64_t ldc, bool add, const Ahead& ahead) {
   constexpr int NR = 2 * W, VECTORS = PANELS * NV;
   VI high[M][VECTORS], low[M][VECTORS];
+#pragma GCC unroll 6
   for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v)
       high[i][v] = fixed[i].high - VI{}, low[i][v] = fixed[i].low - VI{};
   const int8_t* base[(M + 2) / 3];
-  for (int i = 0; i < M; i += 3) base[i / 3] = a + i * row;
+#pragma GCC unroll 2
+  for (int i = 0; i < (M + 2) / 3; ++i) base[i] = a + 3 * i * row;
   for (int64_t u = 0; u < units; ++u, b += NR * QUAD) {
     ahead.fetch(u);
     VI column[VECTORS];

@@ -1,5 +1,5 @@
 // Causal attention on separate q, k, v (B, H, T, D), and on the packed projection qkv (B, T, 3 C).
-// Outputs lie as (B, T, H, D), so that (B, T, C) is a view of them.
+// Outputs lie as (B, T, H, D), so that (B, T, C) is a view of them; gradients as what they belong to.
 #include <tuple>
 
 #include "common.h"
@@ -87,12 +87,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, Tensor q, Ten
   Heads dheads = args.heads("dout", dout, {s.B, s.Tq, s.H, s.D});
   std::swap(dheads.h, dheads.t);  // (B, T, H, D)
   AttentionGrad grad = backward(args, s, dheads, dense_out, lse);
-  Tensor dq = new_tensor({s.B, s.Tq, s.H, s.D}, scalar_type(s.dtype));
-  Tensor dk = new_tensor({s.B, s.Tk, s.H, s.D}, scalar_type(s.dtype));
-  Tensor dv = new_tensor({s.B, s.Tk, s.H, s.D}, scalar_type(s.dtype));
-  grad.dq = heads_within(dq, s.Tq, 1, 0, s.H, s.D);
-  grad.dk = heads_within(dk, s.Tk, 1, 0, s.H, s.D);
-  grad.dv = heads_within(dv, s.Tk, 1, 0, s.H, s.D);
+  Tensor dq = torch::stable::empty_like(q), dk = torch::stable::empty_like(k),
+         dv = torch::stable::empty_like(v);
+  grad.dq = args.heads("dq", dq, {s.B, s.H, s.Tq, s.D});
+  grad.dk = args.heads("dk", dk, {s.B, s.H, s.Tk, s.D});
+  grad.dv = args.heads("dv", dv, {s.B, s.H, s.Tk, s.D});
   with_threads([&](const Parallel& parallel) { kernels().attention_grad(grad, parallel); });
   return {dq, dk, dv};
 }

@@ -23,7 +23,7 @@ def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, .
 def _fake_attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
 ) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]) for x in (q, k, v))
+    return tuple(torch.empty_like(x) for x in (q, k, v))
 
 
 def _fake_packed(qkv: Tensor, n_head: int, *_: Any) -> tuple[Tensor, ...]:
@@ -84,7 +84,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse, seed = ctx.saved_tensors
         scale, dropout_p, stream = ctx.options
         grads = _attention_backward(dout, q, k, v, out, lse, scale, dropout_p, seed, stream)
-        return *(grad.transpose(1, 2) for grad in grads), None, None, None, None
+        return *grads, None, None, None, None
 
 
 class _AttentionPacked(torch.autograd.Function):

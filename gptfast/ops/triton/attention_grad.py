@@ -8,6 +8,7 @@ Letters: B batch, T time (Tq queries, Tk keys), H heads, D head_dim.
 import math
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -269,13 +270,12 @@ def attention_backward(
     dropout_p: float, seed: Tensor | None, stream: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """gptfast::attention_backward."""
-    dq, dk, dv = (x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]) for x in (q, k, v))
+    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     _launch_backward(
-        dout.contiguous().transpose(1, 2), q, k, v, out.transpose(1, 2), lse,
-        (dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)), scale,
+        dout.contiguous().transpose(1, 2), q, k, v, out.transpose(1, 2), lse, grads, scale,
         dropout_args(dropout_p, seed, stream, q.device),
     )  # fmt: skip
-    return dq, dk, dv
+    return grads
 
 
 def attention_packed_backward(
