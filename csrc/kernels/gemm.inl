@@ -171,8 +171,8 @@ inline void row_kernel(int64_t units, Lhs<P> a, const B* b, int64_t panel, float
     }
 }
 
-// How many products are one sum: KC, or half of it where B is narrower than what it is multiplied as
-// and many rows have a block of it widened, which stays in the L1 cache.
+// How many products are one sum: KC, or half of it where B is narrower than what it is multiplied
+// as and many rows have a block of it widened, which stays in the L1 cache.
 template <class P, class B>
 constexpr int64_t sum_depth = sizeof(B) < sizeof(P) ? Tile<P>::KC / 2 : Tile<P>::KC;
 

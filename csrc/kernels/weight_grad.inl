@@ -36,8 +36,7 @@ struct RowPart {
 template <class P>
 inline int64_t blocks_per_chunk(int64_t rows, int64_t elements_per_row, const Parallel& parallel) {
   constexpr int64_t cache_bytes = int64_t{16} << 20;
-  const int64_t fitting =
-      cache_bytes / (ROWS * elements_per_row * static_cast<int64_t>(sizeof(P)));
+  const int64_t fitting = cache_bytes / (ROWS * elements_per_row * static_cast<int64_t>(sizeof(P)));
   return min(divide_up(rows, ROWS), round_up(max(fitting, parallel.threads), Tile<P>::KC / ROWS));
 }
 
