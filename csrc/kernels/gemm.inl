@@ -171,10 +171,10 @@ inline void row_kernel(int64_t units, Lhs<P> a, const B* b, int64_t panel, float
     }
 }
 
-// How many products are one sum: KC, or half of it where B is narrower than what it is multiplied
-// as and many rows have a block of it widened, which stays in the L1 cache.
+// How many products are one sum: KC, or where the blocks that are widened are twice as large, half.
 template <class P, class B>
-constexpr int64_t sum_depth = sizeof(B) < sizeof(P) ? Tile<P>::KC / 2 : Tile<P>::KC;
+constexpr int64_t sum_depth =
+    GPTFAST_BF16_DOT && sizeof(B) < sizeof(P) ? Tile<P>::KC / 2 : Tile<P>::KC;
 
 // gemm() for one row; panels of B `panel` apart.
 template <class P, class B, class Done>
