@@ -5,10 +5,27 @@
 #include <utility>
 
 #include "../kernels/scratch.h"
-#include "../kernels/parallel.h"
 
 namespace gptfast {
 namespace {
+
+template <class T>
+T* take(Frame& frame, int64_t count) {
+  return static_cast<T*>(frame.bytes(static_cast<size_t>(count) * sizeof(T)));
+}
+
+void embed(const Kernels& kernels, const Decoder& model, int64_t count, const int64_t* tokens,
+           const int64_t* positions, void* x, const Parallel& parallel) {
+  Embedding s = {};
+  s.y_dtype = model.dtype;
+  s.M = count, s.C = model.n_embd, s.V = model.vocab_size;
+  s.idx = tokens;
+  s.position = positions;
+  s.wte = model.wte;
+  s.wpe = model.wpe;
+  s.y = x;
+  kernels.embedding(s, parallel);
+}
 
 class Pass {
  public:
@@ -21,9 +38,9 @@ class Pass {
         table_(table),
         parallel_(parallel),
         element_(model.element_bytes()),
-        M_(batch.starts[batch.sequences]),
+        M_(batch.count()),
         C_(model.n_embd),
-        position_(take<int64_t>(M_)),
+        position_(take<int64_t>(frame_, M_)),
         x_(activation(M_, C_)),
         next_(activation(M_, C_)),
         qkv_(activation(M_, 3 * C_)),
@@ -31,7 +48,10 @@ class Pass {
 
   // The blocks' output for every token, or for the last one of each sequence alone.
   void run(bool last_tokens) {
-    embed();
+    for (int64_t i = 0; i < batch_.sequences; ++i)
+      for (int64_t t = batch_.starts[i]; t < batch_.starts[i + 1]; ++t)
+        position_[t - batch_.starts[0]] = batch_.position(i, t);
+    embed(kernels_, model_, M_, tokens(), position_, x_, parallel_);
     for (size_t i = 0; i < model_.layers.size(); ++i) {
       const DecoderLayer& layer = model_.layers[i];
       const bool narrow = last_tokens && i + 1 == model_.layers.size();
@@ -50,11 +70,10 @@ class Pass {
   }
 
  private:
-  template <class T>
-  T* take(int64_t count) {
-    return static_cast<T*>(frame_.bytes(static_cast<size_t>(count) * sizeof(T)));
+  char* activation(int64_t rows, int64_t columns) {
+    return take<char>(frame_, rows * columns * element_);
   }
-  char* activation(int64_t rows, int64_t columns) { return take<char>(rows * columns * element_); }
+  const int64_t* tokens() const { return batch_.tokens + batch_.starts[0]; }
   char* at(char* data, int64_t offset) const { return data + offset * element_; }
   void copy(const char* from, int64_t count, char* to) const {
     std::memcpy(to, from, static_cast<size_t>(count * element_));
@@ -64,24 +83,9 @@ class Pass {
   void keep_last_tokens() {
     if (M_ == batch_.sequences) return;
     for (int64_t i = 0; i < batch_.sequences; ++i)
-      copy(at(x_, (batch_.starts[i + 1] - 1) * C_), C_, at(next_, i * C_));
+      copy(at(x_, (batch_.starts[i + 1] - 1 - batch_.starts[0]) * C_), C_, at(next_, i * C_));
     std::swap(x_, next_);
     M_ = batch_.sequences;
-  }
-
-  void embed() {
-    for (int64_t i = 0; i < batch_.sequences; ++i)
-      for (int64_t t = batch_.starts[i]; t < batch_.starts[i + 1]; ++t)
-        position_[t] = batch_.cached[i] + t - batch_.starts[i];
-    Embedding s = {};
-    s.y_dtype = model_.dtype;
-    s.M = M_, s.C = C_, s.V = model_.vocab_size;
-    s.idx = batch_.tokens;
-    s.position = position_;
-    s.wte = model_.wte;
-    s.wpe = model_.wpe;
-    s.y = x_;
-    kernels_.embedding(s, parallel_);
   }
 
   void linear(int64_t rows, int64_t columns, const void* x, const Norm& norm, const Weight& weight,
@@ -139,28 +143,12 @@ class Pass {
     if (!tabulated)
       return linear(M_, 3 * C_, x_, layer.ln_1, layer.c_attn, layer.c_attn_bias, nullptr, qkv_,
                     model_.dtype);
-    const auto entry = [&](int64_t m) {
-      return position_[m] * model_.vocab_size + batch_.tokens[m];
-    };
     char* table = static_cast<char*>(table_.qkv);
-    std::vector<int64_t> missing;
-    for (int64_t m = 0; m < M_; ++m)
-      if (!table_.known[entry(m)]) missing.push_back(m);
-    const auto count = static_cast<int64_t>(missing.size());
-    for (int64_t i = 0; i < count; ++i)
-      copy(at(x_, missing[static_cast<size_t>(i)] * C_), C_, at(next_, i * C_));
-    if (count > 0)
-      linear(count, 3 * C_, next_, layer.ln_1, layer.c_attn, layer.c_attn_bias, nullptr, qkv_,
-             model_.dtype);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t to = entry(missing[static_cast<size_t>(i)]);
-      copy(at(qkv_, i * 3 * C_), 3 * C_, at(table, to * 3 * C_));
-      table_.known[to] = 1;
-    }
     constexpr int64_t rows = 64;
     run_tasks(parallel_, (M_ + rows - 1) / rows, [&](int64_t task) {
       for (int64_t m = task * rows; m < std::min(M_, (task + 1) * rows); ++m)
-        copy(at(table, entry(m) * 3 * C_), 3 * C_, at(qkv_, m * 3 * C_));
+        copy(at(table, table_.entry(model_, tokens()[m], position_[m]) * 3 * C_), 3 * C_,
+             at(qkv_, m * 3 * C_));
     });
   }
 
@@ -176,22 +164,11 @@ class Pass {
   char *x_, *next_, *qkv_, *heads_;
 };
 
-}  // namespace
-
-void decoder_forward(const Kernels& kernels, const Decoder& model, const DecoderBatch& batch,
-                     const KeyValueCache& cache, const FirstLayerTable& table, float* logits,
-                     const Parallel& parallel) {
-  if (batch.sequences == 0) return;
-  Pass pass(kernels, model, batch, cache, table, parallel);
-  pass.run(true);
-  pass.logits(0, batch.sequences, logits);
-}
-
-void decoder_score(const Kernels& kernels, const Decoder& model, const DecoderBatch& batch,
-                   const KeyValueCache& cache, const int64_t* targets, float* logprobs,
-                   const Parallel& parallel) {
-  const int64_t M = batch.starts[batch.sequences], V = model.vocab_size;
-  if (M == 0) return;
+// The log-probabilities of a part's targets.
+void score_part(const Kernels& kernels, const Decoder& model, const DecoderBatch& batch,
+                const KeyValueCache& cache, const int64_t* targets, float* logprobs,
+                const Parallel& parallel) {
+  const int64_t M = batch.count(), V = model.vocab_size;
   Pass pass(kernels, model, batch, cache, FirstLayerTable{}, parallel);
   pass.run(false);
   const int64_t rows = std::max<int64_t>(1, std::min(M, (int64_t{4} << 20) / V));
@@ -205,6 +182,77 @@ void decoder_score(const Kernels& kernels, const Decoder& model, const DecoderBa
       logprobs[first + i] = row[targets[first + i]] - kernels.log_sum_exp(row, V);
     });
   }
+}
+
+}  // namespace
+
+std::vector<int64_t> part_ends(const Decoder& model, const DecoderBatch& batch, int threads) {
+  // Every thread reads all weights then, which a core's cache is to hold.
+  constexpr int64_t most_bytes = int64_t{2} << 20, most_tokens = 64;
+  if (threads == 1 || batch.sequences < threads || model.block_bytes() > most_bytes) return {};
+  const int64_t tokens = batch.count();
+  const int64_t parts = threads * ((tokens - 1) / (most_tokens * threads) + 1);
+  std::vector<int64_t> ends;
+  int64_t first = 0, largest = 0;
+  for (int64_t last = 1; last <= batch.sequences; ++last) {
+    const int64_t size = batch.part(first, last).count();
+    if (size * parts < tokens && last < batch.sequences) continue;
+    largest = std::max(largest, size);
+    ends.push_back(first = last);
+  }
+  return 2 * threads * largest > 3 * tokens ? std::vector<int64_t>{} : ends;
+}
+
+void fill_table(const Kernels& kernels, const Decoder& model, const DecoderBatch& batch,
+                const FirstLayerTable& table, const Parallel& parallel) {
+  if (table.qkv == nullptr) return;
+  const int64_t C = model.n_embd;
+  std::vector<int64_t> tokens, positions;
+  for (int64_t i = 0; i < batch.sequences; ++i)
+    for (int64_t t = batch.starts[i]; t < batch.starts[i + 1]; ++t) {
+      const int64_t token = batch.tokens[t], position = batch.position(i, t);
+      uint8_t& known = table.known[table.entry(model, token, position)];
+      if (known) continue;
+      known = 1;
+      tokens.push_back(token);
+      positions.push_back(position);
+    }
+  const auto count = static_cast<int64_t>(tokens.size());
+  if (count == 0) return;
+  Frame frame;
+  const int64_t row = 3 * C * model.element_bytes();
+  char* x = take<char>(frame, count * C * model.element_bytes());
+  char* qkv = take<char>(frame, count * row);
+  embed(kernels, model, count, tokens.data(), positions.data(), x, parallel);
+  const DecoderLayer& layer = model.layers[0];
+  kernels.linear({model.dtype, count, C, 3 * C, x, layer.ln_1, layer.c_attn, layer.c_attn_bias,
+                  nullptr, qkv, model.dtype},
+                 parallel);
+  for (int64_t i = 0; i < count; ++i) {
+    const auto at = static_cast<size_t>(i);
+    std::memcpy(static_cast<char*>(table.qkv) + table.entry(model, tokens[at], positions[at]) * row,
+                qkv + i * row, static_cast<size_t>(row));
+  }
+}
+
+void decoder_forward(const Kernels& kernels, const Decoder& model, const DecoderBatch& batch,
+                     const KeyValueCache& cache, const FirstLayerTable& table, float* logits,
+                     const Parallel& parallel) {
+  if (batch.sequences == 0) return;
+  Pass pass(kernels, model, batch, cache, table, parallel);
+  pass.run(true);
+  pass.logits(0, batch.sequences, logits);
+}
+
+void decoder_score(const Kernels& kernels, const Decoder& model, const DecoderBatch& batch,
+                   const KeyValueCache& cache, const int64_t* targets, float* logprobs,
+                   const Parallel& parallel) {
+  if (batch.count() == 0) return;
+  for_parts(model, batch, parallel,
+            [&](const DecoderBatch& part, int64_t, const Parallel& threads) {
+              score_part(kernels, model, part, cache, targets + part.starts[0],
+                         logprobs + part.starts[0], threads);
+            });
 }
 
 int64_t cache_row_bytes(const Kernels& kernels, const Decoder& model, int64_t capacity) {

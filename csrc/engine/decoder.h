@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../kernels/kernels.h"
+#include "../kernels/parallel.h"
 
 namespace gptfast {
 
@@ -35,6 +35,11 @@ struct Decoder {
 
   int64_t head_dim() const { return n_embd / n_head; }
   int64_t element_bytes() const { return dtype == DType::f32 ? sizeof(float) : sizeof(uint16_t); }
+  int64_t block_bytes() const {  // of the weights of all layers, 12 C^2 each
+    const bool narrow = layers.front().c_fc.packing != Packing::dense;
+    return static_cast<int64_t>(layers.size()) * 12 * n_embd * n_embd *
+           (narrow ? 1 : element_bytes());
+  }
 };
 
 // Keys and values of `rows` sequences of up to `capacity` tokens each: per layer, rows of the
@@ -50,21 +55,53 @@ struct KeyValueCache {
 struct FirstLayerTable {
   void* qkv;
   uint8_t* known;
+
+  static int64_t entry(const Decoder& model, int64_t token, int64_t position) {
+    return position * model.vocab_size + token;
+  }
 };
 
 // New tokens of some sequences, one sequence after the other.
 struct DecoderBatch {
   int64_t sequences;
-  const int64_t* tokens;  // (starts[sequences],)
+  const int64_t* tokens;
   const int64_t* starts;  // (sequences + 1,): those of sequence i are tokens[starts[i]] ..
                           // tokens[starts[i + 1] - 1]
   const int64_t* row;     // (sequences,): its row of the cache
   const int64_t* cached;  // (sequences,): how many of its tokens are in the cache already
+
+  int64_t count() const { return starts[sequences] - starts[0]; }
+  int64_t position(int64_t i, int64_t token) const { return cached[i] + token - starts[i]; }
+  DecoderBatch part(int64_t first, int64_t last) const {
+    return {last - first, tokens, starts + first, row + first, cached + first};
+  }
 };
+
+// Where the parts of a batch end, counted in sequences, that a thread each computes on its own from
+// tokens to logits: it waits for no other, and keeps the activations in its core's cache. None
+// where the threads had better share every product.
+std::vector<int64_t> part_ends(const Decoder& model, const DecoderBatch& batch, int threads);
+
+// Calls f(part, first, parallel) for the parts of a batch, which start at its sequence `first`.
+template <class F>
+void for_parts(const Decoder& model, const DecoderBatch& batch, const Parallel& parallel,
+               const F& f) {
+  const std::vector<int64_t> ends = part_ends(model, batch, parallel.threads);
+  if (ends.empty()) return f(batch, 0, parallel);
+  run_tasks(parallel, static_cast<int64_t>(ends.size()), [&](int64_t i) {
+    const auto end = ends.begin() + i;
+    const int64_t first = i == 0 ? 0 : end[-1];
+    f(batch.part(first, *end), first, in_turn);
+  });
+}
+
+// Has the table know the first layer of a batch's tokens.
+void fill_table(const Kernels& kernels, const Decoder& model, const DecoderBatch& batch,
+                const FirstLayerTable& table, const Parallel& parallel);
 
 // Appends the keys and values of the new tokens to the cache and writes the logits (sequences, V)
 // that follow each sequence's last token. A sequence's logits have the same bits in any batch, with
-// its tokens passed at once or in parts.
+// its tokens passed at once or in parts. A table that is given knows the batch's tokens.
 void decoder_forward(const Kernels& kernels, const Decoder& model, const DecoderBatch& batch,
                      const KeyValueCache& cache, const FirstLayerTable& table, float* logits,
                      const Parallel& parallel);

@@ -159,13 +159,21 @@ class Generator {
     const int64_t V = model_.vocab_size;
     logits_.resize(static_cast<size_t>(count * V));
     const DecoderBatch batch = {count, tokens_.data(), starts_.data(), row_.data(), cached_.data()};
-    decoder_forward(kernels_, model_, batch, cache_, table_, logits_.data(), parallel_);
+    fill_table(kernels_, model_, batch, table_, parallel_);
+    for_parts(model_, batch, parallel_,
+              [&](const DecoderBatch& part, int64_t first, const Parallel& parallel) {
+                extend(part, chosen + first, logits_.data() + first * V, parallel);
+              });
+  }
 
+  void extend(const DecoderBatch& batch, const int64_t* chosen, float* logits,
+              const Parallel& parallel) {
+    decoder_forward(kernels_, model_, batch, cache_, table_, logits, parallel);
     constexpr int64_t worth = int64_t{1} << 11;  // logits, for a thread to join in
-    const int64_t rows = std::max<int64_t>(1, worth / V), tasks = (count + rows - 1) / rows;
-    run_tasks(parallel_, tasks, [&](int64_t task) {
-      for (int64_t n = task * rows; n < std::min(count, (task + 1) * rows); ++n)
-        append(sequences_.all[chosen[n]], logits_.data() + n * V);
+    const int64_t V = model_.vocab_size, rows = std::max<int64_t>(1, worth / V);
+    run_tasks(parallel, (batch.sequences + rows - 1) / rows, [&](int64_t task) {
+      for (int64_t n = task * rows; n < std::min(batch.sequences, (task + 1) * rows); ++n)
+        append(sequences_.all[chosen[n]], logits + n * V);
     });
   }
 

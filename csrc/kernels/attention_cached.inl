@@ -70,7 +70,8 @@ struct CachedHead {
 // The queries of sequence i.
 inline Attention queries_of(const CachedAttention& s, int64_t i) {
   const int64_t C = s.H * s.D, element = s.dtype == DType::f32 ? sizeof(float) : sizeof(bf16);
-  const int64_t count = s.starts[i + 1] - s.starts[i], first = s.last_queries ? i : s.starts[i];
+  const int64_t count = s.starts[i + 1] - s.starts[i],
+                first = s.last_queries ? i : s.first_token(i);
   const auto at = [&](const void* data, int64_t offset) {
     return const_cast<char*>(static_cast<const char*>(data)) + offset * element;
   };
@@ -92,7 +93,7 @@ void attention_cached_typed(const CachedAttention& s, const Parallel& parallel) 
     work += 2 * a.Tq * a.Tk * C * static_cast<int64_t>(sizeof(typename OperandOf<T>::type));
   }
   const auto start = [&](int64_t i, int64_t h) {
-    const int64_t first = s.starts[i] * s.kv_stride + h * s.D;
+    const int64_t first = s.first_token(i) * s.kv_stride + h * s.D;
     CachedHead<T>(s, s.row[i], h)
         .append(static_cast<const T*>(s.k) + first, static_cast<const T*>(s.v) + first, s.kv_stride,
                 s.cached[i], s.starts[i + 1] - s.starts[i]);

@@ -209,6 +209,8 @@ struct CachedAttention {
   void* cache;        // of one layer: rows of cache_bytes(), zeroed before their first use
   bool last_queries;  // q and out have each sequence's last token alone, (sequences, H D)
   void* out;          // contiguous
+
+  int64_t first_token(int64_t i) const { return starts[i] - starts[0]; }
 };
 
 // How a token is chosen from its logits.

@@ -63,17 +63,13 @@ class RowParts {
   template <class F>
   void for_each(const F& f) const {
     if (count_ > 1 && count_ % parallel_.threads == 0) {
-      run_tasks(parallel_, count_,
-                [&](int64_t i) { f(part(i, Tile<P>::KC / ROWS, Parallel{run_in_turn, 1})); });
+      run_tasks(parallel_, count_, [&](int64_t i) { f(part(i, Tile<P>::KC / ROWS, in_turn)); });
     } else {
       for (int64_t i = 0; i < count_; ++i) f(part(i, shared_chunk_, parallel_));
     }
   }
 
  private:
-  static void run_in_turn(void*, int64_t tasks, void (*body)(void*, int64_t), void* context) {
-    for (int64_t task = 0; task < tasks; ++task) body(context, task);
-  }
   RowPart part(int64_t i, int64_t chunk, const Parallel& parallel) const {
     const int64_t first = i * blocks_ / count_, last = (i + 1) * blocks_ / count_;
     return {i, first, last - first, min(chunk, last - first), rows_, parallel};
