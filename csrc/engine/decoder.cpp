@@ -205,7 +205,7 @@ std::vector<int64_t> part_ends(const Decoder& model, const DecoderBatch& batch, 
 
 void fill_table(const Kernels& kernels, const Decoder& model, const DecoderBatch& batch,
                 const FirstLayerTable& table, const Parallel& parallel) {
-  if (table.qkv == nullptr) return;
+  if (table.qkv == nullptr || !model.attention) return;
   const int64_t C = model.n_embd;
   std::vector<int64_t> tokens, positions;
   for (int64_t i = 0; i < batch.sequences; ++i)

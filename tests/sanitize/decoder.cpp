@@ -34,9 +34,14 @@ struct Session {
     const Indices tokens_(tokens), starts_(starts), row_(row), cached_(cached);
     const int64_t sequences = static_cast<int64_t>(batch.size());
     Buffer logits(sequences * s.V, DType::f32);
-    decoder_forward(kernels, model,
-                    {sequences, tokens_.data(), starts_.data(), row_.data(), cached_.data()}, cache,
-                    table, logits.floats(), parallel);
+    const DecoderBatch all = {sequences, tokens_.data(), starts_.data(), row_.data(),
+                              cached_.data()};
+    fill_table(kernels, model, all, table, parallel);
+    for_parts(model, all, parallel,
+              [&](const DecoderBatch& part, int64_t first, const Parallel& threads) {
+                decoder_forward(kernels, model, part, cache, table, logits.floats() + first * s.V,
+                                threads);
+              });
     return logits.values();
   }
 
