@@ -305,6 +305,18 @@ def test_threads_are_set_for_the_run_alone(monkeypatch):
     assert during == {before + 1} and torch.get_num_threads() == before
 
 
+@FUSED
+@pytest.mark.parametrize("precision", ("fp32", "bf16"))
+def test_any_number_of_threads_trains_to_the_same_bits(precision):
+    # One head of several blocks of keys, two parts of rows in a weight's gradient.
+    options = {"block_size": 300, "n_head": 1, "batch_size": 3, "steps": 2, "eval_every": 2}
+    options["text"] = data.abc_corpus()[:8000]
+    one, *others = (quick(threads=n, precision=precision, **options) for n in (1, 2, 3))
+    for other in others:
+        assert losses(other.history) == losses(one.history)
+        assert_same_weights(other.model, one.model)
+
+
 def test_bf16_trains_close_to_fp32_and_keeps_fp32_weights():
     full, half = quick(steps=40, eval_every=20), quick(steps=40, eval_every=20, precision="bf16")
     assert half.model.wte.weight.dtype == torch.float32

@@ -114,7 +114,7 @@ struct AttentionTask {
     for (int64_t k0 = 0; k0 < last; k0 += KEYS) {
       for (int64_t r0 = 0; r0 < rows; r0 += MR)
         softmax_tile(queries, q0, r0, min(MR, rows - r0), k0);
-      apply_dropout(s.dropout, head, q0, k0, rows, min(KEYS, last - k0), scores, SCORES);
+      drop_probabilities(q0, rows, k0);
       for (int64_t r0 = 0; r0 < rows; r0 += MR) {
         const int64_t tile = min(MR, rows - r0), count = block_keys(q0, r0 + tile, k0);
         if (count <= 0) continue;
@@ -125,8 +125,17 @@ struct AttentionTask {
     finish_queries(q0, rows);
   }
 
+  // Rows that share their draws, as far as one of them sees.
+  void drop_probabilities(int64_t q0, int64_t rows, int64_t k0) {
+    for (int64_t r0 = 0; r0 < rows; r0 += DROPOUT_ROWS) {
+      const int64_t count = min(DROPOUT_ROWS, rows - r0);
+      apply_dropout(s.dropout, head, q0 + r0, k0, count, block_keys(q0, r0 + count, k0),
+                    scores + r0 * SCORES, SCORES);
+    }
+  }
+
   // S = Q K' for `tile` rows from r0 on, then for each row
-  //   m' = max(m, c max_j s_j), p_j = exp2(c s_j - m'), l' = l exp2(m - m') + sum_j p_j
+  //   m' = max(m, max_j c s_j), p_j = exp2(c s_j - m'), l' = l exp2(m - m') + sum_j p_j
   // with c = scale log2(e); rows of O that have a value already are multiplied by exp2(m - m').
   void softmax_tile(Lhs<P> queries, int64_t q0, int64_t r0, int64_t tile, int64_t k0) {
     const int64_t width = block_keys(q0, r0 + tile, k0);
@@ -154,12 +163,12 @@ struct AttentionTask {
     for (int64_t i = 0; i < n; ++i) {
       VF highest = splat(no_score);
       for_keys(i, [&](const float* x, auto keys) {
-        highest = vmax(highest, only(load(x), keys, no_score));
+        highest = vmax(highest, only(load(x) * c, keys, no_score));
       });
       of_row[i] = highest;
     }
     const VF highest = reduce_each(of_row, n, Higher{}), before = load(m + first, part),
-             now = vmax(before, c * highest);
+             now = vmax(before, highest);
     const VF factor = before == no_score ? splat(0.0f) : exp2(before - now);
     float now_of[W], rescale[W];
     store(now_of, now), store(rescale, factor);

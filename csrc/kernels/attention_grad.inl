@@ -6,8 +6,15 @@
 // A query whose keys are all in one block has delta as the first sum, which rounds as dP does, so
 // that less is left of the difference's error; the others have it as the second.
 //
-// One task owns some key blocks of one head: it writes their dK and dV, and adds to a dQ of its
-// own. Where a head has several tasks, their dQ are added in order at the end.
+// A head's dQ is the sum over its key blocks in order. One task does that for a head, block by
+// block; where there are few heads, a task is one key block, and what they give is added up after
+// them: the bits are the same.
+
+// The first query whose dQ a key block gives something to, in whole blocks of queries; the first
+// key block gives the zeros of those that see no key.
+inline int64_t first_query(const Attention& s, int64_t block) {
+  return block == 0 ? 0 : max(0, block * KEYS - (s.Tk - s.Tq)) / QUERIES * QUERIES;
+}
 
 template <class T>
 struct AttentionGradTask {
@@ -47,14 +54,13 @@ struct AttentionGradTask {
             frame, max(lhs_transposed_elements<P>(QUERIES, KEYS), QUERIES * row_stride<P>(KEYS)))) {
   }
 
-  // `dq_total` (Tq, ld) receives the head's dQ.
+  // `dq_sums` (Tq, ld) receives the head's dQ, or what key blocks give of it.
   void start_head(int64_t index, float* dq_sums) {
     const int64_t b = index / s.H, h = index % s.H;
     head = index;
     q = {s.q, b, h}, k = {s.k, b, h}, v = {s.v, b, h}, out = {s.out, b, h};
     dout = {grad.dout, b, h}, dq = {grad.dq, b, h}, dk = {grad.dk, b, h}, dv = {grad.dv, b, h};
     dq_total = dq_sums;
-    __builtin_memset(dq_total, 0, static_cast<size_t>(s.Tq * ld) * sizeof(float));
     for (int64_t i = 0; i < s.Tq; ++i) {
       if (in_one_block(i)) continue;
       VF total = splat(0.0f);
@@ -73,15 +79,19 @@ struct AttentionGradTask {
 
   bool in_one_block(int64_t query) const { return visible_keys(s, query) <= KEYS; }
 
-  void key_block(int64_t k0, int64_t keys) {
+  // Writes dK and dV of a block, and what it gives of dQ, or adds that to what is there.
+  void key_block(int64_t block, bool add) {
+    const int64_t k0 = block * KEYS, keys = min(KEYS, s.Tk - k0), from = first_query(s, block);
     const Rhs<P> keys_t = pack_transposed(k.at(k0), k.row, s.D, keys, keys_copy);
     const Rhs<P> values_t = pack_transposed(v.at(k0), v.row, s.D, keys, values_copy);
     const Rhs<P> key_rows = pack_straight(k.at(k0), k.row, keys, s.D, key_rows_copy);
-    __builtin_memset(dk_total, 0, static_cast<size_t>(keys * ld) * sizeof(float));
-    __builtin_memset(dv_total, 0, static_cast<size_t>(keys * ld) * sizeof(float));
-    const int64_t first_query = max(0, k0 - (s.Tk - s.Tq));
-    for (int64_t q0 = first_query / QUERIES * QUERIES; q0 < s.Tq; q0 += QUERIES)
-      query_block(q0, min(QUERIES, s.Tq - q0), k0, keys, keys_t, values_t, key_rows);
+    if (from >= s.Tq) {
+      clear_rows(dk_total, keys);
+      clear_rows(dv_total, keys);
+    }
+    for (int64_t q0 = from; q0 < s.Tq; q0 += QUERIES)
+      query_block(q0, min(QUERIES, s.Tq - q0), k0, keys, keys_t, values_t, key_rows, add,
+                  q0 > from);
     for (int64_t j = 0; j < keys; ++j) {
       copy_row(dk_total + j * ld, s.D, dk.out(k0 + j));
       copy_row(dv_total + j * ld, s.D, dv.out(k0 + j));
@@ -89,7 +99,7 @@ struct AttentionGradTask {
   }
 
   void query_block(int64_t q0, int64_t rows, int64_t k0, int64_t keys, Rhs<P> keys_t,
-                   Rhs<P> values_t, Rhs<P> key_rows) {
+                   Rhs<P> values_t, Rhs<P> key_rows, bool add_queries, bool add_keys) {
     const Lhs<P> queries = lhs_rows(q.at(q0), q.row, rows, s.D, q_copy);
     const Lhs<P> douts = lhs_rows(dout.at(q0), dout.row, rows, s.D, dout_copy);
     const int64_t width = round_up(keys, W);
@@ -108,18 +118,25 @@ struct AttentionGradTask {
 
     const Lhs<P> p_t = lhs_transposed(p, SCORES, rows, keys, p_copy);
     add_key_grads(p_t, pack_straight(dout.at(q0), dout.row, rows, s.D, dout_panels), dv_total, q0,
-                  rows, k0, keys);
+                  rows, k0, keys, add_keys);
     const Lhs<P> ds_t = lhs_transposed(ds, SCORES, rows, keys, ds_copy);
     add_key_grads(ds_t, pack_straight(q.at(q0), q.row, rows, s.D, q_panels), dk_total, q0, rows, k0,
-                  keys);
+                  keys, add_keys);
     for (int64_t r0 = 0; r0 < rows; r0 += MR) {
       const int64_t tile = min(MR, rows - r0),
                     count = min(keys, visible_keys(s, q0 + r0 + tile - 1) - k0);
-      if (count <= 0) continue;
+      float* sums = dq_total + (q0 + r0) * ld;
+      if (count <= 0) {
+        if (!add_queries) clear_rows(sums, tile);
+        continue;
+      }
       const Lhs<P> ds_rows = lhs_rows(ds + r0 * SCORES, SCORES, tile, count, ds_copy);
-      gemm(tile, s.D, count, ds_rows, key_rows, dq_total + (q0 + r0) * ld, ld, true, no_epilogue,
-           &upcoming);
+      gemm(tile, s.D, count, ds_rows, key_rows, sums, ld, add_queries, no_epilogue, &upcoming);
     }
+  }
+
+  void clear_rows(float* sums, int64_t rows) const {
+    __builtin_memset(sums, 0, static_cast<size_t>(rows * ld) * sizeof(float));
   }
 
   static Lhs<P> at_row(Lhs<P> a, int64_t row) { return {a.data + row * a.row, a.row, a.step}; }
@@ -156,7 +173,8 @@ struct AttentionGradTask {
       store(prob[row] + j, of);
       store(ds_at, dp);
     };
-    for (int64_t j = 0; j < width; j += W) {
+    const int64_t seen = max(0, min(width, round_up(of_row[rows - 1].seen, W)));  // by any row
+    for (int64_t j = 0; j < seen; j += W) {
       if (s.dropout.threshold > 0) keep = dropout_factors(s.dropout, head, q0 + r0, k0 + j);
       for (int64_t row = 0; row < rows; ++row) {
         Row& at = of_row[row];
@@ -166,6 +184,11 @@ struct AttentionGradTask {
           step(at, row, j, Tail{static_cast<int>(max(0, at.seen - j))});
       }
     }
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t j = seen; j < width; j += W) {
+        store(p + (r0 + row) * SCORES + j, splat(0.0f));
+        store(ds + (r0 + row) * SCORES + j, splat(0.0f));
+      }
     for (int64_t row = 0; row < rows; ++row) {
       if (!of_row[row].summed) continue;
       const float d = sum(of_row[row].delta);
@@ -175,54 +198,79 @@ struct AttentionGradTask {
     }
   }
 
-  // total (keys, D) += A' B, each tile of keys over the queries that see it.
+  // total (keys, D) = or += A' B, each tile of keys over the queries that see it.
   void add_key_grads(Lhs<P> a, Rhs<P> b, float* total, int64_t q0, int64_t rows, int64_t k0,
-                     int64_t keys) {
+                     int64_t keys, bool add) {
     for (int64_t j0 = 0; j0 < keys; j0 += MR) {
       const int64_t tile = min(MR, keys - j0);
       const int64_t seen_from = max(0, k0 + j0 - (s.Tk - s.Tq) - q0) / KPAD * KPAD;
-      if (seen_from >= rows) break;
+      if (seen_from >= rows) {
+        if (!add) clear_rows(total + j0 * ld, keys - j0);
+        break;
+      }
       const Lhs<P> from = {a.data + j0 * a.row + seen_from / Tile<P>::KU * a.step, a.row, a.step};
-      gemm(tile, s.D, rows - seen_from, from, b.rows(seen_from), total + j0 * ld, ld, true,
+      gemm(tile, s.D, rows - seen_from, from, b.rows(seen_from), total + j0 * ld, ld, add,
            no_epilogue, &upcoming);
     }
-  }
-
-  void write_dq() {
-    for (int64_t i = 0; i < s.Tq; ++i) copy_row(dq_total + i * ld, s.D, dq.out(i));
   }
 };
 
 template <class T>
-void attention_grad_typed(const AttentionGrad& grad, const Parallel& parallel) {
-  using P = typename OperandOf<T>::type;
+void attention_grad_by_heads(const AttentionGrad& grad, const HeadTasks& split,
+                             const Parallel& parallel) {
   const Attention& s = grad.forward;
-  const int64_t blocks = divide_up(s.Tk, KEYS);
-  const HeadTasks split(s, blocks, parallel);
-  const int64_t parts = split.parts, ld = padded_n<P>(s.D), dq_size = s.Tq * ld;
-  Frame frame;
-  float* partial = parts > 1 ? take<float>(frame, split.tasks * dq_size) : nullptr;
   run_tasks(parallel, split.tasks, [&](int64_t task) {
     AttentionGradTask<T> backward(grad);
-    float* dq_total = partial ? partial + task * dq_size : take<float>(backward.frame, dq_size);
-    const int64_t part = task % parts;
+    float* dq = take<float>(backward.frame, s.Tq * backward.ld);
     for (int64_t head = split.first_head(task); head < split.last_head(task); ++head) {
-      backward.start_head(head, dq_total);
+      backward.start_head(head, dq);
       if (head + 1 < split.last_head(task)) backward.expect_next(head + 1);
-      for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block)
-        backward.key_block(block * KEYS, min(KEYS, s.Tk - block * KEYS));
-      if (parts == 1) backward.write_dq();
+      if (s.Tk == 0) backward.clear_rows(dq, s.Tq);
+      for (int64_t block = 0; block * KEYS < s.Tk; ++block) backward.key_block(block, block > 0);
+      for (int64_t i = 0; i < s.Tq; ++i) copy_row(dq + i * backward.ld, s.D, backward.dq.out(i));
     }
   });
-  if (parts == 1) return;
-  run_tasks(parallel, s.B * s.H, [&](int64_t head) {
-    float* total = partial + head * parts * dq_size;
-    for (int64_t part = 1; part < parts; ++part)
-      for (int64_t j = 0; j < dq_size; j += W)
-        store(total + j, load(total + j) + load(total + part * dq_size + j));
-    const Head<T> dq(grad.dq, head / s.H, head % s.H);
-    for (int64_t i = 0; i < s.Tq; ++i) copy_row(total + i * ld, s.D, dq.out(i));
-  });
+}
+
+// Some key blocks of every head at a time, each with memory for what it gives of dQ.
+template <class T>
+void attention_grad_by_blocks(const AttentionGrad& grad, int64_t at_once,
+                              const Parallel& parallel) {
+  const Attention& s = grad.forward;
+  const int64_t heads = s.B * s.H, blocks = divide_up(s.Tk, KEYS);
+  const int64_t ld = padded_n<typename OperandOf<T>::type>(s.D), size = s.Tq * ld;
+  Frame frame;
+  float* total = take<float>(frame, heads * size);
+  float* given = take<float>(frame, heads * at_once * size);
+  for (int64_t first = 0; first < blocks; first += at_once) {
+    const int64_t count = min(at_once, blocks - first);
+    run_tasks(parallel, heads * count, [&](int64_t task) {
+      AttentionGradTask<T> backward(grad);
+      backward.start_head(task / count, given + task * size);
+      backward.key_block(first + task % count, false);
+    });
+    run_tasks(parallel, heads * divide_up(s.Tq, QUERIES), [&](int64_t task) {
+      const int64_t head = task % heads, q0 = task / heads * QUERIES,
+                    last = min(s.Tq, q0 + QUERIES);
+      const Head<T> dq(grad.dq, head / s.H, head % s.H);
+      for (int64_t i = q0; i < last; ++i) {
+        float* sums = total + head * size + i * ld;
+        for (int64_t n = 0; n < count && first_query(s, first + n) <= q0; ++n) {
+          const float* more = given + (head * count + n) * size + i * ld;
+          for (int64_t j = 0; j < ld; j += W)
+            store(sums + j, first + n == 0 ? load(more + j) : load(sums + j) + load(more + j));
+        }
+        if (first + count == blocks) copy_row(sums, s.D, dq.out(i));
+      }
+    });
+  }
+}
+
+template <class T>
+void attention_grad_typed(const AttentionGrad& grad, const Parallel& parallel) {
+  const HeadTasks split(grad.forward, divide_up(grad.forward.Tk, KEYS), parallel);
+  if (split.parts == 1) return attention_grad_by_heads<T>(grad, split, parallel);
+  attention_grad_by_blocks<T>(grad, split.parts, parallel);
 }
 
 void attention_grad(const AttentionGrad& s, const Parallel& parallel) {

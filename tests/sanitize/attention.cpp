@@ -87,11 +87,10 @@ std::vector<Result> run(const Shape& s, const Triple& in, const Buffer& dout,
   g.dout = heads(s, dout, s.Tq, 0, 1);
   g.dq = grads.part(s, 0), g.dk = grads.part(s, 1), g.dv = grads.part(s, 2);
   kernels.attention_grad(g, parallel);
-  // A head's dQ is the sum of what its tasks add, whose number depends on the threads.
   const double most = std::sqrt(std::max(1.0, static_cast<double>(s.Tq)));
   return {{"out", written(s, out)},
           {"lse", lse.values()},
-          {"dq", written(s, grads.q), 1.0, false},
+          {"dq", written(s, grads.q)},
           {"dk", written(s, grads.k), most},
           {"dv", written(s, grads.v), most}};
 }

@@ -73,11 +73,12 @@ double size_of(const std::vector<float>& a) {
   return distance(finite, std::vector<float>(a.size()));
 }
 
-void expect_close(const Result& a, const Result& b, DType dtype, const char* what) {
+void expect_close_to_lowest(const Result& a, const Result& b, DType dtype) {
   const double limit = dtype == DType::f32 ? 1e-5 : 2e-2;
   const double size = std::max(size_of(b.values), b.terms), error = distance(a.values, b.values);
   expect(error <= limit * size,
-         format("%s differs %s by %.3g, its terms are of size %.3g", a.name, what, error, size));
+         format("%s differs from the lowest level's by %.3g, its terms are of size %.3g", a.name,
+                error, size));
 }
 
 void expect_numbers(const Result& result) {
@@ -94,10 +95,8 @@ bool same_bits(const Result& a, const Result& b) {
 }
 
 // One level's runs; returns the results of the first.
-std::vector<Result> check_level(const std::string& name, DType dtype, const Case& run,
-                                const Kernels& level) {
-  std::vector<Result> first, of_threads;
-  int threads = 0;
+std::vector<Result> check_level(const std::string& name, const Case& run, const Kernels& level) {
+  std::vector<Result> first;
   for (const Way& way : ways) {
     const char* orders[] = {"", " reversed", " of a team"};
     running = format("%s, %s, %d threads%s, scratch %02x", name.c_str(), level.name, way.threads,
@@ -106,17 +105,10 @@ std::vector<Result> check_level(const std::string& name, DType dtype, const Case
     const std::vector<Result> results = run_in(way, run, level);
     ++runs;
     if (first.empty()) first = results;
-    if (way.threads != threads) of_threads = results;
-    threads = way.threads;
     for (size_t i = 0; i < results.size(); ++i) {
       expect_numbers(results[i]);
-      expect(same_bits(results[i], of_threads[i]),
-             format("%s depends on the scratch memory or on the order of tasks", results[i].name));
-      if (results[i].any_threads)
-        expect(same_bits(results[i], first[i]),
-               format("%s depends on the number of threads", results[i].name));
-      else
-        expect_close(results[i], first[i], dtype, "with the number of threads");
+      expect(same_bits(results[i], first[i]),
+             format("%s depends on scratch memory, order of tasks or threads", results[i].name));
     }
   }
   return first;
@@ -173,11 +165,10 @@ void check(const std::string& name, DType dtype, const Case& run) {
   ++cases;
   std::vector<Result> lowest;
   for (const Kernels* level : levels) {
-    const std::vector<Result> results = check_level(name, dtype, run, *level);
+    const std::vector<Result> results = check_level(name, run, *level);
     if (lowest.empty()) lowest = results;
     for (size_t i = 0; i < results.size(); ++i)
-      if (results[i].any_level)
-        expect_close(results[i], lowest[i], dtype, "from the lowest level's");
+      if (results[i].any_level) expect_close_to_lowest(results[i], lowest[i], dtype);
   }
 }
 

@@ -77,8 +77,7 @@ struct Result {
   // The size of the terms that an element is a sum of: levels may differ by a fraction of that, and
   // so by more than a fraction of a sum that comes out near zero.
   double terms = 1.0;
-  bool any_threads = true;  // the same bits for any number of threads
-  bool any_level = true;    // comparable between instruction sets
+  bool any_level = true;  // comparable between instruction sets
 };
 
 using Case = std::function<std::vector<Result>(const Kernels&, const Parallel&)>;
