@@ -28,7 +28,7 @@ struct AttentionGradTask {
   int64_t ld;
   Frame frame;
   float* dq_total;  // (Tq, ld)
-  float *delta, *p, *ds, *dk_total, *dv_total;
+  float *delta, *p, *ds, *dk_total, *dv_total, *dq_tile;
   P *keys_copy, *values_copy, *key_rows_copy, *q_copy, *dout_copy, *q_panels, *dout_panels, *p_copy,
       *ds_copy;
   Upcoming upcoming;
@@ -42,6 +42,7 @@ struct AttentionGradTask {
         ds(take<float>(frame, QUERIES * SCORES)),
         dk_total(take<float>(frame, KEYS * ld)),
         dv_total(take<float>(frame, KEYS * ld)),
+        dq_tile(take<float>(frame, starts_from_c<P> ? MR * ld : 0)),
         keys_copy(take<P>(frame, rhs_elements<P>(s.D, KEYS))),
         values_copy(take<P>(frame, rhs_elements<P>(s.D, KEYS))),
         key_rows_copy(take<P>(frame, rhs_elements<P>(KEYS, s.D))),
@@ -131,7 +132,11 @@ struct AttentionGradTask {
         continue;
       }
       const Lhs<P> ds_rows = lhs_rows(ds + r0 * SCORES, SCORES, tile, count, ds_copy);
-      gemm(tile, s.D, count, ds_rows, key_rows, sums, ld, add_queries, no_epilogue, &upcoming);
+      const bool apart = add_queries && starts_from_c<P>;
+      gemm(tile, s.D, count, ds_rows, key_rows, apart ? dq_tile : sums, ld, add_queries && !apart,
+           no_epilogue, &upcoming);
+      for (int64_t j = 0; apart && j < tile * ld; j += W)
+        store(sums + j, load(sums + j) + load(dq_tile + j));
     }
   }
 

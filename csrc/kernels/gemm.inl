@@ -1,8 +1,9 @@
 // C (M, N) = or += A (M, K) B (K, N) in fp32 accumulators, on the operands of pack.inl.
 //
 // Each element of C is a sum over blocks of KC products, each block summed from zero in the order
-// of k, whatever M and N: a row of C has the same bits alone and in a batch. C holds whole panels
-// (ldc >= N rounded up to NR).
+// of k, whatever M and N: a row of C has the same bits alone and in a batch. (On tiles it is one
+// sum over all of K, which starts from C where that is added to.) C holds whole panels (ldc >= N
+// rounded up to NR).
 
 template <int M, int NV>
 inline void write_tile(const VF (&acc)[M][NV], float* c, int64_t ldc, bool add) {

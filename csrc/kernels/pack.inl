@@ -220,6 +220,10 @@ inline Lhs<P> lhs_rows(const T* x, int64_t ld, int64_t m, int64_t k, P* copy) {
   return {copy, stride, KU};
 }
 
+// Whether a product that is added to C starts from it, and so is not what it is from zero, added.
+template <class P>
+constexpr bool starts_from_c = GPTFAST_AMX && sizeof(P) == sizeof(bf16);
+
 // Whether the left-hand side X' is packed as rows, with its K contiguous.
 template <class P>
 constexpr bool lhs_by_rows = GPTFAST_AMX && sizeof(P) == sizeof(bf16);
