@@ -154,7 +154,7 @@ class GPT(nn.Module):
         return Intermediates(torch.arange(T, device=idx.device), mask, self._final_norm(x), logits)
 
     def loss(self, idx: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
-        """Computes the mean cross-entropy of `targets` in nats, never materialising all logits.
+        """Computes the mean cross-entropy of `targets` in nats, by blocks of logits.
 
         Args:
             idx: (B, T) int64.

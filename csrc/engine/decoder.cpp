@@ -63,10 +63,17 @@ class Pass {
     }
   }
 
-  // Logits (count, V) of the rows from `first` on.
-  void logits(int64_t first, int64_t count, float* out) {
-    linear(count, model_.vocab_size, at(x_, first * C_), model_.ln_f, model_.lm_head, Param{},
-           nullptr, out, DType::f32);
+  // Calls use(first, count, logits) for blocks of the rows that are left, one after the other.
+  void for_logits(const UseLogits& use) {
+    constexpr int64_t most = int64_t{4} << 20;
+    const int64_t V = model_.vocab_size, rows = std::max<int64_t>(1, std::min(M_, most / V));
+    float* logits = take<float>(frame_, rows * V);
+    for (int64_t first = 0; first < M_; first += rows) {
+      const int64_t count = std::min(rows, M_ - first);
+      linear(count, V, at(x_, first * C_), model_.ln_f, model_.lm_head, Param{}, nullptr, logits,
+             DType::f32);
+      use(first, count, logits);
+    }
   }
 
  private:
@@ -168,20 +175,15 @@ class Pass {
 void score_part(const Kernels& kernels, const Decoder& model, const DecoderBatch& batch,
                 const KeyValueCache& cache, const int64_t* targets, float* logprobs,
                 const Parallel& parallel) {
-  const int64_t M = batch.count(), V = model.vocab_size;
+  const int64_t V = model.vocab_size;
   Pass pass(kernels, model, batch, cache, FirstLayerTable{}, parallel);
   pass.run(false);
-  const int64_t rows = std::max<int64_t>(1, std::min(M, (int64_t{4} << 20) / V));
-  Frame frame;
-  float* logits = static_cast<float*>(frame.bytes(static_cast<size_t>(rows * V) * sizeof(float)));
-  for (int64_t first = 0; first < M; first += rows) {
-    const int64_t count = std::min(rows, M - first);
-    pass.logits(first, count, logits);
+  pass.for_logits([&](int64_t first, int64_t count, const float* logits) {
     run_tasks(parallel, count, [&](int64_t i) {
       const float* row = logits + i * V;
       logprobs[first + i] = row[targets[first + i]] - kernels.log_sum_exp(row, V);
     });
-  }
+  });
 }
 
 }  // namespace
@@ -236,12 +238,12 @@ void fill_table(const Kernels& kernels, const Decoder& model, const DecoderBatch
 }
 
 void decoder_forward(const Kernels& kernels, const Decoder& model, const DecoderBatch& batch,
-                     const KeyValueCache& cache, const FirstLayerTable& table, float* logits,
+                     const KeyValueCache& cache, const FirstLayerTable& table, const UseLogits& use,
                      const Parallel& parallel) {
   if (batch.sequences == 0) return;
   Pass pass(kernels, model, batch, cache, table, parallel);
   pass.run(true);
-  pass.logits(0, batch.sequences, logits);
+  pass.for_logits(use);
 }
 
 void decoder_score(const Kernels& kernels, const Decoder& model, const DecoderBatch& batch,

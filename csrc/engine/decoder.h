@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "../kernels/parallel.h"
@@ -99,11 +100,15 @@ void for_parts(const Decoder& model, const DecoderBatch& batch, const Parallel& 
 void fill_table(const Kernels& kernels, const Decoder& model, const DecoderBatch& batch,
                 const FirstLayerTable& table, const Parallel& parallel);
 
-// Appends the keys and values of the new tokens to the cache and writes the logits (sequences, V)
-// that follow each sequence's last token. A sequence's logits have the same bits in any batch, with
-// its tokens passed at once or in parts. A table that is given knows the batch's tokens.
+// Receives logits (count, V) of the rows from `first` on.
+using UseLogits = std::function<void(int64_t first, int64_t count, const float* logits)>;
+
+// Appends the keys and values of the new tokens to the cache and hands over the logits that follow
+// each sequence's last token, by blocks of sequences. A sequence's logits have the same bits in any
+// batch, with its tokens passed at once or in parts. A table that is given knows the batch's
+// tokens.
 void decoder_forward(const Kernels& kernels, const Decoder& model, const DecoderBatch& batch,
-                     const KeyValueCache& cache, const FirstLayerTable& table, float* logits,
+                     const KeyValueCache& cache, const FirstLayerTable& table, const UseLogits& use,
                      const Parallel& parallel);
 
 // Writes the log-probability of targets[i] after token i of the batch, (starts[sequences],).

@@ -25,13 +25,15 @@ class Generator {
         table_(table),
         sequences_(sequences),
         options_(options),
-        parallel_(parallel) {
+        parallel_(parallel),
+        holder_(static_cast<size_t>(cache.rows), -1) {
     std::vector<bool> taken(static_cast<size_t>(cache.rows));
     for (int64_t i = 0; i < sequences.count; ++i) {
       const Sequence& s = sequences.all[i];
       if (state(s) == State::running) {
         running_.push_back(i);
         taken[static_cast<size_t>(s.row)] = true;
+        holder_[static_cast<size_t>(s.row)] = i;
       }
       if (state(s) == State::waiting) waiting_.push_back(i);
     }
@@ -92,6 +94,7 @@ class Generator {
         later.push_back(i);
         continue;
       }
+      holder_[static_cast<size_t>(s.row)] = i;
       end(s, State::running);
       running_.push_back(i);
       free_rows_.pop_back();
@@ -99,16 +102,20 @@ class Generator {
     waiting_.insert(waiting_.end(), later.rbegin(), later.rend());
   }
 
-  // Copies the keys and values of the prompt, but for its last token, from a sequence with the same
-  // prompt. False where there is one that has yet to compute them: waiting is cheaper.
+  // Copies the keys and values of the prompt, but for its last token, from the row of a sequence
+  // with the same prompt, which may have ended. False where there is one that has yet to compute
+  // them: waiting is cheaper.
   bool share_prompt(Sequence& s) {
     const int64_t shared = s.prompt - s.offset - 1;
     if (shared <= 0 || !model_.attention) return true;
-    for (const int64_t other : running_) {
+    for (const int64_t other : holder_) {
+      if (other < 0) continue;
       const Sequence& twin = sequences_.all[other];
       if (twin.twin != s.twin || twin.offset != s.offset) continue;
-      if (twin.cached < shared) return false;
-      copy_cached(kernels_, model_, cache_, twin.row, s.row, shared, parallel_);
+      if (twin.cached < shared && state(twin) == State::running) return false;
+      if (twin.cached < shared) continue;
+      if (twin.row != s.row)
+        copy_cached(kernels_, model_, cache_, twin.row, s.row, shared, parallel_);
       s.cached = shared;
       return true;
     }
@@ -156,25 +163,25 @@ class Generator {
       cached_.push_back(s.cached);
       s.cached = s.length - s.offset;
     }
-    const int64_t V = model_.vocab_size;
-    logits_.resize(static_cast<size_t>(count * V));
     const DecoderBatch batch = {count, tokens_.data(), starts_.data(), row_.data(), cached_.data()};
     fill_table(kernels_, model_, batch, table_, parallel_);
     for_parts(model_, batch, parallel_,
               [&](const DecoderBatch& part, int64_t first, const Parallel& parallel) {
-                extend(part, chosen + first, logits_.data() + first * V, parallel);
+                extend(part, chosen + first, parallel);
               });
   }
 
-  void extend(const DecoderBatch& batch, const int64_t* chosen, float* logits,
-              const Parallel& parallel) {
-    decoder_forward(kernels_, model_, batch, cache_, table_, logits, parallel);
+  // By one token each, while their logits are in the cache.
+  void extend(const DecoderBatch& batch, const int64_t* chosen, const Parallel& parallel) {
     constexpr int64_t worth = int64_t{1} << 11;  // logits, for a thread to join in
     const int64_t V = model_.vocab_size, rows = std::max<int64_t>(1, worth / V);
-    run_tasks(parallel, (batch.sequences + rows - 1) / rows, [&](int64_t task) {
-      for (int64_t n = task * rows; n < std::min(batch.sequences, (task + 1) * rows); ++n)
-        append(sequences_.all[chosen[n]], logits + n * V);
-    });
+    const auto use = [&](int64_t first, int64_t count, const float* logits) {
+      run_tasks(parallel, (count + rows - 1) / rows, [&](int64_t task) {
+        for (int64_t n = task * rows; n < std::min(count, (task + 1) * rows); ++n)
+          append(sequences_.all[chosen[first + n]], logits + n * V);
+      });
+    };
+    decoder_forward(kernels_, model_, batch, cache_, table_, use, parallel);
   }
 
   // Chooses the next token; a sequence is written by its own task alone.
@@ -239,8 +246,8 @@ class Generator {
   const Parallel& parallel_;
   const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
   std::vector<int64_t> running_, waiting_, free_rows_;
+  std::vector<int64_t> holder_;  // whose keys and values a row of the cache has; -1: unknown
   std::vector<int64_t> tokens_, starts_, row_, cached_;
-  std::vector<float> logits_;
 };
 
 }  // namespace

@@ -3,15 +3,15 @@
 // weight is made. For a chunk, one pass over the blocks sums up each row's exponentials, a second
 // one turns the logits into
 //   d loss / d logits = (softmax - onehot) / counted
-// and multiplies them by the weight's and by the activations' rows. A block's logits, probabilities
-// and products are each computed once.
+// and multiplies them by the weight's and by the activations' rows. Each product is computed once;
+// so are exponentials, where the whole vocabulary is one block.
 
 // Columns of the logits in work at a time: a multiple of KC, of every NR and of WeightGrad's
 // groups, so that sums over the vocabulary are the same with and without blocks.
 constexpr int64_t VOCAB = 1536;
 static_assert(VOCAB % Tile<float>::KC == 0 && VOCAB % Tile<bf16>::KC == 0 &&
               VOCAB % WeightGrad<float>::GROUP == 0 && VOCAB % WeightGrad<bf16>::GROUP == 0);
-constexpr int64_t most_logits = int64_t{32} << 20;  // of a chunk
+constexpr int64_t most_logits = int64_t{40} << 20;  // of a chunk: at V = 50,257 768 rows
 
 // The running maximum m and l = sum_j exp(s_j - m) of a row of logits, its target's logit, and,
 // once all logits are in, lse = m + ln l.
@@ -118,13 +118,15 @@ class CrossEntropyPass {
     });
   }
 
-  // As many row blocks as the outer cache holds the operands of the weight's gradient for, and
-  // no more logits than most_logits allows: each chunk reads and writes the whole gradient.
+  // As many row blocks as the outer cache holds the operands of the weight's gradient for, since
+  // each chunk reads and writes the whole gradient; and of logits no more than most_logits, unless
+  // that were less than a whole KC of rows.
   int64_t blocks_in_chunk() const {
     const int64_t cached = blocks_per_chunk<P>(s_.M, VOCAB + s_.K, parallel_);
     if (!with_grad_) return cached;
+    constexpr int64_t least = Tile<P>::KC / ROWS;
     const int64_t fitting = most_logits / (ROWS * padded_n<P>(s_.V));
-    return min(cached, round_up(max(fitting, parallel_.threads), Tile<P>::KC / ROWS));
+    return min(cached, max(least, fitting / least * least));
   }
 
   void vocabulary_in_blocks() {

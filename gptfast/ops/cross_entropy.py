@@ -69,7 +69,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Computes the mean of -log softmax(LayerNorm(x) weight')[target], `ignore_index` left out.
 
-    The gradients are made in the same call, from logits that exist by blocks of rows. The mean over
+    The gradients are made in the same call, from logits that exist by blocks of rows: at most
+    160 MB of them at a time, or 768 rows where those are more. The mean over
     no target at all is 0.
 
     Args:

@@ -122,9 +122,61 @@ void generator_case(const ModelShape& s, const Options& with) {
   });
 }
 
+// How many tokens the passes computed.
+struct Counted {
+  static inline int64_t tokens;
+  static inline void (*embedding)(const Embedding&, const Parallel&);
+
+  static Kernels of(const Kernels& kernels) {
+    Kernels counting = kernels;
+    tokens = 0;
+    embedding = kernels.embedding;
+    counting.embedding = [](const Embedding& s, const Parallel& parallel) {
+      tokens += s.M;
+      embedding(s, parallel);
+    };
+    return counting;
+  }
+};
+
+// Sequences with one prompt compute it once, also where the first ends with its first token; and a
+// row that comes free is taken at once.
+void sharing_case(const ModelShape& s) {
+  const Model parameters(s);
+  constexpr int64_t count = 7, prompt = 6;
+  const std::vector<int64_t> text = {1, 0, 3, 2, 5, 4};
+  check("generator shares a prompt", s.dtype, [&](const Kernels& level, const Parallel& parallel) {
+    const Kernels kernels = Counted::of(level);
+    std::deque<Guarded> packed;
+    const Decoder model = parameters.at(kernels, parallel, packed);
+    for (const int64_t more : {1, 3}) {
+      Memory m;
+      for (int64_t i = 0; i < count; ++i) {
+        Sequence each = {};
+        each.begin = static_cast<int64_t>(m.tokens.size());
+        each.length = each.prompt = prompt, each.limit = prompt + more;
+        each.number = i;
+        m.sequences.push_back(each);
+        m.tokens.insert(m.tokens.end(), text.begin(), text.end());
+        m.tokens.resize(m.tokens.size() + static_cast<size_t>(more));
+      }
+      m.logprobs.resize(m.tokens.size());
+      m.alternative.resize(m.tokens.size() * alternatives);
+      m.alternative_logprob.resize(m.tokens.size() * alternatives);
+      Counted::tokens = 0;
+      generate(s, model, m, {"drawn", {1.0f, 0, 1.0f, 0.0f, 1.0f}, 1, false}, 3, false, 1e9,
+               kernels, in_turn);
+      expect(Counted::tokens == prompt - 1 + count * more,
+             format("%lld tokens were computed", static_cast<long long>(Counted::tokens)));
+    }
+    return std::vector<Result>{};
+  });
+}
+
 }  // namespace
 
 void generator_cases() {
+  sharing_case({DType::f32, 2, 2, 16, 12, 11, true, true, Gelu::erf, Packing::dense});
   const Options options[] = {
       {"greedy", {0.0f, 0, 1.0f, 0.0f, 1.0f}, 1, false},
       {"greedy, penalty", {0.0f, 0, 1.0f, 0.0f, 1.5f}, 3, false},
