@@ -45,6 +45,16 @@ def assert_budget(
     )
 
 
+def autocast(op: Op) -> Op:
+    """`op` as torch computes it in bfloat16 on parameters in float32."""
+
+    def call(*args: Any, **options: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return op(*args, **options)
+
+    return call
+
+
 def check_results(
     actual: Sequence[Tensor],
     torch_own: Sequence[Tensor],
@@ -60,14 +70,21 @@ def check_results(
 
 
 def run(
-    op: Op, inputs: Sequence[Tensor | None], dtype: torch.dtype, grad: Tensor, **options: Any
+    op: Op,
+    inputs: Sequence[Tensor | None],
+    dtype: torch.dtype | None,
+    grad: Tensor,
+    **options: Any,
 ) -> list[Tensor]:
-    """The op's result and the gradients of all floating inputs, in `dtype`, strides preserved."""
+    """The op's result and the gradients of all floating inputs, in `dtype`, strides preserved.
+
+    Each input stays in its own dtype when `dtype` is None.
+    """
 
     def leaf(x: Tensor | None) -> Tensor | None:
         if x is None or not x.dtype.is_floating_point:
             return x
-        return x.detach().to(dtype).requires_grad_()
+        return x.detach().to(dtype or x.dtype).requires_grad_()
 
     leaves = [leaf(x) for x in inputs]
     out = op(*leaves, **options)
@@ -81,15 +98,23 @@ def check_op(
     torch_own: Op,
     inputs: Sequence[Tensor | None],
     dtype: torch.dtype,
+    activations: Sequence[int] | None = None,
     **options: Any,
 ) -> None:
-    """Holds `fused` and its gradients to the budget; `inputs` are rounded to `dtype` first."""
-    rounded = [x.to(dtype) if x is not None and x.dtype.is_floating_point else x for x in inputs]
+    """Holds `fused` and its gradients to the budget; `inputs` are rounded to `dtype` first.
+
+    Where `activations` says which of the inputs are some, the others stay as they are.
+    """
+    chosen = range(len(inputs)) if activations is None else activations
+    rounded = [
+        x.to(dtype) if x is not None and x.dtype.is_floating_point and i in chosen else x
+        for i, x in enumerate(inputs)
+    ]
     with torch.no_grad():
         shape = fused(*rounded, **options)
     grad = torch.randn(shape.shape, generator=torch.Generator().manual_seed(9), device="cpu")
     grad = grad.to(shape.device, dtype)
     oracle = run(reference, rounded, torch.float64, grad, **options)
-    own = run(torch_own, rounded, dtype, grad, **options)
-    actual = run(fused, rounded, dtype, grad, **options)
+    own = run(torch_own, rounded, None, grad, **options)
+    actual = run(fused, rounded, None, grad, **options)
     check_results(actual, own, oracle)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracle import assert_budget, check_op, run
+from oracle import assert_budget, autocast, check_op, run
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -76,6 +76,13 @@ def test_budget_with_norm(isa: str, M: int, K: int, V: int, dtype: torch.dtype) 
     check_op(*args, norm_case(M, K, V), dtype)
 
 
+@pytest.mark.parametrize(("M", "K", "V"), ((250, 64, 66), (97, 33, 1700), (1700, 9, 21)))
+def test_mixed_precision_keeps_to_the_budget(isa: str, M: int, K: int, V: int) -> None:
+    ours, specified = map(with_norm, (ops.linear_cross_entropy, reference.linear_cross_entropy))
+    args = (ours, specified, autocast(torch_norm_linear_cross_entropy))
+    check_op(*args, norm_case(M, K, V), torch.bfloat16, activations=(0,))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norm_without_bias_and_without_grad(isa: str, dtype: torch.dtype) -> None:
     x, weight, targets, ln_w, _ = (
@@ -89,10 +96,11 @@ def test_norm_without_bias_and_without_grad(isa: str, dtype: torch.dtype) -> Non
     assert torch.allclose(ours.double(), expected, rtol=1e-5 if dtype == torch.float32 else 0.02)
 
 
-def test_chunks_of_rows(isa: str) -> None:
-    """32 million logits at a time: here that is 1152 of 1200 rows."""
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunks_of_rows(isa: str, dtype: torch.dtype) -> None:
+    """32 million logits at a time: here that is 1536 of 1700 rows."""
     args = (ops.linear_cross_entropy, reference.linear_cross_entropy, torch_linear_cross_entropy)
-    check_op(*args, case(1200, 8, 32000), torch.float32)
+    check_op(*args, case(1700, 8, 22000), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

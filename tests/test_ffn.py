@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import check_op
+from oracle import autocast, check_op
 from peers import ffn as torch_ffn
 from torch import Tensor
 from torch.nn import functional as F
@@ -44,18 +44,29 @@ def test_without_biases(isa: str, dtype: torch.dtype) -> None:
     check_op(*args, block(40, 32, 128, bias=False), dtype)
 
 
+@pytest.mark.parametrize(("M", "C", "hidden"), ((33, 20, 80), (97, 192, 768), (1700, 9, 21)))
+def test_mixed_precision_keeps_to_the_budget(isa: str, M: int, C: int, hidden: int) -> None:
+    args = (ops.layer_norm_ffn, reference.layer_norm_ffn, autocast(torch_ffn))
+    options = {"dropout_p": 0.3, "seed": 77}
+    check_op(*args, block(M, C, hidden), torch.bfloat16, activations=(0,), **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gelu", ("erf", "tanh"))
-def test_gelu_over_its_whole_range(isa: str, gelu: str) -> None:
+def test_gelu_over_its_whole_range(isa: str, gelu: str, dtype: torch.dtype) -> None:
     # Rows of +-1 stay so when normalised: the norm's weight is the hidden value, -14 to 14.
+    # The second bias takes the residual away, next to which small values would not show.
     C = 512
-    signs = torch.ones(C)
-    signs[::2] = -1.0
-    x, weight, eye = torch.stack([signs, -signs]), torch.linspace(0, 14, C), torch.eye(C)
-    out = ops.layer_norm_ffn(x, weight, None, eye, None, eye, None, gelu=gelu)
-    hidden = F.layer_norm(x.double(), (C,)) * weight
-    approximate = "none" if gelu == "erf" else "tanh"
-    expected = x + F.gelu(hidden, approximate=approximate)
-    assert ((out.double() - expected).abs() <= 4e-7 * (1 + hidden.abs())).all()
+    weight, eye = torch.linspace(0, 14, C).to(dtype), torch.eye(C, dtype=dtype)
+    precision = 4e-7 if dtype == torch.float32 else 7e-5
+    for sign in (1.0, -1.0):
+        x = torch.full((1, C), sign, dtype=dtype)
+        x[:, ::2] = -sign
+        out = ops.layer_norm_ffn(x, weight, None, eye, None, eye, -x[0], gelu=gelu)
+        hidden = F.layer_norm(x.double(), (C,)) * weight
+        expected = F.gelu(hidden, approximate="none" if gelu == "erf" else "tanh")
+        bound = torch.finfo(dtype).eps * expected.abs() + precision * (1 + hidden.abs())
+        assert ((out.double() - expected).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

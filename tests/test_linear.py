@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import check_op
+from oracle import autocast, check_op
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,6 +17,7 @@ SHAPES = (
     (97, 64, 1000),
     (200, 128, 384),
     (300, 600, 40),
+    (40, 1000, 33),
     (1700, 9, 21),
 )
 
@@ -64,6 +65,16 @@ def test_mean_far_from_zero_costs_no_digits(isa: str) -> None:
     check_op(*args, inputs, torch.float32)
 
 
+@pytest.mark.parametrize(("M", "K", "N"), SHAPES[2:])
+def test_mixed_precision_keeps_to_the_budget(isa: str, M: int, K: int, N: int) -> None:
+    inputs = [normal(M, K), normal(K, seed=3), normal(K, seed=1), normal(N, K), normal(N, seed=2)]
+    args = (ops.layer_norm_linear, reference.layer_norm_linear, autocast(torch_layer_norm_linear))
+    check_op(*args, inputs, torch.bfloat16, activations=(0,))
+    inputs = [normal(M, K), normal(N, K), normal(N, seed=2), normal(M, N, seed=3)]
+    args = (ops.linear_residual, reference.linear_residual, autocast(torch_linear_residual))
+    check_op(*args, inputs, torch.bfloat16, activations=(0, 3))
+
+
 def test_float32_parameters_with_bfloat16_activations(isa: str) -> None:
     x = normal(60, 48).bfloat16().requires_grad_()
     params = [normal(48, seed=1), normal(48, seed=2), normal(80, 48), normal(80, seed=3)]
@@ -81,7 +92,7 @@ def test_float32_parameters_with_bfloat16_activations(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_have_the_bits_they_have_alone(isa: str, dtype: torch.dtype) -> None:
-    x, weight, bias = normal(150, 520).to(dtype), normal(90, 520).to(dtype), normal(90).to(dtype)
+    x, weight, bias = normal(150, 800).to(dtype), normal(90, 800).to(dtype), normal(90).to(dtype)
     residual = normal(150, 90).to(dtype)
     whole = ops.linear_residual(x, weight, bias, residual)
     for rows in (slice(0, 1), slice(149, 150), slice(3, 10), slice(20, 116)):
