@@ -30,6 +30,9 @@ MODELS = {
 TEXT = "the cat sat on the mat.\n"
 
 
+WIDE = GPTConfig(block_size=8, vocab_size=70, n_layer=2, n_head=4, n_embd=640)
+
+
 def make(name: str) -> GPT:
     """A model that is sure enough of its tokens for rounding not to change them."""
     torch.manual_seed(0)
@@ -96,6 +99,22 @@ def test_a_prompt_has_the_bits_it_has_alone(isa: str, dtype: str, any_threads: N
         torch.set_num_threads(count)
         (alone,) = gptfast.generate(model, [prompts[i]], max_new_tokens=45, seed=[i], dtype=dtype)
         assert alone == together[i]  # the log-probabilities too
+
+
+@pytest.mark.parametrize("dtype", ("fp32", "bf16", "int8"))
+def test_bits_of_sums_longer_than_a_block(isa: str, dtype: str, any_threads: None) -> None:
+    """The wide model's products sum over 640 and 2560 values, kernels over up to 768 at a time."""
+    torch.manual_seed(0)
+    model = gptfast.pack(GPT(WIDE), dtype)
+    prompts = [torch.randint(1, 70, (1 + i % 9,)).tolist() for i in range(64)]
+    together = gptfast.generate(model, prompts, max_new_tokens=6, seed=[*range(64)])
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        for first, batch in ((0, 1), (17, 1), (63, 1), (5, 2), (62, 2), (0, 7), (31, 7)):
+            rows = slice(first, first + batch)
+            seed = [*range(64)][rows]
+            part = gptfast.generate(model, prompts[rows], max_new_tokens=6, seed=seed)
+            assert part == together[rows]  # the log-probabilities too
 
 
 @pytest.mark.parametrize("dtype", ("fp32", "bf16", "int8"))
@@ -470,8 +489,29 @@ def test_one_stop_does_not_end_the_others() -> None:
         assert a.tokens == b.tokens[:end]
 
 
-def test_stream_gives_what_generate_gives() -> None:
+@pytest.mark.skipif(select.extension() is None, reason="the engine is compiled")
+def test_a_text_that_waits_takes_the_place_of_one_that_ends_at_once() -> None:
+    model = make("odd")
+    options: dict[str, Any] = {"max_new_tokens": 40, "seed": 1}
+    prompts = [[1], [2], [3], [4]]
+    free = [result.tokens for result in gptfast.generate(model, prompts, **options)]
+    stop = free[0][5]  # the steps of each, with the one that meets the stop
+    steps = [tokens.index(stop) + 1 if stop in tokens else 40 for tokens in free]
+    places = [0, 0]  # when each of the two is free
+    for own in steps:
+        places[places.index(min(places))] += own
+    packed = gptfast.pack(model)
+    engine = Engine(packed, make_request(packed, prompts, stop=stop, max_batch=2, **options))
+    calls = 1
+    while engine.run(0.0):  # one step
+        calls += 1
+    assert calls == max(places) < max(steps[:2]) + max(steps[2:])
+
+
+@pytest.mark.parametrize("backend", ("auto", "reference"))
+def test_stream_gives_what_generate_gives(backend: Any) -> None:
     model, tokenizer = text_model()
+    model.backend = backend
     (whole,) = gptfast.generate(model, ["a "], tokenizer=tokenizer, max_new_tokens=25, seed=9)
     pieces = list(gptfast.stream(model, "a ", tokenizer=tokenizer, max_new_tokens=25, seed=9))
     assert "".join(map(str, pieces)) == whole.text and len(pieces[0]) == 1
@@ -479,11 +519,13 @@ def test_stream_gives_what_generate_gives() -> None:
     assert tokens == gptfast.generate(model, [[1, 2]], max_new_tokens=25)[0].tokens
 
 
-def test_stream_of_several_prompts() -> None:
+@pytest.mark.parametrize("backend", ("auto", "reference"))
+def test_stream_of_several_prompts(backend: Any) -> None:
     model, tokenizer = text_model()
+    model.backend = backend
     prompts = ["a ", "the", "sat on"]
     options: dict[str, Any] = {
-        "tokenizer": tokenizer, "max_new_tokens": 300, "num_samples": 2, "stop": "ca",
+        "tokenizer": tokenizer, "max_new_tokens": 120, "num_samples": 2, "stop": "ca",
         "max_batch": 4,
     }  # fmt: skip
     whole = gptfast.generate(model, prompts, **options)
@@ -491,6 +533,21 @@ def test_stream_of_several_prompts() -> None:
     for i, piece in gptfast.stream(model, prompts, **options):
         texts[i] += piece
     assert texts == [each.text for each in whole]
+
+
+@pytest.mark.parametrize("backend", ("auto", "reference"))
+def test_interrupt_ends_a_stream_after_what_there_is(backend: Any) -> None:
+    model, tokens = make("course"), []
+    model.backend = backend
+
+    def read() -> None:
+        for piece in gptfast.stream(model, [1], max_new_tokens=10**6):
+            tokens.extend(piece)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_soon(read, 0.3)
+    (whole,) = gptfast.generate(model, [[1]], max_new_tokens=10)
+    assert tokens and tokens[:10] == whole.tokens[: len(tokens)]
 
 
 def test_stream_starts_before_all_is_generated() -> None:

@@ -91,6 +91,22 @@ def test_logits_loss_and_gradients_equal_the_course_model(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_embd", (96, 640))
+def test_rows_have_the_bits_they_have_alone(
+    isa: str, n_embd: int, dtype: torch.dtype, any_threads: None
+) -> None:
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=20, vocab_size=70, n_head=2, n_embd=n_embd)
+    model = GPT(config).eval().to(dtype)
+    idx, _ = tokens(config, 5, 19)
+    together = model(idx)
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        for row in range(5):
+            assert torch.equal(model(idx[row : row + 1])[0], together[row])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_fused_equals_reference_with_dropout_on(isa: str, dtype: torch.dtype) -> None:
     config = GPTConfig(block_size=40, vocab_size=13, n_head=2, n_embd=64, dropout=0.3)
     torch.manual_seed(0)

@@ -1,14 +1,18 @@
 """Scores: log-probabilities of given texts, against the model's own forward pass."""
 
+import copy
 import math
 from typing import Any
 
 import pytest
 import torch
-from test_generation import TEXT, make, prompts_for, text_model
+from oracle import RESULT_FACTOR, assert_budget
+from peers import SdpaGPT
+from test_generation import TEXT, WIDE, make, prompts_for, text_model
 
 import gptfast
-from gptfast import ConfigError, DataError
+from gptfast import GPT, ConfigError, DataError, TrainConfig, Trainer, data
+from gptfast.reference_loop import reference_model
 
 
 def test_scores_are_the_log_probabilities_of_the_forward_pass(isa: str) -> None:
@@ -22,14 +26,60 @@ def test_scores_are_the_log_probabilities_of_the_forward_pass(isa: str) -> None:
         assert result.logprob == pytest.approx(sum(expected), abs=1e-4)
 
 
-@pytest.mark.parametrize("dtype", (None, "bf16", "int8"))
-def test_generated_tokens_have_the_scores_that_generate_gave(dtype: str | None) -> None:
+@pytest.mark.parametrize("dtype", ("fp32", "bf16", "int8"))
+@pytest.mark.parametrize("name", ("odd", "course", "wide"))
+def test_the_engine_keeps_to_the_budget(isa: str, name: str, dtype: str) -> None:
+    torch.manual_seed(0)
+    model = (GPT(WIDE) if name == "wide" else make(name)).eval()
+    config = model.config
+    texts = torch.randint(1, config.vocab_size, (6, config.block_size + 1))
+    rounded = reference_model(model, dtype)  # to what the weights count as
+
+    def logprobs(module: torch.nn.Module) -> torch.Tensor:
+        logits = module(texts[:, :-1]).detach()
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        return wide.gather(-1, texts[:, 1:, None])[..., 0]
+
+    own = SdpaGPT(config).eval()
+    own.load_state_dict(rounded.state_dict())
+    own = own.to(torch.float32 if dtype == "fp32" else torch.bfloat16)
+    packed = gptfast.pack(model, dtype)
+    actual = torch.tensor([each.logprobs for each in gptfast.score(packed, texts.tolist())])
+    # Weights of 8 bits with activations of 16 bits or more are far from bfloat16's errors.
+    few_bits = dtype != "int8" or packed.dtype == torch.bfloat16
+    oracle = logprobs(copy.deepcopy(rounded).double())
+    factor = RESULT_FACTOR if few_bits else 0.05
+    assert_budget("log-probabilities", actual, logprobs(own), oracle, factor)
+
+
+def test_weights_of_8_bits_change_a_trained_models_loss_little() -> None:
+    torch.manual_seed(0)
+    text = data.abc_corpus()[:20_000]
+    tokenizer = gptfast.CharTokenizer.from_text(text)
+    config = gptfast.GPTConfig(block_size=16, vocab_size=tokenizer.vocab_size, n_embd=64)
+    model = GPT(config)
+    trainer = Trainer(model, TrainConfig(lr=3e-3))
+    windows = torch.tensor(tokenizer.encode(text)).unfold(0, 17, 1)
+    for _ in range(100):
+        batch = windows[torch.randint(15_000, (64,))]
+        trainer.step(batch[:, :-1], batch[:, 1:])
+    held_out = windows[15_100::17].tolist()
+    losses = [
+        -sum(each.logprob for each in gptfast.score(model, held_out, dtype=dtype))
+        for dtype in ("fp32", "int8")
+    ]
+    assert losses[0] / len(held_out) / 16 < 0.8  # of ln 4 = 1.39 nats: it has learnt
+    assert losses[1] == pytest.approx(losses[0], rel=0.005) and losses[1] != losses[0]
+
+
+@pytest.mark.parametrize("dtype", ("fp32", "bf16", "int8"))
+def test_generated_tokens_have_the_scores_that_generate_gave(isa: str, dtype: str) -> None:
     model = make("odd")
     prompts = [[1, 2, 3], [4]]
     results = gptfast.generate(model, prompts, max_new_tokens=20, dtype=dtype)
     texts = [prompt + result.tokens for prompt, result in zip(prompts, results, strict=True)]
     for result, scored in zip(results, gptfast.score(model, texts, dtype=dtype), strict=True):
-        assert scored.logprobs[-20:] == pytest.approx(result.logprobs, abs=1e-6)
+        assert scored.logprobs[-20:] == result.logprobs  # to the bit
 
 
 @pytest.mark.parametrize("stride", (None, 1, 5, 37, 100))
