@@ -14,7 +14,9 @@ import torch
 
 from gptfast import checkpoint, cli
 from gptfast.config import GPTConfig
+from gptfast.engine import Engine
 from gptfast.model import GPT
+from gptfast.reference_loop import ReferenceLoop
 from gptfast.tokenizer import CharTokenizer
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -365,6 +367,40 @@ def test_ctrl_c_saves_the_run(tmp_path, text_file):
     assert "Traceback" not in stderr and "saved" not in stdout
     step = checkpoint.read_config(out)["extra"]["step"]
     assert f"interrupted at step {step} " in stderr
+
+
+@pytest.mark.parametrize("loop", [Engine, ReferenceLoop])
+@pytest.mark.parametrize("prompts", [["to"], ["to", "be"]])
+def test_ctrl_c_prints_what_is_generated(capsys, monkeypatch, run_path, loop, prompts):
+    calls, run = [], loop.run
+
+    def run_and_press(self, seconds):
+        more = run(self, seconds)
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return more
+
+    backend = "--backend=reference" if loop is ReferenceLoop else "--backend=auto"
+    options = [backend, *(f"--prompt={prompt}" for prompt in prompts), "--seed=5"]
+    command = ["generate", str(run_path), *options]
+    assert cli.main([*command, "--max-new-tokens=10"]) == 0
+    whole = capsys.readouterr().out
+    monkeypatch.setattr(loop, "run", run_and_press)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert cli.main([*command, "--max-new-tokens=1000000"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    out, err = capsys.readouterr()
+    assert err == "" and len(calls) == 3
+    heads = [f"--- {i} of 2\n" for i in (1, 2)] if len(prompts) == 2 else [""]
+    parts = re.split(r"--- \d of 2\n", out)[-len(prompts) :]
+    wholes = re.split(r"--- \d of 2\n", whole)[-len(prompts) :]
+    assert all(head in out for head in heads)
+    for prompt, part, expected in zip(prompts, parts, wholes, strict=True):
+        shown = part.removesuffix("\n")
+        assert len(shown) > len(prompt) and shown[:6] == expected[: len(shown[:6])]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals and pipes as POSIX has them")

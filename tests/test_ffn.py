@@ -76,6 +76,11 @@ def test_rows_have_the_bits_they_have_alone(isa: str, dtype: torch.dtype) -> Non
     whole = ops.layer_norm_ffn(x, *params)
     for rows in (slice(0, 1), slice(129, 130), slice(90, 101)):
         assert torch.equal(ops.layer_norm_ffn(x[rows], *params), whole[rows])
+    x, dy = x.requires_grad_(), whole.flip(0)
+    (dx,) = torch.autograd.grad(ops.layer_norm_ffn(x, *params), x, dy)
+    for rows in (slice(0, 1), slice(129, 130), slice(40, 101)):
+        part = ops.layer_norm_ffn(x[rows], *params)
+        assert torch.equal(torch.autograd.grad(part, x, dy[rows])[0][rows], dx[rows])
 
 
 @pytest.mark.parametrize("rows", [400, 1700])  # the latter in parts

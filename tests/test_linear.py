@@ -97,6 +97,12 @@ def test_rows_have_the_bits_they_have_alone(isa: str, dtype: torch.dtype) -> Non
     whole = ops.linear_residual(x, weight, bias, residual)
     for rows in (slice(0, 1), slice(149, 150), slice(3, 10), slice(20, 116)):
         assert torch.equal(ops.linear_residual(x[rows], weight, bias, residual[rows]), whole[rows])
+    x, dy = x.requires_grad_(), normal(150, 90, seed=3).to(dtype)
+    norm, params = normal(800, seed=1), (weight, bias)
+    (dx,) = torch.autograd.grad(ops.layer_norm_linear(x, norm, None, *params), x, dy)
+    for rows in (slice(0, 1), slice(149, 150), slice(20, 116)):
+        part = ops.layer_norm_linear(x[rows], norm, None, *params)
+        assert torch.equal(torch.autograd.grad(part, x, dy[rows])[0][rows], dx[rows])
 
 
 @pytest.mark.parametrize("rows", [500, 1700])  # the latter in parts

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from oracle import RESULT_FACTOR, assert_budget
 from torch import nn
 
 from gptfast.ops import adamw, select
@@ -47,6 +48,25 @@ def test_steps_are_those_of_torch(isa: str, clip: float | None) -> None:
         assert_close(ours, theirs)
     for a, b in zip(ours, theirs, strict=True):
         assert optimizer.state[a]["step"] == torch_optimizer.state[b]["step"] == 6
+
+
+@pytest.mark.parametrize("clip", (None, 0.5))
+def test_steps_keep_to_the_budget(isa: str, clip: float | None) -> None:
+    ours, theirs = parameters(), parameters()
+    exact = [nn.Parameter(param.detach().double()) for param in ours]
+    optimizer = AdamW(ours, **OPTIONS)
+    others = [(torch.optim.AdamW(each, **OPTIONS), each) for each in (theirs, exact)]
+    for step in range(20):
+        for params in (ours, theirs, exact):
+            set_gradients(params, step)
+        optimizer.clipped_step(clip)
+        for other, params in others:
+            torch_step(other, params, clip)
+    actual, own, oracle = (
+        torch.cat([param.detach().flatten() for param in params])
+        for params in (ours, theirs, exact)
+    )
+    assert_budget("weights", actual, own, oracle, RESULT_FACTOR, scale=0.0)  # of many, no luck
 
 
 def test_state_goes_to_torch_and_back(isa: str) -> None:

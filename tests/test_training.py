@@ -6,9 +6,11 @@ import math
 import os
 import random
 import signal
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptfast import checkpoint, data, run
 from gptfast.config import GPTConfig
@@ -180,6 +182,47 @@ def test_a_step_is_torchs_adamw_on_the_models_loss():
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b)
     assert not model.wte.weight[0].any()
+
+
+class CountOps(TorchDispatchMode):
+    """Counts the operators that torch runs, views of a tensor as it is (detach) left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is not torch.ops.aten.detach.default:
+            self.counts[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@FUSED
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_runs_few_operators(precision):
+    """Each costs a small model some microseconds: an added one is to be seen here."""
+    trainer = Trainer(make_model(n_layer=2), TrainConfig(precision=precision, clip=1.0))
+    idx = torch.ones(4, 8, dtype=torch.int64)
+    trainer.step(idx, idx)  # makes AdamW's state
+    with CountOps() as mode:
+        trainer.step(idx, idx)
+    once = ["embedding", "embedding_backward", "linear_cross_entropy", "adamw_"]
+    per_layer = ["attention_packed", "attention_packed_backward", "ffn", "ffn_backward"]
+    allowed = Counter(
+        {f"gptfast::{name}": 1 for name in once}
+        | {f"gptfast::{name}": 2 for name in per_layer}
+        | {"gptfast::linear": 4, "gptfast::linear_backward": 4}  # before and after attention
+    )
+    allowed += Counter(
+        {
+            "aten::randint": 1,  # the dropout's key
+            "aten::add.Tensor": 2,  # per layer, the gradients by attention and by the residual
+            "aten::ones_like": 1,  # the gradient of the loss
+            "aten::_local_scalar_dense": 1,  # is that gradient 1?
+        }
+    )
+    assert mode.counts["gptfast::adamw_"] == 1
+    assert mode.counts - allowed == Counter()
 
 
 def test_a_step_trains_with_dropout_whatever_mode_the_model_was_in():
