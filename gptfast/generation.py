@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from gptfast.checks import check_count, is_iterable, whole
 from gptfast.engine import Engine, PackedModel, packed_for
 from gptfast.errors import ConfigError, DataError
 from gptfast.model import GPT
@@ -15,13 +16,11 @@ from gptfast.request import (
     Progress,
     Prompt,
     Request,
-    check_count,
     check_dtype,
     check_tokenizer,
     encode,
     seeds_of,
     stops_of,
-    whole,
     window_stride,
     written,
 )
@@ -130,7 +129,8 @@ def stream(
 
     Args:
         model: As for `generate`.
-        prompt: A text (with `tokenizer`) or a token list; or a list of either.
+        prompt: A text (with `tokenizer`) or a token list; or a list of either, for which an empty
+            one yields nothing.
         **options: Those of `generate`.
 
     Yields:
@@ -144,11 +144,15 @@ def stream(
     unknown = sorted(options.keys() - known.keys())
     if unknown:
         raise TypeError(f"stream() has no option {unknown[0]!r}; it has {', '.join(known)}")
-    several = not isinstance(prompt, str) and any(whole(each) is None for each in prompt)
-    if not several and options.get("num_samples", 1) != 1:
-        raise ConfigError("num_samples must be 1 for a single prompt, got more; wrap it in a list")
-    prompts: Any = prompt if several else [prompt]
-    request = make_request(model, prompts, **options)
+    listed = not isinstance(prompt, str) and is_iterable(prompt)
+    given: Any = list(prompt) if listed else prompt
+    several = listed and (not given or any(whole(each) is None for each in given))
+    count = options.get("num_samples", 1)
+    if not several and count != 1:
+        raise ConfigError(
+            f"num_samples must be 1 for a single prompt (wrap it in a list for more), got {count!r}"
+        )
+    request = make_request(model, given if several else [given], **options)
     pieces = _pieces(_loop(model, request), request)
     return pieces if several else (piece for _, piece in pieces)
 
@@ -176,14 +180,11 @@ def _request(
 ) -> Request:
     config = model.config
     stride = window_stride(overflow, config.block_size)
-    for name, value, least in (
-        ("max_new_tokens", max_new_tokens, 0),
-        ("num_samples", num_samples, 1),
-        ("logprobs", logprobs, 0),
-        ("max_batch", max_batch, 1),
-    ):
-        check_count(name, value, least)
-    check_count("max_cache_bytes", max_cache_bytes, 1, most=2**62)
+    max_new_tokens = check_count("max_new_tokens", max_new_tokens, 0)
+    num_samples = check_count("num_samples", num_samples, 1)
+    logprobs = check_count("logprobs", logprobs, 0)
+    max_batch = check_count("max_batch", max_batch, 1)
+    max_cache_bytes = check_count("max_cache_bytes", max_cache_bytes, 1, most=2**62)
     check_dtype(dtype)
     check_tokenizer(tokenizer, config)
     stop_tokens, stop_strings = stops_of(stop, tokenizer is not None, config.vocab_size)
@@ -204,7 +205,7 @@ def _request(
         sampling=Sampling(**sampling),
         max_new_tokens=max_new_tokens,
         stride=stride,
-        alternatives=min(int(logprobs), config.vocab_size),
+        alternatives=min(logprobs, config.vocab_size),
         stop_tokens=stop_tokens,
         stop_strings=stop_strings,
         pieces=written(tokenizer, config.vocab_size),

@@ -1,10 +1,10 @@
 """What is to be generated, checked: the input of the engine and of the reference loop."""
 
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from gptfast.checks import is_iterable, whole
 from gptfast.config import GPTConfig
 from gptfast.errors import ConfigError, DataError
 from gptfast.sampling import Sampling
@@ -13,7 +13,6 @@ from gptfast.tokenizer import CharTokenizer
 Prompt = str | Sequence[int]
 DTYPES = ("bf16", "fp32", "int8")
 GIB = 1 << 30
-MOST = 2**31 - 1  # that an option may count
 
 
 @dataclass(frozen=True)
@@ -96,21 +95,6 @@ def window_stride(overflow: str, block_size: int) -> int | None:
     )
 
 
-def whole(x: Any) -> int | None:
-    """A whole number of any type as an int; None where it is none."""
-    try:
-        return operator.index(x)
-    except TypeError:
-        return None
-
-
-def check_count(name: str, value: Any, least: int, most: int = MOST) -> None:
-    """Checks an option that counts something."""
-    count = whole(value)
-    if count is None or not least <= count <= most:
-        raise ConfigError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
-
-
 def check_dtype(dtype: str | None) -> None:
     """Checks the name of a dtype to generate or score in."""
     if dtype is not None and dtype not in DTYPES:
@@ -132,13 +116,15 @@ def encode(
     """The ids of texts, or of lists of ids, in the vocabulary; `name` is what one of them is."""
     if isinstance(texts, str):
         raise ConfigError(f"{name}s must be a list of {name}s, got one str; wrap it in a list")
+    if not is_iterable(texts):
+        raise ConfigError(f"{name}s must be a list of {name}s, got {texts!r}")
     encoded = []
     for i, text in enumerate(texts):
         if isinstance(text, str):
             if tokenizer is None:
                 raise ConfigError(f"{name}s given as text need a tokenizer")
             tokens = tokenizer.encode(text)
-        elif isinstance(text, Iterable):
+        elif is_iterable(text):
             tokens = [_token(f"{name} {i}", token, vocab_size) for token in text]
         else:
             raise ConfigError(f"{name} {i} must be a text or a list of token ids, got {text!r}")
@@ -157,7 +143,7 @@ def _token(name: str, token: Any, vocab_size: int) -> int:
 
 def stops_of(stop: Any, has_text: bool, vocab_size: int) -> tuple[list[int], list[str]]:
     """The token ids and the strings that end a text."""
-    alone = isinstance(stop, str) or whole(stop) is not None or not isinstance(stop, Iterable)
+    alone = isinstance(stop, str) or not is_iterable(stop)
     stops = [] if stop is None else [stop] if alone else list(stop)
     tokens, strings = [], []
     for each in stops:
@@ -191,10 +177,15 @@ def seeds_of(
         count = prompts * num_samples
         keys, numbers = [key] * count, list(range(count))
     else:
-        given = [whole(each) for each in seed] if isinstance(seed, Iterable) else [None]
-        found = [each for each in given if each is not None]
-        if len(found) != len(given) or len(given) != prompts:
-            raise ConfigError(f"seed must be one int or one per prompt ({prompts}), got {seed!r}")
-        keys = [each for each in found for _ in range(num_samples)]
+        given: list[Any] = list(seed) if is_iterable(seed) else [seed]
+        found = [number for number in map(whole, given) if number is not None]
+        if len(found) != len(given):
+            wrong = next(each for each in given if whole(each) is None)
+            raise ConfigError(f"seed must be one int or one per prompt ({prompts}), got {wrong!r}")
+        if len(given) != prompts:
+            raise ConfigError(
+                f"seed must be one int or one per prompt ({prompts}), got {len(given)} seeds"
+            )
+        keys = [number for number in found for _ in range(num_samples)]
         numbers = [*range(num_samples)] * prompts
     return [key & (2**63 - 1) for key in keys], numbers

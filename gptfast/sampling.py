@@ -7,6 +7,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from gptfast.checks import whole
 from gptfast.errors import ConfigError
 from gptfast.ops.random import WORD, philox
 
@@ -32,10 +33,16 @@ class Sampling:
     def __post_init__(self) -> None:
         if not _within(self.temperature, 0.0, MOST_TEMPERATURE):
             raise ConfigError(
-                f"temperature must be 0 (greedy) or positive, got {self.temperature!r}"
+                f"temperature must be 0 (greedy) or positive, at most {MOST_TEMPERATURE:g},"
+                f" got {self.temperature!r}"
             )
-        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
-            raise ConfigError(f"top_k must be None or a positive whole number, got {self.top_k!r}")
+        if self.top_k is not None:
+            count = whole(self.top_k)
+            if count is None or count < 1:
+                raise ConfigError(
+                    f"top_k must be None or a positive whole number, got {self.top_k!r}"
+                )
+            object.__setattr__(self, "top_k", count)
         if self.top_p is not None and not (_within(self.top_p, 0.0, 1.0) and self.top_p > 0.0):
             raise ConfigError(f"top_p must be None or in (0, 1], got {self.top_p!r}")
         if self.min_p is not None and not _within(self.min_p, 0.0, 1.0):

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from gptfast.checks import check_count
 from gptfast.engine import PackedModel, packed_for
 from gptfast.model import GPT
 from gptfast.reference_loop import reference_model
 from gptfast.request import (
     Prompt,
-    check_count,
     check_dtype,
     check_tokenizer,
     encode,
@@ -91,8 +91,7 @@ def score(
     T = model.config.block_size
     check_dtype(dtype)
     check_tokenizer(tokenizer, model.config)
-    stride = max(1, T // 2) if stride is None else stride
-    check_count("stride", stride, 1)
+    stride = check_count("stride", max(1, T // 2) if stride is None else stride, 1)
     encoded = encode("text", texts, tokenizer, model.config.vocab_size)
     logprobs: list[list[float]] = [[] for _ in encoded]
     windows = [

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -576,6 +577,33 @@ def test_interrupt_ends_a_stream_after_what_there_is(backend: Any) -> None:
     assert tokens and tokens[:10] == whole.tokens[: len(tokens)]
 
 
+def test_stream_of_no_prompts_and_of_what_is_read_once() -> None:
+    model, options = make("course"), {"max_new_tokens": 5}
+    assert list(gptfast.stream(model, [], **options)) == []
+    assert list(gptfast.stream(model, iter([]), **options)) == []
+    (whole,) = gptfast.generate(model, [[1, 2]], **options)
+    for prompt in (iter([1, 2]), torch.tensor([1, 2])):
+        assert [
+            t for piece in gptfast.stream(model, prompt, **options) for t in piece
+        ] == whole.tokens
+    both = gptfast.generate(model, [[1], [2]], **options)
+    for prompts in (iter([[1], [2]]), torch.tensor([[1], [2]])):
+        found: list[list[int]] = [[], []]
+        for i, piece in gptfast.stream(model, prompts, **options):
+            found[i] += piece
+        assert found == [each.tokens for each in both]
+
+
+def test_counts_may_be_whole_numbers_of_any_type() -> None:
+    model, same = make("course"), {"max_new_tokens": 5, "top_k": 2, "seed": 3}
+    expected = gptfast.generate(model, [[1]], **same)
+    assert Sampling(top_k=np.int64(2)) == Sampling(top_k=2)
+    assert type(Sampling(top_k=np.int64(2)).top_k) is int
+    for number in (np.int32, torch.tensor):
+        options = {name: number(value) for name, value in same.items()}
+        assert gptfast.generate(model, [[1]], **options) == expected
+
+
 def test_stream_starts_before_all_is_generated() -> None:
     model = make("course")
     pieces = gptfast.stream(model, [1], max_new_tokens=10**6)  # all would take a minute
@@ -630,14 +658,23 @@ def test_fused_is_asked_for_and_cannot_run() -> None:
         ([[1, 5]], {}, r"prompt 0 has token id 5, which is not in \[0, 5\)"),
         (["a"], {}, "prompts given as text need a tokenizer"),
         ("abc", {}, "prompts must be a list of prompts"),
-        ([[1]], {"temperature": -1.0}, "temperature must be 0 .greedy. or positive, got -1.0"),
+        (None, {}, "prompts must be a list of prompts, got None"),
+        ([None], {}, "prompt 0 must be a text or a list of token ids, got None"),
+        (torch.tensor([1, 2]), {}, r"prompt 0 must be a text or a list of token ids, got tensor"),
+        (torch.tensor(1), {}, r"prompts must be a list of prompts, got tensor\(1\)"),
+        ([[1]], {"temperature": -1.0}, "temperature must be 0 .greedy. or positive, .*, got -1.0"),
+        ([[1]], {"temperature": 2e6}, r"temperature must be .*, at most 1e\+06, got 2000000.0"),
         ([[1]], {"temperature": float("nan")}, "temperature must be"),
         ([[1]], {"top_k": 0}, "top_k must be None or a positive whole number, got 0"),
+        ([[1]], {"top_k": 1.5}, "top_k must be None or a positive whole number, got 1.5"),
         ([[1]], {"max_new_tokens": -1}, "max_new_tokens must be"),
         ([[1]], {"overflow": "slide"}, "overflow must be 'recompute', 'stride:K'"),
         ([[1]], {"overflow": "stride:0"}, "overflow must be"),
         ([[1]], {"overflow": "stride:17"}, "overflow must be .* K from 1 to block_size"),
-        ([[1]], {"seed": [1, 2]}, r"seed must be one int or one per prompt \(1\), got \[1, 2\]"),
+        ([[1]], {"seed": [1, 2]}, r"seed must be one int or one per prompt \(1\), got 2 seeds"),
+        ([[1]], {"seed": [1.5]}, r"seed must be one int or one per prompt \(1\), got 1.5"),
+        ([[1]], {"seed": torch.tensor(1.5)}, r"seed must be one int or .*, got tensor\(1.5"),
+        ([[1]], {"stop": torch.tensor(1.5)}, r"stop must be .*, got tensor\(1.5"),
         ([[1]], {"stop": ["x"]}, "stop must be non-empty strings .with a tokenizer."),
         ([[1]], {"stop": [5]}, r"stop must be .* or token ids in \[0, 5\), got 5"),
         ([[1]], {"stop": 1.5}, "stop must be .* got 1.5"),
@@ -664,5 +701,9 @@ def test_bad_input_is_one_sentence(prompts: Any, options: dict[str, Any], messag
 def test_stream_checks_at_the_call() -> None:
     with pytest.raises(ConfigError, match="temperature"):
         gptfast.stream(make("course"), [1], temperature=-1)
+    with pytest.raises(ConfigError, match="num_samples must be 1 for a single prompt .*, got 0"):
+        gptfast.stream(make("course"), [1], num_samples=0)
+    with pytest.raises(ConfigError, match="prompt 0 must be a text or a list .*, got None"):
+        gptfast.stream(make("course"), None)
     with pytest.raises(TypeError, match="has no option 'beams'; it has tokenizer, max_new_tokens"):
         gptfast.stream(make("course"), [1], beams=2)

@@ -1,0 +1,39 @@
+"""Checks that the options of several modules share."""
+
+import operator
+from collections.abc import Iterable
+from typing import Any, TypeGuard
+
+from gptfast.errors import ConfigError
+
+MOST = 2**31 - 1  # that an option may count
+
+
+def whole(x: Any) -> int | None:
+    """A whole number of any type as an int; None where it is none, as an array of one is."""
+    if getattr(x, "ndim", 0):
+        return None
+    try:
+        return operator.index(x)
+    except TypeError:
+        return None
+
+
+def is_iterable(x: Any) -> TypeGuard[Iterable[Any]]:
+    """Whether there is something to go through, which a tensor or an array of no dimension lacks.
+
+    Nothing of it is taken.
+    """
+    try:
+        iter(x)
+    except TypeError:
+        return False
+    return True
+
+
+def check_count(name: str, value: Any, least: int, most: int = MOST) -> int:
+    """An option that counts something as an int. Raises ConfigError where it does not."""
+    count = whole(value)
+    if count is None or not least <= count <= most:
+        raise ConfigError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
+    return count
