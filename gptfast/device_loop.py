@@ -3,6 +3,7 @@
 Letters: R rows that run at once, T time, C n_embd, H heads, D head_dim, V vocab_size, L layers.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,12 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gptfast import ops
-from gptfast.errors import DataError
 from gptfast.model import GPT, Step
 from gptfast.ops.triton.decode import decode_attention
 from gptfast.ops.triton.sampling import sample
 from gptfast.reference_loop import ReferenceLoop, likeliest_tokens, reference_model
-from gptfast.request import Request, rows_at_once
+from gptfast.request import Request, not_finite, rows_at_once
 from gptfast.sampling import Sampling
 
 WARM_UPS = 3  # steps before one is captured: they compile, choose configurations, allocate
@@ -100,6 +100,8 @@ class DeviceLoop(ReferenceLoop):
     def _take(self, group: list[int]) -> None:
         drawn = self._decoder.drawn(self._rows(group), self._request.alternatives)
         for i, (token, logprob, alternatives) in zip(group, drawn, strict=True):
+            if not math.isfinite(logprob):
+                raise not_finite("prompt", i // self._request.num_samples)
             self._append(i, token, logprob, alternatives)
 
 
@@ -182,15 +184,12 @@ class Decoder:
     def drawn(self, rows: list[int], alternatives: int) -> list[tuple[int, float, Any]]:
         """The token of each row, its log-probability, and the likeliest ones with theirs.
 
-        Raises:
-            DataError: Logits are not finite.
+        The log-probability is NaN where the row's logits are not finite.
         """
         at = self._on_device(rows)
-        finite = self._logits[at].isfinite().all(1).double()
-        result = torch.stack([self._next[at].double(), self._logprobs[at].double(), finite])
-        tokens, logprobs, are_finite = result.tolist()  # waits for the device, once
-        if not all(are_finite):
-            raise DataError("the model's logits are not finite")
+        finite = self._logits[at].isfinite().all(1)
+        known = self._logprobs[at].double().where(finite, torch.nan)
+        tokens, logprobs = torch.stack([self._next[at].double(), known]).tolist()  # waits once
         others: list[list[tuple[int, float]]] = [[] for _ in rows]
         if alternatives:
             others = likeliest_tokens(self._logits[at].double().log_softmax(-1), alternatives)

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptfast.errors import BackendError, ConfigError, DataError
+from gptfast.errors import BackendError, ConfigError
 from gptfast.model import GPT, Block
 from gptfast.ops import engine as ops
 from gptfast.ops import select
-from gptfast.request import Progress, Request, check_dtype, rows_at_once
+from gptfast.request import DTYPES, Progress, Request, check_dtype, not_finite, rows_at_once
 
 _COLUMN = {name: i for i, name in enumerate(ops.FIELDS)}
 _STATE = {name: i for i, name in enumerate(ops.STATES)}
@@ -25,7 +25,8 @@ def pack(model: GPT, dtype: str | None = None) -> "PackedModel":
 
     Args:
         model: The GPT; what happens to it later does not reach the result.
-        dtype: As for `generate`, which then takes no other.
+        dtype: As for `generate`, which then takes no other; "int8" computes with activations and
+            cache in bf16 where the processor multiplies bf16, else in float32.
 
     Raises:
         ConfigError: `dtype` is unknown.
@@ -41,8 +42,10 @@ def pack(model: GPT, dtype: str | None = None) -> "PackedModel":
     return PackedModel(model, dtype)
 
 
-def packed_for(model: "GPT | PackedModel", dtype: str | None) -> "PackedModel | None":
+def packed_for(op: str, model: "GPT | PackedModel", dtype: str | None) -> "PackedModel | None":
     """The model packed for the compiled engine; None where that does not compute.
+
+    `op` is who asks, for the error.
 
     Raises:
         ConfigError: The model has been packed for another dtype.
@@ -54,7 +57,7 @@ def packed_for(model: "GPT | PackedModel", dtype: str | None) -> "PackedModel | 
         return model
     device, chosen = model.wte.weight.device.type, _activations(model, dtype)
     if model.backend == "fused":
-        select.require_fused("generate", device, chosen, "backend='reference'")
+        select.require_fused(op, device, chosen, "backend='reference'")
     if device != "cpu" or model.backend == "reference" or select.unavailable(device, chosen):
         return None
     return PackedModel(model, dtype, lasting=False)
@@ -76,12 +79,18 @@ class PackedModel:
     Packing takes about as long as a token; a model that many calls use is better packed once, by
     `gptfast.pack`. Later changes of the model do not reach it; one that does not outlive a call
     (`lasting=False`) may share the model's vectors.
+
+    Raises:
+        ConfigError: `dtype` is None and the engine does not compute in the model's own.
     """
 
     def __init__(self, model: GPT, dtype: str | None, lasting: bool = True) -> None:
         config = model.config
-        own = {torch.float32: "fp32", torch.bfloat16: "bf16"}[model.wte.weight.dtype]
-        self.config, self.name, self._lasting = config, dtype or own, lasting
+        own = model.wte.weight.dtype
+        name = dtype or {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(own)
+        if name is None:
+            raise ConfigError(f"dtype must be one of {list(DTYPES)} for a model in {own}, got None")
+        self.config, self.name, self._lasting = config, name, lasting
         self.dtype, self._int8 = _activations(model, dtype), dtype == "int8"
         self._params: list[Tensor] = []
         self._packed: list[Tensor] = []
@@ -247,8 +256,9 @@ class Engine:
             *self._options,
             seconds,
         )
-        if (self._sequences[:, _COLUMN["state"]] == _STATE["invalid"]).any():
-            raise DataError("the model's logits are not finite")
+        invalid = self._sequences[:, _COLUMN["state"]] == _STATE["invalid"]
+        if invalid.any():
+            raise not_finite("prompt", int(invalid.argmax()) // self._request.num_samples)
         return more > 0
 
     def progress(self, i: int, first: int = 0) -> Progress:

@@ -97,7 +97,8 @@ def generate(
         max_cache_bytes: Memory for keys and values.
         dtype: "fp32" or "bf16" for weights, activations and cache, "int8" for weights of 8 bits
             with a scale per output, whose activations are rounded to 16 bits where the processor
-            multiplies bytes (VNNI); the model's own when None.
+            multiplies bytes (VNNI); the model's own when None. With "int8", activations and cache
+            are bf16 where the processor multiplies bf16, else float32.
 
     Returns:
         `num_samples` Generations per prompt, in order; tokens and text are the new ones alone.
@@ -200,6 +201,7 @@ def _request(
     seeds, numbers = seeds_of(seed, len(encoded), num_samples)
     return Request(
         prompts=[tokens for tokens in encoded for _ in range(num_samples)],
+        num_samples=num_samples,
         seeds=seeds,
         numbers=numbers,
         sampling=Sampling(**sampling),
@@ -216,7 +218,7 @@ def _request(
 
 
 def _loop(model: GPT | PackedModel, request: Request) -> Loop:
-    packed = packed_for(model, request.dtype)
+    packed = packed_for("generate", model, request.dtype)
     if packed is not None:
         return Engine(packed, request)
     assert not isinstance(model, PackedModel)

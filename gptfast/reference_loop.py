@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptfast.errors import DataError
 from gptfast.model import GPT
-from gptfast.request import Progress, Request
+from gptfast.request import Progress, Request, not_finite
 from gptfast.sampling import choose, draws
 
 
@@ -79,8 +78,9 @@ class ReferenceLoop:
         request = self._request
         idx = torch.tensor([self._window(i) for i in group])  # (n, length)
         logits = self._model(idx.to(self._model.wte.weight.device))[:, -1].float().cpu()  # (n, V)
-        if not logits.isfinite().all():
-            raise DataError("the model's logits are not finite")
+        finite = logits.isfinite().all(-1)
+        if not finite.all():
+            raise not_finite("prompt", group[int(finite.int().argmin())] // request.num_samples)
         steps = [len(self._progress[i].tokens) for i in group]
         uniforms = draws(
             torch.tensor([request.seeds[i] for i in group]),

@@ -23,6 +23,7 @@ class Request:
     """
 
     prompts: list[list[int]]
+    num_samples: int
     seeds: list[int]
     numbers: list[int]
     sampling: Sampling
@@ -41,7 +42,7 @@ class Request:
 class Progress:
     """What one sequence has so far; a stop string still ends it, a stop token does not."""
 
-    state: str  # waiting, running, or why it ended: length, stop, window
+    state: str  # waiting, running, or why it ended: length, stop, window, invalid (an error)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     alternatives: list[list[tuple[int, float]]] = field(default_factory=list)
@@ -61,6 +62,11 @@ class Loop(Protocol):
     def changed(self) -> list[int]:
         """The sequences with new tokens or another state since the last call."""
         ...
+
+
+def not_finite(name: str, i: int) -> DataError:
+    """The error that the model gives no numbers for text number i; `name` is what it is."""
+    return DataError(f"the model's logits are not finite for {name} {i}")
 
 
 def rows_at_once(

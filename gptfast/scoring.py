@@ -15,6 +15,7 @@ from gptfast.request import (
     check_dtype,
     check_tokenizer,
     encode,
+    not_finite,
     written,
 )
 from gptfast.tokenizer import CharTokenizer
@@ -85,7 +86,8 @@ def score(
 
     Raises:
         ConfigError: An option is wrong.
-        DataError: A text is empty, or has an unknown character or token.
+        DataError: A text is empty, or has an unknown character or token; or the model's logits are
+            not finite.
         BackendError: `model.backend` is "fused" and the kernels cannot run.
     """
     T = model.config.block_size
@@ -98,6 +100,8 @@ def score(
         window for i, text in enumerate(encoded) for window in _windows(i, len(text), T, stride)
     ]
     for window, values in zip(windows, _score(model, encoded, windows, dtype), strict=True):
+        if not all(map(math.isfinite, values)):
+            raise not_finite("text", window.text)
         logprobs[window.text] += values[len(values) - window.new :]
     pieces = written(tokenizer, model.config.vocab_size)
     return [
@@ -119,7 +123,7 @@ def _score(
     model: GPT | PackedModel, texts: list[list[int]], windows: list[_Window], dtype: str | None
 ) -> list[list[float]]:
     """The log-probabilities that each window gives, of all its predictions."""
-    packed = packed_for(model, dtype)
+    packed = packed_for("score", model, dtype)
     if packed is None:
         assert not isinstance(model, PackedModel)
         reference = reference_model(model, dtype)

@@ -179,6 +179,17 @@ def test_a_model_without_finite_logits(backend: Any, dtype: str | None) -> None:
         gptfast.generate(model, [[1], [2]], max_new_tokens=4, dtype=dtype)
 
 
+@pytest.mark.parametrize("backend", ("auto", "reference"))
+def test_logits_that_are_not_finite_name_the_prompt(backend: Any) -> None:
+    model = make("course")
+    model.backend = backend
+    model.wte.weight.data[2] = torch.nan  # what reads this token gives no numbers
+    options: dict[str, Any] = {"max_new_tokens": 1, "num_samples": 3}
+    with pytest.raises(DataError, match="the model's logits are not finite for prompt 1"):
+        gptfast.generate(model, [[1], [2], [3]], **options)
+    assert len(gptfast.generate(model, [[1], [3]], **options)) == 6
+
+
 def interrupted_soon(call: Callable[[], Any], seconds: float) -> Any:
     """What a call returns that gets Ctrl-C after so long.
 
@@ -232,6 +243,19 @@ def test_what_cannot_be_packed() -> None:
     model.backend = "reference"
     with pytest.raises(BackendError, match="pack: the model's backend is 'reference'"):
         gptfast.pack(model)
+
+
+@pytest.mark.parametrize("dtype", ("fp32", "bf16", "int8"))
+def test_a_model_in_a_dtype_that_the_engine_lacks(dtype: str) -> None:
+    model, options = make("course"), {"max_new_tokens": 5, "dtype": dtype}
+    expected = gptfast.generate(model, [[1, 2]], **options)
+    for own in (torch.float64, torch.float16):
+        other = model.to(own)
+        results = gptfast.generate(other, [[1, 2]], **options)
+        assert gptfast.generate(gptfast.pack(other, dtype), [[1, 2]], max_new_tokens=5) == results
+        assert own == torch.float16 or results == expected
+        with pytest.raises(ConfigError, match=f"dtype must be one of .* in {own}, got None"):
+            gptfast.PackedModel(other, None)
 
 
 def test_two_threads_generate_at_once() -> None:

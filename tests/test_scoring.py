@@ -11,7 +11,7 @@ from peers import SdpaGPT
 from test_generation import TEXT, WIDE, make, prompts_for, text_model
 
 import gptfast
-from gptfast import GPT, ConfigError, DataError, TrainConfig, Trainer, data
+from gptfast import GPT, BackendError, ConfigError, DataError, TrainConfig, Trainer, data
 from gptfast.reference_loop import reference_model
 
 
@@ -118,6 +118,24 @@ def test_bits_per_character() -> None:
     assert one.bits_per_character == pytest.approx(-one.logprob / math.log(2) / (len(TEXT) - 1))
     assert one.bits_per_token == one.bits_per_character
     assert other.logprobs == [] and math.isnan(other.bits_per_character)
+
+
+@pytest.mark.parametrize("dtype", (None, "bf16", "int8"))
+@pytest.mark.parametrize("backend", ("auto", "reference"))
+def test_logits_that_are_not_finite_name_the_text(backend: Any, dtype: str | None) -> None:
+    model = make("odd")
+    model.backend = backend
+    model.wte.weight.data[2] = torch.nan  # what reads this token gives no numbers
+    with pytest.raises(DataError, match="the model's logits are not finite for text 1"):
+        gptfast.score(model, [[1, 3], [4, 2, 1], [1, 2]], dtype=dtype)
+    assert len(gptfast.score(model, [[1, 3], [1, 2]], dtype=dtype)) == 2  # 2 is not read
+
+
+def test_an_error_names_score() -> None:
+    model = make("odd").double()
+    model.backend = "fused"
+    with pytest.raises(BackendError, match="score: the fused kernels cannot run: .* not float64"):
+        gptfast.score(model, [[1, 2]])
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from test_linear import normal, torch_layer_norm_linear, torch_linear_residual
 from test_ops import cases
 from torch import Tensor
 
-from gptfast import GPT, BackendError, GPTConfig, ops
+from gptfast import GPT, BackendError, DataError, GPTConfig, ops
 from gptfast.generation import make_request
 from gptfast.model import Backend
 from gptfast.ops import reference, select
@@ -450,6 +450,15 @@ def test_generation_has_the_models_dtype_whatever_autocast_says() -> None:
                 pass
         found.append(loop.progress(0).logprobs)
     assert found[0] == found[1]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_logits_that_are_not_finite_name_the_prompt() -> None:
+    model = GPT(SMALL).to(DEVICE)
+    model.wte.weight.data[2] = torch.nan
+    request = make_request(model, [[1], [2], [3]], max_new_tokens=1, num_samples=2)
+    with pytest.raises(DataError, match="the model's logits are not finite for prompt 1"):
+        device_loop.DeviceLoop(model, request).run(0.0)
 
 
 def test_a_step_is_captured_where_it_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,12 +38,13 @@ pack_weight = define(
 #           bias, ln_2, c_fc's bias, c_proj's bias; without attention the last four alone.
 #   packed  per layer c_attn (the last layer: the rows of q, then those of k and v), c_proj, c_fc,
 #           c_proj; then lm_head, all by pack_weight
-#   cache   (rows, elements) float32 or bfloat16, the dtype of the activations: keys and values of
-#           up to `capacity` tokens each, zero at first
 _MODEL = """
     Tensor[] params, Tensor[] packed, {extra}int n_layer, int n_head, bool attention, str gelu,
     bool int8, int capacity
 """
+
+# Both have a cache besides, (rows, elements) float32 or bfloat16, the dtype of the activations:
+# keys and values of up to `capacity` tokens each, zero at first.
 
 # Generates until `seconds` have passed, one step at least; returns how many sequences go on.
 #   state   sequences (N, FIELDS), tokens (places,) int64, logprobs (places,) float32, alternative
