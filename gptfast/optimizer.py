@@ -13,19 +13,28 @@ from gptfast.ops.adamw import adamw_
 class AdamW(torch.optim.AdamW):
     """torch.optim.AdamW, whose `clipped_step` clips the gradients' norm as well.
 
-    Where the kernels can run, all parameters move in one operator call. The state is torch's own:
-    checkpoints of either serve both.
+    Where the kernels can run, all parameters move in one operator call. They take one group of
+    contiguous float32 tensors, without `amsgrad` and `maximize`; torch's own step does the rest.
+    The state is torch's own: checkpoints of either serve both.
 
     Args:
-        params: float32 tensors for the kernel, any for torch's own step.
-        fused_kernel: False has torch do it, as with tensors that the kernel does not take.
+        params: Parameters, or groups of them as torch has them, whose "params" are lists.
+        fused_kernel: False has torch do it, as with what the kernel does not take.
         options: Those of torch.optim.AdamW.
     """
 
-    def __init__(self, params: list[nn.Parameter], fused_kernel: bool = True, **options: Any):
-        device = params[0].device.type
+    def __init__(
+        self,
+        params: list[nn.Parameter] | list[dict[str, Any]],
+        fused_kernel: bool = True,
+        **options: Any,
+    ):
+        tensors: list[Tensor] = []
+        for each in params:
+            tensors += each["params"] if isinstance(each, dict) else [each]
+        device = tensors[0].device.type
         super().__init__(params, fused=device in ("cpu", "cuda"), **options)
-        plain = all(p.dtype == torch.float32 and p.is_contiguous() for p in params)
+        plain = all(p.dtype == torch.float32 and p.is_contiguous() for p in tensors)
         unavailable = device != "cpu" or select.unavailable(device, torch.float32)
         self._kernel = fused_kernel and plain and not unavailable  # torch's is as fused on a GPU
 
@@ -35,13 +44,14 @@ class AdamW(torch.optim.AdamW):
 
         What the gradients hold afterwards is not defined.
         """
-        if not self._kernel:
+        group = self.param_groups[0]
+        alone = len(self.param_groups) == 1 and not (group["amsgrad"] or group["maximize"])
+        if not (self._kernel and alone):
             if clip is not None:
                 params = [p for group in self.param_groups for p in group["params"]]
                 nn.utils.clip_grad_norm_(params, clip)
             self.step()
             return
-        (group,) = self.param_groups
         params = [p for p in group["params"] if p.grad is not None]
         states = [self._state_of(p) for p in params]
         means, squares, steps = (

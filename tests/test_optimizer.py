@@ -139,6 +139,25 @@ def test_torch_does_what_the_kernel_does_not(monkeypatch: pytest.MonkeyPatch) ->
         assert all(torch.equal(a, b) for a, b in zip(params, theirs, strict=True))
 
 
+@pytest.mark.parametrize("option", ("amsgrad", "maximize", "groups"))
+def test_torch_does_what_other_options_ask_for(option: str) -> None:
+    ours, theirs = parameters(), parameters()
+    if option == "groups":
+        options = OPTIONS
+        args = [[{"params": p[:2], "lr": 1e-2}, {"params": p[2:]}] for p in (ours, theirs)]
+    else:
+        options, args = OPTIONS | {option: True}, [ours, theirs]
+    optimizer = AdamW(args[0], **options)
+    torch_optimizer = torch.optim.AdamW(args[1], fused=True, **options)
+    for step in range(3):  # the gradients fall, which amsgrad remembers
+        set_gradients(ours, step), set_gradients(theirs, step)
+        for param in (*ours, *theirs):
+            param.grad /= 10.0**step
+        optimizer.clipped_step(None)
+        torch_step(torch_optimizer, theirs, None)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
 @pytest.mark.skipif(select.extension() is None, reason=f"{select.extension_error}")
 def test_errors_name_argument_and_expected() -> None:
     w, options = [torch.zeros(4)], (1e-3, 0.9, 0.999, 1e-8, 0.0, 1.0)
