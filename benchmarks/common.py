@@ -131,6 +131,7 @@ def compare(
     def verify() -> None:
         verified = contenders if checked is None else checked
         running = [name for name in verified if name in case.contenders]
+        assert len(running) > 1, f"{OURS} alone runs: there is no error to hold its own to"
         results = {name: [part(x) for x in verified[name]()] for name in running}
         expected = oracle()
         for name in running[1:]:

@@ -13,6 +13,9 @@ from gptfast.commands import EXIT_INTERRUPTED, Command
 from gptfast.errors import ConfigError, GptfastError
 
 EXIT_BAD_INPUT, EXIT_CLOSED_PIPE = 2, 141
+MISTAKES = (  # what one sentence explains
+    GptfastError, ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError,
+)  # fmt: skip
 
 COMMANDS: dict[str, type] = {
     "demo": commands.Demo,
@@ -50,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The interpreter flushes once more at its exit and would complain there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_CLOSED_PIPE
-    except (GptfastError, ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+    except MISTAKES as error:
         if os.environ.get("GPTFAST_DEBUG", "0") != "0":
             raise
         print(f"gptfast: {_sentence(error)}", file=sys.stderr)
@@ -147,6 +150,8 @@ def _message(box: str) -> str:
 def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        return ": ".join(["there is not enough memory", *str(error).splitlines()[:1]])
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

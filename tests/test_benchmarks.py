@@ -326,6 +326,9 @@ def test_other_work_is_no_comparison() -> None:
         common.compare(contenders, lambda: oracle, 1.0, "fp32").verify()
     del contenders["other"]
     common.compare(contenders, lambda: oracle, 1.0, "fp32").verify()
+    del contenders["torch"]
+    with pytest.raises(AssertionError, match="gptfast alone runs"):
+        common.compare(contenders, lambda: oracle, 1.0, "fp32").verify()
 
 
 def test_contender_that_does_not_run_is_noted() -> None:

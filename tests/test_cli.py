@@ -332,6 +332,16 @@ def test_an_interrupt_ends_with_130(monkeypatch):
     assert cli.main(["info"]) == 130
 
 
+@pytest.mark.parametrize("details", ["", "Unable to allocate 15 GiB"])
+def test_too_little_memory_is_one_sentence(capsys, monkeypatch, run_path, details):
+    def allocate(*_: object, **__: object) -> object:
+        raise MemoryError(*filter(None, [details]))
+
+    monkeypatch.setattr("gptfast.engine.np.zeros", allocate)
+    error = refused(capsys, "generate", run_path, "--prompt", "to", "--max-new-tokens", 10**9)
+    assert error == "there is not enough memory" + f": {details}" * bool(details)
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_tyros_boxes_become_a_sentence_in_any_encoding(encoding):
     done = shell("data", "abc", "--size", env={**os.environ, "PYTHONIOENCODING": encoding})
