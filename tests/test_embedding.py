@@ -71,6 +71,17 @@ def test_indices_out_of_range_are_an_error(isa: str) -> None:
             reference.embedding(torch.tensor([[1, bad]]), wte, wpe)
 
 
+@pytest.mark.parametrize("bad", (-1, 6))
+def test_a_padding_row_that_there_is_not(bad: int) -> None:
+    """-1 would be no row for the kernel, and the last one for torch."""
+    wte, wpe = tables(6, 12, 24)
+    for op in (ops, reference):
+        with pytest.raises(
+            ValueError, match=rf"embedding: padding_idx must be None or in \[0, 6\), got {bad}"
+        ):
+            op.embedding(torch.tensor([[1]]), wte, wpe, padding_idx=bad)
+
+
 def test_errors_name_argument_expected_and_got() -> None:
     wte, wpe = tables(6, 12, 24)
     with pytest.raises(

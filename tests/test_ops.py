@@ -248,6 +248,94 @@ def test_what_is_not_a_number_is_not_hidden(isa: str, bad: float) -> None:
         assert not op.layer_norm_linear(x, R(16), None, R(8, 16), None)[5].isfinite().any()
 
 
+def test_what_has_no_dimensions_is_refused_by_name() -> None:
+    x, scalar, none, F = R(3, 8), torch.tensor(1.0), torch.zeros(3, dtype=torch.int64), R(6, 8)
+    empty, heads_of = r"must have at least 1 dimension, got shape \(\)", R(1, 1, 4, 8)
+    flat = r"must have 2 dimensions, got shape \(\)"
+    calls: dict[str, Any] = {
+        f"layer_norm_linear: x {empty}": lambda: ops.layer_norm_linear(scalar, R(8), None, F, None),
+        f"linear_residual: x {empty}": lambda: ops.linear_residual(scalar, F, None, x),
+        f"layer_norm_ffn: x {empty}": lambda: ops.layer_norm_ffn(
+            scalar, R(8), None, F, None, F, None
+        ),
+        f"linear_cross_entropy: x {empty}": lambda: ops.linear_cross_entropy(scalar, F, none),
+        f"layer_norm_linear: weight {flat}": lambda: ops.layer_norm_linear(
+            x, R(8), None, scalar, None
+        ),
+        f"linear_residual: weight {flat}": lambda: ops.linear_residual(x, scalar, None, x),
+        f"layer_norm_ffn: w1 {flat}": lambda: ops.layer_norm_ffn(
+            x, R(8), None, scalar, None, F, None
+        ),
+        f"linear_cross_entropy: weight {flat}": lambda: ops.linear_cross_entropy(x, scalar, none),
+        f"embedding: wpe {flat}": lambda: ops.embedding(none[None], F, scalar),
+        r"causal_attention: k must have shape .*, got \(\)": lambda: ops.causal_attention(
+            heads_of, scalar, heads_of
+        ),
+    }
+    for message, call in calls.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_what_is_no_tensor_is_refused_by_name() -> None:
+    x, F, q = R(3, 8), R(6, 8), R(1, 1, 4, 8)
+    none = torch.zeros(3, dtype=torch.int64)
+    calls: dict[str, Any] = {
+        "causal_attention: k must be a tensor, got list": lambda: ops.causal_attention(q, [1], q),
+        "causal_attention: v must be a tensor, got NoneType": lambda: ops.causal_attention(
+            q, q, None
+        ),
+        "linear_residual: weight must be a tensor, got int": lambda: ops.linear_residual(
+            x, 1, None, x
+        ),
+        "layer_norm_linear: ln_w must be a tensor, got float": lambda: ops.layer_norm_linear(
+            x, 1.0, None, F, None
+        ),
+        "linear_cross_entropy: targets must be a tensor, got list": lambda: (
+            ops.linear_cross_entropy(x, F, [0, 1, 2])
+        ),
+        "embedding: idx must be a tensor, got list": lambda: ops.embedding([[1]], F, F),
+    }
+    for message, call in calls.items():
+        with pytest.raises(TypeError, match=message):
+            call()
+    assert ops.linear_cross_entropy(x, F, none).isfinite()
+
+
+FROZEN: dict[str, Any] = {
+    "layer_norm_linear": (ops.layer_norm_linear, R(5, 8), R(8), R(8), R(6, 8), R(6)),
+    "linear_residual": (ops.linear_residual, R(5, 8), R(6, 8), R(6), R(5, 6)),
+    "layer_norm_ffn": (ops.layer_norm_ffn, R(5, 8), R(8), R(8), R(32, 8), R(32), R(8, 32), R(8)),
+    "linear_cross_entropy": (
+        lambda x, weight, ln_w, ln_b: ops.linear_cross_entropy(
+            x, weight, torch.arange(5), ln_w=ln_w, ln_b=ln_b
+        ),
+        R(5, 8), R(6, 8), R(8), R(8),
+    ),
+    "causal_attention": (ops.causal_attention, R(1, 2, 7, 8), R(1, 2, 7, 8), R(1, 2, 7, 8)),
+    "embedding": (
+        lambda wte, wpe: ops.embedding(torch.tensor([[1, 0, 3]]), wte, wpe), R(4, 8), R(3, 8),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_what_is_frozen_gets_no_gradient_and_changes_none(isa: str, name: str) -> None:
+    op, *inputs = FROZEN[name]
+
+    def gradients(frozen: set[int]) -> list[Tensor | None]:
+        leaves = [x.clone().requires_grad_(i not in frozen) for i, x in enumerate(inputs)]
+        op(*leaves).square().sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    whole = gradients(set())
+    assert all(grad is not None for grad in whole)
+    everything = set(range(len(inputs)))
+    for frozen in [{i} for i in everything] + [everything - {i} for i in everything]:
+        for i, (grad, expected) in enumerate(zip(gradients(frozen), whole, strict=True)):
+            assert (grad is None) if i in frozen else torch.equal(grad, expected)
+
+
 def test_second_derivatives_are_refused() -> None:
     leaf = R(1, 1, 6, 8).requires_grad_()
     out = ops.causal_attention(leaf, leaf, leaf)

@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gptfast.ops import select
-from gptfast.ops.common import check_dropout, check_floating, check_like, define, needs_grad
+from gptfast.ops.common import (
+    check_dropout,
+    check_floating,
+    check_like,
+    check_tensor,
+    define,
+    needs_grad,
+)
 from gptfast.ops.random import seed_tensor
 
 
@@ -143,6 +150,7 @@ def causal_attention(
     check_floating("causal_attention", "q", q, 4)
     B, H, _, D = q.shape
     select.require_fused("causal_attention", q.device.type, q.dtype, head_dim=D)
+    check_tensor("causal_attention", "k", k)
     check_like("causal_attention", "k", k, q, (B, H, k.shape[2] if k.dim() == 4 else 0, D))
     check_like("causal_attention", "v", v, q, tuple(k.shape))
     check_dropout("causal_attention", dropout_p)

@@ -29,17 +29,25 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def check_activation(op: str, name: str, x: Tensor, dims: int | None = None) -> None:
-    """Checks that `x` is what the fused kernels take, with `dims` dimensions where given."""
+    """Checks that `x` is what the fused kernels take, with `dims` dimensions, else with any."""
     check_floating(op, name, x, dims)
+    if x.dim() == 0:
+        raise ValueError(f"{op}: {name} must have at least 1 dimension, got shape ()")
     select.require_fused(op, x.device.type, x.dtype)
 
 
 def check_floating(op: str, name: str, x: Tensor, dims: int | None = None) -> None:
     """Checks that `x` is a tensor of floating-point numbers, of `dims` dimensions where given."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    check_tensor(op, name, x)
     if not x.dtype.is_floating_point:
         raise TypeError(f"{op}: {name} must be a floating-point tensor, got {x.dtype}")
+    check_tensor(op, name, x, dims)
+
+
+def check_tensor(op: str, name: str, x: Tensor, dims: int | None = None) -> None:
+    """Checks that `x` is a tensor, of `dims` dimensions where given."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
     if dims is not None and x.dim() != dims:
         raise ValueError(f"{op}: {name} must have {dims} dimensions, got shape {tuple(x.shape)}")
 
@@ -67,7 +75,8 @@ def check_param(op: str, name: str, x: Tensor | None, like: Tensor, shape: tuple
 
 
 def check_shape(op: str, name: str, x: Tensor, shape: tuple[int, ...]) -> None:
-    """Checks a tensor's shape."""
+    """Checks that `x` is a tensor of this shape."""
+    check_tensor(op, name, x)
     if tuple(x.shape) != shape:
         raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(x.shape)}")
 
@@ -76,6 +85,7 @@ def check_indices(
     op: str, name: str, x: Tensor, like: Tensor, shape: tuple[int, ...] | None = None
 ) -> None:
     """Checks that a tensor holds int64 indices where `like` is; the kernels check their range."""
+    check_tensor(op, name, x)
     if x.dtype != torch.int64:
         raise TypeError(f"{op}: {name} must be torch.int64, got {x.dtype}")
     if x.device != like.device:

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gptfast.ops.common import check_activation, check_indices, check_param, define, needs_grad
+from gptfast.ops.common import (
+    check_activation,
+    check_indices,
+    check_param,
+    check_tensor,
+    define,
+    needs_grad,
+)
 from gptfast.ops.linear import absent_to_none, fake_grad
 
 
@@ -91,6 +98,7 @@ def linear_cross_entropy(
     """
     op = "linear_cross_entropy"
     check_activation(op, "x", x)
+    check_tensor(op, "weight", weight, 2)
     K = x.shape[-1]
     check_param(op, "weight", weight, x, (weight.shape[0], K))
     check_param(op, "ln_w", ln_w, x, (K,))

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gptfast.ops.common import check_activation, check_dropout, check_indices, check_param, define
+from gptfast.ops.common import (
+    check_activation,
+    check_dropout,
+    check_indices,
+    check_param,
+    check_tensor,
+    define,
+)
 from gptfast.ops.random import seed_tensor
 
 
@@ -77,7 +84,7 @@ def embedding(
         idx: (B, T), int64 in [0, V), T at most wpe's rows.
         wte: (V, C), contiguous, float32 or bfloat16.
         wpe: (block_size, C), float32 or wte's dtype.
-        padding_idx: The row of wte that gets no gradient.
+        padding_idx: The row of wte that gets no gradient, in [0, V); None: every row gets one.
         dropout_p: Probability, in [0, 1], of an element to be dropped.
         seed: Key of the dropout mask, () int64 or an int; drawn from torch's default generator when
             None.
@@ -96,11 +103,16 @@ def embedding(
     check_activation(op, "wte", wte, 2)
     check_param(op, "wte", wte, wte, tuple(wte.shape))
     check_indices(op, "idx", idx, wte)
+    check_tensor(op, "wpe", wpe, 2)
     if idx.dim() != 2 or idx.shape[1] > wpe.shape[0]:
         raise ValueError(
             f"{op}: idx must be (B, T) with T at most {wpe.shape[0]}, got shape {tuple(idx.shape)}"
         )
     check_param(op, "wpe", wpe, wte, (wpe.shape[0], wte.shape[1]))
+    if padding_idx is not None and not 0 <= padding_idx < wte.shape[0]:
+        raise ValueError(
+            f"{op}: padding_idx must be None or in [0, {wte.shape[0]}), got {padding_idx}"
+        )
     check_dropout(op, dropout_p)
     key = seed_tensor(seed) if dropout_p > 0.0 else None
     padding = -1 if padding_idx is None else padding_idx

@@ -14,6 +14,7 @@ from gptfast.ops.common import (
     check_choice,
     check_dropout,
     check_param,
+    check_tensor,
     define,
     needs_grad,
 )
@@ -117,6 +118,7 @@ def layer_norm_ffn(
     """
     op = "layer_norm_ffn"
     check_activation(op, "x", x)
+    check_tensor(op, "w1", w1, 2)
     C, F = x.shape[-1], w1.shape[0]
     check_param(op, "ln_w", ln_w, x, (C,))
     check_param(op, "ln_b", ln_b, x, (C,))

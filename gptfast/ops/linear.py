@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gptfast.ops.common import check_activation, check_like, check_param, define
+from gptfast.ops.common import check_activation, check_like, check_param, check_tensor, define
 
 
 def absent_to_none(
@@ -96,6 +96,7 @@ def layer_norm_linear(
     """
     op = "layer_norm_linear"
     check_activation(op, "x", x)
+    check_tensor(op, "weight", weight, 2)
     K, N = x.shape[-1], weight.shape[0]
     check_param(op, "ln_w", ln_w, x, (K,))
     check_param(op, "ln_b", ln_b, x, (K,))
@@ -118,6 +119,7 @@ def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
     """
     op = "linear_residual"
     check_activation(op, "x", x)
+    check_tensor(op, "weight", weight, 2)
     N = weight.shape[0]
     check_param(op, "weight", weight, x, (N, x.shape[-1]))
     check_param(op, "bias", bias, x, (N,))

@@ -155,12 +155,14 @@ def embedding(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See `gptfast.ops.embedding`."""
+    V = wte.shape[0]
+    if padding_idx is not None and not 0 <= padding_idx < V:
+        raise ValueError(f"embedding: padding_idx must be None or in [0, {V}), got {padding_idx}")
     # A compiled graph cannot branch on values; there the lookup itself reports them.
     known = torch.compiler.is_compiling() or not idx.numel()
-    if not known and not (0 <= int(idx.min()) and int(idx.max()) < wte.shape[0]):
+    if not known and not (0 <= int(idx.min()) and int(idx.max()) < V):
         raise ValueError(
-            f"embedding: idx must be in [0, {wte.shape[0]}), got {int(idx.min())} to"
-            f" {int(idx.max())}"
+            f"embedding: idx must be in [0, {V}), got {int(idx.min())} to {int(idx.max())}"
         )
     with torch.autocast(idx.device.type, enabled=False):
         x = F.embedding(idx, wte, padding_idx) + wpe[: idx.shape[-1]]
