@@ -1,4 +1,4 @@
-"""Causal attention: gptfast against torch's scaled_dot_product_attention and FlexAttention.
+"""Causal attention: gptfast against torch's SDPA, nn.MultiheadAttention and FlexAttention.
 
 Letters: B batch, H heads, T time, D head_dim, C n_embd.
 """

@@ -42,8 +42,8 @@ Ffn forward(const Shape& s, const Inputs& in) {
   return a;
 }
 
-// As in generation: from packed weights, nothing kept for a backward.
-// The same from weights rounded to what the packed ones are kept in.
+// As in generation: from packed weights, nothing kept for a backward. Weights that are rounded to
+// what the packed ones are kept in must give the same.
 void run_packed(Ffn a, const Inputs& in, const Kernels& kernels, const Parallel& parallel) {
   Buffer again(a.M * a.C, a.dtype), y(a.M * a.C, a.dtype);
   Buffer rounded1(a.F * a.C, a.dtype), rounded2(a.C * a.F, a.dtype);
