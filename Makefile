@@ -28,13 +28,14 @@ test-amx:
 	cd $(EMULATED) && $(PYTHON) -m pytest -k amx tests
 
 # Kernels and engine under AddressSanitizer and UBSan, on shapes where they could miss an end, and
-# under ThreadSanitizer; each group of cases is a process of its own.
+# under ThreadSanitizer; each group of cases, all or those named in CASES, is a process of its own.
 asan: SANITIZERS = address,undefined
 tsan: SANITIZERS = thread
 asan tsan:
 	$(PYTHON) tests/sanitize/build.py build/$@ $(SANITIZERS)
 	build/$@/harness list > build/$@/groups
-	xargs -n 1 -P $${MAX_JOBS:-$$(nproc)} build/$@/harness < build/$@/groups
+	echo $(or $(CASES),$$(cat build/$@/groups)) | \
+		xargs -n 1 -P $${MAX_JOBS:-$$(nproc)} build/$@/harness
 
 # Each script in a process of its own. The pictures are to be looked at, not committed. TEXT is
 # Shakespeare as a file, where it cannot be downloaded.

@@ -7,6 +7,7 @@ Letters: B batch, T time, C n_embd, V vocab_size, L layers.
 """
 
 import functools
+import math
 import statistics
 import sys
 import time
@@ -31,7 +32,7 @@ from gptfast.reference_loop import reference_model
 # How far below the largest logit of the float64 model a token's may lie, relative to the size of
 # the logits, to be the likeliest token but for rounding.
 NEARLY_LIKELIEST = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.15}
-VERIFIED_TEXTS, LATENCY_TOKENS = 2, 100
+VERIFIED_TEXTS, LATENCY_STEPS, LATENCY_SECONDS = 2, 200, 3.0
 BANDWIDTH_BYTES = 1 << 29
 
 
@@ -147,16 +148,20 @@ def makers(shape: Shape, dtype: str) -> dict[str, Callable[[], Generate]]:
         )
     # It has no bfloat16 on processors without AMX. On GPUs it is another build.
     on_cpu = model.wte.weight.is_cpu
-    if on_cpu and dtype != "bf16" and generation_peers.installed("ctranslate2"):
-        kind = {"fp32": "float32", "int8": "int8_float32"}[dtype]
-        found["CTranslate2"] = lambda: generation_peers.apart(
-            generation_peers.ctranslate2_generate, model, kind, prompt, new
-        )
-    if on_cpu and generation_peers.installed("llama_cpp", "gguf"):
-        file_type = {"fp32": "F32", "bf16": "BF16", "int8": "Q8_0"}[dtype]
-        found["llama.cpp"] = lambda: generation_peers.llama_cpp_generate(
-            model, file_type, prompt, new
-        )
+    # One thread may be faster where the model is small.
+    counts = {"": torch.get_num_threads()} | ({", 1 thread": 1} if shape.name == "S" else {})
+    for suffix, threads in counts.items():
+        if on_cpu and dtype != "bf16" and generation_peers.installed("ctranslate2"):
+            kind = {"fp32": "float32", "int8": "int8_float32"}[dtype]
+            found[f"CTranslate2{suffix}"] = functools.partial(
+                generation_peers.apart,
+                *(generation_peers.ctranslate2_generate, model, kind, prompt, new, threads),
+            )
+        if on_cpu and generation_peers.installed("llama_cpp", "gguf"):
+            file_type = {"fp32": "F32", "bf16": "BF16", "int8": "Q8_0"}[dtype]
+            found[f"llama.cpp{suffix}"] = functools.partial(
+                generation_peers.llama_cpp_generate, model, file_type, prompt, new, threads
+            )
     return found
 
 
@@ -168,7 +173,8 @@ def step(shape: Shape, dtype: str) -> Case:
         shape.flops,
         functools.partial(verify, shape, dtype, contenders),
         other_dtype=("course fp32",) if dtype != "fp32" else (),
-        rests={"CTranslate2": 0.3},  # its OpenMP keeps its threads awake for 0.2 seconds
+        # Its OpenMP keeps its threads awake for 0.2 seconds.
+        rests={name: 0.3 for name in contenders if name.startswith("CTranslate2")},
         details=functools.partial(details, shape, dtype),
     )
 
@@ -180,7 +186,7 @@ def verify(shape: Shape, dtype: str, contenders: dict[str, Generate]) -> None:
     prompt, rows = prompt_of(shape).tolist(), range(min(VERIFIED_TEXTS, shape.batch))
     for name, contender in contenders.items():
         kind = "fp32" if name == "course fp32" else dtype
-        oracle = rounded if name in (OURS, "CTranslate2") else exact
+        oracle = rounded if name == OURS or name.startswith("CTranslate2") else exact
         tokens = contender()
         assert [len(row) for row in tokens] == [shape.new] * shape.batch, f"{name}: other lengths"
         for row in rows:
@@ -225,26 +231,35 @@ def details(shape: Shape, dtype: str, seconds: float) -> dict[str, float]:
         "tokens/s": shape.batch * shape.new / seconds,
         "cache, MiB": engine.cache_bytes / 2**20,
     }
-    if shape.past and shape.batch > 1:
-        return found  # a step is many calls of the engine there
-    engine.run(0.0)
-    first = time.perf_counter() - start
+    first = time.perf_counter() - start + one_step(engine, shape.batch, 1)
     steps: list[float] = []
-    more = shape.new > 1
-    while more and len(steps) < LATENCY_TOKENS:
-        start = time.perf_counter()
-        more = engine.run(0.0)
-        steps.append(time.perf_counter() - start)
+    while len(steps) < LATENCY_STEPS and sum(steps) < LATENCY_SECONDS:
+        token = 2 + len(steps) % (shape.new - 1)
+        if token == 2 and steps:
+            engine = Engine(packed, request)
+            one_step(engine, shape.batch, 1)
+        steps.append(one_step(engine, shape.batch, token))
     size = {"fp32": 1.0, "bf16": 0.5, "int8": 0.25}[dtype] * shape.weight_bytes
     p50 = statistics.median(steps)
     found |= {
         "first token, ms": 1e3 * first,
         "step p50, ms": 1e3 * p50,
-        "step p99, ms": 1e3 * sorted(steps)[int(0.99 * (len(steps) - 1))],
+        "step p99, ms": 1e3 * sorted(steps)[math.ceil(0.99 * len(steps)) - 1],
+        "steps": len(steps),
     }
     if shape.batch == 1 and not shape.past:
         found["of bandwidth"] = size / p50 / bandwidth()
     return found
+
+
+def one_step(engine: Engine, texts: int, tokens: int) -> float:
+    """Seconds of the engine's passes until each text has so many new tokens."""
+    seconds = 0.0
+    while not all(engine.progress(i, tokens - 1).tokens for i in range(texts)):
+        start = time.perf_counter()
+        engine.run(0.0)
+        seconds += time.perf_counter() - start
+    return seconds
 
 
 @functools.cache

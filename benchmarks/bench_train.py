@@ -133,9 +133,11 @@ def course_results(model: nn.Module, x: Tensor, y: Tensor, n_head: int) -> list[
 
 
 def verify(shape: Shape, dtype: str) -> None:
-    """Compares loss and gradients of the models from equal weights, dropout off.
+    """Compares loss and gradients of the models from equal weights.
 
-    The budget is that of the torch model which the row times: under autocast in bfloat16.
+    The budget is that of the torch model which the row times: under autocast in bfloat16. torch
+    draws dropout masks of its own, so that dropout is off there; with it, ours is compared with the
+    reference's, which draws the same.
     """
     sizes = replace(shape.model, dropout=0.0)
     torch.manual_seed(0)
@@ -163,6 +165,25 @@ def verify(shape: Shape, dtype: str) -> None:
     assert error(actual[0], oracle[0]) <= budget, f"loss: error above {budget:.3g}"
     for name, a, t, o in zip(names, actual[1:], own[1:], oracle[1:], strict=True):
         assert_budget(f"gradient of {name}", a, t, o, GRADIENT_FACTOR)
+    if shape.model.dropout > 0.0:
+        verify_dropout(shape, dtype)
+
+
+def verify_dropout(shape: Shape, dtype: str) -> None:
+    """Compares loss and gradients with those of the reference in float64, masks being equal."""
+    torch.manual_seed(0)
+    ours, reference, (x, y) = (
+        GPT(shape.model, backend="fused"), GPT(shape.model, backend="reference"), batch_of(shape)
+    )  # fmt: skip
+    reference.load_state_dict(ours.state_dict())
+    reference.double()
+    found = []
+    for model, enabled in ((ours, dtype == "bf16"), (reference, False)):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model.loss(x, y)
+        found.append(loss_and_gradients(loss, model))
+    assert_same_work(OURS, found[0], found[1], dtype)
 
 
 def step(shape: Shape, dtype: str) -> Case:

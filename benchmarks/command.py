@@ -169,6 +169,7 @@ def run(script: str, rows: list[Row], options: argparse.Namespace) -> dict[str, 
         "script": script,
         "card": show.card(),
         "peak": peaks,
+        "seconds": options.seconds,
         "rows": [],
         "failed": [],
     }

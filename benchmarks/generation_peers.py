@@ -210,8 +210,10 @@ def _serve(
                 there.send(([], f"{type(error).__name__}: {error}"))
 
 
-def ctranslate2_generate(model: GPT, compute_type: str, prompt: Tensor, new: int) -> Generate:
-    """CTranslate2 with the number of threads that torch has, all on one batch."""
+def ctranslate2_generate(
+    model: GPT, compute_type: str, prompt: Tensor, new: int, threads: int
+) -> Generate:
+    """CTranslate2, all threads on one batch."""
     import ctranslate2
     from ctranslate2.specs import transformer_spec
 
@@ -235,9 +237,7 @@ def ctranslate2_generate(model: GPT, compute_type: str, prompt: Tensor, new: int
     spec.optimize(quantization=compute_type)
     folder = Path(tempfile.mkdtemp())
     spec.save(str(folder))
-    other = ctranslate2.Generator(
-        str(folder), compute_type=compute_type, intra_threads=torch.get_num_threads()
-    )
+    other = ctranslate2.Generator(str(folder), compute_type=compute_type, intra_threads=threads)
     shutil.rmtree(folder)
     texts = [[vocabulary[token] for token in row] for row in prompt.tolist()]
 
@@ -283,8 +283,8 @@ def _fill_ctranslate2(spec: Any, original: GPT) -> None:
         linear(to.ffn.linear_1, block.mlp.c_proj)
 
 
-def llama_cpp_generate(model: GPT, kind: str, prompt: Tensor, new: int) -> Generate:
-    """llama.cpp with the number of threads that torch has, a sequence per text.
+def llama_cpp_generate(model: GPT, kind: str, prompt: Tensor, new: int, threads: int) -> Generate:
+    """llama.cpp, a sequence per text.
 
     `kind` is that of the matrices: F32, BF16 or Q8_0. Keys and values are in float16, its default
     and its fastest. Its GELU is always that by tanh, from a table in float16, which moves the
@@ -303,7 +303,7 @@ def llama_cpp_generate(model: GPT, kind: str, prompt: Tensor, new: int) -> Gener
     assert other, "llama.cpp cannot load the model"
     options = llama_cpp.llama_context_default_params()
     options.n_seq_max, options.n_batch, options.n_ctx = B, B * T, B * (T + new)
-    options.n_threads = options.n_threads_batch = torch.get_num_threads()
+    options.n_threads = options.n_threads_batch = threads
     context = llama_cpp.llama_init_from_model(other, options)
     assert context, "llama.cpp cannot make a context"
     memory = llama_cpp.llama_get_memory(context)

@@ -1,9 +1,13 @@
 """Generation: the cached engine against the uncached loop; windows, draws, stops, streams."""
 
 import signal
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -167,6 +171,33 @@ def test_the_cache_stays_within_its_budget(budget: int, overflow: str) -> None:
     request = make_request(packed, [[1, 2, 3]] * 300, max_new_tokens=50, **options)
     assert 0.6 * min(budget, 256 * packed.row_bytes(37)) < Engine(packed, request).cache_bytes
     assert Engine(packed, request).cache_bytes <= budget
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_peak_memory_is_the_budget_and_what_the_texts_take() -> None:
+    """In a process of its own, whose memory nothing else has grown before."""
+    program = """
+        from pathlib import Path
+        import gptfast
+        def kib(name):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return next(int(line.split()[1]) for line in lines if line.startswith(name))
+        def generate(prompts, budget):
+            gptfast.generate(packed, prompts, max_new_tokens=60, max_cache_bytes=budget)
+        config = gptfast.GPTConfig(block_size=64, vocab_size=66, n_layer=2, n_head=2, n_embd=128)
+        packed = gptfast.pack(gptfast.GPT(config))
+        generate([[1], [2]], 1 << 20)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+        before = kib("VmRSS")
+        generate([[1 + i % 60] for i in range(2000)], 16 << 20)
+        print(kib("VmHWM") - before)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True
+    )
+    # A token's place takes 24 bytes in the engine and some 100 as a result; a pass's activations
+    # are those of 128 rows.
+    assert 16 < int(done.stdout) / 1024 < 16 + 2000 * 61 * 124 / 2**20 + 12
 
 
 @pytest.mark.parametrize("dtype", (None, "bf16", "int8"))
