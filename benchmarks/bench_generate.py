@@ -149,19 +149,22 @@ def makers(shape: Shape, dtype: str) -> dict[str, Callable[[], Generate]]:
     # It has no bfloat16 on processors without AMX. On GPUs it is another build.
     on_cpu = model.wte.weight.is_cpu
     # One thread may be faster where the model is small.
-    counts = {"": torch.get_num_threads()} | ({", 1 thread": 1} if shape.name == "S" else {})
-    for suffix, threads in counts.items():
-        if on_cpu and dtype != "bf16" and generation_peers.installed("ctranslate2"):
-            kind = {"fp32": "float32", "int8": "int8_float32"}[dtype]
-            found[f"CTranslate2{suffix}"] = functools.partial(
-                generation_peers.apart,
-                *(generation_peers.ctranslate2_generate, model, kind, prompt, new, threads),
-            )
-        if on_cpu and generation_peers.installed("llama_cpp", "gguf"):
-            file_type = {"fp32": "F32", "bf16": "BF16", "int8": "Q8_0"}[dtype]
-            found[f"llama.cpp{suffix}"] = functools.partial(
-                generation_peers.llama_cpp_generate, model, file_type, prompt, new, threads
-            )
+    most = torch.get_num_threads()
+    counts = {most, 1} if shape.name == "S" else {most}
+    if on_cpu and dtype != "bf16" and generation_peers.installed("ctranslate2"):
+        kind = {"fp32": "float32", "int8": "int8_float32"}[dtype]
+        make = generation_peers.ctranslate2_generate
+        found["CTranslate2"] = lambda: generation_peers.fastest(
+            lambda threads: generation_peers.apart(make, model, kind, prompt, new, threads), counts
+        )
+    if on_cpu and generation_peers.installed("llama_cpp", "gguf"):
+        file_type = {"fp32": "F32", "bf16": "BF16", "int8": "Q8_0"}[dtype]
+        found["llama.cpp"] = lambda: generation_peers.fastest(
+            lambda threads: generation_peers.llama_cpp_generate(
+                model, file_type, prompt, new, threads
+            ),
+            counts,
+        )
     return found
 
 
@@ -174,7 +177,7 @@ def step(shape: Shape, dtype: str) -> Case:
         functools.partial(verify, shape, dtype, contenders),
         other_dtype=("course fp32",) if dtype != "fp32" else (),
         # Its OpenMP keeps its threads awake for 0.2 seconds.
-        rests={name: 0.3 for name in contenders if name.startswith("CTranslate2")},
+        rests={"CTranslate2": 0.3},
         details=functools.partial(details, shape, dtype),
     )
 
@@ -186,7 +189,7 @@ def verify(shape: Shape, dtype: str, contenders: dict[str, Generate]) -> None:
     prompt, rows = prompt_of(shape).tolist(), range(min(VERIFIED_TEXTS, shape.batch))
     for name, contender in contenders.items():
         kind = "fp32" if name == "course fp32" else dtype
-        oracle = rounded if name == OURS or name.startswith("CTranslate2") else exact
+        oracle = rounded if name in (OURS, "CTranslate2") else exact
         tokens = contender()
         assert [len(row) for row in tokens] == [shape.new] * shape.batch, f"{name}: other lengths"
         for row in rows:

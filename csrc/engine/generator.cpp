@@ -14,6 +14,29 @@ namespace {
 // activations to stay in the outer cache.
 constexpr int64_t most_tokens = 1024;
 
+using Clock = std::chrono::steady_clock;
+
+// Whether one thread computes a pass of little work, or all of them: to hand a loop to another core
+// takes as long as the loop, or a third of that, depending on which cores these are. The way that
+// was quicker goes on; both are looked at from time to time.
+class Pace {
+ public:
+  bool alone() const { return looks(0) ? false : looks(1) ? true : best_[1] < best_[0]; }
+  void took(double seconds) {
+    double& best = best_[alone()];
+    if (turn_ % look == 0 && turn_ < 2 * look) best = seconds;
+    if (turn_ < 2 * look) best = std::min(best, seconds);
+    turn_ = (turn_ + 1) % period;
+  }
+
+ private:
+  static constexpr int look = 3, period = 200;  // passes; a thread that slept misses the first
+  bool looks(int way) const { return turn_ / look == way; }
+
+  int turn_ = 0;
+  double best_[2] = {};
+};
+
 class Generator {
  public:
   Generator(const Kernels& kernels, const Decoder& model, const KeyValueCache& cache,
@@ -61,9 +84,9 @@ class Generator {
 
  private:
   static State state(const Sequence& s) { return static_cast<State>(s.state); }
-  bool time_is_up() const {
-    const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - start_;
-    return passed.count() >= options_.seconds;
+  bool time_is_up() const { return seconds_since(start_) >= options_.seconds; }
+  static double seconds_since(Clock::time_point start) {
+    return std::chrono::duration<double>(Clock::now() - start).count();
   }
   int64_t unfinished() const { return static_cast<int64_t>(running_.size() + waiting_.size()); }
 
@@ -165,6 +188,12 @@ class Generator {
     }
     const DecoderBatch batch = {count, tokens_.data(), starts_.data(), row_.data(), cached_.data()};
     fill_table(kernels_, model_, batch, table_, parallel_);
+    constexpr int64_t little = int64_t{2} << 20;  // bytes of weights, once per token
+    if (count < parallel_.threads && batch.count() * model_.block_bytes() <= little) {
+      const Clock::time_point start = Clock::now();
+      extend(batch, chosen, pace_.alone() ? in_turn : parallel_);
+      return pace_.took(seconds_since(start));
+    }
     for_parts(model_, batch, parallel_,
               [&](const DecoderBatch& part, int64_t first, const Parallel& parallel) {
                 extend(part, chosen + first, parallel);
@@ -244,7 +273,8 @@ class Generator {
   const Sequences& sequences_;
   const GeneratorOptions& options_;
   const Parallel& parallel_;
-  const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+  const Clock::time_point start_ = Clock::now();
+  Pace pace_;
   std::vector<int64_t> running_, waiting_, free_rows_;
   std::vector<int64_t> holder_;  // whose keys and values a row of the cache has; -1: unknown
   std::vector<int64_t> tokens_, starts_, row_, cached_;

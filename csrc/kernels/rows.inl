@@ -10,7 +10,7 @@ inline T* take(Frame& frame, int64_t count) {
 // join in. `work` is the bytes that all multiplications read of one operand: by few rows, a product
 // takes as long as reading its weight.
 inline int64_t tasks_worth_a_thread(int64_t tasks, int64_t work) {
-  constexpr int64_t worth = int64_t{1} << 17;
+  constexpr int64_t worth = int64_t{1} << 16;
   return max(1, min(tasks, divide_up(tasks * worth, max(1, work))));
 }
 
