@@ -40,7 +40,7 @@ struct FfnOperands {
         w2(weight_transposed<T>(s.w2, s.C, s.F, frame, parallel)) {}
 };
 
-// y = x + c + b2 for whole rows, after dropout.
+// y = x + dropout(c scales + b2) for whole rows, columns [c0, c0 + n).
 template <class T>
 inline void finish_ffn(const Ffn& s, const FfnOperands<T>& with, int64_t m0, int64_t rows,
                        int64_t c0, int64_t n, float* c, int64_t ld) {

@@ -111,7 +111,7 @@ inline Microkernel<P> microkernel_of(int64_t m, int64_t n) {
   return n <= W ? narrow_ones.rows[m] : wide_ones.rows[m];
 }
 
-// The vectors that a product reads of B, dense or as bytes (pack.inl), and the step
+// The vectors that a product reads of B, dense or narrower (pack.inl), and the step
 //   acc += sum_e x_e b_e
 // of KU products that the microkernels do for each row.
 template <class P>

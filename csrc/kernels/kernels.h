@@ -1,6 +1,7 @@
 // The table of CPU kernels: one instance per instruction set, chosen once by dispatch.cpp.
 //
-// Kernels see raw pointers, sizes and strides, and a Parallel to run tasks on; no torch, no STL.
+// Kernels see raw pointers, sizes and strides, and a Parallel to run tasks on; no torch, and no
+// templates of the standard library.
 // They throw std::bad_alloc alone. Arguments are checked one layer up (csrc/ops). Sizes and strides
 // are counted in elements.
 //

@@ -102,8 +102,7 @@ inline void transpose(VF (&r)[W]) {
   if constexpr (W > 8) transpose_stage<8 % W>(r);
 }
 
-// W units (KU elements each) of a row, of which `count` elements exist, as 32-bit lanes; the rest
-// is zero.
+// The first W elements of a row, of which `count` exist; the rest is zero.
 template <class S>
 inline VF load_count(const S* p, int64_t count) {
   if (count >= W) return load(p, Full{});
@@ -118,6 +117,7 @@ inline VH load_raw(const bf16* p, int64_t count) {
     __builtin_memcpy(&x, p, static_cast<size_t>(count) * sizeof *p);
   return x;
 }
+// W units (KU elements each) of a row, of which `count` elements exist, as 32-bit lanes.
 template <class S>
 inline VF load_units(const S* p, int64_t count, float) {
   return load_count(p, count);

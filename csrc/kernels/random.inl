@@ -1,8 +1,8 @@
-// Dropout masks by Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
-// 2011).
+// Random numbers by Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+// SC 2011), which dropout masks and sampling are made of.
 //
-// Element (i, j) of matrix n takes 16 bits of the block with counter (j, i / 8, n, stream) and key
-// = seed: half i % 2 of word (i % 8) / 2. It is dropped when they are below the threshold,
+// A mask's element (i, j) of matrix n takes 16 bits of the block with counter (j, i / 8, n, stream)
+// and key = seed: half i % 2 of word (i % 8) / 2. It is dropped when they are below the threshold,
 // round(65536 p), and otherwise kept times 1 / (1 - threshold / 65536). One block so serves 8 rows
 // of a column, W columns at a time.
 

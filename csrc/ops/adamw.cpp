@@ -1,5 +1,6 @@
 // The optimiser's step over all parameters: clipping and AdamW.
 #include <cmath>
+#include <vector>
 
 #include "common.h"
 

@@ -1,7 +1,9 @@
 // Causal attention on separate q, k, v (B, H, T, D), and on the packed projection qkv (B, T, 3 C).
 // Outputs lie as (B, T, H, D), so that (B, T, C) is a view of them; gradients as what they belong
 // to.
+#include <cmath>
 #include <tuple>
+#include <utility>
 
 #include "common.h"
 

@@ -1,6 +1,7 @@
 // Linear layers with an optional LayerNorm before and an optional residual after. Absent results
 // are empty tensors.
 #include <tuple>
+#include <vector>
 
 #include "common.h"
 
