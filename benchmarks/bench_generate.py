@@ -136,7 +136,7 @@ def makers(shape: Shape, dtype: str) -> dict[str, Callable[[], Generate]]:
     if shape.name != "L":
         name = "course" if dtype == "fp32" else "course fp32"
         found[name] = lambda: generation_peers.course_loop(model, prompt, new)
-    if dtype != "int8":
+    if dtype != "int8" and not (shape.name == "L" and shape.batch > 8):  # minutes each
         found["SDPA loop"] = lambda: generation_peers.sdpa_loop(model, dtype, prompt, new)
     if shape.past:
         return found
