@@ -150,7 +150,7 @@ def makers(shape: Shape, dtype: str) -> dict[str, Callable[[], Generate]]:
     on_cpu = model.wte.weight.is_cpu
     # One thread may be faster where the model is small.
     most = torch.get_num_threads()
-    counts = {most, 1} if shape.name == "S" else {most}
+    counts = (1, most) if shape.name == "S" else (most,)
     if on_cpu and dtype != "bf16" and generation_peers.installed("ctranslate2"):
         kind = {"fp32": "float32", "int8": "int8_float32"}[dtype]
         make = generation_peers.ctranslate2_generate

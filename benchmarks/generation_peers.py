@@ -11,9 +11,9 @@ import logging
 import multiprocessing
 import shutil
 import tempfile
-import time
+import timeit
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -211,19 +211,15 @@ def _serve(
                 there.send(([], f"{type(error).__name__}: {error}"))
 
 
-def fastest(make: Callable[[int], Generate], thread_counts: Iterable[int]) -> Generate:
+def fastest(make: Callable[[int], Generate], thread_counts: Sequence[int]) -> Generate:
     """The contender with the number of threads that serves it best; the others are given up."""
-    best: tuple[float, Generate] | None = None
-    for threads in thread_counts:
-        run, seconds = make(threads), []
-        for _ in range(4):
-            start = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - start)
-        if best is None or min(seconds) < best[0]:
-            best = min(seconds), run
-    assert best is not None
-    return best[1]
+    if len(thread_counts) == 1:
+        return make(thread_counts[0])
+
+    def seconds(run: Generate) -> float:
+        return min(timeit.repeat(run, number=1, repeat=4))
+
+    return min(map(make, thread_counts), key=seconds)
 
 
 def ctranslate2_generate(
