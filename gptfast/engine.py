@@ -191,25 +191,20 @@ class Engine:
     def __init__(self, model: PackedModel, request: Request) -> None:
         self._request, self._model = request, model
         config, sampling = model.config, request.sampling
-        prompts = [np.array(prompt, dtype=np.int64) for prompt in request.prompts]
-        lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
-        limits = lengths + request.max_new_tokens
-        self._sequences = np.zeros((len(prompts), len(ops.FIELDS)), dtype=np.int64)
-        self._set("begin", np.cumsum(limits) - limits)
-        self._set("length", lengths)
-        self._set("prompt", lengths)
-        self._set("limit", limits)
-        self._set("seed", np.array(request.seeds, dtype=np.int64))
-        self._set("number", np.array(request.numbers, dtype=np.int64))
-        first: dict[bytes, int] = {}
-        self._set("twin", [first.setdefault(p.tobytes(), i) for i, p in enumerate(prompts)])
-        if request.max_new_tokens == 0:
-            self._set("state", _STATE["length"])
-
-        places = int(limits.sum())
+        # In plain Python: for a prompt or two, a dozen calls of numpy take longer.
+        state = _STATE["waiting" if request.max_new_tokens > 0 else "length"]
+        rows: list[tuple[int, ...]] = []  # of ops.FIELDS
+        places, first = 0, dict[tuple[int, ...], int]()
+        prompts = zip(request.prompts, request.seeds, request.numbers, strict=True)
+        for i, (prompt, seed, number) in enumerate(prompts):
+            length, twin = len(prompt), first.setdefault(tuple(prompt), i)
+            limit = length + request.max_new_tokens
+            rows.append((places, length, length, limit, 0, 0, 0, state, seed, number, twin))
+            places += limit
+        self._sequences = np.array(rows, dtype=np.int64).reshape(-1, len(ops.FIELDS))
         self._tokens = np.zeros(places, dtype=np.int64)
-        for begin, prompt in zip(self._sequences[:, _COLUMN["begin"]], prompts, strict=True):
-            self._tokens[begin : begin + len(prompt)] = prompt
+        for (begin, length, *_), prompt in zip(rows, request.prompts, strict=True):
+            self._tokens[begin : begin + length] = prompt
         self._logprobs = np.zeros(places, dtype=np.float32)
         self._alternative = np.zeros((places, request.alternatives), dtype=np.int64)
         self._alternative_logprob = np.zeros((places, request.alternatives), dtype=np.float32)
@@ -223,12 +218,12 @@ class Engine:
                 self._alternative_logprob,
             )
         ]
-        self._reported = np.zeros((len(prompts), 2), dtype=np.int64)
-        longest = int(limits.max(initial=1)) - 1
+        self._reported = np.zeros((len(rows), 2), dtype=np.int64)
+        longest = max((row[3] for row in rows), default=1) - 1
         window = config.block_size if config.attention else 1  # the rest would never be read
         self._capacity = max(1, min(window, longest))
         self._table = self._new_table(longest > config.block_size)
-        self._cache = self._model.new_cache(self._rows(len(prompts)), self._capacity)
+        self._cache = self._model.new_cache(self._rows(len(rows)), self._capacity)
         self._stops = [
             _whole_numbers(request.stop_tokens),
             *_bytes(request.stop_strings),
@@ -267,20 +262,19 @@ class Engine:
             int(self._sequences[i, _COLUMN[name]]) for name in ("begin", "length", "prompt")
         )
         places = slice(begin + prompt + first, begin + length)
-        alternatives = [
-            list(zip(tokens, logprobs, strict=True))
+        found = Progress(
+            ops.STATES[self._sequences[i, _COLUMN["state"]]],
+            self._tokens[places].tolist(),
+            self._logprobs[places].tolist(),
+        )
+        if self._request.alternatives:
             for tokens, logprobs in zip(
                 self._alternative[places].tolist(),
                 self._alternative_logprob[places].tolist(),
                 strict=True,
-            )
-        ]
-        return Progress(
-            ops.STATES[self._sequences[i, _COLUMN["state"]]],
-            self._tokens[places].tolist(),
-            self._logprobs[places].tolist(),
-            alternatives if self._request.alternatives else [],
-        )
+            ):
+                found.alternatives.append(list(zip(tokens, logprobs, strict=True)))
+        return found
 
     @property
     def cache_bytes(self) -> int:
@@ -293,9 +287,6 @@ class Engine:
         found = np.flatnonzero((now != self._reported).any(axis=1)).tolist()
         self._reported = now
         return found
-
-    def _set(self, field: str, values: np.ndarray | list[int] | int) -> None:
-        self._sequences[:, _COLUMN[field]] = values
 
     def _new_table(self, slides: bool) -> list[Tensor]:
         """Memory for what the first layer gives for each (token, position), where that pays."""

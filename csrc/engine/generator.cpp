@@ -50,12 +50,10 @@ class Generator {
         options_(options),
         parallel_(parallel),
         holder_(static_cast<size_t>(cache.rows), -1) {
-    std::vector<bool> taken(static_cast<size_t>(cache.rows));
     for (int64_t i = 0; i < sequences.count; ++i) {
       const Sequence& s = sequences.all[i];
       if (state(s) == State::running) {
         running_.push_back(i);
-        taken[static_cast<size_t>(s.row)] = true;
         holder_[static_cast<size_t>(s.row)] = i;
       }
       if (state(s) == State::waiting) waiting_.push_back(i);
@@ -68,7 +66,7 @@ class Generator {
     std::stable_sort(running_.begin(), running_.end(),
                      [&](int64_t a, int64_t b) { return generated(a) < generated(b); });
     for (int64_t row = cache.rows - 1; row >= 0; --row)
-      if (!taken[static_cast<size_t>(row)]) free_rows_.push_back(row);
+      if (holder_[static_cast<size_t>(row)] < 0) free_rows_.push_back(row);
   }
 
   int64_t run() {
@@ -136,7 +134,7 @@ class Generator {
       const Sequence& twin = sequences_.all[other];
       if (twin.twin != s.twin || twin.offset != s.offset) continue;
       if (twin.cached < shared && state(twin) == State::running) return false;
-      if (twin.cached < shared) continue;
+      if (twin.cached < shared) continue;  // it ended before it computed any
       if (twin.row != s.row)
         copy_cached(kernels_, model_, cache_, twin.row, s.row, shared, parallel_);
       s.cached = shared;

@@ -16,6 +16,26 @@ inline int64_t first_query(const Attention& s, int64_t block) {
   return block == 0 ? 0 : max(0, block * KEYS - (s.Tk - s.Tq)) / QUERIES * QUERIES;
 }
 
+inline bool in_one_block(const Attention& s, int64_t query) {
+  return visible_keys(s, query) <= KEYS;
+}
+
+// delta of the queries first .. last of a head, (Tq,), for those that have it as the second sum.
+template <class T>
+inline void sum_deltas(const AttentionGrad& grad, int64_t head, int64_t first, int64_t last,
+                       float* delta) {
+  const Attention& s = grad.forward;
+  const Head<T> out(s.out, head / s.H, head % s.H), dout(grad.dout, head / s.H, head % s.H);
+  for (int64_t i = first; i < last; ++i) {
+    if (in_one_block(s, i)) continue;
+    VF total = splat(0.0f);
+    for_vectors(s.D, [&](int64_t j, auto part) {
+      total += load(dout.at(i) + j, part) * load(out.at(i) + j, part);
+    });
+    delta[i] = sum(total);
+  }
+}
+
 template <class T>
 struct AttentionGradTask {
   using P = typename OperandOf<T>::type;
@@ -24,11 +44,12 @@ struct AttentionGradTask {
   const AttentionGrad& grad;
   const Attention& s;
   int64_t head;
-  Head<T> q, k, v, out, dout, dq, dk, dv;
+  Head<T> q, k, v, dout, dq, dk, dv;
   int64_t ld;
   Frame frame;
-  float* dq_total;  // (Tq, ld)
-  float *delta, *p, *ds, *dk_total, *dv_total, *dq_tile;
+  const float* delta;  // (Tq,)
+  float* dq_total;     // (Tq, ld)
+  float *p, *ds, *dk_total, *dv_total, *dq_tile;
   P *keys_copy, *values_copy, *key_rows_copy, *q_copy, *dout_copy, *q_panels, *dout_panels, *p_copy,
       *ds_copy;
   Upcoming upcoming;
@@ -37,7 +58,6 @@ struct AttentionGradTask {
       : grad(grad),
         s(grad.forward),
         ld(padded_n<P>(s.D)),
-        delta(take<float>(frame, s.Tq)),
         p(take<float>(frame, QUERIES * SCORES)),
         ds(take<float>(frame, QUERIES * SCORES)),
         dk_total(take<float>(frame, KEYS * ld)),
@@ -56,20 +76,11 @@ struct AttentionGradTask {
   }
 
   // `dq_sums` (Tq, ld) receives the head's dQ, or what key blocks give of it.
-  void start_head(int64_t index, float* dq_sums) {
+  void start_head(int64_t index, const float* deltas, float* dq_sums) {
     const int64_t b = index / s.H, h = index % s.H;
-    head = index;
-    q = {s.q, b, h}, k = {s.k, b, h}, v = {s.v, b, h}, out = {s.out, b, h};
+    head = index, delta = deltas, dq_total = dq_sums;
+    q = {s.q, b, h}, k = {s.k, b, h}, v = {s.v, b, h};
     dout = {grad.dout, b, h}, dq = {grad.dq, b, h}, dk = {grad.dk, b, h}, dv = {grad.dv, b, h};
-    dq_total = dq_sums;
-    for (int64_t i = 0; i < s.Tq; ++i) {
-      if (in_one_block(i)) continue;
-      VF total = splat(0.0f);
-      for_vectors(s.D, [&](int64_t j, auto part) {
-        total += load(dout.at(i) + j, part) * load(out.at(i) + j, part);
-      });
-      delta[i] = sum(total);
-    }
   }
 
   void expect_next(int64_t index) {
@@ -78,29 +89,32 @@ struct AttentionGradTask {
     expect_head<T>({s.q, grad.dout, s.out, grad.dq}, s, index, s.Tq, upcoming);
   }
 
-  bool in_one_block(int64_t query) const { return visible_keys(s, query) <= KEYS; }
+  // A block of keys and their values, as the products read them.
+  struct KeyBlock {
+    int64_t k0, keys;
+    Rhs<P> keys_t, values_t, key_rows;
+  };
 
   // Writes dK and dV of a block, and what it gives of dQ, or adds that to what is there.
   void key_block(int64_t block, bool add) {
     const int64_t k0 = block * KEYS, keys = min(KEYS, s.Tk - k0), from = first_query(s, block);
-    const Rhs<P> keys_t = pack_transposed(k.at(k0), k.row, s.D, keys, keys_copy);
-    const Rhs<P> values_t = pack_transposed(v.at(k0), v.row, s.D, keys, values_copy);
-    const Rhs<P> key_rows = pack_straight(k.at(k0), k.row, keys, s.D, key_rows_copy);
+    const KeyBlock packed = {k0, keys, pack_transposed(k.at(k0), k.row, s.D, keys, keys_copy),
+                             pack_transposed(v.at(k0), v.row, s.D, keys, values_copy),
+                             pack_straight(k.at(k0), k.row, keys, s.D, key_rows_copy)};
     if (from >= s.Tq) {
       clear_rows(dk_total, keys);
       clear_rows(dv_total, keys);
     }
-    for (int64_t q0 = from; q0 < s.Tq; q0 += QUERIES)
-      query_block(q0, min(QUERIES, s.Tq - q0), k0, keys, keys_t, values_t, key_rows, add,
-                  q0 > from);
+    for (int64_t q0 = from; q0 < s.Tq; q0 += QUERIES) query_block(q0, packed, add, q0 > from);
     for (int64_t j = 0; j < keys; ++j) {
       copy_row(dk_total + j * ld, s.D, dk.out(k0 + j));
       copy_row(dv_total + j * ld, s.D, dv.out(k0 + j));
     }
   }
 
-  void query_block(int64_t q0, int64_t rows, int64_t k0, int64_t keys, Rhs<P> keys_t,
-                   Rhs<P> values_t, Rhs<P> key_rows, bool add_queries, bool add_keys) {
+  // Writes or adds to dQ of the queries, and dK and dV of the keys.
+  void query_block(int64_t q0, const KeyBlock& block, bool add_queries, bool add_keys) {
+    const int64_t rows = min(QUERIES, s.Tq - q0), k0 = block.k0, keys = block.keys;
     const Lhs<P> queries = lhs_rows(q.at(q0), q.row, rows, s.D, q_copy);
     const Lhs<P> douts = lhs_rows(dout.at(q0), dout.row, rows, s.D, dout_copy);
     const int64_t width = round_up(keys, W);
@@ -108,9 +122,9 @@ struct AttentionGradTask {
       const int64_t tile = min(MR, rows - r0),
                     count = min(keys, visible_keys(s, q0 + r0 + tile - 1) - k0);
       if (count > 0) {
-        gemm(tile, count, s.D, at_row(queries, r0), keys_t, p + r0 * SCORES, SCORES, false,
+        gemm(tile, count, s.D, at_row(queries, r0), block.keys_t, p + r0 * SCORES, SCORES, false,
              no_epilogue, &upcoming);
-        gemm(tile, count, s.D, at_row(douts, r0), values_t, ds + r0 * SCORES, SCORES, false,
+        gemm(tile, count, s.D, at_row(douts, r0), block.values_t, ds + r0 * SCORES, SCORES, false,
              no_epilogue, &upcoming);
       }
     }
@@ -133,8 +147,8 @@ struct AttentionGradTask {
       }
       const Lhs<P> ds_rows = lhs_rows(ds + r0 * SCORES, SCORES, tile, count, ds_copy);
       const bool apart = add_queries && starts_from_c<P>;
-      gemm(tile, s.D, count, ds_rows, key_rows, apart ? dq_tile : sums, ld, add_queries && !apart,
-           no_epilogue, &upcoming);
+      gemm(tile, s.D, count, ds_rows, block.key_rows, apart ? dq_tile : sums, ld,
+           add_queries && !apart, no_epilogue, &upcoming);
       for (int64_t j = 0; apart && j < tile * ld; j += W)
         store(sums + j, load(sums + j) + load(dq_tile + j));
     }
@@ -158,7 +172,7 @@ struct AttentionGradTask {
     alignas(64) float prob[DROPOUT_ROWS][KEYS];  // of rows whose delta is still to be known
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t query = q0 + r0 + row;
-      const bool summed = in_one_block(query);
+      const bool summed = in_one_block(s, query);
       of_row[row] = {min(keys, visible_keys(s, query) - k0), s.lse[head * s.Tq + query] * log2e,
                      summed, splat(summed ? 0.0f : delta[query])};
     }
@@ -226,9 +240,11 @@ void attention_grad_by_heads(const AttentionGrad& grad, const HeadTasks& split,
   const Attention& s = grad.forward;
   run_tasks(parallel, split.tasks, [&](int64_t task) {
     AttentionGradTask<T> backward(grad);
+    float* delta = take<float>(backward.frame, s.Tq);
     float* dq = take<float>(backward.frame, s.Tq * backward.ld);
     for (int64_t head = split.first_head(task); head < split.last_head(task); ++head) {
-      backward.start_head(head, dq);
+      sum_deltas<T>(grad, head, 0, s.Tq, delta);
+      backward.start_head(head, delta, dq);
       if (head + 1 < split.last_head(task)) backward.expect_next(head + 1);
       if (s.Tk == 0) backward.clear_rows(dq, s.Tq);
       for (int64_t block = 0; block * KEYS < s.Tk; ++block) backward.key_block(block, block > 0);
@@ -243,20 +259,29 @@ void attention_grad_by_blocks(const AttentionGrad& grad, int64_t at_once,
                               const Parallel& parallel) {
   const Attention& s = grad.forward;
   const int64_t heads = s.B * s.H, blocks = divide_up(s.Tk, KEYS);
+  const auto for_query_blocks = [&](const auto& f) {
+    run_tasks(parallel, heads * divide_up(s.Tq, QUERIES), [&](int64_t task) {
+      const int64_t q0 = task / heads * QUERIES;
+      f(task % heads, q0, min(s.Tq, q0 + QUERIES));
+    });
+  };
   const int64_t ld = padded_n<typename OperandOf<T>::type>(s.D), size = s.Tq * ld;
   Frame frame;
   float* total = take<float>(frame, heads * size);
   float* given = take<float>(frame, heads * at_once * size);
+  float* delta = take<float>(frame, heads * s.Tq);
+  for_query_blocks([&](int64_t head, int64_t first, int64_t last) {
+    sum_deltas<T>(grad, head, first, last, delta + head * s.Tq);
+  });
   for (int64_t first = 0; first < blocks; first += at_once) {
     const int64_t count = min(at_once, blocks - first);
     run_tasks(parallel, heads * count, [&](int64_t task) {
       AttentionGradTask<T> backward(grad);
-      backward.start_head(task / count, given + task * size);
+      const int64_t head = task / count;
+      backward.start_head(head, delta + head * s.Tq, given + task * size);
       backward.key_block(first + task % count, false);
     });
-    run_tasks(parallel, heads * divide_up(s.Tq, QUERIES), [&](int64_t task) {
-      const int64_t head = task % heads, q0 = task / heads * QUERIES,
-                    last = min(s.Tq, q0 + QUERIES);
+    for_query_blocks([&](int64_t head, int64_t q0, int64_t last) {
       const Head<T> dq(grad.dq, head / s.H, head % s.H);
       for (int64_t i = q0; i < last; ++i) {
         float* sums = total + head * size + i * ld;
