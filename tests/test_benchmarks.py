@@ -365,6 +365,18 @@ def test_readme_has_the_results() -> None:
     assert report.main(["--check"]) == 0
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_results_have_every_row_and_no_step_takes_more_memory_than_sdpa(name: str) -> None:
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert [(row["name"], row["dtype"]) for row in rows] == [
+        (row.name, row.dtype) for row in SCRIPTS[name].rows()
+    ]
+    for row in rows:
+        if mib := row.get("memory_mib"):
+            assert mib[OURS] <= mib["SDPA"]
+
+
 def write_result(folder: Path, **changes: Any) -> None:
     row = {"name": "abc", "dtype": "fp32", "rounds": 5, "gflop": 2.0, "gflops": 1000.0}
     row |= {
