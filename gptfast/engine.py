@@ -3,8 +3,10 @@
 Letters: L layers, C n_embd, D head_dim, T block_size, V vocab_size, N sequences.
 """
 
+from array import array
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -152,7 +154,7 @@ class PackedModel:
         stops: list[Tensor],
         capacity: int,
         *options: float,
-    ) -> int:
+    ) -> tuple[int, int]:
         """Calls ops.engine.generate with this model."""
         return ops.generate(
             state,
@@ -188,28 +190,29 @@ class PackedModel:
 class Engine:
     """The sequences of a request, in memory that the engine reads and writes; see request.Loop."""
 
+    # Plain Python, and as few calls as there may be: where other work had the caches before, each
+    # first call into a library takes as long as a token of a small model.
     def __init__(self, model: PackedModel, request: Request) -> None:
         self._request, self._model = request, model
         config, sampling = model.config, request.sampling
-        # In plain Python: for a prompt or two, a dozen calls of numpy take longer.
         state = _STATE["waiting" if request.max_new_tokens > 0 else "length"]
-        rows: list[tuple[int, ...]] = []  # of ops.FIELDS
-        places, first = 0, dict[tuple[int, ...], int]()
+        self._sequences, self._tokens = array("q"), array("q")  # (N, FIELDS), (places,)
+        new, first = array("q", bytes(8 * request.max_new_tokens)), dict[tuple[int, ...], int]()
+        longest = 0
         prompts = zip(request.prompts, request.seeds, request.numbers, strict=True)
         for i, (prompt, seed, number) in enumerate(prompts):
-            length, twin = len(prompt), first.setdefault(tuple(prompt), i)
+            begin, length, twin = len(self._tokens), len(prompt), first.setdefault(tuple(prompt), i)
             limit = length + request.max_new_tokens
-            rows.append((places, length, length, limit, 0, 0, 0, state, seed, number, twin))
-            places += limit
-        self._sequences = np.array(rows, dtype=np.int64).reshape(-1, len(ops.FIELDS))
-        self._tokens = np.zeros(places, dtype=np.int64)
-        for (begin, length, *_), prompt in zip(rows, request.prompts, strict=True):
-            self._tokens[begin : begin + length] = prompt
-        self._logprobs = np.zeros(places, dtype=np.float32)
-        self._alternative = np.zeros((places, request.alternatives), dtype=np.int64)
-        self._alternative_logprob = np.zeros((places, request.alternatives), dtype=np.float32)
+            longest = max(longest, limit - 1)
+            self._sequences.extend((begin, length, length, limit, 0, 0, 0, state, seed, number, twin))
+            self._tokens.extend(prompt)
+            self._tokens.extend(new)
+        places, likeliest = len(self._tokens), len(self._tokens) * request.alternatives
+        self._logprobs = array("f", bytes(4 * places))
+        self._alternative = array("q", bytes(8 * likeliest))
+        self._alternative_logprob = array("f", bytes(4 * likeliest))
         self._state = [
-            torch.from_numpy(each)
+            _shared(each)
             for each in (
                 self._sequences,
                 self._tokens,
@@ -218,16 +221,15 @@ class Engine:
                 self._alternative_logprob,
             )
         ]
-        self._reported = np.zeros((len(rows), 2), dtype=np.int64)
-        longest = max((row[3] for row in rows), default=1) - 1
+        self._reported: np.ndarray | int = 0  # no length is 0
         window = config.block_size if config.attention else 1  # the rest would never be read
         self._capacity = max(1, min(window, longest))
         self._table = self._new_table(longest > config.block_size)
-        self._cache = self._model.new_cache(self._rows(len(rows)), self._capacity)
+        self._cache = self._model.new_cache(self._rows(len(request.prompts)), self._capacity)
         self._stops = [
-            _whole_numbers(request.stop_tokens),
+            _shared(array("q", request.stop_tokens)),
             *_bytes(request.stop_strings),
-            *_bytes(request.pieces or []),
+            *_bytes(request.pieces or ()),
         ]
         self._options = (
             sampling.temperature,
@@ -240,9 +242,7 @@ class Engine:
 
     def run(self, seconds: float) -> bool:
         """See Loop."""
-        if not (self._sequences[:, _COLUMN["state"]] <= _STATE["running"]).any():
-            return False
-        more = self._model.generate(
+        unfinished, invalid = self._model.generate(
             self._state,
             self._cache,
             self._table,
@@ -251,29 +251,25 @@ class Engine:
             *self._options,
             seconds,
         )
-        invalid = self._sequences[:, _COLUMN["state"]] == _STATE["invalid"]
-        if invalid.any():
-            raise not_finite("prompt", int(invalid.argmax()) // self._request.num_samples)
-        return more > 0
+        if invalid >= 0:
+            raise not_finite("prompt", invalid // self._request.num_samples)
+        return unfinished > 0
 
     def progress(self, i: int, first: int = 0) -> Progress:
         """See Loop."""
-        begin, length, prompt = (
-            int(self._sequences[i, _COLUMN[name]]) for name in ("begin", "length", "prompt")
-        )
-        places = slice(begin + prompt + first, begin + length)
+        own = self._sequences[i * len(ops.FIELDS) : (i + 1) * len(ops.FIELDS)]
+        begin, length, prompt = own[:3]
+        start, end = begin + prompt + first, begin + length
         found = Progress(
-            ops.STATES[self._sequences[i, _COLUMN["state"]]],
-            self._tokens[places].tolist(),
-            self._logprobs[places].tolist(),
+            ops.STATES[own[_COLUMN["state"]]],
+            self._tokens[start:end].tolist(),
+            self._logprobs[start:end].tolist(),
         )
-        if self._request.alternatives:
-            for tokens, logprobs in zip(
-                self._alternative[places].tolist(),
-                self._alternative_logprob[places].tolist(),
-                strict=True,
-            ):
-                found.alternatives.append(list(zip(tokens, logprobs, strict=True)))
+        k = self._request.alternatives
+        for place in range(start, end) if k else ():
+            those = slice(place * k, (place + 1) * k)
+            likeliest = zip(self._alternative[those], self._alternative_logprob[those], strict=True)
+            found.alternatives.append(list(likeliest))
         return found
 
     @property
@@ -283,7 +279,8 @@ class Engine:
 
     def changed(self) -> list[int]:
         """See Loop."""
-        now = self._sequences[:, [_COLUMN["length"], _COLUMN["state"]]]
+        sequences = np.array(self._sequences, dtype=np.int64).reshape(-1, len(ops.FIELDS))
+        now = sequences[:, [_COLUMN["length"], _COLUMN["state"]]]
         found = np.flatnonzero((now != self._reported).any(axis=1)).tolist()
         self._reported = now
         return found
@@ -291,11 +288,12 @@ class Engine:
     def _new_table(self, slides: bool) -> list[Tensor]:
         """Memory for what the first layer gives for each (token, position), where that pays."""
         config = self._model.config
+        useful = slides and self._request.stride is not None and config.attention
+        if not useful or config.n_layer < 2:
+            return []
         entries = config.block_size * config.vocab_size
         size = entries * 3 * config.n_embd * self._model.dtype.itemsize
-        useful = slides and self._request.stride is not None and config.attention
-        left = self._request.max_cache_bytes - self._model.row_bytes(self._capacity)
-        if not useful or config.n_layer < 2 or size > left // 4:
+        if size > (self._request.max_cache_bytes - self._model.row_bytes(self._capacity)) // 4:
             return []
         qkv = torch.empty(entries, 3 * config.n_embd, dtype=self._model.dtype)
         return [qkv, torch.zeros(entries, dtype=torch.uint8)]
@@ -307,13 +305,22 @@ class Engine:
         return rows_at_once(self._request, sequences, self._capacity, row, table)
 
 
+_DTYPES = {"B": torch.uint8, "q": torch.int64, "f": torch.float32}
+
+
+def _shared(values: "array[Any]") -> Tensor:
+    """A tensor of the same memory."""
+    dtype = _DTYPES[values.typecode]
+    return torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
+
+
 def _bytes(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Texts as bytes one after the other, uint8, and where each starts and the last ends."""
+    if not texts:
+        return _NO_BYTES
     encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
-    data = np.frombuffer(b"".join(encoded), dtype=np.uint8).copy()
-    return torch.from_numpy(data), _whole_numbers([0, *accumulate(map(len, encoded))])
+    starts = array("q", accumulate(map(len, encoded), initial=0))
+    return _shared(array("B", b"".join(encoded))), _shared(starts)
 
 
-def _whole_numbers(values: list[int]) -> Tensor:
-    # torch.tensor takes four times longer
-    return torch.from_numpy(np.array(values, dtype=np.int64))
+_NO_BYTES = _shared(array("B")), _shared(array("q", [0]))

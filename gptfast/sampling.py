@@ -55,7 +55,7 @@ class Sampling:
 
 
 def _within(value: object, least: float, most: float) -> bool:
-    return isinstance(value, Real) and least <= float(value) <= most
+    return isinstance(value, (float, int, Real)) and least <= float(value) <= most
 
 
 def choose(

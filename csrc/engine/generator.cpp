@@ -69,15 +69,15 @@ class Generator {
       if (holder_[static_cast<size_t>(row)] < 0) free_rows_.push_back(row);
   }
 
-  int64_t run() {
+  Outcome run() {
     do {
       admit();
       for (const int64_t i : running_) slide(sequences_.all[i]);
       forget_ended();
       step();
       forget_ended();
-    } while (unfinished() > 0 && !time_is_up());
-    return unfinished();
+    } while (unfinished() > 0 && invalid_ < 0 && !time_is_up());
+    return {unfinished(), invalid_};
   }
 
  private:
@@ -94,6 +94,7 @@ class Generator {
     const auto ended = [&](int64_t i) {
       const Sequence& s = sequences_.all[i];
       if (state(s) == State::running) return false;
+      if (state(s) == State::invalid && (invalid_ < 0 || i < invalid_)) invalid_ = i;
       free_rows_.push_back(s.row);
       return true;
     };
@@ -272,6 +273,7 @@ class Generator {
   const GeneratorOptions& options_;
   const Parallel& parallel_;
   const Clock::time_point start_ = Clock::now();
+  int64_t invalid_ = -1;
   Pace pace_;
   std::vector<int64_t> running_, waiting_, free_rows_;
   std::vector<int64_t> holder_;  // whose keys and values a row of the cache has; -1: unknown
@@ -280,7 +282,7 @@ class Generator {
 
 }  // namespace
 
-int64_t generator_run(const Kernels& kernels, const Decoder& model, const KeyValueCache& cache,
+Outcome generator_run(const Kernels& kernels, const Decoder& model, const KeyValueCache& cache,
                       const FirstLayerTable& table, const Sequences& sequences,
                       const GeneratorOptions& options, const Parallel& parallel) {
   return Generator(kernels, model, cache, table, sequences, options, parallel).run();

@@ -66,9 +66,15 @@ struct GeneratorOptions {
   double seconds;  // no pass starts later than this, but for the first
 };
 
+struct Outcome {
+  int64_t unfinished;
+  int64_t invalid;  // the first sequence that has ended so; -1: none
+};
+
 // Makes steps, a token for each of the sequences that have a row of the cache, in passes of some of
-// them; a row that comes free takes the next sequence that waits. Returns how many are unfinished.
-int64_t generator_run(const Kernels& kernels, const Decoder& model, const KeyValueCache& cache,
+// them; a row that comes free takes the next sequence that waits. Ends
+// early where a sequence is invalid.
+Outcome generator_run(const Kernels& kernels, const Decoder& model, const KeyValueCache& cache,
                       const FirstLayerTable& table, const Sequences& sequences,
                       const GeneratorOptions& options, const Parallel& parallel);
 

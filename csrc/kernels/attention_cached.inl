@@ -50,21 +50,38 @@ struct CachedHead {
   }
 
  private:
+  // A column of K', KU elements of it together; a row of V, beside its neighbour where KU is 2.
   void append_token(const T* k, const T* v, int64_t t) const {
     P* column = keys + t / NR * packed_keys().panel + t % NR * KU;
-    for (int64_t d = 0; d < padded_k<P>(D); ++d)
-      copy_element(d < D ? k + d : nullptr, column + d / KU * NR * KU + d % KU);
-    P* row = values + t / KU * NR * KU + t % KU;
-    for (int64_t d = 0; d < padded_n<P>(D); ++d)
-      copy_element(d < D ? v + d : nullptr, row + d / NR * packed_values().panel + d % NR * KU);
+    const int64_t whole = D / KU * KU;
+    for (int64_t d = 0; d < whole; d += KU, column += NR * KU) copy_unit(k + d, column);
+    for (int64_t d = whole; d < padded_k<P>(D); d += KU, column += NR * KU) {
+      T last[KU] = {};
+      if (d < D) last[0] = k[d];
+      copy_unit(last, column);
+    }
+    P* row = values + t / KU * NR * KU;
+    for (int64_t n0 = 0; n0 < D; n0 += NR, row += packed_values().panel)
+      for (int64_t j = 0; j < NR; j += W)
+        put_row(load_count(v + n0 + j, D - n0 - j), t, row + j * KU);
   }
 
-  static void copy_element(const float* from, float* to) { *to = from ? *from : 0.0f; }
-  static void copy_element(const bf16* from, bf16* to) { *to = from ? *from : bf16{}; }
-  static void copy_element(const bf16* from, float* to) {
-    const uint32_t wide = from ? static_cast<uint32_t>(from->bits) << 16 : 0;
+  static void copy_unit(const P* from, P* to) { __builtin_memcpy(to, from, KU * sizeof(P)); }
+  static void put_row(VF x, int64_t, float* to) { store(to, x); }
+#if GPTFAST_BF16_DOT
+  // The upper halves of x's lanes become row t of a pair of rows.
+  static void put_row(VF x, int64_t t, bf16* to) {
+    VU pair;
+    __builtin_memcpy(&pair, to, sizeof pair);
+    pair = t % KU == 0 ? (VU)x >> 16 : (pair & 0xffff) | (VU)x;
+    __builtin_memcpy(to, &pair, sizeof pair);
+  }
+#else
+  static void copy_unit(const bf16* from, float* to) {
+    const uint32_t wide = static_cast<uint32_t>(from->bits) << 16;
     __builtin_memcpy(to, &wide, sizeof wide);
   }
+#endif
 };
 
 // The queries of sequence i.

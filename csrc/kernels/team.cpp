@@ -46,7 +46,8 @@ void Team::loop(int64_t tasks, void (*body)(void*, int64_t), void* context) {
     // What is not shared cannot be joined later.
     if (!begun_ && !shared && i > 0) changes_at_once(member.state, absent);
   }
-  begun_ = true;
+  // All read the line of this and of what follows: it is written where it changes.
+  if (!begun_) begun_ = true;
   offer_again();
   work(0);
   for (size_t i = 1; i < members_.size(); ++i) {
@@ -57,7 +58,10 @@ void Team::loop(int64_t tasks, void (*body)(void*, int64_t), void* context) {
   for (size_t i = 1; i < members_.size(); ++i)
     while (members_[i].takes_part && !changes_soon(members_[i].state, working))
       members_[i].state.wait(working);
-  if (failed_.exchange(false)) std::rethrow_exception(failure_);
+  if (failed_.load(std::memory_order_relaxed)) {
+    failed_.store(false, std::memory_order_relaxed);
+    std::rethrow_exception(failure_);
+  }
 }
 
 // Whether the member takes the loop up.

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <tuple>
 #include <vector>
 
 #include "../engine/generator.h"
@@ -216,7 +217,7 @@ Sequences sequences_of(const Arguments& args, const std::vector<Tensor>& state,
   args.require(state.size() == 5,
                "state must be sequences, tokens, logprobs, alternative, alternative_logprob");
   Sequences s = {};
-  s.count = state[0].size(0);
+  s.count = state[0].numel() / sequence_fields;
   s.all = reinterpret_cast<Sequence*>(
       in_place<int64_t>(args, "sequences", state[0], ScalarType::Long, s.count * sequence_fields));
   const int64_t places = state[1].numel();
@@ -232,7 +233,7 @@ Sequences sequences_of(const Arguments& args, const std::vector<Tensor>& state,
   return s;
 }
 
-int64_t generate(std::vector<Tensor> state, Tensor cache, std::vector<Tensor> table,
+std::tuple<int64_t, int64_t> generate(std::vector<Tensor> state, Tensor cache, std::vector<Tensor> table,
                  std::vector<Tensor> params, std::vector<Tensor> packed, std::vector<Tensor> stops,
                  int64_t n_layer, int64_t n_head, bool attention, std::string gelu, bool int8,
                  int64_t capacity, double temperature, int64_t top_k, double top_p, double min_p,
@@ -269,11 +270,11 @@ int64_t generate(std::vector<Tensor> state, Tensor cache, std::vector<Tensor> ta
   args.require(options.stops.strings.count == 0 || options.stops.pieces.count == model.vocab_size,
                "pieces must be one per token where there are stop strings");
   options.seconds = seconds;
-  int64_t unfinished = 0;
+  Outcome outcome = {};
   with_threads([&](const Parallel& parallel) {
-    unfinished = generator_run(kernels(), model, rows, first_layer, sequences, options, parallel);
+    outcome = generator_run(kernels(), model, rows, first_layer, sequences, options, parallel);
   });
-  return unfinished;
+  return {outcome.unfinished, outcome.invalid};
 }
 
 Tensor score(Tensor tokens, Tensor targets, Tensor starts, Tensor cache, std::vector<Tensor> params,

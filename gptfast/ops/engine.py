@@ -19,8 +19,9 @@ def _fake_pack_weight(weight: Tensor, dtype: torch.dtype, int8: bool) -> Tensor:
     return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
 
 
-def _fake_generate(*_: object) -> torch.SymInt:
-    return torch.library.get_ctx().new_dynamic_size()  # it depends on what is generated
+def _fake_generate(*_: object) -> tuple[torch.SymInt, torch.SymInt]:
+    context = torch.library.get_ctx()  # both depend on what is generated
+    return context.new_dynamic_size(), context.new_dynamic_size()
 
 
 def _fake_score(tokens: Tensor, *_: object) -> Tensor:
@@ -46,16 +47,19 @@ _MODEL = """
 # Both have a cache besides, (rows, elements) float32 or bfloat16, the dtype of the activations:
 # keys and values of up to `capacity` tokens each, zero at first.
 
-# Generates until `seconds` have passed, one step at least; returns how many sequences go on.
+# Generates until `seconds` have passed, one step at least. Returns how many sequences go on, and the
+# first that has ended as the logits are not finite, -1 where there is none.
 #   state   sequences (N, FIELDS), tokens (places,) int64, logprobs (places,) float32, alternative
-#           (places, k) int64 and alternative_logprob (places, k) float32 of the k likeliest tokens
+#           (places, k) int64 and alternative_logprob (places, k) float32 of the k likeliest tokens;
+#           of any shape with so many elements
 #   table   [] or [qkv (T * V, 3 C), known (T * V,) uint8], what is known of the first layer
 #   stops   tokens int64; strings and pieces (what each token writes), each uint8 with starts int64
 generate = define(
     f"""
     generate(Tensor(a!)[] state, Tensor(b!) cache, Tensor(c!)[] table,
         {_MODEL.format(extra="Tensor[] stops, ")}, float temperature, int top_k, float top_p,
-        float min_p, float repetition_penalty, int stride, float seconds) -> SymInt
+        float min_p, float repetition_penalty, int stride, float seconds)
+        -> (SymInt unfinished, SymInt invalid)
     """,
     _fake_generate,
 )
