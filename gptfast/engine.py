@@ -196,31 +196,31 @@ class Engine:
         self._request, self._model = request, model
         config, sampling = model.config, request.sampling
         state = _STATE["waiting" if request.max_new_tokens > 0 else "length"]
-        self._sequences, self._tokens = array("q"), array("q")  # (N, FIELDS), (places,)
-        new, first = array("q", bytes(8 * request.max_new_tokens)), dict[tuple[int, ...], int]()
-        longest = 0
+        self._sequences = array("q")  # (N, FIELDS)
+        places, longest, first = 0, 0, dict[tuple[int, ...], int]()
         prompts = zip(request.prompts, request.seeds, request.numbers, strict=True)
         for i, (prompt, seed, number) in enumerate(prompts):
-            begin, length, twin = len(self._tokens), len(prompt), first.setdefault(tuple(prompt), i)
+            length, twin = len(prompt), first.setdefault(tuple(prompt), i)
             limit = length + request.max_new_tokens
-            longest = max(longest, limit - 1)
-            self._sequences.extend((begin, length, length, limit, 0, 0, 0, state, seed, number, twin))
-            self._tokens.extend(prompt)
-            self._tokens.extend(new)
-        places, likeliest = len(self._tokens), len(self._tokens) * request.alternatives
-        self._logprobs = array("f", bytes(4 * places))
-        self._alternative = array("q", bytes(8 * likeliest))
-        self._alternative_logprob = array("f", bytes(4 * likeliest))
-        self._state = [
-            _shared(each)
-            for each in (
-                self._sequences,
-                self._tokens,
-                self._logprobs,
-                self._alternative,
-                self._alternative_logprob,
-            )
-        ]
+            counts = (places, length, length, limit)
+            self._sequences.extend((*counts, 0, 0, 0, state, seed, number, twin))
+            places, longest = places + limit, max(longest, limit - 1)
+        # numpy's zeros take no memory before they are written, however many tokens there may be.
+        self._tokens = np.zeros(places, dtype=np.int64)
+        begins = self._sequences[:: len(ops.FIELDS)]
+        for begin, prompt in zip(begins, request.prompts, strict=True):
+            self._tokens[begin : begin + len(prompt)] = prompt
+        likeliest = places * request.alternatives
+        self._logprobs = np.zeros(places, dtype=np.float32)
+        self._alternative = np.zeros(likeliest, dtype=np.int64)
+        self._alternative_logprob = np.zeros(likeliest, dtype=np.float32)
+        state_arrays = (
+            self._tokens,
+            self._logprobs,
+            self._alternative,
+            self._alternative_logprob,
+        )
+        self._state = [_shared(self._sequences), *map(torch.from_numpy, state_arrays)]
         self._reported: np.ndarray | int = 0  # no length is 0
         window = config.block_size if config.attention else 1  # the rest would never be read
         self._capacity = max(1, min(window, longest))
@@ -229,7 +229,7 @@ class Engine:
         self._stops = [
             _shared(array("q", request.stop_tokens)),
             *_bytes(request.stop_strings),
-            *_bytes(request.pieces or ()),
+            *_bytes((request.pieces or ()) if request.stop_strings else ()),
         ]
         self._options = (
             sampling.temperature,
@@ -268,8 +268,8 @@ class Engine:
         k = self._request.alternatives
         for place in range(start, end) if k else ():
             those = slice(place * k, (place + 1) * k)
-            likeliest = zip(self._alternative[those], self._alternative_logprob[those], strict=True)
-            found.alternatives.append(list(likeliest))
+            tokens, logprobs = self._alternative[those], self._alternative_logprob[those]
+            found.alternatives.append(list(zip(tokens.tolist(), logprobs.tolist(), strict=True)))
         return found
 
     @property
@@ -305,13 +305,15 @@ class Engine:
         return rows_at_once(self._request, sequences, self._capacity, row, table)
 
 
-_DTYPES = {"B": torch.uint8, "q": torch.int64, "f": torch.float32}
+_DTYPES = {"B": torch.uint8, "q": torch.int64}
+_EMPTY = {code: torch.empty(0, dtype=dtype) for code, dtype in _DTYPES.items()}
 
 
 def _shared(values: "array[Any]") -> Tensor:
     """A tensor of the same memory."""
-    dtype = _DTYPES[values.typecode]
-    return torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
+    if not values:
+        return _EMPTY[values.typecode]
+    return torch.frombuffer(values, dtype=_DTYPES[values.typecode])
 
 
 def _bytes(texts: Sequence[str]) -> tuple[Tensor, Tensor]:

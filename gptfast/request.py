@@ -130,7 +130,7 @@ def encode(
                 raise ConfigError(f"{name}s given as text need a tokenizer")
             tokens = tokenizer.encode(text)
         elif is_iterable(text):
-            tokens = _tokens(f"{name} {i}", text, vocab_size)
+            tokens = _tokens(name, i, text, vocab_size)
         else:
             raise ConfigError(f"{name} {i} must be a text or a list of token ids, got {text!r}")
         if not tokens:
@@ -139,7 +139,7 @@ def encode(
     return encoded
 
 
-def _tokens(name: str, ids: Iterable[Any], vocab_size: int) -> list[int]:
+def _tokens(name: str, i: int, ids: Iterable[Any], vocab_size: int) -> list[int]:
     given = list(ids)
     if set(map(type, given)) == {int} and min(given) >= 0 and max(given) < vocab_size:
         return given  # ten times quicker than one by one
@@ -147,7 +147,7 @@ def _tokens(name: str, ids: Iterable[Any], vocab_size: int) -> list[int]:
     for token in given:
         value = whole(token)
         if value is None or not 0 <= value < vocab_size:
-            raise DataError(f"{name} has token id {token!r}, which is not in [0, {vocab_size})")
+            raise DataError(f"{name} {i} has token id {token!r}, which is not in [0, {vocab_size})")
         found.append(value)
     return found
 
@@ -176,7 +176,7 @@ def written(tokenizer: CharTokenizer | None, vocab_size: int) -> list[str] | Non
     """What each token writes; ids that the model has and the tokenizer has not write nothing."""
     if tokenizer is None:
         return None
-    known = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
+    known = tokenizer.pieces
     return known + [""] * (vocab_size - len(known))
 
 

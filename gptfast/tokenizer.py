@@ -114,6 +114,11 @@ class CharTokenizer:
                 raise DataError(f"token id {i} is out of range: expected 0 to {len(self.chars)}")
         return "".join(self.chars[i - 1] for i in values if i != PAD_ID)
 
+    @property
+    def pieces(self) -> list[str]:
+        """What each id writes; padding writes nothing."""
+        return ["", *self.chars]
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, read back by `from_dict`."""
         return {"kind": "char", "chars": "".join(self.chars)}

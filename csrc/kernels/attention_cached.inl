@@ -123,7 +123,8 @@ void attention_cached_typed(const CachedAttention& s, const Parallel& parallel) 
     for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block)
       attention.query_block(block * QUERIES);
   };
-  const int64_t per_task = max(heads / (16 * parallel.threads), tasks_worth_a_thread(heads, work));
+  const int64_t per_task =
+      max(heads / (16 * parallel.threads), tasks_worth_a_thread(heads, work, parallel));
   if (heads >= parallel.threads || per_task == heads) {
     run_tasks(parallel, divide_up(heads, per_task), [&](int64_t task) {
       const int64_t last = min(heads, (task + 1) * per_task);

@@ -24,6 +24,7 @@ struct Parallel {
   void (*run)(void* pool, int64_t tasks, void (*body)(void* context, int64_t task), void* context);
   int threads;
   void* pool = nullptr;
+  int64_t worth = int64_t{1} << 16;  // bytes of an operand that a thread joins in for; see rows.inl
 };
 
 // Element (i, j) of matrix n is dropped as random.inl says.

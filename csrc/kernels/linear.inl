@@ -13,7 +13,7 @@ inline void for_blocks(int64_t M, int64_t N, int64_t column_bytes, int nr, const
   const bool few = row_blocks < 2 * parallel.threads;
   const int64_t wanted = row_blocks == 1 ? parallel.threads : 2 * parallel.threads;
   const int64_t shared = few ? divide_up(wanted, max(1, row_blocks)) : 1;
-  const int64_t worth = tasks_worth_a_thread(N, block * N * column_bytes);
+  const int64_t worth = tasks_worth_a_thread(N, block * N * column_bytes, parallel);
   const int64_t parts = min(shared * divide_up(N, shared * most), divide_up(N, worth));
   const int64_t columns = round_up(divide_up(N, max(parts, divide_up(N, most))), nr);
   const int64_t column_blocks = divide_up(N, columns), tasks = row_blocks * column_blocks;

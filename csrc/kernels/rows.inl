@@ -6,12 +6,11 @@ inline T* take(Frame& frame, int64_t count) {
   return static_cast<T*>(frame.bytes(static_cast<size_t>(count) * sizeof(T)));
 }
 
-// How many of `tasks` equal tasks are worth a thread's while, which takes half a microsecond to
-// join in. `work` is the bytes that all multiplications read of one operand: by few rows, a product
-// takes as long as reading its weight.
-inline int64_t tasks_worth_a_thread(int64_t tasks, int64_t work) {
-  constexpr int64_t worth = int64_t{1} << 16;
-  return max(1, min(tasks, divide_up(tasks * worth, max(1, work))));
+// How many of `tasks` equal tasks are worth the time that a thread takes to join in. `work` is the
+// bytes that all multiplications read of one operand: by few rows, a product takes as long as
+// reading its weight.
+inline int64_t tasks_worth_a_thread(int64_t tasks, int64_t work, const Parallel& parallel) {
+  return max(1, min(tasks, divide_up(tasks * parallel.worth, max(1, work))));
 }
 
 // Calls f with a pointer of the parameter's own element type.

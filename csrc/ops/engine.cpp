@@ -233,11 +233,13 @@ Sequences sequences_of(const Arguments& args, const std::vector<Tensor>& state,
   return s;
 }
 
-std::tuple<int64_t, int64_t> generate(std::vector<Tensor> state, Tensor cache, std::vector<Tensor> table,
-                 std::vector<Tensor> params, std::vector<Tensor> packed, std::vector<Tensor> stops,
-                 int64_t n_layer, int64_t n_head, bool attention, std::string gelu, bool int8,
-                 int64_t capacity, double temperature, int64_t top_k, double top_p, double min_p,
-                 double repetition_penalty, int64_t stride, double seconds) {
+std::tuple<int64_t, int64_t> generate(std::vector<Tensor> state, Tensor cache,
+                                      std::vector<Tensor> table, std::vector<Tensor> params,
+                                      std::vector<Tensor> packed, std::vector<Tensor> stops,
+                                      int64_t n_layer, int64_t n_head, bool attention,
+                                      std::string gelu, bool int8, int64_t capacity,
+                                      double temperature, int64_t top_k, double top_p, double min_p,
+                                      double repetition_penalty, int64_t stride, double seconds) {
   const Arguments args("generate", "cache", cache);
   const Decoder model =
       decoder(args, {std::move(params), std::move(packed), n_layer, n_head, attention, int8, gelu});

@@ -47,8 +47,8 @@ _MODEL = """
 # Both have a cache besides, (rows, elements) float32 or bfloat16, the dtype of the activations:
 # keys and values of up to `capacity` tokens each, zero at first.
 
-# Generates until `seconds` have passed, one step at least. Returns how many sequences go on, and the
-# first that has ended as the logits are not finite, -1 where there is none.
+# Generates until `seconds` have passed, one step at least. Returns how many sequences go on, and
+# which one ended as its logits are not finite, the first if several did; -1 where none.
 #   state   sequences (N, FIELDS), tokens (places,) int64, logprobs (places,) float32, alternative
 #           (places, k) int64 and alternative_logprob (places, k) float32 of the k likeliest tokens;
 #           of any shape with so many elements

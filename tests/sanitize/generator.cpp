@@ -82,7 +82,8 @@ std::vector<float> generate(const ModelShape& s, const Decoder& model, Memory m,
                                m.alternative.data(),
                                m.alternative_logprob.data()};
   const KeyValueCache memory = {cache.data(), rows, s.T};
-  while (generator_run(kernels, model, memory, table, sequences, options, parallel).unfinished > 0) {
+  while (generator_run(kernels, model, memory, table, sequences, options, parallel).unfinished >
+         0) {
   }
   std::vector<float> all;
   for (const Sequence& each : m.sequences) {
