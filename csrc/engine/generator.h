@@ -72,8 +72,7 @@ struct Outcome {
 };
 
 // Makes steps, a token for each of the sequences that have a row of the cache, in passes of some of
-// them; a row that comes free takes the next sequence that waits. Ends
-// early where a sequence is invalid.
+// them; a row that comes free takes the next sequence that waits. Ends early where one is invalid.
 Outcome generator_run(const Kernels& kernels, const Decoder& model, const KeyValueCache& cache,
                       const FirstLayerTable& table, const Sequences& sequences,
                       const GeneratorOptions& options, const Parallel& parallel);
