@@ -3,13 +3,14 @@
 
 // Calls f(m0, rows, n0, columns, most_columns) for the blocks of a result (M, N), in parallel. Its
 // columns are products with `column_bytes` of a weight each. The fp32 block (rows, columns) stays
-// in the L2 cache; where there are few rows, tasks that follow one another read the same part of
+// in the L2 cache, wide enough for the rows' norm, which every block of theirs computes, to be
+// little of the work; where there are few rows, tasks that follow one another read the same part of
 // the weight.
 template <class F>
 inline void for_blocks(int64_t M, int64_t N, int64_t column_bytes, int nr, const Parallel& parallel,
                        const F& f) {
-  constexpr int64_t most = 512;
   const int64_t block = M <= 2 * ROWS ? max(1, M) : ROWS, row_blocks = divide_up(M, block);
+  const int64_t most = min(1024, round_up((64 << 10) / block, nr));
   const bool few = row_blocks < 2 * parallel.threads;
   const int64_t wanted = row_blocks == 1 ? parallel.threads : 2 * parallel.threads;
   const int64_t shared = few ? divide_up(wanted, max(1, row_blocks)) : 1;

@@ -59,17 +59,28 @@ struct Moments {
   float mean, rstd;
 };
 
-// Two passes: the mean first, then the mean square of what is left.
+// Those of `rows` rows of n columns, at most W of them, a row per lane. Two passes: the mean first,
+// then the mean square of what is left.
 template <class T>
-inline Moments moments(const T* x, int64_t n) {
-  VF total = splat(0.0f), squares = splat(0.0f);
-  for_vectors(n, [&](int64_t j, auto part) { total += load(x + j, part); });
-  const float mean = sum(total) / static_cast<float>(n);
-  for_vectors(n, [&](int64_t j, auto part) {
-    const VF d = only(load(x + j, part) - mean, part);
-    squares += d * d;
-  });
-  return {mean, 1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(n) + layer_norm_eps)};
+inline void moments(const T* x, int64_t rows, int64_t n, VF& mean, VF& rstd) {
+  VF of_row[W] = {};
+  for (int64_t i = 0; i < rows; ++i) {
+    VF total = splat(0.0f);
+    for_vectors(n, [&](int64_t j, auto part) { total += load(x + i * n + j, part); });
+    of_row[i] = total;
+  }
+  mean = reduce_each(of_row, rows, Add{}) / static_cast<float>(n);
+  float mean_of[W];
+  store(mean_of, mean);
+  for (int64_t i = 0; i < rows; ++i) {
+    VF squares = splat(0.0f);
+    for_vectors(n, [&](int64_t j, auto part) {
+      const VF d = only(load(x + i * n + j, part) - mean_of[i], part);
+      squares += d * d;
+    });
+    of_row[i] = squares;
+  }
+  rstd = 1.0f / vsqrt(reduce_each(of_row, rows, Add{}) / static_cast<float>(n) + layer_norm_eps);
 }
 
 // out = (x - mean) * rstd * weight + bias
@@ -88,15 +99,21 @@ inline Lhs<P> norm_rows(const T* x, int64_t m0, int64_t rows, int64_t n, const R
                         bool keep_moments, P* out) {
   const int64_t padded = padded_k<P>(n), stride = row_stride<P>(padded);
   if (!norm.weight) return lhs_rows(x + m0 * n, n, rows, n, out);
-  for (int64_t i = 0; i < rows; ++i) {
-    const Moments row = moments(x + (m0 + i) * n, n);
-    normalize(x + (m0 + i) * n, n, row, norm, out + i * stride);
-    for (int64_t j = n; j < padded; ++j) out[i * stride + j] = P{};
-    if (keep_moments && norm.mean) {
-      norm.mean[m0 + i] = row.mean;
-      norm.rstd[m0 + i] = row.rstd;
+  for_vectors(rows, [&](int64_t i0, auto part) {
+    const int64_t count = min(W, rows - i0);
+    VF mean, rstd;
+    moments(x + (m0 + i0) * n, count, n, mean, rstd);
+    float mean_of[W], rstd_of[W];
+    store(mean_of, mean), store(rstd_of, rstd);
+    for (int64_t i = 0; i < count; ++i) {
+      P* row = out + (i0 + i) * stride;
+      normalize(x + (m0 + i0 + i) * n, n, {mean_of[i], rstd_of[i]}, norm, row);
+      for (int64_t j = n; j < padded; ++j) row[j] = P{};
     }
-  }
+    if (!keep_moments || !norm.mean) return;
+    store(norm.mean + m0 + i0, mean, part);
+    store(norm.rstd + m0 + i0, rstd, part);
+  });
   return {out, stride, Tile<P>::KU};
 }
 
