@@ -28,6 +28,9 @@ FLAGS = "-O0 -g -UNDEBUG" if os.environ.get("DEBUG") == "1" else "-O3 -g0"
 FLAGS += " -fvisibility=hidden -Wall"
 STANDARD = "-std=c++20"  # torch before 2.12 would take an older one
 KERNEL_FLAGS = f"{STANDARD} -fPIC -ffp-contract=fast -fno-math-errno -fno-trapping-math"
+# Scalars that g++ gathers into a vector are read as one right after they were written one by one,
+# which waits for all earlier writes to reach the cache.
+KERNEL_FLAGS += " -fno-tree-slp-vectorize"
 # g++ takes the undefined operands inside its own AVX-512 headers for mistakes.
 KERNEL_FLAGS += " -Wno-maybe-uninitialized -Wno-uninitialized"
 AVX2 = "-mavx2 -mfma -mf16c"

@@ -137,7 +137,7 @@ struct AttentionTask {
   // S = Q K' for `tile` rows from r0 on, then for each row
   //   m' = max(m, max_j c s_j), p_j = exp2(c s_j - m'), l' = l exp2(m - m') + sum_j p_j
   // with c = scale log2(e); rows of O that have a value already are multiplied by exp2(m - m').
-  void softmax_tile(Lhs<P> queries, int64_t q0, int64_t r0, int64_t tile, int64_t k0) {
+  void softmax_tile(const Lhs<P>& queries, int64_t q0, int64_t r0, int64_t tile, int64_t k0) {
     const int64_t width = block_keys(q0, r0 + tile, k0);
     if (width <= 0) return;
     gemm(tile, width, s.D, Lhs<P>{queries.data + r0 * queries.row, queries.row, queries.step},

@@ -158,7 +158,9 @@ struct AttentionGradTask {
     __builtin_memset(sums, 0, static_cast<size_t>(rows * ld) * sizeof(float));
   }
 
-  static Lhs<P> at_row(Lhs<P> a, int64_t row) { return {a.data + row * a.row, a.row, a.step}; }
+  static Lhs<P> at_row(const Lhs<P>& a, int64_t row) {
+    return {a.data + row * a.row, a.row, a.step};
+  }
 
   // p: s -> p f, ds: dP -> dS, for up to 8 rows; both zero where the mask hides the key.
   void probability_rows(int64_t q0, int64_t r0, int64_t rows, int64_t k0, int64_t keys,
@@ -218,7 +220,7 @@ struct AttentionGradTask {
   }
 
   // total (keys, D) = or += A' B, each tile of keys over the queries that see it.
-  void add_key_grads(Lhs<P> a, Rhs<P> b, float* total, int64_t q0, int64_t rows, int64_t k0,
+  void add_key_grads(const Lhs<P>& a, Rhs<P> b, float* total, int64_t q0, int64_t rows, int64_t k0,
                      int64_t keys, bool add) {
     for (int64_t j0 = 0; j0 < keys; j0 += MR) {
       const int64_t tile = min(MR, keys - j0);

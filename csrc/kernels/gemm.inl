@@ -147,7 +147,8 @@ struct Step<bf16> {
 // One row of A times NV vectors of each of PANELS panels: a row alone needs several panels at once,
 // as every sum waits for its last step.
 template <int PANELS, int NV, class P, class B>
-inline void row_kernel(int64_t units, Lhs<P> a, const B* b, int64_t panel, float* c, bool add) {
+inline void row_kernel(int64_t units, const Lhs<P>& a, const B* b, int64_t panel, float* c,
+                       bool add) {
   using S = Step<P>;
   constexpr int NR = Tile<P>::NR, KU = Tile<P>::KU;
   VF acc[PANELS][NV];
@@ -179,8 +180,8 @@ constexpr int64_t sum_depth =
 
 // gemm() for one row; panels of B `panel` apart.
 template <class P, class B, class Done>
-inline void gemm_row(int64_t n, int64_t k, Lhs<P> a, const B* b, int64_t panel, float* c, bool add,
-                     const Done& done) {
+inline void gemm_row(int64_t n, int64_t k, const Lhs<P>& a, const B* b, int64_t panel, float* c,
+                     bool add, const Done& done) {
   constexpr int NR = Tile<P>::NR, KU = Tile<P>::KU;
   constexpr int64_t KC = sum_depth<P, B>;
   for (int64_t k0 = 0; k0 < k; k0 += KC, b += KC * NR) {
@@ -285,7 +286,7 @@ struct NoEpilogue {
 constexpr NoEpilogue no_epilogue;
 
 template <class P, class Done>
-inline void gemm(int64_t m, int64_t n, int64_t k, Lhs<P> a, Rhs<P> b, float* c, int64_t ldc,
+inline void gemm(int64_t m, int64_t n, int64_t k, const Lhs<P>& a, Rhs<P> b, float* c, int64_t ldc,
                  bool add, const Done& done, Upcoming* upcoming = nullptr) {
   constexpr int MR = Tile<P>::MR, NR = Tile<P>::NR, KU = Tile<P>::KU, KC = Tile<P>::KC;
   if (m == 1) return gemm_row(n, k, a, b.data, b.panel, c, add, done);
@@ -311,7 +312,7 @@ inline void gemm(int64_t m, int64_t n, int64_t k, Lhs<P> a, Rhs<P> b, float* c, 
 }
 
 template <class P>
-inline void gemm(int64_t m, int64_t n, int64_t k, Lhs<P> a, Rhs<P> b, float* c, int64_t ldc,
+inline void gemm(int64_t m, int64_t n, int64_t k, const Lhs<P>& a, Rhs<P> b, float* c, int64_t ldc,
                  bool add) {
   gemm(m, n, k, a, b, c, ldc, add, no_epilogue);
 }

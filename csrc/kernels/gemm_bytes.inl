@@ -3,8 +3,8 @@
 // any batch.
 
 template <class P, class S, class Done>
-inline void gemm_widened(int64_t m, int64_t n, int64_t k, Lhs<P> a, const S* b, int64_t panel,
-                         float* c, int64_t ldc, bool add, const Done& done) {
+inline void gemm_widened(int64_t m, int64_t n, int64_t k, const Lhs<P>& a, const S* b,
+                         int64_t panel, float* c, int64_t ldc, bool add, const Done& done) {
   constexpr int NR = Tile<P>::NR, KU = Tile<P>::KU;
   constexpr int64_t KC = sum_depth<P, S>;
   if (m == 1 && !lhs_by_rows<P>) return gemm_row(n, k, a, b, panel, c, add, done);
@@ -25,8 +25,8 @@ inline void gemm_widened(int64_t m, int64_t n, int64_t k, Lhs<P> a, const S* b, 
 }
 
 template <class P, class Done>
-inline void gemm(int64_t m, int64_t n, int64_t k, Lhs<P> a, const PackedWeight<P>& b, float* c,
-                 int64_t ldc, bool add, const Done& done) {
+inline void gemm(int64_t m, int64_t n, int64_t k, const Lhs<P>& a, const PackedWeight<P>& b,
+                 float* c, int64_t ldc, bool add, const Done& done) {
 #if GPTFAST_VNNI
   if (b.vnni) return gemm_vnni(m, n, k, a.data, a.row, b.bytes, b.dense.panel, c, ldc, add, done);
 #endif
@@ -37,8 +37,8 @@ inline void gemm(int64_t m, int64_t n, int64_t k, Lhs<P> a, const PackedWeight<P
 }
 
 template <class P>
-inline void gemm(int64_t m, int64_t n, int64_t k, Lhs<P> a, const PackedWeight<P>& b, float* c,
-                 int64_t ldc, bool add) {
+inline void gemm(int64_t m, int64_t n, int64_t k, const Lhs<P>& a, const PackedWeight<P>& b,
+                 float* c, int64_t ldc, bool add) {
   gemm(m, n, k, a, b, c, ldc, add, no_epilogue);
 }
 
