@@ -5,7 +5,7 @@
 // the query, and a row's steps depend on that row alone: its bits are the same in any batch, and
 // whether its keys were cached or not.
 
-constexpr int64_t QUERIES = 96;  // a multiple of every MR and KPAD, and of DROPOUT_ROWS
+constexpr int64_t QUERIES = 96;  // a multiple of every MR, TALL and KPAD, and of DROPOUT_ROWS
 constexpr int64_t KEYS = 128;
 
 template <class T>
@@ -112,8 +112,9 @@ struct AttentionTask {
       l[i] = 0.0f;
     }
     for (int64_t k0 = 0; k0 < last; k0 += KEYS) {
-      for (int64_t r0 = 0; r0 < rows; r0 += MR)
-        softmax_tile(queries, q0, r0, min(MR, rows - r0), k0);
+      const int64_t most = tile_rows_for<P>(last - k0);
+      for (int64_t r0 = 0; r0 < rows; r0 += most)
+        softmax_tile(queries, q0, r0, min(most, rows - r0), k0);
       drop_probabilities(q0, rows, k0);
       for (int64_t r0 = 0; r0 < rows; r0 += MR) {
         const int64_t tile = min(MR, rows - r0), count = block_keys(q0, r0 + tile, k0);
@@ -159,7 +160,8 @@ struct AttentionTask {
       for (int64_t j = unmasked; j < width; j += W)
         f(row + i * SCORES + j, Tail{static_cast<int>(min(width, seen + i) - j)});
     };
-    VF of_row[W] = {};
+    VF of_row[W];
+    for (int64_t i = n; i < W; ++i) of_row[i] = splat(0.0f);
     for (int64_t i = 0; i < n; ++i) {
       VF highest = splat(no_score);
       for_keys(i, [&](const float* x, auto keys) {
@@ -196,14 +198,18 @@ struct AttentionTask {
     float inverse[QUERIES];
     for_vectors(rows, [&](int64_t i, auto part) {
       const VF sums = load(l + i, part), lse = load(m + i, part) * (1 / log2e) + log(sums);
-      store(inverse + i, sums == 0.0f ? splat(0.0f) : 1.0f / sums, part);
+      store(inverse + i, 1.0f / sums, part);
       if (s.lse) store(s.lse + head * s.Tq + q0 + i, sums == 0.0f ? splat(no_score) : lse, part);
     });
-    for (int64_t i = 0; i < rows; ++i)
-      for_vectors(s.D, [&](int64_t j, auto part) {
-        const VF value = load(o + i * ld + j, part) * inverse[i];
-        store(out.out(q0 + i) + j, l[i] == 0.0f ? splat(0.0f) : value, part);
-      });
+    for (int64_t i = 0; i < rows; ++i) {
+      T* row = out.out(q0 + i);
+      if (l[i] == 0.0f)
+        for_vectors(s.D, [&](int64_t j, auto part) { store(row + j, splat(0.0f), part); });
+      else
+        for_vectors(s.D, [&](int64_t j, auto part) {
+          store(row + j, load(o + i * ld + j, part) * inverse[i], part);
+        });
+    }
   }
 };
 

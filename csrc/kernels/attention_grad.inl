@@ -118,8 +118,9 @@ struct AttentionGradTask {
     const Lhs<P> queries = lhs_rows(q.at(q0), q.row, rows, s.D, q_copy);
     const Lhs<P> douts = lhs_rows(dout.at(q0), dout.row, rows, s.D, dout_copy);
     const int64_t width = round_up(keys, W);
-    for (int64_t r0 = 0; r0 < rows; r0 += MR) {
-      const int64_t tile = min(MR, rows - r0),
+    const int64_t most = tile_rows_for<P>(keys);
+    for (int64_t r0 = 0; r0 < rows; r0 += most) {
+      const int64_t tile = min(most, rows - r0),
                     count = min(keys, visible_keys(s, q0 + r0 + tile - 1) - k0);
       if (count > 0) {
         gemm(tile, count, s.D, at_row(queries, r0), block.keys_t, p + r0 * SCORES, SCORES, false,

@@ -37,7 +37,7 @@ inline void microkernel(int64_t units, const Lhs<float>& a, const float* b, floa
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) acc[i][v] = splat(0.0f);
   const float* base[(M + 2) / 3];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int i = 0; i < (M + 2) / 3; ++i) base[i] = a.data + 3 * i * a.row;
   for (int64_t u = 0; u < units; ++u, b += 2 * W) {
     ahead.fetch(u);
@@ -50,7 +50,7 @@ inline void microkernel(int64_t units, const Lhs<float>& a, const float* b, floa
 #pragma GCC unroll 2
       for (int v = 0; v < NV; ++v) acc[i][v] += x * column[v];
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < (M + 2) / 3; ++i) base[i] += a.step;
   }
   write_tile<M, NV>(acc, c, ldc, add);
@@ -67,7 +67,7 @@ inline void microkernel(int64_t units, const Lhs<bf16>& a, const bf16* b, float*
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) acc[i][v] = splat(0.0f);
   const bf16* base[(M + 2) / 3];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int i = 0; i < (M + 2) / 3; ++i) base[i] = a.data + 3 * i * a.row;
   for (int64_t u = 0; u < units; ++u, b += 4 * W) {
     ahead.fetch(u);
@@ -83,7 +83,7 @@ inline void microkernel(int64_t units, const Lhs<bf16>& a, const bf16* b, float*
       for (int v = 0; v < NV; ++v)
         acc[i][v] = (VF)_mm512_dpbf16_ps((__m512)acc[i][v], x, column[v]);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < (M + 2) / 3; ++i) base[i] += a.step;
   }
   write_tile<M, NV>(acc, c, ldc, add);
@@ -94,14 +94,20 @@ inline void microkernel(int64_t units, const Lhs<bf16>& a, const bf16* b, float*
 template <class P>
 using Microkernel = void (*)(int64_t, const Lhs<P>&, const P*, float*, int64_t, bool, const Ahead&);
 
-// The microkernels of 1 .. MR rows.
-template <class P, int NV, int M = Tile<P>::MR>
+// Rows of a tile that is `n` columns wide, at most NR.
+template <class P>
+constexpr int tile_rows_for(int64_t n) {
+  return n <= W ? Tile<P>::TALL : Tile<P>::MR;
+}
+
+// The microkernels of 1 row and more.
+template <class P, int NV, int M = tile_rows_for<P>(NV * W)>
 struct Microkernels : Microkernels<P, NV, M - 1> {
   constexpr Microkernels() { this->rows[M] = microkernel<M, NV>; }
 };
 template <class P, int NV>
 struct Microkernels<P, NV, 0> {
-  Microkernel<P> rows[Tile<P>::MR + 1] = {};
+  Microkernel<P> rows[tile_rows_for<P>(NV * W) + 1] = {};
 };
 
 template <class P>
@@ -298,9 +304,10 @@ inline void gemm(int64_t m, int64_t n, int64_t k, const Lhs<P>& a, Rhs<P> b, flo
       const P* panel = b.rows(k0).columns(n0).data;
       // The next panel, a part of it with each tile; after the last one, this one again.
       Ahead ahead = {reinterpret_cast<const char*>(n0 + NR < n ? panel + b.panel : panel), part};
-      for (int64_t m0 = 0; m0 < m; m0 += MR, ahead.data += units * part) {
+      const int64_t columns = min(NR, n - n0), most = tile_rows_for<P>(columns);
+      for (int64_t m0 = 0; m0 < m; m0 += most, ahead.data += units * part) {
         const Lhs<P> rows = {a.data + m0 * a.row + k0 / KU * a.step, a.row, a.step};
-        const int64_t tile = min(MR, m - m0), columns = min(NR, n - n0);
+        const int64_t tile = min(most, m - m0);
         const bool last = k0 + KC >= k;
         if (last) fetch_for(done, m0, tile, n0, columns);
         microkernel_of<P>(tile, columns)(units, rows, panel, c + m0 * ldc + n0, ldc, add || k0 > 0,

@@ -26,6 +26,7 @@ template <>
 struct Tile<float> {
   static constexpr int MR =
       W == 16 ? 12 : 6;  // MR x 2 accumulators fill the register file but for the operands
+  static constexpr int TALL = W == 16 ? 16 : 8;  // rows where one vector of columns is left
   static constexpr int NR = 2 * W;
   static constexpr int KU = 1;
   static constexpr int KPAD = 1;  // K is padded to a multiple of this
@@ -41,9 +42,11 @@ template <>
 struct Tile<bf16> {
 #if GPTFAST_AMX
   static constexpr int MR = 32;
+  static constexpr int TALL = 32;
   static constexpr int KPAD = 32;
 #else
   static constexpr int MR = 12;
+  static constexpr int TALL = 16;
   static constexpr int KPAD = 2;
 #endif
   static constexpr int NR = 2 * W;

@@ -63,7 +63,8 @@ struct Moments {
 // then the mean square of what is left.
 template <class T>
 inline void moments(const T* x, int64_t rows, int64_t n, VF& mean, VF& rstd) {
-  VF of_row[W] = {};
+  VF of_row[W];
+  for (int64_t i = rows; i < W; ++i) of_row[i] = splat(0.0f);
   for (int64_t i = 0; i < rows; ++i) {
     VF total = splat(0.0f);
     for_vectors(n, [&](int64_t j, auto part) { total += load(x + i * n + j, part); });
