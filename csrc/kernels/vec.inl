@@ -133,7 +133,7 @@ inline void store(float* p, VF x) { store(p, x, Full{}); }
 
 // Calls f(i, Full) for whole vectors and f(i, Tail) for the rest of [0, n).
 template <class F>
-inline void for_vectors(int64_t n, F&& f) {
+[[gnu::always_inline]] inline void for_vectors(int64_t n, F&& f) {
   int64_t i = 0;
   for (; i + W <= n; i += W) f(i, Full{});
   if (i < n) f(i, Tail{static_cast<int>(n - i)});
