@@ -57,7 +57,6 @@ constexpr int64_t SCORES = KEYS + 16;
 template <class T>
 struct AttentionTask {
   using P = typename OperandOf<T>::type;
-  static constexpr int MR = Tile<P>::MR;
 
   const Attention& s;
   int64_t head;  // b * H + h
@@ -116,15 +115,22 @@ struct AttentionTask {
       for (int64_t r0 = 0; r0 < rows; r0 += most)
         softmax_tile(queries, q0, r0, min(most, rows - r0), k0);
       drop_probabilities(q0, rows, k0);
-      for (int64_t r0 = 0; r0 < rows; r0 += MR) {
-        const int64_t tile = min(MR, rows - r0), count = block_keys(q0, r0 + tile, k0);
+      for (int64_t r0 = 0; r0 < rows; r0 += most) {
+        const int64_t tile = min(most, rows - r0), count = block_keys(q0, r0 + tile, k0);
         if (count <= 0) continue;
-        const Lhs<P> p = lhs_rows(scores + r0 * SCORES, SCORES, tile, count, p_copy);
+        const Lhs<P> p = written_narrow()
+                             ? Lhs<P>{narrow_row(r0), narrow_stride, Tile<P>::KU}
+                             : lhs_rows(scores + r0 * SCORES, SCORES, tile, count, p_copy);
         gemm(tile, s.D, count, p, values.rows(k0), o + r0 * ld, ld, k0 > 0, no_epilogue, &upcoming);
       }
     }
     finish_queries(q0, rows);
   }
+
+  // Whether probabilities are written as the next product reads them: dropout changes them first.
+  bool written_narrow() const { return sizeof(P) < sizeof(float) && s.dropout.threshold == 0; }
+  static constexpr int64_t narrow_stride = row_stride<P>(KEYS);
+  P* narrow_row(int64_t i) const { return p_copy + i * narrow_stride; }
 
   // Rows that share their draws, as far as one of them sees.
   void drop_probabilities(int64_t q0, int64_t rows, int64_t k0) {
@@ -152,20 +158,21 @@ struct AttentionTask {
   // that all of these rows see come first, then those of the diagonal.
   template <class Part>
   void softmax_rows(int64_t q0, int64_t first, int64_t n, int64_t k0, int64_t width, Part part) {
-    float* row = scores + first * SCORES;
+    const int64_t padded = padded_k<P>(width);
     const int64_t seen = q0 + first + 1 + s.Tk - s.Tq - k0;  // by the first row, i more by row i
     const int64_t unmasked = max(0, min(width, seen)) / W * W;
     const auto for_keys = [&](int64_t i, auto&& f) {
-      for (int64_t j = 0; j < unmasked; j += W) f(row + i * SCORES + j, Full{});
-      for (int64_t j = unmasked; j < width; j += W)
-        f(row + i * SCORES + j, Tail{static_cast<int>(min(width, seen + i) - j)});
+      for (int64_t j = 0; j < unmasked; j += W) f(j, Full{});
+      for (int64_t j = unmasked; j < padded; j += W)
+        f(j, Tail{static_cast<int>(min(width, seen + i) - j)});
     };
     VF of_row[W];
     for (int64_t i = n; i < W; ++i) of_row[i] = splat(0.0f);
     for (int64_t i = 0; i < n; ++i) {
+      const float* row = scores + (first + i) * SCORES;
       VF highest = splat(no_score);
-      for_keys(i, [&](const float* x, auto keys) {
-        highest = vmax(highest, only(load(x) * c, keys, no_score));
+      for_keys(i, [&](int64_t j, auto keys) {
+        highest = vmax(highest, only(load(row + j) * c, keys, no_score));
       });
       of_row[i] = highest;
     }
@@ -175,10 +182,15 @@ struct AttentionTask {
     float now_of[W], rescale[W];
     store(now_of, now), store(rescale, factor);
     for (int64_t i = 0; i < n; ++i) {
+      float* row = scores + (first + i) * SCORES;
+      P* narrow = narrow_row(first + i);
       VF total = splat(0.0f);
-      for_keys(i, [&](float* x, auto keys) {
-        const VF p = only(exp2(load(x) * c - now_of[i]), keys);
-        store(x, p);
+      for_keys(i, [&](int64_t j, auto keys) {
+        const VF p = only(probability(load(row + j) * c - now_of[i], P{}), keys);
+        if (written_narrow())
+          store(narrow + j, p, Full{});
+        else
+          store(row + j, p);
         total += p;
       });
       of_row[i] = total;

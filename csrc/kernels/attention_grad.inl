@@ -183,7 +183,7 @@ struct AttentionGradTask {
     const auto step = [&](Row& at, int64_t row, int64_t j, auto part) {
       float* p_at = p + (r0 + row) * SCORES + j;
       float* ds_at = ds + (r0 + row) * SCORES + j;
-      const VF of = only(exp2(load(p_at) * (s.scale * log2e) - at.lse), part);
+      const VF of = only(probability(load(p_at) * (s.scale * log2e) - at.lse, P{}), part);
       VF kept = of, dp = only(load(ds_at), part);
       if (s.dropout.threshold > 0) {
         dp *= keep.factor[row];

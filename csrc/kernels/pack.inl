@@ -202,7 +202,7 @@ inline Rhs<P> pack_straight(const S* src, int64_t ld, int64_t k, int64_t n, P* d
 // A distance between rows that fills whole vectors and does not map rows onto one set of the L1
 // cache.
 template <class P>
-inline int64_t row_stride(int64_t elements) {
+constexpr int64_t row_stride(int64_t elements) {
   const int64_t bytes = round_up(elements * static_cast<int64_t>(sizeof(P)), 64);
   return (bytes % 2048 == 0 ? bytes + 64 : bytes) / static_cast<int64_t>(sizeof(P));
 }

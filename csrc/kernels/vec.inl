@@ -22,8 +22,8 @@ struct Tail {
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
 inline VF splat(float x) { return x - VF{}; }  // exact for -0 too, so it is a plain broadcast
 inline VI bits(VF x) { return (VI)x; }
@@ -237,27 +237,39 @@ inline VF polynomial(VF x, const float (&c)[N]) {
   return sum;
 }
 
-// 2^x, relative error below 3e-7 on [-126, 128); 0, or a denormal number, below that range; 0 of
-// -inf; NaN of NaN. n = round(x), 2^x = 2^n 2^f with |f| <= 1/2 and 2^f by its minimax polynomial
-// of degree 6.
-[[gnu::always_inline]] inline VF exp2(VF x) {
-  constexpr float lowest = GPTFAST_VECTOR_BYTES == 64 ? -200.0f : -127.0f;
-  const VF clamped = vmin(splat(128.0f), vmax(splat(lowest), x));  // in this order a NaN stays one
+// 2^x of x from -200 on, or with narrower vectors -127: n = round(x), 2^x = 2^n 2^f with |f| <= 1/2
+// and 2^f by the polynomial c; 0, or a denormal number, below -126; NaN of NaN.
+constexpr float lowest_power = GPTFAST_VECTOR_BYTES == 64 ? -200.0f : -127.0f;
+template <int N>
+[[gnu::always_inline]] inline VF exp2_by(VF x, const float (&c)[N]) {
 #if GPTFAST_VECTOR_BYTES == 64
-  const VF n = (VF)_mm512_roundscale_ps((__m512)clamped, 0);
-  const VF f = clamped - n;
+  const VF n = (VF)_mm512_roundscale_ps((__m512)x, 0);
+  return (VF)_mm512_scalef_ps((__m512)polynomial(x - n, c), (__m512)n);
 #else
   constexpr float shift = 0x1.8p23f;  // adding it leaves round(x) in the low bits of the sum
-  const VF sum = clamped + shift;
-  const VF f = clamped - (sum - shift);
-#endif
-  const VF p = polynomial(f, {1.0f, 6.931472029e-01f, 2.402264791e-01f, 5.550332471e-02f,
-                              9.618437361e-03f, 1.339887457e-03f, 1.535336145e-04f});
-#if GPTFAST_VECTOR_BYTES == 64
-  return (VF)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
+  const VF sum = x + shift;
+  const VF p = polynomial(x - (sum - shift), c);
   return x < splat(-126.0f) ? splat(0.0f) : (VF)(bits(p) + (bits(sum) << 23));
 #endif
+}
+
+// Minimax polynomials of 2^f among those that are 1 at 0: relative errors of 1e-7 and 1.1e-4.
+constexpr float power[] = {
+    1.0f, 6.931469803e-01f, 2.402224154e-01f, 5.550734186e-02f, 9.671510198e-03f, 1.326472149e-03f};
+constexpr float power_for_bf16[] = {1.0f, 6.932829260e-01f, 2.422109604e-01f, 5.500893295e-02f};
+
+// 2^x, relative error below 3e-7 on [-126, 128); 0 of -inf; NaN of NaN.
+[[gnu::always_inline]] inline VF exp2(VF x) {
+  // In this order a NaN stays one.
+  return exp2_by(vmin(splat(128.0f), vmax(splat(lowest_power), x)), power);
+}
+
+// 2^x of x <= 0 but for rounding, as a probability that products read as this type.
+[[gnu::always_inline]] inline VF probability(VF x, float) {
+  return exp2_by(vmax(splat(lowest_power), x), power);
+}
+[[gnu::always_inline]] inline VF probability(VF x, bf16) {
+  return exp2_by(vmax(splat(lowest_power), x), power_for_bf16);
 }
 
 constexpr float log2e = 1.44269504088896f;
