@@ -106,10 +106,7 @@ struct AttentionTask {
   void query_block(int64_t q0) {
     const int64_t rows = min(QUERIES, s.Tq - q0), last = visible_keys(s, q0 + rows - 1);
     const Lhs<P> queries = lhs_rows(q.at(q0), q.row, rows, s.D, q_copy);
-    for (int64_t i = 0; i < rows; ++i) {
-      m[i] = no_score;
-      l[i] = 0.0f;
-    }
+    start_rows(rows);
     for (int64_t k0 = 0; k0 < last; k0 += KEYS) {
       const int64_t most = tile_rows_for<P>(last - k0);
       for (int64_t r0 = 0; r0 < rows; r0 += most)
@@ -118,19 +115,29 @@ struct AttentionTask {
       for (int64_t r0 = 0; r0 < rows; r0 += most) {
         const int64_t tile = min(most, rows - r0), count = block_keys(q0, r0 + tile, k0);
         if (count <= 0) continue;
-        const Lhs<P> p = written_narrow()
-                             ? Lhs<P>{narrow_row(r0), narrow_stride, Tile<P>::KU}
-                             : lhs_rows(scores + r0 * SCORES, SCORES, tile, count, p_copy);
-        gemm(tile, s.D, count, p, values.rows(k0), o + r0 * ld, ld, k0 > 0, no_epilogue, &upcoming);
+        gemm(tile, s.D, count, probabilities(r0, tile, count), values.rows(k0), o + r0 * ld, ld,
+             k0 > 0, no_epilogue, &upcoming);
       }
     }
     finish_queries(q0, rows);
+  }
+
+  void start_rows(int64_t rows) {
+    for (int64_t i = 0; i < rows; ++i) {
+      m[i] = no_score;
+      l[i] = 0.0f;
+    }
   }
 
   // Whether probabilities are written as the next product reads them: dropout changes them first.
   bool written_narrow() const { return sizeof(P) < sizeof(float) && s.dropout.threshold == 0; }
   static constexpr int64_t narrow_stride = row_stride<P>(KEYS);
   P* narrow_row(int64_t i) const { return p_copy + i * narrow_stride; }
+
+  Lhs<P> probabilities(int64_t r0, int64_t rows, int64_t keys) const {
+    if (written_narrow()) return {narrow_row(r0), narrow_stride, Tile<P>::KU};
+    return lhs_rows(scores + r0 * SCORES, SCORES, rows, keys, p_copy);
+  }
 
   // Rows that share their draws, as far as one of them sees.
   void drop_probabilities(int64_t q0, int64_t rows, int64_t k0) {

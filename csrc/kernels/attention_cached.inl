@@ -101,6 +101,35 @@ inline Attention queries_of(const CachedAttention& s, int64_t i) {
   return a;
 }
 
+// Heads h .. of the one query of a sequence, whose keys are the cached ones: a row of `task` is a
+// head, so that a row's sums need not wait for those of the one before.
+template <class T>
+void attend_token(AttentionTask<T>& task, const CachedAttention& s, int64_t row, int64_t h,
+                  int64_t rows) {
+  using P = typename OperandOf<T>::type;
+  const Attention& a = task.s;
+  task.head = h;
+  task.out = {a.out, 0, h}, task.out.row = a.D;
+  const Head<T> q(a.q, 0, h);
+  const Lhs<P> queries = lhs_rows(q.data, a.D, rows, a.D, task.q_copy);
+  task.start_rows(rows);
+  for (int64_t k0 = 0; k0 < a.Tk; k0 += KEYS) {
+    const int64_t width = min(KEYS, a.Tk - k0);
+    for (int64_t i = 0; i < rows; ++i)
+      gemm(1, width, a.D, Lhs<P>{queries.data + i * queries.row, queries.row, queries.step},
+           CachedHead<T>(s, row, h + i).packed_keys().columns(k0), task.scores + i * SCORES, SCORES,
+           false);
+    for_vectors(rows, [&](int64_t i, auto part) {
+      task.softmax_rows(0, i, min(W, rows - i), k0, width, part);
+    });
+    for (int64_t i = 0; i < rows; ++i)
+      gemm(1, a.D, width, task.probabilities(i, 1, width),
+           CachedHead<T>(s, row, h + i).packed_values().rows(k0), task.o + i * task.ld, task.ld,
+           k0 > 0);
+  }
+  task.finish_queries(0, rows);
+}
+
 template <class T>
 void attention_cached_typed(const CachedAttention& s, const Parallel& parallel) {
   const int64_t C = s.H * s.D, heads = s.sequences * s.H;
@@ -132,6 +161,11 @@ void attention_cached_typed(const CachedAttention& s, const Parallel& parallel) 
         const int64_t i = head / s.H, end = min(last, (i + 1) * s.H);
         const Attention a = queries_of(s, i);
         AttentionTask<T> attention(a, 0);
+        if (a.Tq == 1) {
+          for (int64_t h = head; h < end; ++h) start(i, h % s.H);
+          for (; head < end; head = min(end, head + QUERIES))
+            attend_token(attention, s, s.row[i], head % s.H, min(QUERIES, end - head));
+        }
         for (; head < end; ++head) {
           start(i, head % s.H);
           attend(attention, i, head % s.H, 0, 1);
