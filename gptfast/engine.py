@@ -257,11 +257,14 @@ class Engine:
 
     def progress(self, i: int, first: int = 0) -> Progress:
         """See Loop."""
-        own = self._sequences[i * len(ops.FIELDS) : (i + 1) * len(ops.FIELDS)]
-        begin, length, prompt = own[:3]
+        own = i * len(ops.FIELDS)
+        begin, length, prompt, state = (
+            self._sequences[own + _COLUMN[field]]
+            for field in ("begin", "length", "prompt", "state")
+        )
         start, end = begin + prompt + first, begin + length
         found = Progress(
-            ops.STATES[own[_COLUMN["state"]]],
+            ops.STATES[state],
             self._tokens[start:end].tolist(),
             self._logprobs[start:end].tolist(),
         )

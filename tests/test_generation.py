@@ -221,6 +221,18 @@ def test_logits_that_are_not_finite_name_the_prompt(backend: Any) -> None:
     assert len(gptfast.generate(model, [[1], [3]], **options)) == 6
 
 
+def test_logits_that_are_not_finite_end_the_call() -> None:
+    model = make("course")
+    model.wte.weight.data[2] = torch.nan
+    packed = gptfast.pack(model)
+    prompts = [[2] if i == 1 else [1] for i in range(200)]
+    engine = Engine(packed, make_request(packed, prompts, max_new_tokens=4, max_batch=2))
+    with pytest.raises(DataError, match="prompt 1"):
+        engine.run(60.0)
+    states = [engine.progress(i).state for i in range(200)]
+    assert states[:2] == ["running", "invalid"] and states[2:] == ["waiting"] * 198
+
+
 def interrupted_soon(call: Callable[[], Any], seconds: float) -> Any:
     """What a call returns that gets Ctrl-C after so long.
 
