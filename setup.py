@@ -28,11 +28,8 @@ FLAGS = "-O0 -g -UNDEBUG" if os.environ.get("DEBUG") == "1" else "-O3 -g0"
 FLAGS += " -fvisibility=hidden -Wall"
 STANDARD = "-std=c++20"  # torch before 2.12 would take an older one
 KERNEL_FLAGS = f"{STANDARD} -fPIC -ffp-contract=fast -fno-math-errno -fno-trapping-math"
-# Scalars that g++ gathers into a vector are read as one right after they were written one by one,
-# which waits for all earlier writes to reach the cache.
-KERNEL_FLAGS += " -fno-tree-slp-vectorize"
-# g++ takes the undefined operands inside its own AVX-512 headers for mistakes.
-KERNEL_FLAGS += " -Wno-maybe-uninitialized -Wno-uninitialized"
+# g++'s own vectors stall (gemm.inl); it takes undefined operands in its own headers for mistakes.
+KERNEL_FLAGS += " -fno-tree-slp-vectorize -Wno-maybe-uninitialized -Wno-uninitialized"
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = AVX2 + " -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 AVX512_BF16 = AVX512 + " -mavx512bf16"

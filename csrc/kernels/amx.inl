@@ -129,7 +129,7 @@ inline void tile_rows(int64_t m0, int64_t rows, int64_t n, int64_t k, Lhs<bf16> 
     const auto block = rows > 16 ? (right ? tile_block<true, true> : tile_block<true, false>)
                                  : (right ? tile_block<false, true> : tile_block<false, false>);
     fetch_for(done, m0, rows, n0, columns);
-    block(k, {a.data + m0 * a.row, a.row, a.step}, b.columns(n0).data, c + m0 * ldc + n0, ldc, add);
+    block(k, a.rows(m0), b.columns(n0).data, c + m0 * ldc + n0, ldc, add);
     done(m0, rows, n0, columns);
   }
 }

@@ -154,8 +154,8 @@ struct AttentionTask {
   void softmax_tile(const Lhs<P>& queries, int64_t q0, int64_t r0, int64_t tile, int64_t k0) {
     const int64_t width = block_keys(q0, r0 + tile, k0);
     if (width <= 0) return;
-    gemm(tile, width, s.D, Lhs<P>{queries.data + r0 * queries.row, queries.row, queries.step},
-         keys.columns(k0), scores + r0 * SCORES, SCORES, false, no_epilogue, &upcoming);
+    gemm(tile, width, s.D, queries.rows(r0), keys.columns(k0), scores + r0 * SCORES, SCORES, false,
+         no_epilogue, &upcoming);
     for_vectors(tile, [&](int64_t i, auto part) {
       softmax_rows(q0, r0 + i, min(W, tile - i), k0, width, part);
     });

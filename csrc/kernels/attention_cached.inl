@@ -108,7 +108,6 @@ void attend_token(AttentionTask<T>& task, const CachedAttention& s, int64_t row,
                   int64_t rows) {
   using P = typename OperandOf<T>::type;
   const Attention& a = task.s;
-  task.head = h;
   task.out = {a.out, 0, h}, task.out.row = a.D;
   const Head<T> q(a.q, 0, h);
   const Lhs<P> queries = lhs_rows(q.data, a.D, rows, a.D, task.q_copy);
@@ -116,9 +115,8 @@ void attend_token(AttentionTask<T>& task, const CachedAttention& s, int64_t row,
   for (int64_t k0 = 0; k0 < a.Tk; k0 += KEYS) {
     const int64_t width = min(KEYS, a.Tk - k0);
     for (int64_t i = 0; i < rows; ++i)
-      gemm(1, width, a.D, Lhs<P>{queries.data + i * queries.row, queries.row, queries.step},
-           CachedHead<T>(s, row, h + i).packed_keys().columns(k0), task.scores + i * SCORES, SCORES,
-           false);
+      gemm(1, width, a.D, queries.rows(i), CachedHead<T>(s, row, h + i).packed_keys().columns(k0),
+           task.scores + i * SCORES, SCORES, false);
     for_vectors(rows, [&](int64_t i, auto part) {
       task.softmax_rows(0, i, min(W, rows - i), k0, width, part);
     });

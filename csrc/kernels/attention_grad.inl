@@ -123,9 +123,9 @@ struct AttentionGradTask {
       const int64_t tile = min(most, rows - r0),
                     count = min(keys, visible_keys(s, q0 + r0 + tile - 1) - k0);
       if (count > 0) {
-        gemm(tile, count, s.D, at_row(queries, r0), block.keys_t, p + r0 * SCORES, SCORES, false,
+        gemm(tile, count, s.D, queries.rows(r0), block.keys_t, p + r0 * SCORES, SCORES, false,
              no_epilogue, &upcoming);
-        gemm(tile, count, s.D, at_row(douts, r0), block.values_t, ds + r0 * SCORES, SCORES, false,
+        gemm(tile, count, s.D, douts.rows(r0), block.values_t, ds + r0 * SCORES, SCORES, false,
              no_epilogue, &upcoming);
       }
     }
@@ -157,10 +157,6 @@ struct AttentionGradTask {
 
   void clear_rows(float* sums, int64_t rows) const {
     __builtin_memset(sums, 0, static_cast<size_t>(rows * ld) * sizeof(float));
-  }
-
-  static Lhs<P> at_row(const Lhs<P>& a, int64_t row) {
-    return {a.data + row * a.row, a.row, a.step};
   }
 
   // p: s -> p f, ds: dP -> dS, for up to 8 rows; both zero where the mask hides the key.
@@ -230,9 +226,8 @@ struct AttentionGradTask {
         if (!add) clear_rows(total + j0 * ld, keys - j0);
         break;
       }
-      const Lhs<P> from = {a.data + j0 * a.row + seen_from / Tile<P>::KU * a.step, a.row, a.step};
-      gemm(tile, s.D, rows - seen_from, from, b.rows(seen_from), total + j0 * ld, ld, add,
-           no_epilogue, &upcoming);
+      gemm(tile, s.D, rows - seen_from, a.rows(j0).columns(seen_from), b.rows(seen_from),
+           total + j0 * ld, ld, add, no_epilogue, &upcoming);
     }
   }
 };

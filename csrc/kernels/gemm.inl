@@ -90,7 +90,9 @@ inline void microkernel(int64_t units, const Lhs<bf16>& a, const bf16* b, float*
 }
 #endif
 
-// By reference: copies of what was just written in parts would wait for it to reach the cache.
+// By reference: to read at once what was just written in parts waits for all earlier writes to
+// reach the cache. g++ joins scalars into vectors that do so too, unless it is told not to
+// (setup.py).
 template <class P>
 using Microkernel = void (*)(int64_t, const Lhs<P>&, const P*, float*, int64_t, bool, const Ahead&);
 
@@ -192,7 +194,7 @@ inline void gemm_row(int64_t n, int64_t k, const Lhs<P>& a, const B* b, int64_t 
   constexpr int64_t KC = sum_depth<P, B>;
   for (int64_t k0 = 0; k0 < k; k0 += KC, b += KC * NR) {
     const int64_t units = padded_k<P>(min(KC, k - k0)) / KU;
-    const Lhs<P> from = {a.data + k0 / KU * a.step, a.row, a.step};
+    const Lhs<P> from = a.columns(k0);
     const bool more = add || k0 > 0;
     for (int64_t n0 = 0; n0 < n;) {
       const B* at = b + n0 / NR * panel;
@@ -306,7 +308,7 @@ inline void gemm(int64_t m, int64_t n, int64_t k, const Lhs<P>& a, Rhs<P> b, flo
       Ahead ahead = {reinterpret_cast<const char*>(n0 + NR < n ? panel + b.panel : panel), part};
       const int64_t columns = min(NR, n - n0), most = tile_rows_for<P>(columns);
       for (int64_t m0 = 0; m0 < m; m0 += most, ahead.data += units * part) {
-        const Lhs<P> rows = {a.data + m0 * a.row + k0 / KU * a.step, a.row, a.step};
+        const Lhs<P> rows = a.rows(m0).columns(k0);
         const int64_t tile = min(most, m - m0);
         const bool last = k0 + KC >= k;
         if (last) fetch_for(done, m0, tile, n0, columns);

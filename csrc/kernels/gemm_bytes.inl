@@ -19,8 +19,8 @@ inline void gemm_widened(int64_t m, int64_t n, int64_t k, const Lhs<P>& a, const
         const typename Step<P>::Vector x = Step<P>::read(b + k0 * NR + i);
         __builtin_memcpy(block + i, &x, sizeof x);
       }
-      gemm(m, min(NR, n - n0), depth, Lhs<P>{a.data + k0 / KU * a.step, a.row, a.step},
-           Rhs<P>{block, 0}, c + n0, ldc, add || k0 > 0, finish);
+      gemm(m, min(NR, n - n0), depth, a.columns(k0), Rhs<P>{block, 0}, c + n0, ldc, add || k0 > 0,
+           finish);
     }
 }
 

@@ -62,6 +62,9 @@ template <class P>
 struct Lhs {
   const P* data;
   int64_t row, step;  // A[i][KU u + e] is data[i * row + u * step + e]
+
+  Lhs rows(int64_t m) const { return {data + m * row, row, step}; }
+  Lhs columns(int64_t k) const { return {data + k / Tile<P>::KU * step, row, step}; }
 };
 
 template <class P>
