@@ -122,11 +122,10 @@ def sub_block(dtype: str) -> Case:
         return forward_backward(forward, [x, *norm.parameters(), *module.parameters()], grad)
 
     def ours() -> Tensor:
-        qkv = ops.layer_norm_linear(
-            x, norm.weight, norm.bias, module.in_proj_weight, module.in_proj_bias
+        weights = module.in_proj_weight, module.in_proj_bias
+        return ops.layer_norm_attention(
+            x, norm.weight, norm.bias, *weights, *module.out_proj.parameters(), n_head=H
         )
-        y = ops.causal_attention_packed(qkv, H)
-        return ops.linear_residual(y, module.out_proj.weight, module.out_proj.bias, x)
 
     x.requires_grad_()
     double = copy.deepcopy(norm).double(), copy.deepcopy(module).double()

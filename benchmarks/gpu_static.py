@@ -119,17 +119,19 @@ def long(*shape: int) -> Tensor:
 
 
 def attention_case(D: int, dropout_p: float, backward: bool) -> Case:
-    """Attention of a packed projection with C / D heads."""
-    heads = C // D
+    """Attention with C / D heads of a packed projection."""
+    heads, scale = C // D, D**-0.5
     seed = long() if dropout_p else None
 
     def run(dtype: torch.dtype) -> None:
-        qkv = empty(B, T, 3 * C, dtype=dtype)
+        q, k, v = empty(B, T, 3, heads, D, dtype=dtype).permute(2, 0, 3, 1, 4)
         if not backward:
-            attention.attention_packed(qkv, heads, dropout_p, seed, 1)
+            attention.attention(q, k, v, scale, dropout_p, seed, 1)
             return
-        out, lse = empty(B, T, C, dtype=dtype), empty(B, heads, T)
-        attention_grad.attention_packed_backward(out, qkv, heads, out, lse, dropout_p, seed, 1)
+        out, lse = empty(B, T, heads, D, dtype=dtype).transpose(1, 2), empty(B, heads, T)
+        dropout = launch.dropout_args(dropout_p, seed, 1, lse.device)
+        grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        attention_grad.write_grads(out, q, k, v, out, lse, grads, scale, dropout)
 
     products = 5 if backward else 2
     name = f"attention{' backward' if backward else ''}, D {D}{', dropout' if dropout_p else ''}"

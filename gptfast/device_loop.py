@@ -154,15 +154,15 @@ class Decoder:
 
         def attend_in(layer: int) -> Callable[[Tensor], Tensor]:
             def attend(qkv: Tensor) -> Tensor:
-                kv = qkv.unflatten(-1, (3, H, -1))[:, :, 1:]  # (n, T, 2, H, D)
-                self._cache[layer, at, :, :, :T] = kv.permute(0, 2, 3, 1, 4)
-                return ops.causal_attention_packed(qkv, H)
+                q, *kv = qkv.unflatten(-1, (3, H, -1)).permute(2, 0, 3, 1, 4)  # (n, H, T, D) each
+                self._cache[layer, at, :, :, :T] = torch.stack(kv, 1)
+                return ops.causal_attention(q, *kv).transpose(1, 2).flatten(2)
 
             return attend
 
         x = self._model.embed(idx, step)
         for layer, block in enumerate(self._model.blocks):
-            x = block(x, step, attend_in(layer))
+            x = block.forward_with(attend_in(layer), x, step)
         self._logits[at] = self._logits_of(x[:, -1])
         self._sample()
 
@@ -225,7 +225,7 @@ class Decoder:
         x = F.embedding(self._tokens, model.wte.weight)
         x = (x + F.embedding(self._positions, model.wpe.weight))[:, None]  # (R, 1, C)
         for layer, block in enumerate(model.blocks):
-            x = block(x, step, attend_in(layer))
+            x = block.forward_with(attend_in(layer), x, step)
         self._logits.copy_(self._logits_of(x[:, 0]))
         self._sample()
 

@@ -6,7 +6,7 @@ GPT-2's names.
 
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,28 +71,37 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=reference.LAYER_NORM_EPS, bias=config.bias)
         self.mlp = MLP(config)
 
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        if hasattr(self, "attn"):
+            ln, attn, proj = self.ln_1, self.attn.c_attn, self.attn.c_proj
+            x = step.ops.layer_norm_attention(
+                x, ln.weight, ln.bias, attn.weight, attn.bias, proj.weight, proj.bias,
+                n_head=self.attn.n_head, dropout_p=step.dropout_p, seed=step.seed,
+                stream=self.stream,
+            )  # fmt: skip
+        return self.feed_forward(x, step)
+
+    def forward_with(self, attend: Attend, x: Tensor, step: Step) -> Tensor:
+        """`forward` with `attend` for attention, as where keys of earlier tokens are kept."""
+        if hasattr(self, "attn"):
+            proj = self.attn.c_proj
+            y = attend(self.qkv(x, step))
+            x = step.ops.linear_residual(y, proj.weight, proj.bias, x)
+        return self.feed_forward(x, step)
+
     def qkv(self, x: Tensor, step: Step) -> Tensor:
         """The packed projection of the normalised input, (B, T, C) -> (B, T, 3 C)."""
         ln, linear = self.ln_1, self.attn.c_attn
         return step.ops.layer_norm_linear(x, ln.weight, ln.bias, linear.weight, linear.bias)
 
-    def forward(self, x: Tensor, step: Step, attend: Attend | None = None) -> Tensor:
-        """(B, T, C) -> (B, T, C).
-
-        `attend` takes the place of attention, as where keys and values of earlier tokens are kept.
-        """
-        drop: dict[str, Any] = {"dropout_p": step.dropout_p, "seed": step.seed}
-        if hasattr(self, "attn"):
-            qkv = self.qkv(x, step)
-            y = (
-                step.ops.causal_attention_packed(qkv, self.attn.n_head, stream=self.stream, **drop)
-                if attend is None
-                else attend(qkv)
-            )
-            x = step.ops.linear_residual(y, self.attn.c_proj.weight, self.attn.c_proj.bias, x)
+    def feed_forward(self, x: Tensor, step: Step) -> Tensor:
+        """The second half, (B, T, C) -> (B, T, C)."""
         ln, fc, proj = self.ln_2, self.mlp.c_fc, self.mlp.c_proj
-        params = (ln.weight, ln.bias, fc.weight, fc.bias, proj.weight, proj.bias)
-        return step.ops.layer_norm_ffn(x, *params, gelu=self.gelu, stream=self.stream + 1, **drop)
+        return step.ops.layer_norm_ffn(
+            x, ln.weight, ln.bias, fc.weight, fc.bias, proj.weight, proj.bias,
+            gelu=self.gelu, dropout_p=step.dropout_p, seed=step.seed, stream=self.stream + 1,
+        )  # fmt: skip
 
 
 class GPT(nn.Module):

@@ -120,20 +120,6 @@ def test_large_scores_do_not_overflow(isa: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dropout_p", (0.0, 0.3))
-def test_packed_equals_separate(isa: str, dtype: torch.dtype, dropout_p: float) -> None:
-    qkv = heads(3, 70, 3 * 2 * 48).to(dtype).requires_grad_()
-    q, k, v = qkv.view(3, 70, 3, 2, 48).permute(2, 0, 3, 1, 4)
-    options = {"dropout_p": dropout_p, "seed": 8, "stream": 2}
-    separate = ops.causal_attention(q, k, v, **options).transpose(1, 2).reshape(3, 70, 96)
-    packed = ops.causal_attention_packed(qkv, 2, **options)
-    assert torch.equal(packed, separate)
-    grad = torch.randn_like(packed)
-    (a,), (b,) = (torch.autograd.grad(x, qkv, grad, retain_graph=True) for x in (packed, separate))
-    assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_of_a_batch_have_the_bits_they_have_alone(
     isa: str, dtype: torch.dtype, any_threads: None
 ) -> None:
@@ -187,5 +173,3 @@ def test_errors_name_argument_expected_and_got() -> None:
         ops.causal_attention(q, q, q, dropout_p=1.5)
     with pytest.raises(TypeError, match=r"q must be a floating-point tensor, got torch.int64"):
         ops.causal_attention(q.long(), q, q)
-    with pytest.raises(ValueError, match=r"3 C columns with C divisible by n_head=5"):
-        ops.causal_attention_packed(heads(1, 4, 48), 5)

@@ -162,7 +162,7 @@ def wrong_by_a_thousandth(op: Callable[..., torch.Tensor]) -> Callable[..., torc
     ("script", "op"),
     (
         (bench_attention, "causal_attention"),
-        (bench_attention, "layer_norm_linear"),
+        (bench_attention, "layer_norm_attention"),
         (bench_ffn, "layer_norm_ffn"),
         (bench_cross_entropy, "linear_cross_entropy"),
         (bench_train, "linear_cross_entropy"),
@@ -177,7 +177,7 @@ def test_wrong_result_is_not_timed(
 ) -> None:
     monkeypatch.setattr(command, "peak", lambda *_: {"gflops": 1.0, "by": "nobody", "size": "0"})
     monkeypatch.setattr(ops, op, wrong_by_a_thousandth(getattr(ops, op)))
-    wrong = {"layer_norm_linear": "x + MHA", "causal_attention": "64 forward+backward"}
+    wrong = {"layer_norm_attention": "x + MHA", "causal_attention": "64 forward+backward"}
     only = ["--only", wrong[op]] if op in wrong else ["--only", "abc"]
     if script in (bench_ffn, bench_cross_entropy):
         only = ["--only", "+"]

@@ -29,6 +29,7 @@ sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "benchmarks")!r}]
 import numpy, torch
 from gpu_static import CHIPS, compiling_for, empty, long
 from gptfast.ops.triton import attention, attention_grad, decode, embedding, ffn, linear
+from gptfast.ops.triton import self_attention
 from gptfast.ops.triton.cross_entropy import linear_cross_entropy
 from gptfast.ops.triton.sampling import sample
 from gptfast.sampling import Sampling
@@ -39,9 +40,18 @@ def layer(M, K, N):
     linear.linear_backward(*args)
 
 def heads(B, T, H, D):
-    qkv, out = empty(B, T, 3 * H * D), empty(B, T, H * D)
-    attention.attention_packed(qkv, H, 0.1, long(), 2**32 - 1)
-    attention_grad.attention_packed_backward(out, qkv, H, out, empty(B, H, T), 0.1, long(), 1)
+    q, out = empty(B, H, T, D), empty(B, T, H, D)
+    attention.attention(q, q, q, 0.3, 0.1, long(), 2**32 - 1)
+    attention_grad.attention_backward(
+        out, q, q, q, out, empty(B, H, T), 0.3, 0.1, long(), 1
+    )
+
+def attention_block(B, T, C, H):
+    x, out = empty(B, T, C), empty(B, T, C)
+    params = empty(C), empty(C), empty(3 * C, C), empty(3 * C), empty(C, C), empty(C)
+    self_attention.self_attention(x, *params, H, 0.1, long(), 1, True)
+    kept = empty(B * T), empty(B * T), empty(B, T, 3 * C), out, empty(B, H, T)
+    self_attention.self_attention_backward(x, x, *params, *kept, H, 0.1, long(), 1)
 
 def block(M, C, F):
     x, params = empty(M, C), (empty(C), empty(C), empty(F, C), empty(F), empty(C, F), empty(C))
@@ -76,8 +86,10 @@ print(len(found))
 
 
 def test_sizes_of_one_compile() -> None:  # they are constants to the compiler
-    layers = "layer(1, 1, 1); heads(1, 1, 1, 1); block(1, 1, 1); loss(1, 1, 1); tables(1, 1, 1, 1)"
-    assert compiled(f"{layers}; decoded(1, 1, 1, 1); drawn(1, 1, top_k=1, top_p=1, min_p=1)") > 0
+    layers = "layer(1, 1, 1); heads(1, 1, 1, 1); attention_block(1, 1, 1, 1); block(1, 1, 1)"
+    ends = "loss(1, 1, 1); tables(1, 1, 1, 1)"
+    decoding = "decoded(1, 1, 1, 1); drawn(1, 1, top_k=1, top_p=1, min_p=1)"
+    assert compiled(f"{layers}; {ends}; {decoding}") > 0
 
 
 def test_sampling_options_may_be_numbers_of_any_type() -> None:

@@ -107,8 +107,15 @@ def attention_cases(dtype: torch.dtype) -> Iterator[tuple]:
             q, k, v = normal(2, 2, Tq, D), normal(2, 2, Tk, D), normal(2, Tk, 2, D)
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype).transpose(1, 2)
             yield ops.causal_attention, (q, k, v), {"dropout_p": p, "seed": 1}
-            qkv = normal(2, Tq, 6 * D, dtype=dtype)
-            yield ops.causal_attention_packed, (qkv, 2), {"dropout_p": p, "seed": 1}
+
+
+def self_attention_cases(dtype: torch.dtype, param: torch.dtype) -> Iterator[tuple]:
+    for i, T in enumerate((1, 17, 33, 97, 129)):
+        for C in (2, 16, 66, 128):
+            p = 0.3 * (i % 2)
+            shapes = (C,), (C,), (3 * C, C), (3 * C,), (C, C), (C,)
+            args = (normal(2, T, C, dtype=dtype), *(normal(*each, dtype=param) for each in shapes))
+            yield ops.layer_norm_attention, args, {"n_head": 2, "dropout_p": p, "seed": 1}
 
 
 def linear_cases(dtype: torch.dtype, param: torch.dtype) -> Iterator[tuple]:
@@ -151,11 +158,14 @@ def embedding_cases(dtype: torch.dtype, param: torch.dtype) -> Iterator[tuple]:
             yield ops.embedding, (idx, wte.to(param), wpe.to(param)), options
 
 
+CASES = linear_cases, self_attention_cases, ffn_cases, cross_entropy_cases, embedding_cases
+
+
 def all_cases() -> Iterator[tuple]:
     for dtype in DTYPES:
         yield from attention_cases(dtype)
         for param in dict.fromkeys((torch.float32, dtype)):
-            for cases in (linear_cases, ffn_cases, cross_entropy_cases, embedding_cases):
+            for cases in CASES:
                 yield from cases(dtype, param)
 
 

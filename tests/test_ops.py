@@ -66,10 +66,10 @@ def cases() -> dict[str, tuple[Any, ...]]:
     """Arguments for every operator in the namespace."""
     q, k, v = heads(9), heads(9), heads(9)
     out, lse = torch.ops.gptfast.attention(q, k, v, 0.25, 0.1, SEED, 1)
-    qkv = R(2, 9, 96)
-    packed_out, packed_lse = torch.ops.gptfast.attention_packed(qkv, 2, 0.0, None, 0)
     x, ln_w, ln_b, weight, bias = R(2, 9, 32), R(32), R(32), R(20, 32), R(20)
     y, mean, rstd = torch.ops.gptfast.linear(x, ln_w, ln_b, weight, bias, None)
+    block = (ln_w, None, R(96, 32), R(96), R(32, 32), None)
+    _, *kept = torch.ops.gptfast.self_attention(x, *block, 2, 0.1, SEED, 1, True)
     ffn = (ln_w, None, R(64, 32), R(64), R(32, 64), R(32))
     y2, mean2, rstd2, hidden = torch.ops.gptfast.ffn(x, *ffn, "erf", 0.1, SEED, 2, True)
     idx = torch.randint(5, (2, 9))
@@ -80,10 +80,8 @@ def cases() -> dict[str, tuple[Any, ...]]:
     return {
         "attention": (q, k, v, 0.25, 0.1, SEED, 1),
         "attention_backward": (R(2, 9, 3, 16), q, k, v, out, lse, 0.25, 0.1, SEED, 1),
-        "attention_packed": (qkv, 2, 0.0, None, 0),
-        "attention_packed_backward": (
-            R(2, 9, 32), qkv, 2, packed_out, packed_lse, 0.0, None, 0,
-        ),
+        "self_attention": (x, *block, 4, 0.1, SEED, 1, False),
+        "self_attention_backward": (R(2, 9, 32), x, *block, *kept, 2, 0.1, SEED, 1),
         "linear": (x.transpose(0, 1), ln_w, ln_b, weight, bias, None),
         "linear_backward": (R(2, 9, 20), x, ln_w, ln_b, mean, rstd, weight, None),
         "ffn": (x, *ffn, "tanh", 0.1, SEED, 2, False),
@@ -102,7 +100,7 @@ def cases() -> dict[str, tuple[Any, ...]]:
 
 
 NAMES = (
-    "attention attention_backward attention_packed attention_packed_backward"
+    "attention attention_backward self_attention self_attention_backward"
     " linear linear_backward ffn ffn_backward linear_cross_entropy embedding embedding_backward"
     " adamw_ pack_weight generate score"
 ).split()
@@ -305,6 +303,10 @@ def test_what_is_no_tensor_is_refused_by_name() -> None:
 FROZEN: dict[str, Any] = {
     "layer_norm_linear": (ops.layer_norm_linear, R(5, 8), R(8), R(8), R(6, 8), R(6)),
     "linear_residual": (ops.linear_residual, R(5, 8), R(6, 8), R(6), R(5, 6)),
+    "layer_norm_attention": (
+        lambda *inputs: ops.layer_norm_attention(*inputs, n_head=2),
+        R(2, 5, 8), R(8), R(8), R(24, 8), R(24), R(8, 8), R(8),
+    ),
     "layer_norm_ffn": (ops.layer_norm_ffn, R(5, 8), R(8), R(8), R(32, 8), R(32), R(8, 32), R(8)),
     "linear_cross_entropy": (
         lambda x, weight, ln_w, ln_b: ops.linear_cross_entropy(

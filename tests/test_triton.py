@@ -31,6 +31,7 @@ from test_embedding import fused, plain, tables
 from test_ffn import block
 from test_linear import normal, torch_layer_norm_linear, torch_linear_residual
 from test_ops import cases
+from test_self_attention import attention_block, by_parts, torch_layer_norm_attention
 from torch import Tensor
 
 from gptfast import GPT, BackendError, DataError, GPTConfig, ops
@@ -123,16 +124,25 @@ def test_attention_of_strided_and_large_scores() -> None:
         assert (a.double() - o).abs().max() <= 2e-3 * o.abs().max()
 
 
-def test_packed_attention_equals_separate() -> None:
-    qkv = heads(3, 70, 3 * 2 * 48).to(DEVICE).requires_grad_()
-    q, k, v = qkv.view(3, 70, 3, 2, 48).permute(2, 0, 3, 1, 4)
-    options = {"dropout_p": 0.3, "seed": 8, "stream": 2}
-    separate = ops.causal_attention(q, k, v, **options).transpose(1, 2).reshape(3, 70, 96)
-    packed = ops.causal_attention_packed(qkv, 2, **options)
-    assert torch.equal(packed, separate)
-    grad = torch.randn_like(packed)
-    (a,), (b,) = (torch.autograd.grad(x, qkv, grad) for x in (packed, separate))
-    assert torch.equal(a, b)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", (True, False))
+@pytest.mark.parametrize(("B", "T", "C", "H"), ((1, 1, 8, 1), (3, 16, 32, 2), (2, 70, 96, 3)))
+def test_layer_norm_attention(
+    B: int, T: int, C: int, H: int, bias: bool, dtype: torch.dtype
+) -> None:
+    args = (ops.layer_norm_attention, reference.layer_norm_attention, torch_layer_norm_attention)
+    check_op(*args, there(*attention_block(B, T, C, bias)), dtype, n_head=H)
+
+
+@pytest.mark.parametrize("dropout_p", (0.0, 0.3))
+def test_layer_norm_attention_has_the_bits_of_its_parts(dropout_p: float) -> None:
+    inputs, grad = there(*attention_block(3, 70, 96)), normal(3, 70, 96, seed=9).to(DEVICE)
+    options = {"n_head": 2, "dropout_p": dropout_p, "seed": 8, "stream": 2}
+    whole = run(ops.layer_norm_attention, inputs, torch.float32, grad, **options)
+    for a, b in zip(whole, run(by_parts, inputs, torch.float32, grad, **options), strict=True):
+        assert torch.equal(a, b)
+    with torch.no_grad():
+        assert torch.equal(ops.layer_norm_attention(*inputs, **options), whole[0])
 
 
 def configurations(module: Any, *names: str) -> list[Any]:
@@ -527,7 +537,8 @@ def test_attention_is_faster_than_multihead_attention(where: str, dtype: str) ->
 
     def ours() -> Tensor:
         projected = torch.nn.functional.linear(x, module.in_proj_weight, module.in_proj_bias)
-        return module.out_proj(ops.causal_attention_packed(projected, 12))
+        q, k, v = projected.unflatten(-1, (3, 12, -1)).permute(2, 0, 3, 1, 4)
+        return module.out_proj(ops.causal_attention(q, k, v).transpose(1, 2).flatten(2))
 
     with torch.no_grad():
         own, other = (triton.testing.do_bench(each) for each in (ours, multihead))

@@ -112,8 +112,10 @@ struct Linear {
 
 struct LinearGrad {
   Linear forward;
-  const void* dy;  // (M, N)
-  void* dx;        // (M, K)
+  const void* dy;   // (M, N)
+  const void* add;  // (M, K): what else dx is to hold, as the gradient that x has by a residual;
+                    // may be null
+  void* dx;         // (M, K)
   NormGrad dnorm;
   ParamGrad dweight;
   ParamGrad dbias;

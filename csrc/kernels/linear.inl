@@ -87,6 +87,7 @@ void linear_grad_typed(const LinearGrad& s, const Parallel& parallel) {
   const int64_t M = f.M, N = f.N, K = f.K, ld = padded_n<P>(K);
   const T* x = static_cast<const T*>(f.x);
   const T* dy = static_cast<const T*>(s.dy);
+  const T* add = static_cast<const T*>(s.add);
   T* dx = static_cast<T*>(s.dx);
   Frame frame;
   const RowNorm norm(f.norm, K, frame);
@@ -110,17 +111,19 @@ void linear_grad_typed(const LinearGrad& s, const Parallel& parallel) {
       gemm(rows, K, N, lhs_rows(dy + m0 * N, N, rows, N, copy), w, dn, ld, false);
       dweight.set_dy(slot, dy + m0 * N, N, rows, 0, N);
       if (s.dbias.data) dbias.add_rows(block, dy + m0 * N, N, rows);
+      const auto row_of = [&](const T* data, int64_t m) { return data ? data + m * K : nullptr; };
       if (!norm.weight) {
-        for (int64_t i = 0; i < rows; ++i) copy_row(dn + i * ld, K, dx + (m0 + i) * K);
+        for (int64_t i = 0; i < rows; ++i)
+          finish_row(dn + i * ld, nullptr, row_of(add, m0 + i), K, dx + (m0 + i) * K);
         dweight.set_x(slot, x + m0 * K, K, rows, 0, K);
         return;
       }
       float* normalized = take<float>(task_frame, rows * ld);
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t m = m0 + i;
-        norm_grad_row(dn + i * ld, x + m * K, static_cast<const T*>(nullptr), K,
-                      {norm.mean[m], norm.rstd[m]}, norm, dnorm_weight.block(block),
-                      dnorm_bias.block(block), normalized + i * ld, dx + m * K);
+        norm_grad_row(dn + i * ld, x + m * K, row_of(add, m), K, {norm.mean[m], norm.rstd[m]}, norm,
+                      dnorm_weight.block(block), dnorm_bias.block(block), normalized + i * ld,
+                      dx + m * K);
       }
       dweight.set_x(slot, normalized, ld, rows, 0, K);
     };

@@ -127,6 +127,12 @@ Tensor new_tensor(std::initializer_list<int64_t> shape, ScalarType dtype) {
                               dtype);
 }
 
+Heads heads_within(const Tensor& x, int64_t T, int64_t parts, int64_t part, int64_t H, int64_t D) {
+  char* data =
+      static_cast<char*>(x.data_ptr()) + part * H * D * static_cast<int64_t>(x.element_size());
+  return {data, T * parts * H * D, D, parts * H * D};
+}
+
 Tensor new_grad(const OptionalTensor& param) {
   if (!param.has_value()) return new_tensor({0}, ScalarType::Float);
   return torch::stable::empty(param->sizes(), param->scalar_type());

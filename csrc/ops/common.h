@@ -93,6 +93,9 @@ ScalarType scalar_type(DType dtype);
 
 Tensor new_tensor(std::initializer_list<int64_t> shape, ScalarType dtype);
 
+// The memory of a contiguous (B, T, parts, H, D) tensor as heads of part `part`.
+Heads heads_within(const Tensor& x, int64_t T, int64_t parts, int64_t part, int64_t H, int64_t D);
+
 // A new gradient of the parameter's shape and dtype; an empty tensor for an absent one.
 Tensor new_grad(const OptionalTensor& param);
 ParamGrad param_grad(const Tensor& grad);

@@ -4,16 +4,17 @@
 """
 
 from gptfast.ops import reference
-from gptfast.ops.attention import causal_attention, causal_attention_packed
+from gptfast.ops.attention import causal_attention
 from gptfast.ops.cross_entropy import linear_cross_entropy
 from gptfast.ops.embedding import embedding
 from gptfast.ops.ffn import layer_norm_ffn
 from gptfast.ops.linear import layer_norm_linear, linear_residual
+from gptfast.ops.self_attention import layer_norm_attention
 
 __all__ = [
     "causal_attention",
-    "causal_attention_packed",
     "embedding",
+    "layer_norm_attention",
     "layer_norm_ffn",
     "layer_norm_linear",
     "linear_cross_entropy",

@@ -33,15 +33,6 @@ def _fake_attention_backward(
     return tuple(torch.empty_like(x) for x in (q, k, v))
 
 
-def _fake_packed(qkv: Tensor, n_head: int, *_: Any) -> tuple[Tensor, ...]:
-    B, T, C3 = qkv.shape
-    return qkv.new_empty(B, T, C3 // 3), qkv.new_empty(B, n_head, T, dtype=torch.float32)
-
-
-def _fake_packed_backward(dout: Tensor, qkv: Tensor, *_: Any) -> Tensor:
-    return qkv.new_empty(qkv.shape)
-
-
 _attention = define(
     """
     attention(Tensor q, Tensor k, Tensor v, float scale, float dropout_p, Tensor? seed, int stream)
@@ -56,20 +47,6 @@ _attention_backward = define(
         -> (Tensor dq, Tensor dk, Tensor dv)
     """,
     _fake_attention_backward,
-)
-_attention_packed = define(
-    """
-    attention_packed(Tensor qkv, int n_head, float dropout_p, Tensor? seed, int stream)
-        -> (Tensor out, Tensor lse)
-    """,
-    _fake_packed,
-)
-_attention_packed_backward = define(
-    """
-    attention_packed_backward(Tensor dout, Tensor qkv, int n_head, Tensor out, Tensor lse,
-        float dropout_p, Tensor? seed, int stream) -> Tensor dqkv
-    """,
-    _fake_packed_backward,
 )
 
 
@@ -92,25 +69,6 @@ class _Attention(torch.autograd.Function):
         scale, dropout_p, stream = ctx.options
         grads = _attention_backward(dout, q, k, v, out, lse, scale, dropout_p, seed, stream)
         return *grads, None, None, None, None
-
-
-class _AttentionPacked(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, seed: Tensor | None, *options: Any) -> Tensor:
-        n_head, dropout_p, stream = options
-        out, lse = _attention_packed(qkv, n_head, dropout_p, seed, stream)
-        ctx.save_for_backward(qkv, out, lse, seed)
-        ctx.options = options
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (dout,) = grads
-        qkv, out, lse, seed = ctx.saved_tensors
-        n_head, dropout_p, stream = ctx.options
-        dqkv = _attention_packed_backward(dout, qkv, n_head, out, lse, dropout_p, seed, stream)
-        return dqkv, None, None, None, None
 
 
 def causal_attention(
@@ -160,37 +118,3 @@ def causal_attention(
     if needs_grad(q, k, v):
         return _Attention.apply(q, k, v, key, scale, dropout_p, stream).transpose(1, 2)
     return _attention(q, k, v, scale, dropout_p, key, stream)[0].transpose(1, 2)
-
-
-def causal_attention_packed(
-    qkv: Tensor,
-    n_head: int,
-    *,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    stream: int = 0,
-) -> Tensor:
-    """Computes `causal_attention` of a packed projection, whose gradient comes back packed as well.
-
-    Args:
-        qkv: (B, T, 3 C), float32 or bfloat16: the columns of q, then k, then v, each (H, D).
-        n_head: H; C must be divisible by it.
-        dropout_p: As for `causal_attention`, like `seed` and `stream`.
-
-    Returns:
-        (B, T, C) in qkv's dtype.
-    """
-    check_floating("causal_attention_packed", "qkv", qkv, 3)
-    if n_head < 1 or qkv.shape[2] % (3 * n_head):
-        raise ValueError(
-            f"causal_attention_packed: qkv must have 3 C columns with C divisible by"
-            f" n_head={n_head},"
-            f" got shape {tuple(qkv.shape)}"
-        )
-    D = qkv.shape[2] // (3 * n_head)
-    select.require_fused("causal_attention_packed", qkv.device.type, qkv.dtype, head_dim=D)
-    check_dropout("causal_attention_packed", dropout_p)
-    key = seed_tensor(seed) if dropout_p > 0.0 else None
-    if needs_grad(qkv):
-        return _AttentionPacked.apply(qkv, key, n_head, dropout_p, stream)
-    return _attention_packed(qkv, n_head, dropout_p, key, stream)[0]

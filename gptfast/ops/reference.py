@@ -68,23 +68,6 @@ def causal_attention(
         return (weights @ v.to(wide)).to(q.dtype)
 
 
-def causal_attention_packed(
-    qkv: Tensor,
-    n_head: int,
-    *,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    stream: int = 0,
-) -> Tensor:
-    """See `gptfast.ops.causal_attention_packed`."""
-    B, T, C3 = qkv.shape
-    q, k, v = qkv.view(B, T, 3, n_head, C3 // 3 // n_head).permute(
-        2, 0, 3, 1, 4
-    )  # (B, H, T, D) each
-    out = causal_attention(q, k, v, dropout_p=dropout_p, seed=seed, stream=stream)
-    return out.transpose(1, 2).reshape(B, T, C3 // 3)
-
-
 def layer_norm_linear(
     x: Tensor, ln_w: Tensor, ln_b: Tensor | None, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
@@ -97,6 +80,27 @@ def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
     """See `gptfast.ops.linear_residual`."""
     with torch.autocast(x.device.type, enabled=False):
         return (residual.to(_wide(x)) + _linear(x.to(_wide(x)), weight, bias)).to(x.dtype)
+
+
+def layer_norm_attention(
+    x: Tensor,
+    ln_w: Tensor,
+    ln_b: Tensor | None,
+    w_qkv: Tensor,
+    b_qkv: Tensor | None,
+    w_proj: Tensor,
+    b_proj: Tensor | None,
+    *,
+    n_head: int,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    stream: int = 0,
+) -> Tensor:
+    """See `gptfast.ops.layer_norm_attention`."""
+    qkv = layer_norm_linear(x, ln_w, ln_b, w_qkv, b_qkv).unflatten(-1, (3, n_head, -1))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+    out = causal_attention(q, k, v, dropout_p=dropout_p, seed=seed, stream=stream)
+    return linear_residual(out.transpose(1, 2).flatten(2), w_proj, b_proj, x)
 
 
 def layer_norm_ffn(

@@ -9,13 +9,21 @@ from typing import Any
 import torch
 
 from gptfast.ops.common import LIBRARY
-from gptfast.ops.triton import attention, attention_grad, cross_entropy, embedding, ffn, linear
+from gptfast.ops.triton import (
+    attention,
+    attention_grad,
+    cross_entropy,
+    embedding,
+    ffn,
+    linear,
+    self_attention,
+)
 
 KERNELS: dict[str, Any] = {
     "attention": attention.attention,
     "attention_backward": attention_grad.attention_backward,
-    "attention_packed": attention.attention_packed,
-    "attention_packed_backward": attention_grad.attention_packed_backward,
+    "self_attention": self_attention.self_attention,
+    "self_attention_backward": self_attention.self_attention_backward,
     "linear": linear.linear,
     "linear_backward": linear.linear_backward,
     "ffn": ffn.ffn,

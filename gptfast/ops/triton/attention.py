@@ -177,50 +177,20 @@ def forward_kernel(
     tl.store(lse + head.to(tl.int64) * Tq + i, value, mask=i < Tq)
 
 
-def _launch_forward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, dropout: dict[str, Any]
-) -> None:
-    B, H, Tq, _ = q.shape
-    if lse.numel() == 0:
-        return
-    grid = lambda meta: (triton.cdiv(Tq, meta["BM"]) * B * H,)  # noqa: E731
-    forward_kernel[grid](
-        q, k, v, out, lse, H, Tq, k.shape[2], scale / math.log(2),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        **dropout, **parts_of(q), PRECISION=precision(),
-    )  # fmt: skip
-
-
 def attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, seed: Tensor | None,
     stream: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """gptfast::attention."""
     B, H, Tq, D = q.shape
-    out, lse = q.new_empty(B, Tq, H, D), _row_sums(q)
-    dropout = dropout_args(dropout_p, seed, stream, q.device)
-    _launch_forward(q, k, v, out.transpose(1, 2), lse, scale, dropout)
+    out, lse = q.new_empty(B, Tq, H, D), q.new_empty(B, H, Tq, dtype=torch.float32)
+    if lse.numel():
+        heads = out.transpose(1, 2)
+        grid = lambda meta: (triton.cdiv(Tq, meta["BM"]) * B * H,)  # noqa: E731
+        forward_kernel[grid](
+            q, k, v, heads, lse, H, Tq, k.shape[2], scale / math.log(2),
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *heads.stride()[:3],
+            **dropout_args(dropout_p, seed, stream, q.device), **parts_of(q),
+            PRECISION=precision(),
+        )  # fmt: skip
     return out, lse
-
-
-def attention_packed(
-    qkv: Tensor, n_head: int, dropout_p: float, seed: Tensor | None, stream: int
-) -> tuple[Tensor, Tensor]:
-    """gptfast::attention_packed."""
-    q, k, v = unpacked(qkv.contiguous(), n_head)
-    B, H, T, D = q.shape
-    out, lse = q.new_empty(B, T, H * D), _row_sums(q)
-    heads = out.view(B, T, H, D).transpose(1, 2)
-    dropout = dropout_args(dropout_p, seed, stream, qkv.device)
-    _launch_forward(q, k, v, heads, lse, 1 / math.sqrt(D), dropout)
-    return out, lse
-
-
-def _row_sums(q: Tensor) -> Tensor:
-    return q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-def unpacked(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Views (B, H, T, D) of the packed (B, T, 3 C)."""
-    q, k, v = qkv.unflatten(-1, (3, n_head, -1)).permute(2, 0, 3, 1, 4)
-    return q, k, v

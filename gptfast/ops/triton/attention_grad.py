@@ -20,7 +20,6 @@ from gptfast.ops.triton.attention import (
     held_rows,
     parts_of,
     row_products,
-    unpacked,
 )
 from gptfast.ops.triton.launch import config, dropout_args, precision, tuned
 from gptfast.ops.triton.tiles import LOG2E, dropout_factors, own_head
@@ -235,11 +234,11 @@ def key_grads_kernel(
     tl.store(dv + rows * dv_row + d[None, :], value_total.to(dv.dtype.element_ty), mask=inside)
 
 
-def _launch_backward(
+def write_grads(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     grads: tuple[Tensor, Tensor, Tensor], scale: float, dropout: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Writes dq, dk and dv, all (B, H, T, D)."""
+    """Writes `grads`, dq, dk and dv; like dout and out these are (B, H, T, D) of any strides."""
     dq, dk, dv = grads
     B, H, Tq, _ = q.shape
     Tk = k.shape[2]
@@ -271,24 +270,8 @@ def attention_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """gptfast::attention_backward."""
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    _launch_backward(
+    write_grads(
         dout.contiguous().transpose(1, 2), q, k, v, out.transpose(1, 2), lse, grads, scale,
         dropout_args(dropout_p, seed, stream, q.device),
     )  # fmt: skip
     return grads
-
-
-def attention_packed_backward(
-    dout: Tensor, qkv: Tensor, n_head: int, out: Tensor, lse: Tensor, dropout_p: float,
-    seed: Tensor | None, stream: int,
-) -> Tensor:  # fmt: skip
-    """gptfast::attention_packed_backward."""
-    q, k, v = unpacked(qkv.contiguous(), n_head)
-    B, H, T, D = q.shape
-    dqkv = qkv.new_empty(qkv.shape)
-    out, dout = (x.contiguous().view(B, T, H, D).transpose(1, 2) for x in (out, dout))
-    _launch_backward(
-        dout, q, k, v, out, lse, unpacked(dqkv, n_head), 1 / math.sqrt(D),
-        dropout_args(dropout_p, seed, stream, qkv.device),
-    )  # fmt: skip
-    return dqkv

@@ -1,0 +1,137 @@
+"""The attention block of a pre-norm transformer as one operator, residual included.
+
+Letters: B batch, T time, C n_embd, H heads.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gptfast.ops import select
+from gptfast.ops.common import (
+    check_activation,
+    check_dropout,
+    check_param,
+    define,
+    needs_grad,
+)
+from gptfast.ops.linear import absent_to_none, fake_grad
+from gptfast.ops.random import seed_tensor
+
+
+def _fake_self_attention(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    n_head, *_, keep = args[6:]
+    B, T, C = x.shape
+    kept = B if keep else 0
+    moments = [x.new_empty(kept * T, dtype=torch.float32) for _ in range(2)]
+    qkv, out = x.new_empty(kept, T, 3 * C), x.new_empty(kept, T, C)
+    return x.new_empty(B, T, C), *moments, qkv, out, moments[0].new_empty(kept, n_head, T)
+
+
+def _fake_self_attention_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    grads = (fake_grad(param, x) for param in args[:6])
+    return x.new_empty(x.shape), *grads
+
+
+_self_attention = define(
+    """
+    self_attention(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor w_qkv, Tensor? b_qkv,
+        Tensor w_proj, Tensor? b_proj, int n_head, float dropout_p, Tensor? seed, int stream,
+        bool keep)
+        -> (Tensor y, Tensor mean, Tensor rstd, Tensor qkv, Tensor out, Tensor lse)
+    """,
+    _fake_self_attention,
+)
+_self_attention_backward = define(
+    """
+    self_attention_backward(Tensor dy, Tensor x, Tensor norm_weight, Tensor? norm_bias,
+        Tensor w_qkv, Tensor? b_qkv, Tensor w_proj, Tensor? b_proj, Tensor mean, Tensor rstd,
+        Tensor qkv, Tensor out, Tensor lse, int n_head, float dropout_p, Tensor? seed, int stream)
+        -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dw_qkv, Tensor db_qkv,
+            Tensor dw_proj, Tensor db_proj)
+    """,
+    _fake_self_attention_backward,
+)
+
+
+class _SelfAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keep: bool, x: Tensor, *args: Any) -> Tensor:
+        *params, n_head, dropout_p, seed, stream = args
+        y, *kept = _self_attention(x, *params, n_head, dropout_p, seed, stream, keep)
+        if keep:
+            ctx.save_for_backward(x, *params, *kept, seed)
+            ctx.options = n_head, dropout_p, stream
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        *kept, seed = ctx.saved_tensors
+        n_head, dropout_p, stream = ctx.options
+        dx, *grads = _self_attention_backward(*grads, *kept, n_head, dropout_p, seed, stream)
+        params = absent_to_none(tuple(grads), tuple(kept[1:7]))
+        return None, dx, *params, None, None, None, None
+
+
+def layer_norm_attention(
+    x: Tensor,
+    ln_w: Tensor,
+    ln_b: Tensor | None,
+    w_qkv: Tensor,
+    b_qkv: Tensor | None,
+    w_proj: Tensor,
+    b_proj: Tensor | None,
+    *,
+    n_head: int,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    stream: int = 0,
+) -> Tensor:
+    """Computes x + attention(LayerNorm(x) w_qkv' + b_qkv) w_proj' + b_proj, as in GPT-2.
+
+    The packed projection's columns are those of q, then k, then v, each (H, D); attention is
+    `causal_attention`.
+
+    Args:
+        x: (B, T, C), float32 or bfloat16.
+        ln_w: (C,), float32 or x's dtype, as are all parameters; gradients have the parameter's
+            dtype.
+        ln_b: (C,) or None.
+        w_qkv: (3 C, C), contiguous, as nn.MultiheadAttention keeps it.
+        b_qkv: (3 C,) or None.
+        w_proj: (C, C), contiguous.
+        b_proj: (C,) or None.
+        n_head: H; C must be divisible by it.
+        dropout_p: Probability, in [0, 1], of an attention weight to be dropped.
+        seed: Key of the dropout mask, () int64 or an int; drawn from torch's default generator when
+            None.
+        stream: Number of this dropout among those that share the seed.
+
+    Returns:
+        (B, T, C) in x's dtype.
+
+    Raises:
+        ValueError, TypeError: Shapes or dtypes do not fit.
+        BackendError: There are no fused kernels for the device or dtype.
+    """
+    op = "layer_norm_attention"
+    check_activation(op, "x", x, 3)
+    C = x.shape[2]
+    if n_head < 1 or C == 0 or C % n_head:
+        raise ValueError(
+            f"{op}: x must have columns that n_head={n_head} divides, got shape {tuple(x.shape)}"
+        )
+    select.require_fused(op, x.device.type, x.dtype, head_dim=C // n_head)
+    check_param(op, "ln_w", ln_w, x, (C,))
+    check_param(op, "ln_b", ln_b, x, (C,))
+    check_param(op, "w_qkv", w_qkv, x, (3 * C, C))
+    check_param(op, "b_qkv", b_qkv, x, (3 * C,))
+    check_param(op, "w_proj", w_proj, x, (C, C))
+    check_param(op, "b_proj", b_proj, x, (C,))
+    check_dropout(op, dropout_p)
+    key = seed_tensor(seed) if dropout_p > 0.0 else None
+    params = (ln_w, ln_b, w_qkv, b_qkv, w_proj, b_proj)
+    return _SelfAttention.apply(needs_grad(x, *params), x, *params, n_head, dropout_p, key, stream)

@@ -1,0 +1,65 @@
+"""The attention block, by the kernels of its parts.
+
+Letters: B batch, T time, C n_embd, H heads, D head_dim.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from gptfast.ops.triton.attention import attention
+from gptfast.ops.triton.attention_grad import write_grads
+from gptfast.ops.triton.launch import dropout_args
+from gptfast.ops.triton.linear import linear, multiply, weight_grads
+from gptfast.ops.triton.rows import norm_grad
+
+
+def self_attention(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w_qkv: Tensor, b_qkv: Tensor | None,
+    w_proj: Tensor, b_proj: Tensor | None, n_head: int, dropout_p: float, seed: Tensor | None,
+    stream: int, keep: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """gptfast::self_attention."""
+    x = x.contiguous()
+    qkv, mean, rstd = linear(x, norm_weight, norm_bias, w_qkv, b_qkv, None)
+    q, k, v = _unpacked(qkv, n_head)
+    out, lse = attention(q, k, v, 1 / math.sqrt(q.shape[-1]), dropout_p, seed, stream)
+    out = out.flatten(2)
+    y = multiply(out, w_proj.t(), bias=b_proj, residual=x)
+    if keep:
+        return y, mean, rstd, qkv, out, lse
+    return y, *(kept.new_empty(0, *kept.shape[1:]) for kept in (mean, rstd, qkv, out, lse))
+
+
+def self_attention_backward(
+    dy: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w_qkv: Tensor,
+    b_qkv: Tensor | None, w_proj: Tensor, b_proj: Tensor | None, mean: Tensor, rstd: Tensor,
+    qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, dropout_p: float, seed: Tensor | None,
+    stream: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """gptfast::self_attention_backward."""
+    x, dy = x.contiguous(), dy.contiguous()
+    dw_proj, db_proj = weight_grads(dy, out, w_proj, b_proj)
+    q, k, v = _unpacked(qkv, n_head)
+    dqkv = torch.empty_like(qkv)
+    write_grads(
+        _heads(multiply(dy, w_proj), n_head), q, k, v, _heads(out, n_head), lse,
+        _unpacked(dqkv, n_head), 1 / math.sqrt(q.shape[-1]),
+        dropout_args(dropout_p, seed, stream, x.device),
+    )  # fmt: skip
+    dw_qkv, db_qkv = weight_grads(dqkv, x, w_qkv, b_qkv, (mean, rstd, norm_weight, norm_bias))
+    dn = multiply(dqkv, w_qkv)
+    dx, dnorm_weight, dnorm_bias = norm_grad(dn, x, dy, mean, rstd, norm_weight, norm_bias)
+    return dx, dnorm_weight, dnorm_bias, dw_qkv, db_qkv, dw_proj, db_proj
+
+
+def _unpacked(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views (B, H, T, D) of the packed (B, T, 3 C)."""
+    q, k, v = qkv.unflatten(-1, (3, n_head, -1)).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+def _heads(x: Tensor, n_head: int) -> Tensor:
+    """A view (B, H, T, D) of (B, T, C)."""
+    return x.unflatten(-1, (n_head, -1)).transpose(1, 2)
