@@ -59,7 +59,7 @@ class _Attention(torch.autograd.Function):
         out, lse = _attention(q, k, v, scale, dropout_p, seed, stream)
         ctx.save_for_backward(q, k, v, out, lse, seed)
         ctx.options = options
-        return out
+        return out.transpose(1, 2)
 
     @staticmethod
     @once_differentiable
@@ -67,7 +67,9 @@ class _Attention(torch.autograd.Function):
         (dout,) = grads
         q, k, v, out, lse, seed = ctx.saved_tensors
         scale, dropout_p, stream = ctx.options
-        grads = _attention_backward(dout, q, k, v, out, lse, scale, dropout_p, seed, stream)
+        grads = _attention_backward(
+            dout.transpose(1, 2), q, k, v, out, lse, scale, dropout_p, seed, stream
+        )
         return *grads, None, None, None, None
 
 
@@ -116,5 +118,5 @@ def causal_attention(
     key = seed_tensor(seed) if dropout_p > 0.0 else None
     scale = 1 / math.sqrt(D) if scale is None else scale
     if needs_grad(q, k, v):
-        return _Attention.apply(q, k, v, key, scale, dropout_p, stream).transpose(1, 2)
+        return _Attention.apply(q, k, v, key, scale, dropout_p, stream)
     return _attention(q, k, v, scale, dropout_p, key, stream)[0].transpose(1, 2)
