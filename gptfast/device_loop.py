@@ -154,9 +154,9 @@ class Decoder:
 
         def attend_in(layer: int) -> Callable[[Tensor], Tensor]:
             def attend(qkv: Tensor) -> Tensor:
-                q, *kv = qkv.unflatten(-1, (3, H, -1)).permute(2, 0, 3, 1, 4)  # (n, H, T, D) each
-                self._cache[layer, at, :, :, :T] = torch.stack(kv, 1)
-                return ops.causal_attention(q, *kv).transpose(1, 2).flatten(2)
+                heads = qkv.unflatten(-1, (3, H, -1)).permute(0, 2, 3, 1, 4)  # (n, 3, H, T, D)
+                self._cache[layer, at, :, :, :T] = heads[:, 1:]
+                return ops.causal_attention(*heads.unbind(1)).transpose(1, 2).flatten(2)
 
             return attend
 

@@ -161,6 +161,20 @@ def test_dropout_of_everything_gives_zeros(isa: str) -> None:
     assert (ops.causal_attention(q, k, v, dropout_p=1.0, seed=1) == 0).all()
 
 
+@pytest.mark.parametrize("dropout_p", (0.0, 0.3))
+def test_compiled_it_has_the_same_bits(dropout_p: float) -> None:
+    leaves = [heads(2, 2, 20, 16, seed=i).requires_grad_() for i in range(3)]
+
+    def attend(*inputs: Tensor) -> Tensor:
+        return ops.causal_attention(*inputs, dropout_p=dropout_p, seed=torch.tensor(3))
+
+    results = []
+    for op in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):
+        out = op(*leaves)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_errors_name_argument_expected_and_got() -> None:
     q = heads(1, 2, 8, 16)
     with pytest.raises(ValueError, match=r"causal_attention: q must have 4 dimensions, got shape"):

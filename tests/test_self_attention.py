@@ -72,6 +72,15 @@ def by_parts(
     return ops.linear_residual(y.transpose(1, 2).flatten(2), w_proj, b_proj, x)
 
 
+def assert_bits_of_parts(whole: list[Tensor], parts: list[Tensor]) -> None:
+    for i, (a, b) in enumerate(zip(whole, parts, strict=True)):
+        if i == 1:  # the gradients of x are added up before they are rounded
+            bound = 2 * torch.finfo(a.dtype).eps * b.abs().max().item()
+            torch.testing.assert_close(a, b, rtol=0, atol=bound)
+        else:
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dropout_p", (0.0, 0.3))
 @pytest.mark.parametrize(("B", "T", "C", "H"), SHAPES)
@@ -83,12 +92,7 @@ def test_it_has_the_bits_of_its_parts(
     grad = normal(B, T, C, seed=9).to(dtype)
     whole = run(ops.layer_norm_attention, inputs, dtype, grad, **options)
     parts = run(by_parts, inputs, dtype, grad, **options)
-    for i, (a, b) in enumerate(zip(whole, parts, strict=True)):
-        if i == 1:  # the gradients of x are added up before they are rounded
-            bound = 2 * torch.finfo(dtype).eps * b.abs().max().item()
-            torch.testing.assert_close(a, b, rtol=0, atol=bound)
-        else:
-            assert torch.equal(a, b)
+    assert_bits_of_parts(whole, parts)
     with torch.no_grad():
         assert torch.equal(ops.layer_norm_attention(*inputs, **options), whole[0])
 

@@ -31,7 +31,12 @@ from test_embedding import fused, plain, tables
 from test_ffn import block
 from test_linear import normal, torch_layer_norm_linear, torch_linear_residual
 from test_ops import cases
-from test_self_attention import attention_block, by_parts, torch_layer_norm_attention
+from test_self_attention import (
+    assert_bits_of_parts,
+    attention_block,
+    by_parts,
+    torch_layer_norm_attention,
+)
 from torch import Tensor
 
 from gptfast import GPT, BackendError, DataError, GPTConfig, ops
@@ -139,10 +144,19 @@ def test_layer_norm_attention_has_the_bits_of_its_parts(dropout_p: float) -> Non
     inputs, grad = there(*attention_block(3, 70, 96)), normal(3, 70, 96, seed=9).to(DEVICE)
     options = {"n_head": 2, "dropout_p": dropout_p, "seed": 8, "stream": 2}
     whole = run(ops.layer_norm_attention, inputs, torch.float32, grad, **options)
-    for a, b in zip(whole, run(by_parts, inputs, torch.float32, grad, **options), strict=True):
-        assert torch.equal(a, b)
+    assert_bits_of_parts(whole, run(by_parts, inputs, torch.float32, grad, **options))
     with torch.no_grad():
         assert torch.equal(ops.layer_norm_attention(*inputs, **options), whole[0])
+
+
+@pytest.mark.parametrize("shape", ((0, 9, 32), (4, 0, 32)))
+def test_layer_norm_attention_of_nothing(shape: tuple[int, ...]) -> None:
+    x, *params = there(*attention_block(*shape))
+    assert x is not None and params[2] is not None
+    leaves = x.requires_grad_(), params[2].requires_grad_()
+    out = ops.layer_norm_attention(x, *params, n_head=2)
+    dx, dweight = torch.autograd.grad(out.sum(), leaves)
+    assert out.shape == dx.shape == shape and (dweight == 0).all()
 
 
 def configurations(module: Any, *names: str) -> list[Any]:

@@ -111,24 +111,24 @@ void linear_grad_typed(const LinearGrad& s, const Parallel& parallel) {
       gemm(rows, K, N, lhs_rows(dy + m0 * N, N, rows, N, copy), w, dn, ld, false);
       dweight.set_dy(slot, dy + m0 * N, N, rows, 0, N);
       if (s.dbias.data) dbias.add_rows(block, dy + m0 * N, N, rows);
-      const auto row_of = [&](const T* data, int64_t m) { return data ? data + m * K : nullptr; };
+      const auto added = [&](int64_t m) { return add ? add + m * K : nullptr; };
       if (!norm.weight) {
         for (int64_t i = 0; i < rows; ++i)
-          finish_row(dn + i * ld, nullptr, row_of(add, m0 + i), K, dx + (m0 + i) * K);
+          finish_row(dn + i * ld, nullptr, added(m0 + i), K, dx + (m0 + i) * K);
         dweight.set_x(slot, x + m0 * K, K, rows, 0, K);
         return;
       }
       float* normalized = take<float>(task_frame, rows * ld);
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t m = m0 + i;
-        norm_grad_row(dn + i * ld, x + m * K, row_of(add, m), K, {norm.mean[m], norm.rstd[m]}, norm,
+        norm_grad_row(dn + i * ld, x + m * K, added(m), K, {norm.mean[m], norm.rstd[m]}, norm,
                       dnorm_weight.block(block), dnorm_bias.block(block), normalized + i * ld,
                       dx + m * K);
       }
       dweight.set_x(slot, normalized, ld, rows, 0, K);
     };
-    part.for_chunks(produce, [&](int64_t rows, bool add) {
-      dweight.accumulate(rows, add, 0, N, part.parallel);
+    part.for_chunks(produce, [&](int64_t rows, bool more) {
+      dweight.accumulate(rows, more, 0, N, part.parallel);
     });
   });
   sums.finish(M == 0, parallel);

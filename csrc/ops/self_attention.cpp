@@ -15,9 +15,9 @@ struct BlockTensors {
 
 // The kernels' arguments, one after the other.
 struct Steps {
-  Linear project;
-  Attention attend;
-  Linear add;
+  Linear qkv;
+  Attention attention;
+  Linear proj;
 };
 
 // What all of them read of the tensors; `dense` holds what x points into.
@@ -28,32 +28,33 @@ Steps arguments(const Arguments& args, const BlockTensors& t, int64_t n_head, do
   const int64_t B = t.x.size(0), T = t.x.size(1), C = t.x.size(2);
   dense = args.activation("x", t.x, {B, T, C});
   Steps s = {};
-  Linear &project = s.project, &add = s.add;
-  project.dtype = project.y_dtype = add.dtype = add.y_dtype = s.attend.dtype = args.dtype();
-  project.M = add.M = B * T;
-  project.K = add.K = add.N = C;
-  project.N = 3 * C;
-  project.x = dense.const_data_ptr();
-  project.norm.weight = args.param("norm_weight", t.norm_weight, {C});
-  project.norm.bias = args.param("norm_bias", t.norm_bias, {C});
-  project.weight.param = args.param("w_qkv", t.w_qkv, {3 * C, C});
-  project.bias = args.param("b_qkv", t.b_qkv, {3 * C});
-  add.weight.param = args.param("w_proj", t.w_proj, {C, C});
-  add.bias = args.param("b_proj", t.b_proj, {C});
-  s.attend.B = B, s.attend.H = n_head, s.attend.Tq = s.attend.Tk = T, s.attend.D = C / n_head;
-  s.attend.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(s.attend.D)));
-  s.attend.dropout = args.dropout(p, seed, stream);
+  Linear &qkv = s.qkv, &proj = s.proj;
+  qkv.dtype = qkv.y_dtype = proj.dtype = proj.y_dtype = s.attention.dtype = args.dtype();
+  qkv.M = proj.M = B * T;
+  qkv.K = proj.K = proj.N = C;
+  qkv.N = 3 * C;
+  qkv.x = dense.const_data_ptr();
+  qkv.norm.weight = args.param("norm_weight", t.norm_weight, {C});
+  qkv.norm.bias = args.param("norm_bias", t.norm_bias, {C});
+  qkv.weight.param = args.param("w_qkv", t.w_qkv, {3 * C, C});
+  qkv.bias = args.param("b_qkv", t.b_qkv, {3 * C});
+  proj.weight.param = args.param("w_proj", t.w_proj, {C, C});
+  proj.bias = args.param("b_proj", t.b_proj, {C});
+  s.attention.B = B, s.attention.H = n_head, s.attention.Tq = s.attention.Tk = T,
+  s.attention.D = C / n_head;
+  s.attention.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(s.attention.D)));
+  s.attention.dropout = args.dropout(p, seed, stream);
   return s;
 }
 
 // Has attention read the projection qkv (B, T, 3 C) and use `out` (B, T, C), contiguous both.
 void connect(Steps& s, const Tensor& qkv, const Tensor& out) {
-  Attention& a = s.attend;
+  Attention& a = s.attention;
   a.q = heads_within(qkv, a.Tq, 3, 0, a.H, a.D);
   a.k = heads_within(qkv, a.Tq, 3, 1, a.H, a.D);
   a.v = heads_within(qkv, a.Tq, 3, 2, a.H, a.D);
   a.out = heads_within(out, a.Tq, 1, 0, a.H, a.D);
-  s.add.x = out.const_data_ptr();
+  s.proj.x = out.const_data_ptr();
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> self_attention(
@@ -65,27 +66,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> self_attention(
   Steps s = arguments(Arguments("self_attention", "x", x),
                       {x, w_qkv, w_proj, weight, norm_bias, b_qkv, b_proj}, n_head, p, seed, stream,
                       dense);
-  const int64_t B = s.attend.B, T = s.attend.Tq, C = s.add.N;
-  const ScalarType dtype = scalar_type(s.add.dtype);
+  const int64_t B = s.attention.B, T = s.attention.Tq, C = s.proj.N;
+  const ScalarType dtype = scalar_type(s.proj.dtype);
   Tensor y = torch::stable::empty(x.sizes(), dtype);
   Tensor qkv = new_tensor({B, T, 3 * C}, dtype), out = new_tensor({B, T, C}, dtype);
   connect(s, qkv, out);
-  s.project.y = qkv.data_ptr();
-  s.add.residual = s.project.x;
-  s.add.y = y.data_ptr();
+  s.qkv.y = qkv.data_ptr();
+  s.proj.residual = s.qkv.x;
+  s.proj.y = y.data_ptr();
   const int64_t kept = keep ? B : 0;
   Tensor mean = new_tensor({kept * T}, ScalarType::Float);
   Tensor rstd = new_tensor({kept * T}, ScalarType::Float);
   Tensor lse = new_tensor({kept, n_head, T}, ScalarType::Float);
   if (keep) {
-    s.project.norm.mean = static_cast<float*>(mean.data_ptr());
-    s.project.norm.rstd = static_cast<float*>(rstd.data_ptr());
-    s.attend.lse = static_cast<float*>(lse.data_ptr());
+    s.qkv.norm.mean = static_cast<float*>(mean.data_ptr());
+    s.qkv.norm.rstd = static_cast<float*>(rstd.data_ptr());
+    s.attention.lse = static_cast<float*>(lse.data_ptr());
   }
   with_threads([&](const Parallel& parallel) {
-    kernels().linear(s.project, parallel);
-    kernels().attention(s.attend, parallel);
-    kernels().linear(s.add, parallel);
+    kernels().linear(s.qkv, parallel);
+    kernels().attention(s.attention, parallel);
+    kernels().linear(s.proj, parallel);
   });
   if (!keep) qkv = new_tensor({0, T, 3 * C}, dtype), out = new_tensor({0, T, C}, dtype);
   return {y, mean, rstd, qkv, out, lse};
@@ -101,42 +102,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> self_attentio
   const OptionalTensor weight = norm_weight;
   Steps s = arguments(args, {x, w_qkv, w_proj, weight, norm_bias, b_qkv, b_proj}, n_head, p, seed,
                       stream, dense);
-  const int64_t B = s.attend.B, T = s.attend.Tq, C = s.add.N, H = n_head, D = s.attend.D;
+  const int64_t B = s.attention.B, T = s.attention.Tq, C = s.proj.N, H = n_head, D = s.attention.D;
   const Tensor dense_dy = args.activation("dy", dy, {B, T, C});
   const Tensor dense_qkv = args.activation("qkv", qkv, {B, T, 3 * C});
   const Tensor dense_out = args.activation("out", out, {B, T, C});
   connect(s, dense_qkv, dense_out);
-  s.project.norm.mean = args.statistics("mean", mean, {B * T});
-  s.project.norm.rstd = args.statistics("rstd", rstd, {B * T});
-  s.attend.lse = args.statistics("lse", lse, {B, H, T});
+  s.qkv.norm.mean = args.statistics("mean", mean, {B * T});
+  s.qkv.norm.rstd = args.statistics("rstd", rstd, {B * T});
+  s.attention.lse = args.statistics("lse", lse, {B, H, T});
 
-  const ScalarType dtype = scalar_type(s.add.dtype);
-  Tensor dout = new_tensor({B, T, C}, dtype), dqkv = new_tensor({B, T, 3 * C}, dtype);
-  Tensor dx = torch::stable::empty(x.sizes(), dtype);
+  const ScalarType dtype = scalar_type(s.proj.dtype);
+  Tensor dqkv = new_tensor({B, T, 3 * C}, dtype);
+  Tensor dx = new_tensor({B, T, C}, dtype);  // until it is written, the gradient of `out`
   Tensor dnorm_weight = new_grad(weight), dnorm_bias = new_grad(norm_bias);
   Tensor dw_qkv = new_grad(w_qkv), db_qkv = new_grad(b_qkv);
   Tensor dw_proj = new_grad(w_proj), db_proj = new_grad(b_proj);
-  LinearGrad add = {}, project = {};
-  AttentionGrad attend = {};
-  add.forward = s.add;
-  add.dy = dense_dy.const_data_ptr();
-  add.dx = dout.data_ptr();
-  add.dweight = param_grad(dw_proj), add.dbias = param_grad(db_proj);
-  attend.forward = s.attend;
-  attend.dout = heads_within(dout, T, 1, 0, H, D);
-  attend.dq = heads_within(dqkv, T, 3, 0, H, D);
-  attend.dk = heads_within(dqkv, T, 3, 1, H, D);
-  attend.dv = heads_within(dqkv, T, 3, 2, H, D);
-  project.forward = s.project;
-  project.dy = dqkv.const_data_ptr();
-  project.add = add.dy;  // by the residual
-  project.dx = dx.data_ptr();
-  project.dnorm = {param_grad(dnorm_weight), param_grad(dnorm_bias)};
-  project.dweight = param_grad(dw_qkv), project.dbias = param_grad(db_qkv);
+  LinearGrad of_proj = {}, of_qkv = {};
+  AttentionGrad of_attention = {};
+  of_proj.forward = s.proj;
+  of_proj.dy = dense_dy.const_data_ptr();
+  of_proj.dx = dx.data_ptr();
+  of_proj.dweight = param_grad(dw_proj), of_proj.dbias = param_grad(db_proj);
+  of_attention.forward = s.attention;
+  of_attention.dout = heads_within(dx, T, 1, 0, H, D);
+  of_attention.dq = heads_within(dqkv, T, 3, 0, H, D);
+  of_attention.dk = heads_within(dqkv, T, 3, 1, H, D);
+  of_attention.dv = heads_within(dqkv, T, 3, 2, H, D);
+  of_qkv.forward = s.qkv;
+  of_qkv.dy = dqkv.const_data_ptr();
+  of_qkv.add = of_proj.dy;  // by the residual
+  of_qkv.dx = dx.data_ptr();
+  of_qkv.dnorm = {param_grad(dnorm_weight), param_grad(dnorm_bias)};
+  of_qkv.dweight = param_grad(dw_qkv), of_qkv.dbias = param_grad(db_qkv);
   with_threads([&](const Parallel& parallel) {
-    kernels().linear_grad(add, parallel);
-    kernels().attention_grad(attend, parallel);
-    kernels().linear_grad(project, parallel);
+    kernels().linear_grad(of_proj, parallel);
+    kernels().attention_grad(of_attention, parallel);
+    kernels().linear_grad(of_qkv, parallel);
   });
   return {dx, dnorm_weight, dnorm_bias, dw_qkv, db_qkv, dw_proj, db_proj};
 }

@@ -1,6 +1,6 @@
 """Causal attention with dropout inside, forward and backward.
 
-Letters: B batch, T time (Tq queries, Tk keys), C n_embd, H heads, D head_dim.
+Letters: B batch, T time (Tq queries, Tk keys), H heads, D head_dim.
 """
 
 import math

@@ -1,6 +1,6 @@
 """The attention block of a pre-norm transformer as one operator, residual included.
 
-Letters: B batch, T time, C n_embd, H heads.
+Letters: B batch, T time, C n_embd, H heads, D head_dim.
 """
 
 from typing import Any
@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from gptfast.ops import select
 from gptfast.ops.common import (
-    check_activation,
     check_dropout,
+    check_floating,
     check_param,
     define,
     needs_grad,
@@ -118,7 +118,7 @@ def layer_norm_attention(
         BackendError: There are no fused kernels for the device or dtype.
     """
     op = "layer_norm_attention"
-    check_activation(op, "x", x, 3)
+    check_floating(op, "x", x, 3)
     C = x.shape[2]
     if n_head < 1 or C == 0 or C % n_head:
         raise ValueError(

@@ -74,7 +74,8 @@ std::vector<Result> run(const Shape& s, const Inputs& in, const Kernels& kernels
   LinearGrad g = {};
   g.forward = a;
   g.dy = in.dy.data();
-  g.add = s.residual ? in.x.data() : nullptr;
+  const bool add = s.residual && (s.norm || s.bias);
+  g.add = add ? in.x.data() : nullptr;
   g.dx = dx.data();
   g.dnorm = {dnorm_weight.grad(s.norm), dnorm_bias.grad(norm_bias)};
   g.dweight = dweight.grad();
@@ -85,7 +86,7 @@ std::vector<Result> run(const Shape& s, const Inputs& in, const Kernels& kernels
   return {{"y", y.values()},
           {"mean", mean.values()},
           {"rstd", rstd.values()},
-          {"dx", dx.values(), (s.norm ? dn * root_mean_square(rstd) : dn) + (s.residual ? 1 : 0)},
+          {"dx", dx.values(), (s.norm ? dn * root_mean_square(rstd) : dn) + (add ? 1 : 0)},
           {"dweight", dweight.values(), std::sqrt(M)},
           {"dbias", dbias.values(), std::sqrt(M)},
           {"dnorm_weight", dnorm_weight.values(), dn * std::sqrt(M)},
