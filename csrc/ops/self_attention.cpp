@@ -47,12 +47,17 @@ Steps arguments(const Arguments& args, const BlockTensors& t, int64_t n_head, do
   return s;
 }
 
+// The heads of a packed (B, T, 3 C), contiguous.
+void unpack(const Tensor& qkv, const Attention& a, Heads& q, Heads& k, Heads& v) {
+  q = heads_within(qkv, a.Tq, 3, 0, a.H, a.D);
+  k = heads_within(qkv, a.Tq, 3, 1, a.H, a.D);
+  v = heads_within(qkv, a.Tq, 3, 2, a.H, a.D);
+}
+
 // Has attention read the projection qkv (B, T, 3 C) and use `out` (B, T, C), contiguous both.
 void connect(Steps& s, const Tensor& qkv, const Tensor& out) {
   Attention& a = s.attention;
-  a.q = heads_within(qkv, a.Tq, 3, 0, a.H, a.D);
-  a.k = heads_within(qkv, a.Tq, 3, 1, a.H, a.D);
-  a.v = heads_within(qkv, a.Tq, 3, 2, a.H, a.D);
+  unpack(qkv, a, a.q, a.k, a.v);
   a.out = heads_within(out, a.Tq, 1, 0, a.H, a.D);
   s.proj.x = out.const_data_ptr();
 }
@@ -125,9 +130,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> self_attentio
   of_proj.dweight = param_grad(dw_proj), of_proj.dbias = param_grad(db_proj);
   of_attention.forward = s.attention;
   of_attention.dout = heads_within(dx, T, 1, 0, H, D);
-  of_attention.dq = heads_within(dqkv, T, 3, 0, H, D);
-  of_attention.dk = heads_within(dqkv, T, 3, 1, H, D);
-  of_attention.dv = heads_within(dqkv, T, 3, 2, H, D);
+  unpack(dqkv, s.attention, of_attention.dq, of_attention.dk, of_attention.dv);
   of_qkv.forward = s.qkv;
   of_qkv.dy = dqkv.const_data_ptr();
   of_qkv.add = of_proj.dy;  // by the residual
