@@ -8,48 +8,6 @@
 constexpr int64_t QUERIES = 96;  // a multiple of every MR, TALL and KPAD, and of DROPOUT_ROWS
 constexpr int64_t KEYS = 128;
 
-template <class T>
-struct Head {
-  const T* data = nullptr;
-  int64_t row = 0;  // stride
-
-  Head() = default;
-  Head(const Heads& all, int64_t b, int64_t h)
-      : data(static_cast<const T*>(all.data) + b * all.b + h * all.h), row(all.t) {}
-  const T* at(int64_t t) const { return data + t * row; }
-  T* out(int64_t t) const { return const_cast<T*>(at(t)); }
-};
-
-// Has the products that are given `upcoming` fetch `rows` rows of head `index` of each of these.
-template <class T, int N>
-inline void expect_head(const Heads (&all)[N], const Attention& s, int64_t index, int64_t rows,
-                        Upcoming& upcoming) {
-  for (const Heads& heads : all) {
-    const Head<T> head(heads, index / s.H, index % s.H);
-    upcoming.add(head.data, head.row, rows, s.D);
-  }
-}
-
-inline int64_t visible_keys(const Attention& s, int64_t query) {
-  return max(0, min(s.Tk, query + 1 + s.Tk - s.Tq));
-}
-
-// How the work is cut into tasks: with many heads, some of them per task; with few, every head in
-// parts, so that every thread has work.
-struct HeadTasks {
-  int64_t heads, parts, heads_per_task, tasks;
-
-  HeadTasks(const Attention& s, int64_t most_parts, const Parallel& parallel) : heads(s.B * s.H) {
-    const int64_t wanted = parallel.threads == 1 ? 1 : 4 * parallel.threads;
-    parts = max(1, min(divide_up(wanted, max(1, heads)), most_parts));
-    heads_per_task = max(1, heads / (4 * wanted));  // 1 wherever a head has several parts
-    tasks = divide_up(heads, heads_per_task) * parts;
-  }
-
-  int64_t first_head(int64_t task) const { return task / parts * heads_per_task; }
-  int64_t last_head(int64_t task) const { return min(heads, first_head(task) + heads_per_task); }
-};
-
 // Rows of scores are this far apart, so that the same column of many rows does not fall into one
 // set of the L1 cache: a backward reads columns in place.
 constexpr int64_t SCORES = KEYS + 16;
@@ -103,23 +61,24 @@ struct AttentionTask {
     return min(KEYS, visible_keys(s, q0 + row - 1) - k0);
   }
 
-  void query_block(int64_t q0) {
+  // Of the block's queries those from row `first` on.
+  void query_block(int64_t q0, int64_t first = 0) {
     const int64_t rows = min(QUERIES, s.Tq - q0), last = visible_keys(s, q0 + rows - 1);
     const Lhs<P> queries = lhs_rows(q.at(q0), q.row, rows, s.D, q_copy);
     start_rows(rows);
     for (int64_t k0 = 0; k0 < last; k0 += KEYS) {
       const int64_t most = tile_rows_for<P>(last - k0);
-      for (int64_t r0 = 0; r0 < rows; r0 += most)
+      for (int64_t r0 = first; r0 < rows; r0 += most)
         softmax_tile(queries, q0, r0, min(most, rows - r0), k0);
-      drop_probabilities(q0, rows, k0);
-      for (int64_t r0 = 0; r0 < rows; r0 += most) {
+      drop_probabilities(q0, first, rows, k0);
+      for (int64_t r0 = first; r0 < rows; r0 += most) {
         const int64_t tile = min(most, rows - r0), count = block_keys(q0, r0 + tile, k0);
         if (count <= 0) continue;
         gemm(tile, s.D, count, probabilities(r0, tile, count), values.rows(k0), o + r0 * ld, ld,
              k0 > 0, no_epilogue, &upcoming);
       }
     }
-    finish_queries(q0, rows);
+    finish_queries(q0, first, rows);
   }
 
   void start_rows(int64_t rows) {
@@ -140,8 +99,8 @@ struct AttentionTask {
   }
 
   // Rows that share their draws, as far as one of them sees.
-  void drop_probabilities(int64_t q0, int64_t rows, int64_t k0) {
-    for (int64_t r0 = 0; r0 < rows; r0 += DROPOUT_ROWS) {
+  void drop_probabilities(int64_t q0, int64_t first, int64_t rows, int64_t k0) {
+    for (int64_t r0 = first / DROPOUT_ROWS * DROPOUT_ROWS; r0 < rows; r0 += DROPOUT_ROWS) {
       const int64_t count = min(DROPOUT_ROWS, rows - r0);
       apply_dropout(s.dropout, head, q0 + r0, k0, count, block_keys(q0, r0 + count, k0),
                     scores + r0 * SCORES, SCORES);
@@ -213,14 +172,15 @@ struct AttentionTask {
   }
 
   // O / l, and lse = ln sum_j exp(scale s_j); a row that sees no key has l = 0.
-  void finish_queries(int64_t q0, int64_t rows) {
+  void finish_queries(int64_t q0, int64_t first, int64_t rows) {
     float inverse[QUERIES];
-    for_vectors(rows, [&](int64_t i, auto part) {
+    for_vectors(rows - first, [&](int64_t n, auto part) {
+      const int64_t i = first + n;
       const VF sums = load(l + i, part), lse = load(m + i, part) * (1 / log2e) + log(sums);
       store(inverse + i, 1.0f / sums, part);
       if (s.lse) store(s.lse + head * s.Tq + q0 + i, sums == 0.0f ? splat(no_score) : lse, part);
     });
-    for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t i = first; i < rows; ++i) {
       T* row = out.out(q0 + i);
       if (l[i] == 0.0f)
         for_vectors(s.D, [&](int64_t j, auto part) { store(row + j, splat(0.0f), part); });
@@ -234,19 +194,23 @@ struct AttentionTask {
 
 template <class T>
 void attention_typed(const Attention& s, const Parallel& parallel) {
-  const int64_t blocks = divide_up(s.Tq, QUERIES);
+  const int64_t blocks = divide_up(s.Tq, QUERIES), many = first_of_many(s);
   const HeadTasks split(s, blocks, parallel);
   run_tasks(parallel, split.tasks, [&](int64_t task) {
     // Later parts see more keys: they come first.
     const int64_t part = split.parts - 1 - task % split.parts;
     const int64_t first = blocks * part / split.parts * QUERIES,
                   last = min(s.Tq, blocks * (part + 1) / split.parts * QUERIES);
-    const int64_t used_keys = visible_keys(s, last - 1);
+    const int64_t used_keys = last > many ? visible_keys(s, last - 1) : 0;
     AttentionTask<T> attention(s, used_keys);
+    FewKeysForward<T> few(s);
     for (int64_t head = split.first_head(task); head < split.last_head(task); ++head) {
+      if (first < many) few.attend(head, first, min(many, last));
+      if (last <= many) continue;
       attention.start_head(head, used_keys);
       if (head + 1 < split.last_head(task)) attention.expect_next(head + 1, used_keys);
-      for (int64_t q0 = first; q0 < last; q0 += QUERIES) attention.query_block(q0);
+      for (int64_t q0 = first; q0 < last; q0 += QUERIES)
+        if (many < q0 + QUERIES) attention.query_block(q0, max(0, many - q0));
     }
   });
 }

@@ -125,7 +125,7 @@ void attend_token(AttentionTask<T>& task, const CachedAttention& s, int64_t row,
            CachedHead<T>(s, row, h + i).packed_values().rows(k0), task.o + i * task.ld, task.ld,
            k0 > 0);
   }
-  task.finish_queries(0, rows);
+  task.finish_queries(0, 0, rows);
 }
 
 template <class T>

@@ -46,6 +46,7 @@ struct AttentionGradTask {
   int64_t head;
   Head<T> q, k, v, dout, dq, dk, dv;
   int64_t ld;
+  FewKeys<T> few_keys;
   Frame frame;
   const float* delta;  // (Tq,)
   float* dq_total;     // (Tq, ld)
@@ -58,6 +59,7 @@ struct AttentionGradTask {
       : grad(grad),
         s(grad.forward),
         ld(padded_n<P>(s.D)),
+        few_keys(s),
         p(take<float>(frame, QUERIES * SCORES)),
         ds(take<float>(frame, QUERIES * SCORES)),
         dk_total(take<float>(frame, KEYS * ld)),
@@ -119,7 +121,10 @@ struct AttentionGradTask {
     const Lhs<P> douts = lhs_rows(dout.at(q0), dout.row, rows, s.D, dout_copy);
     const int64_t width = round_up(keys, W);
     const int64_t most = tile_rows_for<P>(keys);
-    for (int64_t r0 = 0; r0 < rows; r0 += most) {
+    const int64_t few = k0 > 0 ? 0 : max(0, min(rows, first_of_many(s) - q0));
+    few_scores(q, q0, few, k, p);
+    few_scores(dout, q0, few, v, ds);
+    for (int64_t r0 = few; r0 < rows; r0 += most) {
       const int64_t tile = min(most, rows - r0),
                     count = min(keys, visible_keys(s, q0 + r0 + tile - 1) - k0);
       if (count > 0) {
@@ -157,6 +162,18 @@ struct AttentionGradTask {
 
   void clear_rows(float* sums, int64_t rows) const {
     __builtin_memset(sums, 0, static_cast<size_t>(rows * ld) * sizeof(float));
+  }
+
+  // Scores of queries that see few keys, as the forward has them.
+  void few_scores(const Head<T>& x, int64_t q0, int64_t rows, const Head<T>& y, float* to) const {
+    for (int64_t r0 = 0; r0 < rows; r0 += SUM_ROWS) {
+      const int64_t count = min(SUM_ROWS, rows - r0);
+      typename FewKeys<T>::Tiles tiles;
+      few_keys.dots(x, q0 + r0, count, y, tiles);
+      for (int64_t r = 0; r < count; r += DOT_ROWS)
+        for (int64_t n = 0; n < few_keys.tiles_of(q0 + r0, count); ++n)
+          store_tile(to + (r0 + r) * SCORES + n * DOT_COLUMNS, SCORES, tiles.x[r / DOT_ROWS][n]);
+    }
   }
 
   // p: s -> p f, ds: dP -> dS, for up to 8 rows; both zero where the mask hides the key.
@@ -297,6 +314,13 @@ void attention_grad_by_blocks(const AttentionGrad& grad, int64_t at_once,
 template <class T>
 void attention_grad_typed(const AttentionGrad& grad, const Parallel& parallel) {
   const HeadTasks split(grad.forward, divide_up(grad.forward.Tk, KEYS), parallel);
+  if (FewKeysBackward<T>::takes(grad.forward))
+    return run_tasks(parallel, split.tasks, [&](int64_t task) {
+      Frame frame;
+      FewKeysBackward<T> few(grad, frame);
+      for (int64_t head = split.first_head(task); head < split.last_head(task); ++head)
+        few.attend(head);
+    });
   if (split.parts == 1) return attention_grad_by_heads<T>(grad, split, parallel);
   attention_grad_by_blocks<T>(grad, split.parts, parallel);
 }

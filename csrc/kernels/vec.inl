@@ -159,6 +159,16 @@ inline VF rotate(VF x, Lanes<L...>) {
 #endif
 }
 
+// Lane l of the result is lane l ^ S of x.
+template <int S, int... L>
+inline VF swap_lanes(VF x, Lanes<L...>) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(x, x, (L ^ S)...);
+#else  // g++ before 12
+  return __builtin_shuffle(x, VI{(L ^ S)...});
+#endif
+}
+
 // Blocks of S lanes change places: those of `a` that have bit S in their number, and those of b
 // that do not.
 template <int S, int... L>
@@ -195,7 +205,7 @@ inline float max(VF x) { return reduce(x, Higher{}); }
 // Lane i of the result is reduce(x[i]) for i < n <= W, with the same bits: two vectors that are
 // half reduced share one.
 template <int S = W / 2, class F>
-inline VF reduce_each(VF (&x)[W], int64_t n, const F& combine) {
+[[gnu::always_inline]] inline VF reduce_each(VF (&x)[W], int64_t n, const F& combine) {
   if (S == W / 2 && n == 1) return splat(reduce(x[0], combine));
 #pragma GCC unroll 8
   for (int i = 0; i < S; ++i) {

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gptfast.ops import select
 from gptfast.ops.common import (
@@ -18,6 +17,7 @@ from gptfast.ops.common import (
     check_tensor,
     define,
     needs_grad,
+    once_differentiable,
 )
 from gptfast.ops.random import seed_tensor
 

@@ -1,10 +1,12 @@
 """What the operators share: the library that their schemas are defined in, and argument checks."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import function
 
 from gptfast.ops import select
 
@@ -26,6 +28,20 @@ def define(schema: str, fake: Callable[..., Any]) -> Any:
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether the gradient of one of them may be asked for."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a backward that has none of its own, as torch's decorator of this name does.
+
+    That takes 2 us a call, which are spent where a second derivative may be asked for.
+    """
+    marked = function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def call(ctx: Any, *grads: Tensor) -> Any:
+        return (marked if torch.is_grad_enabled() else backward)(ctx, *grads)
+
+    return call
 
 
 def check_activation(op: str, name: str, x: Tensor, dims: int | None = None) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gptfast.ops.common import (
     check_activation,
@@ -16,6 +15,7 @@ from gptfast.ops.common import (
     check_tensor,
     define,
     needs_grad,
+    once_differentiable,
 )
 from gptfast.ops.linear import absent_to_none, fake_grad
 

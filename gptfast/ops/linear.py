@@ -7,9 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from gptfast.ops.common import check_activation, check_like, check_param, check_tensor, define
+from gptfast.ops.common import (
+    check_activation,
+    check_like,
+    check_param,
+    check_tensor,
+    define,
+    once_differentiable,
+)
 
 
 def absent_to_none(
