@@ -48,8 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, Tensor q, Ten
   s.lse = args.statistics("lse", lse, {s.B, s.H, s.Tq});
   grad.dout = args.heads("dout", dout, {s.B, s.Tq, s.H, s.D});
   std::swap(grad.dout.h, grad.dout.t);  // (B, T, H, D)
-  Tensor dq = torch::stable::empty_like(q), dk = torch::stable::empty_like(k),
-         dv = torch::stable::empty_like(v);
+  Tensor dq = new_like(q), dk = new_like(k), dv = new_like(v);
   grad.dq = args.heads("dq", dq, {s.B, s.H, s.Tq, s.D});
   grad.dk = args.heads("dk", dk, {s.B, s.H, s.Tk, s.D});
   grad.dv = args.heads("dv", dv, {s.B, s.H, s.Tk, s.D});

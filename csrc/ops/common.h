@@ -18,6 +18,7 @@ namespace gptfast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 // Calls f(parallel) with torch's own threads: torch.set_num_threads is obeyed, and no second OpenMP
 // runtime is loaded.
@@ -46,7 +47,7 @@ void with_threads(const F& f) {
 inline std::string in_words(const std::string& text) { return text; }
 inline std::string in_words(int64_t number) { return std::to_string(number); }
 inline std::string in_words(ScalarType dtype) { return torch::headeronly::toString(dtype); }
-std::string in_words(torch::headeronly::IntHeaderOnlyArrayRef sizes);
+std::string in_words(Sizes sizes);
 
 // An operator's name and its activations' dtype, against which the arguments are checked.
 class Arguments {
@@ -58,7 +59,7 @@ class Arguments {
 
   // An activation of this shape, as a contiguous tensor.
   Tensor activation(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) const;
-  // An activation of any shape with M rows of K columns, as a contiguous (M, K) tensor.
+  // An activation of any shape with M rows of K columns, as a contiguous tensor.
   Tensor rows(const char* name, const Tensor& x, int64_t M, int64_t K) const;
   // An activation with no copy made: only the last stride has to be 1.
   Heads heads(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) const;
@@ -83,6 +84,7 @@ class Arguments {
   void like_activations(const char* name, const Tensor& x,
                         std::initializer_list<int64_t> shape) const;
   void on_cpu(const char* name, const Tensor& x) const;
+  void of_activations(const char* name, const Tensor& x) const;
   [[noreturn]] void fail(const std::string& sentence) const;
 
   const char* op_;
@@ -91,7 +93,12 @@ class Arguments {
 
 ScalarType scalar_type(DType dtype);
 
+// A new contiguous tensor on the CPU.
+Tensor new_tensor(Sizes shape, ScalarType dtype);
 Tensor new_tensor(std::initializer_list<int64_t> shape, ScalarType dtype);
+
+// A new tensor of x's shape and dtype, and of its strides where they leave no gaps.
+Tensor new_like(const Tensor& x);
 
 // The memory of a contiguous (B, T, parts, H, D) tensor as heads of part `part`.
 Heads heads_within(const Tensor& x, int64_t T, int64_t parts, int64_t part, int64_t H, int64_t D);

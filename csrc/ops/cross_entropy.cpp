@@ -27,8 +27,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
   s.ignore_index = ignore_index;
   Tensor loss = new_tensor({}, ScalarType::Float);
   s.loss = static_cast<float*>(loss.data_ptr());
-  Tensor dx = with_grad ? torch::stable::empty(x.sizes(), x.scalar_type())
-                        : new_tensor({0}, x.scalar_type());
+  Tensor dx = with_grad ? new_tensor(x.sizes(), x.scalar_type()) : new_tensor({0}, x.scalar_type());
   const auto grad_of = [with_grad](const OptionalTensor& param) {
     return new_grad(with_grad ? param : std::nullopt);
   };

@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ffn(Tensor x, Tensor norm_weight,
   Ffn s = arguments(Arguments("ffn", "x", x), {x, w1, w2, weight, norm_bias, b1, b2}, gelu, p, seed,
                     stream, dense);
   const int64_t kept = keep ? s.M : 0;
-  Tensor y = torch::stable::empty(x.sizes(), scalar_type(s.dtype));
+  Tensor y = new_tensor(x.sizes(), scalar_type(s.dtype));
   Tensor mean = new_tensor({kept}, ScalarType::Float), rstd = new_tensor({kept}, ScalarType::Float);
   Tensor hidden = new_tensor({kept, s.F}, scalar_type(s.dtype));
   if (keep) {
@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
   const Tensor dense_dy = args.rows("dy", dy, f.M, f.C);
   f.hidden = dense_hidden.data_ptr();
   s.dy = dense_dy.const_data_ptr();
-  Tensor dx = torch::stable::empty(x.sizes(), scalar_type(f.dtype));
+  Tensor dx = new_tensor(x.sizes(), scalar_type(f.dtype));
   Tensor dnorm_weight = new_grad(weight), dnorm_bias = new_grad(norm_bias);
   Tensor dw1 = new_grad(w1), db1 = new_grad(b1), dw2 = new_grad(w2), db2 = new_grad(b2);
   s.dx = dx.data_ptr();

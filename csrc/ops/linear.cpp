@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor> linear(Tensor x, OptionalTensor norm_weight,
   }
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = N;
-  Tensor y = torch::stable::empty(shape, scalar_type(s.dtype));
+  Tensor y = new_tensor(shape, scalar_type(s.dtype));
   Tensor mean = new_tensor({norm_weight.has_value() ? M : 0}, ScalarType::Float);
   Tensor rstd = new_tensor({norm_weight.has_value() ? M : 0}, ScalarType::Float);
   s.norm.mean = static_cast<float*>(mean.data_ptr());
@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
   f.weight.param = args.param("weight", weight, {N, K});
   f.bias = args.param("bias", bias, {N});
   s.dy = dense_dy.const_data_ptr();
-  Tensor dx = torch::stable::empty(x.sizes(), scalar_type(f.dtype));
+  Tensor dx = new_tensor(x.sizes(), scalar_type(f.dtype));
   Tensor dnorm_weight = new_grad(norm_weight), dnorm_bias = new_grad(norm_bias);
   Tensor dweight = new_grad(weight), dbias = new_grad(bias);
   s.dx = dx.data_ptr();

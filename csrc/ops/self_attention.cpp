@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> self_attention(
                       dense);
   const int64_t B = s.attention.B, T = s.attention.Tq, C = s.proj.N;
   const ScalarType dtype = scalar_type(s.proj.dtype);
-  Tensor y = torch::stable::empty(x.sizes(), dtype);
+  Tensor y = new_tensor(x.sizes(), dtype);
   Tensor qkv = new_tensor({B, T, 3 * C}, dtype), out = new_tensor({B, T, C}, dtype);
   connect(s, qkv, out);
   s.qkv.y = qkv.data_ptr();
