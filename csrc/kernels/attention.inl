@@ -171,15 +171,12 @@ struct AttentionTask {
     }
   }
 
-  // O / l, and lse = ln sum_j exp(scale s_j); a row that sees no key has l = 0.
+  // O / l; a row that sees no key has l = 0.
   void finish_queries(int64_t q0, int64_t first, int64_t rows) {
+    if (s.lse) write_lse(s, head, q0 + first, rows - first, m + first, l + first);
     float inverse[QUERIES];
-    for_vectors(rows - first, [&](int64_t n, auto part) {
-      const int64_t i = first + n;
-      const VF sums = load(l + i, part), lse = load(m + i, part) * (1 / log2e) + log(sums);
-      store(inverse + i, 1.0f / sums, part);
-      if (s.lse) store(s.lse + head * s.Tq + q0 + i, sums == 0.0f ? splat(no_score) : lse, part);
-    });
+    for_vectors(rows,
+                [&](int64_t i, auto part) { store(inverse + i, 1.0f / load(l + i, part), part); });
     for (int64_t i = first; i < rows; ++i) {
       T* row = out.out(q0 + i);
       if (l[i] == 0.0f)
@@ -203,7 +200,7 @@ void attention_typed(const Attention& s, const Parallel& parallel) {
                   last = min(s.Tq, blocks * (part + 1) / split.parts * QUERIES);
     const int64_t used_keys = last > many ? visible_keys(s, last - 1) : 0;
     AttentionTask<T> attention(s, used_keys);
-    FewKeysForward<T> few(s);
+    FewKeys<T> few(s);
     for (int64_t head = split.first_head(task); head < split.last_head(task); ++head) {
       if (first < many) few.attend(head, first, min(many, last));
       if (last <= many) continue;

@@ -34,6 +34,8 @@ struct FewKeys {
   int64_t head = 0;
   Head<T> q, k, v, out;
   alignas(64) float factors[BLOCK * FEW_KEYS];  // of dropout
+  alignas(64) P p[BLOCK * FEW_KEYS];
+  float m[BLOCK], l[BLOCK];
 
   explicit FewKeys(const Attention& s) : s(s), c(s.scale * log2e) {}
 
@@ -43,7 +45,43 @@ struct FewKeys {
     q = {s.q, b, h}, k = {s.k, b, h}, v = {s.v, b, h}, out = {s.out, b, h};
   }
 
-  // Tiles of keys that any of some queries sees, those from i on that are computed together.
+  // The queries first .. last of a head. The next ones' scores are computed between the softmax of
+  // some and their sums, which so need not wait for it.
+  void attend(int64_t index, int64_t first, int64_t last) {
+    start_head(index);
+    for (int64_t q0 = first; q0 < last; q0 += BLOCK) {
+      const int64_t rows = min(BLOCK, last - q0);
+      const auto count = [&](int64_t r0) { return min(SUM_ROWS, rows - r0); };
+      Tiles scores[2];
+      draw_factors(q0, rows);
+      dots(q, q0, count(0), k, scores[0]);
+      for (int64_t r0 = 0, now = 0; r0 < rows; r0 += SUM_ROWS, now = 1 - now) {
+        const int64_t tiles = tiles_of(q0 + r0, count(r0)), next = r0 + SUM_ROWS;
+        for (int64_t r = 0; r < count(r0); r += DOT_ROWS)
+          probabilities(q0, r0 + r, tiles, scores[now].x[r / DOT_ROWS]);
+        if (next < rows) dots(q, q0 + next, count(next), k, scores[1 - now]);
+        gemm_in_place(count(r0), s.D, visible_keys(s, q0 + r0 + count(r0) - 1),
+                      Lhs<P>{p + r0 * FEW_KEYS, FEW_KEYS, Tile<P>::KU}, v.data, v.row,
+                      out.out(q0 + r0), out.row);
+      }
+      if (s.lse) write_lse(s, head, q0, rows, m, l);
+    }
+  }
+
+  // P of DOT_ROWS queries, from row r of the block on, with dropout.
+  void probabilities(int64_t q0, int64_t r, int64_t tiles, VF (&x)[TILES]) {
+    const Statistics of_rows = softmax(x, q0 + r, tiles);
+    for (int64_t n = 0; n < tiles; ++n) {
+      if (s.dropout.threshold > 0) x[n] *= factors_of(r, n);
+      store_tile(p + r * FEW_KEYS + n * DOT_COLUMNS, FEW_KEYS, x[n]);
+    }
+    for (int64_t row = 0; row < DOT_ROWS; ++row) {
+      m[r + row] = of_rows.highest[row * DOT_COLUMNS];
+      l[r + row] = of_rows.total[row * DOT_COLUMNS];
+    }
+  }
+
+  // Tiles of keys that any of SUM_ROWS queries sees, those from i on of which there are some.
   int64_t tiles_of(int64_t i, int64_t queries) const {
     return divide_up(visible_keys(s, i + queries - 1), DOT_COLUMNS);
   }
@@ -95,123 +133,74 @@ struct FewKeys {
           store(factors + (i + row) * FEW_KEYS + j, keep.factor[row]);
       }
   }
-};
-
-template <class T>
-struct FewKeysForward : FewKeys<T> {
-  using Base = FewKeys<T>;
-  using Base::BLOCK, Base::TILES, Base::s, Base::head, Base::q, Base::k, Base::v, Base::out,
-      Base::factors;
-  using typename Base::P, typename Base::Tiles, typename Base::Statistics;
-  alignas(64) P p[BLOCK * FEW_KEYS];
-  float m[BLOCK], l[BLOCK];
-
-  explicit FewKeysForward(const Attention& s) : Base(s) {}
-
-  // The queries first .. last of a head. The next ones' scores are computed between the softmax of
-  // some and their sums, which so need not wait for it.
-  void attend(int64_t index, int64_t first, int64_t last) {
-    Base::start_head(index);
-    for (int64_t q0 = first; q0 < last; q0 += BLOCK) {
-      const int64_t rows = min(BLOCK, last - q0);
-      const auto count = [&](int64_t r0) { return min(SUM_ROWS, rows - r0); };
-      Tiles scores[2];
-      Base::draw_factors(q0, rows);
-      Base::dots(q, q0, count(0), k, scores[0]);
-      for (int64_t r0 = 0, now = 0; r0 < rows; r0 += SUM_ROWS, now = 1 - now) {
-        const int64_t tiles = Base::tiles_of(q0 + r0, count(r0));
-        for (int64_t r = 0; r < count(r0); r += DOT_ROWS)
-          probabilities(q0, r0 + r, tiles, scores[now].x[r / DOT_ROWS]);
-        const int64_t next = r0 + SUM_ROWS;
-        if (next < rows) Base::dots(q, q0 + next, count(next), k, scores[1 - now]);
-        gemm_in_place(count(r0), s.D, visible_keys(s, q0 + r0 + count(r0) - 1),
-                      Lhs<P>{p + r0 * FEW_KEYS, FEW_KEYS, Tile<P>::KU}, v.data, v.row,
-                      out.out(q0 + r0), out.row);
-      }
-      if (s.lse) write_lse(q0, rows);
-    }
-  }
-
-  // P of DOT_ROWS queries, from row r of the block on, with dropout.
-  void probabilities(int64_t q0, int64_t r, int64_t tiles, VF (&x)[TILES]) {
-    const Statistics of_rows = Base::softmax(x, q0 + r, tiles);
-    for (int64_t n = 0; n < tiles; ++n) {
-      const int64_t at = r * FEW_KEYS + n * DOT_COLUMNS;
-      if (s.dropout.threshold > 0) x[n] *= load_tile(factors + at, FEW_KEYS);
-      store_tile(p + at, FEW_KEYS, x[n]);
-    }
-    for (int64_t row = 0; row < DOT_ROWS; ++row) {
-      m[r + row] = of_rows.highest[row * DOT_COLUMNS];
-      l[r + row] = of_rows.total[row * DOT_COLUMNS];
-    }
-  }
-
-  void write_lse(int64_t q0, int64_t rows) const {
-    for_vectors(rows, [&](int64_t i, auto part) {
-      const VF sums = load(l + i, part), lse = load(m + i, part) * (1 / log2e) + log(sums);
-      store(s.lse + head * s.Tq + q0 + i, sums == 0.0f ? splat(no_score) : lse, part);
-    });
+  VF factors_of(int64_t r, int64_t n) const {
+    return load_tile(factors + r * FEW_KEYS + n * DOT_COLUMNS, FEW_KEYS);
   }
 };
 
-// The backward of heads whose queries all see few keys, as attention_grad.inl states it.
+// The backward, as attention_grad.inl states it, of heads whose queries all see few keys. The
+// softmax is computed again: exp(s - lse) would carry the rounding of lse.
 template <class T>
-struct FewKeysBackward : FewKeys<T> {
-  using Base = FewKeys<T>;
-  using Base::BLOCK, Base::TILES, Base::s, Base::q, Base::k, Base::v, Base::factors;
-  using typename Base::P, typename Base::Tiles;
+struct FewKeysGrad {
+  using P = typename OperandOf<T>::type;
+  using Few = FewKeys<T>;
+  static constexpr int64_t TILES = Few::TILES;
+  static_assert(SUM_ROWS == DOT_COLUMNS, "keys that are summed together are of one tile");
+
   const AttentionGrad& grad;
+  const Attention& s;
+  Few few;
   Head<T> dout, dq, dk, dv;
-  alignas(64) float p[BLOCK * FEW_KEYS];
-  alignas(64) float ds[BLOCK * FEW_KEYS];
+  alignas(64) float p[Few::BLOCK * FEW_KEYS];  // p f
+  alignas(64) float ds[Few::BLOCK * FEW_KEYS];
+  Frame frame;
   P* copy;
 
-  static bool takes(const Attention& s) { return s.Tk <= FEW_KEYS && s.Tq <= BLOCK; }
+  static bool takes(const Attention& s) { return s.Tk <= FEW_KEYS && s.Tq <= Few::BLOCK; }
 
-  FewKeysBackward(const AttentionGrad& grad, Frame& frame)
-      : Base(grad.forward),
-        grad(grad),
-        copy(take<P>(frame, max(lhs_transposed_elements<P>(BLOCK, FEW_KEYS),
-                                BLOCK * row_stride<P>(padded_k<P>(FEW_KEYS))))) {}
+  explicit FewKeysGrad(const AttentionGrad& grad)
+      : grad(grad),
+        s(grad.forward),
+        few(s),
+        copy(take<P>(frame, max(lhs_transposed_elements<P>(Few::BLOCK, FEW_KEYS),
+                                Few::BLOCK * row_stride<P>(padded_k<P>(FEW_KEYS))))) {}
 
   void attend(int64_t index) {
     const int64_t b = index / s.H, h = index % s.H;
-    Base::start_head(index);
+    few.start_head(index);
     dout = {grad.dout, b, h}, dq = {grad.dq, b, h}, dk = {grad.dk, b, h}, dv = {grad.dv, b, h};
-    Base::draw_factors(0, s.Tq);
-    for (int64_t i = 0; i < s.Tq; i += SUM_ROWS) probabilities(i, min(SUM_ROWS, s.Tq - i));
+    few.draw_factors(0, s.Tq);
+    for (int64_t i = 0; i < s.Tq; i += SUM_ROWS) {
+      const int64_t queries = min(SUM_ROWS, s.Tq - i);
+      typename Few::Tiles scores, dp;
+      few.dots(few.q, i, queries, few.k, scores);
+      few.dots(dout, i, queries, few.v, dp);
+      for (int64_t r = 0; r < queries; r += DOT_ROWS)
+        score_grads(i + r, few.tiles_of(i, queries), scores.x[r / DOT_ROWS], dp.x[r / DOT_ROWS]);
+    }
     key_grads(p, dout, dv);
-    key_grads(ds, q, dk);
+    key_grads(ds, few.q, dk);
     const Lhs<P> rows = lhs_rows(ds, FEW_KEYS, s.Tq, s.Tk, copy);
     for (int64_t i = 0; i < s.Tq; i += SUM_ROWS) {
-      const int64_t count = min(SUM_ROWS, s.Tq - i);
-      gemm_in_place(count, s.D, visible_keys(s, i + count - 1), rows.rows(i), k.data, k.row,
-                    dq.out(i), dq.row);
+      const int64_t queries = min(SUM_ROWS, s.Tq - i);
+      gemm_in_place(queries, s.D, visible_keys(s, i + queries - 1), rows.rows(i), few.k.data,
+                    few.k.row, dq.out(i), dq.row);
     }
   }
 
-  // p f and dS of SUM_ROWS queries, of which there are some.
-  void probabilities(int64_t first, int64_t queries) {
-    Tiles scores, dp;
-    Base::dots(q, first, queries, k, scores);
-    Base::dots(dout, first, queries, v, dp);
-    for (int64_t r = 0; r < queries; r += DOT_ROWS)
-      probabilities(first + r, Base::tiles_of(first, queries), scores.x[r / DOT_ROWS],
-                    dp.x[r / DOT_ROWS]);
-  }
-  void probabilities(int64_t i, int64_t tiles, VF (&of)[TILES], VF (&dp)[TILES]) {
-    Base::softmax(of, i, tiles);
+  // p f and dS of DOT_ROWS queries from i on; their scores become p, and dP is multiplied by f.
+  void score_grads(int64_t i, int64_t tiles, VF (&of)[TILES], VF (&dp)[TILES]) {
+    few.softmax(of, i, tiles);
     VF delta = splat(0.0f);
     for (int64_t n = 0; n < tiles; ++n) {
-      const int64_t at = i * FEW_KEYS + n * DOT_COLUMNS;
-      dp[n] = Base::only_seen(dp[n], i, n);
       VF kept = of[n];
+      dp[n] = few.only_seen(dp[n], i, n);
       if (s.dropout.threshold > 0) {
-        const VF factor = load_tile(factors + at, FEW_KEYS);
+        const VF factor = few.factors_of(i, n);
         dp[n] *= factor;
         kept *= factor;
       }
-      store_tile(p + at, FEW_KEYS, kept);
+      store_tile(p + i * FEW_KEYS + n * DOT_COLUMNS, FEW_KEYS, kept);
       delta += of[n] * dp[n];
     }
     delta = reduce_row(delta, Add{});

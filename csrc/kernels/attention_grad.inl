@@ -314,10 +314,9 @@ void attention_grad_by_blocks(const AttentionGrad& grad, int64_t at_once,
 template <class T>
 void attention_grad_typed(const AttentionGrad& grad, const Parallel& parallel) {
   const HeadTasks split(grad.forward, divide_up(grad.forward.Tk, KEYS), parallel);
-  if (FewKeysBackward<T>::takes(grad.forward))
+  if (FewKeysGrad<T>::takes(grad.forward))
     return run_tasks(parallel, split.tasks, [&](int64_t task) {
-      Frame frame;
-      FewKeysBackward<T> few(grad, frame);
+      FewKeysGrad<T> few(grad);
       for (int64_t head = split.first_head(task); head < split.last_head(task); ++head)
         few.attend(head);
     });

@@ -145,8 +145,8 @@ template <int M, int NV, class P, class T, class Part>
 constexpr int SUM_ROWS = 4, SUM_VECTORS = W == 16 ? 4 : 2;  // leave registers for B
 
 template <int M, class P, class T>
-inline void sum_rows(int64_t n, int64_t k, const Lhs<P>& a, const T* b, int64_t ldb, T* c,
-                     int64_t ldc) {
+[[gnu::always_inline]] inline void sum_rows(int64_t n, int64_t k, const Lhs<P>& a, const T* b,
+                                            int64_t ldb, T* c, int64_t ldc) {
   int64_t j = 0;
   for (; j + SUM_VECTORS * W <= n; j += SUM_VECTORS * W)
     sum_tile<M, SUM_VECTORS>(k, a, b + j, ldb, c + j, ldc, Full{});
@@ -157,8 +157,8 @@ inline void sum_rows(int64_t n, int64_t k, const Lhs<P>& a, const T* b, int64_t 
 
 // C (m, n) = A (m, k) B (k, n) for m <= SUM_ROWS.
 template <class P, class T>
-inline void gemm_in_place(int64_t m, int64_t n, int64_t k, const Lhs<P>& a, const T* b, int64_t ldb,
-                          T* c, int64_t ldc) {
+[[gnu::always_inline]] inline void gemm_in_place(int64_t m, int64_t n, int64_t k, const Lhs<P>& a,
+                                                 const T* b, int64_t ldb, T* c, int64_t ldc) {
   if (m == SUM_ROWS) return sum_rows<SUM_ROWS>(n, k, a, b, ldb, c, ldc);
   for (int64_t i = 0; i < m; ++i) sum_rows<1>(n, k, a.rows(i), b, ldb, c + i * ldc, ldc);
 }

@@ -27,6 +27,16 @@ inline int64_t visible_keys(const Attention& s, int64_t query) {
   return max(0, min(s.Tk, query + 1 + s.Tk - s.Tq));
 }
 
+// lse = ln sum_j exp(scale s_j) of the queries from q0 on, whose scores times scale log2(e) have
+// the maximum m and the sum l of exp2(. - m); a query that sees no key has l = 0.
+inline void write_lse(const Attention& s, int64_t head, int64_t q0, int64_t rows, const float* m,
+                      const float* l) {
+  for_vectors(rows, [&](int64_t i, auto part) {
+    const VF sums = load(l + i, part), lse = load(m + i, part) * (1 / log2e) + log(sums);
+    store(s.lse + head * s.Tq + q0 + i, sums == 0.0f ? splat(no_score) : lse, part);
+  });
+}
+
 // How the work is cut into tasks: with many heads, some of them per task; with few, every head in
 // parts, so that every thread has work.
 struct HeadTasks {
