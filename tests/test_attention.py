@@ -1,6 +1,7 @@
 """causal_attention against the float64 oracle and torch's own, at every instruction set."""
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from oracle import assert_budget, run
 from peers import attention as torch_attention
 from torch import Tensor
+from torch.nn import functional as F
 
 from gptfast import ops
 from gptfast.ops import reference
@@ -80,15 +82,17 @@ def test_mask_is_aligned_bottom_right(
     check_attention(q, k, v, dtype, dropout_p=dropout_p, seed=5)
 
 
-def test_gradients_of_few_keys_are_as_exact_as_torchs(isa: str) -> None:
-    # Probabilities from lse would have its rounding: 3 times the error.
-    inputs = [heads(30, 4, 16, 8, seed=i) * 2 for i in range(3)]
-    grad = heads(30, 4, 16, 8, seed=9)
+@pytest.mark.parametrize(("T", "factor"), ((16, 0.75), (64, 1.3)))
+def test_gradients_are_as_exact_as_torchs(isa: str, T: int, factor: float) -> None:
+    # Probabilities from an lse in float32 have its rounding, which few keys are spared.
+    inputs = [heads(30, 4, T, 8, seed=i) * 2 for i in range(3)]
+    grad = heads(30, 4, T, 8, seed=9)
+    torch_own = partial(F.scaled_dot_product_attention, is_causal=True)
     oracle = run(reference.causal_attention, inputs, torch.float64, grad)
-    own = run(torch_attention, inputs, torch.float32, grad)
+    own = run(torch_own, inputs, torch.float32, grad)
     actual = run(ops.causal_attention, inputs, torch.float32, grad)
-    for a, t, o in zip(actual, own, oracle, strict=True):
-        assert (a.double() - o).norm() <= 1.2 * (t.double() - o).norm()
+    for a, t, o in zip(actual[1:], own[1:], oracle[1:], strict=True):
+        assert (a.double() - o).norm() <= factor * (t.double() - o).norm()
 
 
 def test_query_that_sees_no_key_gives_zeros_and_no_gradient(isa: str) -> None:

@@ -180,23 +180,27 @@ struct AttentionGradTask {
   void probability_rows(int64_t q0, int64_t r0, int64_t rows, int64_t k0, int64_t keys,
                         int64_t width) {
     struct Row {
-      int64_t seen;  // keys
-      float lse;     // log2
-      bool summed;   // delta is the sum over this block, and known at its end
+      int64_t seen;     // keys
+      float lse, rest;  // of log2; with the rounding of the first all p of the row would be wrong
+      bool summed;      // delta is the sum over this block, and known at its end
       VF delta;
     } of_row[DROPOUT_ROWS];
     alignas(64) float prob[DROPOUT_ROWS][KEYS];  // of rows whose delta is still to be known
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t query = q0 + r0 + row;
       const bool summed = in_one_block(s, query);
-      of_row[row] = {min(keys, visible_keys(s, query) - k0), s.lse[head * s.Tq + query] * log2e,
-                     summed, splat(summed ? 0.0f : delta[query])};
+      const double lse = s.lse[head * s.Tq + query] * log2e_exactly;
+      of_row[row] = {min(keys, visible_keys(s, query) - k0), static_cast<float>(lse),
+                     static_cast<float>(lse - static_cast<float>(lse)), summed,
+                     splat(summed ? 0.0f : delta[query])};
     }
     Keep keep;
     const auto step = [&](Row& at, int64_t row, int64_t j, auto part) {
       float* p_at = p + (r0 + row) * SCORES + j;
       float* ds_at = ds + (r0 + row) * SCORES + j;
-      const VF of = only(probability(load(p_at) * (s.scale * log2e) - at.lse, P{}), part);
+      VF exponent = load(p_at) * (s.scale * log2e) - at.lse;
+      if (sizeof(P) == sizeof(float)) exponent -= at.rest;
+      const VF of = only(probability(exponent, P{}), part);
       VF kept = of, dp = only(load(ds_at), part);
       if (s.dropout.threshold > 0) {
         dp *= keep.factor[row];

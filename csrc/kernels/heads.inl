@@ -31,8 +31,11 @@ inline int64_t visible_keys(const Attention& s, int64_t query) {
 // the maximum m and the sum l of exp2(. - m); a query that sees no key has l = 0.
 inline void write_lse(const Attention& s, int64_t head, int64_t q0, int64_t rows, const float* m,
                       const float* l) {
+  constexpr double ln2 = 1 / log2e_exactly;
+  constexpr float high = static_cast<float>(ln2), low = static_cast<float>(ln2 - high);
   for_vectors(rows, [&](int64_t i, auto part) {
-    const VF sums = load(l + i, part), lse = load(m + i, part) * (1 / log2e) + log(sums);
+    const VF highest = load(m + i, part), sums = load(l + i, part);
+    const VF lse = highest * high + (highest * low + log(sums));
     store(s.lse + head * s.Tq + q0 + i, sums == 0.0f ? splat(no_score) : lse, part);
   });
 }

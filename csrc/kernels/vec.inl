@@ -282,7 +282,8 @@ constexpr float power_for_bf16[] = {1.0f, 6.932829260e-01f, 2.422109604e-01f, 5.
   return exp2_by(vmax(splat(lowest_power), x), power_for_bf16);
 }
 
-constexpr float log2e = 1.44269504088896f;
+constexpr double log2e_exactly = 1.4426950408889634;
+constexpr float log2e = static_cast<float>(log2e_exactly);
 
 inline VF exp(VF x) { return exp2(x * log2e); }
 
