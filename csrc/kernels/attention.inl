@@ -192,7 +192,7 @@ struct AttentionTask {
 
 template <class T>
 void attention_typed(const Attention& s, const Parallel& parallel) {
-  const int64_t blocks = divide_up(s.Tq, QUERIES), many = first_of_many(s);
+  const int64_t blocks = divide_up(s.Tq, QUERIES), many = first_of_many<T>(s);
   const HeadTasks split(s, blocks, parallel);
   run_tasks(parallel, split.tasks, [&](int64_t task) {
     // Later parts see more keys: they come first.

@@ -4,11 +4,19 @@
 //
 // Which queries come here depends on what each of them sees alone, and so do a query's bits.
 
-constexpr int64_t FEW_KEYS = 16;
+constexpr int64_t FEW_KEYS = 64;
+
+// How many are few. Packing pays sooner on AMX's tiles, whose products take little of the time,
+// with elements that are widened at each use, and with short vectors.
+template <class T, class P = typename OperandOf<T>::type>
+constexpr int64_t few_keys = sizeof(T) < sizeof(P)     ? (W < 8 ? 0 : 16)
+                             : W < 8 || lhs_by_rows<P> ? 16
+                                                       : FEW_KEYS;
 
 // The first query of a head that sees more.
+template <class T>
 inline int64_t first_of_many(const Attention& s) {
-  return max(0, min(s.Tq, FEW_KEYS + s.Tq - s.Tk));
+  return max(0, min(s.Tq, few_keys<T> + s.Tq - s.Tk));
 }
 
 // All lanes of a tile's row combined, in each of them.
@@ -21,7 +29,7 @@ inline VF reduce_row(VF x, const F& combine) {
 template <class T>
 struct FewKeys {
   using P = typename OperandOf<T>::type;
-  static constexpr int64_t BLOCK = 32;  // queries at a time: a multiple of DROPOUT_ROWS
+  static constexpr int64_t BLOCK = 64;  // queries at a time: a multiple of DROPOUT_ROWS
   static constexpr int64_t TILES = FEW_KEYS / DOT_COLUMNS;
 
   // Scores or the like of SUM_ROWS queries.
@@ -33,8 +41,8 @@ struct FewKeys {
   float c;
   int64_t head = 0;
   Head<T> q, k, v, out;
-  alignas(64) float factors[BLOCK * FEW_KEYS];  // of dropout
-  alignas(64) P p[BLOCK * FEW_KEYS];
+  alignas(64) float factors[DROPOUT_ROWS * FEW_KEYS];
+  alignas(64) P p[SUM_ROWS * FEW_KEYS];
   float m[BLOCK], l[BLOCK];
 
   explicit FewKeys(const Attention& s) : s(s), c(s.scale * log2e) {}
@@ -53,16 +61,15 @@ struct FewKeys {
       const int64_t rows = min(BLOCK, last - q0);
       const auto count = [&](int64_t r0) { return min(SUM_ROWS, rows - r0); };
       Tiles scores[2];
-      draw_factors(q0, rows);
       dots(q, q0, count(0), k, scores[0]);
       for (int64_t r0 = 0, now = 0; r0 < rows; r0 += SUM_ROWS, now = 1 - now) {
         const int64_t tiles = tiles_of(q0 + r0, count(r0)), next = r0 + SUM_ROWS;
+        draw_factors(q0 + r0);
         for (int64_t r = 0; r < count(r0); r += DOT_ROWS)
           probabilities(q0, r0 + r, tiles, scores[now].x[r / DOT_ROWS]);
         if (next < rows) dots(q, q0 + next, count(next), k, scores[1 - now]);
         gemm_in_place(count(r0), s.D, visible_keys(s, q0 + r0 + count(r0) - 1),
-                      Lhs<P>{p + r0 * FEW_KEYS, FEW_KEYS, Tile<P>::KU}, v.data, v.row,
-                      out.out(q0 + r0), out.row);
+                      Lhs<P>{p, FEW_KEYS, Tile<P>::KU}, v.data, v.row, out.out(q0 + r0), out.row);
       }
       if (s.lse) write_lse(s, head, q0, rows, m, l);
     }
@@ -72,8 +79,8 @@ struct FewKeys {
   void probabilities(int64_t q0, int64_t r, int64_t tiles, VF (&x)[TILES]) {
     const Statistics of_rows = softmax(x, q0 + r, tiles);
     for (int64_t n = 0; n < tiles; ++n) {
-      if (s.dropout.threshold > 0) x[n] *= factors_of(r, n);
-      store_tile(p + r * FEW_KEYS + n * DOT_COLUMNS, FEW_KEYS, x[n]);
+      if (s.dropout.threshold > 0) x[n] *= factors_of(q0 + r, n);
+      store_tile(p + r % SUM_ROWS * FEW_KEYS + n * DOT_COLUMNS, FEW_KEYS, x[n]);
     }
     for (int64_t row = 0; row < DOT_ROWS; ++row) {
       m[r + row] = of_rows.highest[row * DOT_COLUMNS];
@@ -109,13 +116,11 @@ struct FewKeys {
   //   p_ij = exp2(c s_ij - m_i) / l_i, m_i = max_j c s_ij, l_i = sum_j exp2(c s_ij - m_i)
   Statistics softmax(VF (&x)[TILES], int64_t i, int64_t tiles) const {
     VF highest = splat(no_score), total = splat(0.0f);
-    for (int64_t n = 0; n < tiles; ++n) {
-      x[n] = only_seen(x[n] * c, i, n, no_score);
-      highest = vmax(highest, x[n]);
-    }
+    for (int64_t n = 0; n < tiles; ++n)
+      highest = vmax(highest, only_seen(x[n] * c, i, n, no_score));
     highest = reduce_row(highest, Higher{});
     for (int64_t n = 0; n < tiles; ++n) {
-      x[n] = only_seen(probability(x[n] - highest, P{}), i, n);
+      x[n] = only_seen(probability(x[n] * c - highest, P{}), i, n);
       total += x[n];
     }
     total = reduce_row(total, Add{});
@@ -124,72 +129,77 @@ struct FewKeys {
     return {highest, total};
   }
 
-  void draw_factors(int64_t q0, int64_t rows) {
-    if (s.dropout.threshold == 0) return;
-    for (int64_t i = 0; i < rows; i += DROPOUT_ROWS)
-      for (int64_t j = 0; j < FEW_KEYS; j += W) {
-        const Keep keep = dropout_factors(s.dropout, head, q0 + i, j);
-        for (int64_t row = 0; row < DROPOUT_ROWS; ++row)
-          store(factors + (i + row) * FEW_KEYS + j, keep.factor[row]);
-      }
+  // Dropout's factors of the queries from i on, where they are not those of the queries before.
+  void draw_factors(int64_t i) {
+    if (s.dropout.threshold == 0 || i % DROPOUT_ROWS > 0) return;
+    const int64_t keys = min(FEW_KEYS, visible_keys(s, i + DROPOUT_ROWS - 1));
+    for (int64_t j = 0; j < keys; j += W) {
+      const Keep keep = dropout_factors(s.dropout, head, i, j);
+      for (int64_t row = 0; row < DROPOUT_ROWS; ++row)
+        store(factors + row * FEW_KEYS + j, keep.factor[row]);
+    }
   }
-  VF factors_of(int64_t r, int64_t n) const {
-    return load_tile(factors + r * FEW_KEYS + n * DOT_COLUMNS, FEW_KEYS);
+  VF factors_of(int64_t i, int64_t n) const {
+    return load_tile(factors + i % DROPOUT_ROWS * FEW_KEYS + n * DOT_COLUMNS, FEW_KEYS);
   }
 };
 
-// The backward, as attention_grad.inl states it, of heads whose queries all see few keys. The
-// softmax is computed again: exp(s - lse) would carry the rounding of lse.
+// The backward, as attention_grad.inl states it, of heads with few keys. The softmax is computed
+// again: exp(s - lse) would carry the rounding of lse.
 template <class T>
 struct FewKeysGrad {
   using P = typename OperandOf<T>::type;
   using Few = FewKeys<T>;
   static constexpr int64_t TILES = Few::TILES;
+  static constexpr int64_t QUERIES_SEEING = FEW_KEYS + DROPOUT_ROWS;
   static_assert(SUM_ROWS == DOT_COLUMNS, "keys that are summed together are of one tile");
 
   const AttentionGrad& grad;
   const Attention& s;
+  int64_t start;  // no query before it sees a key: rows of p and dS are counted from here
   Few few;
   Head<T> dout, dq, dk, dv;
-  alignas(64) float p[Few::BLOCK * FEW_KEYS];  // p f
-  alignas(64) float ds[Few::BLOCK * FEW_KEYS];
+  alignas(64) float p[QUERIES_SEEING * FEW_KEYS];  // p f
+  alignas(64) float ds[QUERIES_SEEING * FEW_KEYS];
   Frame frame;
   P* copy;
 
-  static bool takes(const Attention& s) { return s.Tk <= FEW_KEYS && s.Tq <= Few::BLOCK; }
+  static bool takes(const Attention& s) { return s.Tk <= few_keys<T>; }
 
   explicit FewKeysGrad(const AttentionGrad& grad)
       : grad(grad),
         s(grad.forward),
+        start(max(0, s.Tq - s.Tk) / DROPOUT_ROWS * DROPOUT_ROWS),
         few(s),
-        copy(take<P>(frame, max(lhs_transposed_elements<P>(Few::BLOCK, FEW_KEYS),
-                                Few::BLOCK * row_stride<P>(padded_k<P>(FEW_KEYS))))) {}
+        copy(take<P>(frame, max(lhs_transposed_elements<P>(QUERIES_SEEING, FEW_KEYS),
+                                QUERIES_SEEING * row_stride<P>(padded_k<P>(FEW_KEYS))))) {}
 
   void attend(int64_t index) {
     const int64_t b = index / s.H, h = index % s.H;
     few.start_head(index);
     dout = {grad.dout, b, h}, dq = {grad.dq, b, h}, dk = {grad.dk, b, h}, dv = {grad.dv, b, h};
-    few.draw_factors(0, s.Tq);
-    for (int64_t i = 0; i < s.Tq; i += SUM_ROWS) {
-      const int64_t queries = min(SUM_ROWS, s.Tq - i);
+    const auto count = [&](int64_t i) { return min(SUM_ROWS, s.Tq - i); };
+    for (int64_t i = start; i < s.Tq; i += SUM_ROWS) {
       typename Few::Tiles scores, dp;
-      few.dots(few.q, i, queries, few.k, scores);
-      few.dots(dout, i, queries, few.v, dp);
-      for (int64_t r = 0; r < queries; r += DOT_ROWS)
-        score_grads(i + r, few.tiles_of(i, queries), scores.x[r / DOT_ROWS], dp.x[r / DOT_ROWS]);
+      few.dots(few.q, i, count(i), few.k, scores);
+      few.dots(dout, i, count(i), few.v, dp);
+      few.draw_factors(i);
+      for (int64_t r = 0; r < count(i); r += DOT_ROWS)
+        score_grads(i + r, few.tiles_of(i, count(i)), scores.x[r / DOT_ROWS], dp.x[r / DOT_ROWS]);
     }
     key_grads(p, dout, dv);
     key_grads(ds, few.q, dk);
-    const Lhs<P> rows = lhs_rows(ds, FEW_KEYS, s.Tq, s.Tk, copy);
-    for (int64_t i = 0; i < s.Tq; i += SUM_ROWS) {
-      const int64_t queries = min(SUM_ROWS, s.Tq - i);
-      gemm_in_place(queries, s.D, visible_keys(s, i + queries - 1), rows.rows(i), few.k.data,
-                    few.k.row, dq.out(i), dq.row);
-    }
+    const Lhs<P> rows = lhs_rows(ds, FEW_KEYS, s.Tq - start, s.Tk, copy);
+    for (int64_t i = 0; i < start; ++i)
+      for_vectors(s.D, [&](int64_t j, auto part) { store(dq.out(i) + j, splat(0.0f), part); });
+    for (int64_t i = start; i < s.Tq; i += SUM_ROWS)
+      gemm_in_place(count(i), s.D, visible_keys(s, i + count(i) - 1), rows.rows(i - start),
+                    few.k.data, few.k.row, dq.out(i), dq.row);
   }
 
   // p f and dS of DOT_ROWS queries from i on; their scores become p, and dP is multiplied by f.
   void score_grads(int64_t i, int64_t tiles, VF (&of)[TILES], VF (&dp)[TILES]) {
+    const auto at = [&](int64_t n) { return (i - start) * FEW_KEYS + n * DOT_COLUMNS; };
     few.softmax(of, i, tiles);
     VF delta = splat(0.0f);
     for (int64_t n = 0; n < tiles; ++n) {
@@ -200,21 +210,22 @@ struct FewKeysGrad {
         dp[n] *= factor;
         kept *= factor;
       }
-      store_tile(p + i * FEW_KEYS + n * DOT_COLUMNS, FEW_KEYS, kept);
+      store_tile(p + at(n), FEW_KEYS, kept);
       delta += of[n] * dp[n];
     }
     delta = reduce_row(delta, Add{});
     for (int64_t n = 0; n < tiles; ++n)
-      store_tile(ds + i * FEW_KEYS + n * DOT_COLUMNS, FEW_KEYS, of[n] * (dp[n] - delta) * s.scale);
+      store_tile(ds + at(n), FEW_KEYS, of[n] * (dp[n] - delta) * s.scale);
   }
 
   // to = X' Y, a key's sum over the queries that see it.
   void key_grads(const float* x, const Head<T>& y, const Head<T>& to) {
-    const Lhs<P> a = lhs_transposed(x, FEW_KEYS, s.Tq, s.Tk, copy);
+    const int64_t rows = s.Tq - start;
+    const Lhs<P> a = lhs_transposed(x, FEW_KEYS, rows, s.Tk, copy);
     for (int64_t j = 0; j < s.Tk; j += SUM_ROWS) {
-      const int64_t from = max(0, j + s.Tq - s.Tk) / Tile<P>::KU * Tile<P>::KU;
-      gemm_in_place(min(SUM_ROWS, s.Tk - j), s.D, s.Tq - from, a.rows(j).columns(from), y.at(from),
-                    y.row, to.out(j), to.row);
+      const int64_t seen_from = max(0, j + s.Tq - s.Tk - start) / Tile<P>::KU * Tile<P>::KU;
+      gemm_in_place(min(SUM_ROWS, s.Tk - j), s.D, rows - seen_from, a.rows(j).columns(seen_from),
+                    y.at(start + seen_from), y.row, to.out(j), to.row);
     }
   }
 };

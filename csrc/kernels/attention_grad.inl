@@ -46,7 +46,7 @@ struct AttentionGradTask {
   int64_t head;
   Head<T> q, k, v, dout, dq, dk, dv;
   int64_t ld;
-  FewKeys<T> few_keys;
+  FewKeys<T> few;
   Frame frame;
   const float* delta;  // (Tq,)
   float* dq_total;     // (Tq, ld)
@@ -59,7 +59,7 @@ struct AttentionGradTask {
       : grad(grad),
         s(grad.forward),
         ld(padded_n<P>(s.D)),
-        few_keys(s),
+        few(s),
         p(take<float>(frame, QUERIES * SCORES)),
         ds(take<float>(frame, QUERIES * SCORES)),
         dk_total(take<float>(frame, KEYS * ld)),
@@ -121,19 +121,19 @@ struct AttentionGradTask {
     const Lhs<P> douts = lhs_rows(dout.at(q0), dout.row, rows, s.D, dout_copy);
     const int64_t width = round_up(keys, W);
     const int64_t most = tile_rows_for<P>(keys);
-    const int64_t few = k0 > 0 ? 0 : max(0, min(rows, first_of_many(s) - q0));
-    few_scores(q, q0, few, k, p);
-    few_scores(dout, q0, few, v, ds);
-    for (int64_t r0 = few; r0 < rows; r0 += most) {
-      const int64_t tile = min(most, rows - r0),
-                    count = min(keys, visible_keys(s, q0 + r0 + tile - 1) - k0);
-      if (count > 0) {
-        gemm(tile, count, s.D, queries.rows(r0), block.keys_t, p + r0 * SCORES, SCORES, false,
-             no_epilogue, &upcoming);
-        gemm(tile, count, s.D, douts.rows(r0), block.values_t, ds + r0 * SCORES, SCORES, false,
-             no_epilogue, &upcoming);
+    const auto multiply = [&](int64_t first, const Lhs<P>& a, const Rhs<P>& b, float* to) {
+      for (int64_t r0 = first; r0 < rows; r0 += most) {
+        const int64_t tile = min(most, rows - r0),
+                      count = min(keys, visible_keys(s, q0 + r0 + tile - 1) - k0);
+        if (count > 0)
+          gemm(tile, count, s.D, a.rows(r0), b, to + r0 * SCORES, SCORES, false, no_epilogue,
+               &upcoming);
       }
-    }
+    };
+    const int64_t many = k0 > 0 ? 0 : max(0, min(rows, first_of_many<T>(s) - q0));
+    few_scores(q0, many);
+    multiply(many, queries, block.keys_t, p);
+    multiply(0, douts, block.values_t, ds);
     for (int64_t r0 = 0; r0 < rows; r0 += DROPOUT_ROWS)
       probability_rows(q0, r0, min(DROPOUT_ROWS, rows - r0), k0, keys, width);
 
@@ -164,15 +164,15 @@ struct AttentionGradTask {
     __builtin_memset(sums, 0, static_cast<size_t>(rows * ld) * sizeof(float));
   }
 
-  // Scores of queries that see few keys, as the forward has them.
-  void few_scores(const Head<T>& x, int64_t q0, int64_t rows, const Head<T>& y, float* to) const {
+  // Scores of the block's first queries, which see few keys, with the bits that the forward had.
+  void few_scores(int64_t q0, int64_t rows) {
     for (int64_t r0 = 0; r0 < rows; r0 += SUM_ROWS) {
-      const int64_t count = min(SUM_ROWS, rows - r0);
-      typename FewKeys<T>::Tiles tiles;
-      few_keys.dots(x, q0 + r0, count, y, tiles);
+      const int64_t count = min(SUM_ROWS, rows - r0), tiles = few.tiles_of(q0 + r0, count);
+      typename FewKeys<T>::Tiles scores;
+      few.dots(q, q0 + r0, count, k, scores);
       for (int64_t r = 0; r < count; r += DOT_ROWS)
-        for (int64_t n = 0; n < few_keys.tiles_of(q0 + r0, count); ++n)
-          store_tile(to + (r0 + r) * SCORES + n * DOT_COLUMNS, SCORES, tiles.x[r / DOT_ROWS][n]);
+        for (int64_t n = 0; n < tiles; ++n)
+          store_tile(p + (r0 + r) * SCORES + n * DOT_COLUMNS, SCORES, scores.x[r / DOT_ROWS][n]);
     }
   }
 
