@@ -49,11 +49,12 @@ PYBIND11_MODULE(_C, m) {
       py::arg("name"), "Uses this instruction set from now on; ValueError when it cannot run.");
   m.def(
       "cache_bytes",
-      [](bool bf16, int64_t n_head, int64_t head_dim, int64_t capacity) {
+      [](bool bf16, int64_t block_size, int64_t n_head, int64_t head_dim, int64_t capacity) {
         const DType dtype = bf16 ? DType::bf16 : DType::f32;
-        return kernels().cache_bytes(dtype, n_head, head_dim, capacity);
+        return kernels().cache_bytes({dtype, block_size, n_head, head_dim, capacity});
       },
-      py::arg("bf16"), py::arg("n_head"), py::arg("head_dim"), py::arg("capacity"),
+      py::arg("bf16"), py::arg("block_size"), py::arg("n_head"), py::arg("head_dim"),
+      py::arg("capacity"),
       "Returns the bytes that the keys and values of one sequence and layer take.");
   m.def(
       "num_threads", [] { return static_cast<int64_t>(torch::stable::get_num_threads()); },

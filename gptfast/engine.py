@@ -139,7 +139,7 @@ class PackedModel:
             raise BackendError(f"{select.extension_error}")
         bf16 = self.dtype == torch.bfloat16
         return config.n_layer * extension.cache_bytes(
-            bf16, config.n_head, config.head_dim, capacity
+            bf16, config.block_size, config.n_head, config.head_dim, capacity
         )
 
     def new_cache(self, rows: int, capacity: int) -> Tensor:

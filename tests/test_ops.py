@@ -47,7 +47,7 @@ def model_arguments() -> Model:
 def new_cache(rows: int) -> Tensor:
     extension = select.extension()
     assert extension is not None
-    return torch.zeros(rows, extension.cache_bytes(False, 2, 10, 8) // 4)
+    return torch.zeros(rows, extension.cache_bytes(False, 8, 2, 10, 8) // 4)
 
 
 def state() -> list[Tensor]:

@@ -14,6 +14,10 @@ T* take(Frame& frame, int64_t count) {
   return static_cast<T*>(frame.bytes(static_cast<size_t>(count) * sizeof(T)));
 }
 
+CacheShape cache_shape(const Decoder& model, int64_t capacity) {
+  return {model.dtype, model.block_size, model.n_head, model.head_dim(), capacity};
+}
+
 void embed(const Kernels& kernels, const Decoder& model, int64_t count, const int64_t* tokens,
            const int64_t* positions, void* x, const Parallel& parallel) {
   Embedding s = {};
@@ -121,12 +125,10 @@ class Pass {
     const DecoderLayer& layer = model_.layers[static_cast<size_t>(index)];
     const bool last_layer = index + 1 == static_cast<int64_t>(model_.layers.size());
     CachedAttention s = {};
-    s.dtype = model_.dtype;
-    s.sequences = batch_.sequences, s.H = model_.n_head, s.D = model_.head_dim();
-    s.capacity = cache_.capacity;
+    s.shape = cache_shape(model_, cache_.capacity);
+    s.sequences = batch_.sequences;
     s.starts = batch_.starts, s.row = batch_.row, s.cached = batch_.cached;
-    const int64_t layer_bytes = cache_.rows * kernels_.cache_bytes(s.dtype, s.H, s.D, s.capacity);
-    s.cache = static_cast<char*>(cache_.data) + index * layer_bytes;
+    s.cache = static_cast<char*>(cache_.data) + index * cache_.rows * kernels_.cache_bytes(s.shape);
     s.last_queries = last_tokens;
     s.out = heads_;
     if (last_layer) {
@@ -259,16 +261,15 @@ void decoder_score(const Kernels& kernels, const Decoder& model, const DecoderBa
 
 int64_t cache_row_bytes(const Kernels& kernels, const Decoder& model, int64_t capacity) {
   return static_cast<int64_t>(model.layers.size()) *
-         kernels.cache_bytes(model.dtype, model.n_head, model.head_dim(), capacity);
+         kernels.cache_bytes(cache_shape(model, capacity));
 }
 
 void copy_cached(const Kernels& kernels, const Decoder& model, const KeyValueCache& cache,
                  int64_t from, int64_t to, int64_t count, const Parallel& parallel) {
-  const int64_t H = model.n_head, D = model.head_dim();
-  const int64_t layer = cache.rows * kernels.cache_bytes(model.dtype, H, D, cache.capacity);
+  const CacheShape shape = cache_shape(model, cache.capacity);
+  const int64_t layer = cache.rows * kernels.cache_bytes(shape);
   run_tasks(parallel, static_cast<int64_t>(model.layers.size()), [&](int64_t i) {
-    kernels.copy_cached(model.dtype, H, D, cache.capacity,
-                        static_cast<char*>(cache.data) + i * layer, from, to, count);
+    kernels.copy_cached(shape, static_cast<char*>(cache.data) + i * layer, from, to, count);
   });
 }
 

@@ -3,8 +3,8 @@
 //
 // One task computes some query blocks of one head. Key blocks start at multiples of KEYS whatever
 // the query, and a row's steps depend on that row alone: its bits are the same in any batch.
-// Queries that see few keys have a way of their own (attention_few.inl), but with a cache, whose
-// keys and values are packed already (attention_cached.inl).
+// Queries that see few keys have a way of their own (attention_few.inl), but in a cache of a model
+// with a longer context, which is packed (attention_cached.inl).
 
 constexpr int64_t QUERIES = 96;  // a multiple of every MR, TALL and KPAD, and of DROPOUT_ROWS
 constexpr int64_t KEYS = 128;

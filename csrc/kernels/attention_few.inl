@@ -57,6 +57,7 @@ struct FewKeys {
   // some and their sums, which so need not wait for it.
   void attend(int64_t index, int64_t first, int64_t last) {
     start_head(index);
+    if (last - first == 1 && s.dropout.threshold == 0) return attend_one(first);
     for (int64_t q0 = first; q0 < last; q0 += BLOCK) {
       const int64_t rows = min(BLOCK, last - q0);
       const auto count = [&](int64_t r0) { return min(SUM_ROWS, rows - r0); };
@@ -73,6 +74,27 @@ struct FewKeys {
       }
       if (s.lse) write_lse(s, head, q0, rows, m, l);
     }
+  }
+
+  // A query alone, as each token is that is decoded: a vector has its scores of W keys.
+  void attend_one(int64_t i) {
+    const int64_t keys = visible_keys(s, i), vectors = divide_up(keys, W);
+    VF x[FEW_KEYS / W], highest = splat(no_score), total = splat(0.0f);
+    dot_row<P>(keys, s.D, q.at(i), k.data, k.row, x);
+    const auto seen = [&](int64_t n) { return Tail{static_cast<int>(min(W, keys - n * W))}; };
+    for (int64_t n = 0; n < vectors; ++n)
+      highest = vmax(highest, only(x[n] * c, seen(n), no_score));
+    highest = splat(max(highest));
+    for (int64_t n = 0; n < vectors; ++n) {
+      x[n] = only(power_of(x[n], highest), seen(n));
+      total += x[n];
+    }
+    total = splat(sum(total));
+    for (int64_t n = 0; n < vectors; ++n) store(p + n * W, x[n] * inverse_of(total), Full{});
+    gemm_in_place(1, s.D, keys, Lhs<P>{p, FEW_KEYS, Tile<P>::KU}, v.data, v.row, out.out(i),
+                  out.row);
+    m[0] = highest[0], l[0] = total[0];
+    if (s.lse) write_lse(s, head, i, 1, m, l);
   }
 
   // P of DOT_ROWS queries, from row r of the block on, with dropout.
@@ -112,19 +134,27 @@ struct FewKeys {
     VF highest, total;
   };
 
+  VF power_of(VF x, VF highest) const { return probability(times_minus(x, c, highest), P{}); }
+
+  // 0 of a query that sees no key.
+  static VF inverse_of(VF total) { return total == 0.0f ? splat(0.0f) : 1.0f / total; }
+
   // Scores of DOT_ROWS queries from i on become probabilities:
   //   p_ij = exp2(c s_ij - m_i) / l_i, m_i = max_j c s_ij, l_i = sum_j exp2(c s_ij - m_i)
+  // The terms of l_i are summed as W lanes of keys would sum them.
   Statistics softmax(VF (&x)[TILES], int64_t i, int64_t tiles) const {
-    VF highest = splat(no_score), total = splat(0.0f);
+    VF highest = splat(no_score), part[DOT_ROWS];
+    for (VF& sum : part) sum = splat(0.0f);
     for (int64_t n = 0; n < tiles; ++n)
       highest = vmax(highest, only_seen(x[n] * c, i, n, no_score));
     highest = reduce_row(highest, Higher{});
     for (int64_t n = 0; n < tiles; ++n) {
-      x[n] = only_seen(probability(x[n] * c - highest, P{}), i, n);
-      total += x[n];
+      x[n] = only_seen(power_of(x[n], highest), i, n);
+      part[n % DOT_ROWS] += x[n];
     }
-    total = reduce_row(total, Add{});
-    const VF inverse = total == 0.0f ? splat(0.0f) : 1.0f / total;  // 0 of one that sees no key
+    for (int half = DOT_ROWS / 2; half > 0; half /= 2)
+      for (int n = 0; n < half; ++n) part[n] += part[n + half];
+    const VF total = reduce_row(part[0], Add{}), inverse = inverse_of(total);
     for (int64_t n = 0; n < tiles; ++n) x[n] *= inverse;
     return {highest, total};
   }

@@ -43,28 +43,29 @@ struct InPlace<bf16> {
 };
 #endif
 
-// A tile of C = A B' is one vector: the dot products of DOT_ROWS rows of A with DOT_COLUMNS of B,
-// row by row.
+// A tile of C = A B' is one vector: the dot products of ROWS rows of A with COLUMNS of B, row by
+// row, each with the same bits in a tile of any shape.
 constexpr int DOT_ROWS = W / 4, DOT_COLUMNS = 4;
 
 // Of rows that are `a` and `b` elements after one another, by number.
-template <class P, class T, class A, class B>
+template <class P, int ROWS = DOT_ROWS, int COLUMNS = DOT_COLUMNS, class T, class A, class B>
 [[gnu::always_inline]] inline VF dot_tile(int64_t k, const T* x, const A& a, const T* y,
                                           const B& b) {
+  static_assert(ROWS * COLUMNS == W, "a tile is one vector");
   using S = Step<P>;
   VF acc[W];
 #pragma GCC unroll 16
   for (int l = 0; l < W; ++l) acc[l] = splat(0.0f);
   const auto step = [&](auto part) __attribute__((always_inline)) {
-    typename S::Vector column[DOT_COLUMNS];
+    typename S::Vector column[COLUMNS];
+#pragma GCC unroll 16
+    for (int j = 0; j < COLUMNS; ++j) column[j] = InPlace<P>::units(y + b(j), part);
 #pragma GCC unroll 4
-    for (int j = 0; j < DOT_COLUMNS; ++j) column[j] = InPlace<P>::units(y + b(j), part);
-#pragma GCC unroll 4
-    for (int i = 0; i < DOT_ROWS; ++i) {
+    for (int i = 0; i < ROWS; ++i) {
       const typename S::Vector row = InPlace<P>::units(x + a(i), part);
-#pragma GCC unroll 4
-      for (int j = 0; j < DOT_COLUMNS; ++j)
-        acc[DOT_COLUMNS * i + j] = S::add(acc[DOT_COLUMNS * i + j], row, column[j]);
+#pragma GCC unroll 16
+      for (int j = 0; j < COLUMNS; ++j)
+        acc[COLUMNS * i + j] = S::add(acc[COLUMNS * i + j], row, column[j]);
     }
   };
   constexpr int64_t elements = W * Tile<P>::KU;
@@ -87,6 +88,16 @@ inline void dot_tiles(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, 
         k, a, [&](int i) { return min(i, m - 1) * lda; }, b,
         [&](int j) { return min(j, columns - 1) * ldb; });
   }
+}
+
+// The products of one row of A with n of B, W of them a vector; those past the end are the last
+// one's.
+template <class P, class T>
+inline void dot_row(int64_t n, int64_t k, const T* a, const T* b, int64_t ldb, VF* to) {
+  const auto row = [](int) { return 0; };
+  for (; n >= W; n -= W, b += W * ldb)
+    *to++ = dot_tile<P, 1, W>(k, a, row, b, [&](int j) { return j * ldb; });
+  if (n > 0) *to = dot_tile<P, 1, W>(k, a, row, b, [&](int j) { return min(j, n - 1) * ldb; });
 }
 
 // A tile's rows from and to a matrix.

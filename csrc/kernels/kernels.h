@@ -201,12 +201,19 @@ struct AdamW {
   float* norm;  // receives it, as it was
 };
 
+// The keys and values of one layer: rows, one for a sequence, of up to `capacity` tokens. The
+// model's context decides how they lie, whatever the capacity, so that no bit depends on it.
+struct CacheShape {
+  DType dtype;
+  int64_t context, H, D, capacity;
+};
+
 // The new tokens of some sequences attend to themselves and to those before them, whose keys and
 // values the cache has; theirs are added to it. Sequence i has rows starts[i] .. starts[i + 1] - 1
 // of q, k, v and out, row[i] of the cache, and cached[i] tokens there already.
 struct CachedAttention {
-  DType dtype;
-  int64_t sequences, H, D, capacity;
+  CacheShape shape;
+  int64_t sequences;
   const int64_t *starts, *row, *cached;
   const void *q, *k, *v;        // (tokens, H D)
   int64_t q_stride, kv_stride;  // between their rows
@@ -256,10 +263,9 @@ struct Kernels {
   void (*embedding_grad)(const EmbeddingGrad&, const Parallel&);
   void (*adamw)(const AdamW&, const Parallel&);
   void (*attention_cached)(const CachedAttention&, const Parallel&);
-  int64_t (*cache_bytes)(DType dtype, int64_t H, int64_t D, int64_t capacity);
+  int64_t (*cache_bytes)(const CacheShape&);  // of one row
   // Rows of one layer's cache: `to` receives the first `count` tokens of `from`.
-  void (*copy_cached)(DType dtype, int64_t H, int64_t D, int64_t capacity, void* cache,
-                      int64_t from, int64_t to, int64_t count);
+  void (*copy_cached)(const CacheShape&, void* cache, int64_t from, int64_t to, int64_t count);
   Sample (*sample)(const Sampling&, const SampleRow&);
   float (*log_sum_exp)(const float* logits, int64_t V);
   // A weight (N, K) in the layout that this instruction set multiplies by, for activations of

@@ -48,6 +48,7 @@ namespace {
 #include "heads.inl"
 #include "attention_few.inl"
 #include "attention.inl"
+#include "cached_heads.inl"
 #include "attention_cached.inl"
 #include "attention_grad.inl"
 #include "cross_entropy.inl"

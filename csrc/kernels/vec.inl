@@ -238,6 +238,21 @@ inline VF vsqrt(VF x) {
 #endif
 }
 
+// x c - y, rounded once where the processor can do that. A compiler may do so, or not, in each
+// place that says it with operators.
+inline VF times_minus(VF x, float c, VF y) {
+#if GPTFAST_VECTOR_BYTES == 64
+  return (VF)_mm512_fmsub_ps((__m512)x, (__m512)splat(c), (__m512)y);
+#elif GPTFAST_VECTOR_BYTES == 32
+  return (VF)_mm256_fmsub_ps((__m256)x, (__m256)splat(c), (__m256)y);
+#elif defined(__ARM_FEATURE_FMA)
+  for (int i = 0; i < W; ++i) x[i] = __builtin_fmaf(x[i], c, -y[i]);
+  return x;
+#else
+  return x * c - y;
+#endif
+}
+
 // c[0] + c[1] x + ... by Horner's rule.
 template <int N>
 inline VF polynomial(VF x, const float (&c)[N]) {
