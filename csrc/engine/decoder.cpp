@@ -31,78 +31,40 @@ void embed(const Kernels& kernels, const Decoder& model, int64_t count, const in
   kernels.embedding(s, parallel);
 }
 
-class Pass {
+// Rows of activations, and what the layers do to each of them by itself.
+class Rows {
  public:
-  Pass(const Kernels& kernels, const Decoder& model, const DecoderBatch& batch,
-       const KeyValueCache& cache, const FirstLayerTable& table, const Parallel& parallel)
+  Rows(const Kernels& kernels, const Decoder& model, int64_t count, const Parallel& parallel)
       : kernels_(kernels),
         model_(model),
-        batch_(batch),
-        cache_(cache),
-        table_(table),
         parallel_(parallel),
-        element_(model.element_bytes()),
-        M_(batch.count()),
+        M_(count),
         C_(model.n_embd),
-        position_(take<int64_t>(frame_, M_)),
-        x_(activation(M_, C_)),
-        next_(activation(M_, C_)),
-        qkv_(activation(M_, 3 * C_)),
-        heads_(activation(M_, C_)) {}
+        x_(matrix(C_)),
+        next_(matrix(C_)),
+        heads_(matrix(C_)) {}
 
-  // The blocks' output for every token, or for the last one of each sequence alone.
-  void run(bool last_tokens) {
-    for (int64_t i = 0; i < batch_.sequences; ++i)
-      for (int64_t t = batch_.starts[i]; t < batch_.starts[i + 1]; ++t)
-        position_[t - batch_.starts[0]] = batch_.position(i, t);
-    embed(kernels_, model_, M_, tokens(), position_, x_, parallel_);
-    for (size_t i = 0; i < model_.layers.size(); ++i) {
-      const DecoderLayer& layer = model_.layers[i];
-      const bool narrow = last_tokens && i + 1 == model_.layers.size();
-      if (model_.attention)
-        attend(static_cast<int64_t>(i), narrow);
-      else if (narrow)
-        keep_last_tokens();
-      feed_forward(layer);
-    }
+  // As many rows of so many columns, uninitialised.
+  char* matrix(int64_t columns) {
+    return take<char>(frame_, M_ * columns * model_.element_bytes());
+  }
+  char* x(int64_t row = 0) const { return x_ + row * C_ * model_.element_bytes(); }
+  char* heads(int64_t row = 0) const { return heads_ + row * C_ * model_.element_bytes(); }
+
+  // Y (count, columns) = norm(X) W' + bias of the rows from `first` on.
+  void project(int64_t first, int64_t count, int64_t columns, const Norm& norm,
+               const Weight& weight, const Param& bias, void* y, DType y_dtype) const {
+    kernels_.linear(
+        {model_.dtype, count, C_, columns, x(first), norm, weight, bias, nullptr, y, y_dtype},
+        parallel_);
   }
 
-  // Calls use(first, count, logits) for blocks of the rows that are left, one after the other.
-  void for_logits(const UseLogits& use) {
-    constexpr int64_t most = int64_t{4} << 20;
-    const int64_t V = model_.vocab_size, rows = std::max<int64_t>(1, std::min(M_, most / V));
-    float* logits = take<float>(frame_, rows * V);
-    for (int64_t first = 0; first < M_; first += rows) {
-      const int64_t count = std::min(rows, M_ - first);
-      linear(count, V, at(x_, first * C_), model_.ln_f, model_.lm_head, Param{}, nullptr, logits,
-             DType::f32);
-      use(first, count, logits);
-    }
-  }
-
- private:
-  char* activation(int64_t rows, int64_t columns) {
-    return take<char>(frame_, rows * columns * element_);
-  }
-  const int64_t* tokens() const { return batch_.tokens + batch_.starts[0]; }
-  char* at(char* data, int64_t offset) const { return data + offset * element_; }
-  void copy(const char* from, int64_t count, char* to) const {
-    std::memcpy(to, from, static_cast<size_t>(count * element_));
-  }
-
-  // What follows the last layer's keys and values is needed for each sequence's last token alone.
-  void keep_last_tokens() {
-    if (M_ == batch_.sequences) return;
-    for (int64_t i = 0; i < batch_.sequences; ++i)
-      copy(at(x_, (batch_.starts[i + 1] - 1 - batch_.starts[0]) * C_), C_, at(next_, i * C_));
-    std::swap(x_, next_);
-    M_ = batch_.sequences;
-  }
-
-  void linear(int64_t rows, int64_t columns, const void* x, const Norm& norm, const Weight& weight,
-              const Param& bias, const void* residual, void* y, DType y_dtype) {
-    kernels_.linear({model_.dtype, rows, C_, columns, x, norm, weight, bias, residual, y, y_dtype},
+  // X += heads W' + bias.
+  void add_heads(const DecoderLayer& layer) {
+    kernels_.linear({model_.dtype, M_, C_, C_, heads_, Norm{}, layer.c_proj, layer.c_proj_bias, x_,
+                     next_, model_.dtype},
                     parallel_);
+    std::swap(x_, next_);
   }
 
   void feed_forward(const DecoderLayer& layer) {
@@ -121,37 +83,113 @@ class Pass {
     std::swap(x_, next_);
   }
 
-  void attend(int64_t index, bool last_tokens) {
-    const DecoderLayer& layer = model_.layers[static_cast<size_t>(index)];
-    const bool last_layer = index + 1 == static_cast<int64_t>(model_.layers.size());
+  // What follows a layer's attention.
+  void finish(const DecoderLayer& layer) {
+    if (model_.attention) add_heads(layer);
+    feed_forward(layer);
+  }
+
+  // Calls use(first, count, logits) for blocks of the rows, one after the other.
+  void for_logits(const UseLogits& use) {
+    constexpr int64_t most = int64_t{4} << 20;
+    const int64_t V = model_.vocab_size, rows = std::max<int64_t>(1, std::min(M_, most / V));
+    float* logits = take<float>(frame_, rows * V);
+    for (int64_t first = 0; first < M_; first += rows) {
+      const int64_t count = std::min(rows, M_ - first);
+      project(first, count, V, model_.ln_f, model_.lm_head, Param{}, logits, DType::f32);
+      use(first, count, logits);
+    }
+  }
+
+ private:
+  const Kernels& kernels_;
+  const Decoder& model_;
+  const Parallel& parallel_;
+  Frame frame_;
+  int64_t M_, C_;
+  char *x_, *next_, *heads_;
+};
+
+// New tokens on their way to what follows the last layer's attention: all of them go on there, or
+// each sequence's last one alone.
+class Pass {
+ public:
+  Pass(const Kernels& kernels, const Decoder& model, const DecoderBatch& batch,
+       const KeyValueCache& cache, const FirstLayerTable& table, const Parallel& parallel)
+      : kernels_(kernels),
+        model_(model),
+        batch_(batch),
+        cache_(cache),
+        table_(table),
+        parallel_(parallel),
+        M_(batch.count()),
+        C_(model.n_embd),
+        rows_(kernels, model, M_, parallel),
+        position_(take<int64_t>(frame_, M_)),
+        qkv_(rows_.matrix(3 * C_)) {}
+
+  // Those that go on are the rows of `last` from `first` on.
+  void run(bool last_tokens, Rows& last, int64_t first) {
+    for (int64_t i = 0; i < batch_.sequences; ++i)
+      for (int64_t t = batch_.starts[i]; t < batch_.starts[i + 1]; ++t)
+        position_[t - batch_.starts[0]] = batch_.position(i, t);
+    embed(kernels_, model_, M_, tokens(), position_, rows_.x(), parallel_);
+    const size_t before = model_.layers.size() - 1;
+    for (size_t i = 0; i < before; ++i) {
+      if (model_.attention) attend(static_cast<int64_t>(i));
+      rows_.finish(model_.layers[i]);
+    }
+    if (!last_tokens) copy(rows_.x(), M_ * C_, last.x(first));
+    for (int64_t i = 0; last_tokens && i < batch_.sequences; ++i)
+      copy(rows_.x(batch_.starts[i + 1] - 1 - batch_.starts[0]), C_, last.x(first + i));
+    if (model_.attention) attend_last(last_tokens, last, first);
+  }
+
+ private:
+  const int64_t* tokens() const { return batch_.tokens + batch_.starts[0]; }
+  char* at(char* data, int64_t offset) const { return data + offset * model_.element_bytes(); }
+  void copy(const char* from, int64_t count, char* to) const {
+    std::memcpy(to, from, static_cast<size_t>(count * model_.element_bytes()));
+  }
+
+  CachedAttention attention(int64_t layer) const {
     CachedAttention s = {};
     s.shape = cache_shape(model_, cache_.capacity);
     s.sequences = batch_.sequences;
-    s.starts = batch_.starts, s.row = batch_.row, s.cached = batch_.cached;
-    s.cache = static_cast<char*>(cache_.data) + index * cache_.rows * kernels_.cache_bytes(s.shape);
-    s.last_queries = last_tokens;
-    s.out = heads_;
-    if (last_layer) {
-      char* kv = at(qkv_, M_ * C_);
-      linear(M_, 2 * C_, x_, layer.ln_1, layer.kv, layer.kv_bias, nullptr, kv, model_.dtype);
-      s.k = kv, s.v = at(kv, C_), s.kv_stride = 2 * C_;
-      if (last_tokens) keep_last_tokens();
-      linear(M_, C_, x_, layer.ln_1, layer.c_attn, layer.c_attn_bias, nullptr, qkv_, model_.dtype);
-      s.q = qkv_, s.q_stride = C_;
-    } else {
-      project(layer, index == 0 && table_.qkv != nullptr);
-      s.q = qkv_, s.k = at(qkv_, C_), s.v = at(qkv_, 2 * C_);
-      s.q_stride = s.kv_stride = 3 * C_;
-    }
-    kernels_.attention_cached(s, parallel_);
-    linear(M_, C_, heads_, Norm{}, layer.c_proj, layer.c_proj_bias, x_, next_, model_.dtype);
-    std::swap(x_, next_);
+    s.starts = batch_.starts, s.row = batch_.row, s.cached = batch_.cached, s.kept = batch_.kept;
+    s.cache = static_cast<char*>(cache_.data) + layer * cache_.rows * kernels_.cache_bytes(s.shape);
+    return s;
   }
 
-  void project(const DecoderLayer& layer, bool tabulated) {
-    if (!tabulated)
-      return linear(M_, 3 * C_, x_, layer.ln_1, layer.c_attn, layer.c_attn_bias, nullptr, qkv_,
-                    model_.dtype);
+  void attend(int64_t index) {
+    const DecoderLayer& layer = model_.layers[static_cast<size_t>(index)];
+    if (index == 0 && table_.qkv != nullptr)
+      look_up();
+    else
+      rows_.project(0, M_, 3 * C_, layer.ln_1, layer.c_attn, layer.c_attn_bias, qkv_, model_.dtype);
+    CachedAttention s = attention(index);
+    s.q = qkv_, s.k = at(qkv_, C_), s.v = at(qkv_, 2 * C_);
+    s.q_stride = s.kv_stride = 3 * C_;
+    s.out = rows_.heads();
+    kernels_.attention_cached(s, parallel_);
+  }
+
+  // Keys and values of all tokens, queries of those that go on.
+  void attend_last(bool last_tokens, const Rows& last, int64_t first) {
+    const DecoderLayer& layer = model_.layers.back();
+    char *kv = qkv_, *q = at(qkv_, M_ * 2 * C_);
+    rows_.project(0, M_, 2 * C_, layer.ln_1, layer.kv, layer.kv_bias, kv, model_.dtype);
+    last.project(first, last_tokens ? batch_.sequences : M_, C_, layer.ln_1, layer.c_attn,
+                 layer.c_attn_bias, q, model_.dtype);
+    CachedAttention s = attention(static_cast<int64_t>(model_.layers.size()) - 1);
+    s.q = q, s.k = kv, s.v = at(kv, C_);
+    s.q_stride = C_, s.kv_stride = 2 * C_;
+    s.last_queries = last_tokens;
+    s.out = last.heads(first);
+    kernels_.attention_cached(s, parallel_);
+  }
+
+  void look_up() const {
     char* table = static_cast<char*>(table_.qkv);
     constexpr int64_t rows = 64;
     run_tasks(parallel_, (M_ + rows - 1) / rows, [&](int64_t task) {
@@ -167,33 +205,43 @@ class Pass {
   const KeyValueCache& cache_;
   const FirstLayerTable table_;
   const Parallel& parallel_;
+  int64_t M_, C_;
+  Rows rows_;
   Frame frame_;
-  int64_t element_, M_, C_;
   int64_t* position_;
-  char *x_, *next_, *qkv_, *heads_;
+  char* qkv_;
 };
 
-// The log-probabilities of a part's targets.
-void score_part(const Kernels& kernels, const Decoder& model, const DecoderBatch& batch,
-                const KeyValueCache& cache, const int64_t* targets, float* logprobs,
-                const Parallel& parallel) {
-  const int64_t V = model.vocab_size;
-  Pass pass(kernels, model, batch, cache, FirstLayerTable{}, parallel);
-  pass.run(false);
-  pass.for_logits([&](int64_t first, int64_t count, const float* logits) {
-    run_tasks(parallel, count, [&](int64_t i) {
-      const float* row = logits + i * V;
-      logprobs[first + i] = row[targets[first + i]] - kernels.log_sum_exp(row, V);
-    });
-  });
+// Every thread reads all weights then, which a core's cache is to hold beside the activations of
+// some tokens.
+bool fits_a_core(const Decoder& model) { return model.block_bytes() <= int64_t{2} << 20; }
+constexpr int64_t block_tokens = 128;
+
+// Calls use(first, count, logits) for the rows that follow all tokens of a batch, or each
+// sequence's last one. Where one thread computes, blocks of the tokens go through the layers one
+// after the other, and what follows for the last ones alone is done for those of all blocks at
+// once.
+void run(const Kernels& kernels, const Decoder& model, const DecoderBatch& batch,
+         const KeyValueCache& cache, const FirstLayerTable& table, bool last_tokens,
+         const UseLogits& use, const Parallel& parallel) {
+  const bool in_blocks = parallel.threads == 1 && fits_a_core(model);
+  Rows last(kernels, model, last_tokens ? batch.sequences : batch.count(), parallel);
+  for (int64_t first = 0, end = 0; first < batch.sequences; first = end) {
+    for (++end; end < batch.sequences; ++end)
+      if (in_blocks && batch.part(first, end + 1).count() > block_tokens) break;
+    const DecoderBatch block = batch.part(first, end);
+    const int64_t row = last_tokens ? first : batch.starts[first] - batch.starts[0];
+    Pass(kernels, model, block, cache, table, parallel).run(last_tokens, last, row);
+  }
+  last.finish(model.layers.back());
+  last.for_logits(use);
 }
 
 }  // namespace
 
 std::vector<int64_t> part_ends(const Decoder& model, const DecoderBatch& batch, int threads) {
-  // Every thread reads all weights then, which a core's cache is to hold.
-  constexpr int64_t most_bytes = int64_t{2} << 20, most_tokens = 64;
-  if (threads == 1 || batch.sequences < threads || model.block_bytes() > most_bytes) return {};
+  constexpr int64_t most_tokens = 4 * block_tokens;
+  if (threads == 1 || batch.sequences < threads || !fits_a_core(model)) return {};
   const int64_t tokens = batch.count();
   const int64_t parts = threads * ((tokens - 1) / (most_tokens * threads) + 1);
   std::vector<int64_t> ends;
@@ -243,19 +291,25 @@ void decoder_forward(const Kernels& kernels, const Decoder& model, const Decoder
                      const KeyValueCache& cache, const FirstLayerTable& table, const UseLogits& use,
                      const Parallel& parallel) {
   if (batch.sequences == 0) return;
-  Pass pass(kernels, model, batch, cache, table, parallel);
-  pass.run(true);
-  pass.for_logits(use);
+  run(kernels, model, batch, cache, table, true, use, parallel);
 }
 
 void decoder_score(const Kernels& kernels, const Decoder& model, const DecoderBatch& batch,
                    const KeyValueCache& cache, const int64_t* targets, float* logprobs,
                    const Parallel& parallel) {
   if (batch.count() == 0) return;
+  const int64_t V = model.vocab_size;
   for_parts(model, batch, parallel,
             [&](const DecoderBatch& part, int64_t, const Parallel& threads) {
-              score_part(kernels, model, part, cache, targets + part.starts[0],
-                         logprobs + part.starts[0], threads);
+              const int64_t start = part.starts[0];
+              const auto use = [&](int64_t first, int64_t count, const float* logits) {
+                run_tasks(threads, count, [&](int64_t i) {
+                  const int64_t at = start + first + i;
+                  const float* row = logits + i * V;
+                  logprobs[at] = row[targets[at]] - kernels.log_sum_exp(row, V);
+                });
+              };
+              run(kernels, model, part, cache, FirstLayerTable{}, false, use, threads);
             });
 }
 

@@ -70,11 +70,13 @@ struct DecoderBatch {
                           // tokens[starts[i + 1] - 1]
   const int64_t* row;     // (sequences,): its row of the cache
   const int64_t* cached;  // (sequences,): how many of its tokens are in the cache already
+  const uint8_t* kept;    // (sequences,): whether a later pass reads the new ones there; else they
+                          // may be left out
 
   int64_t count() const { return starts[sequences] - starts[0]; }
   int64_t position(int64_t i, int64_t token) const { return cached[i] + token - starts[i]; }
   DecoderBatch part(int64_t first, int64_t last) const {
-    return {last - first, tokens, starts + first, row + first, cached + first};
+    return {last - first, tokens, starts + first, row + first, cached + first, kept + first};
   }
 };
 
@@ -104,8 +106,8 @@ void fill_table(const Kernels& kernels, const Decoder& model, const DecoderBatch
 using UseLogits = std::function<void(int64_t first, int64_t count, const float* logits)>;
 
 // Appends the keys and values of the new tokens to the cache and hands over the logits that follow
-// each sequence's last token, by blocks of sequences. A sequence's logits have the same bits in any
-// batch, with its tokens passed at once or in parts. A table that is given knows the batch's
+// each sequence's last token, some sequences at a time. A sequence's logits have the same bits in
+// any batch, with its tokens passed at once or in parts. A table that is given knows the batch's
 // tokens.
 void decoder_forward(const Kernels& kernels, const Decoder& model, const DecoderBatch& batch,
                      const KeyValueCache& cache, const FirstLayerTable& table, const UseLogits& use,

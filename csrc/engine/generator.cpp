@@ -170,6 +170,11 @@ class Generator {
     s.cached = 0;  // positions are absolute: all keys and values change
   }
 
+  // Whether the window will have moved by the next token, and no twin can share the prompt's.
+  bool moves_next(const Sequence& s) const {
+    return s.length > s.prompt && options_.stride > 0 && s.length - s.offset == model_.block_size;
+  }
+
   void slide(Sequence& s) {
     move_window(s);
     if (s.length - s.offset > model_.block_size) end(s, State::window);
@@ -193,7 +198,7 @@ class Generator {
   }
 
   void pass(const int64_t* chosen, int64_t count) {
-    tokens_.clear(), row_.clear(), cached_.clear();
+    tokens_.clear(), row_.clear(), cached_.clear(), kept_.clear();
     starts_.assign(1, 0);
     for (int64_t n = 0; n < count; ++n) {
       Sequence& s = sequences_.all[chosen[n]];
@@ -202,9 +207,12 @@ class Generator {
       starts_.push_back(static_cast<int64_t>(tokens_.size()));
       row_.push_back(s.row);
       cached_.push_back(s.cached);
-      s.cached = s.length - s.offset;
+      const bool kept = !moves_next(s);
+      kept_.push_back(kept);
+      s.cached = kept ? s.length - s.offset : 0;
     }
-    const DecoderBatch batch = {count, tokens_.data(), starts_.data(), row_.data(), cached_.data()};
+    const DecoderBatch batch = {count,       tokens_.data(), starts_.data(),
+                                row_.data(), cached_.data(), kept_.data()};
     fill_table(kernels_, model_, batch, table_, parallel_);
     if (count < parallel_.threads) return extend(batch, chosen, handoff_.weighed(parallel_));
     for_parts(model_, batch, parallel_,
@@ -292,6 +300,7 @@ class Generator {
   std::vector<int64_t> running_, waiting_, free_rows_;
   std::vector<int64_t> holder_;  // whose keys and values a row of the cache has; -1: unknown
   std::vector<int64_t> tokens_, starts_, row_, cached_;
+  std::vector<uint8_t> kept_;
 };
 
 }  // namespace

@@ -38,9 +38,10 @@ struct CachedTask {
 // All queries see few keys: as they are in the cache, or in the projection if none is there yet.
 template <class T>
 void attend_heads(CachedTask<PlainHead<T>>& task, int64_t first, int64_t last) {
-  for (int64_t h = first; h < last; ++h) task.append(h);
+  const bool has_others = task.s.cached[task.i] > 0;
+  for (int64_t h = first; h < last && (has_others || task.s.kept[task.i]); ++h) task.append(h);
   Attention& a = task.a;
-  if (task.s.cached[task.i] > 0) {
+  if (has_others) {
     const PlainHead<T> head = task.cached(0);
     const int64_t size = PlainHead<T>::elements(task.s.shape.capacity, a.D);
     a.k = {head.keys, 0, size, a.D}, a.v = {head.values, 0, size, a.D};

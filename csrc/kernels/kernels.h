@@ -209,12 +209,14 @@ struct CacheShape {
 };
 
 // The new tokens of some sequences attend to themselves and to those before them, whose keys and
-// values the cache has; theirs are added to it. Sequence i has rows starts[i] .. starts[i + 1] - 1
-// of q, k, v and out, row[i] of the cache, and cached[i] tokens there already.
+// values the cache has; theirs are added to it, or need not be where kept[i] is 0. Sequence i has
+// rows starts[i] .. starts[i + 1] - 1 of q, k, v and out, row[i] of the cache, and cached[i] tokens
+// there already.
 struct CachedAttention {
   CacheShape shape;
   int64_t sequences;
   const int64_t *starts, *row, *cached;
+  const uint8_t* kept;
   const void *q, *k, *v;        // (tokens, H D)
   int64_t q_stride, kv_stride;  // between their rows
   void* cache;        // of one layer: rows of cache_bytes(), zeroed before their first use

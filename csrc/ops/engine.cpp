@@ -296,6 +296,7 @@ Tensor score(Tensor tokens, Tensor targets, Tensor starts, Tensor cache, std::ve
       "starts must rise from 0 to the number of tokens, one step per row of the cache");
   const int64_t most = model.attention ? capacity : model.block_size;
   std::vector<int64_t> row(static_cast<size_t>(count)), cached(static_cast<size_t>(count));
+  const std::vector<uint8_t> kept(static_cast<size_t>(count));
   for (int64_t i = 0; i < count; ++i) {
     const int64_t length = data(starts_)[i + 1] - data(starts_)[i];
     args.require(length > 0 && length <= most, "starts must give each window 1 to ", most,
@@ -303,7 +304,8 @@ Tensor score(Tensor tokens, Tensor targets, Tensor starts, Tensor cache, std::ve
     row[static_cast<size_t>(i)] = i;
   }
   Tensor logprobs = new_tensor({M}, ScalarType::Float);
-  const DecoderBatch batch = {count, data(tokens_), data(starts_), row.data(), cached.data()};
+  const DecoderBatch batch = {count,      data(tokens_), data(starts_),
+                              row.data(), cached.data(), kept.data()};
   with_threads([&](const Parallel& parallel) {
     decoder_score(kernels(), model, batch, rows, data(targets_),
                   static_cast<float*>(logprobs.data_ptr()), parallel);

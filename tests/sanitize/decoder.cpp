@@ -33,9 +33,11 @@ struct Session {
     }
     const Indices tokens_(tokens), starts_(starts), row_(row), cached_(cached);
     const int64_t sequences = static_cast<int64_t>(batch.size());
+    std::vector<uint8_t> kept;  // as the generator says: a full window moves
+    for (const Window& each : batch) kept.push_back(each.length < s.T);
     Buffer logits(sequences * s.V, DType::f32);
-    const DecoderBatch all = {sequences, tokens_.data(), starts_.data(), row_.data(),
-                              cached_.data()};
+    const DecoderBatch all = {sequences,   tokens_.data(), starts_.data(),
+                              row_.data(), cached_.data(), kept.data()};
     fill_table(kernels, model, all, table, parallel);
     for_parts(model, all, parallel,
               [&](const DecoderBatch& part, int64_t first, const Parallel& threads) {
@@ -53,9 +55,11 @@ struct Session {
     const int64_t count = static_cast<int64_t>(text.size()) - 1;
     const Indices tokens({text.begin(), text.end() - 1}), targets({text.begin() + 1, text.end()});
     const Indices starts({0, count}), row({0}), cached({0});
+    const uint8_t kept = 0;
     Buffer logprobs(count, DType::f32);
-    decoder_score(kernels, model, {1, tokens.data(), starts.data(), row.data(), cached.data()},
-                  cache, targets.data(), logprobs.floats(), parallel);
+    decoder_score(kernels, model,
+                  {1, tokens.data(), starts.data(), row.data(), cached.data(), &kept}, cache,
+                  targets.data(), logprobs.floats(), parallel);
     return logprobs.values();
   }
 };
