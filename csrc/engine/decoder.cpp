@@ -191,7 +191,8 @@ class Pass {
 
   void look_up() const {
     char* table = static_cast<char*>(table_.qkv);
-    constexpr int64_t rows = 64;
+    const int64_t row_bytes = 3 * C_ * model_.element_bytes();
+    const int64_t rows = std::clamp<int64_t>(parallel_.worth / row_bytes, 1, 64);
     run_tasks(parallel_, (M_ + rows - 1) / rows, [&](int64_t task) {
       for (int64_t m = task * rows; m < std::min(M_, (task + 1) * rows); ++m)
         copy(at(table, table_.entry(model_, tokens()[m], position_[m]) * 3 * C_), 3 * C_,

@@ -4,9 +4,12 @@
 template <class Y>
 void embedding_typed(const Embedding& s, const Parallel& parallel) {
   const int64_t C = s.C, ld = round_up(C, W);
+  const int64_t bytes = s.M * C * 2 * static_cast<int64_t>(sizeof(float));
+  const int64_t most =
+      min(ROWS, round_up(tasks_worth_a_thread(s.M, bytes, parallel), DROPOUT_ROWS));
   Y* y = static_cast<Y*>(s.y);
-  run_tasks(parallel, divide_up(s.M, ROWS), [&](int64_t block) {
-    const int64_t m0 = block * ROWS, rows = min(ROWS, s.M - m0);
+  run_tasks(parallel, divide_up(s.M, most), [&](int64_t block) {
+    const int64_t m0 = block * most, rows = min(most, s.M - m0);
     Frame frame;
     float* sum = take<float>(frame, rows * ld);
     for (int64_t i = 0; i < rows; ++i) {
