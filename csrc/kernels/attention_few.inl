@@ -76,8 +76,9 @@ struct FewKeys {
     }
   }
 
-  // A query alone, as each token is that is decoded: a vector has its scores of W keys.
-  void attend_one(int64_t i) {
+  // A query alone, as each token is that is decoded: a vector has its scores of W keys, which are
+  // summed in the order of tiles.
+  [[gnu::noinline]] void attend_one(int64_t i) {
     const int64_t keys = visible_keys(s, i), vectors = divide_up(keys, W);
     VF x[FEW_KEYS / W], highest = splat(no_score), total = splat(0.0f);
     dot_row<P>(keys, s.D, q.at(i), k.data, k.row, x);
@@ -87,14 +88,24 @@ struct FewKeys {
     highest = splat(max(highest));
     for (int64_t n = 0; n < vectors; ++n) {
       x[n] = only(power_of(x[n], highest), seen(n));
-      total += x[n];
+      total = add_tiles(total, x[n]);
     }
-    total = splat(sum(total));
-    for (int64_t n = 0; n < vectors; ++n) store(p + n * W, x[n] * inverse_of(total), Full{});
+    total = splat(reduce_row(total, Add{})[0]);
+    const VF inverse = inverse_of(total);
+    for (int64_t n = 0; n < vectors; ++n) store(p + n * W, x[n] * inverse, Full{});
     gemm_in_place(1, s.D, keys, Lhs<P>{p, FEW_KEYS, Tile<P>::KU}, v.data, v.row, out.out(i),
                   out.row);
     m[0] = highest[0], l[0] = total[0];
     if (s.lse) write_lse(s, head, i, 1, m, l);
+  }
+
+  // In the first lanes, sum + x[0 ..] + x[DOT_COLUMNS ..] + ..., in this order.
+  template <int S = 0>
+  static VF add_tiles(VF sum, VF x) {
+    if constexpr (S == W)
+      return sum;
+    else
+      return add_tiles<S + DOT_COLUMNS>(sum + rotate<S>(x, AllLanes{}), x);
   }
 
   // P of DOT_ROWS queries, from row r of the block on, with dropout.
@@ -141,20 +152,17 @@ struct FewKeys {
 
   // Scores of DOT_ROWS queries from i on become probabilities:
   //   p_ij = exp2(c s_ij - m_i) / l_i, m_i = max_j c s_ij, l_i = sum_j exp2(c s_ij - m_i)
-  // The terms of l_i are summed as W lanes of keys would sum them.
   Statistics softmax(VF (&x)[TILES], int64_t i, int64_t tiles) const {
-    VF highest = splat(no_score), part[DOT_ROWS];
-    for (VF& sum : part) sum = splat(0.0f);
+    VF highest = splat(no_score), total = splat(0.0f);
     for (int64_t n = 0; n < tiles; ++n)
       highest = vmax(highest, only_seen(x[n] * c, i, n, no_score));
     highest = reduce_row(highest, Higher{});
     for (int64_t n = 0; n < tiles; ++n) {
       x[n] = only_seen(power_of(x[n], highest), i, n);
-      part[n % DOT_ROWS] += x[n];
+      total += x[n];
     }
-    for (int half = DOT_ROWS / 2; half > 0; half /= 2)
-      for (int n = 0; n < half; ++n) part[n] += part[n + half];
-    const VF total = reduce_row(part[0], Add{}), inverse = inverse_of(total);
+    total = reduce_row(total, Add{});
+    const VF inverse = inverse_of(total);
     for (int64_t n = 0; n < tiles; ++n) x[n] *= inverse;
     return {highest, total};
   }
