@@ -31,6 +31,26 @@ void embed(const Kernels& kernels, const Decoder& model, int64_t count, const in
   kernels.embedding(s, parallel);
 }
 
+// Whether a core's cache holds all weights beside the activations of some tokens.
+bool fits_a_core(const Decoder& model) { return model.block_bytes() <= int64_t{2} << 20; }
+constexpr int64_t block_tokens = 128;
+
+// Whether blocks of so many tokens go through the layers one after the other.
+bool in_blocks(const Decoder& model, const Parallel& parallel) {
+  return parallel.threads == 1 && fits_a_core(model);
+}
+
+// Calls f(block, first) for them, or for the whole batch; they start at its sequence `first`.
+template <class F>
+void for_blocks(const Decoder& model, const DecoderBatch& batch, const Parallel& parallel,
+                const F& f) {
+  const int64_t most = in_blocks(model, parallel) ? block_tokens : batch.count();
+  for (int64_t first = 0, end = 0; first < batch.sequences; first = end) {
+    for (++end; end < batch.sequences && batch.part(first, end + 1).count() <= most;) ++end;
+    f(batch.part(first, end), first);
+  }
+}
+
 // Rows of activations, and what the layers do to each of them by itself.
 class Rows {
  public:
@@ -89,10 +109,14 @@ class Rows {
     feed_forward(layer);
   }
 
-  // Calls use(first, count, logits) for blocks of the rows, one after the other.
+  // What follows the last layer's attention: calls use(first, count, logits) for some rows at a
+  // time.
   void for_logits(const UseLogits& use) {
+    finish(model_.layers.back());
     constexpr int64_t most = int64_t{4} << 20;
-    const int64_t V = model_.vocab_size, rows = std::max<int64_t>(1, std::min(M_, most / V));
+    const int64_t V = model_.vocab_size;
+    const int64_t rows = std::min(in_blocks(model_, parallel_) ? block_tokens : M_,
+                                  std::max<int64_t>(1, std::min(M_, most / V)));
     float* logits = take<float>(frame_, rows * V);
     for (int64_t first = 0; first < M_; first += rows) {
       const int64_t count = std::min(rows, M_ - first);
@@ -110,8 +134,7 @@ class Rows {
   char *x_, *next_, *heads_;
 };
 
-// New tokens on their way to what follows the last layer's attention: all of them go on there, or
-// each sequence's last one alone.
+// New tokens up to the last layer's attention; what follows it is done for rows, each by itself.
 class Pass {
  public:
   Pass(const Kernels& kernels, const Decoder& model, const DecoderBatch& batch,
@@ -128,21 +151,19 @@ class Pass {
         position_(take<int64_t>(frame_, M_)),
         qkv_(rows_.matrix(3 * C_)) {}
 
-  // Those that go on are the rows of `last` from `first` on.
-  void run(bool last_tokens, Rows& last, int64_t first) {
+  // For all tokens, in rows of its own.
+  Rows& run() {
+    run_layers();
+    if (model_.attention) attend_last(rows_, 0, M_, false);
+    return rows_;
+  }
+
+  // For each sequence's last token, in rows of `last` from `first` on.
+  void run(Rows& last, int64_t first) {
+    run_layers();
     for (int64_t i = 0; i < batch_.sequences; ++i)
-      for (int64_t t = batch_.starts[i]; t < batch_.starts[i + 1]; ++t)
-        position_[t - batch_.starts[0]] = batch_.position(i, t);
-    embed(kernels_, model_, M_, tokens(), position_, rows_.x(), parallel_);
-    const size_t before = model_.layers.size() - 1;
-    for (size_t i = 0; i < before; ++i) {
-      if (model_.attention) attend(static_cast<int64_t>(i));
-      rows_.finish(model_.layers[i]);
-    }
-    if (!last_tokens) copy(rows_.x(), M_ * C_, last.x(first));
-    for (int64_t i = 0; last_tokens && i < batch_.sequences; ++i)
       copy(rows_.x(batch_.starts[i + 1] - 1 - batch_.starts[0]), C_, last.x(first + i));
-    if (model_.attention) attend_last(last_tokens, last, first);
+    if (model_.attention) attend_last(last, first, batch_.sequences, true);
   }
 
  private:
@@ -150,6 +171,18 @@ class Pass {
   char* at(char* data, int64_t offset) const { return data + offset * model_.element_bytes(); }
   void copy(const char* from, int64_t count, char* to) const {
     std::memcpy(to, from, static_cast<size_t>(count * model_.element_bytes()));
+  }
+
+  // All but the last.
+  void run_layers() {
+    for (int64_t i = 0; i < batch_.sequences; ++i)
+      for (int64_t t = batch_.starts[i]; t < batch_.starts[i + 1]; ++t)
+        position_[t - batch_.starts[0]] = batch_.position(i, t);
+    embed(kernels_, model_, M_, tokens(), position_, rows_.x(), parallel_);
+    for (size_t i = 0; i + 1 < model_.layers.size(); ++i) {
+      if (model_.attention) attend(static_cast<int64_t>(i));
+      rows_.finish(model_.layers[i]);
+    }
   }
 
   CachedAttention attention(int64_t layer) const {
@@ -174,13 +207,12 @@ class Pass {
     kernels_.attention_cached(s, parallel_);
   }
 
-  // Keys and values of all tokens, queries of those that go on.
-  void attend_last(bool last_tokens, const Rows& last, int64_t first) {
+  // Keys and values of all tokens, queries of `count` rows of `last`.
+  void attend_last(const Rows& last, int64_t first, int64_t count, bool last_tokens) {
     const DecoderLayer& layer = model_.layers.back();
     char *kv = qkv_, *q = at(qkv_, M_ * 2 * C_);
     rows_.project(0, M_, 2 * C_, layer.ln_1, layer.kv, layer.kv_bias, kv, model_.dtype);
-    last.project(first, last_tokens ? batch_.sequences : M_, C_, layer.ln_1, layer.c_attn,
-                 layer.c_attn_bias, q, model_.dtype);
+    last.project(first, count, C_, layer.ln_1, layer.c_attn, layer.c_attn_bias, q, model_.dtype);
     CachedAttention s = attention(static_cast<int64_t>(model_.layers.size()) - 1);
     s.q = q, s.k = kv, s.v = at(kv, C_);
     s.q_stride = C_, s.kv_stride = 2 * C_;
@@ -212,31 +244,6 @@ class Pass {
   int64_t* position_;
   char* qkv_;
 };
-
-// Every thread reads all weights then, which a core's cache is to hold beside the activations of
-// some tokens.
-bool fits_a_core(const Decoder& model) { return model.block_bytes() <= int64_t{2} << 20; }
-constexpr int64_t block_tokens = 128;
-
-// Calls use(first, count, logits) for the rows that follow all tokens of a batch, or each
-// sequence's last one. Where one thread computes, blocks of the tokens go through the layers one
-// after the other, and what follows for the last ones alone is done for those of all blocks at
-// once.
-void run(const Kernels& kernels, const Decoder& model, const DecoderBatch& batch,
-         const KeyValueCache& cache, const FirstLayerTable& table, bool last_tokens,
-         const UseLogits& use, const Parallel& parallel) {
-  const bool in_blocks = parallel.threads == 1 && fits_a_core(model);
-  Rows last(kernels, model, last_tokens ? batch.sequences : batch.count(), parallel);
-  for (int64_t first = 0, end = 0; first < batch.sequences; first = end) {
-    for (++end; end < batch.sequences; ++end)
-      if (in_blocks && batch.part(first, end + 1).count() > block_tokens) break;
-    const DecoderBatch block = batch.part(first, end);
-    const int64_t row = last_tokens ? first : batch.starts[first] - batch.starts[0];
-    Pass(kernels, model, block, cache, table, parallel).run(last_tokens, last, row);
-  }
-  last.finish(model.layers.back());
-  last.for_logits(use);
-}
 
 }  // namespace
 
@@ -292,7 +299,11 @@ void decoder_forward(const Kernels& kernels, const Decoder& model, const Decoder
                      const KeyValueCache& cache, const FirstLayerTable& table, const UseLogits& use,
                      const Parallel& parallel) {
   if (batch.sequences == 0) return;
-  run(kernels, model, batch, cache, table, true, use, parallel);
+  Rows last(kernels, model, batch.sequences, parallel);
+  for_blocks(model, batch, parallel, [&](const DecoderBatch& block, int64_t first) {
+    Pass(kernels, model, block, cache, table, parallel).run(last, first);
+  });
+  last.for_logits(use);
 }
 
 void decoder_score(const Kernels& kernels, const Decoder& model, const DecoderBatch& batch,
@@ -302,15 +313,16 @@ void decoder_score(const Kernels& kernels, const Decoder& model, const DecoderBa
   const int64_t V = model.vocab_size;
   for_parts(model, batch, parallel,
             [&](const DecoderBatch& part, int64_t, const Parallel& threads) {
-              const int64_t start = part.starts[0];
-              const auto use = [&](int64_t first, int64_t count, const float* logits) {
-                run_tasks(threads, count, [&](int64_t i) {
-                  const int64_t at = start + first + i;
-                  const float* row = logits + i * V;
-                  logprobs[at] = row[targets[at]] - kernels.log_sum_exp(row, V);
+              for_blocks(model, part, threads, [&](const DecoderBatch& block, int64_t) {
+                Pass pass(kernels, model, block, cache, FirstLayerTable{}, threads);
+                pass.run().for_logits([&](int64_t first, int64_t count, const float* logits) {
+                  run_tasks(threads, count, [&](int64_t i) {
+                    const int64_t at = block.starts[0] + first + i;
+                    const float* row = logits + i * V;
+                    logprobs[at] = row[targets[at]] - kernels.log_sum_exp(row, V);
+                  });
                 });
-              };
-              run(kernels, model, part, cache, FirstLayerTable{}, false, use, threads);
+              });
             });
 }
 

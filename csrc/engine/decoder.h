@@ -81,8 +81,8 @@ struct DecoderBatch {
 };
 
 // Where the parts of a batch end, counted in sequences, that a thread each computes on its own from
-// tokens to logits: it waits for no other, and keeps the activations in its core's cache. None
-// where the threads had better share every product.
+// tokens to logits: it waits for no other, and keeps the weights and the activations of some tokens
+// in its core's cache. None where the threads had better share every product.
 std::vector<int64_t> part_ends(const Decoder& model, const DecoderBatch& batch, int threads);
 
 // Calls f(part, first, parallel) for the parts of a batch, which start at its sequence `first`.
@@ -105,10 +105,10 @@ void fill_table(const Kernels& kernels, const Decoder& model, const DecoderBatch
 // Receives logits (count, V) of the rows from `first` on.
 using UseLogits = std::function<void(int64_t first, int64_t count, const float* logits)>;
 
-// Appends the keys and values of the new tokens to the cache and hands over the logits that follow
-// each sequence's last token, some sequences at a time. A sequence's logits have the same bits in
-// any batch, with its tokens passed at once or in parts. A table that is given knows the batch's
-// tokens.
+// Appends the keys and values of the new tokens that are kept to the cache and hands over the
+// logits that follow each sequence's last token, some sequences at a time. A sequence's logits have
+// the same bits in any batch, with its tokens passed at once or in parts. A table that is given
+// knows the batch's tokens.
 void decoder_forward(const Kernels& kernels, const Decoder& model, const DecoderBatch& batch,
                      const KeyValueCache& cache, const FirstLayerTable& table, const UseLogits& use,
                      const Parallel& parallel);

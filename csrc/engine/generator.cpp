@@ -170,9 +170,11 @@ class Generator {
     s.cached = 0;  // positions are absolute: all keys and values change
   }
 
-  // Whether the window will have moved by the next token, and no twin can share the prompt's.
-  bool moves_next(const Sequence& s) const {
-    return s.length > s.prompt && options_.stride > 0 && s.length - s.offset == model_.block_size;
+  // Whether no later pass reads the keys and values of the window: it has moved, away from those
+  // that a twin could use, and will have moved again by the next token.
+  bool read_once(const Sequence& s) const {
+    return s.cached == 0 && s.length > s.prompt && options_.stride > 0 &&
+           s.length - s.offset == model_.block_size;
   }
 
   void slide(Sequence& s) {
@@ -207,7 +209,7 @@ class Generator {
       starts_.push_back(static_cast<int64_t>(tokens_.size()));
       row_.push_back(s.row);
       cached_.push_back(s.cached);
-      const bool kept = !moves_next(s);
+      const bool kept = !read_once(s);
       kept_.push_back(kept);
       s.cached = kept ? s.length - s.offset : 0;
     }

@@ -1,8 +1,10 @@
 // Attention of queries that see few keys, as all do in a context of some characters. The rows are
 // read in place: scores are tiles of dot products (gemm_in_place.inl), each tile a vector whose
-// lane l is query l / 4 and key l % 4, and the softmax of a tile's queries happens in registers.
+// lane l is query l / 4 and key l % 4, and the softmax of a tile's queries happens in registers. A
+// query alone has tiles of its own, with the same bits.
 //
-// Which queries come here depends on what each of them sees alone, and so do a query's bits.
+// Which queries come here depends on what each of them sees alone, or in the engine on the model's
+// context.
 
 constexpr int64_t FEW_KEYS = 64;
 

@@ -150,7 +150,8 @@ void sharing_case(const ModelShape& s) {
     const Kernels kernels = Counted::of(level);
     std::deque<Guarded> packed;
     const Decoder model = parameters.at(kernels, parallel, packed);
-    for (const int64_t more : {1, 3}) {
+    // The last ones fill the window, in a single row: each copies from the one before.
+    for (const auto& [more, rows] : {std::pair{1, 3}, {3, 3}, {7, 1}}) {
       Memory m;
       for (int64_t i = 0; i < count; ++i) {
         Sequence each = {};
@@ -165,7 +166,7 @@ void sharing_case(const ModelShape& s) {
       m.alternative.resize(m.tokens.size() * alternatives);
       m.alternative_logprob.resize(m.tokens.size() * alternatives);
       Counted::tokens = 0;
-      generate(s, model, m, {"drawn", {1.0f, 0, 1.0f, 0.0f, 1.0f}, 1, false}, 3, false, 1e9,
+      generate(s, model, m, {"drawn", {1.0f, 0, 1.0f, 0.0f, 1.0f}, 1, false}, rows, false, 1e9,
                kernels, in_turn);
       expect(Counted::tokens == prompt - 1 + count * more,
              format("%lld tokens were computed", static_cast<long long>(Counted::tokens)));
