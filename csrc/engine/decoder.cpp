@@ -68,51 +68,46 @@ class Rows {
   char* matrix(int64_t columns) {
     return take<char>(frame_, M_ * columns * model_.element_bytes());
   }
-  char* x(int64_t row = 0) const { return x_ + row * C_ * model_.element_bytes(); }
-  char* heads(int64_t row = 0) const { return heads_ + row * C_ * model_.element_bytes(); }
+  char* x(int64_t row = 0) const { return at(x_, row); }
+  char* heads(int64_t row = 0) const { return at(heads_, row); }
 
   // Y (count, columns) = norm(X) W' + bias of the rows from `first` on.
   void project(int64_t first, int64_t count, int64_t columns, const Norm& norm,
-               const Weight& weight, const Param& bias, void* y, DType y_dtype) const {
+               const Weight& weight, const Param& bias, void* y, DType y_dtype,
+               const Parallel& parallel) const {
     kernels_.linear(
         {model_.dtype, count, C_, columns, x(first), norm, weight, bias, nullptr, y, y_dtype},
-        parallel_);
+        parallel);
   }
 
-  // X += heads W' + bias.
-  void add_heads(const DecoderLayer& layer) {
-    kernels_.linear({model_.dtype, M_, C_, C_, heads_, Norm{}, layer.c_proj, layer.c_proj_bias, x_,
-                     next_, model_.dtype},
-                    parallel_);
-    std::swap(x_, next_);
-  }
-
-  void feed_forward(const DecoderLayer& layer) {
+  // What follows a layer's attention, for some rows: X = Z + ffn(Z), Z = X + heads W' + bias.
+  void finish(const DecoderLayer& layer, int64_t first, int64_t count, const Parallel& parallel) {
+    char *x = this->x(first), *next = at(next_, first);
+    if (model_.attention) {
+      kernels_.linear({model_.dtype, count, C_, C_, heads(first), Norm{}, layer.c_proj,
+                       layer.c_proj_bias, x, next, model_.dtype},
+                      parallel);
+    } else {
+      std::memcpy(next, x, static_cast<size_t>(at(x, count) - x));
+    }
     Ffn s = {};
     s.dtype = model_.dtype;
-    s.M = M_, s.C = C_, s.F = 4 * C_;
-    s.x = x_;
+    s.M = count, s.C = C_, s.F = 4 * C_;
+    s.x = next;
     s.norm = layer.ln_2;
     s.w1 = layer.c_fc;
     s.b1 = layer.c_fc_bias;
     s.w2 = layer.mlp_c_proj;
     s.b2 = layer.mlp_c_proj_bias;
     s.gelu = model_.gelu;
-    s.y = next_;
-    kernels_.ffn(s, parallel_);
-    std::swap(x_, next_);
-  }
-
-  // What follows a layer's attention.
-  void finish(const DecoderLayer& layer) {
-    if (model_.attention) add_heads(layer);
-    feed_forward(layer);
+    s.y = x;
+    kernels_.ffn(s, parallel);
   }
 
   // What follows the last layer's attention: calls use(first, count, logits) for some rows at a
   // time.
   void for_logits(const UseLogits& use) {
-    finish(model_.layers.back());
+    finish(model_.layers.back(), 0, M_, parallel_);
     constexpr int64_t most = int64_t{4} << 20;
     const int64_t V = model_.vocab_size;
     const int64_t rows = std::min(in_blocks(model_, parallel_) ? block_tokens : M_,
@@ -120,12 +115,14 @@ class Rows {
     float* logits = take<float>(frame_, rows * V);
     for (int64_t first = 0; first < M_; first += rows) {
       const int64_t count = std::min(rows, M_ - first);
-      project(first, count, V, model_.ln_f, model_.lm_head, Param{}, logits, DType::f32);
+      project(first, count, V, model_.ln_f, model_.lm_head, Param{}, logits, DType::f32, parallel_);
       use(first, count, logits);
     }
   }
 
  private:
+  char* at(char* data, int64_t row) const { return data + row * C_ * model_.element_bytes(); }
+
   const Kernels& kernels_;
   const Decoder& model_;
   const Parallel& parallel_;
@@ -173,16 +170,50 @@ class Pass {
     std::memcpy(to, from, static_cast<size_t>(count * model_.element_bytes()));
   }
 
-  // All but the last.
+  // All but what follows the last one's queries, keys and values.
   void run_layers() {
     for (int64_t i = 0; i < batch_.sequences; ++i)
       for (int64_t t = batch_.starts[i]; t < batch_.starts[i + 1]; ++t)
         position_[t - batch_.starts[0]] = batch_.position(i, t);
-    embed(kernels_, model_, M_, tokens(), position_, rows_.x(), parallel_);
-    for (size_t i = 0; i + 1 < model_.layers.size(); ++i) {
-      if (model_.attention) attend(static_cast<int64_t>(i));
-      rows_.finish(model_.layers[i]);
+    const auto last = static_cast<int64_t>(model_.layers.size()) - 1;
+    for (int64_t i = 0; i <= last; ++i) {
+      for_rows([&](int64_t first, int64_t count, const Parallel& parallel) {
+        if (i == 0)
+          embed(kernels_, model_, count, tokens() + first, position_ + first, rows_.x(first),
+                parallel);
+        else
+          rows_.finish(layer(i - 1), first, count, parallel);
+        if (model_.attention) project(i, i == last, first, count, parallel);
+      });
+      if (model_.attention && i < last) attend(i);
     }
+  }
+
+  // Calls f(first, count, parallel) for all rows; where a core's cache holds the weights, for a
+  // part of many rows by each thread, which then waits for others before and after attention alone.
+  template <class F>
+  void for_rows(const F& f) const {
+    constexpr int64_t worth = 16;
+    const int64_t parts =
+        fits_a_core(model_) ? std::min<int64_t>(parallel_.threads, M_ / worth) : 1;
+    if (parts <= 1) return f(0, M_, parallel_);
+    const int64_t most = (M_ + parts - 1) / parts;
+    run_tasks(parallel_, parts, [&](int64_t part) {
+      const int64_t first = std::min(M_, part * most), count = std::min(most, M_ - first);
+      if (count > 0) f(first, count, in_turn);
+    });
+  }
+
+  const DecoderLayer& layer(int64_t i) const { return model_.layers[static_cast<size_t>(i)]; }
+
+  // Queries, keys and values (M, 3 C); of the last layer keys and values (M, 2 C).
+  void project(int64_t index, bool last, int64_t first, int64_t count, const Parallel& parallel) {
+    if (index == 0 && table_.qkv != nullptr) return look_up(first, count, parallel);
+    const int64_t columns = (last ? 2 : 3) * C_;
+    rows_.project(first, count, columns, layer(index).ln_1,
+                  last ? layer(index).kv : layer(index).c_attn,
+                  last ? layer(index).kv_bias : layer(index).c_attn_bias, at(qkv_, first * columns),
+                  model_.dtype, parallel);
   }
 
   CachedAttention attention(int64_t layer) const {
@@ -195,11 +226,6 @@ class Pass {
   }
 
   void attend(int64_t index) {
-    const DecoderLayer& layer = model_.layers[static_cast<size_t>(index)];
-    if (index == 0 && table_.qkv != nullptr)
-      look_up();
-    else
-      rows_.project(0, M_, 3 * C_, layer.ln_1, layer.c_attn, layer.c_attn_bias, qkv_, model_.dtype);
     CachedAttention s = attention(index);
     s.q = qkv_, s.k = at(qkv_, C_), s.v = at(qkv_, 2 * C_);
     s.q_stride = s.kv_stride = 3 * C_;
@@ -207,28 +233,29 @@ class Pass {
     kernels_.attention_cached(s, parallel_);
   }
 
-  // Keys and values of all tokens, queries of `count` rows of `last`.
-  void attend_last(const Rows& last, int64_t first, int64_t count, bool last_tokens) {
-    const DecoderLayer& layer = model_.layers.back();
+  // With queries of `count` rows of `to`.
+  void attend_last(const Rows& to, int64_t first, int64_t count, bool last_tokens) {
+    const auto last = static_cast<int64_t>(model_.layers.size()) - 1;
     char *kv = qkv_, *q = at(qkv_, M_ * 2 * C_);
-    rows_.project(0, M_, 2 * C_, layer.ln_1, layer.kv, layer.kv_bias, kv, model_.dtype);
-    last.project(first, count, C_, layer.ln_1, layer.c_attn, layer.c_attn_bias, q, model_.dtype);
-    CachedAttention s = attention(static_cast<int64_t>(model_.layers.size()) - 1);
+    to.project(first, count, C_, layer(last).ln_1, layer(last).c_attn, layer(last).c_attn_bias, q,
+               model_.dtype, parallel_);
+    CachedAttention s = attention(last);
     s.q = q, s.k = kv, s.v = at(kv, C_);
     s.q_stride = C_, s.kv_stride = 2 * C_;
     s.last_queries = last_tokens;
-    s.out = last.heads(first);
+    s.out = to.heads(first);
     kernels_.attention_cached(s, parallel_);
   }
 
-  void look_up() const {
-    char* table = static_cast<char*>(table_.qkv);
-    const int64_t row_bytes = 3 * C_ * model_.element_bytes();
-    const int64_t rows = std::clamp<int64_t>(parallel_.worth / row_bytes, 1, 64);
-    run_tasks(parallel_, (M_ + rows - 1) / rows, [&](int64_t task) {
-      for (int64_t m = task * rows; m < std::min(M_, (task + 1) * rows); ++m)
-        copy(at(table, table_.entry(model_, tokens()[m], position_[m]) * 3 * C_), 3 * C_,
-             at(qkv_, m * 3 * C_));
+  void look_up(int64_t first, int64_t count, const Parallel& parallel) const {
+    const int64_t width = 3 * C_;
+    constexpr int64_t rows = 64;
+    run_tasks(parallel, (count + rows - 1) / rows, [&](int64_t task) {
+      const int64_t last = std::min(first + count, first + (task + 1) * rows);
+      for (int64_t m = first + task * rows; m < last; ++m)
+        copy(at(static_cast<char*>(table_.qkv),
+                table_.entry(model_, tokens()[m], position_[m]) * width),
+             width, at(qkv_, m * width));
     });
   }
 
