@@ -197,7 +197,7 @@ class Engine:
         config, sampling = model.config, request.sampling
         state = _STATE["waiting" if request.max_new_tokens > 0 else "length"]
         self._sequences = array("q")  # (N, FIELDS)
-        places, longest, first = 0, 0, dict[tuple[int, ...], int]()
+        places, longest, moves, first = 0, 0, 0, dict[tuple[int, ...], int]()
         prompts = zip(request.prompts, request.seeds, request.numbers, strict=True)
         for i, (prompt, seed, number) in enumerate(prompts):
             length, twin = len(prompt), first.setdefault(tuple(prompt), i)
@@ -205,6 +205,7 @@ class Engine:
             counts = (places, length, length, limit)
             self._sequences.extend((*counts, 0, 0, 0, state, seed, number, twin))
             places, longest = places + limit, max(longest, limit - 1)
+            moves += max(0, min(request.max_new_tokens, limit - 1 - config.block_size))
         # numpy's zeros take no memory before they are written, however many tokens there may be.
         self._tokens = np.zeros(places, dtype=np.int64)
         begins = self._sequences[:: len(ops.FIELDS)]
@@ -224,7 +225,7 @@ class Engine:
         self._reported: np.ndarray | int = 0  # no length is 0
         window = config.block_size if config.attention else 1  # the rest would never be read
         self._capacity = max(1, min(window, longest))
-        self._table = self._new_table(longest > config.block_size)
+        self._table = self._new_table(moves)
         self._cache = self._model.new_cache(self._rows(len(request.prompts)), self._capacity)
         self._stops = [
             _shared(array("q", request.stop_tokens)),
@@ -288,11 +289,15 @@ class Engine:
         self._reported = now
         return found
 
-    def _new_table(self, slides: bool) -> list[Tensor]:
-        """Memory for what the first layer gives for each (token, position), where that pays."""
-        config = self._model.config
-        useful = slides and self._request.stride is not None and config.attention
-        if not useful or config.n_layer < 2:
+    def _new_table(self, moves: int) -> list[Tensor]:
+        """Memory for what the first layer gives for each (token, position), where that pays.
+
+        A window that moves needs one entry per position.
+        """
+        config, stride = self._model.config, self._request.stride
+        if stride is None or not config.attention or config.n_layer < 2:
+            return []
+        if moves // stride < 2 * config.vocab_size:  # how often an entry is needed, on average
             return []
         entries = config.block_size * config.vocab_size
         size = entries * 3 * config.n_embd * self._model.dtype.itemsize

@@ -145,7 +145,7 @@ void decoder_cases() {
   for (const DType dtype : dtypes)
     for (const Packing packing : {Packing::dense, Packing::int8, Packing::int8_vnni}) {
       decoder_case({dtype, 2, 2, 17, 20, 11, true, true, Gelu::erf, packing});
-      decoder_case({dtype, 1, 3, 8, 150, 66, false, true, Gelu::tanh, packing});
+      decoder_case({dtype, 2, 3, 8, 150, 66, false, true, Gelu::tanh, packing});
       decoder_case({dtype, 2, 1, 64, 5, 3, true, true, Gelu::erf, packing});
       decoder_case({dtype, 1, 9, 1, 2, 1, false, true, Gelu::erf, packing});
       decoder_case({dtype, 2, 2, 16, 33, 66, true, false, Gelu::tanh, packing});
