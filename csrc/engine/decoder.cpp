@@ -151,7 +151,7 @@ class Pass {
   // For all tokens, in rows of its own.
   Rows& run() {
     run_layers();
-    if (model_.attention) attend_last(rows_, 0, M_, false);
+    if (model_.attention) attend_last(rows_, 0, M_);
     return rows_;
   }
 
@@ -160,7 +160,7 @@ class Pass {
     run_layers();
     for (int64_t i = 0; i < batch_.sequences; ++i)
       copy(rows_.x(batch_.starts[i + 1] - 1 - batch_.starts[0]), C_, last.x(first + i));
-    if (model_.attention) attend_last(last, first, batch_.sequences, true);
+    if (model_.attention) attend_last(last, first, batch_.sequences);
   }
 
  private:
@@ -234,7 +234,7 @@ class Pass {
   }
 
   // With queries of `count` rows of `to`.
-  void attend_last(const Rows& to, int64_t first, int64_t count, bool last_tokens) {
+  void attend_last(const Rows& to, int64_t first, int64_t count) {
     const auto last = static_cast<int64_t>(model_.layers.size()) - 1;
     char *kv = qkv_, *q = at(qkv_, M_ * 2 * C_);
     to.project(first, count, C_, layer(last).ln_1, layer(last).c_attn, layer(last).c_attn_bias, q,
@@ -242,7 +242,7 @@ class Pass {
     CachedAttention s = attention(last);
     s.q = q, s.k = kv, s.v = at(kv, C_);
     s.q_stride = C_, s.kv_stride = 2 * C_;
-    s.last_queries = last_tokens;
+    s.last_queries = count < M_;
     s.out = to.heads(first);
     kernels_.attention_cached(s, parallel_);
   }

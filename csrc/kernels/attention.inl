@@ -153,7 +153,7 @@ struct AttentionTask {
       P* narrow = narrow_row(first + i);
       VF total = splat(0.0f);
       for_keys(i, [&](int64_t j, auto keys) {
-        const VF p = only(probability(load(row + j) * c - now_of[i], P{}), keys);
+        const VF p = only(probability(times_minus(load(row + j), c, splat(now_of[i])), P{}), keys);
         if (written_narrow())
           store(narrow + j, p, Full{});
         else
