@@ -152,7 +152,7 @@ def cases() -> list[Case]:
 
     def linear_backward(dtype: torch.dtype) -> None:
         x, dy, w = (empty(*size, dtype=dtype) for size in ((M, C), (M, 3 * C), (3 * C, C)))
-        linear.linear_backward(dy, x, *norm, *moments, w, empty(3 * C))
+        linear.linear_backward(dy, x, *norm, *moments, w, empty(3 * C), 0b11111)
 
     def projection(dtype: torch.dtype) -> None:
         x, w = empty(M, C, dtype=dtype), empty(C, C)
@@ -169,12 +169,13 @@ def cases() -> list[Case]:
     def ffn_backward(gelu: str, dropout_p: float, dtype: torch.dtype) -> None:
         x, seed = empty(M, C, dtype=dtype), long() if dropout_p else None
         hidden = empty(M, F, dtype=dtype)
-        rest: Any = *ffn_params(), *moments, hidden, gelu, dropout_p, seed, 2
+        rest: Any = *ffn_params(), *moments, hidden, gelu, dropout_p, seed, 2, 0b1111111
         ffn.ffn_backward(x, x, *rest)
 
     def loss(with_grad: bool, dtype: torch.dtype) -> None:
         x = empty(M, C, dtype=dtype)
-        cross_entropy.linear_cross_entropy(x, *norm, empty(V, C), long(M), -100, with_grad)
+        options: Any = None, -100, "mean", 0b1111 if with_grad else 0
+        cross_entropy.linear_cross_entropy(x, *norm, empty(V, C), long(M), *options)
 
     def embed(dtype: torch.dtype) -> None:
         tables = empty(V, C), empty(T, C)
@@ -183,7 +184,7 @@ def cases() -> list[Case]:
     def embed_backward(dtype: torch.dtype) -> None:
         tables = empty(V, C), empty(T, C)
         dy = empty(B, T, C, dtype=dtype)
-        embedding.embedding_backward(dy, long(B, T), *tables, 0, 0.1, long(), 0)
+        embedding.embedding_backward(dy, long(B, T), *tables, 0, 0.1, long(), 0, 0b11)
 
     def decode_step(rows: int, D: int, dtype: torch.dtype) -> None:
         cache = empty(rows, 2, C // D, T, D, dtype=dtype)

@@ -163,3 +163,95 @@ def test_errors_name_argument_expected_and_got() -> None:
         ops.linear_cross_entropy(x, weight, targets[1:])
     with pytest.raises(ValueError, match="ln_b needs ln_w, got ln_b alone"):
         ops.linear_cross_entropy(x, weight, targets, ln_b=torch.ones(16))
+
+
+def token_weights(M: int) -> Tensor:
+    """Of each token: none, more and less than 1, below 0."""
+    return torch.linspace(-0.5, 2.0, M).where(torch.arange(M) % 5 > 0, 0.0)
+
+
+def torch_weighted(
+    x: Tensor, weight: Tensor, targets: Tensor, *, reduction: str, token_weights: Tensor | None
+) -> Tensor:
+    losses = F.cross_entropy(F.linear(x, weight).float(), targets, reduction="none")
+    if token_weights is not None:
+        losses = losses * token_weights.to(losses)
+    if reduction == "none":
+        return losses
+    total = losses.numel() if token_weights is None else token_weights.sum()
+    return losses.sum() / (total if reduction == "mean" else 1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weighted", (False, True))
+@pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
+@pytest.mark.parametrize(("M", "K", "V"), ((1, 16, 5), (250, 33, 66), (97, 24, 1700)))
+def test_reductions_and_token_weights(
+    isa: str, M: int, K: int, V: int, reduction: str, weighted: bool, dtype: torch.dtype
+) -> None:
+    options = {
+        "reduction": reduction,
+        "token_weights": token_weights(M) + 0.1 if weighted else None,
+    }
+    args = (ops.linear_cross_entropy, reference.linear_cross_entropy, torch_weighted)
+    check_op(*args, case(M, K, V), dtype, **options)
+
+
+@pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
+def test_ignored_targets_have_no_weight(isa: str, reduction: str) -> None:
+    x, weight, targets = case(120, 32, 50)
+    targets[::3] = 7
+    weights = token_weights(120)
+    weights[::3] = torch.nan
+    kept = torch.arange(120) % 3 > 0
+    for op in (ops.linear_cross_entropy, reference.linear_cross_entropy):
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        options = {"reduction": reduction, "ignore_index": 7}
+        loss = op(*leaves, targets, token_weights=weights, **options)
+        loss.sum().backward()
+        those = [x[kept].clone().requires_grad_(), weight.clone().requires_grad_()]
+        alone = op(*those, targets[kept], token_weights=weights[kept], **options)
+        alone.sum().backward()
+        torch.testing.assert_close(loss if reduction != "none" else loss[kept], alone)
+        assert reduction != "none" or (loss[~kept] == 0).all()
+        torch.testing.assert_close(leaves[0].grad[kept], those[0].grad)
+        torch.testing.assert_close(leaves[1].grad, those[1].grad)
+        assert (leaves[0].grad[~kept] == 0).all()
+
+
+def test_weights_that_add_up_to_nothing_give_a_mean_of_zero(isa: str) -> None:
+    x, weight, targets = case(10, 8, 5)
+    for op in (ops.linear_cross_entropy, reference.linear_cross_entropy):
+        leaf = x.clone().requires_grad_()
+        loss = op(leaf, weight, targets, token_weights=torch.zeros(10))
+        loss.backward()
+        assert loss.item() == 0.0 and (leaf.grad == 0).all()
+
+
+def test_losses_of_tokens_have_the_bits_of_a_text_alone(isa: str) -> None:
+    x, weight, targets = case(60, 16, 30)
+    together = ops.linear_cross_entropy(x, weight, targets, reduction="none")
+    alone = ops.linear_cross_entropy(x[17:18], weight, targets[17:18], reduction="none")
+    assert torch.equal(together[17:18], alone)
+    shaped = ops.linear_cross_entropy(
+        x.view(6, 10, 16), weight, targets.view(6, 10), reduction="none"
+    )
+    assert torch.equal(shaped.flatten(), together)
+
+
+def test_errors_of_reductions_and_token_weights() -> None:
+    x, weight, targets = case(40, 16, 30)
+    with pytest.raises(ValueError, match=r"reduction must be one of .*, got 'max'"):
+        ops.linear_cross_entropy(x, weight, targets, reduction="max")
+    with pytest.raises(ValueError, match=r"token_weights must have shape \(40,\), got \(39,\)"):
+        ops.linear_cross_entropy(x, weight, targets, token_weights=torch.ones(39))
+    with pytest.raises(TypeError, match="token_weights must be a floating-point tensor"):
+        ops.linear_cross_entropy(x, weight, targets, token_weights=targets)
+    learned = torch.ones(40, requires_grad=True)
+    message = "token_weights must be constants, .* multiply the losses of reduction='none'"
+    with pytest.raises(TypeError, match=message):
+        ops.linear_cross_entropy(x, weight, targets, token_weights=learned)
+    with pytest.raises(TypeError, match=message):
+        torch.func.grad(lambda w: ops.linear_cross_entropy(x, weight, targets, token_weights=w))(
+            learned.detach()
+        )

@@ -37,7 +37,7 @@ from gptfast.sampling import Sampling
 def layer(M, K, N):
     linear.linear(empty(M, K), empty(K), empty(K), empty(N, K), empty(N), empty(M, N))
     args = empty(M, N), empty(M, K), empty(K), empty(K), empty(M), empty(M), empty(N, K), empty(N)
-    linear.linear_backward(*args)
+    linear.linear_backward(*args, 0b11111)
 
 def heads(B, T, H, D):
     q, out = empty(B, H, T, D), empty(B, T, H, D)
@@ -51,21 +51,22 @@ def attention_block(B, T, C, H):
     params = empty(C), empty(C), empty(3 * C, C), empty(3 * C), empty(C, C), empty(C)
     self_attention.self_attention(x, *params, H, 0.1, long(), 1, True)
     kept = empty(B * T), empty(B * T), empty(B, T, 3 * C), out, empty(B, H, T)
-    self_attention.self_attention_backward(x, x, *params, *kept, H, 0.1, long(), 1)
+    self_attention.self_attention_backward(x, x, *params, *kept, H, 0.1, long(), 1, 0b1111111)
 
 def block(M, C, F):
     x, params = empty(M, C), (empty(C), empty(C), empty(F, C), empty(F), empty(C, F), empty(C))
     ffn.ffn(x, *params, "erf", 0.1, long(), 2, True)
     kept = empty(M), empty(M), empty(M, F)
-    ffn.ffn_backward(x, x, *params, *kept, "erf", 0.1, long(), 2)
+    ffn.ffn_backward(x, x, *params, *kept, "erf", 0.1, long(), 2, 0b1111111)
 
 def loss(M, K, V):
-    linear_cross_entropy(empty(M, K), empty(K), empty(K), empty(V, K), long(M), 1, True)
+    args = empty(M, K), empty(K), empty(K), empty(V, K), long(M), None, 1, "mean", 0b1111
+    linear_cross_entropy(*args)
 
 def tables(B, T, V, C):
     idx, wte, wpe = long(B, T), empty(V, C), empty(T, C)
     embedding.embedding(idx, wte, wpe, 0.1, long(), 0, torch.float32)
-    embedding.embedding_backward(empty(B, T, C), idx, wte, wpe, 1, 0.1, long(), 0)
+    embedding.embedding_backward(empty(B, T, C), idx, wte, wpe, 1, 0.1, long(), 0, 0b11)
 
 def decoded(R, H, capacity, D):
     decode.decode_attention(empty(R, H * D), empty(R, 2, H, capacity, D), long(R))

@@ -2,7 +2,7 @@
 // chunks, whose logits are kept; the vocabulary comes in blocks, so that no copy of the whole
 // weight is made. For a chunk, one pass over the blocks sums up each row's exponentials, a second
 // one turns the logits into
-//   d loss / d logits = (softmax - onehot) / counted
+//   d loss / d logits = (softmax - onehot) share, share = w / sum of all w for a mean, else w
 // and multiplies them by the weight's and by the activations' rows. Each product is computed once;
 // so are exponentials, where the whole vocabulary is one block.
 
@@ -41,20 +41,23 @@ class CrossEntropyPass {
       : s_(s),
         parallel_(parallel),
         norm_(s.norm, s.K, frame_),
-        with_grad_(s.dx != nullptr),
+        with_dx_(s.dx != nullptr),
+        with_dweight_(s.dweight.data != nullptr),
+        with_grad_(with_dx_ || with_dweight_),
         parts_(s.M, s.V * s.K, min(s.V, VOCAB) + s.K, parallel),
         k_ld_(padded_n<P>(s.K)),
         x_stride_(row_stride<P>(padded_k<P>(s.K))),
         logits_ld_(padded_n<P>(with_grad_ ? s.V : min(s.V, VOCAB))),
         losses_(take<float>(frame_, s.M)),
-        sums_(s.dweight, with_grad_ ? s.V : 0, s.K, whole() ? parts_.count() : 1, frame_),
-        dnorm_weight_(parts_.blocks(), with_grad_ && norm_.weight ? s.K : 0, frame_),
-        dnorm_bias_(parts_.blocks(), with_grad_ && norm_.weight ? s.K : 0, frame_) {
+        sums_(s.dweight, with_dweight_ ? s.V : 0, s.K, whole() ? parts_.count() : 1, frame_),
+        dnorm_weight_(parts_.blocks(), with_norm_grad(s) ? s.K : 0, frame_),
+        dnorm_bias_(parts_.blocks(), with_norm_grad(s) ? s.K : 0, frame_) {
     norm_.mean = take<float>(frame_, s.M);
     norm_.rstd = take<float>(frame_, s.M);
-    int64_t counted = 0;
-    for (int64_t i = 0; i < s.M; ++i) counted += s.targets[i] != s.ignore_index;
-    share_ = counted ? 1.0f / static_cast<float>(counted) : 0.0f;
+    if (s.reduction != Reduction::mean) return;
+    double total = 0.0;
+    for (int64_t i = 0; i < s.M; ++i) total += weight_of(i);
+    share_ = total == 0.0 ? 0.0f : 1.0f / static_cast<float>(total);
   }
 
   void run() {
@@ -79,7 +82,7 @@ class CrossEntropyPass {
           count(min(ROWS, pass.s_.M - m0)),
           logits(take<float>(frame, count * pass.logits_ld_)),
           dn(pass.dx_in_place() ? static_cast<float*>(pass.s_.dx) + m0 * pass.k_ld_
-                                : take<float>(frame, pass.with_grad_ ? count * pass.k_ld_ : 0)),
+                                : take<float>(frame, pass.with_dx_ ? count * pass.k_ld_ : 0)),
           x_copy(take<P>(frame, count * pass.x_stride_)),
           sums(take<RowSum>(frame, count)) {}
   };
@@ -87,21 +90,28 @@ class CrossEntropyPass {
   bool whole() const { return s_.V <= VOCAB; }
   float* logits(const Rows& at, int64_t v0) const { return at.logits + (with_grad_ ? v0 : 0); }
   bool dx_in_place() const {
-    return with_grad_ && sizeof(T) == sizeof(float) && !norm_.weight && k_ld_ == s_.K;
+    return with_dx_ && sizeof(T) == sizeof(float) && !norm_.weight && k_ld_ == s_.K;
+  }
+  // Also where there are no rows, and so no dx.
+  static bool with_norm_grad(const CrossEntropy& s) {
+    return s.norm.weight.data && (s.dx || s.dnorm.weight.data || s.dnorm.bias.data);
   }
   int64_t columns(int64_t v0) const { return min(VOCAB, s_.V - v0); }
   Weight weight_rows(int64_t v0) const { return rows_from(s_.weight, v0, s_.K); }
   bool ignored(int64_t m) const { return s_.targets[m] == s_.ignore_index; }
+  float weight_of(int64_t m) const {
+    return ignored(m) ? 0.0f : s_.token_weights ? s_.token_weights[m] : 1.0f;
+  }
 
   // A row block has everything done to it while it is in the cache.
   void whole_vocabulary() {
     Frame frame;
     const Rhs<P> w = weight_transposed<T>(s_.weight, s_.V, s_.K, frame, parallel_).dense;
     const Rhs<P> w_rows =
-        with_grad_ ? weight_straight<P>(s_.weight, s_.V, s_.K, frame, parallel_) : Rhs<P>{};
+        with_dx_ ? weight_straight<P>(s_.weight, s_.V, s_.K, frame, parallel_) : Rhs<P>{};
     parts_.for_each([&](const RowPart& part) {
       Frame part_frame;
-      const WeightGrad<P> dweight(sums_, part.index, with_grad_ ? part.chunk : 0, part_frame);
+      const WeightGrad<P> dweight(sums_, part.index, with_dweight_ ? part.chunk : 0, part_frame);
       const auto produce = [&](int64_t block, int64_t slot) {
         Frame block_frame;
         Rows rows(*this, block, block_frame);
@@ -113,7 +123,7 @@ class CrossEntropyPass {
         finish_dx(rows);
       };
       part.for_chunks(produce, [&](int64_t rows, bool add) {
-        if (with_grad_) dweight.accumulate(rows, add, 0, s_.V, part.parallel);
+        if (with_dweight_) dweight.accumulate(rows, add, 0, s_.V, part.parallel);
       });
     });
   }
@@ -132,7 +142,7 @@ class CrossEntropyPass {
   void vocabulary_in_blocks() {
     Frame frame;
     const int64_t most = blocks_in_chunk();
-    const WeightGrad<P> dweight(sums_, 0, with_grad_ ? most : 0, frame, VOCAB);
+    const WeightGrad<P> dweight(sums_, 0, with_dweight_ ? most : 0, frame, VOCAB);
     for (int64_t first = 0; first < parts_.blocks(); first += most)
       vocabulary_in_blocks(dweight, first, min(most, parts_.blocks() - first));
   }
@@ -157,9 +167,11 @@ class CrossEntropyPass {
     const int64_t rows_in_all = min(s_.M, (first + slots) * ROWS) - first * ROWS;
     for (int64_t v0 = 0; v0 < s_.V; v0 += VOCAB) {
       Frame frame;
-      const Rhs<P> w = weight_straight<P>(weight_rows(v0), columns(v0), s_.K, frame, parallel_);
+      const Rhs<P> w =
+          with_dx_ ? weight_straight<P>(weight_rows(v0), columns(v0), s_.K, frame, parallel_)
+                   : Rhs<P>{};
       for_slots([&](Rows& rows, int64_t slot) { grad_rows(rows, v0, w, slot, dweight); });
-      dweight.accumulate(rows_in_all, first > 0, v0, columns(v0), parallel_);
+      if (with_dweight_) dweight.accumulate(rows_in_all, first > 0, v0, columns(v0), parallel_);
     }
     for_slots([&](Rows& rows, int64_t) { finish_dx(rows); });
   }
@@ -167,7 +179,7 @@ class CrossEntropyPass {
   void start(Rows& at, int64_t slot, const WeightGrad<P>& dweight) const {
     at.x = norm_rows(static_cast<const T*>(s_.x), at.m0, at.count, s_.K, norm_, true, at.x_copy);
     for (int64_t i = 0; i < at.count; ++i) at.sums[i] = {no_score, 0.0f, 0.0f, 0.0f};
-    if (with_grad_) dweight.set_x(slot, at.x.data, at.x.row, at.count, 0, s_.K);
+    if (with_dweight_) dweight.set_x(slot, at.x.data, at.x.row, at.count, 0, s_.K);
   }
 
   void sum_rows(const Rows& at, int64_t v0, Rhs<P> w) const {
@@ -187,7 +199,8 @@ class CrossEntropyPass {
     for (int64_t i = 0; i < at.count; ++i) {
       RowSum& row = at.sums[i];
       row.lse = row.m + __builtin_logf(row.l);
-      losses_[at.m0 + i] = ignored(at.m0 + i) ? 0.0f : row.lse - row.target;
+      const int64_t m = at.m0 + i;
+      losses_[m] = ignored(m) ? 0.0f : (row.lse - row.target) * weight_of(m);
     }
   }
 
@@ -198,27 +211,29 @@ class CrossEntropyPass {
     float* ds = logits(at, v0);
     for (int64_t i = 0; i < at.count; ++i)
       grad_row(at.m0 + i, at.sums[i], v0, n, ds + i * logits_ld_);
-    Frame frame;
-    P* copy = take<P>(frame, at.count * row_stride<P>(padded_k<P>(n)));
-    gemm(at.count, s_.K, n, lhs_rows(ds, logits_ld_, at.count, n, copy), w, at.dn, k_ld_, v0 > 0);
-    dweight.set_dy(slot, ds, logits_ld_, at.count, 0, n);
+    if (with_dx_) {
+      Frame frame;
+      P* copy = take<P>(frame, at.count * row_stride<P>(padded_k<P>(n)));
+      gemm(at.count, s_.K, n, lhs_rows(ds, logits_ld_, at.count, n, copy), w, at.dn, k_ld_, v0 > 0);
+    }
+    if (with_dweight_) dweight.set_dy(slot, ds, logits_ld_, at.count, 0, n);
   }
 
   // ds: logits, or exp(s - m) where the whole vocabulary is one block, to their gradients.
   void grad_row(int64_t m, const RowSum& row, int64_t v0, int64_t n, float* ds) const {
-    const bool counts = !ignored(m);
-    const float each = whole() ? share_ / row.l : share_;
+    const float share = share_ * weight_of(m), each = whole() ? share / row.l : share;
+    const bool counts = share != 0.0f;
     for_vectors(n, [&](int64_t j, auto part) {
       VF p = splat(0.0f);
       if (counts) p = (whole() ? load(ds + j, part) : exp(load(ds + j, part) - row.lse)) * each;
       store(ds + j, p, part);
     });
     const int64_t target = s_.targets[m] - v0;
-    if (counts && target >= 0 && target < n) ds[target] -= share_;
+    if (counts && target >= 0 && target < n) ds[target] -= share;
   }
 
   void finish_dx(const Rows& at) const {
-    if (dx_in_place()) return;
+    if (!with_dx_ || dx_in_place()) return;
     const int64_t block = at.m0 / ROWS;
     for (int64_t i = 0; i < at.count; ++i) {
       const int64_t m = at.m0 + i;
@@ -236,21 +251,23 @@ class CrossEntropyPass {
   void finish() const {
     double total_loss = 0.0;
     for (int64_t i = 0; i < s_.M; ++i) total_loss += losses_[i];
-    *s_.loss = static_cast<float>(total_loss * static_cast<double>(share_));
-    if (!with_grad_) return;
+    if (s_.reduction == Reduction::none)
+      for (int64_t i = 0; i < s_.M; ++i) s_.loss[i] = losses_[i];
+    else
+      *s_.loss = static_cast<float>(total_loss * static_cast<double>(share_));
     dnorm_weight_.finish(s_.dnorm.weight);
     dnorm_bias_.finish(s_.dnorm.bias);
-    sums_.finish(s_.M == 0, parallel_);
+    if (with_dweight_) sums_.finish(s_.M == 0, parallel_);
   }
 
   const CrossEntropy& s_;
   const Parallel& parallel_;
   Frame frame_;
   RowNorm norm_;
-  bool with_grad_;
+  bool with_dx_, with_dweight_, with_grad_;
   RowParts<P> parts_;
   int64_t k_ld_, x_stride_, logits_ld_;
-  float share_;  // of one row in the mean
+  float share_ = 1.0f;  // of one row of weight 1 in the mean
   float* losses_;
   WeightSums<P> sums_;
   ColumnSums dnorm_weight_, dnorm_bias_;

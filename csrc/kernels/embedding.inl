@@ -32,7 +32,7 @@ void embedding_typed(const Embedding& s, const Parallel& parallel) {
 }
 
 // The fp32 rows that a gradient is added up in: the gradient itself, or a copy that is narrowed at
-// the end.
+// the end; null for a gradient that is not wanted.
 struct GradRows {
   ParamGrad grad;
   int64_t rows, n;
@@ -45,6 +45,7 @@ struct GradRows {
         total(grad.dtype == DType::f32 ? static_cast<float*>(grad.data)
                                        : take<float>(frame, rows * n)) {
     constexpr int64_t per_task = 1 << 16;
+    if (total == nullptr) return;
     run_tasks(parallel, divide_up(rows * n, per_task), [&](int64_t task) {
       const int64_t count = min(per_task, rows * n - task * per_task);
       __builtin_memset(total + task * per_task, 0, static_cast<size_t>(count) * sizeof(float));
@@ -75,8 +76,8 @@ void embedding_grad_typed(const EmbeddingGrad& s, const Parallel& parallel) {
       for (int64_t m = m0; m < min(f.M, m0 + DROPOUT_ROWS); ++m) {
         VF g = load(dy + m * C + j, part);
         if (f.dropout.threshold > 0) g *= keep.factor[m - m0];
-        if (f.idx[m] != s.padding_idx) add(dwte.total + f.idx[m] * C + j, g, part);
-        add(dwpe.total + m % f.T * C + j, g, part);
+        if (dwte.total && f.idx[m] != s.padding_idx) add(dwte.total + f.idx[m] * C + j, g, part);
+        if (dwpe.total) add(dwpe.total + m % f.T * C + j, g, part);
       }
     };
     for (int64_t m0 = 0; m0 < f.M; m0 += DROPOUT_ROWS)

@@ -147,21 +147,23 @@ void ffn_grad_typed(const FfnGrad& s, const Parallel& parallel) {
   const T* dy = static_cast<const T*>(s.dy);
   const T* hidden = static_cast<const T*>(f.hidden);
   T* dx = static_cast<T*>(s.dx);
+  const bool with_dx = dx != nullptr, with_dw1 = s.dw1.data != nullptr,
+             with_dw2 = s.dw2.data != nullptr, with_du = with_dx || with_dw1 || s.db1.data;
   Frame frame;
   const RowNorm norm(f.norm, C, frame);
-  const Rhs<P> w1 = weight_straight<P>(f.w1, F, C, frame, parallel);
-  const Rhs<P> w2 = weight_straight<P>(f.w2, C, F, frame, parallel);
+  const Rhs<P> w1 = with_dx ? weight_straight<P>(f.w1, F, C, frame, parallel) : Rhs<P>{};
+  const Rhs<P> w2 = with_du ? weight_straight<P>(f.w2, C, F, frame, parallel) : Rhs<P>{};
   const RowParts<P> parts(M, 2 * F * C, 2 * (F + C), parallel);
-  const WeightSums<P> sums1(s.dw1, F, C, parts.count(), frame),
-      sums2(s.dw2, C, F, parts.count(), frame);
+  const WeightSums<P> sums1(s.dw1, with_dw1 ? F : 0, C, parts.count(), frame),
+      sums2(s.dw2, with_dw2 ? C : 0, F, parts.count(), frame);
   const int64_t blocks = parts.blocks();
   const ColumnSums db1(blocks, F, frame), db2(blocks, C, frame), dnorm_weight(blocks, C, frame),
       dnorm_bias(blocks, C, frame);
 
   parts.for_each([&](const RowPart& part) {
     Frame part_frame;
-    const WeightGrad<P> dw1(sums1, part.index, part.chunk, part_frame),
-        dw2(sums2, part.index, part.chunk, part_frame);
+    const WeightGrad<P> dw1(sums1, part.index, with_dw1 ? part.chunk : 0, part_frame),
+        dw2(sums2, part.index, with_dw2 ? part.chunk : 0, part_frame);
     const auto produce = [&](int64_t block, int64_t slot) {
       const int64_t m0 = block * ROWS, rows = min(ROWS, M - m0);
       Frame task_frame;
@@ -201,30 +203,40 @@ void ffn_grad_typed(const FfnGrad& s, const Parallel& parallel) {
             store(sum_at, total, part);
           });
         };
-        gemm(rows, columns, C, g_rows, w2.columns(f0), dh, HIDDEN, false, Fetching{fetch, derive});
+        if (with_du) {
+          gemm(rows, columns, C, g_rows, w2.columns(f0), dh, HIDDEN, false,
+               Fetching{fetch, derive});
+        } else {  // h alone is wanted
+          __builtin_memset(dh, 0, static_cast<size_t>(rows * HIDDEN) * sizeof(float));
+          derive(0, rows, 0, columns);
+        }
         for (int64_t i = 0; i < rows; ++i)
           for (int64_t j = columns; j < padded; ++j) du[i * u_stride + j] = P{};
-        dw2.set_x(slot, h, u_stride, rows, f0, columns);
-        dw1.set_dy(slot, du, u_stride, rows, f0, columns);
-        gemm(rows, C, columns, Lhs<P>{du, u_stride, Tile<P>::KU}, w1.rows(f0), dn, ld, f0 > 0);
+        if (with_dw2) dw2.set_x(slot, h, u_stride, rows, f0, columns);
+        if (with_dw1) dw1.set_dy(slot, du, u_stride, rows, f0, columns);
+        if (with_dx)
+          gemm(rows, C, columns, Lhs<P>{du, u_stride, Tile<P>::KU}, w1.rows(f0), dn, ld, f0 > 0);
       }
-      dw2.set_dy(slot, g, ld, rows, 0, C);
+      if (with_dw2) dw2.set_dy(slot, g, ld, rows, 0, C);
       db2.add_rows(block, g, ld, rows);
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t m = m0 + i;
-        norm_grad_row(dn + i * ld, x + m * C, dy + m * C, C, {norm.mean[m], norm.rstd[m]}, norm,
-                      dnorm_weight.block(block), dnorm_bias.block(block), normalized + i * ld,
-                      dx + m * C);
+        const Moments row = {norm.mean[m], norm.rstd[m]};
+        if (with_dx)
+          norm_grad_row(dn + i * ld, x + m * C, dy + m * C, C, row, norm, dnorm_weight.block(block),
+                        dnorm_bias.block(block), normalized + i * ld, dx + m * C);
+        else if (with_dw1)
+          normalize(x + m * C, C, row, norm, normalized + i * ld);
       }
-      dw1.set_x(slot, normalized, ld, rows, 0, C);
+      if (with_dw1) dw1.set_x(slot, normalized, ld, rows, 0, C);
     };
     part.for_chunks(produce, [&](int64_t rows, bool add) {
-      dw1.accumulate(rows, add, 0, F, part.parallel);
-      dw2.accumulate(rows, add, 0, C, part.parallel);
+      if (with_dw1) dw1.accumulate(rows, add, 0, F, part.parallel);
+      if (with_dw2) dw2.accumulate(rows, add, 0, C, part.parallel);
     });
   });
-  sums1.finish(M == 0, parallel);
-  sums2.finish(M == 0, parallel);
+  if (with_dw1) sums1.finish(M == 0, parallel);
+  if (with_dw2) sums2.finish(M == 0, parallel);
   db1.finish(s.db1);
   db2.finish(s.db2);
   dnorm_weight.finish(s.dnorm.weight);

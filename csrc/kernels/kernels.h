@@ -110,6 +110,7 @@ struct Linear {
   DType y_dtype;
 };
 
+// A null gradient is not computed; dx is needed for dnorm.
 struct LinearGrad {
   Linear forward;
   const void* dy;   // (M, N)
@@ -139,6 +140,7 @@ struct Ffn {
   void* y;
 };
 
+// A null gradient is not computed; dx is needed for dnorm.
 struct FfnGrad {
   Ffn forward;
   const void* dy;
@@ -147,9 +149,13 @@ struct FfnGrad {
   ParamGrad dw1, db1, dw2, db2;
 };
 
-// loss = mean over the rows with targets != ignore_index of -log softmax(norm(X) W')[target]; 0
-// when there is none. dx and the others are the gradients of that loss; a null dx leaves all of
-// them out.
+enum class Reduction : int32_t { mean, sum, none };
+
+// Row i's loss is w_i (-log softmax(norm(X) W')[target]), 0 where target = ignore_index; w_i is 1
+// where token_weights is null. The sum of the losses is divided by that of the w_i of the rows that
+// count (mean; 0 where that is 0), or is what is asked for (sum); or the losses are (none). dx and
+// the others are the gradients of the mean or the sum; a null one is not computed, dx being needed
+// for dnorm.
 struct CrossEntropy {
   DType dtype;
   int64_t M, K, V;
@@ -157,8 +163,10 @@ struct CrossEntropy {
   Norm norm;
   Weight weight;
   const int64_t* targets;
+  const float* token_weights;
   int64_t ignore_index;
-  float* loss;
+  Reduction reduction;
+  float* loss;  // one, or of reduction none (M,)
   void* dx;
   NormGrad dnorm;
   ParamGrad dweight;
@@ -176,6 +184,7 @@ struct Embedding {
   void* y;
 };
 
+// A null gradient is not computed.
 struct EmbeddingGrad {
   Embedding forward;
   const void* dy;

@@ -89,11 +89,12 @@ void linear_grad_typed(const LinearGrad& s, const Parallel& parallel) {
   const T* dy = static_cast<const T*>(s.dy);
   const T* add = static_cast<const T*>(s.add);
   T* dx = static_cast<T*>(s.dx);
+  const bool with_dx = dx != nullptr, with_dweight = s.dweight.data != nullptr;
   Frame frame;
   const RowNorm norm(f.norm, K, frame);
-  const Rhs<P> w = weight_straight<P>(f.weight, N, K, frame, parallel);
+  const Rhs<P> w = with_dx ? weight_straight<P>(f.weight, N, K, frame, parallel) : Rhs<P>{};
   const RowParts<P> parts(M, N * K, N + K, parallel);
-  const WeightSums<P> sums(s.dweight, N, K, parts.count(), frame);
+  const WeightSums<P> sums(s.dweight, with_dweight ? N : 0, K, parts.count(), frame);
   const int64_t blocks = parts.blocks();
   const ColumnSums dbias(blocks, s.dbias.data ? N : 0, frame);
   const ColumnSums dnorm_weight(blocks, norm.weight ? K : 0, frame),
@@ -101,37 +102,40 @@ void linear_grad_typed(const LinearGrad& s, const Parallel& parallel) {
 
   parts.for_each([&](const RowPart& part) {
     Frame part_frame;
-    const WeightGrad<P> dweight(sums, part.index, part.chunk, part_frame);
+    const WeightGrad<P> dweight(sums, part.index, with_dweight ? part.chunk : 0, part_frame);
     const auto produce = [&](int64_t block, int64_t slot) {
       const int64_t m0 = block * ROWS, rows = min(ROWS, M - m0);
       Frame task_frame;
       P* copy = take<P>(task_frame, rows * row_stride<P>(padded_k<P>(N)));
       float* dn = take<float>(task_frame, rows * ld);
       // dN = dY W
-      gemm(rows, K, N, lhs_rows(dy + m0 * N, N, rows, N, copy), w, dn, ld, false);
-      dweight.set_dy(slot, dy + m0 * N, N, rows, 0, N);
+      if (with_dx) gemm(rows, K, N, lhs_rows(dy + m0 * N, N, rows, N, copy), w, dn, ld, false);
+      if (with_dweight) dweight.set_dy(slot, dy + m0 * N, N, rows, 0, N);
       if (s.dbias.data) dbias.add_rows(block, dy + m0 * N, N, rows);
       const auto added = [&](int64_t m) { return add ? add + m * K : nullptr; };
       if (!norm.weight) {
-        for (int64_t i = 0; i < rows; ++i)
+        for (int64_t i = 0; i < (with_dx ? rows : 0); ++i)
           finish_row(dn + i * ld, nullptr, added(m0 + i), K, dx + (m0 + i) * K);
-        dweight.set_x(slot, x + m0 * K, K, rows, 0, K);
+        if (with_dweight) dweight.set_x(slot, x + m0 * K, K, rows, 0, K);
         return;
       }
       float* normalized = take<float>(task_frame, rows * ld);
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t m = m0 + i;
-        norm_grad_row(dn + i * ld, x + m * K, added(m), K, {norm.mean[m], norm.rstd[m]}, norm,
-                      dnorm_weight.block(block), dnorm_bias.block(block), normalized + i * ld,
-                      dx + m * K);
+        const Moments row = {norm.mean[m], norm.rstd[m]};
+        if (with_dx)
+          norm_grad_row(dn + i * ld, x + m * K, added(m), K, row, norm, dnorm_weight.block(block),
+                        dnorm_bias.block(block), normalized + i * ld, dx + m * K);
+        else if (with_dweight)
+          normalize(x + m * K, K, row, norm, normalized + i * ld);
       }
-      dweight.set_x(slot, normalized, ld, rows, 0, K);
+      if (with_dweight) dweight.set_x(slot, normalized, ld, rows, 0, K);
     };
     part.for_chunks(produce, [&](int64_t rows, bool more) {
-      dweight.accumulate(rows, more, 0, N, part.parallel);
+      if (with_dweight) dweight.accumulate(rows, more, 0, N, part.parallel);
     });
   });
-  sums.finish(M == 0, parallel);
+  if (with_dweight) sums.finish(M == 0, parallel);
   dbias.finish(s.dbias);
   dnorm_weight.finish(s.dnorm.weight);
   dnorm_bias.finish(s.dnorm.bias);

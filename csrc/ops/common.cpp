@@ -17,11 +17,11 @@ bool is_floating(const Tensor& x, DType& dtype) {
   return true;
 }
 
+}  // namespace
+
 Tensor as_contiguous(const Tensor& x) {
   return x.is_contiguous() ? x : torch::stable::contiguous(x);
 }
-
-}  // namespace
 
 std::string in_words(Sizes sizes) {
   std::string text = "(";
@@ -73,7 +73,7 @@ Tensor Arguments::activation(const char* name, const Tensor& x,
 Heads Arguments::heads(const char* name, const Tensor& x,
                        std::initializer_list<int64_t> expected) const {
   like_activations(name, x, expected);
-  require(x.stride(3) == 1 || x.size(3) == 1, name,
+  require(x.stride(3) == 1 || x.size(3) == 1 || x.numel() == 0, name,
           " must have stride 1 in its last dimension, got ", x.stride(3));
   return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
@@ -158,9 +158,13 @@ Heads heads_within(const Tensor& x, int64_t T, int64_t parts, int64_t part, int6
   return {data, T * parts * H * D, D, parts * H * D};
 }
 
-Tensor new_grad(const OptionalTensor& param) {
-  if (!param.has_value()) return new_tensor({0}, ScalarType::Float);
+Tensor Wanted::new_grad(int i, const OptionalTensor& param) const {
+  if (!param.has_value() || !any_of(int64_t{1} << i)) return new_tensor({0}, ScalarType::Float);
   return new_tensor(param->sizes(), param->scalar_type());
+}
+
+Tensor Wanted::new_dx(const Tensor& x) const {
+  return any_of(0b111) ? new_tensor(x.sizes(), x.scalar_type()) : new_tensor({0}, x.scalar_type());
 }
 
 ParamGrad param_grad(const Tensor& grad) {

@@ -93,6 +93,8 @@ class Arguments {
 
 ScalarType scalar_type(DType dtype);
 
+Tensor as_contiguous(const Tensor& x);
+
 // A new contiguous tensor on the CPU.
 Tensor new_tensor(Sizes shape, ScalarType dtype);
 Tensor new_tensor(std::initializer_list<int64_t> shape, ScalarType dtype);
@@ -103,8 +105,22 @@ Tensor new_like(const Tensor& x);
 // The memory of a contiguous (B, T, parts, H, D) tensor as heads of part `part`.
 Heads heads_within(const Tensor& x, int64_t T, int64_t parts, int64_t part, int64_t H, int64_t D);
 
-// A new gradient of the parameter's shape and dtype; an empty tensor for an absent one.
-Tensor new_grad(const OptionalTensor& param);
+// The gradients that a backward is asked for: bit i stands for its i-th result, of which the first
+// three are those of the activation x and of the norm before.
+class Wanted {
+ public:
+  explicit Wanted(int64_t bits) : bits_(bits) {}
+  bool any_of(int64_t bits) const { return (bits_ & bits) != 0; }
+  // A new gradient of the parameter's shape and dtype; an empty tensor for one that is absent or
+  // not wanted.
+  Tensor new_grad(int i, const OptionalTensor& param) const;
+  // One of x's, also where it is on the way to those of the norm alone.
+  Tensor new_dx(const Tensor& x) const;
+
+ private:
+  int64_t bits_;
+};
+// Null for an empty tensor.
 ParamGrad param_grad(const Tensor& grad);
 
 // The product of all sizes but the last.

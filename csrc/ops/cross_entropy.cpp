@@ -1,4 +1,4 @@
-// LayerNorm (optional), linear layer and mean cross-entropy, gradients included.
+// LayerNorm (optional), linear layer and cross-entropy, gradients included.
 #include <tuple>
 
 #include "common.h"
@@ -6,9 +6,15 @@
 namespace gptfast {
 namespace {
 
+Reduction reduction_of(const Arguments& args, const std::string& name) {
+  args.require(name == "mean" || name == "sum" || name == "none",
+               "reduction must be 'mean', 'sum' or 'none', got '", name, "'");
+  return name == "mean" ? Reduction::mean : name == "sum" ? Reduction::sum : Reduction::none;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
     Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, Tensor weight, Tensor targets,
-    int64_t ignore_index, bool with_grad) {
+    OptionalTensor token_weights, int64_t ignore_index, std::string reduction, int64_t wanted) {
   const Arguments args("linear_cross_entropy", "x", x);
   args.require(x.dim() >= 1 && weight.dim() == 2 && weight.numel() > 0,
                "x must be (..., K) and weight (V, K), neither V nor K 0");
@@ -25,19 +31,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
   s.weight.param = args.param("weight", weight, {V, K});
   s.targets = static_cast<const int64_t*>(dense_targets.const_data_ptr());
   s.ignore_index = ignore_index;
-  Tensor loss = new_tensor({}, ScalarType::Float);
-  s.loss = static_cast<float*>(loss.data_ptr());
-  Tensor dx = with_grad ? new_tensor(x.sizes(), x.scalar_type()) : new_tensor({0}, x.scalar_type());
-  const auto grad_of = [with_grad](const OptionalTensor& param) {
-    return new_grad(with_grad ? param : std::nullopt);
-  };
-  Tensor dnorm_weight = grad_of(norm_weight), dnorm_bias = grad_of(norm_bias);
-  Tensor dweight = grad_of(weight);
-  if (with_grad) {
-    s.dx = dx.data_ptr();
-    s.dnorm = {param_grad(dnorm_weight), param_grad(dnorm_bias)};
-    s.dweight = param_grad(dweight);
+  Tensor weights;
+  if (token_weights.has_value()) {
+    weights = as_contiguous(torch::stable::reshape(*token_weights, {token_weights->numel()}));
+    s.token_weights = args.statistics("token_weights", weights, {M});
   }
+  s.reduction = reduction_of(args, reduction);
+  Tensor loss = s.reduction == Reduction::none ? new_tensor(targets.sizes(), ScalarType::Float)
+                                               : new_tensor({}, ScalarType::Float);
+  s.loss = static_cast<float*>(loss.data_ptr());
+  const Wanted want(wanted);
+  Tensor dx = want.new_dx(x);
+  Tensor dnorm_weight = want.new_grad(1, norm_weight), dnorm_bias = want.new_grad(2, norm_bias);
+  Tensor dweight = want.new_grad(3, weight);
+  s.dx = dx.data_ptr();
+  s.dnorm = {param_grad(dnorm_weight), param_grad(dnorm_bias)};
+  s.dweight = param_grad(dweight);
   with_threads([&](const Parallel& parallel) { kernels().cross_entropy(s, parallel); });
   return {loss, dx, dnorm_weight, dnorm_bias, dweight};
 }

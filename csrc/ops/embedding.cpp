@@ -40,7 +40,7 @@ Tensor embedding(Tensor idx, Tensor wte, Tensor wpe, double p, OptionalTensor se
 
 std::tuple<Tensor, Tensor> embedding_backward(Tensor dy, Tensor idx, Tensor wte, Tensor wpe,
                                               int64_t padding_idx, double p, OptionalTensor seed,
-                                              int64_t stream) {
+                                              int64_t stream, int64_t wanted) {
   const Arguments args("embedding_backward", "wte", wte),
       activations("embedding_backward", "dy", dy);
   Tensor dense;
@@ -48,7 +48,8 @@ std::tuple<Tensor, Tensor> embedding_backward(Tensor dy, Tensor idx, Tensor wte,
   s.forward = arguments(args, idx, wte, wpe, p, seed, stream, dense);
   s.forward.y_dtype = activations.dtype();
   const Tensor dense_dy = activations.activation("dy", dy, {idx.size(0), idx.size(1), s.forward.C});
-  Tensor dwte = new_grad(wte), dwpe = new_grad(wpe);
+  const Wanted want(wanted);
+  Tensor dwte = want.new_grad(0, wte), dwpe = want.new_grad(1, wpe);
   s.dy = dense_dy.const_data_ptr();
   s.padding_idx = padding_idx;
   s.block_size = wpe.size(0);

@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ffn(Tensor x, Tensor norm_weight,
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
     Tensor dy, Tensor x, Tensor norm_weight, OptionalTensor norm_bias, Tensor w1, OptionalTensor b1,
     Tensor w2, OptionalTensor b2, Tensor mean, Tensor rstd, Tensor hidden, std::string gelu,
-    double p, OptionalTensor seed, int64_t stream) {
+    double p, OptionalTensor seed, int64_t stream, int64_t wanted) {
   const Arguments args("ffn_backward", "x", x);
   Tensor dense;
   const OptionalTensor weight = norm_weight;
@@ -71,9 +71,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
   const Tensor dense_dy = args.rows("dy", dy, f.M, f.C);
   f.hidden = dense_hidden.data_ptr();
   s.dy = dense_dy.const_data_ptr();
-  Tensor dx = new_tensor(x.sizes(), scalar_type(f.dtype));
-  Tensor dnorm_weight = new_grad(weight), dnorm_bias = new_grad(norm_bias);
-  Tensor dw1 = new_grad(w1), db1 = new_grad(b1), dw2 = new_grad(w2), db2 = new_grad(b2);
+  const Wanted want(wanted);
+  Tensor dx = want.new_dx(x);
+  Tensor dnorm_weight = want.new_grad(1, weight), dnorm_bias = want.new_grad(2, norm_bias);
+  Tensor dw1 = want.new_grad(3, w1), db1 = want.new_grad(4, b1);
+  Tensor dw2 = want.new_grad(5, w2), db2 = want.new_grad(6, b2);
   s.dx = dx.data_ptr();
   s.dnorm = {param_grad(dnorm_weight), param_grad(dnorm_bias)};
   s.dw1 = param_grad(dw1), s.db1 = param_grad(db1);

@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor> linear(Tensor x, OptionalTensor norm_weight,
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
     Tensor dy, Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, Tensor mean,
-    Tensor rstd, Tensor weight, OptionalTensor bias) {
+    Tensor rstd, Tensor weight, OptionalTensor bias, int64_t wanted) {
   const Arguments args("linear_backward", "x", x);
   args.require(x.dim() >= 1 && weight.dim() == 2 && weight.numel() > 0,
                "x must be (..., K) and weight (N, K), neither N nor K 0");
@@ -64,9 +64,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
   f.weight.param = args.param("weight", weight, {N, K});
   f.bias = args.param("bias", bias, {N});
   s.dy = dense_dy.const_data_ptr();
-  Tensor dx = new_tensor(x.sizes(), scalar_type(f.dtype));
-  Tensor dnorm_weight = new_grad(norm_weight), dnorm_bias = new_grad(norm_bias);
-  Tensor dweight = new_grad(weight), dbias = new_grad(bias);
+  const Wanted want(wanted);
+  Tensor dx = want.new_dx(x);
+  Tensor dnorm_weight = want.new_grad(1, norm_weight), dnorm_bias = want.new_grad(2, norm_bias);
+  Tensor dweight = want.new_grad(3, weight), dbias = want.new_grad(4, bias);
   s.dx = dx.data_ptr();
   s.dnorm = {param_grad(dnorm_weight), param_grad(dnorm_bias)};
   s.dweight = param_grad(dweight);

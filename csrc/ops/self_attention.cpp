@@ -101,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> self_attentio
     Tensor dy, Tensor x, Tensor norm_weight, OptionalTensor norm_bias, Tensor w_qkv,
     OptionalTensor b_qkv, Tensor w_proj, OptionalTensor b_proj, Tensor mean, Tensor rstd,
     Tensor qkv, Tensor out, Tensor lse, int64_t n_head, double p, OptionalTensor seed,
-    int64_t stream) {
+    int64_t stream, int64_t wanted) {
   const Arguments args("self_attention_backward", "x", x);
   Tensor dense;
   const OptionalTensor weight = norm_weight;
@@ -117,11 +117,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> self_attentio
   s.attention.lse = args.statistics("lse", lse, {B, H, T});
 
   const ScalarType dtype = scalar_type(s.proj.dtype);
-  Tensor dqkv = new_tensor({B, T, 3 * C}, dtype);
-  Tensor dx = new_tensor({B, T, C}, dtype);  // until it is written, the gradient of `out`
-  Tensor dnorm_weight = new_grad(weight), dnorm_bias = new_grad(norm_bias);
-  Tensor dw_qkv = new_grad(w_qkv), db_qkv = new_grad(b_qkv);
-  Tensor dw_proj = new_grad(w_proj), db_proj = new_grad(b_proj);
+  const Wanted want(wanted);
+  const bool with_dx = want.any_of(0b111), with_dout = want.any_of(0b11111);
+  Tensor dqkv = new_tensor({with_dout ? B : 0, T, 3 * C}, dtype);
+  // Until it is written, the gradient of `out`.
+  Tensor dx = new_tensor({with_dout ? B : 0, T, C}, dtype);
+  Tensor dnorm_weight = want.new_grad(1, weight), dnorm_bias = want.new_grad(2, norm_bias);
+  Tensor dw_qkv = want.new_grad(3, w_qkv), db_qkv = want.new_grad(4, b_qkv);
+  Tensor dw_proj = want.new_grad(5, w_proj), db_proj = want.new_grad(6, b_proj);
   LinearGrad of_proj = {}, of_qkv = {};
   AttentionGrad of_attention = {};
   of_proj.forward = s.proj;
@@ -134,14 +137,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> self_attentio
   of_qkv.forward = s.qkv;
   of_qkv.dy = dqkv.const_data_ptr();
   of_qkv.add = of_proj.dy;  // by the residual
-  of_qkv.dx = dx.data_ptr();
+  of_qkv.dx = with_dx ? dx.data_ptr() : nullptr;
   of_qkv.dnorm = {param_grad(dnorm_weight), param_grad(dnorm_bias)};
   of_qkv.dweight = param_grad(dw_qkv), of_qkv.dbias = param_grad(db_qkv);
   with_threads([&](const Parallel& parallel) {
     kernels().linear_grad(of_proj, parallel);
+    if (!with_dout) return;
     kernels().attention_grad(of_attention, parallel);
     kernels().linear_grad(of_qkv, parallel);
   });
+  if (!with_dx) dx = new_tensor({0}, dtype);
   return {dx, dnorm_weight, dnorm_bias, dw_qkv, db_qkv, dw_proj, db_proj};
 }
 

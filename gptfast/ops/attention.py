@@ -10,15 +10,9 @@ import torch
 from torch import Tensor
 
 from gptfast.ops import select
-from gptfast.ops.common import (
-    check_dropout,
-    check_floating,
-    check_like,
-    check_tensor,
-    define,
-    needs_grad,
-    once_differentiable,
-)
+from gptfast.ops.autograd import Fused, backward_of, constant, needs_grad
+from gptfast.ops.common import check_dropout, check_floating, check_like, check_tensor, define
+from gptfast.ops.flops import of_attention
 from gptfast.ops.random import seed_tensor
 
 
@@ -39,6 +33,7 @@ _attention = define(
         -> (Tensor out, Tensor lse)
     """,
     _fake_attention,
+    lambda q, k, *_: of_attention(q, k),
 )
 _attention_backward = define(
     """
@@ -47,30 +42,35 @@ _attention_backward = define(
         -> (Tensor dq, Tensor dk, Tensor dv)
     """,
     _fake_attention_backward,
+    lambda dout, q, k, *_: 2 * of_attention(q, k),
 )
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, *options: Any
-    ) -> Tensor:
-        scale, dropout_p, stream = options
-        out, lse = _attention(q, k, v, scale, dropout_p, seed, stream)
-        ctx.save_for_backward(q, k, v, out, lse, seed)
-        ctx.options = options
-        return out.transpose(1, 2)
+class _Attention(Fused):
+    op = "causal_attention"
 
     @staticmethod
-    @once_differentiable
+    def forward(q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, *options: Any) -> Any:
+        scale, dropout_p, stream = options
+        return _attention(q, k, v, scale, dropout_p, seed, stream)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        q, k, v, seed, *options = inputs
+        out, lse = output
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, out, lse, seed)
+        ctx.options = options
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (dout,) = grads
-        q, k, v, out, lse, seed = ctx.saved_tensors
+        *kept, seed = ctx.saved_tensors
         scale, dropout_p, stream = ctx.options
-        grads = _attention_backward(
-            dout.transpose(1, 2), q, k, v, out, lse, scale, dropout_p, seed, stream
+        found = backward_of(
+            _Attention.op, _attention_backward, grads[0], *kept, scale, dropout_p, seed, stream
         )
-        return *grads, None, None, None, None
+        return *found, None, None, None, None
 
 
 def causal_attention(
@@ -109,14 +109,20 @@ def causal_attention(
     """
     check_floating("causal_attention", "q", q, 4)
     B, H, _, D = q.shape
+    if D == 0:
+        raise ValueError(
+            f"causal_attention: q must have at least 1 column per head, got shape {tuple(q.shape)}"
+        )
     select.require_fused("causal_attention", q.device.type, q.dtype, head_dim=D)
     check_tensor("causal_attention", "k", k)
     check_like("causal_attention", "k", k, q, (B, H, k.shape[2] if k.dim() == 4 else 0, D))
     check_like("causal_attention", "v", v, q, tuple(k.shape))
-    check_dropout("causal_attention", dropout_p)
+    dropout_p = check_dropout("causal_attention", dropout_p)
+    scale = 1 / math.sqrt(D) if scale is None else constant("causal_attention", "scale", scale)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     key = seed_tensor(seed) if dropout_p > 0.0 else None
-    scale = 1 / math.sqrt(D) if scale is None else scale
     if needs_grad(q, k, v):
-        return _Attention.apply(q, k, v, key, scale, dropout_p, stream)
-    return _attention(q, k, v, scale, dropout_p, key, stream)[0].transpose(1, 2)
+        out, _ = _Attention.call(q, k, v, key, scale, dropout_p, stream)
+    else:
+        out, _ = _attention(q, k, v, scale, dropout_p, key, stream)
+    return out.transpose(1, 2)

@@ -1,47 +1,37 @@
 """What the operators share: the library that their schemas are defined in, and argument checks."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import function
 
+from gptfast.ops import flops as formulas
 from gptfast.ops import select
+from gptfast.ops.autograd import constant, one_by_one, transformed
 
 LIBRARY = torch.library.Library("gptfast", "DEF")
 
 
-def define(schema: str, fake: Callable[..., Any]) -> Any:
-    """Defines gptfast::<schema> with the function for its results' shapes; returns the operator.
+def define(schema: str, fake: Callable[..., Any], flops: Callable[..., int] | None = None) -> Any:
+    """Defines gptfast::<schema>; returns the operator.
 
     Kernels are added elsewhere: by the compiled extension for the CPU, by gptfast.ops.triton for
     CUDA.
+
+    Args:
+        schema: In torch's notation.
+        fake: Makes results of the right shapes and dtypes.
+        flops: The operator's formula, see gptfast.ops.flops.
     """
     name = schema.partition("(")[0].strip()
     LIBRARY.define(" ".join(schema.split()))
     torch.library.register_fake(f"gptfast::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.gptfast, name).default
-
-
-def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether the gradient of one of them may be asked for."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Marks a backward that has none of its own, as torch's decorator of this name does.
-
-    That takes 2 us a call, which are spent where a second derivative may be asked for.
-    """
-    marked = function.once_differentiable(backward)
-
-    @functools.wraps(backward)
-    def call(ctx: Any, *grads: Tensor) -> Any:
-        return (marked if torch.is_grad_enabled() else backward)(ctx, *grads)
-
-    return call
+    operator = getattr(torch.ops.gptfast, name).default
+    torch.library.register_vmap(f"gptfast::{name}", one_by_one(operator), lib=LIBRARY)
+    if flops is not None:
+        formulas.FORMULAS[name] = flops
+    return operator
 
 
 def check_activation(op: str, name: str, x: Tensor, dims: int | None = None) -> None:
@@ -86,7 +76,7 @@ def check_param(op: str, name: str, x: Tensor | None, like: Tensor, shape: tuple
         raise TypeError(f"{op}: {name} must be torch.float32 or {like.dtype}, got {x.dtype}")
     if x.device != like.device:
         raise TypeError(f"{op}: {name} must be on {like.device}, got {x.device}")
-    if not x.is_contiguous():
+    if not x.is_contiguous() and not transformed():  # a slice that `vmap` takes becomes contiguous
         raise ValueError(f"{op}: {name} must be contiguous, got strides {x.stride()}")
 
 
@@ -110,10 +100,12 @@ def check_indices(
         check_shape(op, name, x, shape)
 
 
-def check_dropout(op: str, dropout_p: float) -> None:
-    """Checks a dropout probability."""
+def check_dropout(op: str, dropout_p: float) -> float:
+    """Checks a dropout probability and returns it as a number."""
+    dropout_p = constant(op, "dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{op}: dropout_p must be in [0, 1], got {dropout_p}")
+    return dropout_p
 
 
 def check_choice(op: str, name: str, value: str, known: tuple[str, ...]) -> None:

@@ -8,16 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptfast.ops.autograd import (
+    Fused,
+    backward_of,
+    needs_grad,
+    only_wanted,
+    refuse,
+    transformed,
+    wanted,
+)
 from gptfast.ops.common import (
     check_activation,
+    check_choice,
+    check_floating,
     check_indices,
     check_param,
+    check_shape,
     check_tensor,
     define,
-    needs_grad,
-    once_differentiable,
 )
-from gptfast.ops.linear import absent_to_none, fake_grad
+from gptfast.ops.flops import of_product, of_product_backward
+from gptfast.ops.linear import fake_grads
+
+REDUCTIONS = ("mean", "sum", "none")
 
 
 def _fake(
@@ -26,43 +39,113 @@ def _fake(
     norm_bias: Tensor | None,
     weight: Tensor,
     targets: Tensor,
+    token_weights: Tensor | None,
     ignore_index: int,
-    with_grad: bool,
+    reduction: str,
+    wanted: int,
 ) -> tuple[Tensor, ...]:
-    params = (norm_weight, norm_bias, weight)
-    grads = (fake_grad(param if with_grad else None, x) for param in params)
-    dx = x.new_empty(x.shape if with_grad else (0,))
-    return x.new_empty((), dtype=torch.float32), dx, *grads
+    loss = x.new_empty(targets.shape if reduction == "none" else (), dtype=torch.float32)
+    return loss, *fake_grads(x, (norm_weight, norm_bias, weight), wanted)
 
 
+def _flops(x: Any, norm_weight: Any, norm_bias: Any, weight: Any, *args: Any) -> int:
+    *_, wanted = args
+    grads = of_product_backward(x, weight, wanted & 0b111, wanted & 0b1000)
+    return of_product(x, weight) + grads
+
+
+# The gradients are those of the reduced loss; with "none" they are those of the sum.
 _linear_cross_entropy = define(
     """
     linear_cross_entropy(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor weight,
-        Tensor targets, int ignore_index, bool with_grad)
+        Tensor targets, Tensor? token_weights, int ignore_index, str reduction, int wanted)
         -> (Tensor loss, Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dweight)
     """,
     _fake,
+    _flops,
 )
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, with_grad: bool, *inputs: Any) -> Tensor:
-        loss, *grads = _linear_cross_entropy(*inputs, with_grad)
-        x, norm_weight, norm_bias, weight, _, _ = inputs
-        ctx.save_for_backward(*absent_to_none(tuple(grads), (x, norm_weight, norm_bias, weight)))
-        return loss
+class _ReducedLoss(Fused):
+    """A mean or a sum; the gradients are made with it, and are results as well.
+
+    So whoever differentiates a gradient differentiates a result of this function, and is refused.
+    """
+
+    op = "linear_cross_entropy"
 
     @staticmethod
-    @once_differentiable
+    def forward(*args: Any) -> Any:
+        return _linear_cross_entropy(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, *grads = output
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*grads)
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Tensor) -> Any:
+        dloss, *second = incoming
+        needs = ctx.needs_input_grad
+        _refuse_token_weights(needs[5])
+        # What is compiled is differentiated once, with zeros for results that nothing reads.
+        if not torch.compiler.is_compiling() and any(each is not None for each in second):
+            refuse(_ReducedLoss.op)
+        if dloss is None:
+            return (None,) * len(needs)
+        grads = only_wanted(ctx.saved_tensors, needs[:4])
+        return *(_scaled(grads, dloss)), None, None, None, None, None
+
+
+def _scaled(grads: list[Tensor | None], dloss: Tensor) -> list[Tensor | None]:
+    """The gradients of a loss whose own is `dloss`, in memory of their own.
+
+    A loss that is differentiated as it is, and once, needs no pass over the weight's gradient. What
+    a compiled graph or a transform does cannot depend on the value, and a GPU is not waited for.
+    """
+    plain = not (torch.compiler.is_compiling() or transformed() or torch.is_grad_enabled())
+    once = plain and not torch._C._autograd._get_current_graph_task_keep_graph()
+    if once and dloss.is_cpu and dloss.item() == 1.0:
+        return [None if grad is None else grad.detach() for grad in grads]
+    return [None if grad is None else grad * dloss for grad in grads]
+
+
+class _TokenLosses(Fused):
+    """A loss per token, whose gradients are made in the backward, as those of a weighted sum."""
+
+    op = "linear_cross_entropy"
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return _linear_cross_entropy(*args, "none", 0)[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ignore_index = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.ignore_index = ignore_index
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (dloss,) = grads
-        saved = ctx.saved_tensors
-        # A loss that is differentiated as it is needs no pass over the weight's gradient. What a
-        # compiled graph does cannot depend on the value, and a GPU is not waited for.
-        if torch.compiler.is_compiling() or not dloss.is_cpu or dloss.item() != 1.0:
-            saved = tuple(None if grad is None else grad * dloss for grad in saved)
-        return None, *saved, None, None
+        (dlosses,) = grads
+        *inputs, token_weights = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        _refuse_token_weights(needs[5])
+        weights = dlosses if token_weights is None else dlosses * token_weights
+        _, *found = backward_of(
+            _TokenLosses.op, _linear_cross_entropy,
+            *inputs, weights, ctx.ignore_index, "sum", wanted(needs[:4]),
+        )  # fmt: skip
+        return *only_wanted(tuple(found), needs[:4]), None, None, None
+
+
+def _refuse_token_weights(needed: bool) -> None:
+    if needed:
+        raise TypeError(
+            "linear_cross_entropy: token_weights must be constants, got a tensor that requires a"
+            " gradient; multiply the losses of reduction='none' by it"
+        )
 
 
 def linear_cross_entropy(
@@ -73,12 +156,14 @@ def linear_cross_entropy(
     ln_w: Tensor | None = None,
     ln_b: Tensor | None = None,
     ignore_index: int = -100,
+    reduction: str = "mean",
+    token_weights: Tensor | None = None,
 ) -> Tensor:
-    """Computes the mean of -log softmax(LayerNorm(x) weight')[target], `ignore_index` left out.
+    """Computes -log softmax(LayerNorm(x) weight')[target] of all tokens, `ignore_index` left out.
 
-    The gradients are made in the same call, from logits that exist by blocks of rows: at most
-    160 MB of them at a time, or 768 rows where those are more. The mean over
-    no target at all is 0.
+    Of a mean or a sum the gradients are made in the same call, those of reduction "none" in the
+    backward, which computes the logits again. They exist by blocks of rows: at most 160 MB of them
+    at a time, or 768 rows where those are more.
 
     Args:
         x: (..., K), float32 or bfloat16.
@@ -87,12 +172,16 @@ def linear_cross_entropy(
         ln_w: (K,), float32 or x's dtype, as `layer_norm_linear` has it; None: no norm.
         ln_b: (K,) or None.
         ignore_index: Targets of this value count for nothing.
+        reduction: "mean" divides the sum of the losses by that of their weights, and is 0 where
+            that is 0; "sum"; or "none", which gives the loss of each token, 0 where it is ignored.
+        token_weights: (...), floating-point, what each token's loss is multiplied by; None: 1. A
+            constant: it gets no gradient.
 
     Returns:
-        () float32.
+        () float32; of reduction "none" (...) float32.
 
     Raises:
-        ValueError, TypeError: Shapes or dtypes do not fit.
+        ValueError, TypeError: Shapes or dtypes do not fit, or token_weights requires a gradient.
         RuntimeError: A target is out of range.
         BackendError: There are no fused kernels for the device or dtype.
     """
@@ -104,8 +193,28 @@ def linear_cross_entropy(
     check_param(op, "ln_w", ln_w, x, (K,))
     check_param(op, "ln_b", ln_b, x, (K,))
     check_indices(op, "targets", targets, x, tuple(x.shape[:-1]))
+    check_choice(op, "reduction", reduction, REDUCTIONS)
     if ln_w is None and ln_b is not None:
         raise ValueError(f"{op}: ln_b needs ln_w, got ln_b alone")
-    params = (ln_w, ln_b, weight)
-    with_grad = needs_grad(x, *params)
-    return _LinearCrossEntropy.apply(with_grad, x, *params, targets, ignore_index)
+    if token_weights is not None:
+        token_weights = _checked_weights(op, token_weights, x)
+    inputs = (x, ln_w, ln_b, weight, targets, token_weights, ignore_index)
+    if not needs_grad(x, ln_w, ln_b, weight):
+        return _linear_cross_entropy(*inputs, reduction, 0)[0]
+    if reduction == "none":
+        return _TokenLosses.call(*inputs)
+    # Within a transform no tensor tells what is wanted around it.
+    grads = tuple(
+        t is not None and (t.requires_grad or transformed()) for t in (x, ln_w, ln_b, weight)
+    )
+    return _ReducedLoss.call(*inputs, reduction, wanted(grads))[0]
+
+
+def _checked_weights(op: str, token_weights: Tensor, x: Tensor) -> Tensor:
+    check_floating(op, "token_weights", token_weights)
+    check_shape(op, "token_weights", token_weights, tuple(x.shape[:-1]))
+    if token_weights.device != x.device:
+        raise TypeError(f"{op}: token_weights must be on {x.device}, got {token_weights.device}")
+    if torch.is_grad_enabled() and not transformed():
+        _refuse_token_weights(token_weights.requires_grad)
+    return token_weights.float()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptfast.ops.autograd import Fused, backward_of, needs_grad, only_wanted, wanted
 from gptfast.ops.common import (
     check_activation,
     check_dropout,
@@ -15,8 +16,8 @@ from gptfast.ops.common import (
     check_param,
     check_tensor,
     define,
-    once_differentiable,
 )
+from gptfast.ops.linear import fake_grad
 from gptfast.ops.random import seed_tensor
 
 
@@ -26,9 +27,10 @@ def _fake_embedding(idx: Tensor, wte: Tensor, *args: Any) -> Tensor:
 
 
 def _fake_embedding_backward(
-    dy: Tensor, idx: Tensor, wte: Tensor, wpe: Tensor, *_: Any
+    dy: Tensor, idx: Tensor, wte: Tensor, wpe: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
-    return wte.new_empty(wte.shape), wpe.new_empty(wpe.shape)
+    *_, wanted = args
+    return fake_grad(wte, wte, bool(wanted & 1)), fake_grad(wpe, wte, bool(wanted & 2))
 
 
 _embedding = define(
@@ -41,30 +43,37 @@ _embedding = define(
 _embedding_backward = define(
     """
     embedding_backward(Tensor dy, Tensor idx, Tensor wte, Tensor wpe, int padding_idx,
-        float dropout_p, Tensor? seed, int stream) -> (Tensor dwte, Tensor dwpe)
+        float dropout_p, Tensor? seed, int stream, int wanted) -> (Tensor dwte, Tensor dwpe)
     """,
     _fake_embedding_backward,
 )
 
 
-class _Embedding(torch.autograd.Function):
+class _Embedding(Fused):
+    op = "embedding"
+
     @staticmethod
     def forward(
-        ctx: Any, wte: Tensor, wpe: Tensor, idx: Tensor, seed: Tensor | None, *options: Any
+        wte: Tensor, wpe: Tensor, idx: Tensor, seed: Tensor | None, *options: Any
     ) -> Tensor:
-        padding_idx, dropout_p, stream, dtype = options
-        ctx.save_for_backward(idx, wte, wpe, seed)
-        ctx.options = padding_idx, dropout_p, stream
+        _, dropout_p, stream, dtype = options
         return _embedding(idx, wte, wpe, dropout_p, seed, stream, dtype)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        wte, wpe, idx, seed, *options = inputs
+        ctx.save_for_backward(idx, wte, wpe, seed)
+        ctx.options = options[:3]
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (dy,) = grads
         idx, wte, wpe, seed = ctx.saved_tensors
-        padding_idx, dropout_p, stream = ctx.options
-        grads = _embedding_backward(dy, idx, wte, wpe, padding_idx, dropout_p, seed, stream)
-        return *grads, None, None, None, None, None, None
+        needs = ctx.needs_input_grad[:2]
+        found = backward_of(
+            _Embedding.op, _embedding_backward,
+            grads[0], idx, wte, wpe, *ctx.options[:2], seed, ctx.options[2], wanted(needs),
+        )  # fmt: skip
+        return *only_wanted(found, needs), None, None, None, None, None, None
 
 
 def embedding(
@@ -113,7 +122,10 @@ def embedding(
         raise ValueError(
             f"{op}: padding_idx must be None or in [0, {wte.shape[0]}), got {padding_idx}"
         )
-    check_dropout(op, dropout_p)
+    dropout_p = check_dropout(op, dropout_p)
     key = seed_tensor(seed) if dropout_p > 0.0 else None
+    dtype = dtype or wte.dtype
+    if not needs_grad(wte, wpe):
+        return _embedding(idx, wte, wpe, dropout_p, key, stream, dtype)
     padding = -1 if padding_idx is None else padding_idx
-    return _Embedding.apply(wte, wpe, idx, key, padding, dropout_p, stream, dtype or wte.dtype)
+    return _Embedding.call(wte, wpe, idx, key, padding, dropout_p, stream, dtype)

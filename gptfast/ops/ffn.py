@@ -3,11 +3,13 @@
 Letters: C n_embd, F hidden columns (4 C in GPT-2), M rows (all leading dimensions).
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gptfast.ops.autograd import Fused, backward_of, needs_grad, only_wanted, wanted
 from gptfast.ops.common import (
     check_activation,
     check_choice,
@@ -15,10 +17,9 @@ from gptfast.ops.common import (
     check_param,
     check_tensor,
     define,
-    needs_grad,
-    once_differentiable,
 )
-from gptfast.ops.linear import absent_to_none, fake_grad
+from gptfast.ops.flops import of_product, of_product_backward
+from gptfast.ops.linear import fake_grads
 from gptfast.ops.random import seed_tensor
 
 
@@ -26,14 +27,22 @@ def _fake_ffn(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
     *_, keep = args
-    rows = x.numel() // x.shape[-1] if keep else 0
+    rows = math.prod(x.shape[:-1]) if keep else 0
     moments = [x.new_empty(rows, dtype=torch.float32) for _ in range(2)]
     return x.new_empty(x.shape), *moments, x.new_empty(rows, w1.shape[0])
 
 
 def _fake_ffn_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    grads = (fake_grad(param, x) for param in args[:6])
-    return x.new_empty(x.shape), *grads
+    return fake_grads(x, args[:6], args[-1])
+
+
+def _ffn_backward_flops(dy: Any, x: Any, *args: Any) -> int:
+    _, _, w1, b1, w2, *_, wanted = args
+    hidden = (*x[:-1], w1[0])
+    through = wanted & 0b11111  # the gradient of the hidden activations is needed
+    return of_product_backward(hidden, w2, through, wanted & 0b100000) + of_product_backward(
+        x, w1, wanted & 0b111, wanted & 0b1000
+    )
 
 
 _ffn = define(
@@ -43,39 +52,46 @@ _ffn = define(
         -> (Tensor y, Tensor mean, Tensor rstd, Tensor hidden)
     """,
     _fake_ffn,
+    lambda x, norm_weight, norm_bias, w1, *_: 2 * of_product(x, w1),
 )
 _ffn_backward = define(
     """
     ffn_backward(Tensor dy, Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor w1, Tensor? b1,
         Tensor w2, Tensor? b2, Tensor mean, Tensor rstd, Tensor hidden, str gelu, float dropout_p,
-        Tensor? seed, int stream)
+        Tensor? seed, int stream, int wanted)
         -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dw1, Tensor db1, Tensor dw2,
             Tensor db2)
     """,
     _fake_ffn_backward,
+    _ffn_backward_flops,
 )
 
 
-class _Ffn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, keep: bool, x: Tensor, *args: Any) -> Tensor:
-        *params, gelu, dropout_p, seed, stream = args
-        y, mean, rstd, hidden = _ffn(x, *params, gelu, dropout_p, seed, stream, keep)
-        if keep:
-            ctx.save_for_backward(x, *params, mean, rstd, hidden, seed)
-            ctx.options = gelu, dropout_p, stream
-        return y
+class _Ffn(Fused):
+    op = "layer_norm_ffn"
 
     @staticmethod
-    @once_differentiable
+    def forward(x: Tensor, *args: Any) -> Any:
+        return _ffn(x, *args, True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, gelu, dropout_p, seed, stream = inputs
+        _, *kept = output
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *kept, seed)
+        ctx.options = gelu, dropout_p, stream
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (dy,) = grads
-        x, *params, mean, rstd, hidden, seed = ctx.saved_tensors
+        *kept, seed = ctx.saved_tensors
         gelu, dropout_p, stream = ctx.options
-        dx, *grads = _ffn_backward(
-            dy, x, *params, mean, rstd, hidden, gelu, dropout_p, seed, stream
+        needs = ctx.needs_input_grad[:7]
+        found = backward_of(
+            _Ffn.op, _ffn_backward, grads[0], *kept, gelu, dropout_p, seed, stream, wanted(needs)
         )
-        return None, dx, *absent_to_none(tuple(grads), tuple(params)), None, None, None, None
+        return *only_wanted(found, needs), None, None, None, None
 
 
 def layer_norm_ffn(
@@ -127,7 +143,9 @@ def layer_norm_ffn(
     check_param(op, "w2", w2, x, (C, F))
     check_param(op, "b2", b2, x, (C,))
     check_choice(op, "gelu", gelu, ("erf", "tanh"))
-    check_dropout(op, dropout_p)
+    dropout_p = check_dropout(op, dropout_p)
     key = seed_tensor(seed) if dropout_p > 0.0 else None
     params = (ln_w, ln_b, w1, b1, w2, b2)
-    return _Ffn.apply(needs_grad(x, *params), x, *params, gelu, dropout_p, key, stream)
+    if not needs_grad(x, *params):
+        return _ffn(x, *params, gelu, dropout_p, key, stream, False)[0]
+    return _Ffn.call(x, *params, gelu, dropout_p, key, stream)[0]

@@ -3,45 +3,46 @@
 Letters: M rows of an activation (all leading dimensions), K its columns, N columns of the result.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gptfast.ops.common import (
-    check_activation,
-    check_like,
-    check_param,
-    check_tensor,
-    define,
-    once_differentiable,
-)
+from gptfast.ops.autograd import Fused, backward_of, needs_grad, only_wanted, wanted
+from gptfast.ops.common import check_activation, check_like, check_param, check_tensor, define
+from gptfast.ops.flops import of_product, of_product_backward
 
 
-def absent_to_none(
-    grads: tuple[Tensor, ...], params: tuple[Tensor | None, ...]
-) -> tuple[Tensor | None, ...]:
-    """The gradients of the parameters that exist; operators return an empty tensor for others."""
-    return tuple(None if param is None else grad for grad, param in zip(grads, params, strict=True))
-
-
-def fake_grad(param: Tensor | None, like: Tensor) -> Tensor:
+def fake_grad(param: Tensor | None, like: Tensor, want: bool = True) -> Tensor:
     """What an operator returns for a parameter's gradient."""
-    return like.new_empty(0, dtype=torch.float32) if param is None else param.new_empty(param.shape)
+    if param is None or not want:
+        return like.new_empty(0, dtype=torch.float32)
+    return param.new_empty(param.shape)
+
+
+def fake_grads(x: Tensor, params: tuple[Tensor | None, ...], wanted: int) -> tuple[Tensor, ...]:
+    """What a backward returns for the gradients of x and of the parameters."""
+    dx = x.new_empty(x.shape if wanted & 0b111 else 0)  # on the way to the norm's
+    return dx, *(fake_grad(p, x, bool(wanted >> i & 1)) for i, p in enumerate(params, 1))
 
 
 def _fake_linear(
     x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor, *_: Any
 ) -> tuple[Tensor, ...]:
-    rows = 0 if norm_weight is None else x.numel() // x.shape[-1]
+    rows = 0 if norm_weight is None else math.prod(x.shape[:-1])
     moments = [x.new_empty(rows, dtype=torch.float32) for _ in range(2)]
     return x.new_empty(*x.shape[:-1], weight.shape[0]), *moments
 
 
-def _fake_linear_backward(dy: Tensor, x: Tensor, *args: Tensor | None) -> tuple[Tensor, ...]:
-    norm_weight, norm_bias, _, _, weight, bias = args
-    grads = (fake_grad(param, x) for param in (norm_weight, norm_bias, weight, bias))
-    return x.new_empty(x.shape), *grads
+def _fake_linear_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    norm_weight, norm_bias, _, _, weight, bias, wanted = args
+    return fake_grads(x, (norm_weight, norm_bias, weight, bias), wanted)
+
+
+def _linear_backward_flops(dy: Any, x: Any, *args: Any) -> int:
+    *_, weight, _, wanted = args
+    return of_product_backward(x, weight, wanted & 0b111, wanted & 0b1000)
 
 
 _linear = define(
@@ -50,34 +51,71 @@ _linear = define(
         Tensor? residual) -> (Tensor y, Tensor mean, Tensor rstd)
     """,
     _fake_linear,
+    lambda x, norm_weight, norm_bias, weight, *_: of_product(x, weight),
 )
+# wanted: see gptfast.ops.autograd.wanted; the results are in the order of its bits.
 _linear_backward = define(
     """
     linear_backward(Tensor dy, Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor mean,
-        Tensor rstd, Tensor weight, Tensor? bias)
+        Tensor rstd, Tensor weight, Tensor? bias, int wanted)
         -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dweight, Tensor dbias)
     """,
     _fake_linear_backward,
+    _linear_backward_flops,
 )
 
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *params: Tensor | None) -> Tensor:
-        norm_weight, norm_bias, weight, bias, residual = params
-        y, mean, rstd = _linear(x, norm_weight, norm_bias, weight, bias, residual)
-        ctx.save_for_backward(x, norm_weight, norm_bias, mean, rstd, weight, bias)
-        ctx.has_residual = residual is not None
-        return y
+class _LayerNormLinear(Fused):
+    op = "layer_norm_linear"
 
     @staticmethod
-    @once_differentiable
+    def forward(x: Tensor, *params: Tensor | None) -> Any:
+        return _linear(x, *params, None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, norm_weight, norm_bias, weight, bias = inputs
+        _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, norm_weight, norm_bias, mean, rstd, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        needs = ctx.needs_input_grad
+        dx_and_params = backward_of(
+            _LayerNormLinear.op, _linear_backward, grads[0], *ctx.saved_tensors, wanted(needs)
+        )
+        return tuple(only_wanted(dx_and_params, needs))
+
+
+class _LinearResidual(Fused):
+    op = "linear_residual"
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+        return _linear(x, None, None, weight, bias, residual)[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, weight, bias, _ = inputs
+        ctx.save_for_backward(x, weight, bias)
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (dy,) = grads
-        x, norm_weight, norm_bias, mean, rstd, weight, bias = ctx.saved_tensors
-        dx, *grads = _linear_backward(dy, x, norm_weight, norm_bias, mean, rstd, weight, bias)
-        params = absent_to_none(tuple(grads), (norm_weight, norm_bias, weight, bias))
-        return dx, *params, dy if ctx.has_residual else None
+        x, weight, bias = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad
+        needs = need_x, False, False, need_weight, need_bias
+        none = x.new_empty(0, dtype=torch.float32)  # of the norm
+        dx, _, _, dweight, dbias = only_wanted(
+            backward_of(
+                _LinearResidual.op, _linear_backward,
+                dy, x, None, None, none, none, weight, bias, wanted(needs),
+            ),
+            needs,
+        )  # fmt: skip
+        return dx, dweight, dbias, dy if need_residual else None
 
 
 def layer_norm_linear(
@@ -108,7 +146,10 @@ def layer_norm_linear(
     check_param(op, "ln_b", ln_b, x, (K,))
     check_param(op, "weight", weight, x, (N, K))
     check_param(op, "bias", bias, x, (N,))
-    return _Linear.apply(x, ln_w, ln_b, weight, bias, None)
+    params = (ln_w, ln_b, weight, bias)
+    if not needs_grad(x, *params):
+        return _linear(x, *params, None)[0]
+    return _LayerNormLinear.call(x, *params)[0]
 
 
 def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
@@ -130,4 +171,6 @@ def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
     check_param(op, "weight", weight, x, (N, x.shape[-1]))
     check_param(op, "bias", bias, x, (N,))
     check_like(op, "residual", residual, x, (*x.shape[:-1], N))
-    return _Linear.apply(x, None, None, weight, bias, residual)
+    if not needs_grad(x, weight, bias, residual):
+        return _linear(x, None, None, weight, bias, residual)[0]
+    return _LinearResidual.call(x, weight, bias, residual)

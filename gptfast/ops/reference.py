@@ -135,16 +135,25 @@ def linear_cross_entropy(
     ln_w: Tensor | None = None,
     ln_b: Tensor | None = None,
     ignore_index: int = -100,
+    reduction: str = "mean",
+    token_weights: Tensor | None = None,
 ) -> Tensor:
     """See `gptfast.ops.linear_cross_entropy`."""
     with torch.autocast(x.device.type, enabled=False):
         wide = x.to(_wide(x))
         normalized = wide if ln_w is None else _layer_norm(wide, ln_w, ln_b)
         logits = _linear(normalized, weight, None).flatten(0, -2)
-        total = F.cross_entropy(
-            logits, targets.flatten(), ignore_index=ignore_index, reduction="sum"
-        )
-        return total / (targets != ignore_index).sum().clamp(min=1)
+        losses = F.cross_entropy(
+            logits, targets.flatten(), ignore_index=ignore_index, reduction="none"
+        ).view(targets.shape)
+        weights = (targets != ignore_index).to(losses)
+        if token_weights is not None:
+            weights = torch.where(targets != ignore_index, token_weights.to(losses), 0.0)
+            losses = losses * weights
+        if reduction == "none":
+            return losses
+        total = weights.sum()
+        return losses.sum() / (1.0 if reduction == "sum" else total + (total == 0))
 
 
 def embedding(
@@ -162,8 +171,9 @@ def embedding(
     V = wte.shape[0]
     if padding_idx is not None and not 0 <= padding_idx < V:
         raise ValueError(f"embedding: padding_idx must be None or in [0, {V}), got {padding_idx}")
-    # A compiled graph cannot branch on values; there the lookup itself reports them.
-    known = torch.compiler.is_compiling() or not idx.numel()
+    # A compiled graph or a transform cannot branch on values; there the lookup itself reports them.
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    known = traced or not idx.numel()
     if not known and not (0 <= int(idx.min()) and int(idx.max()) < V):
         raise ValueError(
             f"embedding: idx must be in [0, {V}), got {int(idx.min())} to {int(idx.max())}"

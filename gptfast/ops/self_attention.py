@@ -9,15 +9,10 @@ import torch
 from torch import Tensor
 
 from gptfast.ops import select
-from gptfast.ops.common import (
-    check_dropout,
-    check_floating,
-    check_param,
-    define,
-    needs_grad,
-    once_differentiable,
-)
-from gptfast.ops.linear import absent_to_none, fake_grad
+from gptfast.ops.autograd import Fused, backward_of, needs_grad, only_wanted, wanted
+from gptfast.ops.common import check_dropout, check_floating, check_param, define
+from gptfast.ops.flops import of_attention, of_product, of_product_backward
+from gptfast.ops.linear import fake_grads
 from gptfast.ops.random import seed_tensor
 
 
@@ -31,8 +26,27 @@ def _fake_self_attention(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_self_attention_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    grads = (fake_grad(param, x) for param in args[:6])
-    return x.new_empty(x.shape), *grads
+    return fake_grads(x, args[:6], args[-1])
+
+
+def _flops(x: Any, norm_weight: Any, norm_bias: Any, w_qkv: Any, *args: Any) -> int:
+    _, w_proj, _, n_head, *_ = args
+    return of_product(x, w_qkv) + of_attention(*_heads(x, n_head)) + of_product(x, w_proj)
+
+
+def _backward_flops(dy: Any, x: Any, *args: Any) -> int:
+    _, _, w_qkv, _, w_proj, _, _, _, _, _, _, n_head, *_, wanted = args
+    through = wanted & 0b11111  # the gradient of attention's output is needed
+    return (
+        of_product_backward(x, w_qkv, wanted & 0b111, wanted & 0b1000)
+        + (2 * of_attention(*_heads(x, n_head)) if through else 0)
+        + of_product_backward(x, w_proj, through, wanted & 0b100000)
+    )
+
+
+def _heads(x: tuple[int, ...], n_head: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    B, T, C = x
+    return ((B, n_head, T, C // n_head),) * 2
 
 
 _self_attention = define(
@@ -43,37 +57,48 @@ _self_attention = define(
         -> (Tensor y, Tensor mean, Tensor rstd, Tensor qkv, Tensor out, Tensor lse)
     """,
     _fake_self_attention,
+    _flops,
 )
 _self_attention_backward = define(
     """
     self_attention_backward(Tensor dy, Tensor x, Tensor norm_weight, Tensor? norm_bias,
         Tensor w_qkv, Tensor? b_qkv, Tensor w_proj, Tensor? b_proj, Tensor mean, Tensor rstd,
-        Tensor qkv, Tensor out, Tensor lse, int n_head, float dropout_p, Tensor? seed, int stream)
+        Tensor qkv, Tensor out, Tensor lse, int n_head, float dropout_p, Tensor? seed, int stream,
+        int wanted)
         -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dw_qkv, Tensor db_qkv,
             Tensor dw_proj, Tensor db_proj)
     """,
     _fake_self_attention_backward,
+    _backward_flops,
 )
 
 
-class _SelfAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, keep: bool, x: Tensor, *args: Any) -> Tensor:
-        *params, n_head, dropout_p, seed, stream = args
-        y, *kept = _self_attention(x, *params, n_head, dropout_p, seed, stream, keep)
-        if keep:
-            ctx.save_for_backward(x, *params, *kept, seed)
-            ctx.options = n_head, dropout_p, stream
-        return y
+class _SelfAttention(Fused):
+    op = "layer_norm_attention"
 
     @staticmethod
-    @once_differentiable
+    def forward(x: Tensor, *args: Any) -> Any:
+        return _self_attention(x, *args, True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, n_head, dropout_p, seed, stream = inputs
+        _, *kept = output
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *kept, seed)
+        ctx.options = n_head, dropout_p, stream
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         *kept, seed = ctx.saved_tensors
         n_head, dropout_p, stream = ctx.options
-        dx, *grads = _self_attention_backward(*grads, *kept, n_head, dropout_p, seed, stream)
-        params = absent_to_none(tuple(grads), tuple(kept[1:7]))
-        return None, dx, *params, None, None, None, None
+        needs = ctx.needs_input_grad[:7]
+        found = backward_of(
+            _SelfAttention.op, _self_attention_backward,
+            grads[0], *kept, n_head, dropout_p, seed, stream, wanted(needs),
+        )  # fmt: skip
+        return *only_wanted(found, needs), None, None, None, None
 
 
 def layer_norm_attention(
@@ -131,7 +156,9 @@ def layer_norm_attention(
     check_param(op, "b_qkv", b_qkv, x, (3 * C,))
     check_param(op, "w_proj", w_proj, x, (C, C))
     check_param(op, "b_proj", b_proj, x, (C,))
-    check_dropout(op, dropout_p)
+    dropout_p = check_dropout(op, dropout_p)
     key = seed_tensor(seed) if dropout_p > 0.0 else None
     params = (ln_w, ln_b, w_qkv, b_qkv, w_proj, b_proj)
-    return _SelfAttention.apply(needs_grad(x, *params), x, *params, n_head, dropout_p, key, stream)
+    if not needs_grad(x, *params):
+        return _self_attention(x, *params, n_head, dropout_p, key, stream, False)[0]
+    return _SelfAttention.call(x, *params, n_head, dropout_p, key, stream)[0]

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptfast.ops.triton.launch import absent, config, precision, tuned
+from gptfast.ops.triton.launch import absent, config, precision, tuned, wants
 from gptfast.ops.triton.linear import (
     NO_NORM,
     Norm,
@@ -86,11 +86,11 @@ def losses_kernel(
 @tuned(PRODUCT, product_kind, product_shared, ["V", "K", "PRECISION"])
 @triton.jit(do_not_specialize=["v0"])
 def logits_grad_kernel(
-    a, b, targets, lse, share, dlogits, mean, rstd, norm_weight, norm_bias, ignore_index,
+    a, b, targets, lse, shares, dlogits, mean, rstd, norm_weight, norm_bias,
     M, V, K, v0, PRECISION: tl.constexpr, BN: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """dS_j = (exp(s_j - lse) - [j = target]) share over V columns from v0 on; 0 if ignored."""
+    """dS_j = (exp(s_j - lse) - [j = target]) share over V columns from v0 on; 0 if share is."""
     m, n, _, _ = own_tile(M, V, BM, BN, GROUP)
     s = product(
         a, b, mean, rstd, norm_weight, norm_bias, m, n, M, V, K, 1, K, PRECISION, BM, BN, BK
@@ -98,14 +98,15 @@ def logits_grad_kernel(
     target = tl.load(targets + m, mask=m < M, other=0)
     value = tl.exp2((s - tl.load(lse + m, mask=m < M, other=0.0)[:, None]) * LOG2E)
     value -= tl.where((n + v0)[None, :] == target[:, None], 1.0, 0.0)
-    value *= tl.where(target == ignore_index, 0.0, tl.load(share))[:, None]
+    share = tl.load(shares + m, mask=m < M, other=0.0)[:, None]
+    value = tl.where(share == 0.0, 0.0, value * share)
     at = dlogits + m.to(tl.int64)[:, None] * V + n[None, :]
     tl.store(at, value.to(dlogits.dtype.element_ty), mask=(m < M)[:, None] & (n < V)[None, :])
 
 
 def linear_cross_entropy(
     x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor,
-    targets: Tensor, ignore_index: int, with_grad: bool,
+    targets: Tensor, token_weights: Tensor | None, ignore_index: int, reduction: str, wanted: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """gptfast::linear_cross_entropy."""
     x, targets, (V, K) = x.contiguous(), targets.contiguous(), weight.shape
@@ -117,27 +118,39 @@ def linear_cross_entropy(
     own = weight.to(x.dtype)
     norm = None if norm_weight is None else (*moments(x), norm_weight, norm_bias)
     lse, losses = _losses(x, own, targets, ignore_index, norm)
-    share = 1.0 / counted.sum().clamp(min=1).float()
-    loss = losses.sum() * share
-    if not with_grad:
+    shares = counted.float()
+    if token_weights is not None:
+        shares = torch.where(counted, token_weights, 0.0)
+        losses = losses * shares.flatten()
+    if reduction == "mean":
+        total = shares.sum()
+        shares = shares * torch.where(total == 0.0, 0.0, 1.0 / total)
+        loss = losses.sum() * torch.where(total == 0.0, 0.0, 1.0 / total)
+    else:
+        loss = losses.sum() if reduction == "sum" else losses.view(targets.shape)
+    if not wanted:
         return loss, x.new_empty(0), absent(x), absent(x), absent(x)
-    dx, dweight = x.new_zeros(x.shape, dtype=torch.float32), torch.empty_like(weight)
+    with_dx, with_dweight = wants(wanted, 0, 2), wants(wanted, 3)
+    dx = x.new_zeros(x.shape if with_dx else 0, dtype=torch.float32)
+    dweight = torch.empty_like(weight) if with_dweight else absent(x)
     M = losses.numel()
     width = max(LEAST_BLOCK, BLOCK_BYTES // max(1, M * x.element_size()) // PART * PART)
     for v0 in range(0, V if M else 0, width):
         block = own[v0 : v0 + width]
         dlogits = x.new_empty(*x.shape[:-1], block.shape[0])
         logits_grad_kernel[_grid(M, block.shape[0])](
-            x, block, targets, lse, share, dlogits, *(norm or NO_NORM), ignore_index, M,
-            block.shape[0], K, v0, PRECISION=precision(), BN=PART,
+            x, block, targets, lse, shares, dlogits, *(norm or NO_NORM), M, block.shape[0], K, v0,
+            PRECISION=precision(), BN=PART,
         )  # fmt: skip
-        dx = multiply(dlogits, block, residual=dx, dtype=torch.float32)
-        weight_grads(dlogits, x, block, None, norm, out=dweight[v0 : v0 + width])
+        if with_dx:
+            dx = multiply(dlogits, block, residual=dx, dtype=torch.float32)
+        if with_dweight:
+            weight_grads(dlogits, x, block, None, norm, out=dweight[v0 : v0 + width])
     if not M:
         dweight.zero_()
-    if norm is None:
+    if norm is None or not with_dx:
         return loss, dx.to(x.dtype), absent(x), absent(x), dweight
-    return loss, *norm_grad(dx, x, None, *norm), dweight
+    return loss, *norm_grad(dx, x, None, *norm, wanted=wanted), dweight
 
 
 def _grid(M: int, V: int) -> Any:

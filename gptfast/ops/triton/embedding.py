@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptfast.ops.triton.launch import block_of, dropout_args
+from gptfast.ops.triton.launch import absent, block_of, dropout_args, wants
 from gptfast.ops.triton.rows import dropped
 from gptfast.ops.triton.tiles import dropout_factors
 
@@ -74,17 +74,21 @@ def embedding(
 
 def embedding_backward(
     dy: Tensor, idx: Tensor, wte: Tensor, wpe: Tensor, padding_idx: int, dropout_p: float,
-    seed: Tensor | None, stream: int,
+    seed: Tensor | None, stream: int, wanted: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """gptfast::embedding_backward."""
     d = dropped(dy.contiguous(), dropout_args(dropout_p, seed, stream, dy.device))
     B, T = idx.shape
-    tokens, by_token = idx.flatten().sort(stable=True)
-    token_starts = torch.searchsorted(tokens, torch.arange(wte.shape[0] + 1, device=idx.device))
-    by_position = torch.arange(B * T, device=idx.device).view(B, T).t().contiguous()
-    position_starts = torch.arange(wpe.shape[0] + 1, device=idx.device).clamp(max=T) * B
-    dwte = _gather_sum(d, by_token, token_starts, wte, padding_idx)
-    return dwte, _gather_sum(d, by_position, position_starts, wpe, -1)
+    dwte = dwpe = absent(wte)
+    if wants(wanted, 0):
+        tokens, by_token = idx.flatten().sort(stable=True)
+        starts = torch.searchsorted(tokens, torch.arange(wte.shape[0] + 1, device=idx.device))
+        dwte = _gather_sum(d, by_token, starts, wte, padding_idx)
+    if wants(wanted, 1):
+        by_position = torch.arange(B * T, device=idx.device).view(B, T).t().contiguous()
+        starts = torch.arange(wpe.shape[0] + 1, device=idx.device).clamp(max=T) * B
+        dwpe = _gather_sum(d, by_position, starts, wpe, -1)
+    return dwte, dwpe
 
 
 def _gather_sum(x: Tensor, order: Tensor, starts: Tensor, like: Tensor, skipped: int) -> Tensor:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptfast.ops.triton.launch import dropout_args, precision, tuned
+from gptfast.ops.triton.launch import absent, dropout_args, precision, tuned, wants
 from gptfast.ops.triton.linear import (
     PRODUCT,
     multiply,
@@ -64,7 +64,7 @@ def ffn(
 def ffn_backward(
     dy: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor,
     b1: Tensor | None, w2: Tensor, b2: Tensor | None, mean: Tensor, rstd: Tensor, before: Tensor,
-    gelu: str, dropout_p: float, seed: Tensor | None, stream: int,
+    gelu: str, dropout_p: float, seed: Tensor | None, stream: int, wanted: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """gptfast::ffn_backward."""
     x, dy = x.contiguous(), dy.contiguous()
@@ -76,8 +76,12 @@ def ffn_backward(
         hidden_grad_kernel[grid](
             d, w2.to(x.dtype), before, dhidden, hidden, M, N, K, GELU=gelu, PRECISION=precision()
         )
-    dw2, db2 = weight_grads(d, hidden, w2, b2)
-    dw1, db1 = weight_grads(dhidden, x, w1, b1, (mean, rstd, norm_weight, norm_bias))
+    norm = mean, rstd, norm_weight, norm_bias
+    params = (
+        *weight_grads(dhidden, x, w1, b1, norm, wanted=wanted >> 3),
+        *weight_grads(d, hidden, w2, b2, wanted=wanted >> 5),
+    )
+    if not wants(wanted, 0, 2):
+        return x.new_empty(0), absent(x), absent(x), *params
     dn = multiply(dhidden, w1).view_as(x)
-    dx, dnorm_weight, dnorm_bias = norm_grad(dn, x, dy, mean, rstd, norm_weight, norm_bias)
-    return dx, dnorm_weight, dnorm_bias, dw1, db1, dw2, db2
+    return *norm_grad(dn, x, dy, *norm, wanted=wanted), *params

@@ -106,3 +106,8 @@ def block_of(n: int, least: int = 16) -> int:
 def absent(like: Tensor) -> Tensor:
     """What an operator returns for a tensor that there is not."""
     return like.new_empty(0, dtype=torch.float32)
+
+
+def wants(wanted: int, first: int, last: int | None = None) -> bool:
+    """Whether result number `first` (to `last`) of a backward is wanted; see ops.autograd."""
+    return any(wanted >> i & 1 for i in range(first, (first if last is None else last) + 1))

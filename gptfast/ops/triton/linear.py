@@ -14,7 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptfast.ops.triton.launch import absent, config, dropout_args, precision, programs, tuned
+from gptfast.ops.triton.launch import (
+    absent,
+    config,
+    dropout_args,
+    precision,
+    programs,
+    tuned,
+    wants,
+)
 from gptfast.ops.triton.rows import add_parts, moments, norm_grad
 from gptfast.ops.triton.tiles import dropout_factors, gelu, normalized, own_tile, product
 
@@ -169,7 +177,7 @@ def weight_grad_kernel(
 
 def weight_grads(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
-    norm: Norm | None = None, out: Tensor | None = None,
+    norm: Norm | None = None, out: Tensor | None = None, wanted: int = 0b11,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of weight (N, K) and bias (N,) of a layer on norm(x), from that of its output.
 
@@ -179,7 +187,12 @@ def weight_grads(
         weight: Tells the gradient's dtype, as `bias` does; an absent one has an empty gradient.
         norm: The LayerNorm before.
         out: Receives the weight's gradient, where given.
+        wanted: Bit 0 stands for the weight's, bit 1 for the bias's; the others are empty.
     """
+    if not wants(wanted, 0):  # a sum over the rows alone
+        if bias is None or not wants(wanted, 1):
+            return absent(x), absent(x)
+        return absent(x), dy.flatten(0, -2).sum(0, dtype=torch.float32).to(bias.dtype)
     N, K = weight.shape
     M = x.numel() // K
     workers = programs(x.device)
@@ -187,7 +200,8 @@ def weight_grads(
     parts = max(1, min(triton.cdiv(workers, tiles), M // LEAST_PART))
     out = torch.empty_like(weight) if out is None else out
     dweight = out if parts == 1 else dy.new_empty(parts, N, K, dtype=torch.float32)
-    dbias = None if bias is None else dy.new_empty(parts, N, dtype=torch.float32)
+    with_bias = bias is not None and wants(wanted, 1)
+    dbias = dy.new_empty(parts, N, dtype=torch.float32) if with_bias else None
     weight_grad_kernel[(workers,)](
         dy, x, dweight, dbias, *(norm or NO_NORM), M, N, K, max(1, triton.cdiv(M, parts)),
         parts, PRECISION=precision(),
@@ -213,15 +227,15 @@ def linear(
 
 def linear_backward(
     dy: Tensor, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, mean: Tensor,
-    rstd: Tensor, weight: Tensor, bias: Tensor | None,
+    rstd: Tensor, weight: Tensor, bias: Tensor | None, wanted: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """gptfast::linear_backward."""
     x, dy = x.contiguous(), dy.contiguous()
+    norm = None if norm_weight is None else (mean, rstd, norm_weight, norm_bias)
+    params = weight_grads(dy, x, weight, bias, norm, wanted=wanted >> 3)
+    if not wants(wanted, 0, 2):
+        return x.new_empty(0), absent(x), absent(x), *params
     dx = multiply(dy, weight)
-    if norm_weight is None:
-        return dx, absent(x), absent(x), *weight_grads(dy, x, weight, bias)
-    norm = mean, rstd, norm_weight, norm_bias
-    return (
-        *norm_grad(dx, x, None, mean, rstd, norm_weight, norm_bias),
-        *weight_grads(dy, x, weight, bias, norm),
-    )
+    if norm is None:
+        return dx, absent(x), absent(x), *params
+    return *norm_grad(dx, x, None, *norm, wanted=wanted), *params

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.ops.reference import LAYER_NORM_EPS
-from gptfast.ops.triton.launch import absent, block_of, programs
+from gptfast.ops.triton.launch import absent, block_of, programs, wants
 from gptfast.ops.triton.tiles import dropout_factors
 
 ELEMENTS = 4096  # of a program's tile, unless a row is longer
@@ -88,11 +88,12 @@ def norm_grad_kernel(
 
 def norm_grad(
     dn: Tensor, x: Tensor, add: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor,
-    bias: Tensor | None,
+    bias: Tensor | None, wanted: int = 0b111,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of a LayerNorm's input (plus `add`), weight and bias, from that of its output.
 
-    All activations are contiguous (..., K). An absent bias has an empty gradient.
+    All activations are contiguous (..., K). Parameters that are absent, or whose bit 1 or 2 of
+    `wanted` is not set, have an empty gradient.
     """
     K = x.shape[-1]
     M, tile = x.numel() // K, _tile(K)
@@ -104,8 +105,10 @@ def norm_grad(
     )
     return (
         dx,
-        add_parts(dweight, torch.empty_like(weight)),
-        absent(x) if bias is None else add_parts(dbias, torch.empty_like(bias)),
+        add_parts(dweight, torch.empty_like(weight)) if wants(wanted, 1) else absent(x),
+        absent(x)
+        if bias is None or not wants(wanted, 2)
+        else add_parts(dbias, torch.empty_like(bias)),
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gptfast.ops.triton.attention import attention
 from gptfast.ops.triton.attention_grad import write_grads
-from gptfast.ops.triton.launch import dropout_args
+from gptfast.ops.triton.launch import absent, dropout_args, wants
 from gptfast.ops.triton.linear import linear, multiply, weight_grads
 from gptfast.ops.triton.rows import norm_grad
 
@@ -36,11 +36,13 @@ def self_attention_backward(
     dy: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w_qkv: Tensor,
     b_qkv: Tensor | None, w_proj: Tensor, b_proj: Tensor | None, mean: Tensor, rstd: Tensor,
     qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, dropout_p: float, seed: Tensor | None,
-    stream: int,
+    stream: int, wanted: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """gptfast::self_attention_backward."""
-    x, dy = x.contiguous(), dy.contiguous()
-    dw_proj, db_proj = weight_grads(dy, out, w_proj, b_proj)
+    x, dy, none = x.contiguous(), dy.contiguous(), absent(x)
+    of_proj = weight_grads(dy, out, w_proj, b_proj, wanted=wanted >> 5)
+    if not wants(wanted, 0, 4):
+        return x.new_empty(0), none, none, none, none, *of_proj
     q, k, v = _unpacked(qkv, n_head)
     dqkv = torch.empty_like(qkv)
     write_grads(
@@ -48,10 +50,12 @@ def self_attention_backward(
         _unpacked(dqkv, n_head), 1 / math.sqrt(q.shape[-1]),
         dropout_args(dropout_p, seed, stream, x.device),
     )  # fmt: skip
-    dw_qkv, db_qkv = weight_grads(dqkv, x, w_qkv, b_qkv, (mean, rstd, norm_weight, norm_bias))
+    norm = mean, rstd, norm_weight, norm_bias
+    of_qkv = weight_grads(dqkv, x, w_qkv, b_qkv, norm, wanted=wanted >> 3)
+    if not wants(wanted, 0, 2):
+        return x.new_empty(0), none, none, *of_qkv, *of_proj
     dn = multiply(dqkv, w_qkv)
-    dx, dnorm_weight, dnorm_bias = norm_grad(dn, x, dy, mean, rstd, norm_weight, norm_bias)
-    return dx, dnorm_weight, dnorm_bias, dw_qkv, db_qkv, dw_proj, db_proj
+    return *norm_grad(dn, x, dy, *norm, wanted=wanted), *of_qkv, *of_proj
 
 
 def _unpacked(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:

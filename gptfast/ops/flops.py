@@ -1,0 +1,72 @@
+"""The operators' formulas for `torch.utils.flop_counter`: what the reference's products take.
+
+Each formula has an operator's arguments, shapes in place of tensors. A multiplication and an
+addition count as two; the half of attention that the mask hides counts as well, as it does there.
+"""
+
+import importlib.abc
+import importlib.util
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Shape = tuple[int, ...]
+MODULE = "torch.utils.flop_counter"
+FORMULAS: dict[str, Callable[..., int]] = {}
+
+
+def of_product(x: Shape, weight: Shape) -> int:
+    """Of x W'."""
+    return 2 * math.prod(x[:-1]) * math.prod(weight)
+
+
+def of_product_backward(x: Shape, weight: Shape, wants_input: int, wants_weight: int) -> int:
+    """Of the gradients of x W' for x and for W, where they are wanted."""
+    return of_product(x, weight) * (bool(wants_input) + bool(wants_weight))
+
+
+def of_attention(q: Shape, k: Shape) -> int:
+    """Of q k' and of the weights' product with v; q (B, H, Tq, D), k (B, H, Tk, D)."""
+    return 4 * math.prod(q) * k[2]
+
+
+def register() -> None:
+    """Makes the formulas known to torch's counter, at once or when that module is imported.
+
+    Importing it here would import Triton as well, which nothing else of this package needs.
+    """
+    if MODULE in sys.modules:
+        _add_to(sys.modules[MODULE])
+    else:
+        sys.meta_path.insert(0, _WhenImported())
+
+
+def _add_to(module: Any) -> None:
+    for name, formula in FORMULAS.items():
+        operator = getattr(torch.ops.gptfast, name)
+        module.register_flop_formula(operator)(
+            lambda *args, formula=formula, out_shape=None, **_: formula(*args)
+        )
+
+
+class _WhenImported(importlib.abc.MetaPathFinder):
+    """Finds torch's counter as it is found without this, and adds the formulas once it is there."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        if fullname != MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        loader: Any = None if spec is None else spec.loader
+        if loader is not None:
+            execute = loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                execute(module)
+                _add_to(module)
+
+            loader.exec_module = exec_module
+        return spec
