@@ -3,7 +3,7 @@ PYTHON ?= python
 CLANG_FORMAT = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('scripts'))")/clang-format
 CSRC = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: build test test-isa test-amx asan tsan bench lint format clean
+.PHONY: build test test-isa test-amx test-torch-range asan tsan bench lint format clean
 
 build:  ## compile what has changed and put gptfast/_C*.so in place
 	$(PYTHON) setup.py --quiet build_ext --inplace
@@ -26,6 +26,11 @@ test-amx:
 	rm -f $(EMULATED)/gptfast/_C*.so
 	cd $(EMULATED) && GPTFAST_AMX_EMULATED=1 $(PYTHON) setup.py --quiet build_ext --inplace
 	cd $(EMULATED) && $(PYTHON) -m pytest -k amx tests
+
+# Every version of torch that pip has, from the oldest of pyproject.toml on: its headers, and tests on
+# the extension of the newest. Some 3 GB are downloaded, and up to 3 GB of disk taken, for a while.
+test-torch-range: build
+	$(PYTHON) tests/torch_range.py
 
 # Kernels and engine under AddressSanitizer and UBSan, on shapes where they could miss an end, and
 # under ThreadSanitizer; each group of cases, all or those named in CASES, is a process of its own.

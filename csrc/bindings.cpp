@@ -1,7 +1,13 @@
 // gptfast._C: controls of the instruction set and of the threads. The operators register themselves
 // with torch when this module is loaded (csrc/ops); they need no binding.
 
+// The compiler meets torch's copy of pybind11 first where the package's lies in a folder of the
+// system; before torch 2.13 that copy is an error for those who ask for the stable ABI.
+#pragma push_macro("TORCH_TARGET_VERSION")
+#undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
+#pragma pop_macro("TORCH_TARGET_VERSION")
+
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdint>

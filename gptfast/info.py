@@ -16,6 +16,8 @@ from rich.text import Text
 from gptfast import threads
 from gptfast.ops import select
 
+Version = tuple[int, int]
+
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -23,7 +25,8 @@ def info() -> dict[str, Any]:
     """Collects the facts about the installation and the machine.
 
     Returns:
-        `gptfast`, `torch`, `python`, `cpu`, `gpu`: names and versions. `fused`: None when the
+        `gptfast`, `torch`, `python`, `cpu`, `gpu`: names and versions. `torch_range`: the oldest
+        and the newest torch that gptfast is tested with, None if not known. `fused`: None when the
         compiled kernels are there, else the reason. `isa`: the `chosen` level (None without one),
         and `levels`, which maps each level to None or the reason why it cannot run. `threads`: the
         fields of `ThreadLimits` and `usable`. `build`: what setup.py recorded. `openmp`: the OpenMP
@@ -31,6 +34,10 @@ def info() -> dict[str, Any]:
     """
     build = build_info()
     warnings = []
+    tested = tested_torch()
+    problem = tested and _outside(tested)
+    if problem:
+        warnings.append(problem)
     if stale_build():
         warnings.append("csrc has changed since the compiled part was built: run `make build`")
     isa, problem = _isa(build)
@@ -45,6 +52,7 @@ def info() -> dict[str, Any]:
     return {
         "gptfast": _version(),
         "torch": torch.__version__,
+        "torch_range": tested and tuple(map(_dotted, tested)),
         "python": platform.python_version(),
         "cpu": cpu_name(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -78,6 +86,22 @@ def stale_build() -> bool:
         return False
     parts = [path.read_bytes() for path in sorted(sources.rglob("*.[chi]*"))]
     return hashlib.sha256(b"".join(parts)).hexdigest() != recorded["csrc"]
+
+
+def tested_torch() -> tuple[Version, Version] | None:
+    """Returns the oldest and the newest torch of `torch_range`; None where nothing is installed."""
+    try:
+        requirements = importlib.metadata.requires("gptfast-kernels") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return next((torch_range(line) for line in requirements if re.match(r"torch\b", line)), None)
+
+
+def torch_range(requirement: str) -> tuple[Version, Version]:
+    """Returns the oldest and the newest torch that "torch>=2.10,<2.14" admits: (2, 10), (2, 13)."""
+    pattern = r"torch[\d.,<>=]*?{}(\d+)\.(\d+)"
+    oldest, end = (re.findall(pattern.format(sign), requirement)[0] for sign in (">=", "<"))
+    return (int(oldest[0]), int(oldest[1])), (int(end[0]), int(end[1]) - 1)
 
 
 def openmp_runtimes() -> list[str]:
@@ -115,9 +139,10 @@ def print_info() -> None:
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     build, isa, limits = facts["build"], facts["isa"], facts["threads"]
     quota = "none" if limits["quota"] is None else f"{limits['quota']:g}"
+    tested = " (tested: {} to {})".format(*facts["torch_range"]) if facts["torch_range"] else ""
     rows = [
         ("gptfast", facts["gptfast"]),
-        ("torch", facts["torch"]),
+        ("torch", facts["torch"] + tested),
         ("python", facts["python"]),
         ("processor", facts["cpu"]),
         ("GPU", facts["gpu"] or "none"),
@@ -145,6 +170,24 @@ def _version() -> str:
         return importlib.metadata.version("gptfast-kernels")
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _dotted(version: Version) -> str:
+    return "{}.{}".format(*version)
+
+
+def _outside(tested: tuple[Version, Version]) -> str | None:
+    """Returns what a torch outside the tested range means; None for one within it."""
+    major, minor = torch.__version__.split(".")[:2]
+    oldest, newest = map(_dotted, tested)
+    if (int(major), int(minor)) < tested[0]:
+        return f"torch {torch.__version__} is too old: gptfast needs {oldest} or a newer one"
+    if (int(major), int(minor)) > tested[1]:
+        return (
+            f"torch {torch.__version__} is newer than those that gptfast is tested with "
+            f"({oldest} to {newest}); the kernels use its stable interface alone"
+        )
+    return None
 
 
 def _fused_reason(build: dict[str, Any]) -> str | None:

@@ -3,14 +3,18 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
+import pybind11
 import pytest
+from torch.utils.cpp_extension import include_paths
 
-from gptfast.info import build_info, cpu_name
+from gptfast.info import build_info, cpu_name, torch_range
 from gptfast.ops import select
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -230,6 +234,48 @@ def test_mistake_in_the_sources_fails_the_install(tree):
 
 
 # What the build is told
+
+
+def test_range_of_torch_is_one():
+    """Where it is named: to build, to run, for developers, and as the oldest ABI."""
+    named = {
+        place: re.findall(r'"(torch[<>=][^"]+)"', (ROOT / place).read_text())
+        for place in ("pyproject.toml", "CONTRIBUTING.md")
+    }
+    assert len(named["pyproject.toml"]) == 2 and len(named["CONTRIBUTING.md"]) == 1
+    (requirement,) = set(sum(named.values(), []))
+    (major, minor), _ = torch_range(requirement)
+    target = f'"TORCH_TARGET_VERSION": "0x{major:02x}{minor:02x}000000000000"'
+    assert target in (ROOT / "setup.py").read_text()
+
+
+def test_readme_installs_all_but_torch_beside_a_torch():
+    """The line gives pip no dependency to resolve, so it names each: to build, and to run."""
+    readme, project = ((ROOT / name).read_text() for name in ("README.md", "pyproject.toml"))
+    (line,) = re.findall(
+        r"`pip install (.+) && pip install --no-build-isolation --no-deps -e \.`", readme
+    )
+    lists = re.findall(r"^(?:requires|dependencies) = (\[.+\])$", project, re.MULTILINE)
+    needed = {name for names in lists for name in json.loads(names)}
+    assert set(shlex.split(line)) == {name for name in needed if not name.startswith("torch")}
+
+
+def test_bindings_survive_the_pybind11_of_torch(tmp_path):
+    """The copy in torch 2.10 to 2.12 refuses a target version, and can come first on the path."""
+    compiler = os.environ.get("CXX") or "c++"
+    if shutil.which(compiler) is None:
+        pytest.skip("there is no C++ compiler")
+    copy = tmp_path / "pybind11" / "pybind11.h"
+    copy.parent.mkdir()
+    refusal = "#ifdef TORCH_TARGET_VERSION\n#error refused\n#endif\n"
+    copy.write_text(refusal + "#include_next <pybind11/pybind11.h>\n")
+    folders = [str(tmp_path), *include_paths(), pybind11.get_include()]
+    command = [compiler, "-std=c++20", "-fsyntax-only", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    command += [f"-I{folder}" for folder in [*folders, sysconfig.get_path("include")]]
+    done = subprocess.run(
+        [*command, str(ROOT / "csrc" / "bindings.cpp")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_setup_has_flags_for_every_level():

@@ -83,6 +83,37 @@ def test_info_survives_a_bad_isa_request(package, monkeypatch):
     assert "GPTFAST_CPU_ISA: no such level" in facts["warnings"]
 
 
+@pytest.mark.parametrize(
+    ("found", "warning"),
+    [
+        ("2.10.0+cu128", None),
+        ("2.13.1", None),
+        ("2.9.1", "torch 2.9.1 is too old: gptfast needs 2.10 or a newer one"),
+        ("2.15.0a0+git1", "torch 2.15.0a0+git1 is newer than those that gptfast is tested with "),
+    ],
+)
+def test_info_names_both_versions_of_torch(package, monkeypatch, capsys, found, warning):
+    record(package, torch="2.12.1")
+    use_extension(monkeypatch, fake_extension(), None)
+    monkeypatch.setattr(info.torch, "__version__", found)
+    requirements = ["numpy", "torch<2.14,>=2.10", "torchvision<1.0; extra == 'none'"]
+    monkeypatch.setattr(info.importlib.metadata, "requires", lambda name: requirements)
+    about_torch = [text for text in info.info()["warnings"] if found in text]
+    assert [text[: len(warning or "")] for text in about_torch] == ([warning] if warning else [])
+    info.print_info()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"torch {found} (tested: 2.10 to 2.13)" in shown
+    assert "built with torch 2.12.1, c++ 12" in shown
+
+
+def test_info_without_an_installation_knows_no_range(package, monkeypatch):
+    def requires(name: str) -> list[str]:
+        raise info.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(info.importlib.metadata, "requires", requires)
+    assert info.info()["torch_range"] is None
+
+
 def test_stale_build(package):
     source = package.parent / "csrc" / "kernels" / "gemm.inl"
     source.parent.mkdir(parents=True)

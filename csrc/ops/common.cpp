@@ -139,9 +139,10 @@ Tensor new_tensor(Sizes shape, ScalarType dtype) {
     strides[i] = stride;
   const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()),
-                                                         shape.data(), strides.data(), type,
-                                                         aoti_torch_device_type_cpu(), 0, &made));
+  // The name of this check in every version from torch 2.10 on.
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                  strides.data(), type,
+                                                  aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
 }
 Tensor new_tensor(std::initializer_list<int64_t> shape, ScalarType dtype) {
