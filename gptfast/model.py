@@ -5,12 +5,14 @@ GPT-2's names.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from types import ModuleType
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from gptfast import ops
 from gptfast.config import GPTConfig
@@ -111,12 +113,31 @@ class GPT(nn.Module):
     "reference" by plain torch, "auto" by the kernels where they can run. Dropout masks come from
     the same counters in both, so equal seeds of torch's default generator give equal results up to
     rounding. (torch.compile draws from a generator of its own: other masks, of the same kind.)
+
+    Args:
+        config: the shape.
+        backend: how it computes.
+        generator: the source of the initial weights, which lie on its device. torch's default one
+            for None; they are the same where both were seeded alike.
     """
 
-    def __init__(self, config: GPTConfig, backend: Backend = "auto") -> None:
+    def __init__(
+        self,
+        config: GPTConfig,
+        backend: Backend = "auto",
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.backend = backend
+        with ExitStack() as drawn:
+            if generator is not None:
+                drawn.enter_context(generator.device)
+                drawn.enter_context(_InitFrom(generator))
+            self._make(config)
+
+    def _make(self, config: GPTConfig) -> None:
         self.wte = nn.Embedding(config.vocab_size, config.n_embd, padding_idx=config.padding_idx)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -142,17 +163,29 @@ class GPT(nn.Module):
             raise ConfigError(f"backend must be 'auto', 'fused' or 'reference', got {backend!r}")
         self._backend: Backend = backend
 
-    def forward(self, idx: Tensor, *, return_intermediates: bool = False) -> Tensor | Intermediates:
+    def forward(
+        self,
+        idx: Tensor,
+        *,
+        return_intermediates: bool = False,
+        targets: Tensor | None = None,
+        seed: int | Tensor | None = None,
+    ) -> Tensor | Intermediates:
         """Computes the logits of the token after each position.
 
         Args:
             idx: (B, T) int64, T at most block_size.
             return_intermediates: Also return positions, mask and final hidden states.
+            targets: Compute `loss` instead: what wraps a model, as DistributedDataParallel and
+                torch.compile do, follows this method alone.
+            seed: See `loss`.
 
         Returns:
-            (B, T, V) in the activations' dtype, or Intermediates.
+            (B, T, V) in the activations' dtype, or Intermediates; () float32 with `targets`.
         """
-        x, step = self._trunk(idx)
+        if targets is not None:
+            return self.loss(idx, targets, seed=seed)
+        x, step = self._trunk(idx, seed)
         logits = step.ops.layer_norm_linear(
             x, self.ln_f.weight, self.ln_f.bias, self.lm_head.weight, None
         )
@@ -162,18 +195,27 @@ class GPT(nn.Module):
         mask = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril()
         return Intermediates(torch.arange(T, device=idx.device), mask, self._final_norm(x), logits)
 
-    def loss(self, idx: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
+    def loss(
+        self,
+        idx: Tensor,
+        targets: Tensor,
+        *,
+        ignore_index: int = -100,
+        seed: int | Tensor | None = None,
+    ) -> Tensor:
         """Computes the mean cross-entropy of `targets` in nats, by blocks of logits.
 
         Args:
             idx: (B, T) int64.
             targets: (B, T) int64, the token after each position; `ignore_index` counts for nothing.
             ignore_index: See targets.
+            seed: The key of the dropout masks; None draws one from torch's default generator. A
+                model that does not drop out takes none.
 
         Returns:
             () float32.
         """
-        x, step = self._trunk(idx)
+        x, step = self._trunk(idx, seed)
         norm = {"ln_w": self.ln_f.weight, "ln_b": self.ln_f.bias}
         return step.ops.linear_cross_entropy(
             x, self.lm_head.weight, targets, ignore_index=ignore_index, **norm
@@ -237,7 +279,7 @@ class GPT(nn.Module):
             n_embd=n_embd,
             attention=any(name.startswith("MM.") for name in state_dict),
         )
-        model = cls(config, backend)
+        model = cls(config, backend, generator=torch.Generator())  # the caller's is left alone
         renamed = {from_course_name(name): weight for name, weight in state_dict.items()}
         own = model.state_dict()
         for name in sorted(own.keys() | renamed.keys()):
@@ -250,13 +292,13 @@ class GPT(nn.Module):
         model.load_state_dict(renamed)
         return model
 
-    def _trunk(self, idx: Tensor) -> tuple[Tensor, Step]:
+    def _trunk(self, idx: Tensor, seed: int | Tensor | None) -> tuple[Tensor, Step]:
         """The blocks' output, (B, T, C), before the final norm."""
         self._check_idx(idx)
         dropout_p = self.config.dropout if self.training else 0.0
         # Drawn on the CPU: masks are the same on every device, which is not waited for.
-        seed = seed_tensor(None).to(idx.device, non_blocking=True) if dropout_p > 0.0 else None
-        step = Step(self._ops(), dropout_p, seed)
+        key = seed_tensor(seed).to(idx.device, non_blocking=True) if dropout_p > 0.0 else None
+        step = Step(self._ops(), dropout_p, key)
         x = self.embed(idx, step)
         for block in self.blocks:
             x = block(x, step)
@@ -304,6 +346,43 @@ class GPT(nn.Module):
             return F.layer_norm(
                 x, x.shape[-1:], self.ln_f.weight.to(x.dtype), bias, reference.LAYER_NORM_EPS
             )
+
+
+def unwrapped(model: nn.Module) -> GPT:
+    """The GPT inside the wrappers of torch.compile and DistributedDataParallel, if there are any.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    inner: Any = model
+    while inner is not None and not isinstance(inner, GPT):
+        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+    if inner is None:
+        raise ConfigError(f"expected a gptfast.GPT, got {type(model).__name__}")
+    return inner
+
+
+class _InitFrom(TorchFunctionMode):
+    """Has the initialisers of torch.nn, within this thread, draw from a generator."""
+
+    DRAWING = frozenset({
+        nn.init.kaiming_uniform_, nn.init.normal_, nn.init.uniform_, nn.init.xavier_uniform_,
+        Tensor.normal_, Tensor.uniform_,
+    })  # fmt: skip
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        drawn = {"generator": self.generator} if func in self.DRAWING else {}
+        return func(*args, **(kwargs or {}) | drawn)
 
 
 def _init_torch(model: GPT) -> None:

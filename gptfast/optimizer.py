@@ -32,7 +32,7 @@ class AdamW(torch.optim.AdamW):
         tensors: list[Tensor] = []
         for each in params:
             tensors += each["params"] if isinstance(each, dict) else [each]
-        device = tensors[0].device.type
+        device = tensors[0].device.type if tensors else "cpu"  # torch refuses to have none
         super().__init__(params, fused=device in ("cpu", "cuda"), **options)
         plain = all(p.dtype == torch.float32 and p.is_contiguous() for p in tensors)
         unavailable = device != "cpu" or select.unavailable(device, torch.float32)

@@ -6,11 +6,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from gptfast import config, data
+from gptfast.checks import whole
 from gptfast.config import GPTConfig
 from gptfast.errors import ConfigError
 
 Precision = Literal["fp32", "bf16"]
 PRECISIONS = ("fp32", "bf16")
+COUNTS = ("batch_size", "steps", "epochs", "eval_every", "eval_tokens", "save_every", "threads")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class TrainConfig:
     epochs: int | None = None  # this many times over all windows, in a new order each time
     eval_every: int | None = None  # steps; None: after each epoch, or at the end where steps is set
     eval_tokens: int | None = None  # held-out tokens that all evaluations but the last read at most
+    save_every: int | None = None  # steps; None: at evaluations, at the end and by save_minutes
+    save_minutes: float | None = 10.0  # at most so long without a save; None: see save_every
     seed: int = 1  # of the initial weights, the windows and the dropout masks
     precision: Precision = "fp32"  # of the activations; the weights are fp32 in both
     text_fraction: float = 1.0  # the leading part of the text that is used at all
@@ -36,11 +40,14 @@ class TrainConfig:
     threads: int | None = None  # of torch while the run lasts; None leaves torch's number
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "steps", "epochs", "eval_every", "eval_tokens", "threads"):
+        for name in COUNTS:
             value = getattr(self, name)
-            optional = name != "batch_size"
-            if not (optional and value is None) and (type(value) is not int or value < 1):
+            if value is None and name != "batch_size":
+                continue
+            count = None if isinstance(value, bool) else whole(value)
+            if count is None or count < 1:
                 raise ConfigError(f"{name} must be a positive whole number, got {value!r}")
+            object.__setattr__(self, name, count)  # an int, as JSON wants it
         if self.steps is not None and self.epochs is not None:
             raise ConfigError(
                 "a run goes by steps or by epochs, not by both: "
@@ -49,6 +56,8 @@ class TrainConfig:
         _check_number("lr", self.lr, above=0.0)
         if self.clip is not None:
             _check_number("clip", self.clip, above=0.0)
+        if self.save_minutes is not None:
+            _check_number("save_minutes", self.save_minutes, above=0.0)
         _check_number("weight_decay", self.weight_decay, least=0.0)
         _check_number("text_fraction", self.text_fraction, above=0.0, most=1.0)
         _check_number("val_fraction", self.val_fraction, least=0.0, below=1.0)
@@ -57,8 +66,10 @@ class TrainConfig:
             raise ConfigError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
         # A list, as JSON gives it, would not be hashable.
         object.__setattr__(self, "betas", tuple(self.betas))
-        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
+        seed = None if isinstance(self.seed, bool) else whole(self.seed)
+        if seed is None or not 0 <= seed < 2**63:
             raise ConfigError(f"seed must be a whole number in [0, 2**63), got {self.seed!r}")
+        object.__setattr__(self, "seed", seed)
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
 

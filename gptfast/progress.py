@@ -1,18 +1,26 @@
-"""What a run shows on the terminal, and how Ctrl-C ends it."""
+"""What a run shows on the terminal, and how signals end it."""
 
 import math
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gptfast.run import Row, RunState
 
-Report = Callable[[Row | None], None]
+Report = Callable[[Row | str | None], None]
+
+# What asks a process to end, with the handler that a program has which does not handle it itself.
+# (Windows has no SIGHUP: the terminal is gone.)
+ENDING: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+if hasattr(signal, "SIGHUP"):
+    ENDING[signal.SIGHUP] = signal.SIG_DFL
 
 
 @contextmanager
@@ -26,10 +34,11 @@ def bar(state: RunState, total: int, where: Path | None, shown: bool) -> Iterato
         shown: False shows nothing.
 
     Yields:
-        a function that brings the bar up to date, and prints a line for the row of an evaluation.
+        a function that brings the bar up to date, and prints a line for the row of an evaluation,
+        or the warning that it is given. Without a bar a warning is one of Python's.
     """
     if not shown:
-        yield lambda row: None
+        yield lambda event: warnings.warn(event, stacklevel=2) if isinstance(event, str) else None
         return
     columns = (
         TextColumn("training"),
@@ -42,10 +51,13 @@ def bar(state: RunState, total: int, where: Path | None, shown: bool) -> Iterato
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=total, completed=state.step, numbers="")
 
-        def report(row: Row | None) -> None:
-            if row is not None:
-                console.print(_sentence(row))
-                loss, speed = row["train_loss"], row["tokens_per_s"]
+        def report(event: Row | str | None) -> None:
+            if isinstance(event, str):
+                console.print(f"warning: {event}", markup=False)
+                return
+            if event is not None:
+                console.print(_sentence(event))
+                loss, speed = event["train_loss"], event["tokens_per_s"]
             else:
                 loss = state.loss_sum / max(1, state.loss_steps)
                 speed = state.row_tokens / state.row_seconds if state.row_seconds else math.nan
@@ -70,29 +82,33 @@ def _sentence(row: Row) -> str:
 
 
 @contextmanager
-def first_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C into a request; a second one raises KeyboardInterrupt.
+def first_interrupt() -> Iterator[Callable[[], int | None]]:
+    """Turns the first signal that asks for the end into a request; a second one acts at once.
 
-    An exception in the middle of a step would leave weights and optimizer half moved on. A program
-    that handles SIGINT itself, or trains outside its main thread, keeps its own way.
+    An exception in the middle of a step would leave weights and optimizer half moved on. A signal
+    that the program handles itself, or ignores, keeps its own way; so do all of them where training
+    is outside the main thread.
 
     Yields:
-        a function that tells whether Ctrl-C was pressed.
+        a function that tells which signal came, None before.
     """
-    pressed = False
-    before = signal.getsignal(signal.SIGINT)
-    in_main = threading.current_thread() is threading.main_thread()
-    if before is not signal.default_int_handler or not in_main:
-        yield lambda: False
-        return
+    came: int | None = None
+    ours = [number for number, usual in ENDING.items() if signal.getsignal(number) == usual]
+    if threading.current_thread() is not threading.main_thread():
+        ours = []
+
+    def restore() -> None:
+        for number in ours:
+            signal.signal(number, ENDING[number])
 
     def note(signum: int, frame: object) -> None:
-        nonlocal pressed
-        pressed = True
-        signal.signal(signal.SIGINT, before)
+        nonlocal came
+        came = signum
+        restore()
 
-    signal.signal(signal.SIGINT, note)
+    for number in ours:
+        signal.signal(number, note)
     try:
-        yield lambda: pressed
+        yield lambda: came
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()

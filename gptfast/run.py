@@ -3,13 +3,16 @@
 It holds the last checkpoint (`model.safetensors` and `config.json`: what `gptfast.load` reads),
 `history.jsonl` with one JSON object per evaluation, and `training_state.pt`. The last has all that
 is needed to go on, weights and history included, and is replaced in one step: a crash between two
-files never mixes the parts of two moments.
+files never mixes the parts of two moments. While a run writes there, `.lock` is locked.
 """
 
+import errno
 import hashlib
 import json
 import os
 import pickle
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,14 +25,22 @@ from gptfast.model import GPT
 from gptfast.presets import TrainConfig
 from gptfast.tokenizer import CharTokenizer
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 HISTORY_NAME = "history.jsonl"
 STATE_NAME = "training_state.pt"
+LOCK_NAME = ".lock"
 FILES = (STATE_NAME, HISTORY_NAME, checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME)
 FORMAT = "gptfast-training-state"
 VERSION = 1
 
-# May differ when a run goes on: how long it lasts and what it shows, not what it computes.
-FREE_FIELDS = ("steps", "epochs", "eval_every", "eval_tokens", "threads")
+# May differ when a run goes on: how long it lasts, what it shows and saves, not what it computes.
+FREE_FIELDS = (
+    *("steps", "epochs", "eval_every", "eval_tokens", "save_every", "save_minutes", "threads"),
+)
 
 Row = dict[str, Any]
 
@@ -101,8 +112,38 @@ class RunDirectory:
     def __init__(self, path: str | Path | None) -> None:
         self.path = None if path is None else Path(path)
 
+    @contextmanager
+    def opened(self, resume: bool, overwrite: bool) -> Iterator[None]:
+        """Makes the directory and keeps other runs out of it, until the end of the `with`.
+
+        The operating system drops the lock of a process that dies. Reading does not ask for it. On
+        Windows, and on file systems without locks, no run is kept out.
+
+        Args:
+            resume: as for `check`.
+            overwrite: as for `check`.
+
+        Raises:
+            ConfigError: another run is being trained there, or see `check`.
+            CheckpointError: the directory cannot be written to.
+        """
+        check(self.path, resume, overwrite)
+        if self.path is None:
+            yield
+            return
+        with ExitStack() as held:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                held.enter_context(_locked(self.path / LOCK_NAME))
+            except BlockingIOError:
+                raise ConfigError(f"{self.path}: another run is being trained there") from None
+            except OSError as error:
+                raise self._unwritable(error) from error
+            check(self.path, resume, overwrite)  # again: one that has just ended left a run
+            yield
+
     def start(self, history: list[Row], resume: bool) -> None:
-        """Makes the directory and writes the history so far.
+        """Writes the history so far.
 
         Args:
             history: rows of the run's earlier part.
@@ -114,27 +155,23 @@ class RunDirectory:
         if self.path is None:
             return
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             if not resume:
                 for name in FILES:
                     (self.path / name).unlink(missing_ok=True)
-            lines = "".join(_line(row) for row in history)
-            (self.path / HISTORY_NAME).write_text(lines, encoding="utf-8")
+            self._write_history(history)
         except OSError as error:
-            raise CheckpointError(
-                f"{self.path}: a run cannot be written there ({error.strerror or error})"
-            ) from error
+            raise self._unwritable(error) from error
 
-    def append(self, row: Row) -> None:
-        """Adds a row to the history. Raises CheckpointError where it cannot be written."""
-        if self.path is None:
-            return
-        file = self.path / HISTORY_NAME
-        try:
-            with open(file, "a", encoding="utf-8") as opened:
-                opened.write(_line(row))
-        except OSError as error:
-            raise CheckpointError(f"{file}: cannot be written ({error.strerror})") from error
+    def _unwritable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: a run cannot be written there ({error.strerror or error})"
+        )
+
+    def _write_history(self, history: list[Row]) -> None:
+        assert self.path is not None
+        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in history)
+        with _replaced(self.path / HISTORY_NAME) as aside:
+            aside.write_text(text, encoding="utf-8")
 
     def save(
         self,
@@ -145,7 +182,7 @@ class RunDirectory:
         resumable: dict[str, Any],
         extra: dict[str, Any],
     ) -> None:
-        """Replaces the checkpoint and the training state by those of this moment.
+        """Replaces checkpoint, training state and, after them, history by those of this moment.
 
         Args:
             model: the model.
@@ -170,15 +207,15 @@ class RunDirectory:
             "state": asdict(state),
             "resumable": resumable,
         }
-        file, aside = self.path / STATE_NAME, self.path / f"{STATE_NAME}.tmp"
+        file = self.path / STATE_NAME
         try:
-            with open(aside, "wb") as opened:
+            with _replaced(file) as aside, open(aside, "wb") as opened:
                 torch.save(content, opened)
                 opened.flush()
                 os.fsync(opened.fileno())
-            os.replace(aside, file)
+            file = self.path / HISTORY_NAME
+            self._write_history(state.history)
         except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into the latter
-            aside.unlink(missing_ok=True)
             raise CheckpointError(
                 f"{file}: cannot be written ({getattr(error, 'strerror', None) or error}); "
                 "one that was there before is kept"
@@ -226,8 +263,52 @@ def fingerprint(*parts: torch.Tensor | None) -> str:
     return sha.hexdigest()
 
 
-def _line(row: Row) -> str:
-    return json.dumps(row, allow_nan=False) + "\n"
+@contextmanager
+def _replaced(file: Path) -> Iterator[Path]:
+    """Gives the path of a file aside, which takes the place of `file` once it is written."""
+    aside = file.with_name(f"{file.name}.tmp")
+    try:
+        yield aside
+        os.replace(aside, file)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Locks a file, which is there for that time only. Raises BlockingIOError where another did."""
+    if fcntl is None:
+        yield
+        return
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock(descriptor)
+            # One that the owner before has removed since it was opened keeps no one out.
+            if _is_at(descriptor, path):
+                try:
+                    yield
+                finally:
+                    with suppress(OSError):  # a run that is done does not fail by this
+                        path.unlink()
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # no locks there
+            raise
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _check_same(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:

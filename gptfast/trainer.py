@@ -1,35 +1,30 @@
-"""One training step, the evaluation on held-out text, and the loop of a whole run.
+"""One training step, the evaluation on held-out text, and whole runs.
 
 Letters: B batch, T time, N tokens of a text. What a run's directory holds is described in `run.py`.
 """
 
+import json
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gptfast import data, run
 from gptfast import progress as terminal
-from gptfast.errors import ConfigError, DataError, GptfastError
-from gptfast.model import GPT
+from gptfast.errors import ConfigError, DataError
+from gptfast.model import unwrapped
+from gptfast.ops.random import seed_tensor
 from gptfast.optimizer import AdamW
 from gptfast.presets import PRECISIONS, Precision, TrainConfig
-from gptfast.run import Row, RunDirectory, RunState
+from gptfast.run import RunDirectory
 from gptfast.tokenizer import CharTokenizer
+from gptfast.training_loop import Loop, TrainResult
 
 EVAL_TOKENS_AT_ONCE = 8192  # bounds the memory of an evaluation
-REPORTS_PER_SECOND = 10
-
-
-class TrainError(GptfastError):
-    """A run that cannot go on: its loss or its weights are no longer finite."""
 
 
 @dataclass(frozen=True)
@@ -41,22 +36,13 @@ class Evaluation:
     tokens: int  # predicted ones: all but the text's first
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """A run that has ended, or was interrupted."""
-
-    model: GPT  # in evaluation mode
-    tokenizer: CharTokenizer | None
-    history: list[Row]  # what history.jsonl holds
-    interrupted: bool  # by Ctrl-C
-
-
 @torch.no_grad()
-def evaluate(model: GPT, ids: Tensor, precision: Precision = "fp32") -> Evaluation:
+def evaluate(model: nn.Module, ids: Tensor, precision: Precision = "fp32") -> Evaluation:
     """Computes the mean loss over a text, cut into disjoint windows, without dropout.
 
     Args:
-        model: it is in the mode it was in, training or evaluation, afterwards.
+        model: a GPT, also one inside torch.compile or DistributedDataParallel. It is in the mode it
+            was in, training or evaluation, afterwards.
         ids: (N,) int64, at least 2 tokens. Windows are block_size long, the last may be shorter.
         precision: "fp32", or "bf16" for activations in bfloat16.
 
@@ -71,7 +57,8 @@ def evaluate(model: GPT, ids: Tensor, precision: Precision = "fp32") -> Evaluati
             "evaluate: ids must be a 1-D int64 tensor of at least 2 tokens, "
             f"got shape {tuple(ids.shape)} of {str(ids.dtype)[6:]}"
         )
-    T, device = model.config.block_size, model.wte.weight.device
+    gpt = unwrapped(model)
+    T, device = gpt.config.block_size, gpt.wte.weight.device
     ids = ids.to(device)
     tokens = len(ids) - 1
     whole = tokens // T * T
@@ -82,13 +69,13 @@ def evaluate(model: GPT, ids: Tensor, precision: Precision = "fp32") -> Evaluati
         batches += zip(xs.split(rows), ys.split(rows), strict=True)
     if whole < tokens:
         batches.append((ids[None, whole:-1], ids[None, whole + 1 :]))
-    training = model.training
-    model.eval()
+    training = gpt.training
+    gpt.eval()
     try:
         with _autocast(device, precision):
-            total = sum(model.loss(x, y).item() * y.numel() for x, y in batches)
+            total = sum(gpt.loss(x, y).item() * y.numel() for x, y in batches)
     finally:
-        model.train(training)
+        gpt.train(training)
     loss = total / tokens
     # Bounded where the exponential leaves a double: a diverged run can still be written down.
     return Evaluation(loss, math.exp(min(loss, 700.0)), tokens)
@@ -111,33 +98,42 @@ def check_lengths(block_size: int, train_ids: Tensor, val_ids: Tensor | None) ->
 class Trainer:
     """Trains a model by AdamW.
 
-    Random numbers: `step` takes its dropout key from torch's default generator, as the model itself
-    does, so `torch.manual_seed` governs it. `fit` seeds that generator with `config.seed` and gives
-    it back as it was: a run depends on its arguments alone and leaves the caller's random numbers
-    alone. Equal seeds and thread counts give the same bits.
+    Random numbers: `step` draws the keys of its dropout from a generator of the trainer's own,
+    seeded by `config.seed`. A run depends on its arguments alone, beside whatever other threads do,
+    and leaves torch's generators alone. (Modules put into the model that draw from torch's default
+    generator go on doing so.) Equal seeds and thread counts give the same bits.
 
     Args:
-        model: with float32 weights, which "bf16" keeps as master weights.
+        model: with float32 weights, which "bf16" keeps as master weights. It may be wrapped by
+            torch.compile or DistributedDataParallel, which `step` then calls.
         config: how to train.
 
     Raises:
-        ConfigError: the weights are in half precision.
+        ConfigError: the weights are in half precision, or all of them are frozen.
     """
 
-    def __init__(self, model: GPT, config: TrainConfig) -> None:
+    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         self.model = model
         self.config = config
-        self.device = model.wte.weight.device
-        dtype = model.wte.weight.dtype
+        self.gpt = gpt = unwrapped(model)
+        self.device = gpt.wte.weight.device
+        self.generator = torch.Generator().manual_seed(config.seed)
+        dtype = gpt.wte.weight.dtype
         if dtype not in (torch.float32, torch.float64):
             raise ConfigError(
                 "training needs float32 weights (precision='bf16' lowers the activations alone), "
                 f"got {str(dtype)[6:]}"
             )
-        self.parameters = [param for param in model.parameters() if param.requires_grad]
+        trained = {name: param for name, param in gpt.named_parameters() if param.requires_grad}
+        if not trained:
+            raise ConfigError(
+                "there is nothing to train: all parameters of the model are frozen (requires_grad "
+                "is False)"
+            )
+        self.names, self.parameters = list(trained), list(trained.values())
         self.optimizer = AdamW(
             self.parameters,
-            fused_kernel=model.backend != "reference",
+            fused_kernel=gpt.backend != "reference",
             lr=config.lr,
             betas=config.betas,
             weight_decay=config.weight_decay,
@@ -153,10 +149,14 @@ class Trainer:
         Returns:
             () float32, the loss before the update, without gradient.
         """
-        if not self.model.training:
+        if not self.gpt.training:
             self.model.train()
+        key = seed_tensor(None, self.generator) if self.gpt.config.dropout > 0.0 else None
         with _autocast(self.device, self.config.precision):
-            loss = self.model.loss(idx, targets)
+            if self.model is self.gpt:
+                loss = self.gpt.loss(idx, targets, seed=key)
+            else:
+                loss = self.model(idx, targets=targets, seed=key)
         loss.backward()
         self.optimizer.clipped_step(self.config.clip)
         for param in self.parameters:
@@ -165,7 +165,7 @@ class Trainer:
 
     def evaluate(self, ids: Tensor) -> Evaluation:
         """Computes the mean loss over the text `ids` in the run's precision; see `evaluate`."""
-        return evaluate(self.model, ids, self.config.precision)
+        return evaluate(self.gpt, ids, self.config.precision)
 
     def fit(
         self,
@@ -181,9 +181,14 @@ class Trainer:
     ) -> TrainResult:
         """Trains for `config.steps` or `config.epochs`, evaluating and saving on the way.
 
-        The directory `out` holds the last checkpoint (not the best), written at each evaluation and
-        at Ctrl-C. The first Ctrl-C ends the run after the step that is being computed; a second one
-        raises KeyboardInterrupt at once and saves nothing.
+        The directory `out` holds the last checkpoint (not the best), written at each evaluation, in
+        the intervals of `config.save_every` and `config.save_minutes`, and at the end. A save that
+        fails gives a warning and the run goes on, but for the last one. No other run can write to
+        `out` meanwhile; of several processes that train one model, give it to one.
+
+        The first Ctrl-C, SIGTERM or SIGHUP ends the run after the step that is being computed; a
+        second one acts at once and saves nothing. Signals that the program handles itself or
+        ignores are left alone, and so are all of them outside the main thread.
 
         Args:
             train_ids: (N,) int64, more than block_size tokens.
@@ -201,32 +206,35 @@ class Trainer:
             `perplexity`, `tokens_per_s`, `seconds` (of training, without evaluations), `lr`.
 
         Raises:
-            ConfigError: neither steps nor epochs are set, or see `gptfast.run.check`.
+            ConfigError: neither steps nor epochs are set, another run is being trained in `out`, or
+                see `gptfast.run.check`.
             DataError: a text is shorter than a window.
             CheckpointError: `out` cannot be written or read.
+            UnsavedError: the last save failed; the error's `result` has the trained model.
             TrainError: the loss is no longer finite; the last checkpoint stays.
+            TypeError: `extra` is not JSON-able.
         """
         if self.config.steps is None and self.config.epochs is None:
             raise ConfigError("a run needs a number of steps or of epochs, got neither")
-        run.check(out, resume, overwrite)
-        check_lengths(self.model.config.block_size, train_ids, val_ids)
+        json.dumps(extra)  # what would fail after the training fails before it
+        check_lengths(self.gpt.config.block_size, train_ids, val_ids)
         directory = RunDirectory(out)
-        loop = _Loop(self, directory, train_ids, val_ids, tokenizer, extra or {})
-        with torch.random.fork_rng(devices=[]), _threads(self.config.threads):
-            torch.default_generator.manual_seed(self.config.seed)
+        loop = Loop(self, directory, train_ids, val_ids, tokenizer, extra or {})
+        self.generator.manual_seed(self.config.seed)
+        with directory.opened(resume, overwrite), _threads(self.config.threads):
             if resume:
                 loop.load()
             state = loop.state
             directory.start(state.history, resume)
             try:
                 with (
-                    terminal.first_interrupt() as interrupted,
+                    terminal.first_interrupt() as loop.ended,
                     terminal.bar(state, loop.total, directory.path, progress) as report,
                 ):
-                    loop.go(interrupted, report)
+                    loop.go(report)
             finally:
                 self.model.eval()
-        return TrainResult(self.model, tokenizer, state.history, state.step < loop.total)
+        return loop.result()
 
 
 @contextmanager
@@ -237,129 +245,3 @@ def _threads(threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-class _Loop:
-    """One call of `Trainer.fit`: the run's state, and what moves it on."""
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        directory: RunDirectory,
-        train_ids: Tensor,
-        val_ids: Tensor | None,
-        tokenizer: CharTokenizer | None,
-        extra: dict[str, Any],
-    ) -> None:
-        config = trainer.config
-        self.trainer, self.config, self.directory = trainer, config, directory
-        self.tokenizer, self.extra, self.val_ids = tokenizer, extra, val_ids
-        self.text = run.fingerprint(train_ids, val_ids)
-        self.generator = torch.Generator().manual_seed(config.seed)
-        self.epoch_start = self.generator.get_state()
-        self.windows = data.EpochWindows(
-            train_ids.to(trainer.device),
-            trainer.model.config.block_size,
-            config.batch_size,
-            self.generator,
-        )
-        self.state = RunState()
-        per_epoch = len(self.windows)
-        self.total = config.steps or per_epoch * (config.epochs or 0)
-        self.eval_every = config.eval_every or (self.total if config.steps else per_epoch)
-
-    def go(self, interrupted: Callable[[], bool], report: terminal.Report) -> None:
-        """Runs to the end, or to the step in which an interrupt came."""
-        state, reported, saved = self.state, 0.0, False
-        batches = self._batches()
-        while state.step < self.total and not interrupted():
-            start = time.perf_counter()
-            x, y = next(batches)
-            loss = self.trainer.step(x, y).item()
-            now = time.perf_counter()
-            state.count(loss, y.numel(), now - start)
-            saved = False
-            if not math.isfinite(loss):
-                raise self._not_finite(f"the loss became {loss}")
-            if state.step == self.total or state.step % self.eval_every == 0:
-                report(self._evaluate())
-                self.save()
-                saved = True
-            elif now - reported > 1 / REPORTS_PER_SECOND:
-                report(None)
-                reported = now
-        if not saved:
-            self.save()
-
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches from the state's step on, without an end."""
-        windows = self.windows
-        while self.config.steps is not None:
-            yield data.random_windows(
-                windows.ids, windows.block_size, windows.batch_size, self.generator
-            )
-        done = self.state.step % len(windows)
-        while True:
-            self.epoch_start = self.generator.get_state()
-            yield from islice(windows, done, None)
-            done = 0
-
-    def _evaluate(self) -> Row:
-        """Ends the history's row of the steps since the last one."""
-        state, config = self.state, self.config
-        if not all(bool(param.isfinite().all()) for param in self.trainer.parameters):
-            raise self._not_finite("the weights are no longer finite")
-        result = None
-        if self.val_ids is not None:
-            last = state.step == self.total
-            limit = None if last or config.eval_tokens is None else config.eval_tokens + 1
-            result = self.trainer.evaluate(self.val_ids[:limit])
-        row = {
-            "step": state.step,
-            "epoch": round(state.step / len(self.windows), 4),
-            "train_loss": state.loss_sum / state.loss_steps,
-            "val_loss": result.loss if result else None,
-            "perplexity": result.perplexity if result else None,
-            "tokens_per_s": round(state.row_tokens / state.row_seconds, 1),
-            "seconds": round(state.seconds, 3),
-            "lr": config.lr,
-        }
-        state.end_row(row)
-        self.directory.append(row)
-        return row
-
-    def _not_finite(self, what: str) -> TrainError:
-        where = self.directory.path
-        kept = f"; {where} keeps the checkpoint before" if where and self.state.history else ""
-        return TrainError(
-            f"{what} at step {self.state.step}: a lower lr (now {self.config.lr:g}) "
-            f"or gradient clipping (clip, now {self.config.clip}) may help{kept}"
-        )
-
-    def save(self) -> None:
-        """Writes checkpoint and training state."""
-        # Windows at random have no epochs; between two, the generator is where the next one starts.
-        between = self.config.steps is not None or self.state.step % len(self.windows) == 0
-        resumable = {
-            "text": self.text,
-            "optimizer": self.trainer.optimizer.state_dict(),
-            "dropout": torch.default_generator.get_state(),
-            "windows": self.generator.get_state() if between else self.epoch_start,
-        }
-        extra = self.extra | {
-            "train": asdict(self.config),
-            "step": self.state.step,
-            "text_sha256": self.text,
-        }
-        self.directory.save(
-            self.trainer.model, self.tokenizer, self.config, self.state, resumable, extra
-        )
-
-    def load(self) -> None:
-        """Goes to where `save` was called."""
-        self.state, resumable = self.directory.load(self.trainer.model, self.config)
-        if resumable["text"] != self.text:
-            raise ConfigError(f"{self.directory.path}: the run was started with another text")
-        self.trainer.optimizer.load_state_dict(resumable["optimizer"])
-        torch.default_generator.set_state(resumable["dropout"])
-        self.generator.set_state(resumable["windows"])

@@ -13,14 +13,8 @@ from gptfast.model import GPT, Backend
 from gptfast.ops.select import usable_device
 from gptfast.presets import PRESETS, Preset, TrainConfig, preset
 from gptfast.tokenizer import CharTokenizer
-from gptfast.trainer import (
-    Evaluation,
-    Trainer,
-    TrainError,
-    TrainResult,
-    check_lengths,
-    evaluate,
-)
+from gptfast.trainer import Evaluation, Trainer, check_lengths, evaluate
+from gptfast.training_loop import TrainError, TrainResult, UnsavedError
 
 __all__ = [
     "PRESETS",
@@ -30,6 +24,7 @@ __all__ = [
     "TrainError",
     "TrainResult",
     "Trainer",
+    "UnsavedError",
     "evaluate",
     "held_out",
     "preset",

@@ -11,10 +11,10 @@ PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
 
 
-def seed_tensor(seed: int | Tensor | None) -> Tensor:
-    """The key of the random stream, int64 (); drawn from torch's default generator for None."""
+def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None = None) -> Tensor:
+    """The key of the random stream, int64 (); None draws one, by default from torch's generator."""
     if seed is None:
-        return torch.randint(2**62, (), dtype=torch.int64)
+        return torch.randint(2**62, (), dtype=torch.int64, generator=generator)
     if isinstance(seed, Tensor):
         return seed
     return torch.tensor(seed & (2**63 - 1), dtype=torch.int64)

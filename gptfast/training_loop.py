@@ -1,0 +1,219 @@
+"""The loop of a training run: steps, evaluations and saves, from its start or from where it was."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gptfast import data, progress, run
+from gptfast.errors import CheckpointError, ConfigError, GptfastError
+from gptfast.model import GPT
+from gptfast.presets import TrainConfig
+from gptfast.run import Row, RunDirectory, RunState
+from gptfast.tokenizer import CharTokenizer
+
+if TYPE_CHECKING:
+    from gptfast.trainer import Trainer
+
+REPORTS_PER_SECOND = 10
+
+
+class TrainError(GptfastError):
+    """A run that cannot go on: its loss or its weights are no longer finite."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A run that has ended, or was interrupted."""
+
+    model: GPT  # in evaluation mode
+    tokenizer: CharTokenizer | None
+    history: list[Row]  # what history.jsonl holds
+    interrupted: bool  # by a signal: there are steps left
+    signal: int | None = None  # the one that asked for the end, if only in the last step
+
+
+class UnsavedError(CheckpointError):
+    """The last save of a run failed. The files of the save before, if there are any, are kept.
+
+    Attributes:
+        result: what `fit` would have returned, with the trained model.
+    """
+
+    def __init__(self, message: str, result: TrainResult) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+class Loop:
+    """One call of `Trainer.fit`: the run's state, and what moves it on."""
+
+    def __init__(
+        self,
+        trainer: "Trainer",
+        directory: RunDirectory,
+        train_ids: Tensor,
+        val_ids: Tensor | None,
+        tokenizer: CharTokenizer | None,
+        extra: dict[str, Any],
+    ) -> None:
+        config = trainer.config
+        self.trainer, self.config, self.directory = trainer, config, directory
+        self.tokenizer, self.extra, self.val_ids = tokenizer, extra, val_ids
+        self.text = run.fingerprint(train_ids, val_ids)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.epoch_start = self.generator.get_state()
+        self.windows = data.EpochWindows(
+            train_ids.to(trainer.device),
+            trainer.gpt.config.block_size,
+            config.batch_size,
+            self.generator,
+        )
+        self.state = RunState()
+        self.kept = False  # whether the directory has a checkpoint of this run
+        self.ended: Callable[[], int | None] = lambda: None  # the signal that asked for the end
+        per_epoch = len(self.windows)
+        self.total = config.steps or per_epoch * (config.epochs or 0)
+        self.eval_every = config.eval_every or (self.total if config.steps else per_epoch)
+
+    def result(self) -> TrainResult:
+        """What `Trainer.fit` returns."""
+        state, left = self.state, self.state.step < self.total
+        return TrainResult(self.trainer.gpt, self.tokenizer, state.history, left, self.ended())
+
+    def go(self, report: progress.Report) -> None:
+        """Runs to the end, or to the end of the step in which a signal asked for it."""
+        state, config, reported = self.state, self.config, 0.0
+        batches = self._batches()
+        saved_at = time.monotonic()
+        last = state.step >= self.total
+        if last:
+            self._save(last, report)
+        while not last:
+            start = time.perf_counter()
+            x, y = next(batches)
+            loss = self.trainer.step(x, y).item()
+            now = time.perf_counter()
+            state.count(loss, y.numel(), now - start)
+            if not math.isfinite(loss):
+                raise self._not_finite(f"the loss became {loss}")
+            row = None
+            if state.step == self.total or state.step % self.eval_every == 0:
+                row = self._evaluate()
+            last = state.step == self.total or self.ended() is not None
+            waited = time.monotonic() - saved_at
+            if row or last or _is_due(config, state.step, waited):
+                self._save(last, report)
+                saved_at = time.monotonic()
+            if row or now - reported > 1 / REPORTS_PER_SECOND:
+                report(row)
+                reported = now
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches from the state's step on, without an end."""
+        windows = self.windows
+        while self.config.steps is not None:
+            yield data.random_windows(
+                windows.ids, windows.block_size, windows.batch_size, self.generator
+            )
+        done = self.state.step % len(windows)
+        while True:
+            self.epoch_start = self.generator.get_state()
+            yield from islice(windows, done, None)
+            done = 0
+
+    def _evaluate(self) -> Row:
+        """Ends the history's row of the steps since the last one."""
+        state, config = self.state, self.config
+        self._check_weights()
+        result = None
+        if self.val_ids is not None:
+            last = state.step == self.total
+            limit = None if last or config.eval_tokens is None else config.eval_tokens + 1
+            result = self.trainer.evaluate(self.val_ids[:limit])
+        row = {
+            "step": state.step,
+            "epoch": round(state.step / len(self.windows), 4),
+            "train_loss": state.loss_sum / state.loss_steps,
+            "val_loss": result.loss if result else None,
+            "perplexity": result.perplexity if result else None,
+            "tokens_per_s": round(state.row_tokens / state.row_seconds, 1),
+            "seconds": round(state.seconds, 3),
+            "lr": config.lr,
+        }
+        state.end_row(row)
+        return row
+
+    def _check_weights(self) -> None:
+        if not all(bool(param.isfinite().all()) for param in self.trainer.parameters):
+            raise self._not_finite("the weights are no longer finite")
+
+    def _not_finite(self, what: str) -> TrainError:
+        kept = f"; {self.directory.path} keeps the checkpoint before" if self.kept else ""
+        return TrainError(
+            f"{what} at step {self.state.step}: a lower lr (now {self.config.lr:g}) "
+            f"or gradient clipping (clip, now {self.config.clip}) may help{kept}"
+        )
+
+    def _save(self, last: bool, report: progress.Report) -> None:
+        """Saves; whatever stops that must not cost what is trained."""
+        if self.directory.path is None:
+            return
+        self._check_weights()
+        try:
+            self.save()
+        except Exception as error:
+            failed = f"the save at step {self.state.step} failed"
+            if last:
+                raise UnsavedError(
+                    f"{failed}, the trained model is in this error's `result`: {error}",
+                    self.result(),
+                ) from error
+            report(f"{failed}, training goes on: {error}")
+        else:
+            self.kept = True
+
+    def save(self) -> None:
+        """Writes checkpoint and training state."""
+        # Windows at random have no epochs; between two, the generator is where the next one starts.
+        between = self.config.steps is not None or self.state.step % len(self.windows) == 0
+        resumable = {
+            "text": self.text,
+            "trained": self.trainer.names,
+            "optimizer": self.trainer.optimizer.state_dict(),
+            "dropout": self.trainer.generator.get_state(),
+            "windows": self.generator.get_state() if between else self.epoch_start,
+        }
+        extra = self.extra | {
+            "train": asdict(self.config),
+            "step": self.state.step,
+            "text_sha256": self.text,
+        }
+        self.directory.save(
+            self.trainer.gpt, self.tokenizer, self.config, self.state, resumable, extra
+        )
+
+    def load(self) -> None:
+        """Goes to where `save` was called."""
+        trainer, path = self.trainer, self.directory.path
+        self.state, resumable = self.directory.load(trainer.gpt, self.config)
+        if resumable["text"] != self.text:
+            raise ConfigError(f"{path}: the run was started with another text")
+        # Earlier versions did not note the names.
+        if resumable.get("trained", trainer.names) != trainer.names:
+            raise ConfigError(f"{path}: the run was started with other parameters frozen")
+        trainer.optimizer.load_state_dict(resumable["optimizer"])
+        trainer.generator.set_state(resumable["dropout"])
+        self.generator.set_state(resumable["windows"])
+        self.kept = True
+
+
+def _is_due(config: TrainConfig, step: int, waited: float) -> bool:
+    """Whether a save is due that no evaluation brings, after `waited` seconds without one."""
+    by_steps = config.save_every is not None and step % config.save_every == 0
+    return by_steps or config.save_minutes is not None and waited >= 60 * config.save_minutes
