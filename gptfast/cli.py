@@ -5,12 +5,17 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from gptfast import commands
 from gptfast.commands import EXIT_INTERRUPTED, Command
 from gptfast.errors import ConfigError, GptfastError
+
+if TYPE_CHECKING:
+    from gptfast.config import GPTConfig
 
 EXIT_BAD_INPUT, EXIT_CLOSED_PIPE = 2, 141
 MISTAKES = (  # what one sentence explains
@@ -117,7 +122,19 @@ def _parse_train(arguments: list[str]) -> Command:
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if f"--train.{one}" in given and f"--train.{other}" not in given:
             options += [f"--train.{other}", "None"]
-    return _parse(commands.train_preset(chosen), f"gptfast train {name}", options)
+    # So that a shape that is asked for beside --init-from is seen to be another one.
+    shape = _shape_in(options)
+    return _parse(commands.train_preset(chosen, shape), f"gptfast train {name}", options)
+
+
+def _shape_in(options: Sequence[str]) -> "GPTConfig | None":
+    """The shape of the model that --init-from names, where the options have it."""
+    for option, following in zip(options, [*options[1:], ""], strict=False):
+        name, equals, value = option.partition("=")
+        path = value if equals else following
+        if name.replace("_", "-") == "--init-from" and path:
+            return commands.shape_of(Path(path))
+    return None
 
 
 def _parse(command: type[Command], prog: str, arguments: Sequence[str]) -> Command:

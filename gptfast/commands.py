@@ -7,7 +7,9 @@ import hashlib
 import importlib.util
 import math
 import os
+import signal
 import sys
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,11 +20,14 @@ import tyro
 from gptfast.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
+    from gptfast.config import GPTConfig
     from gptfast.model import GPT
     from gptfast.presets import Preset
     from gptfast.tokenizer import CharTokenizer
+    from gptfast.training import UnsavedError
 
-EXIT_INTERRUPTED = 130
+EXIT_SIGNAL = 128  # and the number of the signal that ended it
+EXIT_INTERRUPTED = EXIT_SIGNAL + signal.SIGINT
 
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
@@ -101,14 +106,17 @@ class Train:
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]  # the run's directory
     compute: ComputeOptions
     data: File = None  # UTF-8 text; None: the preset's own text
+    # start from the model of a run, or of any checkpoint directory: its weights, shape, tokenizer
+    init_from: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
     resume: bool = False  # go on with the interrupted run in DIR
     overwrite: bool = False  # replace the run in DIR
     plot: File = None  # draw the losses to this picture: .png, .svg or .pdf (needs matplotlib)
 
     def fit(self, preset: "Preset", overrides: dict[str, Any]) -> int:
-        """Trains; 130 if Ctrl-C ended it."""
+        """Trains; 128 and the signal's number if one ended it, as 130 for Ctrl-C."""
         from gptfast import plots
-        from gptfast.training import train
+        from gptfast.progress import hears_ctrl_c
+        from gptfast.training import UnsavedError, train
 
         if self.plot is not None:  # what would fail after the training fails before it
             if self.plot.suffix.lower() not in plots.SUFFIXES:
@@ -116,41 +124,63 @@ class Train:
             if importlib.util.find_spec("matplotlib") is None:
                 raise ConfigError("--plot needs matplotlib: pip install matplotlib")
         use_threads(self.compute.threads)
-        result = train(
-            preset,
-            self.out,
-            data=self.data,
-            backend=self.compute.backend,
-            device=self.compute.device,
-            resume=self.resume,
-            overwrite=self.overwrite,
-            **overrides,
-        )
+        try:
+            with hears_ctrl_c():
+                result = train(
+                    preset,
+                    self.out,
+                    data=self.data,
+                    init_from=self.init_from,
+                    backend=self.compute.backend,
+                    device=self.compute.device,
+                    resume=self.resume,
+                    overwrite=self.overwrite,
+                    **overrides,
+                )
+        except UnsavedError as error:
+            raise _rescued(self.out, error) from error
         if self.plot is not None and result.history:
             plots.plot_history(result.history, self.plot)
-        if result.interrupted:
-            return EXIT_INTERRUPTED
-        print(f"saved in {self.out}")
-        return 0
+        if not result.interrupted:
+            print(f"saved in {self.out}")
+        return 0 if result.signal is None else EXIT_SIGNAL + result.signal
 
 
-def train_preset(preset: "Preset") -> type[Command]:
-    """Makes the command that trains a preset: its values are the defaults of the options."""
+def _rescued(out: Path, error: "UnsavedError") -> CheckpointError:
+    """Saves the model of a run, whose directory does not take it, in another one, and says so."""
+    from gptfast import checkpoint
+
+    why = f"{out}: the last save failed ({error.__cause__})"
+    try:
+        place = tempfile.mkdtemp(prefix="gptfast-")
+        checkpoint.save(error.result.model, error.result.tokenizer, place)
+    except (OSError, CheckpointError) as again:
+        return CheckpointError(f"{why}, and so did one elsewhere ({again})")
+    return CheckpointError(f"{why}; the trained model is saved in {place}")
+
+
+def train_preset(preset: "Preset", shape: "GPTConfig | None" = None) -> type[Command]:
+    """Makes the command that trains a preset: its values are the defaults of the options.
+
+    Args:
+        preset: the preset.
+        shape: the model's defaults, where they are not the preset's.
+    """
     from gptfast.config import GPTConfig
     from gptfast.presets import TrainConfig
 
-    shape = preset.model(GPTConfig.vocab_size)
+    defaults = shape or preset.model(GPTConfig.vocab_size)
 
     @dataclass(frozen=True)
     class TrainPreset(Train):
         # unless it is given, vocab_size is that of the text
-        model: GPTConfig = shape
+        model: GPTConfig = defaults
         # giving steps takes the preset's epochs away, and the other way round
         train: TrainConfig = preset.train
 
         def run(self) -> int:
             return self.fit(
-                preset, _changed(self.model, shape) | _changed(self.train, preset.train)
+                preset, _changed(self.model, defaults) | _changed(self.train, preset.train)
             )
 
     TrainPreset.__doc__ = f"{Train.__doc__}\n\n{preset.name}: {preset.help}."
@@ -332,6 +362,14 @@ def load_text_model(path: Path, compute: Compute | None = None) -> "tuple[GPT, C
     if compute is not None:
         model.backend = compute.backend
     return model, tokenizer
+
+
+def shape_of(path: Path) -> "GPTConfig":
+    """The shape of a checkpoint's model."""
+    from gptfast import checkpoint
+    from gptfast.config import GPTConfig
+
+    return GPTConfig.from_dict(checkpoint.read_config(path)["config"])
 
 
 def _changed(values: Any, defaults: Any) -> dict[str, Any]:

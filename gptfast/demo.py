@@ -84,9 +84,8 @@ def demo(seed: int = 1, console: Console | None = None) -> DemoResult:
     _show_corpus(console, text, tokenizer)
     recipe = PRESETS["abc"].override({"seed": seed})
     train_ids, val_ids = split(ids, recipe.train)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        untrained = GPT(recipe.model(tokenizer.vocab_size))
+    drawn = torch.Generator().manual_seed(seed)
+    untrained = GPT(recipe.model(tokenizer.vocab_size), generator=drawn)
     _section(console, "Model")
     console.print(parameter_table(untrained))
     initial_loss = _show_untrained(console, untrained, train_ids, seed)
@@ -306,19 +305,17 @@ def _compare_training(untrained: GPT, train_config: TrainConfig, ids: Tensor) ->
     windows = torch.Generator().manual_seed(train_config.seed)
     seconds: dict[str, list[float]] = {backend: [] for backend in trainers}
     losses: dict[str, list[float]] = {backend: [] for backend in trainers}
-    with torch.random.fork_rng(devices=[]):
-        for block in range(COMPARED_BLOCKS + 1):
-            batches = [
-                random_windows(ids, untrained.config.block_size, train_config.batch_size, windows)
-                for _ in range(STEPS_PER_BLOCK)
-            ]
-            for backend, trainer in trainers.items():
-                torch.default_generator.manual_seed(train_config.seed + block)  # equal dropout
-                for x, y in batches:
-                    start = time.perf_counter()
-                    losses[backend].append(trainer.step(x, y).item())
-                    if block > 0:  # the first one warms up
-                        seconds[backend].append(time.perf_counter() - start)
+    for block in range(COMPARED_BLOCKS + 1):
+        batches = [
+            random_windows(ids, untrained.config.block_size, train_config.batch_size, windows)
+            for _ in range(STEPS_PER_BLOCK)
+        ]
+        for backend, trainer in trainers.items():  # of equal seeds, so of equal dropout
+            for x, y in batches:
+                start = time.perf_counter()
+                losses[backend].append(trainer.step(x, y).item())
+                if block > 0:  # the first one warms up
+                    seconds[backend].append(time.perf_counter() - start)
     pairs = zip(losses["reference"], losses["fused"], strict=True)
     return Speed(
         statistics.median(seconds["reference"]),

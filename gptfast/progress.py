@@ -93,9 +93,8 @@ def first_interrupt() -> Iterator[Callable[[], int | None]]:
         a function that tells which signal came, None before.
     """
     came: int | None = None
-    ours = [number for number, usual in ENDING.items() if signal.getsignal(number) == usual]
-    if threading.current_thread() is not threading.main_thread():
-        ours = []
+    usual = [number for number in ENDING if signal.getsignal(number) == ENDING[number]]
+    ours = usual if _in_main_thread() else []
 
     def restore() -> None:
         for number in ours:
@@ -112,3 +111,20 @@ def first_interrupt() -> Iterator[Callable[[], int | None]]:
         yield lambda: came
     finally:
         restore()
+
+
+@contextmanager
+def hears_ctrl_c() -> Iterator[None]:
+    """Has SIGINT interrupt, which a script's shell has its jobs in the background ignore."""
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN and _in_main_thread()
+    if ignored:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

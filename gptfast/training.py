@@ -1,5 +1,7 @@
 """A whole run from a preset and a text: what `gptfast train` calls."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gptfast import checkpoint, run
+from gptfast.config import GPTConfig
 from gptfast.data import read_text
-from gptfast.errors import ConfigError, DataError
+from gptfast.errors import CheckpointError, ConfigError, DataError
 from gptfast.model import GPT, Backend
 from gptfast.ops.select import usable_device
 from gptfast.presets import PRESETS, Preset, TrainConfig, preset
@@ -40,6 +43,7 @@ def train(
     text: str | None = None,
     data: str | Path | None = None,
     tokenizer: CharTokenizer | None = None,
+    init_from: str | Path | None = None,
     backend: Backend = "auto",
     device: str | torch.device = "cpu",
     resume: bool = False,
@@ -57,7 +61,10 @@ def train(
         out: directory of the run; None writes nothing. See `Trainer.fit`.
         text: the text; without it `data`, without both the preset's own.
         data: a UTF-8 text file.
-        tokenizer: None makes one of the whole text.
+        tokenizer: None makes one of the whole text, or takes that of `init_from`.
+        init_from: a run, or any checkpoint directory, whose model this run starts from: weights,
+            shape and tokenizer are its own, the training is that of `chosen`. Of the shape only
+            `dropout` may be given another value. Resuming such a run does not need it again.
         backend: the model's.
         device: where the model is trained, and stays.
         resume: go on with the interrupted run in `out`, with the text and options of its start.
@@ -67,10 +74,12 @@ def train(
             and the other way round.
 
     Raises:
-        ConfigError: an unknown preset or field, a wrong value, a device that is not there, or an
-            `out` that holds another run.
-        DataError: the text is missing, empty, or shorter than a window.
-        CheckpointError: `out` cannot be written or read.
+        ConfigError: an unknown preset or field, a wrong value, a device that is not there, an `out`
+            that holds another run, or a shape or tokenizer other than that of `init_from`.
+        DataError: the text is missing, empty, shorter than a window, or has characters that the
+            tokenizer lacks.
+        CheckpointError: `out` or `init_from` cannot be written or read.
+        UnsavedError: the last save failed; the error's `result` has the trained model.
         TrainError: the loss is no longer finite; the last checkpoint stays.
     """
     recipe = (preset(chosen) if isinstance(chosen, str) else chosen).override(overrides)
@@ -84,20 +93,20 @@ def train(
         text = _text(recipe, data)
     else:
         extra = {"preset": None, "data": None}
-    if tokenizer is None:
-        tokenizer = CharTokenizer.from_text(text)
-    config = recipe.model(tokenizer.vocab_size)
-    if config.vocab_size < tokenizer.vocab_size:
-        raise ConfigError(
-            f"vocab_size must be at least the tokenizer's {tokenizer.vocab_size}, "
-            f"got {config.vocab_size}"
+    source, extra["init_from"] = _source(init_from, out if resume else None)
+    if source is None:
+        tokenizer = tokenizer or CharTokenizer.from_text(text)
+        model = GPT(
+            _config(recipe, tokenizer),
+            backend,
+            generator=torch.Generator().manual_seed(recipe.train.seed),
         )
+    else:
+        model, tokenizer = _known_model(source, overrides, tokenizer)
+        model.backend = backend
     train_ids, val_ids = split(tokenizer.encode_tensor(text), recipe.train)
-    check_lengths(config.block_size, train_ids, val_ids)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(recipe.train.seed)
-        model = GPT(config, backend).to(device)
-    return Trainer(model, recipe.train).fit(
+    check_lengths(model.config.block_size, train_ids, val_ids)
+    return Trainer(model.to(device), recipe.train).fit(
         train_ids,
         val_ids,
         tokenizer=tokenizer,
@@ -107,6 +116,62 @@ def train(
         progress=progress,
         extra=extra,
     )
+
+
+def _config(recipe: Preset, tokenizer: CharTokenizer) -> GPTConfig:
+    config = recipe.model(tokenizer.vocab_size)
+    if config.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"vocab_size must be at least the tokenizer's {tokenizer.vocab_size}, "
+            f"got {config.vocab_size}"
+        )
+    return config
+
+
+def _source(
+    init_from: str | Path | None, resumed: str | Path | None
+) -> tuple[str | Path | None, str | None]:
+    """The checkpoint that a run's model is made from, None for a new one, and what it notes of it.
+
+    A run to be resumed has noted what it was started from, and has its shape and tokenizer itself.
+    """
+    given = None if init_from is None else str(Path(init_from).absolute())
+    if resumed is None:
+        return init_from, given
+    try:
+        extra = checkpoint.read_config(resumed)["extra"]
+    except CheckpointError:  # its training state is enough to go on
+        return init_from, given
+    noted = extra.get("init_from") if isinstance(extra, dict) else None
+    if given not in (None, noted):
+        raise ConfigError(
+            f"{resumed}: the run was started with init_from={noted!r} "
+            f"and cannot go on with init_from={given!r}"
+        )
+    return None if noted is None else resumed, noted
+
+
+def _known_model(
+    path: str | Path, overrides: Mapping[str, Any], tokenizer: CharTokenizer | None
+) -> tuple[GPT, CharTokenizer]:
+    """The model of a checkpoint, in float32 at least, and the tokenizer to train it with."""
+    model, stored = checkpoint.load(path)
+    config = model.config
+    if tokenizer is None:
+        tokenizer = stored
+    if tokenizer is None:
+        raise ConfigError(f"{path}: the checkpoint has no tokenizer: give the one of its model")
+    if stored not in (None, tokenizer) or tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(f"{path}: the model was trained with another tokenizer")
+    for name, value in config.to_dict().items():
+        if name != "dropout" and overrides.get(name, value) != value:
+            raise ConfigError(
+                f"{path}: the model has {name}={value!r} "
+                f"and a run from it cannot have {name}={overrides[name]!r}"
+            )
+    model.config = replace(config, dropout=overrides.get("dropout", config.dropout))
+    half = model.wte.weight.dtype in (torch.bfloat16, torch.float16)
+    return model.float() if half else model, tokenizer  # training needs float32, which is exact
 
 
 def split(ids: Tensor, config: TrainConfig) -> tuple[Tensor, Tensor | None]:
