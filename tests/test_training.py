@@ -6,10 +6,17 @@ import math
 import os
 import random
 import signal
+import subprocess
+import sys
+import threading
+import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptfast import checkpoint, data, run
@@ -19,7 +26,15 @@ from gptfast.model import GPT
 from gptfast.ops import select
 from gptfast.presets import PRESETS, Preset, TrainConfig, preset
 from gptfast.tokenizer import CharTokenizer
-from gptfast.training import Trainer, TrainError, evaluate, held_out, split, train
+from gptfast.training import (
+    Trainer,
+    TrainError,
+    UnsavedError,
+    evaluate,
+    held_out,
+    split,
+    train,
+)
 
 TEXT = data.abc_corpus()[:1200]
 TINY = Preset(
@@ -35,26 +50,46 @@ FUSED = pytest.mark.skipif(
 )
 
 
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
+
+
 @pytest.fixture
-def ctrl_c(monkeypatch):
-    """A function that sets in which steps Ctrl-C is pressed; restores the handler."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def after_step(monkeypatch):
+    """A function that sets what is done after which of the following steps."""
     step = Trainer.step
 
-    def press_in(*numbers):
+    def set_action(action, *numbers):
         done = []
 
-        def step_and_press(self, idx, targets):
+        def step_and_act(self, idx, targets):
             done.append(1)
             loss = step(self, idx, targets)
             if len(done) in numbers:
-                signal.raise_signal(signal.SIGINT)
+                action()
             return loss
 
-        monkeypatch.setattr(Trainer, "step", step_and_press)
+        monkeypatch.setattr(Trainer, "step", step_and_act)
 
-    yield press_in
-    signal.signal(signal.SIGINT, before)
+    return set_action
+
+
+@pytest.fixture
+def press(after_step):
+    """A function that sets after which steps a signal comes; restores the handlers."""
+    usual = {number: signal.SIG_DFL for number in SIGNALS}
+    usual[signal.SIGINT] = signal.default_int_handler
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield lambda number, *steps: after_step(lambda: signal.raise_signal(number), *steps)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def ctrl_c(press):
+    """A function that sets in which steps Ctrl-C is pressed; restores the handler."""
+    return lambda *steps: press(signal.SIGINT, *steps)
 
 
 def quick(out=None, chosen=TINY, **options):
@@ -107,6 +142,10 @@ def make_model(seed=0, **options):
         ("text_fraction", 1.1),
         ("val_fraction", 1.0),
         ("threads", 0),
+        ("threads", True),
+        ("save_every", 0),
+        ("save_minutes", 0.0),
+        ("save_minutes", "10"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(field, value):
@@ -118,6 +157,12 @@ def test_a_wrong_value_is_refused_by_name(field, value):
 def test_steps_and_epochs_exclude_each_other():
     with pytest.raises(ConfigError, match="not by both"):
         TrainConfig(steps=3, epochs=3)
+
+
+def test_a_whole_number_of_numpy_is_one():
+    config = TrainConfig(steps=np.int64(3), seed=np.uint8(5), batch_size=np.int32(2))
+    assert config == TrainConfig(steps=3, seed=5, batch_size=2)
+    assert {type(x) for x in (config.steps, config.seed, config.batch_size)} == {int}
 
 
 def test_the_presets_are_the_courses_runs():
@@ -257,6 +302,130 @@ def test_evaluation_refuses_what_is_no_text(ids):
 def test_weights_in_half_precision_are_refused():
     with pytest.raises(ConfigError, match="float32 weights.*got bfloat16"):
         Trainer(make_model().bfloat16(), TrainConfig())
+
+
+def test_a_model_of_which_nothing_is_trained_is_refused():
+    with pytest.raises(ConfigError, match="nothing to train: all parameters .* frozen"):
+        Trainer(make_model().requires_grad_(False), TrainConfig())
+    with pytest.raises(ConfigError, match=r"expected a gptfast\.GPT, got Linear"):
+        Trainer(torch.nn.Linear(2, 2), TrainConfig())
+
+
+# ---- random numbers
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"init": "gpt2"}, {"tie_weights": True}, {"bias": False, "attention": False}]
+)
+def test_initial_weights_are_drawn_from_a_generator(options):
+    expected = make_model(seed=3, **options)
+    torch.manual_seed(9)
+    before = torch.get_rng_state()
+    drawn = GPT(expected.config, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert_same_weights(drawn, expected)
+
+
+def test_a_loss_takes_the_key_of_its_dropout():
+    model, idx = make_model(dropout=0.5), torch.ones(4, 8, dtype=torch.int64)
+    before = torch.get_rng_state()
+    losses = [model.loss(idx, idx, seed=seed) for seed in (5, torch.tensor(5), 6)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert losses[0] == losses[1] != losses[2]
+    assert torch.equal(model(idx, targets=idx, seed=5), losses[0])
+    assert torch.equal(model(idx, seed=5), model(idx, seed=5))
+    torch.manual_seed(1)
+    drawn = model.loss(idx, idx)  # of torch's stream
+    torch.manual_seed(1)
+    assert model.loss(idx, idx) == drawn != model.loss(idx, idx)
+
+
+def test_a_trainers_random_numbers_are_its_own():
+    idx = torch.ones(4, 8, dtype=torch.int64)
+    found = []
+    for seed in (1, 2):
+        trainer = Trainer(make_model(dropout=0.5), TrainConfig(seed=3))
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        found.append([trainer.step(idx, idx).item() for _ in range(3)])
+        assert torch.equal(torch.get_rng_state(), before)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("backend", [pytest.param("fused", marks=FUSED), "reference"])
+def test_runs_in_several_threads_are_those_of_each_alone(backend):
+    seeds = (1, 1, 2)
+    options = {"backend": backend, "steps": 30, "dropout": 0.3}
+    alone = {seed: quick(seed=seed, **options) for seed in set(seeds)}
+    before = torch.get_rng_state()
+    with ThreadPoolExecutor(len(seeds)) as pool:
+        together = list(pool.map(lambda seed: quick(seed=seed, **options), seeds))
+    assert torch.equal(torch.get_rng_state(), before)
+    for seed, result in zip(seeds, together, strict=True):
+        assert losses(result.history) == losses(alone[seed].history)
+        assert_same_weights(result.model, alone[seed].model)
+
+
+# ---- models inside wrappers
+
+
+class CountedForwards(torch.nn.Module):
+    """As DistributedDataParallel holds its model; counts the calls of `forward`."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.calls = module, 0
+
+    def forward(self, *args, **kwargs):
+        self.calls += 1
+        return self.module(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [CountedForwards, lambda m: torch.compile(m, backend="eager")],
+    ids=["module", "torch.compile"],
+)
+def test_a_wrapped_model_trains_as_it_does_alone(tmp_path, wrap):
+    ids = CharTokenizer.from_text(TEXT).encode_tensor(TEXT)
+    config = TrainConfig(lr=1e-2, batch_size=8, steps=6, eval_every=3)
+    alone = Trainer(make_model(), config).fit(ids[:1000], ids[1000:])
+    wrapped = wrap(make_model())
+    result = Trainer(wrapped, config).fit(ids[:1000], ids[1000:], out=tmp_path / "run")
+    assert type(result.model) is GPT and not wrapped.training
+    assert losses(result.history) == losses(alone.history)
+    assert_same_weights(checkpoint.load(tmp_path / "run")[0], alone.model)
+    assert evaluate(wrapped, ids[1000:]).loss == result.history[-1]["val_loss"]
+    assert getattr(wrapped, "calls", 6) == 6  # each step's forward is the wrapper's
+    resumed = Trainer(wrap(make_model(seed=5)), TrainConfig(**{**vars(config), "steps": 9}))
+    longer = resumed.fit(ids[:1000], ids[1000:], out=tmp_path / "run", resume=True)
+    assert losses(longer.history)[:2] == losses(alone.history)
+
+
+def test_gradients_of_several_processes_meet(tmp_path):
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no distributed part")
+    idx = torch.randint(1, 5, (4, 8), generator=torch.Generator().manual_seed(1))
+    expected = make_model()
+    Trainer(expected, TrainConfig()).step(idx, idx)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1
+    )
+    try:
+        wrapped, reduced = DistributedDataParallel(make_model()), []
+
+        def note(state, bucket):
+            reduced.append(bucket.buffer().numel())
+            future = torch.futures.Future()
+            future.set_result(bucket.buffer())
+            return future
+
+        wrapped.register_comm_hook(None, note)
+        Trainer(wrapped, TrainConfig()).step(idx, idx)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert sum(reduced) == sum(param.numel() for param in expected.parameters())
+    assert_same_weights(wrapped.module, expected)
 
 
 # ---- whole runs
@@ -437,6 +606,36 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, ctrl_c, capsys, o
     assert_same_weights(result.model, whole.model)
 
 
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_that_asks_for_the_end_saves_the_run(tmp_path, press, number):
+    before = [signal.getsignal(each) for each in SIGNALS]
+    press(number, 5)
+    part = quick(tmp_path / "run")
+    assert part.interrupted and part.signal == number
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+    assert checkpoint.read_config(tmp_path / "run")["extra"]["step"] == 5
+    result = quick(tmp_path / "run", resume=True)
+    assert not result.interrupted and result.signal is None
+    assert losses(result.history) == losses(quick().history)
+
+
+def test_a_signal_in_the_last_step_is_told(press):
+    press(signal.SIGTERM, 12)
+    result = quick()
+    assert not result.interrupted and result.signal == signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_programs_own_handlers_are_left_alone(press, number):
+    heard = []
+    signal.signal(number, lambda *_: heard.append(1))
+    press(number, 2, 5)
+    result = quick()
+    assert (heard, result.interrupted, result.signal) == ([1, 1], False, None)
+    signal.signal(number, signal.SIG_IGN)
+    assert not quick().interrupted and signal.getsignal(number) == signal.SIG_IGN
+
+
 def test_a_second_ctrl_c_acts_at_once_and_keeps_the_last_checkpoint(tmp_path, ctrl_c, monkeypatch):
     ctrl_c(6)
     ending = run.RunDirectory.save
@@ -474,6 +673,135 @@ def test_a_run_goes_on_only_as_it_was_started(tmp_path, options, message):
     quick(tmp_path / "run")
     with pytest.raises(ConfigError, match=message):
         quick(tmp_path / "run", resume=True, **options)
+
+
+@pytest.mark.parametrize("options", [{}, EPOCHS])
+def test_saves_between_evaluations_change_nothing_and_lose_nothing(
+    tmp_path, after_step, monkeypatch, options
+):
+    whole = quick(tmp_path / "whole", **options)
+    saved, save = [], run.RunDirectory.save
+
+    def note(self, *args):
+        saved.append(args[3].step)
+        save(self, *args)
+
+    monkeypatch.setattr(run.RunDirectory, "save", note)
+    often = quick(tmp_path / "often", save_every=2, save_minutes=None, **options)
+    rows = [row["step"] for row in whole.history]
+    assert saved == sorted({*rows, *range(2, rows[-1] + 1, 2)})
+    assert losses(often.history) == losses(whole.history)
+    assert_same_weights(often.model, whole.model)
+
+    def stop():
+        raise SystemExit
+
+    after_step(stop, 8)
+    with pytest.raises(SystemExit):
+        quick(tmp_path / "run", save_minutes=1e-9, **options)  # at each step
+    assert checkpoint.read_config(tmp_path / "run")["extra"]["step"] == 7
+    assert [row["step"] for row in rows_in(tmp_path / "run")] == [n for n in rows if n < 8]
+    result = quick(tmp_path / "run", resume=True, **options)
+    assert losses(result.history) == losses(whole.history)
+    assert_same_weights(result.model, whole.model)
+
+
+def test_without_an_interval_only_evaluations_save(monkeypatch, tmp_path):
+    saved = []
+    monkeypatch.setattr(run.RunDirectory, "save", lambda self, *args: saved.append(args[3].step))
+    clock = iter(range(0, 10**6, 7 * 60))  # seven minutes pass between two looks at it
+    monkeypatch.setattr("gptfast.training_loop.time.monotonic", lambda: next(clock))
+    quick(tmp_path / "none", save_minutes=None, eval_every=12)
+    assert saved == [12]
+    saved.clear()
+    quick(tmp_path / "ten", eval_every=12)  # seven are too few, fourteen are not
+    assert saved == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_state_of_before_the_names_were_noted_is_resumed(tmp_path):
+    quick(tmp_path / "run", steps=8)
+    state = torch.load(tmp_path / "run" / run.STATE_NAME, weights_only=True)
+    del state["resumable"]["trained"], state["train"]["save_every"], state["train"]["save_minutes"]
+    torch.save(state, tmp_path / "run" / run.STATE_NAME)
+    result = quick(tmp_path / "run", resume=True)
+    assert losses(result.history) == losses(quick().history)
+
+
+def test_a_run_goes_on_with_the_parameters_that_it_trained(tmp_path):
+    def fit(frozen, **options):
+        model = make_model()
+        for name in frozen:
+            model.get_parameter(name).requires_grad_(False)
+        config = TrainConfig(steps=2, batch_size=4)
+        return Trainer(model, config).fit(torch.ones(20).long(), out=tmp_path / "run", **options)
+
+    before = make_model().wpe.weight
+    assert torch.equal(fit(["wpe.weight"]).model.wpe.weight, before)
+    fit(["wpe.weight"], resume=True)
+    with pytest.raises(ConfigError, match="started with other parameters frozen"):
+        fit(["wte.weight"], resume=True)
+
+
+# ---- from the model of another run
+
+
+def test_a_run_starts_from_the_model_of_another_one(tmp_path):
+    quick(tmp_path / "old", n_embd=32, n_head=4, dropout=0.3)
+    old, tokenizer = checkpoint.load(tmp_path / "old")
+    found = {"init_from": tmp_path / "old", "text": TEXT[100:900]}
+    result = quick(tmp_path / "new", steps=4, lr=1e-9, weight_decay=0.0, **found)
+    assert result.model.config == old.config and result.tokenizer == tokenizer
+    for a, b in zip(result.model.parameters(), old.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
+    extra = checkpoint.read_config(tmp_path / "new")["extra"]
+    assert extra["init_from"] == str(tmp_path / "old") and extra["train"]["lr"] == 1e-9
+    other = quick(steps=4, dropout=0.0, precision="bf16", **found)
+    assert (other.model.config.dropout, old.config.dropout) == (0.0, 0.3)
+    assert checkpoint.read_config(tmp_path / "old")["extra"]["init_from"] is None
+
+
+@pytest.mark.parametrize("again", [{}, {"init_from": True}])
+def test_a_run_from_another_one_is_resumed_by_its_own_state(tmp_path, ctrl_c, again):
+    quick(tmp_path / "old", n_embd=32)
+    whole = quick(init_from=tmp_path / "old", dropout=0.1)
+    ctrl_c(6)
+    assert quick(tmp_path / "new", init_from=tmp_path / "old", dropout=0.1).interrupted
+    options = {"init_from": tmp_path / "old"} if again else {}
+    if not again:
+        for file in (tmp_path / "old").iterdir():
+            file.unlink()
+    result = quick(tmp_path / "new", resume=True, **options)
+    assert losses(result.history) == losses(whole.history)
+    assert_same_weights(result.model, whole.model)
+    with pytest.raises(ConfigError, match=r"started with init_from='.*old' and cannot go on with"):
+        quick(tmp_path / "new", resume=True, init_from=tmp_path / "another")
+    with pytest.raises(ConfigError, match="dropout=0.1 and cannot go on with dropout=0.4"):
+        quick(tmp_path / "new", resume=True, dropout=0.4)
+
+
+def test_what_does_not_fit_the_model_to_start_from_is_refused(tmp_path):
+    path, bare = tmp_path / "old", tmp_path / "bare"
+    quick(path)
+    checkpoint.save(checkpoint.load(path)[0].bfloat16(), None, bare)
+    for options, error, message in (
+        ({"n_layer": 2}, ConfigError, "the model has n_layer=1 and a run .* have n_layer=2"),
+        ({"n_layer": 0}, ConfigError, "the model has n_layer=1 and a run .* have n_layer=0"),
+        ({"text": "abc" * 99}, DataError, "character 'a' at position 0"),
+        ({"tokenizer": CharTokenizer(("A", "B"))}, ConfigError, "another tokenizer"),
+        ({"init_from": tmp_path / "none"}, CheckpointError, "no such checkpoint"),
+        ({"init_from": bare}, ConfigError, "the checkpoint has no tokenizer"),
+        (
+            {"init_from": bare, "tokenizer": CharTokenizer.from_text("abcdefgh")},
+            ConfigError,
+            "another tokenizer",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            quick(tmp_path / "new", **{"init_from": path} | options)
+        assert not (tmp_path / "new").exists()
+    known = CharTokenizer.from_text(TEXT)
+    result = quick(init_from=bare, tokenizer=known, steps=1)  # of weights in bfloat16
+    assert result.model.wte.weight.dtype == torch.float32
 
 
 # ---- the run's directory
@@ -530,6 +858,144 @@ def test_a_full_disk_keeps_the_state_before(tmp_path, monkeypatch):
     assert {file.name for file in (tmp_path / "run").iterdir()} == set(run.FILES)
     result = quick(tmp_path / "run", steps=8, resume=True)
     assert losses(result.history) == losses(quick(steps=8).history)
+
+
+def test_a_failed_save_costs_nothing(tmp_path, monkeypatch):
+    write, failing = checkpoint._write_synced, [2, 3]  # of the saves at steps 4, 8, 12
+
+    def full(path, data):
+        if path.name.startswith(checkpoint.WEIGHTS_NAME):
+            saves.append(1)
+            if len(saves) in failing:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, data)
+
+    monkeypatch.setattr(checkpoint, "_write_synced", full)
+    saves = []
+    whole = quick()
+    with (
+        pytest.warns(UserWarning, match="save at step 8 failed, training goes on: .*No space"),
+        pytest.raises(UnsavedError, match="at step 12 failed.*`result`: .*No space") as caught,
+    ):
+        quick(tmp_path / "run")
+    result = caught.value.result
+    assert isinstance(caught.value, CheckpointError) and "\n" not in str(caught.value)
+    assert losses(result.history) == losses(whole.history) and not result.model.training
+    assert_same_weights(result.model, whole.model)
+    # History and checkpoint are those of step 4, from which the run goes on.
+    assert [row["step"] for row in rows_in(tmp_path / "run")] == [4]
+    assert checkpoint.read_config(tmp_path / "run")["extra"]["step"] == 4
+    failing[:] = []
+    assert losses(quick(tmp_path / "run", resume=True).history) == losses(whole.history)
+
+
+def test_a_save_after_a_failed_one_has_all_rows(tmp_path, monkeypatch, capsys):
+    save, saves = torch.save, []
+
+    def full(*args):
+        saves.append(1)
+        if len(saves) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(*args)
+
+    monkeypatch.setattr(torch, "save", full)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the terminal has it
+        quick(tmp_path / "run", progress=True)
+    assert "warning: the save at step 4 failed, training goes on: " in capsys.readouterr().err
+    assert [row["step"] for row in rows_in(tmp_path / "run")] == [4, 8, 12]
+
+
+def test_what_cannot_be_saved_is_found_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "step", lambda *a: pytest.fail("trained"))
+    trainer = Trainer(make_model(), TrainConfig(steps=1))
+    with pytest.raises(TypeError, match="JSON"):
+        trainer.fit(torch.ones(20).long(), out=tmp_path / "run", extra={"x": {1, 2}})
+    assert not (tmp_path / "run").exists()
+
+
+LOCKS = pytest.mark.skipif(run.fcntl is None, reason="this system has no flock")
+
+
+@LOCKS
+def test_two_runs_do_not_share_a_directory(tmp_path, after_step):
+    path, refused = tmp_path / "run", []
+
+    def second():
+        for options in ({"overwrite": True}, {"resume": True}, {"overwrite": True, "steps": 1}):
+            with pytest.raises(ConfigError, match=r"run: another run is being trained there$"):
+                quick(path, **options)
+            refused.append(1)
+        model, _ = checkpoint.load(path)  # reading is free
+        assert model.config.n_embd == 16 and len(rows_in(path)) == 1
+
+    after_step(second, 6)
+    result = quick(path)
+    assert len(refused) == 3 and losses(result.history) == losses(quick().history)
+    assert {file.name for file in path.iterdir()} == set(run.FILES)
+    after_step(lambda: None)
+    assert quick(path, resume=True, steps=13).history[-1]["step"] == 13
+
+
+@LOCKS
+def test_of_runs_started_at_once_one_trains(tmp_path):
+    start = threading.Barrier(4)
+
+    def attempt(seed):
+        start.wait()
+        try:
+            return quick(tmp_path / "run", seed=seed)
+        except ConfigError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(attempt, range(4)))
+    errors = [result for result in results if isinstance(result, str)]
+    assert len(errors) == 3 and all("run" in error for error in errors)
+    (only,) = (result for result in results if not isinstance(result, str))
+    assert rows_in(tmp_path / "run") == only.history
+    assert_same_weights(checkpoint.load(tmp_path / "run")[0], only.model)
+
+
+@LOCKS
+def test_a_dead_process_keeps_no_lock(tmp_path):
+    hold = "import fcntl, os, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
+    path = tmp_path / run.LOCK_NAME
+    for ending in ("os.kill(os.getpid(), 9)", "print('held', flush=True); sys.stdin.read()"):
+        process = subprocess.Popen(
+            [sys.executable, "-c", hold + ending, path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        if "held" in ending:
+            assert process.stdout.readline() == b"held\n"
+            with pytest.raises(ConfigError, match="another run is being trained"):
+                quick(tmp_path)
+            process.kill()
+        process.communicate()
+        assert path.exists()  # and holds no run
+    quick(tmp_path, steps=1)
+
+
+@LOCKS
+@pytest.mark.parametrize("name", ["ENOLCK", "EOPNOTSUPP"])
+def test_a_file_system_without_locks_takes_runs(tmp_path, monkeypatch, name):
+    def lock(*args):
+        raise OSError(getattr(errno, name), "no locks")
+
+    monkeypatch.setattr(run.fcntl, "flock", lock)
+    quick(tmp_path / "run", steps=1)
+    assert {file.name for file in (tmp_path / "run").iterdir()} == set(run.FILES)
+
+
+@LOCKS
+def test_a_lock_that_cannot_be_made_is_one_sentence(tmp_path, monkeypatch):
+    def lock(*args):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(run.fcntl, "flock", lock)
+    with pytest.raises(CheckpointError, match=r"run: .* \(Read-only file system\)$"):
+        quick(tmp_path / "run", steps=1)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a state", b"PK\x03\x04 torn"])
@@ -589,6 +1055,23 @@ def test_a_loss_that_is_not_finite_keeps_the_checkpoint_before(tmp_path, monkeyp
     model, _ = checkpoint.load(tmp_path / "run")
     assert checkpoint.read_config(tmp_path / "run")["extra"]["step"] == 4
     assert all(param.isfinite().all() for param in model.parameters())
+
+
+def test_weights_that_are_not_finite_do_not_replace_good_ones(tmp_path, ctrl_c, monkeypatch):
+    ctrl_c(6)
+    step, done = Trainer.step, []
+
+    def spoil(self, idx, targets):
+        loss = step(self, idx, targets)
+        done.append(1)
+        if len(done) == 6:
+            self.gpt.wpe.weight.data[0] = math.inf
+        return loss
+
+    monkeypatch.setattr(Trainer, "step", spoil)
+    with pytest.raises(TrainError, match=r"weights are no longer finite at step 6.*run keeps"):
+        quick(tmp_path / "run")
+    assert checkpoint.read_config(tmp_path / "run")["extra"]["step"] == 4
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
