@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; None takes the process's own.
 
     Returns:
-        the exit code: 0, 1 where a command says no, 2 for bad input, 130 after Ctrl-C, 141 when
-        the reader of the output has gone.
+        the exit code: 0, 1 where a command says no, 2 for bad input, 130 after Ctrl-C (129 and 143
+        where a run ended by SIGHUP and SIGTERM), 141 when the reader of the output has gone.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -132,7 +132,7 @@ def _shape_in(options: Sequence[str]) -> "GPTConfig | None":
     for option, following in zip(options, [*options[1:], ""], strict=False):
         name, equals, value = option.partition("=")
         path = value if equals else following
-        if name.replace("_", "-") == "--init-from" and path:
+        if name.replace("_", "-") == "--init-from" and path and path[0] != "-":
             return commands.shape_of(Path(path))
     return None
 

@@ -349,16 +349,24 @@ class GPT(nn.Module):
 
 
 def unwrapped(model: nn.Module) -> GPT:
-    """The GPT inside the wrappers of torch.compile and DistributedDataParallel, if there are any.
+    """The GPT inside `torch.compile` and (Distributed)DataParallel, nested in any order.
 
     Raises:
         ConfigError: There is none.
     """
-    inner: Any = model
-    while inner is not None and not isinstance(inner, GPT):
-        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-    if inner is None:
-        raise ConfigError(f"expected a gptfast.GPT, got {type(model).__name__}")
+    inner = model
+    while not isinstance(inner, GPT):
+        # By its name: importing torch's compiler to ask for the class takes seconds.
+        if type(inner).__name__ == "OptimizedModule":
+            inner = cast(nn.Module, inner._orig_mod)
+        elif isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            inner = inner.module
+        else:
+            within = "" if inner is model else f" around a {type(inner).__name__}"
+            raise ConfigError(
+                "expected a GPT, alone or within torch.compile or DistributedDataParallel, "
+                f"got a {type(model).__name__}{within}"
+            )
     return inner
 
 

@@ -1,18 +1,21 @@
 """The command line: what it writes, its exit codes, and one sentence for every mistake."""
 
+import errno
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from gptfast import checkpoint, cli
+from gptfast import checkpoint, cli, run
 from gptfast.config import GPTConfig
 from gptfast.engine import Engine
 from gptfast.model import GPT
@@ -356,27 +359,74 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals and pipes as POSIX has them")
-def test_ctrl_c_saves_the_run(tmp_path, text_file):
-    out = tmp_path / "run"
+@pytest.mark.parametrize("name", ["SIGINT", "SIGINT ignored", "SIGTERM", "SIGHUP"])
+def test_a_signal_saves_the_run(tmp_path, text_file, name):
+    out, number = tmp_path / "run", getattr(signal, name.split()[0])
     options = ["--data", text_file, "--out", out, *SMALL, "--train.steps=1000000"]
     command = [sys.executable, "-m", "gptfast.cli", "train", "abc", "--train.eval-every=5"]
+    # A shell that starts this suite in the background has its children ignore Ctrl-C.
+    at_start = signal.SIG_IGN if "ignored" in name else signal.SIG_DFL
     process = subprocess.Popen(
         [*command, *map(str, options)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell that starts this suite in the background has its children ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=lambda: signal.signal(number, at_start),
     )
     deadline = time.monotonic() + 60
     while not (out / "model.safetensors").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert "Traceback" not in stderr and "saved" not in stdout
     step = checkpoint.read_config(out)["extra"]["step"]
     assert f"interrupted at step {step} " in stderr
+    assert {file.name for file in out.iterdir()} == set(run.FILES)
+
+
+def test_a_run_starts_from_another_ones_model(capsys, tmp_path, run_path, text_file):
+    common = ["train", "shakespeare", "--data", str(text_file), "--init-from", str(run_path)]
+    options = ["--out", str(tmp_path / "run"), "--train.steps=2", "--train.precision=bf16"]
+    assert cli.main([*common, *options, "--train.text-fraction=1", "--model.dropout=0.5"]) == 0
+    model, tokenizer = checkpoint.load(tmp_path / "run")
+    old, known = checkpoint.load(run_path)
+    assert (model.config.dropout, tokenizer) == (0.5, known)
+    assert replace(model.config, dropout=old.config.dropout) == old.config
+    capsys.readouterr()
+    # The preset's own value is another one than this model's.
+    error = refused(capsys, *common, "--out", tmp_path / "x", "--model.block-size=64")
+    assert "the model has block_size=16 and a run from it cannot have block_size=64" in error
+    error = refused(capsys, *common[:-1], tmp_path / "none", "--out", tmp_path / "x")
+    assert "none: no such checkpoint" in error
+    error = refused(capsys, *common[:-1], "--out", tmp_path / "x")
+    assert "--init-from" in error
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_the_model_of_a_failed_last_save_is_saved_elsewhere(
+    capsys, tmp_path, text_file, monkeypatch, elsewhere
+):
+    write, out = checkpoint._write_synced, tmp_path / "run"
+
+    def full(path, data):
+        if path.parent == out or not elsewhere:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, data)
+
+    monkeypatch.setattr(checkpoint, "_write_synced", full)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    arguments = ["train", "abc", "--data", str(text_file), "--out", str(out), *SMALL]
+    assert cli.main(arguments) == 2
+    stdout, stderr = capsys.readouterr()
+    sentence = stderr.splitlines()[-1]
+    assert stdout == "" and sentence.startswith(f"gptfast: {out}: the last save failed (")
+    assert "No space left on device" in sentence
+    if elsewhere:
+        place = sentence.rpartition("; the trained model is saved in ")[2]
+        assert checkpoint.load(place)[0].config.n_embd == 16
+    else:
+        assert "and so did one elsewhere (" in sentence
 
 
 @pytest.mark.parametrize("loop", [Engine, ReferenceLoop])

@@ -178,3 +178,8 @@ def test_nothing_moves_where_an_argument_is_wrong() -> None:
         adamw.adamw_(weights, grads, means, squares, steps, 1e-3, 0.9, 0.999, 1e-8, 0.1, 1.0)
     assert steps[0] == 0.0
     assert all((x == 1.0).all() for x in (*weights, *grads, *means, *squares))
+
+
+def test_no_parameters_are_refused_as_torch_refuses_them() -> None:
+    with pytest.raises(ValueError, match="empty parameter list"):
+        AdamW([])
