@@ -18,6 +18,7 @@ from gptfast.ops import engine as ops
 from gptfast.ops import select
 from gptfast.request import DTYPES, Progress, Request, check_dtype, not_finite, rows_at_once
 
+ROOM = 4096  # tokens that a sequence has places for at first; its next places are twice as many
 _COLUMN = {name: i for i, name in enumerate(ops.FIELDS)}
 _STATE = {name: i for i, name in enumerate(ops.STATES)}
 
@@ -44,10 +45,12 @@ def pack(model: GPT, dtype: str | None = None) -> "PackedModel":
     return PackedModel(model, dtype)
 
 
-def packed_for(op: str, model: "GPT | PackedModel", dtype: str | None) -> "PackedModel | None":
+def packed_for(
+    op: str, model: "GPT | PackedModel", dtype: str | None, lasting: bool = False
+) -> "PackedModel | None":
     """The model packed for the compiled engine; None where that does not compute.
 
-    `op` is who asks, for the error.
+    `op` is who asks, for the error; `lasting` says that the model may change before it is done.
 
     Raises:
         ConfigError: The model has been packed for another dtype.
@@ -62,7 +65,7 @@ def packed_for(op: str, model: "GPT | PackedModel", dtype: str | None) -> "Packe
         select.require_fused(op, device, chosen, "backend='reference'")
     if device != "cpu" or model.backend == "reference" or select.unavailable(device, chosen):
         return None
-    return PackedModel(model, dtype, lasting=False)
+    return PackedModel(model, dtype, lasting)
 
 
 def _activations(model: GPT, dtype: str | None) -> torch.dtype:
@@ -79,7 +82,7 @@ class PackedModel:
     """A model's weights in the engine's layout, for `generate`, `stream` and `score`.
 
     Packing takes about as long as a token; a model that many calls use is better packed once, by
-    `gptfast.pack`. Later changes of the model do not reach it; one that does not outlive a call
+    `gptfast.pack`. Later changes of the model do not reach it; one during whose life there are none
     (`lasting=False`) may share the model's vectors.
 
     Raises:
@@ -196,32 +199,24 @@ class Engine:
         self._request, self._model = request, model
         config, sampling = model.config, request.sampling
         state = _STATE["waiting" if request.max_new_tokens > 0 else "length"]
+        room = min(request.max_new_tokens, ROOM)
+        beyond = request.max_new_tokens - room
         self._sequences = array("q")  # (N, FIELDS)
         places, longest, moves, first = 0, 0, 0, dict[tuple[int, ...], int]()
         prompts = zip(request.prompts, request.seeds, request.numbers, strict=True)
         for i, (prompt, seed, number) in enumerate(prompts):
             length, twin = len(prompt), first.setdefault(tuple(prompt), i)
-            limit = length + request.max_new_tokens
+            limit = length + room
             counts = (places, length, length, limit)
-            self._sequences.extend((*counts, 0, 0, 0, state, seed, number, twin))
-            places, longest = places + limit, max(longest, limit - 1)
-            moves += max(0, min(request.max_new_tokens, limit - 1 - config.block_size))
-        # numpy's zeros take no memory before they are written, however many tokens there may be.
-        self._tokens = np.zeros(places, dtype=np.int64)
+            self._sequences.extend((*counts, 0, 0, 0, state, seed, number, twin, beyond))
+            places, longest = places + limit, max(longest, limit + beyond - 1)
+            moves += max(0, min(request.max_new_tokens, limit + beyond - 1 - config.block_size))
+        self._places = self._new_places(places)
         begins = self._sequences[:: len(ops.FIELDS)]
         for begin, prompt in zip(begins, request.prompts, strict=True):
-            self._tokens[begin : begin + len(prompt)] = prompt
-        likeliest = places * request.alternatives
-        self._logprobs = np.zeros(places, dtype=np.float32)
-        self._alternative = np.zeros(likeliest, dtype=np.int64)
-        self._alternative_logprob = np.zeros(likeliest, dtype=np.float32)
-        state_arrays = (
-            self._tokens,
-            self._logprobs,
-            self._alternative,
-            self._alternative_logprob,
-        )
-        self._state = [_shared(self._sequences), *map(torch.from_numpy, state_arrays)]
+            self._places[0][begin : begin + len(prompt)] = prompt
+        self._state = [_shared(self._sequences), *map(torch.from_numpy, self._places)]
+        self._used = places
         self._reported: np.ndarray | int = 0  # no length is 0
         window = config.block_size if config.attention else 1  # the rest would never be read
         self._capacity = max(1, min(window, longest))
@@ -254,6 +249,8 @@ class Engine:
         )
         if invalid >= 0:
             raise not_finite("prompt", invalid // self._request.num_samples)
+        if unfinished and self._request.max_new_tokens > ROOM:
+            self._make_room()
         return unfinished > 0
 
     def progress(self, i: int, first: int = 0) -> Progress:
@@ -264,16 +261,11 @@ class Engine:
             for field in ("begin", "length", "prompt", "state")
         )
         start, end = begin + prompt + first, begin + length
-        found = Progress(
-            ops.STATES[state],
-            self._tokens[start:end].tolist(),
-            self._logprobs[start:end].tolist(),
-        )
-        k = self._request.alternatives
-        for place in range(start, end) if k else ():
-            those = slice(place * k, (place + 1) * k)
-            tokens, logprobs = self._alternative[those], self._alternative_logprob[those]
-            found.alternatives.append(list(zip(tokens.tolist(), logprobs.tolist(), strict=True)))
+        tokens, logprobs, likeliest, theirs = (each[start:end] for each in self._places)
+        found = Progress(ops.STATES[state], tokens.tolist(), logprobs.tolist())
+        if self._request.alternatives:
+            rows = zip(likeliest.tolist(), theirs.tolist(), strict=True)
+            found.alternatives = [list(zip(*row, strict=True)) for row in rows]
         return found
 
     @property
@@ -283,11 +275,57 @@ class Engine:
 
     def changed(self) -> list[int]:
         """See Loop."""
-        sequences = np.array(self._sequences, dtype=np.int64).reshape(-1, len(ops.FIELDS))
-        now = sequences[:, [_COLUMN["length"], _COLUMN["state"]]]
+        now = self._matrix()[:, [_COLUMN["length"], _COLUMN["state"]]]
         found = np.flatnonzero((now != self._reported).any(axis=1)).tolist()
         self._reported = now
         return found
+
+    def _new_places(self, count: int) -> list[np.ndarray]:
+        """Memory for tokens, their log-probabilities, the likeliest tokens and theirs.
+
+        numpy's zeros take no memory before they are written.
+        """
+        both = np.int64, np.float32
+        shapes = count, (count, self._request.alternatives)
+        return [np.zeros(shape, dtype) for shape in shapes for dtype in both]
+
+    def _make_room(self) -> None:
+        """Gives sequences without a place for their next token new places, twice as many.
+
+        Wherever Ctrl-C interrupts this, `progress` says what it said before.
+        """
+        sequences = self._matrix()
+        length, limit, state = (sequences[:, _COLUMN[x]] for x in ("length", "limit", "state"))
+        for i in np.flatnonzero((state == _STATE["running"]) & (length == limit)):
+            self._move(sequences[i])
+
+    def _move(self, own: np.ndarray) -> None:
+        begin, length, prompt, limit, beyond = (
+            int(own[_COLUMN[field]]) for field in ("begin", "length", "prompt", "limit", "beyond")
+        )
+        more = min(beyond, limit - prompt)
+        start = self._used
+        self._used += limit + more
+        if self._used > len(self._places[0]):
+            self._enlarge(max(self._used, 2 * len(self._places[0])))
+        for each in self._places:
+            each[start : start + length] = each[begin : begin + length]
+        own[[_COLUMN[field] for field in ("begin", "limit", "beyond")]] = (
+            start, limit + more, beyond - more,
+        )  # fmt: skip
+
+    def _enlarge(self, count: int) -> None:
+        # What has not been written is not read either: that would take memory.
+        places = self._new_places(count)
+        for begin, length in self._matrix()[:, [_COLUMN["begin"], _COLUMN["length"]]].tolist():
+            for new, old in zip(places, self._places, strict=True):
+                new[begin : begin + length] = old[begin : begin + length]
+        self._places = places
+        self._state[1:] = map(torch.from_numpy, places)
+
+    def _matrix(self) -> np.ndarray:
+        """The sequences, (N, FIELDS), in their own memory."""
+        return np.frombuffer(self._sequences, dtype=np.int64).reshape(-1, len(ops.FIELDS))
 
     def _new_table(self, moves: int) -> list[Tensor]:
         """Memory for what the first layer gives for each (token, position), where that pays.

@@ -95,7 +95,7 @@ class Generator {
       forget_ended();
       step();
       forget_ended();
-    } while (unfinished() > 0 && invalid_ < 0 && !time_is_up());
+    } while (unfinished() > 0 && invalid_ < 0 && have_places() && !time_is_up());
     return {unfinished(), invalid_};
   }
 
@@ -106,6 +106,13 @@ class Generator {
     return std::chrono::duration<double>(Clock::now() - start).count();
   }
   int64_t unfinished() const { return static_cast<int64_t>(running_.size() + waiting_.size()); }
+
+  // Whether there is a place for each one's next token.
+  bool have_places() const {
+    return std::all_of(running_.begin(), running_.end(), [&](int64_t i) {
+      return sequences_.all[i].length < sequences_.all[i].limit;
+    });
+  }
 
   void end(Sequence& s, State how) { s.state = static_cast<int64_t>(how); }
 
@@ -259,7 +266,7 @@ class Generator {
     ++s.length;
     if (ends_with_stop(s))
       end(s, State::stop);
-    else if (s.length == s.limit)
+    else if (s.length == s.limit && s.beyond == 0)
       end(s, State::length);
   }
 

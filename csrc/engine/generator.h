@@ -28,6 +28,7 @@ struct Sequence {
   int64_t state;
   int64_t seed, number;  // of its draws
   int64_t twin;          // the first sequence with the same prompt
+  int64_t beyond;        // tokens that it may have beyond `limit`, once it has places for them
 };
 constexpr int64_t sequence_fields = sizeof(Sequence) / sizeof(int64_t);
 
@@ -72,7 +73,8 @@ struct Outcome {
 };
 
 // Makes steps, a token for each of the sequences that have a row of the cache, in passes of some of
-// them; a row that comes free takes the next sequence that waits. Ends early where one is invalid.
+// them; a row that comes free takes the next sequence that waits. Ends early where one is invalid,
+// or has no place left for a token that it may have.
 Outcome generator_run(const Kernels& kernels, const Decoder& model, const KeyValueCache& cache,
                       const FirstLayerTable& table, const Sequences& sequences,
                       const GeneratorOptions& options, const Parallel& parallel);

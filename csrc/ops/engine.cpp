@@ -178,25 +178,39 @@ Texts texts_of(const Arguments& args, const char* name, const Tensor& data, cons
   return {bytes, at, count};
 }
 
-// Every sequence has its own places, in order; one that is unfinished has room for a token, which
-// its cache row has as well.
+constexpr char places_of_its_own[] = "0 < prompt <= length <= limit tokens, in places of its own";
+
+// No two sequences share a place.
+void check_places(const Arguments& args, const Sequences& s) {
+  std::vector<const Sequence*> by_place(static_cast<size_t>(s.count));
+  for (int64_t i = 0; i < s.count; ++i) by_place[static_cast<size_t>(i)] = s.all + i;
+  const auto before = [](const Sequence* a, const Sequence* b) { return a->begin < b->begin; };
+  if (!std::is_sorted(by_place.begin(), by_place.end(), before))
+    std::sort(by_place.begin(), by_place.end(), before);
+  for (size_t n = 1; n < by_place.size(); ++n)
+    args.require(by_place[n]->begin - by_place[n - 1]->begin >= by_place[n - 1]->limit, "sequence ",
+                 by_place[n] - s.all, " must have ", places_of_its_own);
+}
+
+// Every sequence has its own places; one that is unfinished has room for a token, which its cache
+// row has as well.
 void check_sequences(const Arguments& args, const Sequences& s, int64_t places,
                      const Decoder& model, const KeyValueCache& cache) {
   std::vector<bool> taken(static_cast<size_t>(cache.rows));
-  int64_t end = 0;
   for (int64_t i = 0; i < s.count; ++i) {
     const Sequence& each = s.all[i];
     const auto require = [&](bool condition, const char* sentence) {
       args.require(condition, "sequence ", i, " must ", sentence);
     };
-    require(each.begin >= end && each.prompt > 0 && each.prompt <= each.length &&
-                each.length <= each.limit && each.limit <= places - each.begin,
-            "have 0 < prompt <= length <= limit tokens, in places of its own");
-    end = each.begin + each.limit;
+    args.require(each.begin >= 0 && each.prompt > 0 && each.prompt <= each.length &&
+                     each.length <= each.limit && each.limit <= places - each.begin &&
+                     each.beyond >= 0,
+                 "sequence ", i, " must have ", places_of_its_own);
     const State state = static_cast<State>(each.state);
     if (state != State::waiting && state != State::running) continue;
     require(each.length < each.limit && cache.rows > 0, "have room for a token");
-    require(!model.attention || std::min(model.block_size, each.limit - 1) <= cache.capacity,
+    const int64_t longest = each.limit - 1 + std::min(each.beyond, model.block_size);
+    require(!model.attention || std::min(model.block_size, longest) <= cache.capacity,
             "fit into the cache's capacity");
     const int64_t *first = s.tokens + each.begin, *last = first + each.length;
     const auto* unknown =
@@ -210,6 +224,7 @@ void check_sequences(const Arguments& args, const Sequences& s, int64_t places,
             "have a row of the cache of its own and a token that is new");
     taken[static_cast<size_t>(each.row)] = true;
   }
+  check_places(args, s);
 }
 
 Sequences sequences_of(const Arguments& args, const std::vector<Tensor>& state,

@@ -10,7 +10,7 @@ from gptfast.ops.common import define
 
 # How the engine and Python name a sequence's fields: the columns of `state`'s first tensor, int64;
 # csrc/engine/generator.h says what they hold.
-FIELDS = "begin length prompt limit offset cached row state seed number twin".split()
+FIELDS = "begin length prompt limit offset cached row state seed number twin beyond".split()
 STATES = "waiting running length stop window invalid".split()
 
 
@@ -47,8 +47,9 @@ _MODEL = """
 # Both have a cache besides, (rows, elements) float32 or bfloat16, the dtype of the activations:
 # keys and values of up to `capacity` tokens each, zero at first.
 
-# Generates until `seconds` have passed, one step at least. Returns how many sequences go on, and
-# which one ended as its logits are not finite, the first if several did; -1 where none.
+# Generates until `seconds` have passed or a sequence needs more places, one step at least. Returns
+# how many sequences go on, and which one ended as its logits are not finite, the first if several
+# did; -1 where none.
 #   state   sequences (N, FIELDS), tokens (places,) int64, logprobs (places,) float32, alternative
 #           (places, k) int64 and alternative_logprob (places, k) float32 of the k likeliest tokens;
 #           of any shape with so many elements

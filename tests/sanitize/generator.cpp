@@ -84,6 +84,10 @@ std::vector<float> generate(const ModelShape& s, const Decoder& model, Memory m,
   const KeyValueCache memory = {cache.data(), rows, s.T};
   while (generator_run(kernels, model, memory, table, sequences, options, parallel).unfinished >
          0) {
+    for (Sequence& each : m.sequences) {
+      if (each.length < each.limit || each.beyond == 0) continue;
+      ++each.limit, --each.beyond;  // a place more
+    }
   }
   std::vector<float> all;
   for (const Sequence& each : m.sequences) {
@@ -118,6 +122,13 @@ void generator_case(const ModelShape& s, const Options& with) {
     expect(all == run(1, true, 1e9), "the tokens depend on the rows that there are");
     expect(all == run(4, false, 1e9), "the tokens depend on the table");
     expect(all == run(3, true, 0.0), "the tokens depend on the steps per call");
+    Memory little = memory;
+    for (size_t i = 0; i < little.sequences.size(); ++i) {
+      little.sequences[i].beyond = static_cast<int64_t>(i);
+      little.sequences[i].limit -= little.sequences[i].beyond;
+    }
+    expect(all == generate(s, model, little, with, 4, true, 1e9, kernels, parallel),
+           "the tokens depend on the places that there are at first");
     // Rounding may change a token from level to level.
     return std::vector<Result>{{"generation", all, 1.0, false}};
   });
