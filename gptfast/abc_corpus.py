@@ -10,6 +10,7 @@ from functools import cache
 
 import numpy as np
 
+from gptfast.checks import whole
 from gptfast.errors import DataError
 
 WORDS = ("AABCBBC", "BCABCCA", "CAAACB\n\n")
@@ -44,13 +45,14 @@ def abc_corpus(seed: int = 1) -> str:
     Raises:
         DataError: if `seed` is not a 32-bit integer.
     """
-    if not -(2**31) <= seed < 2**32:
-        raise DataError(f"seed must be a 32-bit integer, got {seed}")
+    key = whole(seed)
+    if key is None or not -(2**31) <= key < 2**32:
+        raise DataError(f"seed must be a 32-bit integer, got {seed!r}")
     # R's revsort leaves these equal probabilities swapped: it reads word 2, word 1, word 3.
     order = (1, 0, 2)
     cumulative = np.cumsum([PROBABILITIES[i] for i in order])
     words = np.array([WORDS[i] for i in order], dtype=object)
-    draws = np.searchsorted(cumulative, _r_uniforms(seed, NUM_WORDS), side="left")
+    draws = np.searchsorted(cumulative, _r_uniforms(key, NUM_WORDS), side="left")
     return "".join(words[np.minimum(draws, len(words) - 1)]) + "\n"
 
 
@@ -108,18 +110,19 @@ def abc_entropy(max_context: int = 16) -> float:
     Raises:
         DataError: if `max_context` is below 1.
     """
-    if max_context < 1:
-        raise DataError(f"max_context must be at least 1, got {max_context}")
+    count = whole(max_context)
+    if count is None or count < 1:
+        raise DataError(f"max_context must be a whole number, at least 1, got {max_context!r}")
     stationary, transition, emission = _chain()
     # Row n: P(context n, state of the next character); the sum of a row is P(context n).
     joint = stationary[None, :]
     entropies = []
-    for length in range(max_context + 1):
+    for length in range(count + 1):
         with_next = joint @ emission  # (contexts, A): P(context, next character)
         p = with_next[with_next > 0]
         p_context = joint.sum(axis=1)
         entropies.append((p_context * np.log(p_context)).sum() - (p * np.log(p)).sum())
-        if length < max_context:
+        if length < count:
             longer = (joint[:, None, :] * emission.T[None]).reshape(-1, len(stationary))
             joint = longer[longer.any(axis=1)] @ transition
     return float(np.mean(entropies[1:]))

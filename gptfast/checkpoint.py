@@ -27,6 +27,7 @@ from safetensors.torch import save as to_safetensors
 from gptfast.config import GPTConfig
 from gptfast.errors import CheckpointError
 from gptfast.model import GPT
+from gptfast.ops.select import usable_device
 from gptfast.tokenizer import CharTokenizer
 
 FORMAT = "gptfast-checkpoint"
@@ -128,9 +129,11 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Cha
         it was saved without). The caller's random stream is left as it was.
 
     Raises:
+        ConfigError: if there is no such device.
         CheckpointError: if the checkpoint is missing, damaged, not gptfast's, of another version,
             or if its parts do not fit each other.
     """
+    device = usable_device(device)
     file = Path(path) / WEIGHTS_NAME
     header, tensors = _read(Path(path), with_tensors=True)
     try:

@@ -7,14 +7,16 @@ from typing import Any, TypeGuard
 from gptfast.errors import ConfigError
 
 MOST = 2**31 - 1  # that an option may count
+SEEDS = 2**63  # how many keys of random numbers there are
 
 
 def whole(x: Any) -> int | None:
-    """A whole number of any type as an int; None where it is none, as an array of one is."""
+    """A whole number of any type as an int; None where it is none, as an array or a bool is."""
     if getattr(x, "ndim", 0):
         return None
+    value = x.item() if hasattr(x, "item") else x  # of numpy's and torch's types
     try:
-        return operator.index(x)
+        return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         return None
 
@@ -37,3 +39,11 @@ def check_count(name: str, value: Any, least: int, most: int = MOST) -> int:
     if count is None or not least <= count <= most:
         raise ConfigError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
     return count
+
+
+def check_seed(value: Any) -> int:
+    """A key of random numbers as an int. Raises ConfigError where it is none."""
+    seed = whole(value)
+    if seed is None or not 0 <= seed < SEEDS:
+        raise ConfigError(f"seed must be a whole number in [0, 2**63), got {value!r}")
+    return seed

@@ -194,6 +194,8 @@ class Eval:
     run_path: Run  # a run of `gptfast train`, or any checkpoint directory
     compute: ComputeOptions
     data: File = None  # UTF-8 text; None: what the run held out of its own text
+    # error: refuse a character that the model does not know; skip: leave it out of the text
+    unknown: Literal["error", "skip"] = "error"
 
     def run(self) -> int:
         """Prints the numbers."""
@@ -205,7 +207,10 @@ class Eval:
         if self.data is None:
             ids = held_out(self.run_path)  # (N,)
         else:
-            ids = tokenizer.encode_tensor(read_text(self.data))  # (N,)
+            text = read_text(self.data)
+            ids = tokenizer.encode_tensor(text, self.unknown)  # (N,)
+            if len(ids) < len(text):
+                print(f"skipped     {len(text) - len(ids):,} characters that it does not know")
         result = evaluate(model, ids)
         print(f"loss        {result.loss:.4f} nats per character")
         print(f"perplexity  {result.perplexity:.4f}")
@@ -222,14 +227,16 @@ class Generate:
     compute: ComputeOptions
     prompt: Texts = ()  # text to continue; - reads it from standard input
     prompt_file: File = None  # a file whose text is a further prompt
+    # error: refuse a character that the model does not know; skip: leave it out of the prompt
+    unknown: Literal["error", "skip"] = "error"
     max_new_tokens: int = 100  # tokens to generate per prompt
     temperature: float = 1.0  # 0 takes the likeliest token; higher is more random
-    top_k: Count = None  # draw from the N likeliest tokens; None: from all
+    top_k: Count = None  # draw from the N likeliest tokens; None or 0: from all
     top_p: Fraction = None  # draw from the likeliest tokens that together have this probability
     min_p: Fraction = None  # draw only tokens with this fraction of the likeliest one's probability
     repetition_penalty: float = 1.0  # above 1 makes tokens that came before less likely
     num_samples: int = 1  # texts per prompt
-    seed: int = 0  # of the draws; equal seeds give equal texts
+    seed: int = 0  # of the draws, not negative; equal seeds give equal texts
     stop: Texts = ()  # end before this text
     # what to do past the window: slide it by one token (exact) or by K (faster), end, or refuse
     overflow: Annotated[str, tyro.conf.arg(metavar="recompute|stride:K|stop|error")] = "recompute"
@@ -242,6 +249,7 @@ class Generate:
         prompts = self._prompts()
         use_threads(self.compute.threads)
         model, tokenizer = load_text_model(self.run_path, self.compute)
+        prompts = [tokenizer.decode(tokenizer.encode(text, self.unknown)) for text in prompts]
         names = "max_new_tokens temperature top_k top_p min_p repetition_penalty num_samples seed"
         options: dict[str, Any] = {
             name: getattr(self, name) for name in [*names.split(), "overflow", "dtype"]
@@ -261,9 +269,9 @@ class Generate:
         return EXIT_INTERRUPTED if interrupted else 0
 
     def _prompts(self) -> list[str]:
-        from gptfast.data import read_text
+        from gptfast.data import read_text, without_mark
 
-        prompts = [sys.stdin.read() if text == "-" else text for text in self.prompt]
+        prompts = [without_mark(sys.stdin.read()) if text == "-" else text for text in self.prompt]
         if self.prompt_file is not None:
             prompts.append(read_text(self.prompt_file))
         if not prompts:
@@ -340,22 +348,19 @@ def use_threads(threads: int | None) -> None:
     """Sets torch's number of threads; None takes as many as can run at once."""
     import torch
 
-    from gptfast.threads import use_usable_threads
+    from gptfast.threads import check_threads, use_usable_threads
 
     if threads is None:
         use_usable_threads()
-    elif threads < 1:
-        raise ConfigError(f"--threads must be at least 1, got {threads}")
     else:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(check_threads("--threads", threads))
 
 
 def load_text_model(path: Path, compute: Compute | None = None) -> "tuple[GPT, CharTokenizer]":
     """Loads a checkpoint that must have a tokenizer, and chooses how its model computes."""
     from gptfast import checkpoint
-    from gptfast.ops.select import usable_device
 
-    device = usable_device("cpu" if compute is None else compute.device)
+    device = "cpu" if compute is None else compute.device
     model, tokenizer = checkpoint.load(path, device)
     if tokenizer is None:
         raise CheckpointError(f"{path}: the checkpoint has no tokenizer, so it cannot take text")

@@ -1,8 +1,10 @@
 """The shape of a model, and the course's two models as ready-made shapes."""
 
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from typing import Any, Literal
 
+from gptfast.checks import whole
 from gptfast.errors import ConfigError
 
 
@@ -26,22 +28,34 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
+            count = whole(value)
+            if count is None or count < 1:
                 raise ConfigError(f"{name} must be a positive whole number, got {value!r}")
+            object.__setattr__(self, name, count)
         if self.n_embd % self.n_head:
             raise ConfigError(
                 f"n_embd must be divisible by n_head, got n_embd={self.n_embd} and"
                 f" n_head={self.n_head}"
             )
-        if not 0.0 <= self.dropout < 1.0:
+        if not (isinstance(self.dropout, float | Real) and 0.0 <= self.dropout < 1.0):
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout!r}")
+        object.__setattr__(self, "dropout", float(self.dropout))
+        for name in ("bias", "attention", "tie_weights"):
+            value = getattr(self, name)
+            if value not in (True, False):
+                raise ConfigError(f"{name} must be True or False, got {value!r}")
+            object.__setattr__(self, name, bool(value))
         for name, known in (("gelu", ("erf", "tanh")), ("init", ("torch", "gpt2"))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
-        if self.padding_idx is not None and not 0 <= self.padding_idx < self.vocab_size:
-            raise ConfigError(
-                f"padding_idx must be None or in [0, {self.vocab_size}), got {self.padding_idx!r}"
-            )
+        if self.padding_idx is not None:
+            token = whole(self.padding_idx)
+            if token is None or not 0 <= token < self.vocab_size:
+                raise ConfigError(
+                    f"padding_idx must be None or in [0, {self.vocab_size}),"
+                    f" got {self.padding_idx!r}"
+                )
+            object.__setattr__(self, "padding_idx", token)
 
     @property
     def head_dim(self) -> int:

@@ -13,6 +13,7 @@ import pooch
 import torch
 
 from gptfast.abc_corpus import abc_corpus, abc_entropy, abc_next_distribution
+from gptfast.checks import whole
 from gptfast.errors import DataError
 
 __all__ = [
@@ -82,18 +83,26 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: str | Path) -> str:
-    """Read a UTF-8 text file as it is (line ends are kept).
+    """Read a UTF-8 text file as it is: line ends are kept, a byte order mark is no part of it.
 
     Raises:
         DataError: if the file is missing, a directory, unreadable, empty or not UTF-8.
     """
     data = _read_bytes(Path(path))
     try:
-        return data.decode("utf-8")
+        text = without_mark(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: expected UTF-8, got byte 0x{data[error.start]:02x} at offset {error.start}"
         ) from None
+    if not text:
+        raise DataError(f"{path}: the file is empty but for a byte order mark")
+    return text
+
+
+def without_mark(text: str) -> str:
+    """A text that was read, without the byte order mark that some editors put at its start."""
+    return text.removeprefix("\ufeff")
 
 
 def shakespeare(source: str | Path | None = None) -> str:
@@ -144,19 +153,26 @@ def _download(corpus: Corpus, path: Path) -> None:
 
 
 def _num_windows(ids: torch.Tensor, block_size: int, batch_size: int) -> int:
+    if not isinstance(ids, torch.Tensor):
+        raise DataError(f"windows: ids must be a 1-D int64 tensor, got {type(ids).__name__}")
     if ids.dim() != 1 or ids.dtype != torch.int64:
         raise DataError(
             f"windows: ids must be a 1-D int64 tensor, got {ids.dim()}-D {str(ids.dtype)[6:]}"
         )
-    for name, value in (("block_size", block_size), ("batch_size", batch_size)):
-        if value < 1:
-            raise DataError(f"windows: {name} must be at least 1, got {value}")
+    _check_size("block_size", block_size)
+    _check_size("batch_size", batch_size)
     if len(ids) <= block_size:
         raise DataError(
             f"the text is shorter than a window: it has {len(ids)} tokens and a window needs "
             f"{block_size + 1} (block_size {block_size} and the token after it)"
         )
     return len(ids) - block_size
+
+
+def _check_size(name: str, value: int) -> None:
+    count = whole(value)
+    if count is None or count < 1:
+        raise DataError(f"windows: {name} must be a whole number, at least 1, got {value!r}")
 
 
 def _gather(ids: torch.Tensor, starts: torch.Tensor, T: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,8 +227,7 @@ class EpochWindows:
         stride: int = 1,
     ) -> None:
         total = _num_windows(ids, block_size, batch_size)
-        if stride < 1:
-            raise DataError(f"windows: stride must be at least 1, got {stride}")
+        _check_size("stride", stride)
         self.ids = ids
         self.block_size = block_size
         self.batch_size = batch_size

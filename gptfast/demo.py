@@ -17,6 +17,7 @@ from rich.text import Text
 from torch import Tensor
 
 from gptfast.abc_corpus import NUM_WORDS, WORDS, abc_entropy, abc_next_distribution
+from gptfast.checks import check_seed
 from gptfast.data import abc_corpus, random_windows
 from gptfast.generation import Generation, generate
 from gptfast.model import GPT, Backend
@@ -76,7 +77,11 @@ def demo(seed: int = 1, console: Console | None = None) -> DemoResult:
 
     Returns:
         what was found; the times in it are this machine's.
+
+    Raises:
+        ConfigError: `seed` is not in [0, 2**63).
     """
+    seed = check_seed(seed)
     console = console or Console(highlight=False)
     text = abc_corpus()
     tokenizer = CharTokenizer.from_text(text)

@@ -30,7 +30,8 @@ class DeviceLoop(ReferenceLoop):
     of its length; the others take a token each from their caches.
     """
 
-    def __init__(self, model: GPT, request: Request) -> None:
+    def __init__(self, model: GPT, request: Request, lasting: bool = False) -> None:
+        self._lasting = lasting
         super().__init__(model, request)
         config = self._model.config
         longest = max((len(tokens) for tokens in self._tokens), default=0) + request.max_new_tokens
@@ -45,9 +46,10 @@ class DeviceLoop(ReferenceLoop):
             self._decoder = Decoder(self._model, rows, capacity, request.sampling)
 
     def _prepared(self, model: GPT, dtype: str | None) -> GPT:
-        """The model itself where it has the dtype: nothing here changes it."""
+        """The model itself where it has the dtype and nothing changes it meanwhile."""
         own = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(model.wte.weight.dtype)
-        return model if dtype in (None, own) else reference_model(model, dtype)
+        shared = dtype in (None, own) and not self._lasting
+        return model if shared else reference_model(model, dtype)
 
     def run(self, seconds: float) -> bool:
         """One token for every sequence that has a row; see Loop."""

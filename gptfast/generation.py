@@ -76,15 +76,16 @@ def generate(
         tokenizer: Encodes prompts and decodes results.
         max_new_tokens: Tokens to generate per prompt.
         temperature: Divides the logits; 0 takes the likeliest token.
-        top_k: Draw from the k likeliest tokens only. This and the next two keep tokens that tie
-            with the last one kept.
+        top_k: Draw from the k likeliest tokens only, from all when 0. This and the next two keep
+            tokens that tie with the last one kept.
         top_p: Draw from the likeliest tokens only that together have this probability
             (arXiv:1904.09751), after top_k.
         min_p: Draw only tokens with at least this fraction of the likeliest one's probability
             (arXiv:2407.01082).
         repetition_penalty: Divides the positive logits, and multiplies the others, of tokens in the
             prompt or generated before (arXiv:1909.05858).
-        seed: One int (a sample's draws then depend on its place in the result), or one per prompt.
+        seed: One int in [0, 2**63) (a sample's draws then depend on its place in the result), or
+            one per prompt.
         stop: Strings or token ids that end a text; they are not part of the result.
         num_samples: Results per prompt, one after the other; they share the prompt's computation.
         overflow: What happens past `block_size` tokens, positions being absolute: "recompute"
@@ -126,7 +127,7 @@ def stream(
     """Continues one prompt or several and yields what is new, at the speed of `generate`.
 
     A piece appears when it is sure not to be part of a stop; what is generated within a few
-    milliseconds is one piece.
+    milliseconds is one piece. Changes of the model between two pieces do not reach the call.
 
     Args:
         model: As for `generate`.
@@ -154,7 +155,7 @@ def stream(
             f"num_samples must be 1 for a single prompt (wrap it in a list for more), got {count!r}"
         )
     request = make_request(model, given if several else [given], **options)
-    pieces = _pieces(_loop(model, request), request)
+    pieces = _pieces(_loop(model, request, lasting=True), request)
     return pieces if several else (piece for _, piece in pieces)
 
 
@@ -217,8 +218,9 @@ def _request(
     )
 
 
-def _loop(model: GPT | PackedModel, request: Request) -> Loop:
-    packed = packed_for("generate", model, request.dtype)
+def _loop(model: GPT | PackedModel, request: Request, lasting: bool = False) -> Loop:
+    """What generates the request; `lasting`: by the model as it is now, whatever happens to it."""
+    packed = packed_for("generate", model, request.dtype, lasting)
     if packed is not None:
         return Engine(packed, request)
     assert not isinstance(model, PackedModel)
@@ -230,7 +232,7 @@ def _loop(model: GPT | PackedModel, request: Request) -> Loop:
     ):
         from gptfast.device_loop import DeviceLoop  # needs Triton
 
-        return DeviceLoop(model, request)
+        return DeviceLoop(model, request, lasting)
     return ReferenceLoop(model, request)
 
 
@@ -238,7 +240,7 @@ def _generation(own: Progress, request: Request) -> Generation:
     text = None
     if request.pieces is not None:
         text = "".join(request.pieces[token] for token in own.tokens)
-        end = _stop_place(text, own, request)
+        end = _stop_place(text, own.state, request)
         while len(text) > end:  # takes back what wrote the stop
             text = text[: len(text) - len(request.pieces[own.tokens.pop()])]
     kept = len(own.tokens)
@@ -246,9 +248,9 @@ def _generation(own: Progress, request: Request) -> Generation:
     return Generation(text, own.tokens, own.logprobs[:kept], reason, own.alternatives[:kept])
 
 
-def _stop_place(text: str, own: Progress, request: Request) -> int:
+def _stop_place(text: str, state: str, request: Request) -> int:
     """Where the first stop string starts; the text's length where none ended it."""
-    if own.state != "stop":
+    if state != "stop":
         return len(text)
     places = (text.find(stop) for stop in request.stop_strings)
     return min((place for place in places if place >= 0), default=len(text))
@@ -259,30 +261,22 @@ class _Shown:
 
     def __init__(self, request: Request) -> None:
         self._request = request
-        self._all = Progress("running")
-        self._text = ""
-        self._shown = 0
+        self.tokens = 0  # that have been read
+        self._text = ""  # that has been read and not yielded
 
     def news(self, recent: Progress) -> Piece:
         """What is new, given the progress since the last call; what may become a stop waits."""
-        request, own = self._request, self._all
-        own.state = recent.state
-        own.tokens += recent.tokens
+        request = self._request
+        self.tokens += len(recent.tokens)
         if request.pieces is None:
             return recent.tokens
-        self._text += "".join(request.pieces[token] for token in recent.tokens)
-        end = _stop_place(self._text, own, request)
-        if own.state in ("waiting", "running"):
+        text = self._text + "".join(request.pieces[token] for token in recent.tokens)
+        end = _stop_place(text, recent.state, request)
+        if recent.state in ("waiting", "running"):
             starts = (stop[:n] for stop in request.stop_strings for n in range(1, len(stop)))
-            end -= max((len(start) for start in starts if self._text.endswith(start)), default=0)
-        piece = self._text[self._shown : end]
-        self._shown = max(self._shown, end)
-        return piece
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens have been read."""
-        return len(self._all.tokens)
+            end -= max((len(start) for start in starts if text.endswith(start)), default=0)
+        self._text = text[end:]
+        return text[:end]
 
 
 def _pieces(loop: Loop, request: Request) -> Iterator[tuple[int, Piece]]:

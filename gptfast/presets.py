@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from gptfast import config, data
-from gptfast.checks import whole
+from gptfast.checks import check_seed, whole
 from gptfast.config import GPTConfig
 from gptfast.errors import ConfigError
 
@@ -44,7 +44,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is None and name != "batch_size":
                 continue
-            count = None if isinstance(value, bool) else whole(value)
+            count = whole(value)
             if count is None or count < 1:
                 raise ConfigError(f"{name} must be a positive whole number, got {value!r}")
             object.__setattr__(self, name, count)  # an int, as JSON wants it
@@ -66,10 +66,7 @@ class TrainConfig:
             raise ConfigError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
         # A list, as JSON gives it, would not be hashable.
         object.__setattr__(self, "betas", tuple(self.betas))
-        seed = None if isinstance(self.seed, bool) else whole(self.seed)
-        if seed is None or not 0 <= seed < 2**63:
-            raise ConfigError(f"seed must be a whole number in [0, 2**63), got {self.seed!r}")
-        object.__setattr__(self, "seed", seed)
+        object.__setattr__(self, "seed", check_seed(self.seed))
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
 

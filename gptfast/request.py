@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from gptfast.checks import is_iterable, whole
+from gptfast.checks import check_seed, is_iterable, whole
 from gptfast.config import GPTConfig
 from gptfast.errors import ConfigError, DataError
 from gptfast.sampling import Sampling
@@ -129,7 +129,7 @@ def encode(
             if tokenizer is None:
                 raise ConfigError(f"{name}s given as text need a tokenizer")
             tokens = tokenizer.encode(text)
-        elif is_iterable(text):
+        elif is_iterable(text) and not isinstance(text, bytes | bytearray):
             tokens = _tokens(name, i, text, vocab_size)
         else:
             raise ConfigError(f"{name} {i} must be a text or a list of token ids, got {text!r}")
@@ -156,7 +156,8 @@ def stops_of(stop: Any, has_text: bool, vocab_size: int) -> tuple[list[int], lis
     """The token ids and the strings that end a text."""
     if stop is None:
         return [], []
-    stops = [stop] if isinstance(stop, str) or not is_iterable(stop) else list(stop)
+    one = isinstance(stop, str | bytes | bytearray) or not is_iterable(stop)
+    stops = [stop] if one else list(stop)
     tokens, strings = [], []
     for each in stops:
         token = whole(each)
@@ -184,20 +185,16 @@ def seeds_of(
     seed: int | Sequence[int], prompts: int, num_samples: int
 ) -> tuple[list[int], list[int]]:
     """Keys and numbers of the draws: with one seed for all, the place in the list is the number."""
-    key = whole(seed)
-    if key is not None:
+    if whole(seed) is not None:
         count = prompts * num_samples
-        keys, numbers = [key] * count, list(range(count))
-    else:
-        given: list[Any] = list(seed) if is_iterable(seed) else [seed]
-        found = [number for number in map(whole, given) if number is not None]
-        if len(found) != len(given):
-            wrong = next(each for each in given if whole(each) is None)
-            raise ConfigError(f"seed must be one int or one per prompt ({prompts}), got {wrong!r}")
-        if len(given) != prompts:
-            raise ConfigError(
-                f"seed must be one int or one per prompt ({prompts}), got {len(given)} seeds"
-            )
-        keys = [number for number in found for _ in range(num_samples)]
-        numbers = [*range(num_samples)] * prompts
-    return [key & (2**63 - 1) for key in keys], numbers
+        return [check_seed(seed)] * count, list(range(count))
+    given: list[Any] = list(seed) if is_iterable(seed) else [seed]
+    wrong = [each for each in given if whole(each) is None]
+    if wrong:
+        raise ConfigError(f"seed must be one int or one per prompt ({prompts}), got {wrong[0]!r}")
+    if len(given) != prompts:
+        raise ConfigError(
+            f"seed must be one int or one per prompt ({prompts}), got {len(given)} seeds"
+        )
+    keys = [key for key in map(check_seed, given) for _ in range(num_samples)]
+    return keys, [*range(num_samples)] * prompts

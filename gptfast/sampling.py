@@ -38,11 +38,12 @@ class Sampling:
             )
         if self.top_k is not None:
             count = whole(self.top_k)
-            if count is None or count < 1:
+            if count is None or count < 0:
                 raise ConfigError(
-                    f"top_k must be None or a positive whole number, got {self.top_k!r}"
+                    "top_k must be None, 0 (from all tokens) or a positive whole number,"
+                    f" got {self.top_k!r}"
                 )
-            object.__setattr__(self, "top_k", count)
+            object.__setattr__(self, "top_k", count or None)
         if self.top_p is not None and not (_within(self.top_p, 0.0, 1.0) and self.top_p > 0.0):
             raise ConfigError(f"top_p must be None or in (0, 1], got {self.top_p!r}")
         if self.min_p is not None and not _within(self.min_p, 0.0, 1.0):
@@ -52,6 +53,9 @@ class Sampling:
                 f"repetition_penalty must be in [{1 / MOST_PENALTY:g}, {MOST_PENALTY:g}],"
                 f" got {self.repetition_penalty!r}"
             )
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            value = getattr(self, name)  # may be of any type of numbers, which torch does not take
+            object.__setattr__(self, name, None if value is None else float(value))
 
 
 def _within(value: object, least: float, most: float) -> bool:

@@ -37,14 +37,14 @@ class Score:
         return math.fsum(self.logprobs)
 
     @property
-    def bits_per_token(self) -> float:
-        """Mean surprise in bits; NaN where there is only one token."""
-        return -self.logprob / math.log(2) / len(self.logprobs) if self.logprobs else math.nan
+    def bits_per_token(self) -> float | None:
+        """Mean surprise in bits; None where there is only one token."""
+        return -self.logprob / math.log(2) / len(self.logprobs) if self.logprobs else None
 
     @property
-    def bits_per_character(self) -> float:
-        """Mean surprise in bits per character; NaN where there is none, or no tokenizer."""
-        return -self.logprob / math.log(2) / self.characters if self.characters else math.nan
+    def bits_per_character(self) -> float | None:
+        """Mean surprise in bits per character; None where there is none, or no tokenizer."""
+        return -self.logprob / math.log(2) / self.characters if self.characters else None
 
 
 @dataclass(frozen=True)

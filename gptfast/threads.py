@@ -10,6 +10,9 @@ from pathlib import Path
 
 import torch
 
+from gptfast.checks import whole
+from gptfast.errors import ConfigError
+
 _CGROUPS = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
 
@@ -49,6 +52,22 @@ def use_usable_threads() -> None:
     found = limits()
     if found.usable < found.torch:
         torch.set_num_threads(found.usable)
+
+
+def check_threads(name: str, value: int) -> int:
+    """A number of threads that torch's pool may be given, as an int.
+
+    More threads than the system starts end the process: the OpenMP library knows no error.
+
+    Raises:
+        ConfigError: it is below 1 or far above the number of processors; `name` is the option's.
+    """
+    count, most = whole(value), max(256, 4 * (os.cpu_count() or 1))
+    if count is None or not 1 <= count <= most:
+        raise ConfigError(
+            f"{name} must be a whole number from 1 to {most} on this machine, got {value!r}"
+        )
+    return count
 
 
 def cgroup_quota(root: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> float | None:

@@ -21,6 +21,7 @@ from gptfast.ops.random import seed_tensor
 from gptfast.optimizer import AdamW
 from gptfast.presets import PRECISIONS, Precision, TrainConfig
 from gptfast.run import RunDirectory
+from gptfast.threads import check_threads
 from gptfast.tokenizer import CharTokenizer
 from gptfast.training_loop import Loop, TrainResult
 
@@ -240,7 +241,7 @@ class Trainer:
 @contextmanager
 def _threads(threads: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
+    torch.set_num_threads(before if threads is None else check_threads("threads", threads))
     try:
         yield
     finally:

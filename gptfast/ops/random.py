@@ -6,18 +6,30 @@ The kernels draw the same ones (csrc/kernels/random.inl).
 import torch
 from torch import Tensor
 
+from gptfast.checks import check_seed
+from gptfast.errors import ConfigError
+
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
 
 
 def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None = None) -> Tensor:
-    """The key of the random stream, int64 (); None draws one, by default from torch's generator."""
+    """The key of the random stream, int64 (); None draws one, by default from torch's generator.
+
+    Raises:
+        ConfigError: An int is not in [0, 2**63), or a tensor is not one of one int64.
+    """
     if seed is None:
         return torch.randint(2**62, (), dtype=torch.int64, generator=generator)
-    if isinstance(seed, Tensor):
-        return seed
-    return torch.tensor(seed & (2**63 - 1), dtype=torch.int64)
+    if not isinstance(seed, Tensor):
+        return torch.tensor(check_seed(seed), dtype=torch.int64)
+    if seed.dtype != torch.int64 or seed.numel() != 1:
+        raise ConfigError(
+            f"seed must be one whole number or an int64 tensor of one, got {tuple(seed.shape)} of"
+            f" {seed.dtype}"
+        )
+    return seed
 
 
 def philox(counter: tuple[Tensor | int, ...], seed: Tensor) -> tuple[Tensor, ...]:

@@ -72,11 +72,21 @@ def require_fused(
 
 
 def usable_device(name: str | torch.device) -> torch.device:
-    """The device of this name. Raises ConfigError where there is none."""
+    """The device of this name. Raises ConfigError where there is none that holds numbers."""
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ConfigError(f"device must be 'cpu' or 'cuda', got {name!r}") from None
+    given = str(name)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {name!r}: torch finds no CUDA device here")
+        raise ConfigError(f"device {given!r}: torch finds no CUDA device here")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ConfigError(f"device {given!r}: torch finds {count} here, counted from cuda:0")
+    if device.type == "meta":
+        raise ConfigError("device 'meta' keeps no numbers; 'cpu' and 'cuda' do")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError):  # as torch says that it cannot, by device
+        raise ConfigError(f"device {given!r}: torch cannot use it here") from None
     return device
