@@ -12,6 +12,8 @@ SEEDS = 2**63  # how many keys of random numbers there are
 
 def whole(x: Any) -> int | None:
     """A whole number of any type as an int; None where it is none, as an array or a bool is."""
+    if type(x) is int:  # torch.compile follows no more than this
+        return x
     if getattr(x, "ndim", 0):
         return None
     value = x.item() if hasattr(x, "item") else x  # of numpy's and torch's types

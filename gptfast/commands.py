@@ -204,18 +204,20 @@ class Eval:
 
         use_threads(self.compute.threads)
         model, tokenizer = load_text_model(self.run_path, self.compute)
+        skipped = 0
         if self.data is None:
             ids = held_out(self.run_path)  # (N,)
         else:
             text = read_text(self.data)
             ids = tokenizer.encode_tensor(text, self.unknown)  # (N,)
-            if len(ids) < len(text):
-                print(f"skipped     {len(text) - len(ids):,} characters that it does not know")
+            skipped = len(text) - len(ids)
         result = evaluate(model, ids)
         print(f"loss        {result.loss:.4f} nats per character")
         print(f"perplexity  {result.perplexity:.4f}")
         print(f"bits        {result.loss / math.log(2):.4f} per character")
         print(f"characters  {result.tokens:,}")
+        if skipped:
+            print(f"skipped     {skipped:,} characters that the vocabulary lacks")
         return 0
 
 

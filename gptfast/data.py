@@ -152,15 +152,13 @@ def _download(corpus: Corpus, path: Path) -> None:
     )
 
 
-def _num_windows(ids: torch.Tensor, block_size: int, batch_size: int) -> int:
+def _num_windows(ids: torch.Tensor, block_size: int) -> int:
     if not isinstance(ids, torch.Tensor):
         raise DataError(f"windows: ids must be a 1-D int64 tensor, got {type(ids).__name__}")
     if ids.dim() != 1 or ids.dtype != torch.int64:
         raise DataError(
             f"windows: ids must be a 1-D int64 tensor, got {ids.dim()}-D {str(ids.dtype)[6:]}"
         )
-    _check_size("block_size", block_size)
-    _check_size("batch_size", batch_size)
     if len(ids) <= block_size:
         raise DataError(
             f"the text is shorter than a window: it has {len(ids)} tokens and a window needs "
@@ -169,10 +167,11 @@ def _num_windows(ids: torch.Tensor, block_size: int, batch_size: int) -> int:
     return len(ids) - block_size
 
 
-def _check_size(name: str, value: int) -> None:
+def _size(name: str, value: int) -> int:
     count = whole(value)
     if count is None or count < 1:
         raise DataError(f"windows: {name} must be a whole number, at least 1, got {value!r}")
+    return count
 
 
 def _gather(ids: torch.Tensor, starts: torch.Tensor, T: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -198,7 +197,8 @@ def random_windows(
     Raises:
         DataError: if the text is shorter than T + 1, a size is below 1, or `ids` is not 1-D int64.
     """
-    total = _num_windows(ids, block_size, batch_size)
+    block_size, batch_size = _size("block_size", block_size), _size("batch_size", batch_size)
+    total = _num_windows(ids, block_size)
     device = generator.device if generator is not None else torch.device("cpu")
     starts = torch.randint(total, (batch_size,), generator=generator, device=device)
     return _gather(ids, starts, block_size)
@@ -226,14 +226,12 @@ class EpochWindows:
         generator: torch.Generator | None = None,
         stride: int = 1,
     ) -> None:
-        total = _num_windows(ids, block_size, batch_size)
-        _check_size("stride", stride)
         self.ids = ids
-        self.block_size = block_size
-        self.batch_size = batch_size
+        self.block_size = _size("block_size", block_size)
+        self.batch_size = _size("batch_size", batch_size)
         self.generator = generator
-        self.stride = stride
-        self.num_windows = (total + stride - 1) // stride
+        self.stride = _size("stride", stride)
+        self.num_windows = -(-_num_windows(ids, self.block_size) // self.stride)
 
     def __len__(self) -> int:
         """Number of batches of one epoch."""

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from gptfast import checkpoint
 from gptfast.checkpoint import CONFIG_NAME, WEIGHTS_NAME, load, read_config, save
 from gptfast.config import GPTConfig
-from gptfast.errors import CheckpointError
+from gptfast.errors import CheckpointError, ConfigError
 from gptfast.model import GPT
 from gptfast.tokenizer import CharTokenizer
 
@@ -71,6 +71,34 @@ def test_load_gives_back_what_was_saved(tmp_path, options):
     idx = torch.tensor([[1, 2, 3, 4, 2]])
     with torch.no_grad():
         assert torch.equal(loaded(idx), model.eval()(idx))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without CUDA")
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("cuda", "device 'cuda': torch finds no CUDA device here"),
+        (torch.device("cuda:7"), "device 'cuda:7': torch finds no CUDA device here"),
+        ("meta", "device 'meta' keeps no numbers; 'cpu' and 'cuda' do"),
+        ("banana", "device must be 'cpu' or 'cuda', got 'banana'"),
+        (None, "device must be 'cpu' or 'cuda', got None"),
+        ("xla", "device 'xla': torch cannot use it here"),
+        ("hpu", "device 'hpu': torch cannot use it here"),
+    ],
+)
+def test_a_device_that_is_not_there_is_one_sentence(tmp_path, device, message):
+    save(make_model(), None, tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, device)
+    assert str(caught.value) == message
+
+
+def test_a_gpu_that_is_not_among_those_there(monkeypatch, tmp_path):
+    save(make_model(), None, tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="device 'cuda:7': torch finds 2 CUDA devices here"):
+        load(tmp_path, "cuda:7")
 
 
 def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import signal
@@ -205,6 +206,34 @@ def test_generate_reads_prompts_from_a_file_and_from_standard_input(run_path, tm
     assert done.stdout == "--- 1 of 2\nthat is\n--- 2 of 2\nnot to be\n"
 
 
+def test_unknown_characters_are_left_out_on_request(capsys, run_path, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT)
+    assert cli.main(["eval", str(run_path), "--data", str(file)]) == 0
+    expected = capsys.readouterr().out
+    file.write_text("É" + TEXT.replace("be", "bße"))
+    options = ["--data", str(file), "--unknown", "skip"]
+    assert cli.main(["eval", str(run_path), *options]) == 0
+    skipped = 1 + TEXT.count("be")
+    line = f"skipped     {skipped:,} characters that the vocabulary lacks\n"
+    assert capsys.readouterr().out == expected + line
+    shown = []
+    for prompt in ("to bé", "to b"):
+        options = ["--prompt", prompt, "--unknown", "skip", "--max-new-tokens=5", "--top-k=0"]
+        assert cli.main(["generate", str(run_path), *options]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] and shown[0].startswith("to b")
+
+
+def test_a_byte_order_mark_is_no_character_of_a_prompt(run_path, tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text("not", encoding="utf-8-sig")
+    options = ["--prompt", "-", "--prompt-file", file, "--max-new-tokens=0"]
+    done = shell("generate", run_path, *options, input="\ufeffthat", encoding="utf-8")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "--- 1 of 2\nthat\n--- 2 of 2\nnot\n"
+
+
 def test_generate_stops_before_the_stop(capsys, tmp_path):
     path = tmp_path / "model"
     torch.manual_seed(0)
@@ -252,7 +281,14 @@ def test_inspect_shows_the_parts_and_the_attention(capsys, run_path):
         (["train", "abc", "--out", "x", "--plot", "x.txt"], r"x.txt: expected a name in .png"),
         (["train", "abc", "--out", "x", "--resume"], r"there is no run to resume"),
         (["train", "abc", "--out", "empty/x", "--data", "short"], r"empty is not a directory"),
-        (["train", "abc", "--out", "x", "--threads", "0"], r"--threads must be at least 1, got 0"),
+        (
+            ["train", "abc", "--out", "x", "--threads", "0"],
+            r"--threads must be .* from 1 .*, got 0",
+        ),
+        (["demo", "--threads", "100000"], r"--threads must be a whole number from 1 to .* 100000"),
+        (["demo", "--seed", "-1"], r"seed must be a whole number in \[0, 2\*\*63\), got -1"),
+        (["train", "abc", "--out", "x", "--train.threads", "100000"], r"^threads must be a whole"),
+        (["train", "abc", "--out", "x", "--device", "meta"], r"device 'meta' keeps no numbers"),
         (["eval", "missing"], r"missing: no such checkpoint"),
         (["generate", "missing", "--prompt", "A"], r"missing: no such checkpoint"),
         (["inspect", "."], r"\.: not a checkpoint, it has no model.safetensors"),
@@ -262,10 +298,15 @@ def test_inspect_shows_the_parts_and_the_attention(capsys, run_path):
         (["generate", "RUN", "--prompt", "t", "--overflow", "slide"], r"overflow must be.*'slide'"),
         (["generate", "RUN", "--prompt", "t", "--overflow", "error"], r"block_size is 16"),
         (["generate", "RUN", "--prompt", "t", "--temperature", "-1"], r"temperature must be"),
-        (["generate", "RUN", "--prompt", "t", "--top-k", "0"], r"top_k must be"),
+        (["generate", "RUN", "--prompt", "éñ", "--unknown=skip"], r"prompt 0 is empty; a prompt"),
+        (["generate", "RUN", "--prompt", "t", "--seed", "-1"], r"seed must be .*, got -1"),
+        (["generate", "RUN", "--prompt", "t", f"--seed={2**64}"], r"seed must be .* got 18446"),
+        (["generate", "RUN", "--prompt", "t", "--device", "banana"], r"device must be .* 'banana'"),
+        (["generate", "RUN", "--prompt", "t", "--top-k", "-1"], r"top_k must be"),
         (["generate", "RUN", "--prompt", "t", "--stop", ""], r"stop must be non-empty"),
         (["generate", "RUN", "--prompt", "t", "--dtype", "fp8"], r"'fp8'.*'bf16'"),
         (["eval", "RUN", "--data", "short"], r"character 'A' at position 0"),
+        (["eval", "RUN", "--data", "short", "--unknown", "skip"], r"at least 2 tokens"),
         (["inspect", "RUN", "--attention", "to be or not to be"], r"at most block_size=16"),
         (["inspect", "RUN", "--attention", ""], r"needs at least one character"),
     ],
@@ -526,6 +567,11 @@ def test_readmes_example_runs(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[0]) < 1.6
+    for line in done.stdout.splitlines()[-2:]:
+        found = re.search(r"(-\d+\.\d+) (\d+\.\d+)$", line)
+        assert found is not None
+        logprob, bits = map(float, found.groups())  # of four characters, the first is given
+        assert bits == pytest.approx(-logprob / math.log(2) / 3)
     original, copy = (tmp_path / "runs" / name for name in ("example", "copy"))
     weights = [(path / "model.safetensors").read_bytes()[-1000:] for path in (original, copy)]
     assert weights[0] == weights[1]

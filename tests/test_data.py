@@ -103,7 +103,7 @@ def test_entropy_equals_differences_of_block_entropies():
 
 def test_entropy_over_16_contexts():
     assert data.abc_entropy() == pytest.approx(0.258584, abs=1e-6)
-    with pytest.raises(DataError, match="at least 1, got 0"):
+    with pytest.raises(DataError, match="max_context must be a whole number, at least 1, got 0"):
         data.abc_entropy(0)
 
 
@@ -129,6 +129,22 @@ def test_read_text_keeps_the_bytes(tmp_path):
     file.write_bytes("Zeile\r\nnächste\n".encode())
     assert data.read_text(file) == "Zeile\r\nnächste\n"
     assert data.read_text(str(file)) == "Zeile\r\nnächste\n"
+
+
+def test_a_byte_order_mark_is_no_character_of_the_text(tmp_path):
+    file = tmp_path / "text"
+    mark = b"\xef\xbb\xbf"
+    file.write_bytes(mark + "A\ufeffB".encode())
+    assert data.read_text(file) == "A\ufeffB"  # elsewhere it is one
+    file.write_bytes(mark)
+    with pytest.raises(DataError, match="text: the file is empty but for a byte order mark"):
+        data.read_text(file)
+    file.write_bytes(mark + b"A\xff")
+    with pytest.raises(DataError, match="got byte 0xff at offset 4"):
+        data.read_text(file)
+    file.write_bytes("A".encode("utf-16"))
+    with pytest.raises(DataError, match="expected UTF-8, got byte 0xff at offset 0"):
+        data.read_text(file)
 
 
 def test_read_text_errors_are_one_sentence(tmp_path):
@@ -331,12 +347,30 @@ def test_wrong_arguments_of_windows_are_named(make):
         make(torch.zeros(2, 9, dtype=torch.int64), 4, 2)
     with pytest.raises(DataError, match="1-D int64 tensor, got 1-D float32"):
         make(torch.zeros(9), 4, 2)
-    with pytest.raises(DataError, match="block_size must be at least 1, got 0"):
+    with pytest.raises(DataError, match="1-D int64 tensor, got ndarray"):
+        make(np.arange(9), 4, 2)
+    with pytest.raises(DataError, match="block_size must be a whole number, at least 1, got 0"):
         make(torch.arange(9), 0, 2)
-    with pytest.raises(DataError, match="batch_size must be at least 1, got -1"):
+    with pytest.raises(DataError, match="block_size must be a whole number, at least 1, got 4.0"):
+        make(torch.arange(9), 4.0, 2)
+    with pytest.raises(DataError, match="batch_size must be a whole number, at least 1, got -1"):
         make(torch.arange(9), 4, -1)
 
 
+def test_counts_of_windows_may_be_numpys():
+    ids = torch.arange(300)
+    for number in (np.int8, np.int64, torch.tensor):
+        windows = data.EpochWindows(ids, number(4), number(3), stride=number(2))
+        assert len(windows) == len(data.EpochWindows(ids, 4, 3, stride=2)) == 50
+        assert torch.equal(next(iter(windows))[0], ids[: 3 * 2 + 2].unfold(0, 4, 2))
+        x, _ = data.random_windows(ids, number(4), number(3))
+        assert x.shape == (3, 4)
+    assert data.abc_entropy(np.int8(2)) == data.abc_entropy(2)
+    assert data.abc_corpus(np.int32(3)) == data.abc_corpus(3)
+    with pytest.raises(DataError, match="seed must be a 32-bit integer, got 1.5"):
+        data.abc_corpus(1.5)
+
+
 def test_stride_below_one_is_refused():
-    with pytest.raises(DataError, match="stride must be at least 1, got 0"):
+    with pytest.raises(DataError, match="stride must be a whole number, at least 1, got 0"):
         data.EpochWindows(torch.arange(9), 4, 2, stride=0)

@@ -7,6 +7,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -438,7 +439,7 @@ def test_engine_draws_what_the_reference_draws(
         model, [prompt], num_samples=n, max_new_tokens=1, seed=seed, **options
     )
     drawn = torch.tensor([r.tokens[0] for r in results])
-    keys, zero = torch.full((n,), seed & (2**63 - 1)), torch.zeros(n, dtype=torch.int64)
+    keys, zero = torch.full((n,), seed), torch.zeros(n, dtype=torch.int64)
     uniforms = draws(keys, torch.arange(n), zero)
     rows = logits.expand(n, -1)
     expected = choose(Sampling(**options), rows, [prompt] * n, uniforms)
@@ -528,6 +529,52 @@ def test_any_configuration_equals_the_uncached_loop(data: st.DataObject) -> None
             assert nearly_chosen(model, request, i, b.tokens[:same], a.tokens[same])
 
 
+@pytest.mark.skipif(select.extension() is None, reason="the engine is compiled")
+@pytest.mark.parametrize(
+    "options",
+    (
+        {"logprobs": 2, "max_batch": 2},
+        {"stop": [2], "num_samples": 2, "seed": 3},
+        {"overflow": "stride:5", "repetition_penalty": 1.2},
+        {"overflow": "stop"},
+    ),
+)
+@pytest.mark.parametrize("name", ("course", "no attention"))
+def test_places_that_grow_do_not_change_the_bits(
+    monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any]
+) -> None:
+    model = gptfast.pack(make(name))
+    prompts = prompts_for(model.config)
+    whole = gptfast.generate(model, prompts, max_new_tokens=50, **options)
+    for room in (1, 3, 20):
+        monkeypatch.setattr("gptfast.engine.ROOM", room)
+        assert gptfast.generate(model, prompts, max_new_tokens=50, **options) == whole
+        streamed: list[list[int]] = [[] for _ in whole]
+        for i, piece in gptfast.stream(model, prompts, max_new_tokens=50, **options):
+            streamed[i] += piece
+        assert streamed == [each.tokens for each in whole]
+
+
+@pytest.mark.skipif(select.extension() is None, reason="the engine is compiled")
+def test_a_limit_of_billions_of_tokens_takes_the_memory_of_those_that_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken, zeros = [], np.zeros
+
+    def counted(*arguments: Any) -> np.ndarray:
+        taken.append(zeros(*arguments).nbytes)
+        return zeros(*arguments)
+
+    monkeypatch.setattr("gptfast.engine.np.zeros", counted)
+    model = make("course")
+    options: dict[str, Any] = {"max_new_tokens": 2_000_000_000, "logprobs": 5}
+    results = interrupted_soon(lambda: gptfast.generate(model, [[1], [2]], **options), 0.3)
+    made = sum(len(each.tokens) for each in results)
+    assert made > 0 and all(each.finish_reason == "interrupted" for each in results)
+    assert all(len(each.alternatives) == len(each.tokens) for each in results)
+    assert sum(taken) < 72 * (8 * made + 4 * 4096)
+
+
 def test_options_of_zero_tokens_and_no_prompts() -> None:
     model = make("course")
     assert gptfast.generate(model, []) == []
@@ -613,6 +660,25 @@ def test_stream_gives_what_generate_gives(backend: Any) -> None:
     assert tokens == gptfast.generate(model, [[1, 2]], max_new_tokens=25)[0].tokens
 
 
+@pytest.mark.parametrize("dtype", (None, "int8"))
+@pytest.mark.parametrize("backend", ("auto", "reference"))
+def test_a_stream_is_of_the_model_as_it_was_at_the_call(backend: Any, dtype: str | None) -> None:
+    model = make("course")
+    model.backend = backend
+    options: dict[str, Any] = {"max_new_tokens": 30, "dtype": dtype}
+    (whole,) = gptfast.generate(model, [[1, 2]], **options)
+    pieces = gptfast.stream(model, [1, 2], **options)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.neg_()
+    tokens = [t for t in next(pieces) if isinstance(t, int)]
+    with torch.no_grad():
+        for param in model.parameters():
+            param.zero_()
+    tokens += [t for piece in pieces for t in piece]
+    assert tokens == whole.tokens
+
+
 @pytest.mark.parametrize("backend", ("auto", "reference"))
 def test_stream_of_several_prompts(backend: Any) -> None:
     model, tokenizer = text_model()
@@ -669,6 +735,26 @@ def test_counts_may_be_whole_numbers_of_any_type() -> None:
     for number in (np.int32, torch.tensor):
         options = {name: number(value) for name, value in same.items()}
         assert gptfast.generate(model, [[1]], **options) == expected
+
+
+@pytest.mark.parametrize("backend", ("auto", "reference"))
+def test_options_may_be_numbers_of_any_type(backend: Any) -> None:
+    model, same = make("course"), {"temperature": 0.5, "top_p": 0.75, "min_p": 0.25}
+    model.backend = backend
+    expected = gptfast.generate(model, [[1]], max_new_tokens=5, **same)
+    for number in (np.float32, Fraction):
+        options = {name: number(value) for name, value in same.items()}
+        assert gptfast.generate(model, [[1]], max_new_tokens=5, **options) == expected
+    for prompts in (np.array([[1]], dtype=np.uint8), [np.array([1])]):
+        assert gptfast.generate(model, prompts, max_new_tokens=5, **same) == expected
+
+
+@pytest.mark.parametrize("backend", ("auto", "reference"))
+def test_a_top_k_of_zero_is_none(backend: Any) -> None:
+    model = make("odd")
+    model.backend = backend
+    both = [gptfast.generate(model, [[1]], max_new_tokens=20, top_k=k) for k in (0, None)]
+    assert both[0] == both[1] and Sampling(top_k=0) == Sampling()
 
 
 def test_stream_starts_before_all_is_generated() -> None:
@@ -732,8 +818,18 @@ def test_fused_is_asked_for_and_cannot_run() -> None:
         ([[1]], {"temperature": -1.0}, "temperature must be 0 .greedy. or positive, .*, got -1.0"),
         ([[1]], {"temperature": 2e6}, r"temperature must be .*, at most 1e\+06, got 2000000.0"),
         ([[1]], {"temperature": float("nan")}, "temperature must be"),
-        ([[1]], {"top_k": 0}, "top_k must be None or a positive whole number, got 0"),
-        ([[1]], {"top_k": 1.5}, "top_k must be None or a positive whole number, got 1.5"),
+        ([b"\1"], {}, r"prompt 0 must be a text or a list of token ids, got b'\\x01'"),
+        ([[True]], {}, "prompt 0 has token id True"),
+        ([[1]], {"top_k": -1}, "top_k must be None, 0 .* or a positive whole number, got -1"),
+        ([[1]], {"top_k": 1.5}, "top_k must be None, 0 .* or a positive whole number, got 1.5"),
+        ([[1]], {"seed": -1}, r"seed must be a whole number in \[0, 2\*\*63\), got -1"),
+        ([[1]], {"seed": 2**63}, r"seed must be a whole number in .*, got 9223372036854775808"),
+        ([[1]], {"seed": np.uint64(2**63)}, "seed must be a whole number in"),
+        ([[1]], {"seed": [2**64]}, r"seed must be a whole number in .*, got 18446744073709551616"),
+        ([[1], [2]], {"seed": np.array([0, -5])}, r"seed must be a whole number in .*-5"),
+        ([[1]], {"seed": True}, r"seed must be one int or one per prompt \(1\), got True"),
+        ([[1]], {"num_samples": True}, "num_samples must be a whole number from 1 to .*, got True"),
+        ([[1]], {"stop": b"\1"}, r"stop must be .*, got b'\\x01'"),
         ([[1]], {"max_new_tokens": -1}, "max_new_tokens must be"),
         ([[1]], {"overflow": "slide"}, "overflow must be 'recompute', 'stride:K'"),
         ([[1]], {"overflow": "stride:0"}, "overflow must be"),

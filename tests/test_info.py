@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from gptfast import info, threads
+from gptfast import ConfigError, info, threads
 from gptfast.ops import select
 
 
@@ -162,6 +163,16 @@ def test_use_usable_threads_only_lowers(monkeypatch):
     monkeypatch.setattr(threads, "limits", lambda: threads.ThreadLimits(2, 8, 3.0))
     threads.use_usable_threads()
     assert asked == [3]
+
+
+def test_a_number_of_threads_is_one_that_the_system_starts(monkeypatch):
+    monkeypatch.setattr(threads.os, "cpu_count", lambda: 2)
+    assert [threads.check_threads("--threads", n) for n in (1, np.int64(8), 256)] == [1, 8, 256]
+    for wrong in (0, -1, 257, 100_000, 2**64, 1.5, True, "2"):
+        with pytest.raises(ConfigError, match="^--threads must be a whole number from 1 to 256 on"):
+            threads.check_threads("--threads", wrong)
+    monkeypatch.setattr(threads.os, "cpu_count", lambda: 384)
+    assert threads.check_threads("--threads", 1000) == 1000
 
 
 @pytest.mark.parametrize(

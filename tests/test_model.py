@@ -1,8 +1,10 @@
 """The model against torch's own modules with the same weights: logits, loss and gradients."""
 
 import copy
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from oracle import assert_budget
@@ -307,14 +309,28 @@ def test_course_state_dict_that_does_not_fit_is_an_error() -> None:
             "n_embd must be divisible by n_head, got n_embd=30 and n_head=4",
         ),
         ({"block_size": 0}, "block_size must be a positive whole number, got 0"),
+        ({"n_layer": True}, "n_layer must be a positive whole number, got True"),
+        ({"n_head": 2.0}, "n_head must be a positive whole number, got 2.0"),
+        ({"n_embd": np.array([8])}, r"n_embd must be a positive whole number, got array"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"dropout": "0"}, r"dropout must be in \[0, 1\), got '0'"),
+        ({"bias": "no"}, "bias must be True or False, got 'no'"),
         ({"gelu": "relu"}, "gelu must be one of"),
         ({"padding_idx": 66}, r"padding_idx must be None or in \[0, 66\), got 66"),
+        ({"padding_idx": 1.0}, r"padding_idx must be None or in \[0, 66\), got 1.0"),
     ),
 )
 def test_config_that_contradicts_itself_is_an_error(fields: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         GPTConfig(**fields)
+
+
+def test_config_takes_numpys_numbers() -> None:
+    plain = GPTConfig(n_layer=3, n_embd=64, dropout=0.5, bias=False, padding_idx=1)
+    fields = {"n_layer": np.int64(3), "n_embd": np.int16(64), "dropout": np.float32(0.5)}
+    config = GPTConfig(**fields, bias=np.bool_(False), padding_idx=np.uint8(1))
+    assert json.dumps(config.to_dict()) == json.dumps(plain.to_dict())
+    assert config == plain and config.head_dim == 32
 
 
 def test_config_survives_its_dict() -> None:

@@ -1,8 +1,12 @@
 """The reference's own random numbers: known answers, and masks of the right probability."""
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
+from gptfast import ConfigError, ops
 from gptfast.ops.random import dropout_factors, philox, seed_tensor
 
 
@@ -52,3 +56,29 @@ def test_masks_of_streams_seeds_and_matrices_differ_and_of_shapes_agree() -> Non
         mask.flip(0),
     ):
         assert 0.4 < (mask != other).double().mean() < 0.6
+
+
+def test_a_seed_is_a_whole_number_of_any_type() -> None:
+    for seed in (0, np.int64(5), np.uint64(2**63 - 1), 2**63 - 1):
+        key = seed_tensor(seed)
+        assert key.dtype == torch.int64 and key.shape == () and key.item() == int(seed)
+
+
+@pytest.mark.parametrize(
+    "seed",
+    (-1, 2**63, 2**64, np.uint64(2**63), 1.0, "a", True, torch.tensor(1.0), torch.tensor([1, 2])),
+)
+def test_what_is_no_seed_is_refused(seed: Any) -> None:
+    q = torch.randn(1, 1, 4, 8)
+    with pytest.raises(ConfigError, match=r"seed must be (a|one) whole number .*, got "):
+        seed_tensor(seed)
+    for backend in (ops, ops.reference):
+        with pytest.raises(ConfigError, match="seed must be"):
+            backend.causal_attention(q, q, q, dropout_p=0.5, seed=seed)
+
+
+def test_seeds_can_be_compiled() -> None:
+    compiled = torch.compile(seed_tensor, backend="eager", fullgraph=True)
+    for seed in (1, 2, 3, 2**63 - 1):  # the second makes it a variable of the graph
+        assert compiled(seed).item() == seed
+    assert compiled(torch.tensor(4)).item() == 4

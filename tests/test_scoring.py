@@ -117,7 +117,11 @@ def test_bits_per_character() -> None:
     assert one.characters == len(TEXT) - 1
     assert one.bits_per_character == pytest.approx(-one.logprob / math.log(2) / (len(TEXT) - 1))
     assert one.bits_per_token == one.bits_per_character
-    assert other.logprobs == [] and math.isnan(other.bits_per_character)
+    assert other.logprobs == [] and other.logprob == 0.0
+    assert other.bits_per_character is None and other.bits_per_token is None
+    (ids,) = gptfast.score(model, [[1, 2]])  # what they write is not known
+    assert ids.bits_per_character is None
+    assert ids.bits_per_token == pytest.approx(-ids.logprob / math.log(2))
 
 
 @pytest.mark.parametrize("dtype", (None, "bf16", "int8"))

@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -137,6 +138,8 @@ def make_model(seed=0, **options):
         ("eval_tokens", 0),
         ("seed", -1),
         ("seed", 1.0),
+        ("seed", 2**63),
+        ("steps", True),
         ("precision", "fp16"),
         ("text_fraction", 0.0),
         ("text_fraction", 1.1),
@@ -152,6 +155,23 @@ def test_a_wrong_value_is_refused_by_name(field, value):
     with pytest.raises(ConfigError, match=f"^{field} must ") as error:
         TrainConfig(**{field: value})
     assert repr(value) in str(error.value)
+
+
+def test_counts_may_be_numpys():
+    plain = TrainConfig(steps=7, batch_size=3, threads=1, seed=5)
+    fields = {"steps": np.int64(7), "batch_size": np.uint8(3), "threads": np.int32(1)}
+    config = TrainConfig(**fields, seed=np.int64(5))
+    assert json.dumps(asdict(config)) == json.dumps(asdict(plain)) and config == plain
+
+
+def test_more_threads_than_the_system_starts_are_refused_before_anything_is_written(tmp_path):
+    config = TrainConfig(steps=1, threads=100_000)  # may be another machine's
+    model = GPT(GPTConfig(block_size=4, vocab_size=5, n_layer=1, n_embd=8))
+    with pytest.raises(
+        ConfigError, match="threads must be a whole number from 1 to .*, got 100000"
+    ):
+        Trainer(model, config).fit(torch.arange(40) % 5, out=tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_steps_and_epochs_exclude_each_other():

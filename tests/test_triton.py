@@ -468,6 +468,20 @@ def test_generation_is_that_of_the_uncached_loop(options: dict[str, Any], overfl
         ]
 
 
+def test_a_stream_is_of_the_model_as_it_was_at_the_call() -> None:
+    model, found = GPT(SMALL).to(DEVICE), []
+    for changes in (False, True):
+        request = make_request(model, [[1, 2, 3]], max_new_tokens=6)
+        loop = device_loop.DeviceLoop(model, request, lasting=True)
+        loop.run(0.0)
+        if changes:
+            model.wte.weight.data.neg_()
+        while loop.run(0.0):
+            pass
+        found.append(loop.progress(0))
+    assert found[0] == found[1]
+
+
 def test_generation_has_the_models_dtype_whatever_autocast_says() -> None:
     model = GPT(SMALL).to(DEVICE)
     found = []

@@ -82,7 +82,7 @@ def usable_device(name: str | torch.device) -> torch.device:
         raise ConfigError(f"device {given!r}: torch finds no CUDA device here")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise ConfigError(f"device {given!r}: torch finds {count} here, counted from cuda:0")
+        raise ConfigError(f"device {given!r}: torch finds {count} CUDA devices here")
     if device.type == "meta":
         raise ConfigError("device 'meta' keeps no numbers; 'cpu' and 'cuda' do")
     try:
