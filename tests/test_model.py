@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from gptfast import GPT, BackendError, CheckpointError, ConfigError, GPTConfig
 from gptfast.config import abc
+from gptfast.model import unwrapped
 
 DTYPES = (torch.float32, torch.bfloat16)
 SMALL = GPTConfig(block_size=20, vocab_size=11, n_layer=2, n_head=2, n_embd=32, dropout=0.0)
@@ -338,3 +339,29 @@ def test_config_survives_its_dict() -> None:
     assert GPTConfig.from_dict(config.to_dict()) == config
     with pytest.raises(ConfigError, match="has no field 'n_heads'; it has block_size, "):
         GPTConfig.from_dict({"n_heads": 2})
+
+
+# ---- what is inside a wrapper
+
+
+def test_a_model_is_found_inside_its_wrappers():
+    model = GPT(GPTConfig(block_size=4, vocab_size=5, n_layer=1, n_head=1, n_embd=8))
+    parallel = torch.nn.DataParallel
+    for wrapped in (
+        model,
+        torch.compile(model),
+        parallel(model),
+        torch.compile(parallel(model)),
+        parallel(torch.compile(model)),
+    ):
+        assert unwrapped(wrapped) is model
+
+
+def test_what_holds_no_model_is_named():
+    linear = torch.nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match="expected a GPT, .* got a Linear$"):
+        unwrapped(linear)
+    with pytest.raises(ConfigError, match="got a OptimizedModule around a Linear$"):
+        unwrapped(torch.compile(linear))
+    with pytest.raises(ConfigError, match="got a dict$"):
+        unwrapped({})
