@@ -1,9 +1,9 @@
 """Checkpoints: a directory with `model.safetensors` and `config.json`.
 
 `model.safetensors` is whole by itself: its metadata hold the same JSON as `config.json` (format,
-version, model configuration, tokenizer, extra). So a save takes effect in one step, the atomic
-replacement of that file, and weights are never read with the configuration of another save.
-`config.json` is the readable copy.
+version, model configuration, tokenizer, extra, and the sha256 of the weights and of all this). So a
+save takes effect in one step, the atomic replacement of that file, and weights are never read with
+the configuration of another save. `config.json` is the readable copy.
 
 Both files are first written aside and flushed to the disk: whatever fails there (a full disk, a
 killed process) leaves the old checkpoint untouched. Then, in this order, the old `config.json` is
@@ -13,33 +13,48 @@ files that disagree therefore come from an edit or a copy by hand, and are refus
 
 The files aside have fixed names: what a killed process leaves is overwritten by the next save. One
 process at a time may save to a directory.
+
+Version 2 added the checksums and the tokenizer's code points. Version 1 is still read.
 """
 
+import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 
 from gptfast.config import GPTConfig
 from gptfast.errors import CheckpointError
-from gptfast.model import GPT
+from gptfast.integrity import digest, reading
+from gptfast.model import GPT, unwrapped
 from gptfast.ops.select import usable_device
+from gptfast.storable import (
+    EMBEDDING,
+    HEAD,
+    check_storable,
+    empty,
+    mismatch,
+    stored_config,
+    stored_tensors,
+)
 from gptfast.tokenizer import CharTokenizer
 
 FORMAT = "gptfast-checkpoint"
-VERSION = 1
+VERSION = 2
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 
 _METADATA_KEY = "gptfast"
+_SUM, _WEIGHTS_SUM = "sha256", "weights_sha256"
 
 
 def save(
-    model: GPT,
+    model: torch.nn.Module,
     tokenizer: CharTokenizer | None,
     path: str | Path,
     extra: dict[str, Any] | None = None,
@@ -47,34 +62,38 @@ def save(
     """Write a checkpoint to the directory `path`; it replaces the old one whole, or not at all.
 
     Args:
-        model: the model; its tensors are stored in their dtype, tied weights once.
+        model: a GPT, also within `torch.compile` or DistributedDataParallel; its tensors are stored
+            in their dtype. `tie_weights` is stored as it is now: true where head and embedding
+            share one tensor, which is stored once.
         tokenizer: stored with the model; None stores none.
         path: the directory, made if missing; other files in it are left alone.
         extra: JSON-able, kept with the model; `read_config(path)["extra"]` gives it back.
 
     Raises:
-        CheckpointError: if the tokenizer has more ids than the model, or if the files cannot be
+        ConfigError: if there is no GPT in `model`.
+        CheckpointError: if what is written would load as another model (modules were replaced or
+            changed), if the tokenizer has more ids than the model, or if the files cannot be
             written; a checkpoint that was there before still loads.
         TypeError: if `extra` is not JSON-able.
     """
     path = Path(path)
+    model = unwrapped(model)
+    check_storable(model)
     _check_vocabulary(model.config, tokenizer, path)
+    tensors = stored_tensors(model)
     header = {
         "format": FORMAT,
         "version": VERSION,
-        "config": model.config.to_dict(),
+        "config": stored_config(model).to_dict(),
         "tokenizer": None if tokenizer is None else tokenizer.to_dict(),
         "extra": {} if extra is None else extra,
+        _WEIGHTS_SUM: digest(tensors),
     }
     try:
-        text = json.dumps(header, indent=2) + "\n"
-    except (TypeError, ValueError) as error:
+        header = json.loads(json.dumps(header))  # as readers see it
+        text = json.dumps(header | {_SUM: _sum(header)}, indent=2) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"save: extra must be JSON-able: {error}") from None
-    tensors = {
-        name: tensor.detach().contiguous()
-        for name, tensor in model.state_dict().items()
-        if not (model.config.tie_weights and name == "lm_head.weight")
-    }
     weights = to_safetensors(tensors, metadata={_METADATA_KEY: text})
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -84,6 +103,12 @@ def save(
             f"{path}: the checkpoint could not be saved ({error.strerror or error}); "
             "one that was there before is kept"
         ) from error
+
+
+def _sum(header: dict[str, Any]) -> str:
+    """The sha256 of a header but for this checksum itself, however it is laid out."""
+    covered = {name: value for name, value in header.items() if name != _SUM}
+    return hashlib.sha256(json.dumps(covered, sort_keys=True).encode("ascii")).hexdigest()
 
 
 def _replace_pair(path: Path, weights: bytes, config: bytes) -> None:
@@ -143,13 +168,24 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Cha
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: the stored configuration is not valid: {error}") from error
     _check_vocabulary(config, tokenizer, file)
-    if config.tie_weights and "wte.weight" in tensors:
-        tensors["lm_head.weight"] = tensors["wte.weight"]
-    with torch.random.fork_rng(devices=[]):
-        model = GPT(config)
-    _check_tensors(model.state_dict(), tensors, file)
-    model.to(tensors["wte.weight"].dtype).load_state_dict(tensors)
+    if config.tie_weights and EMBEDDING in tensors:
+        tensors[HEAD] = tensors[EMBEDDING]
+    model = _assembled(config, tensors, file)
     return model.to(device).eval(), tokenizer
+
+
+def _assembled(config: GPTConfig, tensors: dict[str, torch.Tensor], file: Path) -> GPT:
+    # More layers than tensors cannot be right, and a wrong number could be built for hours.
+    layers = min(config.n_layer, len(tensors) + 1)
+    with reading(file):  # sizes beyond what torch can count
+        model = empty(replace(config, n_layer=layers))
+    problem = mismatch(tensors, model.state_dict())
+    if problem:
+        raise CheckpointError(f"{file}: does not fit its configuration: {problem}")
+    model.load_state_dict(tensors, assign=True)  # which keeps each tensor's dtype
+    if config.tie_weights:
+        model.lm_head.weight = model.wte.weight
+    return model
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -173,15 +209,17 @@ def _read(path: Path, with_tensors: bool) -> tuple[dict[str, Any], dict[str, tor
     file = path / WEIGHTS_NAME
     if not file.is_file():
         raise CheckpointError(f"{path}: not a checkpoint, it has no {WEIGHTS_NAME}")
-    try:
-        # Opened once: header and tensors stay one save's even if another one replaces the file.
-        with safe_open(file, framework="pt") as opened:
-            header = _check_header(file, opened.metadata() or {})
-            _check_copy(path / CONFIG_NAME, header)
-            names = opened.keys() if with_tensors else ()
-            return header, {name: opened.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: the file is damaged or unreadable ({error})") from error
+    # Opened once: header and tensors stay one save's even if another one replaces the file.
+    with reading(file), safe_open(file, framework="pt") as opened:
+        header = _check_header(file, opened.metadata() or {})
+        _check_copy(path / CONFIG_NAME, header)
+        if not with_tensors:
+            return header, {}
+        # Copies, for the file's own pages would change with it.
+        tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}
+    if _WEIGHTS_SUM in header and header[_WEIGHTS_SUM] != digest(tensors):
+        raise CheckpointError(f"{file}: the file is damaged (its weights have another checksum)")
+    return header, tensors
 
 
 def _check_header(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
@@ -190,20 +228,32 @@ def _check_header(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
         raise CheckpointError(
             f"{file}: not a gptfast checkpoint (its metadata name another format)"
         )
-    if header.get("version") != VERSION:
-        raise CheckpointError(
-            f"{file}: expected checkpoint version {VERSION}, got {header.get('version')!r}"
-        )
-    missing = [key for key in ("config", "tokenizer", "extra") if key not in header]
+    check_version(file, header.get("version"), VERSION)
+    sums = (_WEIGHTS_SUM, _SUM) if header["version"] > 1 else ()
+    missing = [key for key in ("config", "tokenizer", "extra", *sums) if key not in header]
     if missing:
         raise CheckpointError(f"{file}: the file is damaged (its metadata lack {missing[0]!r})")
+    if _SUM in header and header[_SUM] != _sum(header):
+        raise CheckpointError(f"{file}: the file is damaged (its metadata have another checksum)")
     return header
+
+
+def check_version(file: Path, version: Any, newest: int) -> None:
+    """Raises CheckpointError unless a file's version is one from 1 to the newest that is known."""
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"{file}: expected a version from 1 to {newest}, got {version!r}")
+    if version > newest:
+        raise CheckpointError(
+            f"{file}: written by a newer gptfast (version {version} of the format, this one reads "
+            f"up to {newest}): update gptfast"
+        )
 
 
 def _check_copy(file: Path, header: dict[str, Any]) -> None:
     if not file.exists():
         return
-    copy = _parse(file, file.read_bytes())
+    with reading(file):
+        copy = _parse(file, file.read_bytes())
     # As text, because a NaN in `extra` is not equal to itself.
     if json.dumps(copy, sort_keys=True) != json.dumps(header, sort_keys=True):
         raise CheckpointError(
@@ -215,28 +265,8 @@ def _check_copy(file: Path, header: dict[str, Any]) -> None:
 def _parse(file: Path, text: str | bytes) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: the file is damaged (not JSON: {error})") from error
-
-
-def _check_tensors(
-    expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], file: Path
-) -> None:
-    for names, problem in (
-        (sorted(expected.keys() - found.keys()), "lacks"),
-        (sorted(found.keys() - expected.keys()), "has unexpected"),
-    ):
-        if names:
-            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise CheckpointError(
-                f"{file}: does not fit its configuration: {problem} {names[0]}{others}"
-            )
-    for name, tensor in expected.items():
-        if found[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"{file}: does not fit its configuration: {name} has shape "
-                f"{tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
-            )
 
 
 def _check_vocabulary(config: GPTConfig, tokenizer: CharTokenizer | None, path: Path) -> None:

@@ -305,9 +305,10 @@ class Inspect:
             chars = f"{tokenizer.vocab_size} ids: <PAD> and {''.join(tokenizer.chars)!r}"
         print(f"\ntokenizer: {chars}")
         for title in ("config", "extra"):
+            values = header[title]
             print(f"\n{title}:")
-            for name, value in header[title].items():
-                print(f"  {name}: {value}")
+            for line in _lines(values):
+                print(f"  {line}")
         print(maps, end="")
         return 0
 
@@ -322,6 +323,14 @@ class Info:
 
         print_info()
         return 0
+
+
+def _lines(values: Any) -> list[str]:
+    """A line per value of whatever is stored; half a surrogate pair, which no terminal takes, is
+    escaped.
+    """
+    lines = [f"{k}: {v}" for k, v in values.items()] if isinstance(values, dict) else [str(values)]
+    return [line.encode("utf-8", "backslashreplace").decode("utf-8") for line in lines]
 
 
 def attention_maps(model: "GPT", tokenizer: "CharTokenizer | None", text: str) -> str:

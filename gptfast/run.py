@@ -3,26 +3,33 @@
 It holds the last checkpoint (`model.safetensors` and `config.json`: what `gptfast.load` reads),
 `history.jsonl` with one JSON object per evaluation, and `training_state.pt`. The last has all that
 is needed to go on, weights and history included, and is replaced in one step: a crash between two
-files never mixes the parts of two moments. While a run writes there, `.lock` is locked.
+files never mixes the parts of two moments. It ends with its own checksum, which `torch.load` skips.
+While a run writes there, `.lock` is locked.
+
+Checkpoint and state have the run's id, drawn at its start. The checkpoint is saved first, so that a
+crash leaves one of the state's step or a later one; any other pair was put together by hand.
 """
 
 import errno
 import hashlib
 import json
 import os
-import pickle
+import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gptfast import checkpoint
+from gptfast.config import GPTConfig
 from gptfast.errors import CheckpointError, ConfigError
+from gptfast.integrity import load_sealed, reading, save_sealed
 from gptfast.model import GPT
 from gptfast.presets import TrainConfig
+from gptfast.storable import mismatch, stored_config
 from gptfast.tokenizer import CharTokenizer
 
 try:
@@ -35,7 +42,7 @@ STATE_NAME = "training_state.pt"
 LOCK_NAME = ".lock"
 FILES = (STATE_NAME, HISTORY_NAME, checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME)
 FORMAT = "gptfast-training-state"
-VERSION = 1
+VERSION = 2  # added the checksum and the run's id; version 1 is still read
 
 # May differ when a run goes on: how long it lasts, what it shows and saves, not what it computes.
 FREE_FIELDS = (
@@ -111,6 +118,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path | None) -> None:
         self.path = None if path is None else Path(path)
+        self.id = secrets.token_hex(8)  # of the run; one that is resumed keeps its own
 
     @contextmanager
     def opened(self, resume: bool, overwrite: bool) -> Iterator[None]:
@@ -197,11 +205,12 @@ class RunDirectory:
         """
         if self.path is None:
             return
-        checkpoint.save(model, tokenizer, self.path, extra=extra)
+        checkpoint.save(model, tokenizer, self.path, extra=extra | {"run": self.id})
         content = {
             "format": FORMAT,
             "version": VERSION,
-            "model": model.config.to_dict(),
+            "run": self.id,
+            "model": stored_config(model).to_dict(),
             "train": asdict(config),
             "weights": model.state_dict(),
             "state": asdict(state),
@@ -210,7 +219,7 @@ class RunDirectory:
         file = self.path / STATE_NAME
         try:
             with _replaced(file) as aside, open(aside, "wb") as opened:
-                torch.save(content, opened)
+                save_sealed(content, opened)
                 opened.flush()
                 os.fsync(opened.fileno())
             file = self.path / HISTORY_NAME
@@ -232,26 +241,92 @@ class RunDirectory:
             where the run is, and what `save` was given as `resumable`.
 
         Raises:
-            CheckpointError: the file is damaged, foreign or of another version.
+            CheckpointError: the file is damaged, foreign, of a newer version or of another run than
+                the checkpoint beside it.
             ConfigError: the run was started with another model or another training.
         """
         assert self.path is not None  # `check` refuses to resume without a directory
-        file = self.path / STATE_NAME
+        with self.reading_state() as file:
+            content = _read_state(file)
+            # What the file's version had no name for yet is as by default.
+            saved = GPTConfig().to_dict() | content["model"]
+            _check_same(self.path, saved, stored_config(model).to_dict())
+            _check_same(self.path, asdict(TrainConfig()) | content["train"], asdict(config))
+            state = _run_state(content["state"])
+            if content["version"] > 1:
+                self.id = content["run"]
+                self._check_checkpoint(state.step)
+            weights, resumable, own = content["weights"], content["resumable"], model.state_dict()
+            problem = mismatch(weights, own) or _other_dtype(weights, own)
+            problem = problem or _other_moments(resumable["optimizer"], model)
+            if problem:
+                raise CheckpointError(f"{file}: does not fit the model: {problem}")
+            model.load_state_dict(weights)
+        return state, resumable
+
+    @contextmanager
+    def reading_state(self) -> Iterator[Path]:
+        """Gives the state's file; what goes wrong inside becomes one sentence about that file."""
+        assert self.path is not None
+        with reading(self.path / STATE_NAME):
+            yield self.path / STATE_NAME
+
+    def _check_checkpoint(self, step: int) -> None:
+        """Raises CheckpointError where the checkpoint is none that a save of this run left."""
+        assert self.path is not None
+        file = self.path / checkpoint.WEIGHTS_NAME
+        if not file.exists():
+            return
+        without = f"without {file.name} the run goes on from {STATE_NAME} alone"
         try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            extra = checkpoint.read_config(self.path)["extra"]
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {without}") from error
+        if extra.get("run") != self.id or extra["step"] < step:
             raise CheckpointError(
-                f"{file}: the file is damaged or unreadable ({reason})"
-            ) from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise CheckpointError(f"{file}: not a training state of gptfast")
-        if content["version"] != VERSION:
-            raise CheckpointError(f"{file}: expected version {VERSION}, got {content['version']!r}")
-        _check_same(self.path, content["model"], model.config.to_dict())
-        _check_same(self.path, content["train"], asdict(config))
-        model.load_state_dict(content["weights"])
-        return RunState(**content["state"]), content["resumable"]
+                f"{file}: of another run, or of an earlier save, than {STATE_NAME}: put back the "
+                f"files of one save; {without}"
+            )
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    with open(file, "rb") as opened:
+        content, sealed = load_sealed(opened)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{file}: not a training state of gptfast")
+    checkpoint.check_version(file, content.get("version"), VERSION)
+    if content["version"] > 1 and not sealed:
+        raise CheckpointError(f"{file}: the file is damaged (it lacks its checksum)")
+    return content
+
+
+def _run_state(values: dict[str, Any]) -> RunState:
+    """Raises KeyError, TypeError or ValueError where the values are of no run."""
+    for each in fields(RunState):
+        value = values[each.name]
+        wanted: Any = type(getattr(RunState(), each.name))
+        if not isinstance(value, int | float if wanted is float else wanted):
+            raise TypeError(f"{each.name} is a {type(value).__name__}")
+    for row in values["history"]:
+        _line(row)
+    return RunState(**values)
+
+
+def _other_dtype(found: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> str | None:
+    for name, tensor in found.items():
+        if tensor.dtype != own[name].dtype:
+            return f"{name} is of {str(tensor.dtype)[6:]}, not of {str(own[name].dtype)[6:]}"
+    return None
+
+
+def _other_moments(optimizer: dict[str, Any], model: GPT) -> str | None:
+    trained = [param for param in model.parameters() if param.requires_grad]
+    for i, moments in optimizer["state"].items():
+        for name, moment in moments.items():
+            shape = () if name == "step" else tuple(trained[i].shape)
+            if tuple(moment.shape) != shape:
+                return f"the optimizer's {name} of parameter {i} has shape {tuple(moment.shape)}"
+    return None
 
 
 def fingerprint(*parts: torch.Tensor | None) -> str:

@@ -1,5 +1,6 @@
 """Character tokenizer: id 0 is padding, the sorted distinct characters of a text follow."""
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -120,20 +121,28 @@ class CharTokenizer:
         return ["", *self.chars]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form, read back by `from_dict`."""
-        return {"kind": "char", "chars": "".join(self.chars)}
+        """JSON-able form, read back by `from_dict`: code points in the order of their ids.
+
+        One joined string would not do: JSON makes one character of two halves of a surrogate pair.
+        """
+        return {"kind": "char", "code_points": [ord(char) for char in self.chars]}
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> "CharTokenizer":
-        """Rebuild a tokenizer from `to_dict`.
+        """Rebuild a tokenizer from `to_dict`, or from the joined `chars` that it gave before.
 
         Raises:
             DataError: if `d` is not the form that `to_dict` gives.
         """
-        chars = d.get("chars") if isinstance(d, dict) and d.get("kind") == "char" else None
-        if not isinstance(chars, str):
-            raise DataError("expected a tokenizer of the form {'kind': 'char', 'chars': '...'}")
-        return cls(tuple(chars))
+        form = d if isinstance(d, dict) and d.get("kind") == "char" else {}
+        points, chars = form.get("code_points"), form.get("chars")
+        if isinstance(points, list) and all(
+            type(point) is int and 0 <= point <= sys.maxunicode for point in points
+        ):
+            return cls(tuple(chr(point) for point in points))
+        if points is None and isinstance(chars, str):
+            return cls(tuple(chars))
+        raise DataError("expected a tokenizer of the form {'kind': 'char', 'code_points': [...]}")
 
 
 def _unknown_message(text: str, position: int, vocab_size: int) -> str:

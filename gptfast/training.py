@@ -206,13 +206,25 @@ def held_out(path: str | Path) -> Tensor:
     """
     header = checkpoint.read_config(path)
     extra, tokenizer = header["extra"], header["tokenizer"]
-    if tokenizer is None or extra.get("preset") not in PRESETS and extra.get("data") is None:
+    extra = extra if isinstance(extra, dict) else {}
+    name, data = extra.get("preset"), extra.get("data")
+    recipe = PRESETS.get(name) if isinstance(name, str) else None
+    if tokenizer is None or recipe is None and not isinstance(data, str):
         raise DataError(f"{path}: it is not known on which text this model was trained: give one")
-    text = _text(PRESETS.get(extra["preset"]), extra["data"])
+    try:
+        config = TrainConfig(**extra["train"])
+        fingerprint = extra["text_sha256"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{path}: it is not known which part of its text was held out "
+            f"({type(error).__name__}: {error}): give a text"
+        ) from error
+    text = _text(recipe, data)
     ids = CharTokenizer.from_dict(tokenizer).encode_tensor(text)
-    train_ids, val_ids = split(ids, TrainConfig(**extra["train"]))
-    if run.fingerprint(train_ids, val_ids) != extra["text_sha256"]:
-        raise DataError(f"{path}: {extra['data']} is no longer the text that it was trained on")
+    train_ids, val_ids = split(ids, config)
+    if run.fingerprint(train_ids, val_ids) != fingerprint:
+        source = name if data is None else data
+        raise DataError(f"{path}: {source} is no longer the text that it was trained on")
     if val_ids is None:
         raise DataError(f"{path}: nothing of its text was held out: give one")
     return val_ids

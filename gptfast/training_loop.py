@@ -201,15 +201,16 @@ class Loop:
     def load(self) -> None:
         """Goes to where `save` was called."""
         trainer, path = self.trainer, self.directory.path
-        self.state, resumable = self.directory.load(trainer.gpt, self.config)
-        if resumable["text"] != self.text:
-            raise ConfigError(f"{path}: the run was started with another text")
-        # Earlier versions did not note the names.
-        if resumable.get("trained", trainer.names) != trainer.names:
-            raise ConfigError(f"{path}: the run was started with other parameters frozen")
-        trainer.optimizer.load_state_dict(resumable["optimizer"])
-        trainer.generator.set_state(resumable["dropout"])
-        self.generator.set_state(resumable["windows"])
+        with self.directory.reading_state():
+            self.state, resumable = self.directory.load(trainer.gpt, self.config)
+            if resumable["text"] != self.text:
+                raise ConfigError(f"{path}: the run was started with another text")
+            # Earlier versions did not note the names.
+            if resumable.get("trained", trainer.names) != trainer.names:
+                raise ConfigError(f"{path}: the run was started with other parameters frozen")
+            trainer.optimizer.load_state_dict(resumable["optimizer"])
+            trainer.generator.set_state(resumable["dropout"])
+            self.generator.set_state(resumable["windows"])
         self.kept = True
 
 

@@ -1,12 +1,15 @@
 import errno
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -14,6 +17,7 @@ from gptfast import checkpoint
 from gptfast.checkpoint import CONFIG_NAME, WEIGHTS_NAME, load, read_config, save
 from gptfast.config import GPTConfig
 from gptfast.errors import CheckpointError, ConfigError
+from gptfast.integrity import digest
 from gptfast.model import GPT
 from gptfast.tokenizer import CharTokenizer
 
@@ -33,6 +37,11 @@ def assert_same_weights(a, b):
     for name in a:
         assert a[name].dtype == b[name].dtype
         assert torch.equal(a[name], b[name]), name
+
+
+def sum_of(header):
+    covered = {name: value for name, value in header.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
 
 
 def names_in(path):
@@ -132,10 +141,12 @@ def test_extra_is_kept(tmp_path):
     assert repr(header["extra"]) == repr(extra)
     assert header == {
         "format": "gptfast-checkpoint",
-        "version": 1,
+        "version": 2,
         "config": make_model().config.to_dict(),
         "tokenizer": TOKENIZER.to_dict(),
         "extra": header["extra"],
+        "weights_sha256": digest(make_model().state_dict()),
+        "sha256": sum_of(header),
     }
     assert repr(json.loads((tmp_path / CONFIG_NAME).read_text())) == repr(header)
     load(tmp_path)
@@ -163,6 +174,188 @@ def test_vocabularies_must_fit(tmp_path):
     assert not (tmp_path / "run").exists()
     save(make_model(vocab_size=8), TOKENIZER, tmp_path / "wider")
     assert load(tmp_path / "wider")[0].config.vocab_size == 8
+
+
+def test_each_tensor_keeps_its_own_dtype(tmp_path):
+    model = make_model()
+    model.h[1].to(torch.bfloat16)
+    model.lm_head.to(torch.float64)
+    save(model, None, tmp_path)
+    loaded, _ = load(tmp_path)
+    assert_same_weights(loaded, model)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32, torch.bfloat16, torch.float64}
+    assert all(param.requires_grad for param in loaded.parameters())
+
+
+def test_loaded_weights_are_not_the_files(saved):
+    model, _ = load(saved)
+    with open(saved / WEIGHTS_NAME, "r+b") as file:
+        file.write(b"\xff" * (saved / WEIGHTS_NAME).stat().st_size)
+    assert_same_weights(model, make_model())
+
+
+def test_halves_of_surrogate_pairs_stay_two_characters(tmp_path):
+    tokenizer = CharTokenizer(("a", "\ud83d", "\ude00", "😀"))
+    save(make_model(), tokenizer, tmp_path)
+    assert load(tmp_path)[1] == tokenizer
+
+
+# ---- ties are stored as they are
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model.eval()(torch.tensor([[1, 2, 3, 4, 2]]))
+
+
+def test_a_tie_that_was_undone_is_stored_as_undone(tmp_path):
+    model = make_model(tie_weights=True)
+    model.load_state_dict(make_model(seed=3).state_dict(), assign=True)
+    save(model, None, tmp_path)
+    loaded, _ = load(tmp_path)
+    assert not loaded.config.tie_weights
+    assert_same_weights(loaded, model)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
+@pytest.mark.parametrize("by", ["parameter", "memory"])
+def test_a_tie_that_was_made_by_hand_is_stored_as_one(tmp_path, by):
+    model = make_model()
+    weight = model.wte.weight
+    model.lm_head.weight = weight if by == "parameter" else torch.nn.Parameter(weight.detach())
+    save(model, None, tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / WEIGHTS_NAME)
+    loaded, _ = load(tmp_path)
+    assert loaded.config.tie_weights and loaded.lm_head.weight is loaded.wte.weight
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
+def test_layers_that_share_their_weights_are_written_out(tmp_path):
+    model = make_model()
+    model.h[1] = model.h[0]
+    model.h[1].ln_2.weight = model.h[1].ln_1.weight
+    with pytest.raises(CheckpointError, match="h.1 has stream=1, expected 3"):
+        save(model, None, tmp_path)  # its dropout masks would be others
+    model = make_model()
+    model.h[1].mlp = model.h[0].mlp
+    save(model, None, tmp_path)
+    loaded, _ = load(tmp_path)
+    assert_same_weights(loaded, model)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
+# ---- wrapped models, and models that are none of a configuration
+
+
+def test_a_wrapped_model_is_saved_as_what_it_wraps(tmp_path, saved):
+    plain = [(saved / name).read_bytes() for name in sorted(FILES)]
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel
+        for wrapped in (
+            torch.compile(make_model()),
+            parallel(make_model()),
+            torch.compile(parallel(make_model())),
+            parallel(torch.compile(make_model())),
+        ):
+            save(wrapped, TOKENIZER, tmp_path / "wrapped")
+            assert [(tmp_path / "wrapped" / name).read_bytes() for name in sorted(FILES)] == plain
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class OtherNorm(torch.nn.LayerNorm):
+    pass
+
+
+class WiderGPT(GPT):
+    def loss(self, idx, targets):
+        return super().loss(idx, targets) + 1
+
+
+class NamedGPT(GPT):
+    def title(self):
+        return "mine"
+
+
+class LoRA(torch.nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.down = base, torch.nn.Linear(16, 2)
+
+
+def prune(model):
+    torch.nn.utils.prune.l1_unstructured(model.h[0].mlp.c_fc, "weight", 0.5)
+
+
+def weight_norm(model):
+    torch.nn.utils.parametrizations.weight_norm(model.h[1].attn.c_proj)
+
+
+def set_to(name, make):
+    """A change that replaces the attribute of this name."""
+
+    def change(model):
+        owner, _, last = name.rpartition(".")
+        owner = model.get_submodule(owner)
+        setattr(owner, last, make(getattr(owner, last)))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (prune, r"it has unexpected h.0.mlp.c_fc.weight_mask and 1 more"),
+        (weight_norm, "h.1.attn.c_proj is a ParametrizedLinear, expected a Linear"),
+        (set_to("h.0.attn.c_attn", LoRA), "h.0.attn.c_attn is a LoRA, expected a Linear"),
+        (
+            set_to("lm_head", lambda old: torch.nn.Linear(16, 5)),
+            "it has unexpected lm_head.bias",
+        ),
+        (
+            set_to("lm_head", lambda old: torch.nn.Linear(16, 6, bias=False)),
+            "lm_head has out_features=6, expected 5",
+        ),
+        (
+            set_to("wte.weight", lambda old: torch.nn.Parameter(torch.ones(6, 16))),
+            r"wte.weight has shape \(6, 16\), expected \(5, 16\)",
+        ),
+        (set_to("ln_f.eps", lambda old: 1e-3), "ln_f has eps=0.001, expected 1e-05"),
+        (set_to("h.1.gelu", lambda old: "tanh"), "h.1 has gelu='tanh', expected 'erf'"),
+        (set_to("h.0.ln_2", lambda old: OtherNorm(16)), "h.0.ln_2 is a OtherNorm"),
+        (set_to("h.0.mlp.forward", lambda old: torch.relu), "h.0.mlp has a forward of its own"),
+        (lambda model: model.h.append(make_model().h[0]), r"has unexpected h.2.\S+ and 11 more"),
+        (lambda model: model.h.__delitem__(1), "it lacks h.1;"),
+        (lambda model: model.to("meta"), "wte.weight is a Tensor of float32 on meta"),
+        (lambda model: model.to(torch.float8_e5m2), "is a Tensor of float8_e5m2 on cpu"),
+        (lambda model: setattr(model, "__class__", WiderGPT), "WiderGPT has a loss of its own"),
+    ],
+)
+def test_what_would_load_as_another_model_is_not_saved(saved, change, message):
+    model = make_model(seed=1)
+    change(model)
+    with pytest.raises(CheckpointError, match=f"would load as another one: .*{message}") as caught:
+        save(torch.compile(model), TOKENIZER, saved)
+    assert "\n" not in str(caught.value)
+    assert_is_old(saved)
+
+
+def test_what_is_no_gpt_is_not_saved(saved):
+    with pytest.raises(ConfigError, match="expected a GPT"):
+        save(torch.nn.Linear(2, 2), None, saved)
+    assert_is_old(saved)
+
+
+def test_hooks_and_methods_beside_a_gpts_own_do_not_stop_a_save(tmp_path):
+    torch.manual_seed(0)
+    model = NamedGPT(make_model().config)
+    model.h[0].register_forward_hook(lambda *args: None)
+    model.h[0].mlp.register_forward_hook(lambda *args: None)
+    model.h[0].watched = True
+    save(model, None, tmp_path)
+    assert_same_weights(load(tmp_path)[0], model)
 
 
 # ---- a save that fails leaves the old checkpoint
@@ -260,6 +453,36 @@ def test_path_that_cannot_be_a_directory(tmp_path):
             save(make_model(), TOKENIZER, path)
 
 
+# ---- the format
+
+
+OLD = Path(__file__).parent / "fixtures" / "checkpoint-v1"
+OLD_SUM = 26.694151530396994  # of its weights; this and the logits by the code that wrote it
+OLD_LOGITS = [-0.0107631, -0.3599181, 0.3200006, 0.5957331, 1.2662663]
+
+
+def test_a_checkpoint_of_version_1_still_loads():
+    assert read_config(OLD)["version"] == 1
+    model, tokenizer = load(OLD)
+    assert tokenizer == TOKENIZER
+    assert sum(param.double().sum().item() for param in model.parameters()) == pytest.approx(
+        OLD_SUM, abs=1e-9
+    )
+    assert logits_of(model)[0, -1].tolist() == pytest.approx(OLD_LOGITS, abs=1e-5)
+
+
+def test_a_changed_byte_is_found(saved):
+    file = saved / WEIGHTS_NAME
+    content = bytearray(file.read_bytes())
+    text = content.index(b"n_layer")  # a name and a value of the header, the data's first and last
+    for place in (text, content.index(b"2", text), content.index(b"}}", text) + 40, -1):
+        content[place] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match="model.safetensors: the file is damaged"):
+            load(saved)
+        content[place] ^= 1
+
+
 # ---- what is not a checkpoint, or no longer one
 
 
@@ -271,13 +494,16 @@ def assert_refused(path, message):
 
 
 def rewrite(path, change_header=lambda header: None, change_tensors=lambda tensors: None):
-    """Rewrite the weights file with another header or other tensors, without the readable copy."""
+    """Rewrite the weights file with another header or tensors and right checksums, without copy."""
     (path / CONFIG_NAME).unlink()
     with safe_open(path / WEIGHTS_NAME, framework="pt") as opened:
         header = json.loads(opened.metadata()["gptfast"])
     tensors = load_file(path / WEIGHTS_NAME)
-    change_header(header)
     change_tensors(tensors)
+    header["weights_sha256"] = digest(tensors)
+    change_header(header)
+    if "sha256" in header:
+        header["sha256"] = sum_of(header)
     save_file(tensors, path / WEIGHTS_NAME, {"gptfast": json.dumps(header)})
 
 
@@ -327,13 +553,18 @@ def test_foreign_safetensors(saved):
 
 
 def test_other_version(saved):
-    rewrite(saved, lambda header: header.update(version=2))
-    assert_refused(saved, "expected checkpoint version 1, got 2")
+    rewrite(saved, lambda header: header.update(version=3))
+    assert_refused(saved, "newer gptfast .version 3 .* reads up to 2.: update gptfast")
+    for version in (0, "2", True, None):
+        save(make_model(), TOKENIZER, saved)
+        rewrite(saved, lambda header: header.update(version=version))  # noqa: B023
+        assert_refused(saved, f"expected a version from 1 to 2, got {version!r}")
 
 
-def test_incomplete_header(saved):
-    rewrite(saved, lambda header: header.pop("tokenizer"))
-    assert_refused(saved, "damaged .its metadata lack 'tokenizer'")
+@pytest.mark.parametrize("name", ["config", "tokenizer", "extra", "weights_sha256", "sha256"])
+def test_incomplete_header(saved, name):
+    rewrite(saved, lambda header: header.pop(name))
+    assert_refused(saved, f"damaged .its metadata lack '{name}'")
 
 
 @pytest.mark.parametrize(
@@ -343,7 +574,9 @@ def test_incomplete_header(saved):
         (lambda h: h["config"].update(n_head=3), "n_head"),
         (lambda h: h.update(config=None), "configuration is not valid"),
         (lambda h: h["tokenizer"].update(kind="bpe"), "expected a tokenizer"),
-        (lambda h: h["tokenizer"].update(chars="abcdefgh"), "tokenizer has 9 ids"),
+        (lambda h: h["tokenizer"].update(code_points=[*range(65, 73)]), "tokenizer has 9 ids"),
+        (lambda h: h["config"].update(n_layer=10**9), r"lacks h.10.attn.c_attn.bias and \d+ more"),
+        (lambda h: h["config"].update(block_size=10**30), "damaged or unreadable"),
     ],
 )
 def test_header_that_makes_no_model(saved, change, message):

@@ -1,0 +1,131 @@
+"""What of a model a checkpoint holds, and whether that is the whole model.
+
+A checkpoint is a configuration and tensors, and loads as the GPT that these two describe. A model
+that computes otherwise (with LoRA layers, parametrizations, another eps) would load as another one,
+so it is refused. Hooks are not stored, and not refused: most of them only watch.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptfast.config import GPTConfig
+from gptfast.errors import CheckpointError
+from gptfast.model import GPT
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+HEAD = "lm_head.weight"
+EMBEDDING = "wte.weight"
+
+
+def empty(config: GPTConfig) -> GPT:
+    """A GPT whose tensors have shapes but no memory; draws no random numbers."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return GPT(config)
+
+
+def stored_config(model: GPT) -> GPTConfig:
+    """The model's configuration, in which `tie_weights` says what is the case now.
+
+    A tie can be made or undone by hand, by an assignment or by `load_state_dict(assign=True)`.
+    """
+    head, embedding = model.lm_head.weight, model.wte.weight
+    tied = head is embedding or (
+        head.data_ptr() == embedding.data_ptr()
+        and (head.dtype, head.shape, head.stride())
+        == (embedding.dtype, embedding.shape, embedding.stride())
+    )
+    return replace(model.config, tie_weights=tied)
+
+
+def stored_tensors(model: GPT) -> dict[str, Tensor]:
+    """The model's tensors, without gradients, each in memory of its own, a tied head left out."""
+    tied = stored_config(model).tie_weights
+    tensors = {}
+    seen = set()
+    for name, tensor in model.state_dict().items():
+        if tied and name == HEAD:
+            continue
+        storage = tensor.untyped_storage().data_ptr()
+        tensor = tensor.detach().cpu().contiguous()
+        # Weights that were shared by hand are written as often as the configuration has them.
+        tensors[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return tensors
+
+
+def check_storable(model: GPT) -> None:
+    """Checks that a checkpoint of the model loads as this model.
+
+    Raises:
+        CheckpointError: It would not; names the module or tensor that is to blame.
+    """
+    plain = empty(model.config)
+    problem = _foreign_module(model, plain) or mismatch(model.state_dict(), plain.state_dict())
+    if problem:
+        raise CheckpointError(
+            f"the model cannot be saved, it would load as another one: {problem}; "
+            "merge or remove what was changed, or keep its state_dict by torch.save"
+        )
+
+
+def _foreign_module(model: GPT, plain: GPT) -> str | None:
+    for kind in type(model).__mro__[: type(model).__mro__.index(GPT)]:
+        own = [name for name in vars(kind) if name in vars(GPT) and not name.startswith("__")]
+        if own:
+            return f"its class {kind.__name__} has a {own[0]} of its own"
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, expected in plain.named_modules():
+        found = modules.get(name)
+        if found is None:
+            return f"it lacks {name}"
+        if not name:
+            continue
+        if type(found) is not type(expected):
+            return f"{name} is a {type(found).__name__}, expected a {type(expected).__name__}"
+        if "forward" in vars(found):
+            return f"{name} has a forward of its own"
+        settings = _settings(found)
+        for key, value in _settings(expected).items():
+            if settings.get(key) != value:
+                return f"{name} has {key}={settings.get(key)!r}, expected {value!r}"
+    return None
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and name != "training"
+        and (value is None or isinstance(value, bool | int | float | str))
+    }
+
+
+def mismatch(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str | None:
+    """How tensors differ from those of a configuration in names, shapes or kind; None if not.
+
+    Dtypes are free among floating-point ones.
+    """
+    for names, problem in (
+        (sorted(found.keys() - expected.keys()), "has unexpected"),
+        (sorted(expected.keys() - found.keys()), "lacks"),
+    ):
+        if names:
+            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            return f"it {problem} {names[0]}{others}"
+    for name, tensor in found.items():
+        if not isinstance(tensor, Tensor):
+            return f"{name} is a {type(tensor).__name__}, expected a tensor"
+        shape, wanted = tuple(tensor.shape), tuple(expected[name].shape)
+        if shape != wanted:
+            return f"{name} has shape {shape}, expected {wanted}"
+        dense = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_meta
+        if not dense or tensor.dtype not in DTYPES:
+            return (
+                f"{name} is a {type(tensor).__name__} of {str(tensor.dtype)[6:]} on "
+                f"{tensor.device}, expected a dense floating-point tensor"
+            )
+    return None
