@@ -80,7 +80,7 @@ def read_history(path: str | Path) -> list[Row]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict) or "step" not in row or "train_loss" not in row:
             raise DataError(f"{file}: line {number} is not a row of a history")

@@ -177,7 +177,7 @@ class RunDirectory:
 
     def _write_history(self, history: list[Row]) -> None:
         assert self.path is not None
-        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in history)
+        text = _lines(history)
         with _replaced(self.path / HISTORY_NAME) as aside:
             aside.write_text(text, encoding="utf-8")
 
@@ -307,8 +307,7 @@ def _run_state(values: dict[str, Any]) -> RunState:
         wanted: Any = type(getattr(RunState(), each.name))
         if not isinstance(value, int | float if wanted is float else wanted):
             raise TypeError(f"{each.name} is a {type(value).__name__}")
-    for row in values["history"]:
-        _line(row)
+    _lines(values["history"])
     return RunState(**values)
 
 
@@ -394,3 +393,8 @@ def _check_same(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> No
                 f"{path}: the run was started with {name}={saved.get(name)!r} "
                 f"and cannot go on with {name}={value!r}"
             )
+
+
+def _lines(history: list[Row]) -> str:
+    """A line of JSON per row; raises TypeError or ValueError for what JSON does not have."""
+    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in history)

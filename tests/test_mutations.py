@@ -1,0 +1,157 @@
+"""A thousand damaged runs: each gives the model that was saved, or one sentence, never another."""
+
+import pickle
+import random
+import shutil
+
+import pytest
+import torch
+
+from gptfast import checkpoint, data, run
+from gptfast.config import GPTConfig
+from gptfast.errors import GptfastError
+from gptfast.model import GPT
+from gptfast.plots import read_history
+from gptfast.presets import TrainConfig
+from gptfast.tokenizer import CharTokenizer
+from gptfast.training import Trainer
+
+TEXT = data.abc_corpus()[:100]
+TOKENIZER = CharTokenizer.from_text(TEXT)
+IDS = TOKENIZER.encode_tensor(TEXT)
+SHAPE = GPTConfig(block_size=4, vocab_size=5, n_layer=1, n_head=1, n_embd=4)
+OTHER = ("seed", "earlier", "shape")  # how other runs differ from the one called "own"
+WEIGHTS, CONFIG = checkpoint.WEIGHTS_NAME, checkpoint.CONFIG_NAME
+FOREIGN = {
+    "nothing": b"",
+    "a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n",
+    "a page": b"<!DOCTYPE html>\n<html><body>404: not found</body></html>\n",
+    "a text": "Ünïcode, and\nsome lines\n".encode(),
+    "a number": b"5",
+    "a list": b"[1, 2]\n",
+    "an object": b'{"step": 1, "train_loss": 2.0}\n',
+    "nested lists": b"[" * 100_000,
+    "a pickle": pickle.dumps({"format": run.FORMAT, "version": 2}),
+    "zeros": bytes(5000),
+    "ones": b"\xff" * 5000,
+}
+
+
+def train(out, resume=False, steps=2, seed=1, shape=SHAPE):
+    torch.manual_seed(seed)
+    config = TrainConfig(lr=0.1, batch_size=2, steps=steps, eval_every=1, seed=seed)
+    trainer = Trainer(GPT(shape), config)
+    return trainer.fit(IDS, tokenizer=TOKENIZER, out=out, resume=resume)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The directories of the runs, by name."""
+    root = tmp_path_factory.mktemp("runs")
+    train(root / "earlier", steps=1)
+    shutil.copytree(root / "earlier", root / "own")
+    train(root / "own", resume=True)
+    train(root / "seed", seed=2)
+    train(root / "shape", shape=GPTConfig(4, 5, n_layer=2, n_head=1, n_embd=4))
+    return {name: root / name for name in ("own", *OTHER)}
+
+
+def is_same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a
+    )
+
+
+def sentence_or(call, *args, **options):
+    """What a call gives, or the one sentence with which it refuses."""
+    try:
+        return call(*args, **options)
+    except GptfastError as error:
+        assert "\n" not in str(error) and str(error)
+        return str(error)
+
+
+def damage(draw, content, run_files):
+    """Changes the bytes of a file in one of many ways; gives what was done and the new bytes."""
+    kind = draw.choice(
+        ["byte", "byte", "byte", "bit", "bit", "cut", "more", "gap", "swap", "foreign"]
+    )
+    place = draw.randrange(len(content))
+    if kind == "byte":
+        return kind, content[:place] + draw.randbytes(1) + content[place + 1 :]
+    if kind == "bit":
+        changed = bytes([content[place] ^ 1 << draw.randrange(8)])
+        return kind, content[:place] + changed + content[place + 1 :]
+    if kind == "cut":
+        return kind, content[:place]
+    if kind == "more":
+        return kind, content + draw.randbytes(draw.randrange(1, 99))
+    if kind == "gap":
+        return kind, content[:place] + content[place + draw.randrange(1, 99) :]
+    if kind == "swap":
+        return kind, draw.choice(run_files)
+    return draw.choice(list(FOREIGN.items()))
+
+
+def test_a_damaged_file_gives_the_model_that_was_saved_or_a_sentence(tmp_path, runs):
+    draw = random.Random(1)
+    own, tokenizer = checkpoint.load(runs["own"])
+    history = read_history(runs["own"])
+    files = {name: (runs["own"] / name).read_bytes() for name in run.FILES}
+    refused = 0
+    for number in range(700):
+        name = draw.choice(run.FILES)
+        kind, content = damage(draw, files[name], list(files.values()))
+        what = f"{number}: {kind} in {name}"
+        path = tmp_path / "run"
+        shutil.copytree(runs["own"], path)
+        (path / name).write_bytes(content)
+        loaded = sentence_or(checkpoint.load, path)
+        header = sentence_or(checkpoint.read_config, path)
+        if isinstance(loaded, str):
+            assert name in loaded and name in (WEIGHTS, CONFIG), what
+        else:
+            assert is_same(loaded[0], own) and loaded[1] == tokenizer, what
+            assert header == checkpoint.read_config(runs["own"]), what
+        sentence_or(read_history, path)
+        result = sentence_or(train, path, resume=True)
+        if isinstance(result, str):
+            assert name in result and name != run.HISTORY_NAME, what
+        else:
+            assert is_same(result.model, own) and result.history == history, what
+            assert is_same(checkpoint.load(path)[0], own), what  # what was damaged is whole again
+        refused += isinstance(loaded, str) or isinstance(result, str)
+        shutil.rmtree(path)
+    assert 400 < refused < 700
+
+
+def test_files_of_two_runs_give_one_of_them_whole_or_a_sentence(tmp_path, runs):
+    draw = random.Random(2)
+    models = {name: checkpoint.load(path)[0] for name, path in runs.items()}
+    outcomes = set()
+    for number in range(300):
+        path = tmp_path / "run"
+        path.mkdir()
+        other = draw.choice(OTHER)
+        of = {name: draw.choice(["own", "own", other, None]) for name in run.FILES}
+        what = f"{number}: {of}"
+        for name, source in of.items():
+            if source:
+                shutil.copy(runs[source] / name, path)
+        loaded = sentence_or(checkpoint.load, path)
+        if of[WEIGHTS] and of[CONFIG] in (of[WEIGHTS], None):
+            assert is_same(loaded[0], models[of[WEIGHTS]]), what
+        else:
+            assert WEIGHTS in loaded, what
+        result = sentence_or(train, path, resume=True)
+        # The run itself, or the moment between the replacements of its two files.
+        whole = not of[WEIGHTS] or of[WEIGHTS] == "own" and of[CONFIG] in ("own", None)
+        whole |= of[run.STATE_NAME] == of[WEIGHTS] == "earlier" and of[CONFIG] in ("earlier", None)
+        if of[run.STATE_NAME] in ("own", "earlier") and whole:
+            assert is_same(result.model, models["own"]), what
+        else:
+            assert isinstance(result, str), what
+        outcomes.add((of[run.STATE_NAME], of[WEIGHTS], isinstance(result, str)))
+        shutil.rmtree(path)
+    assert len(outcomes) > 20
