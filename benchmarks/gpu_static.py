@@ -128,7 +128,7 @@ def attention_case(D: int, dropout_p: float, backward: bool) -> Case:
         if not backward:
             attention.attention(q, k, v, scale, dropout_p, seed, 1)
             return
-        out, lse = empty(B, T, heads, D, dtype=dtype).transpose(1, 2), empty(B, heads, T)
+        out, lse = empty(B, T, heads, D, dtype=dtype).transpose(1, 2), empty(B, heads, 2, T)
         dropout = launch.dropout_args(dropout_p, seed, 1, lse.device)
         dq, dk, dv = empty(B, T, 3, heads, D, dtype=dtype).permute(2, 0, 3, 1, 4)
         attention_grad.write_grads(out, q, k, v, out, lse, (dq, dk, dv), scale, dropout)

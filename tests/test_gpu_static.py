@@ -43,14 +43,14 @@ def heads(B, T, H, D):
     q, out = empty(B, H, T, D), empty(B, T, H, D)
     attention.attention(q, q, q, 0.3, 0.1, long(), 2**32 - 1)
     attention_grad.attention_backward(
-        out, q, q, q, out, empty(B, H, T), 0.3, 0.1, long(), 1
+        out, q, q, q, out, empty(B, H, 2, T), 0.3, 0.1, long(), 1
     )
 
 def attention_block(B, T, C, H):
     x, out = empty(B, T, C), empty(B, T, C)
     params = empty(C), empty(C), empty(3 * C, C), empty(3 * C), empty(C, C), empty(C)
     self_attention.self_attention(x, *params, H, 0.1, long(), 1, True)
-    kept = empty(B * T), empty(B * T), empty(B, T, 3 * C), out, empty(B, H, T)
+    kept = empty(B * T), empty(B * T), empty(B, T, 3 * C), out, empty(B, H, 2, T)
     self_attention.self_attention_backward(x, x, *params, *kept, H, 0.1, long(), 1, 0b1111111)
 
 def block(M, C, F):

@@ -21,7 +21,7 @@ struct AttentionTask {
   int64_t head;  // b * H + h
   Head<T> q, out;
   int64_t ld;  // of O
-  float c;
+  Factors by;
   Frame frame;
   P *key_panels, *value_panels;
   Rhs<P> keys, values;
@@ -33,7 +33,7 @@ struct AttentionTask {
   AttentionTask(const Attention& s, int64_t used_keys)
       : s(s),
         ld(padded_n<P>(s.D)),
-        c(s.scale * log2e),
+        by(s.scale),
         key_panels(take<P>(frame, rhs_elements<P>(s.D, used_keys))),
         value_panels(take<P>(frame, rhs_elements<P>(used_keys, s.D))),
         scores(take<float>(frame, QUERIES * SCORES)),
@@ -72,11 +72,15 @@ struct AttentionTask {
       for (int64_t r0 = first; r0 < rows; r0 += most)
         softmax_tile(queries, q0, r0, min(most, rows - r0), k0);
       drop_probabilities(q0, first, rows, k0);
+      const int64_t seen_by_all = max(0, block_keys(q0, first + 1, k0));
+      const bool finite =
+          finite_rows(values.rows(k0), s.D, seen_by_all, padded_k<P>(block_keys(q0, rows, k0)));
       for (int64_t r0 = first; r0 < rows; r0 += most) {
         const int64_t tile = min(most, rows - r0), count = block_keys(q0, r0 + tile, k0);
         if (count <= 0) continue;
-        gemm(tile, s.D, count, probabilities(r0, tile, count), values.rows(k0), o + r0 * ld, ld,
-             k0 > 0, no_epilogue, &upcoming);
+        gemm_masked(finite, key_terms(s, q0 + r0, k0), tile, s.D, count,
+                    probabilities(r0, tile, count), values.rows(k0), o + r0 * ld, ld, k0 > 0,
+                    &upcoming);
       }
     }
     finish_queries(q0, first, rows);
@@ -108,9 +112,9 @@ struct AttentionTask {
     }
   }
 
-  // S = Q K' for `tile` rows from r0 on, then for each row
-  //   m' = max(m, max_j c s_j), p_j = exp2(c s_j - m'), l' = l exp2(m - m') + sum_j p_j
-  // with c = scale log2(e); rows of O that have a value already are multiplied by exp2(m - m').
+  // S = Q K' for `tile` rows from r0 on, then for each row, with c and |s| as Factors has them,
+  //   m' = max(m, max_j |s_j|), p_j = exp2(c (|s_j| - m')), l' = l exp2(c (m - m')) + sum_j p_j
+  // and rows of O that have a value already are multiplied by exp2(c (m - m')).
   void softmax_tile(const Lhs<P>& queries, int64_t q0, int64_t r0, int64_t tile, int64_t k0) {
     const int64_t width = block_keys(q0, r0 + tile, k0);
     if (width <= 0) return;
@@ -139,21 +143,22 @@ struct AttentionTask {
       const float* row = scores + (first + i) * SCORES;
       VF highest = splat(no_score);
       for_keys(i, [&](int64_t j, auto keys) {
-        highest = vmax(highest, only(load(row + j) * c, keys, no_score));
+        highest = vmax(highest, only(load(row + j) * by.sign, keys, no_score));
       });
       of_row[i] = highest;
     }
     const VF highest = reduce_each(of_row, n, Higher{}), before = load(m + first, part),
              now = vmax(before, highest);
-    const VF factor = before == no_score ? splat(0.0f) : exp2(before - now);
+    const VF factor = before == no_score ? splat(0.0f) : exp2((before - now) * by.c);
     float now_of[W], rescale[W];
-    store(now_of, now), store(rescale, factor);
+    // Of scores that are all -inf the probabilities are 0 until a later block has others.
+    store(now_of, now == no_score ? splat(0.0f) : now), store(rescale, factor);
     for (int64_t i = 0; i < n; ++i) {
       float* row = scores + (first + i) * SCORES;
       P* narrow = narrow_row(first + i);
       VF total = splat(0.0f);
       for_keys(i, [&](int64_t j, auto keys) {
-        const VF p = only(probability(times_minus(load(row + j), c, splat(now_of[i])), P{}), keys);
+        const VF p = only(probability(by.exponent(load(row + j), now_of[i]), P{}), keys);
         if (written_narrow())
           store(narrow + j, p, Full{});
         else
@@ -172,15 +177,15 @@ struct AttentionTask {
     }
   }
 
-  // O / l; a row that sees no key has l = 0.
+  // O / l: NaN of scores that are all -inf, but 0 of a row that sees no key.
   void finish_queries(int64_t q0, int64_t first, int64_t rows) {
-    if (s.lse) write_lse(s, head, q0 + first, rows - first, m + first, l + first);
+    if (s.lse) RowSums(s, head).write(q0 + first, rows - first, m + first, l + first);
     float inverse[QUERIES];
     for_vectors(rows,
                 [&](int64_t i, auto part) { store(inverse + i, 1.0f / load(l + i, part), part); });
     for (int64_t i = first; i < rows; ++i) {
       T* row = out.out(q0 + i);
-      if (l[i] == 0.0f)
+      if (visible_keys(s, q0 + i) == 0)
         for_vectors(s.D, [&](int64_t j, auto part) { store(row + j, splat(0.0f), part); });
       else
         for_vectors(s.D, [&](int64_t j, auto part) {

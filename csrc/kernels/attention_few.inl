@@ -40,14 +40,14 @@ struct FewKeys {
   };
 
   const Attention& s;
-  float c;
+  Factors by;
   int64_t head = 0;
   Head<T> q, k, v, out;
   alignas(64) float factors[DROPOUT_ROWS * FEW_KEYS];
   alignas(64) P p[SUM_ROWS * FEW_KEYS];
   float m[BLOCK], l[BLOCK];
 
-  explicit FewKeys(const Attention& s) : s(s), c(s.scale * log2e) {}
+  explicit FewKeys(const Attention& s) : s(s), by(s.scale) {}
 
   void start_head(int64_t index) {
     const int64_t b = index / s.H, h = index % s.H;
@@ -71,10 +71,10 @@ struct FewKeys {
         for (int64_t r = 0; r < count(r0); r += DOT_ROWS)
           probabilities(q0, r0 + r, tiles, scores[now].x[r / DOT_ROWS]);
         if (next < rows) dots(q, q0 + next, count(next), k, scores[1 - now]);
-        gemm_in_place(count(r0), s.D, visible_keys(s, q0 + r0 + count(r0) - 1),
-                      Lhs<P>{p, FEW_KEYS, Tile<P>::KU}, v.data, v.row, out.out(q0 + r0), out.row);
+        gemm_in_place(count(r0), s.D, key_terms(s, q0 + r0, 0), Lhs<P>{p, FEW_KEYS, Tile<P>::KU},
+                      v.data, v.row, out.out(q0 + r0), out.row);
       }
-      if (s.lse) write_lse(s, head, q0, rows, m, l);
+      if (s.lse) RowSums(s, head).write(q0, rows, m, l);
     }
   }
 
@@ -86,7 +86,7 @@ struct FewKeys {
     dot_row<P>(keys, s.D, q.at(i), k.data, k.row, x);
     const auto seen = [&](int64_t n) { return Tail{static_cast<int>(min(W, keys - n * W))}; };
     for (int64_t n = 0; n < vectors; ++n)
-      highest = vmax(highest, only(x[n] * c, seen(n), no_score));
+      highest = vmax(highest, only(x[n] * by.sign, seen(n), no_score));
     highest = splat(max(highest));
     for (int64_t n = 0; n < vectors; ++n) {
       x[n] = only(power_of(x[n], highest), seen(n));
@@ -95,10 +95,10 @@ struct FewKeys {
     total = splat(reduce_row(total, Add{})[0]);
     const VF inverse = inverse_of(total);
     for (int64_t n = 0; n < vectors; ++n) store(p + n * W, x[n] * inverse, Full{});
-    gemm_in_place(1, s.D, keys, Lhs<P>{p, FEW_KEYS, Tile<P>::KU}, v.data, v.row, out.out(i),
-                  out.row);
+    gemm_in_place(1, s.D, key_terms(s, i, 0), Lhs<P>{p, FEW_KEYS, Tile<P>::KU}, v.data, v.row,
+                  out.out(i), out.row);
     m[0] = highest[0], l[0] = total[0];
-    if (s.lse) write_lse(s, head, i, 1, m, l);
+    if (s.lse) RowSums(s, head).write(i, 1, m, l);
   }
 
   // In the first lanes, sum + x[0 ..] + x[DOT_COLUMNS ..] + ..., in this order.
@@ -147,17 +147,16 @@ struct FewKeys {
     VF highest, total;
   };
 
-  VF power_of(VF x, VF highest) const { return probability(times_minus(x, c, highest), P{}); }
+  VF power_of(VF x, VF highest) const { return probability(by.exponent(x, highest), P{}); }
 
   // 0 of a query that sees no key.
   static VF inverse_of(VF total) { return total == 0.0f ? splat(0.0f) : 1.0f / total; }
 
-  // Scores of DOT_ROWS queries from i on become probabilities:
-  //   p_ij = exp2(c s_ij - m_i) / l_i, m_i = max_j c s_ij, l_i = sum_j exp2(c s_ij - m_i)
+  // Scores of DOT_ROWS queries from i on become probabilities, those that the queries see.
   Statistics softmax(VF (&x)[TILES], int64_t i, int64_t tiles) const {
     VF highest = splat(no_score), total = splat(0.0f);
     for (int64_t n = 0; n < tiles; ++n)
-      highest = vmax(highest, only_seen(x[n] * c, i, n, no_score));
+      highest = vmax(highest, only_seen(x[n] * by.sign, i, n, no_score));
     highest = reduce_row(highest, Higher{});
     for (int64_t n = 0; n < tiles; ++n) {
       x[n] = only_seen(power_of(x[n], highest), i, n);
@@ -185,7 +184,7 @@ struct FewKeys {
 };
 
 // The backward, as attention_grad.inl states it, of heads with few keys. The softmax is computed
-// again: exp(s - lse) would carry the rounding of lse.
+// again.
 template <class T>
 struct FewKeysGrad {
   using P = typename OperandOf<T>::type;
@@ -233,8 +232,8 @@ struct FewKeysGrad {
     for (int64_t i = 0; i < start; ++i)
       for_vectors(s.D, [&](int64_t j, auto part) { store(dq.out(i) + j, splat(0.0f), part); });
     for (int64_t i = start; i < s.Tq; i += SUM_ROWS)
-      gemm_in_place(count(i), s.D, visible_keys(s, i + count(i) - 1), rows.rows(i - start),
-                    few.k.data, few.k.row, dq.out(i), dq.row);
+      gemm_in_place(count(i), s.D, key_terms(s, i, 0), rows.rows(i - start), few.k.data, few.k.row,
+                    dq.out(i), dq.row);
   }
 
   // p f and dS of DOT_ROWS queries from i on; their scores become p, and dP is multiplied by f.
@@ -262,10 +261,8 @@ struct FewKeysGrad {
   void key_grads(const float* x, const Head<T>& y, const Head<T>& to) {
     const int64_t rows = s.Tq - start;
     const Lhs<P> a = lhs_transposed(x, FEW_KEYS, rows, s.Tk, copy);
-    for (int64_t j = 0; j < s.Tk; j += SUM_ROWS) {
-      const int64_t seen_from = max(0, j + s.Tq - s.Tk - start) / Tile<P>::KU * Tile<P>::KU;
-      gemm_in_place(min(SUM_ROWS, s.Tk - j), s.D, rows - seen_from, a.rows(j).columns(seen_from),
-                    y.at(start + seen_from), y.row, to.out(j), to.row);
-    }
+    for (int64_t j = 0; j < s.Tk; j += SUM_ROWS)
+      gemm_in_place(min(SUM_ROWS, s.Tk - j), s.D, query_terms(s, j, start, rows), a.rows(j),
+                    y.at(start), y.row, to.out(j), to.row);
   }
 };

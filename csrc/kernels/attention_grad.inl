@@ -1,7 +1,8 @@
-// The backward of attention.inl, probabilities recomputed from lse (FlashAttention-2, algorithm 2).
+// The backward of attention.inl, probabilities recomputed from each row's maximum m and sum l
+// (FlashAttention-2, algorithm 2, whose m + log(l) would lose the digits of log(l) in large m).
 // With f the dropout factors and delta_i = sum_j p_ij dP_ij f_ij = sum_d dO_id O_id:
-//   p = exp(scale s - lse), dV = (p f)' dO, dP = dO V', dS = scale p (dP f - delta), dQ = dS K, dK
-//   = dS' Q
+//   p = exp2(c (|s| - m)) / l, dV = (p f)' dO, dP = dO V', dS = scale p (dP f - delta), dQ = dS K,
+//   dK = dS' Q
 //
 // A query whose keys are all in one block has delta as the first sum, which rounds as dP does, so
 // that less is left of the difference's error; the others have it as the second.
@@ -47,6 +48,7 @@ struct AttentionGradTask {
   Head<T> q, k, v, dout, dq, dk, dv;
   int64_t ld;
   FewKeys<T> few;
+  Factors by;
   Frame frame;
   const float* delta;  // (Tq,)
   float* dq_total;     // (Tq, ld)
@@ -60,6 +62,7 @@ struct AttentionGradTask {
         s(grad.forward),
         ld(padded_n<P>(s.D)),
         few(s),
+        by(s.scale),
         p(take<float>(frame, QUERIES * SCORES)),
         ds(take<float>(frame, QUERIES * SCORES)),
         dk_total(take<float>(frame, KEYS * ld)),
@@ -143,6 +146,9 @@ struct AttentionGradTask {
     const Lhs<P> ds_t = lhs_transposed(ds, SCORES, rows, keys, ds_copy);
     add_key_grads(ds_t, pack_straight(q.at(q0), q.row, rows, s.D, q_panels), dk_total, q0, rows, k0,
                   keys, add_keys);
+    const int64_t seen_by_all = max(0, visible_keys(s, q0) - k0),
+                  seen_by_any = min(keys, visible_keys(s, q0 + rows - 1) - k0);
+    const bool finite = finite_rows(block.key_rows, s.D, seen_by_all, padded_k<P>(seen_by_any));
     for (int64_t r0 = 0; r0 < rows; r0 += MR) {
       const int64_t tile = min(MR, rows - r0),
                     count = min(keys, visible_keys(s, q0 + r0 + tile - 1) - k0);
@@ -153,8 +159,8 @@ struct AttentionGradTask {
       }
       const Lhs<P> ds_rows = lhs_rows(ds + r0 * SCORES, SCORES, tile, count, ds_copy);
       const bool apart = add_queries && starts_from_c<P>;
-      gemm(tile, s.D, count, ds_rows, block.key_rows, apart ? dq_tile : sums, ld,
-           add_queries && !apart, no_epilogue, &upcoming);
+      gemm_masked(finite, key_terms(s, q0 + r0, k0), tile, s.D, count, ds_rows, block.key_rows,
+                  apart ? dq_tile : sums, ld, add_queries && !apart, &upcoming);
       for (int64_t j = 0; apart && j < tile * ld; j += W)
         store(sums + j, load(sums + j) + load(dq_tile + j));
     }
@@ -180,34 +186,39 @@ struct AttentionGradTask {
   void probability_rows(int64_t q0, int64_t r0, int64_t rows, int64_t k0, int64_t keys,
                         int64_t width) {
     struct Row {
-      int64_t seen;     // keys
-      float lse, rest;  // of log2; with the rounding of the first all p of the row would be wrong
-      bool summed;      // delta is the sum over this block, and known at its end
+      int64_t seen;  // keys
+      float m, l;    // of l the inverse, or the logarithm where its digits do for P
+      bool summed;   // delta is the sum over this block, and known at its end
       VF delta;
     } of_row[DROPOUT_ROWS];
+    constexpr bool by_inverse = sizeof(P) == sizeof(float);
+    const RowSums sums(s, head);
+    float of_sums[DROPOUT_ROWS];
+    for_vectors(rows, [&](int64_t row, auto part) {
+      const VF l = load(sums.l + q0 + r0 + row, part);
+      store(of_sums + row, by_inverse ? 1.0f / l : log(l) * log2e, part);
+    });
     alignas(64) float prob[DROPOUT_ROWS][KEYS];  // of rows whose delta is still to be known
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t query = q0 + r0 + row;
       const bool summed = in_one_block(s, query);
-      const double lse = s.lse[head * s.Tq + query] * log2e_exactly;
-      of_row[row] = {min(keys, visible_keys(s, query) - k0), static_cast<float>(lse),
-                     static_cast<float>(lse - static_cast<float>(lse)), summed,
+      of_row[row] = {min(keys, visible_keys(s, query) - k0), sums.m[query], of_sums[row], summed,
                      splat(summed ? 0.0f : delta[query])};
     }
     Keep keep;
     const auto step = [&](Row& at, int64_t row, int64_t j, auto part) {
       float* p_at = p + (r0 + row) * SCORES + j;
       float* ds_at = ds + (r0 + row) * SCORES + j;
-      VF exponent = load(p_at) * (s.scale * log2e) - at.lse;
-      if (sizeof(P) == sizeof(float)) exponent -= at.rest;
-      const VF of = only(probability(exponent, P{}), part);
+      const VF exponent = by.exponent(load(p_at), at.m);
+      const VF of = only(
+          by_inverse ? probability(exponent, P{}) * at.l : probability(exponent - at.l, P{}), part);
       VF kept = of, dp = only(load(ds_at), part);
       if (s.dropout.threshold > 0) {
         dp *= keep.factor[row];
         kept *= keep.factor[row];
       }
       store(p_at, kept);
-      if (!at.summed) return store(ds_at, of * (dp - at.delta) * s.scale);
+      if (!at.summed) return store(ds_at, only(of * (dp - at.delta) * s.scale, part));
       at.delta += of * dp;
       store(prob[row] + j, of);
       store(ds_at, dp);
@@ -232,23 +243,28 @@ struct AttentionGradTask {
       if (!of_row[row].summed) continue;
       const float d = sum(of_row[row].delta);
       float* ds_row = ds + (r0 + row) * SCORES;
-      for (int64_t j = 0; j < of_row[row].seen; j += W)
-        store(ds_row + j, load(prob[row] + j) * (load(ds_row + j) - d) * s.scale);
+      for_vectors(max(0, of_row[row].seen), [&](int64_t j, auto part) {
+        store(ds_row + j, only(load(prob[row] + j) * (load(ds_row + j) - d) * s.scale, part));
+      });
     }
   }
 
   // total (keys, D) = or += A' B, each tile of keys over the queries that see it.
   void add_key_grads(const Lhs<P>& a, Rhs<P> b, float* total, int64_t q0, int64_t rows, int64_t k0,
                      int64_t keys, bool add) {
+    const Terms terms = query_terms(s, k0, q0, rows);
+    const bool finite =
+        finite_rows(b, s.D, terms.from(0) / KPAD * KPAD, min(rows, terms.from(keys - 1)));
     for (int64_t j0 = 0; j0 < keys; j0 += MR) {
       const int64_t tile = min(MR, keys - j0);
-      const int64_t seen_from = max(0, k0 + j0 - (s.Tk - s.Tq) - q0) / KPAD * KPAD;
+      const int64_t seen_from = terms.from(j0) / KPAD * KPAD;
       if (seen_from >= rows) {
         if (!add) clear_rows(total + j0 * ld, keys - j0);
         break;
       }
-      gemm(tile, s.D, rows - seen_from, a.rows(j0).columns(seen_from), b.rows(seen_from),
-           total + j0 * ld, ld, add, no_epilogue, &upcoming);
+      gemm_masked(finite, terms.rows(j0).columns(seen_from), tile, s.D, rows - seen_from,
+                  a.rows(j0).columns(seen_from), b.rows(seen_from), total + j0 * ld, ld, add,
+                  &upcoming);
     }
   }
 };

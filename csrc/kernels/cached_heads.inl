@@ -37,14 +37,14 @@ struct PlainHead {
 };
 
 // As attention.inl packs them: K' (D, capacity), then V (capacity, D). The rows of V that padding
-// reads past the last token must be finite: a new cache is zeroed.
+// reads past the last token are zeros.
 template <class T>
 struct PackedHead {
   using Input = T;
   using P = typename OperandOf<T>::type;
   using Element = P;
   static constexpr bool packed = true;
-  static constexpr int NR = Tile<P>::NR, KU = Tile<P>::KU;
+  static constexpr int NR = Tile<P>::NR, KU = Tile<P>::KU, KPAD = Tile<P>::KPAD;
 
   int64_t D, capacity;
   P *keys, *values;
@@ -94,9 +94,11 @@ struct PackedHead {
       copy_unit(last, column);
     }
     P* row = values + t / KU * NR * KU;
-    for (int64_t n0 = 0; n0 < D; n0 += NR, row += packed_values().panel)
+    for (int64_t n0 = 0; n0 < D; n0 += NR, row += packed_values().panel) {
+      if (KPAD > KU && t % KPAD == 0) __builtin_memset(row, 0, KPAD * NR * sizeof(P));
       for (int64_t j = 0; j < NR; j += W)
         put_row(load_count(v + n0 + j, D - n0 - j), t, row + j * KU);
+    }
   }
 
   static void copy_unit(const P* from, P* to) { __builtin_memcpy(to, from, KU * sizeof(P)); }

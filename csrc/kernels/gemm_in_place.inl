@@ -3,7 +3,7 @@
 // is computed with it.
 
 // What Step (gemm.inl) reads of one row: W units of KU elements, or as many elements as there are;
-// and what it reads of KU rows below each other, as packed.
+// and what it reads of KU rows below each other, as packed, zeros where one is null.
 template <class P>
 struct InPlace;
 
@@ -27,13 +27,17 @@ struct InPlace<bf16> {
     return (__m512bh)_mm512_maskz_loadu_epi16((1u << t.count) - 1, row);
   }
   static __m512bh rows(const bf16* row, const bf16* next, Full) {
-    return pair(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)),
-                next ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(next)) : __m256i{});
+    const auto read = [](const bf16* from) {
+      return from ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)) : __m256i{};
+    };
+    return pair(read(row), read(next));
   }
   static __m512bh rows(const bf16* row, const bf16* next, Tail t) {
-    const __mmask16 mask = static_cast<__mmask16>((1u << t.count) - 1);
-    return pair(_mm256_maskz_loadu_epi16(mask, row),
-                next ? _mm256_maskz_loadu_epi16(mask, next) : __m256i{});
+    const auto read = [&](const bf16* from) {
+      const __mmask16 mask = static_cast<__mmask16>((1u << t.count) - 1);
+      return from ? _mm256_maskz_loadu_epi16(mask, from) : __m256i{};
+    };
+    return pair(read(row), read(next));
   }
 
  private:
@@ -122,10 +126,10 @@ inline void store_tile(P* to, int64_t ld, VF x) {
     __builtin_memcpy(to + i * ld, rows + i * DOT_COLUMNS, DOT_COLUMNS * sizeof *to);
 }
 
-// NV vectors of columns of C (M, n) = A (M, k) B (k, n).
+// NV vectors of columns of C (M, n) = A (M, k) B (k, n), of the terms that each row has.
 template <int M, int NV, class P, class T, class Part>
-[[gnu::always_inline]] inline void sum_tile(int64_t k, const Lhs<P>& a, const T* b, int64_t ldb,
-                                            T* c, int64_t ldc, Part part) {
+[[gnu::always_inline]] inline void sum_tile(const Terms& terms, const Lhs<P>& a, const T* b,
+                                            int64_t ldb, T* c, int64_t ldc, Part part) {
   using S = Step<P>;
   constexpr int KU = Tile<P>::KU;
   VF acc[M][NV];
@@ -133,13 +137,37 @@ template <int M, int NV, class P, class T, class Part>
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) acc[i][v] = splat(0.0f);
-  const P* unit = a.data;
-  for (int64_t t = 0; t < k; t += KU, unit += a.step, b += KU * ldb) {
-    const T* next = KU > 1 && t + 1 < k ? b + ldb : nullptr;
+  int64_t t = terms.from(0) / KU * KU;
+  const int64_t all_from = round_up(terms.from(M - 1), KU), all_to = terms.to(0) / KU * KU,
+                end = terms.to(M - 1);
+  const P* unit = a.data + t / KU * a.step;
+  b += t * ldb;
+  const auto terms_of_some = [&](int64_t until) __attribute__((always_inline)) {
+    for (; t < until; t += KU, unit += a.step, b += KU * ldb)
+#pragma GCC unroll 4
+      for (int i = 0; i < M; ++i) {
+        P x[KU];
+        bool has[KU], any = false;
+        for (int e = 0; e < KU; ++e) {
+          has[e] = terms.from(i) <= t + e && t + e < terms.to(i);
+          x[e] = has[e] ? unit[i * a.row + e] : P{};
+          any |= has[e];
+        }
+        if (!any) continue;
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v)
+          acc[i][v] =
+              S::add(acc[i][v], S::repeat(x),
+                     InPlace<P>::rows(has[0] ? b + v * W : nullptr,
+                                      KU > 1 && has[KU - 1] ? b + ldb + v * W : nullptr, part));
+      }
+  };
+  terms_of_some(min(all_from, end));
+  for (; t < all_to; t += KU, unit += a.step, b += KU * ldb) {
     typename S::Vector column[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v)
-      column[v] = InPlace<P>::rows(b + v * W, next ? next + v * W : nullptr, part);
+      column[v] = InPlace<P>::rows(b + v * W, KU > 1 ? b + ldb + v * W : nullptr, part);
 #pragma GCC unroll 4
     for (int i = 0; i < M; ++i) {
       const typename S::Vector x = S::repeat(unit + i * a.row);
@@ -147,6 +175,7 @@ template <int M, int NV, class P, class T, class Part>
       for (int v = 0; v < NV; ++v) acc[i][v] = S::add(acc[i][v], x, column[v]);
     }
   }
+  terms_of_some(end);
 #pragma GCC unroll 4
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
@@ -156,20 +185,22 @@ template <int M, int NV, class P, class T, class Part>
 constexpr int SUM_ROWS = 4, SUM_VECTORS = W == 16 ? 4 : 2;  // leave registers for B
 
 template <int M, class P, class T>
-[[gnu::always_inline]] inline void sum_rows(int64_t n, int64_t k, const Lhs<P>& a, const T* b,
-                                            int64_t ldb, T* c, int64_t ldc) {
+[[gnu::always_inline]] inline void sum_rows(int64_t n, const Terms& terms, const Lhs<P>& a,
+                                            const T* b, int64_t ldb, T* c, int64_t ldc) {
   int64_t j = 0;
   for (; j + SUM_VECTORS * W <= n; j += SUM_VECTORS * W)
-    sum_tile<M, SUM_VECTORS>(k, a, b + j, ldb, c + j, ldc, Full{});
+    sum_tile<M, SUM_VECTORS>(terms, a, b + j, ldb, c + j, ldc, Full{});
   for_vectors(n - j, [&](int64_t more, auto part) {
-    sum_tile<M, 1>(k, a, b + j + more, ldb, c + j + more, ldc, part);
+    sum_tile<M, 1>(terms, a, b + j + more, ldb, c + j + more, ldc, part);
   });
 }
 
-// C (m, n) = A (m, k) B (k, n) for m <= SUM_ROWS.
+// C (m, n) = A (m, k) B (k, n) for m <= SUM_ROWS, of the terms that each row has.
 template <class P, class T>
-[[gnu::always_inline]] inline void gemm_in_place(int64_t m, int64_t n, int64_t k, const Lhs<P>& a,
-                                                 const T* b, int64_t ldb, T* c, int64_t ldc) {
-  if (m == SUM_ROWS) return sum_rows<SUM_ROWS>(n, k, a, b, ldb, c, ldc);
-  for (int64_t i = 0; i < m; ++i) sum_rows<1>(n, k, a.rows(i), b, ldb, c + i * ldc, ldc);
+[[gnu::always_inline]] inline void gemm_in_place(int64_t m, int64_t n, const Terms& terms,
+                                                 const Lhs<P>& a, const T* b, int64_t ldb, T* c,
+                                                 int64_t ldc) {
+  if (m == SUM_ROWS) return sum_rows<SUM_ROWS>(n, terms, a, b, ldb, c, ldc);
+  for (int64_t i = 0; i < m; ++i)
+    sum_rows<1>(n, terms.rows(i), a.rows(i), b, ldb, c + i * ldc, ldc);
 }

@@ -27,18 +27,39 @@ inline int64_t visible_keys(const Attention& s, int64_t query) {
   return max(0, min(s.Tk, query + 1 + s.Tk - s.Tq));
 }
 
-// lse = ln sum_j exp(scale s_j) of the queries from q0 on, whose scores times scale log2(e) have
-// the maximum m and the sum l of exp2(. - m); a query that sees no key has l = 0.
-inline void write_lse(const Attention& s, int64_t head, int64_t q0, int64_t rows, const float* m,
-                      const float* l) {
-  constexpr double ln2 = 1 / log2e_exactly;
-  constexpr float high = static_cast<float>(ln2), low = static_cast<float>(ln2 - high);
-  for_vectors(rows, [&](int64_t i, auto part) {
-    const VF highest = load(m + i, part), sums = load(l + i, part);
-    const VF lse = highest * high + (highest * low + log(sums));
-    store(s.lse + head * s.Tq + q0 + i, sums == 0.0f ? splat(no_score) : lse, part);
-  });
+// Of sums over the keys from k0 on, the terms of the queries from `query` on; and of sums over the
+// queries from q0 on, those of the keys from `key` on.
+inline Terms key_terms(const Attention& s, int64_t query, int64_t k0) {
+  return {0, query + 1 + s.Tk - s.Tq - k0, 0, 1};
 }
+inline Terms query_terms(const Attention& s, int64_t key, int64_t q0, int64_t queries) {
+  return {key - (s.Tk - s.Tq) - q0, queries, 1, 0};
+}
+
+// What a softmax of scores s multiplies them by: p = exp2(c (|s| - m)) / l, where |s| is `sign` s,
+// m = max |s| and l = sum exp2(c (|s| - m)). The difference comes first: it is exact near the
+// maximum, and 0 at it, however large the scores are.
+struct Factors {
+  float sign, c;
+
+  explicit Factors(float scale) : sign(scale < 0.0f ? -1.0f : 1.0f), c(scale * sign * log2e) {}
+
+  template <class M>
+  VF exponent(VF s, M m) const {
+    return (s * sign - m) * c;
+  }
+};
+
+// Where m and l of a head's queries lie.
+struct RowSums {
+  float *m, *l;
+
+  RowSums(const Attention& s, int64_t head) : m(s.lse + 2 * head * s.Tq), l(m + s.Tq) {}
+  void write(int64_t q0, int64_t rows, const float* highest, const float* sums) const {
+    copy_row(highest, rows, m + q0);
+    copy_row(sums, rows, l + q0);
+  }
+};
 
 // How the work is cut into tasks: with many heads, some of them per task; with few, every head in
 // parts, so that every thread has work.

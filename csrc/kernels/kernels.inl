@@ -38,6 +38,7 @@ namespace {
 #include "amx.inl"
 #endif
 #include "rows.inl"
+#include "gemm_masked.inl"
 #include "gemm_vnni.inl"
 #include "gemm_bytes.inl"
 #include "gemm_in_place.inl"

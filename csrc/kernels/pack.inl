@@ -184,6 +184,20 @@ inline void pack_rows(const S* src, int64_t ld, int64_t k, int64_t n, int64_t n0
     }
 }
 
+// Which terms row i of C = A B has of its sums over k: from(i) to to(i). The others are not
+// products with 0, as 0 times what is not finite is not 0.
+struct Terms {
+  int64_t first, last;
+  int first_step = 0, last_step = 0;  // from one row to the next
+
+  int64_t from(int64_t i) const { return max(0, first + i * first_step); }
+  int64_t to(int64_t i) const { return max(0, last + i * last_step); }
+  Terms rows(int64_t i) const {
+    return {first + i * first_step, last + i * last_step, first_step, last_step};
+  }
+  Terms columns(int64_t k) const { return {first - k, last - k, first_step, last_step}; }
+};
+
 // All panels of B whose columns are the rows of src (N, K).
 template <class P, class S>
 inline Rhs<P> pack_transposed(const S* src, int64_t ld, int64_t k, int64_t n, P* dst) {

@@ -238,21 +238,6 @@ inline VF vsqrt(VF x) {
 #endif
 }
 
-// x c - y, rounded once where the processor can do that. A compiler may do so, or not, in each
-// place that says it with operators.
-inline VF times_minus(VF x, float c, VF y) {
-#if GPTFAST_VECTOR_BYTES == 64
-  return (VF)_mm512_fmsub_ps((__m512)x, (__m512)splat(c), (__m512)y);
-#elif GPTFAST_VECTOR_BYTES == 32
-  return (VF)_mm256_fmsub_ps((__m256)x, (__m256)splat(c), (__m256)y);
-#elif defined(__ARM_FEATURE_FMA)
-  for (int i = 0; i < W; ++i) x[i] = __builtin_fmaf(x[i], c, -y[i]);
-  return x;
-#else
-  return x * c - y;
-#endif
-}
-
 // c[0] + c[1] x + ... by Horner's rule.
 template <int N>
 inline VF polynomial(VF x, const float (&c)[N]) {
@@ -289,7 +274,8 @@ constexpr float power_for_bf16[] = {1.0f, 6.932829260e-01f, 2.422109604e-01f, 5.
   return exp2_by(vmin(splat(128.0f), vmax(splat(lowest_power), x)), power);
 }
 
-// 2^x of x <= 0 but for rounding, as a probability that products read as this type.
+// 2^x of x <= 0, as a probability that products read as this type. x may be a product: as it goes
+// into a maximum, no compiler can join it to a sum, here and not there.
 [[gnu::always_inline]] inline VF probability(VF x, float) {
   return exp2_by(vmax(splat(lowest_power), x), power);
 }

@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, double scale,
                                      OptionalTensor seed, int64_t stream) {
   Attention s = arguments(Arguments("attention", "q", q), q, k, v, scale, p, seed, stream);
   Tensor out = new_tensor({s.B, s.Tq, s.H, s.D}, scalar_type(s.dtype));
-  Tensor lse = new_tensor({s.B, s.H, s.Tq}, ScalarType::Float);
+  Tensor lse = new_tensor({s.B, s.H, 2, s.Tq}, ScalarType::Float);
   s.out = heads_within(out, s.Tq, 1, 0, s.H, s.D);
   s.lse = static_cast<float*>(lse.data_ptr());
   with_threads([&](const Parallel& parallel) { kernels().attention(s, parallel); });
@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, Tensor q, Ten
   const Tensor dense_out = args.activation("out", out, {s.B, s.Tq, s.H, s.D});
   if (dout.dim() == 4 && dout.stride(3) != 1) dout = torch::stable::contiguous(dout);
   s.out = heads_within(dense_out, s.Tq, 1, 0, s.H, s.D);
-  s.lse = args.statistics("lse", lse, {s.B, s.H, s.Tq});
+  s.lse = args.statistics("lse", lse, {s.B, s.H, 2, s.Tq});
   grad.dout = args.heads("dout", dout, {s.B, s.Tq, s.H, s.D});
   std::swap(grad.dout.h, grad.dout.t);  // (B, T, H, D)
   Tensor dq = new_like(q), dk = new_like(k), dv = new_like(v);

@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> self_attention(
   const int64_t kept = keep ? B : 0;
   Tensor mean = new_tensor({kept * T}, ScalarType::Float);
   Tensor rstd = new_tensor({kept * T}, ScalarType::Float);
-  Tensor lse = new_tensor({kept, n_head, T}, ScalarType::Float);
+  Tensor lse = new_tensor({kept, n_head, 2, T}, ScalarType::Float);
   if (keep) {
     s.qkv.norm.mean = static_cast<float*>(mean.data_ptr());
     s.qkv.norm.rstd = static_cast<float*>(rstd.data_ptr());
@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> self_attentio
   connect(s, dense_qkv, dense_out);
   s.qkv.norm.mean = args.statistics("mean", mean, {B * T});
   s.qkv.norm.rstd = args.statistics("rstd", rstd, {B * T});
-  s.attention.lse = args.statistics("lse", lse, {B, H, T});
+  s.attention.lse = args.statistics("lse", lse, {B, H, 2, T});
 
   const ScalarType dtype = scalar_type(s.proj.dtype);
   const Wanted want(wanted);

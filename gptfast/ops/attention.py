@@ -18,7 +18,7 @@ from gptfast.ops.random import seed_tensor
 
 def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
     B, H, Tq, D = q.shape
-    return q.new_empty(B, Tq, H, D), q.new_empty(B, H, Tq, dtype=torch.float32)
+    return q.new_empty(B, Tq, H, D), q.new_empty(B, H, 2, Tq, dtype=torch.float32)
 
 
 def _fake_attention_backward(

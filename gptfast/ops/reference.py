@@ -50,6 +50,15 @@ def attention_weights(q: Tensor, k: Tensor, scale: float | None = None) -> Tenso
     return scores.masked_fill(~seen, -math.inf).softmax(-1).masked_fill(~seen, 0.0)
 
 
+def _weighted_sum(weights: Tensor, v: Tensor) -> Tensor:
+    """weights @ v over the keys that a query sees: 0 times a later value's nan is no term of it."""
+    finite = v.isfinite()
+    others = v.detach().masked_fill(finite, 0.0).cumsum(-2)  # of the keys up to each
+    Tq, Tk = weights.shape[-2:]
+    seen = F.pad(others, (0, 0, max(0, Tq - Tk), 0))[..., max(0, Tk - Tq) :, :]
+    return weights @ v.masked_fill(~finite, 0.0) + seen
+
+
 def causal_attention(
     q: Tensor,
     k: Tensor,
@@ -65,7 +74,7 @@ def causal_attention(
         wide = _wide(q)
         weights = attention_weights(q, k, scale)
         weights = _dropout(weights, dropout_p, seed, stream, weights.shape[0] * weights.shape[1])
-        return (weights @ v.to(wide)).to(q.dtype)
+        return _weighted_sum(weights, v.to(wide)).to(q.dtype)
 
 
 def layer_norm_linear(

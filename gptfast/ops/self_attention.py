@@ -22,7 +22,7 @@ def _fake_self_attention(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     kept = B if keep else 0
     moments = [x.new_empty(kept * T, dtype=torch.float32) for _ in range(2)]
     qkv, out = x.new_empty(kept, T, 3 * C), x.new_empty(kept, T, C)
-    return x.new_empty(B, T, C), *moments, qkv, out, moments[0].new_empty(kept, n_head, T)
+    return x.new_empty(B, T, C), *moments, qkv, out, moments[0].new_empty(kept, n_head, 2, T)
 
 
 def _fake_self_attention_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:

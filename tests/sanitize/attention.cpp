@@ -66,7 +66,7 @@ struct Triple {
 
 std::vector<Result> run(const Shape& s, const Triple& in, const Buffer& dout,
                         const Kernels& kernels, const Parallel& parallel) {
-  Buffer out(elements(s, s.Tq, 1), s.dtype), lse(s.B * s.H * s.Tq, DType::f32);
+  Buffer out(elements(s, s.Tq, 1), s.dtype), lse(2 * s.B * s.H * s.Tq, DType::f32);
   Buffer without_lse(out.count(), s.dtype);
   Triple grads(s);
   Attention a = {};

@@ -1,7 +1,8 @@
 """Causal attention in blocks with an online softmax (FlashAttention-2, arXiv:2307.08691).
 
 Query i sees the keys j <= i + Tk - Tq. Blocks of keys that every query of a program sees need no
-mask; those on the diagonal come after them.
+mask; those on the diagonal come after them. There a sum is that of what is finite, and NaN where the
+query sees what is not.
 
 Letters: B batch, T time (Tq queries, Tk keys), H heads, D head_dim.
 """
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.ops.triton.launch import block_of, config, dropout_args, precision, tuned
-from gptfast.ops.triton.tiles import LN2, dropout_factors, own_head
+from gptfast.ops.triton.tiles import dropout_factors, own_head
 
 
 @triton.jit
@@ -63,6 +64,24 @@ def row_products(
 
 
 @triton.jit
+def finite_part(x):
+    """x, 0 where it is not finite: a product with a mask's zeros is then 0."""
+    return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0).to(x.dtype)
+
+
+@triton.jit
+def first_not_finite(x, j):
+    """Of each column of rows j of a head, the first that is not finite; 2^30 where all are."""
+    return tl.min(tl.where(tl.abs(x.to(tl.float32)) < float("inf"), 1 << 30, j[:, None]), 0)
+
+
+@triton.jit
+def last_not_finite(x, i):
+    """Of each column of rows i of a head, the last that is not finite; -2^30 where all are."""
+    return tl.max(tl.where(tl.abs(x.to(tl.float32)) < float("inf"), -(1 << 30), i[:, None]), 0)
+
+
+@triton.jit
 def _attend(
     acc, m, total, q, k, v, q_row, k_row, v_row, i, i0, first, last, Tq, Tk, offset, scale_log2,
     head, seed, substream, threshold, keep_scale,
@@ -71,29 +90,37 @@ def _attend(
 ):  # fmt: skip
     """Takes keys [first, last) into the running maximum m, sum and output acc of a block.
 
-    s = c q k',  m' = max(m, max_j s_j),  sum' = sum 2^(m - m') + sum_j 2^(s_j - m'),
-    acc' = acc 2^(m - m') + dropout(2^(s - m')) v,  with c = scale log2(e).
+    s = q k',  m' = max(m, max_j s_j),  sum' = sum 2^(c (m - m')) + sum_j 2^(c (s_j - m')),
+    acc' = acc 2^(c (m - m')) + dropout(2^(c (s - m'))) v,  with c = scale log2(e) >= 0.
+
+    The difference comes first: it is exact near the maximum, and 0 at it, however large s is.
     """
     d = tl.arange(0, BLOCK_D)
     for j0 in tl.range(first, last, BN):
         j = j0 + tl.arange(0, BN)
         keys = held_rows(k, j, k_row, Tk, d, D, BLOCK_D, PART, MASKED)
         s = row_products(q, i, q_row, Tq, keys, j, k_row, Tk, PRECISION, D, BLOCK_D, PART)
-        s *= scale_log2
         if MASKED:
             seen = (j[None, :] <= i[:, None] + offset) & (j < Tk)[None, :]
             s = tl.where(seen, s, -float("inf"))
         top = tl.maximum(m, tl.max(s, 1))
         finite = tl.where(top == -float("inf"), 0.0, top)  # a row may have seen no key yet
-        p = tl.exp2(s - finite[:, None])
-        shrink = tl.exp2(m - finite)
+        p = tl.exp2((s - finite[:, None]) * scale_log2)
+        if MASKED:
+            p = tl.where(seen, p, 0.0)
+        shrink = tl.where(m == -float("inf"), 0.0, tl.exp2((m - finite) * scale_log2))
         total = total * shrink + tl.sum(p, 1)
         if seed is not None:
             p *= dropout_factors(
                 tl.load(seed), substream, head, i0, j0, threshold, keep_scale, BM, BN
             )
         values = head_rows(v, j, v_row, Tk, d, D, BLOCK_D, MASKED)
+        if MASKED:
+            worst = first_not_finite(values, j)
+            values = finite_part(values)
         acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
+        if MASKED:
+            acc = tl.where(worst[None, :] <= i[:, None] + offset, float("nan"), acc)
         m = top
     return acc, m, total
 
@@ -169,12 +196,13 @@ def forward_kernel(
         scale_log2, head, seed, substream, threshold, keep_scale,
         True, PRECISION, D, BLOCK_D, PART, BM, BN,
     )  # fmt: skip
-    some = total > 0.0
+    some = i + offset >= 0  # keys that the row sees; where all scores are -inf it is 0 / 0
     acc = tl.where(some[:, None], acc / tl.where(some, total, 1.0)[:, None], 0.0)
     at = out + i.to(tl.int64)[:, None] * out_row + d[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), mask=(i < Tq)[:, None] & (d < D)[None, :])
-    value = tl.where(some, m * LN2 + tl.log(tl.where(some, total, 1.0)), -float("inf"))
-    tl.store(lse + head.to(tl.int64) * Tq + i, value, mask=i < Tq)
+    lse += head.to(tl.int64) * 2 * Tq
+    tl.store(lse + i, m, mask=i < Tq)
+    tl.store(lse + Tq + i, total, mask=i < Tq)
 
 
 def attention(
@@ -183,7 +211,9 @@ def attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """gptfast::attention."""
     B, H, Tq, D = q.shape
-    out, lse = q.new_empty(B, Tq, H, D), q.new_empty(B, H, Tq, dtype=torch.float32)
+    out, lse = q.new_empty(B, Tq, H, D), q.new_empty(B, H, 2, Tq, dtype=torch.float32)
+    if scale < 0.0:
+        q, scale = -q, -scale
     if lse.numel():
         heads = out.transpose(1, 2)
         grid = lambda meta: (triton.cdiv(Tq, meta["BM"]) * B * H,)  # noqa: E731

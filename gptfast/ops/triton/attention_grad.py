@@ -14,15 +14,18 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.ops.triton.attention import (
+    finite_part,
+    first_not_finite,
     head_kind,
     head_rows,
     head_shared,
     held_rows,
+    last_not_finite,
     parts_of,
     row_products,
 )
 from gptfast.ops.triton.launch import config, dropout_args, precision, tuned
-from gptfast.ops.triton.tiles import LOG2E, dropout_factors, own_head
+from gptfast.ops.triton.tiles import dropout_factors, own_head
 
 
 @triton.jit
@@ -35,15 +38,15 @@ def _delta(out, out_row, dout, dout_row, i, Tq, d, D: tl.constexpr, BLOCK_D: tl.
 
 @triton.jit
 def _score_grad(
-    s, dp, lse, delta, i, i0, j, j0, Tk, offset, scale_log2, head,
+    s, dp, top, log_sum, delta, i, i0, j, j0, Tk, offset, scale_log2, head,
     seed, substream, threshold, keep_scale,
     MASKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """A tile of dropped weights P F and of the scores' gradient dS, from s = q k' and dp = dO v'.
 
-    P = 2^(c s - log2(e) lse),  dP = dp F,  dS = P (dP - delta).
+    P = 2^(c (s - top) - log_sum),  dP = dp F,  dS = P (dP - delta), 0 of keys that are not seen.
     """
-    p = tl.exp2(s * scale_log2 - lse[:, None])
+    p = tl.exp2((s - top[:, None]) * scale_log2 - log_sum[:, None])
     if MASKED:
         seen = (j[None, :] <= i[:, None] + offset) & (j < Tk)[None, :]
         p = tl.where(seen, p, 0.0)
@@ -54,12 +57,22 @@ def _score_grad(
         )
         dp *= factors
         dropped = p * factors
-    return dropped, p * (dp - delta[:, None])
+    ds = p * (dp - delta[:, None])
+    if MASKED:
+        ds = tl.where(seen, ds, 0.0)
+    return dropped, ds
+
+
+@triton.jit
+def _softmax_sums(lse, i, Tq):
+    """The maximum of rows i of a head, and log2 of their sums; those past Tq are 0."""
+    top = tl.load(lse + i, mask=i < Tq, other=0.0)
+    return top, tl.log2(tl.load(lse + Tq + i, mask=i < Tq, other=1.0))
 
 
 @triton.jit
 def _query_grad(
-    dq, q, do, lse, delta, k, v, q_row, do_row, k_row, v_row, i, i0, first, last, Tq, Tk, offset,
+    dq, q, do, top, log_sum, delta, k, v, q_row, do_row, k_row, v_row, i, i0, first, last, Tq, Tk, offset,
     scale_log2, head, seed, substream, threshold, keep_scale,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PART: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -74,10 +87,15 @@ def _query_grad(
         s = row_products(q, i, q_row, Tq, shown, j, k_row, Tk, PRECISION, D, BLOCK_D, PART)
         dp = row_products(do, i, do_row, Tq, values, j, v_row, Tk, PRECISION, D, BLOCK_D, PART)
         _, ds = _score_grad(
-            s, dp, lse, delta, i, i0, j, j0, Tk, offset, scale_log2, head,
+            s, dp, top, log_sum, delta, i, i0, j, j0, Tk, offset, scale_log2, head,
             seed, substream, threshold, keep_scale, MASKED, BM, BN,
         )  # fmt: skip
+        if MASKED:
+            worst = first_not_finite(keys, j)
+            keys = finite_part(keys)
         dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
+        if MASKED:
+            dq = tl.where(worst[None, :] <= i[:, None] + offset, float("nan"), dq)
     return dq
 
 
@@ -120,17 +138,17 @@ def query_grad_kernel(
     do = held_rows(dout, i, dout_row, Tq, d, D, BLOCK_D, PART, True)
     row_delta = _delta(out, out_row, dout, dout_row, i, Tq, d, D, BLOCK_D)
     tl.store(delta + head.to(tl.int64) * Tq + i, row_delta, mask=i < Tq)
-    row_lse = tl.load(lse + head.to(tl.int64) * Tq + i, mask=i < Tq, other=0.0) * LOG2E
+    top, log_sum = _softmax_sums(lse + head.to(tl.int64) * 2 * Tq, i, Tq)
     whole = tl.maximum(i0 + 1 + offset, 0) // BN * BN
     last = tl.minimum(Tk, i0 + BM + offset)
     total = tl.zeros([BM, BLOCK_D], tl.float32)
     total = _query_grad(
-        total, queries, do, row_lse, row_delta, k, v, q_row, dout_row, k_row, v_row, i, i0,
+        total, queries, do, top, log_sum, row_delta, k, v, q_row, dout_row, k_row, v_row, i, i0,
         0, whole, Tq, Tk, offset, scale_log2, head, seed, substream, threshold, keep_scale,
         False, PRECISION, D, BLOCK_D, PART, BM, BN,
     )  # fmt: skip
     total = _query_grad(
-        total, queries, do, row_lse, row_delta, k, v, q_row, dout_row, k_row, v_row, i, i0,
+        total, queries, do, top, log_sum, row_delta, k, v, q_row, dout_row, k_row, v_row, i, i0,
         whole, last, Tq, Tk, offset, scale_log2, head, seed, substream, threshold, keep_scale,
         True, PRECISION, D, BLOCK_D, PART, BM, BN,
     )  # fmt: skip
@@ -151,18 +169,24 @@ def _key_grads(
         i = i0 + tl.arange(0, BM)
         queries = head_rows(q, i, q_row, Tq, d, D, COLUMNS, True)
         do = head_rows(dout, i, dout_row, Tq, d, D, COLUMNS, True)
-        row_lse = tl.load(lse + i, mask=i < Tq, other=0.0) * LOG2E
+        top, log_sum = _softmax_sums(lse, i, Tq)
         row_delta = tl.load(delta + i, mask=i < Tq, other=0.0)
         shown = queries if PART == BLOCK_D else q
         s = row_products(shown, i, q_row, Tq, keys, j, k_row, Tk, PRECISION, D, BLOCK_D, PART)
         shown = do if PART == BLOCK_D else dout
         dp = row_products(shown, i, dout_row, Tq, values, j, v_row, Tk, PRECISION, D, BLOCK_D, PART)
         dropped, ds = _score_grad(
-            s, dp, row_lse, row_delta, i, i0, j, j0, Tk, offset, scale_log2, head,
+            s, dp, top, log_sum, row_delta, i, i0, j, j0, Tk, offset, scale_log2, head,
             seed, substream, threshold, keep_scale, MASKED, BM, BN,
         )  # fmt: skip
+        if MASKED:
+            worst_do, worst_q = last_not_finite(do, i), last_not_finite(queries, i)
+            do, queries = finite_part(do), finite_part(queries)
         dv = tl.dot(tl.trans(dropped.to(do.dtype)), do, dv, input_precision=PRECISION)
         dk = tl.dot(tl.trans(ds.to(queries.dtype)), queries, dk, input_precision=PRECISION)
+        if MASKED:
+            dv = tl.where(j[:, None] <= worst_do[None, :] + offset, float("nan"), dv)
+            dk = tl.where(j[:, None] <= worst_q[None, :] + offset, float("nan"), dk)
     return dk, dv
 
 
@@ -202,7 +226,7 @@ def key_grads_kernel(
     dout += b * dout_b + h * dout_h
     dk += b * dk_b + h * dk_h
     dv += b * dv_b + h * dv_h
-    lse += head.to(tl.int64) * Tq
+    lse += head.to(tl.int64) * 2 * Tq
     delta += head.to(tl.int64) * Tq
     j, d = j0 + tl.arange(0, BN), tl.arange(0, COLUMNS)
     if COLUMNS < BLOCK_D:
@@ -238,11 +262,14 @@ def write_grads(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     grads: tuple[Tensor, Tensor, Tensor], scale: float, dropout: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Writes `grads`, dq, dk and dv; like dout and out these are (B, H, T, D) of any strides."""
+    """Writes `grads`, dq, dk and dv; like dout and out these are (B, H, T, D) of any strides.
+
+    scale is not negative.
+    """
     dq, dk, dv = grads
     B, H, Tq, _ = q.shape
     Tk = k.shape[2]
-    delta = lse.new_empty(lse.shape)
+    delta = lse.new_empty(B, H, Tq)
     shape: dict[str, Any] = {**parts_of(q), "PRECISION": precision()}
     sizes = H, Tq, Tk, scale, scale / math.log(2)
     inputs = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
@@ -271,7 +298,9 @@ def attention_backward(
     """gptfast::attention_backward."""
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     write_grads(
-        dout.contiguous().transpose(1, 2), q, k, v, out.transpose(1, 2), lse, grads, scale,
-        dropout_args(dropout_p, seed, stream, q.device),
+        dout.contiguous().transpose(1, 2), q if scale >= 0.0 else -q, k, v, out.transpose(1, 2),
+        lse, grads, abs(scale), dropout_args(dropout_p, seed, stream, q.device),
     )  # fmt: skip
+    if scale < 0.0:
+        grads[0].neg_()
     return grads

@@ -41,10 +41,11 @@ def part_kernel(
         at = j[:, None] * D + d[None, :]
         inside = (j < last)[:, None] & (d < D)[None, :]
         k = tl.load(keys + at, mask=inside, other=0.0).to(tl.float32)
-        s = tl.where(j < last, tl.sum(k * query[None, :], 1) * scale_log2, -float("inf"))
+        s = tl.where(j < last, tl.sum(k * query[None, :], 1), -float("inf"))
         higher = tl.maximum(top, tl.max(s, 0))
-        p = tl.exp2(s - higher)
-        shrink = tl.exp2(top - higher)
+        finite = tl.where(higher == -float("inf"), 0.0, higher)
+        p = tl.exp2((s - finite) * scale_log2)
+        shrink = tl.exp2((top - finite) * scale_log2)
         v = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
         acc = acc * shrink + tl.sum(v * p[:, None], 0)
         total = total * shrink + tl.sum(p, 0)
@@ -57,10 +58,10 @@ def part_kernel(
 
 @triton.jit
 def join_kernel(
-    outs, tops, totals, lengths, out, H, parts,
+    outs, tops, totals, lengths, out, H, parts, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """out = sum_p 2^(top_p - top) out_p / sum_p 2^(top_p - top) total_p, p in order."""
+    """out = sum_p w_p out_p / sum_p w_p total_p, p in order, with w_p = 2^(c (top_p - top))."""
     head = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + head // H)
     d = tl.arange(0, BLOCK_D)
@@ -70,7 +71,8 @@ def join_kernel(
         index = head * parts + part
         own = tl.load(tops + index)
         higher = tl.maximum(top, own)
-        shrink, grow = tl.exp2(top - higher), tl.exp2(own - higher)
+        finite = tl.where(higher == -float("inf"), 0.0, higher)
+        shrink, grow = tl.exp2((top - finite) * scale_log2), tl.exp2((own - finite) * scale_log2)
         acc = acc * shrink + tl.load(outs + index * D + d, mask=d < D, other=0.0) * grow
         total = total * shrink + tl.load(totals + index) * grow
         top = higher
@@ -93,11 +95,12 @@ def decode_attention(q: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
     outs = q.new_empty(R, H, parts, D, dtype=torch.float32)
     tops, totals = (q.new_empty(R, H, parts, dtype=torch.float32) for _ in range(2))
     out = q.new_empty(R, H * D)
+    scale_log2 = 1 / math.sqrt(D) / math.log(2)
     part_kernel[(R * H * parts,)](
-        q, cache, lengths, outs, tops, totals, H, capacity, parts, q.stride(0),
-        1 / math.sqrt(D) / math.log(2), D=D, BLOCK_D=block_of(D), PART=PART, KEYS=KEYS,
+        q, cache, lengths, outs, tops, totals, H, capacity, parts, q.stride(0), scale_log2,
+        D=D, BLOCK_D=block_of(D), PART=PART, KEYS=KEYS,
     )  # fmt: skip
     join_kernel[(R * H,)](
-        outs, tops, totals, lengths, out, H, parts, D=D, BLOCK_D=block_of(D), PART=PART
+        outs, tops, totals, lengths, out, H, parts, scale_log2, D=D, BLOCK_D=block_of(D), PART=PART
     )
     return out
