@@ -132,6 +132,137 @@ def test_scale(isa: str, scale: float, T: int) -> None:
     check_attention(q, k, v, torch.float32, scale=scale)
 
 
+def check_large_scores(size: float, T: int, dtype: torch.dtype, where: str = "cpu") -> None:
+    """Scores of this size, of which the largest takes all: the budget, dq and dk against SDPA's.
+
+    These two are 0 but for the rounding of dP - delta, times large keys and queries.
+    """
+    q, k, v = (heads(1, 2, T, 16, seed=i) for i in range(3))
+    inputs = [x.to(where, dtype) for x in (q * size**0.5, k * size**0.5, v)]
+    grad = heads(1, 2, T, 16, seed=9).to(where, dtype)
+    sdpa = partial(F.scaled_dot_product_attention, is_causal=True)
+    for dropout_p in (0.0, 0.2):
+        options = {"dropout_p": dropout_p, "seed": 5}
+        oracle = run(reference.causal_attention, inputs, torch.float64, grad, **options)
+        own = run(torch_attention, inputs, dtype, grad, **options)
+        actual = run(ops.causal_attention, inputs, dtype, grad, **options)
+        assert_budget("out", actual[0], own[0], oracle[0], 2.0)
+        assert_budget("dv", actual[3], own[3], oracle[3], 3.0)
+        if dropout_p == 0.0:
+            theirs = run(sdpa, inputs, dtype, grad)
+            for i in (1, 2):
+                assert_budget("dq, dk", actual[i], theirs[i], oracle[i], 3.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", (2e5, 2e8, 1e10, 1e20))
+@pytest.mark.parametrize("T", (16, 40, 150, 300))
+def test_scores_of_any_size(isa: str, T: int, size: float, dtype: torch.dtype) -> None:
+    check_large_scores(size, T, dtype)
+
+
+def offset_inputs(T: int, dtype: torch.dtype, offset: float) -> list[Tensor]:
+    """Scores that are whole numbers, exact in any order of their sums, plus offset^2."""
+    q, k, v = (heads(2, 2, T, 16, seed=i).mul(2).round() for i in range(3))
+    q[..., 0] = k[..., 0] = offset
+    return [x.to(dtype) for x in (q, k, v)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", (0.25, -0.25))
+@pytest.mark.parametrize("T", (1, 16, 40, 150, 300))
+def test_an_offset_of_all_scores_changes_no_bit(
+    isa: str, T: int, scale: float, dtype: torch.dtype
+) -> None:
+    near, far = (
+        ops.causal_attention(*offset_inputs(T, dtype, offset), scale=scale)
+        for offset in (0.0, 1000.0)
+    )
+    assert torch.equal(near, far)
+
+
+def overflowing_inputs(T: int, signs: tuple[int, int]) -> list[Tensor]:
+    """Some of the first half's scores, and then one of the second half's, overflow."""
+    q, k, v = (heads(1, 2, T, 8, seed=i) for i in range(3))
+    q[..., 0] = 1e25
+    k[..., 0] = 0.0
+    k[..., : T // 2, 0] = signs[0] * 1e25
+    k[..., T - 2, 0] = signs[1] * 1e25
+    return [q, k, v]
+
+
+def check_overflow(T: int, signs: tuple[int, int], dtype: torch.dtype, where: str = "cpu") -> None:
+    inputs = [x.to(where, dtype) for x in overflowing_inputs(T, signs)]
+    expected, actual = reference.causal_attention(*inputs), ops.causal_attention(*inputs)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(actual, expected, rtol=4 * eps, atol=4 * eps, equal_nan=True)
+    assert expected.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("signs", ((-1, 0), (-1, 1), (1, 0), (-1, -1)))
+@pytest.mark.parametrize("T", (9, 40, 300))  # of 300 keys the first 128 are a block
+def test_scores_that_overflow_are_those_of_the_reference(
+    isa: str, T: int, signs: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """A row that sees +inf, or nothing but -inf, is nan; -inf beside others has no weight."""
+    check_overflow(T, signs, dtype)
+
+
+def check_unseen(
+    Tq: int, Tk: int, at: int, dtype: torch.dtype, where: str = "cpu", **options: Any
+) -> None:
+    """What key `at` and those after it hold has no part in the queries before, in any bit; nor
+
+    what queries up to one hold, and the gradients of their results, in later keys' gradients.
+    """
+    shapes = ((1, 2, Tq, 20), (1, 2, Tk, 20), (1, 2, Tk, 20))
+    inputs = [heads(*shape, seed=i).to(where, dtype) for i, shape in enumerate(shapes)]
+    grad = heads(1, 2, Tq, 20, seed=9).to(where, dtype)
+    clean = run(ops.causal_attention, inputs, dtype, grad, **options)
+    before = at - (Tk - Tq)  # queries that do not see the key
+    for value in (math.nan, math.inf):
+        for i in (1, 2):
+            changed = [x.clone() for x in inputs]
+            changed[i][:, :, at:] = value
+            got = run(ops.causal_attention, changed, dtype, grad, **options)
+            assert torch.equal(got[0][:, :, :before], clean[0][:, :, :before])
+            assert torch.equal(got[1][:, :, :before], clean[1][:, :, :before])
+            assert not got[0][:, :, before:].isfinite().all(-1).any()
+        changed, bad = [x.clone() for x in inputs], grad.clone()
+        changed[0][:, :, :before] = bad[:, :, :before] = value
+        for q, g in ((changed[0], grad), (inputs[0], bad)):
+            got = run(ops.causal_attention, (q, *inputs[1:]), dtype, g, **options)
+            for a, b in zip(got[2:], clean[2:], strict=True):
+                assert torch.equal(a[:, :, at:], b[:, :, at:])
+
+
+UNSEEN = ((5, 5, 2), (16, 16, 13), (40, 40, 30), (40, 64, 51), (64, 40, 6), (150, 150, 101))
+UNSEEN += ((300, 300, 129), (97, 200, 141), (200, 97, 50), (300, 300, 255))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout_p", (0.0, 0.2))
+@pytest.mark.parametrize(("Tq", "Tk", "at"), UNSEEN)
+def test_what_a_query_does_not_see_has_no_part_in_it(
+    isa: str, Tq: int, Tk: int, at: int, dropout_p: float, dtype: torch.dtype
+) -> None:
+    check_unseen(Tq, Tk, at, dtype, dropout_p=dropout_p, seed=5)
+
+
+@pytest.mark.parametrize(("Tq", "Tk", "at"), UNSEEN[:6])
+@pytest.mark.parametrize("value", (math.nan, math.inf, -math.inf))
+def test_of_the_reference_too(Tq: int, Tk: int, at: int, value: float) -> None:
+    q, k, v = heads(1, 2, Tq, 8), heads(1, 2, Tk, 8, seed=1), heads(1, 2, Tk, 8, seed=2)
+    clean, before = reference.causal_attention(q, k, v), at - (Tk - Tq)
+    keys, values = k.clone(), v.clone()
+    keys[:, :, at:] = values[:, :, at:, 3] = value
+    of_keys, of_values = (reference.causal_attention(q, *x) for x in ((keys, v), (k, values)))
+    assert torch.equal(of_keys[:, :, :before], clean[:, :, :before])
+    assert torch.equal(of_values[:, :, :before], clean[:, :, :before])
+    assert not of_values[:, :, before:, 3].isfinite().any()
+
+
 def test_large_scores_do_not_overflow(isa: str) -> None:
     q, k, v = (heads(1, 1, 150, 16, seed=i) * 30 for i in range(3))  # scores up to 3,000
     grad = heads(1, 1, 150, 16, seed=9)
