@@ -138,6 +138,8 @@ def test_operators_check_what_they_are_called_with(name: str) -> None:
         (1, "prompt", 3, "sequence 1 must have 0 < prompt"),
         (1, "prompt", 0, "sequence 1 must have 0 < prompt"),
         (1, "begin", 3, "sequence 1 must have 0 < prompt .* in places of its own"),
+        (1, "begin", 6, "sequence 2 must have 0 < prompt .* in places of its own"),
+        (0, "beyond", -1, "sequence 0 must have 0 < prompt"),
         (0, "limit", 1, "sequence 0 must have room for a token"),
     ),
 )
@@ -148,6 +150,23 @@ def test_generate_refuses_what_would_leave_its_memory(
     arguments[0][0][sequence, engine.FIELDS.index(field)] = value
     with pytest.raises(RuntimeError, match=message):
         engine.generate(*arguments)
+
+
+def test_generate_takes_places_in_any_order_and_returns_where_one_has_no_more() -> None:
+    arguments = list(cases()["generate"])
+    column = {name: i for i, name in enumerate(engine.FIELDS)}
+    sequences = arguments[0][0]
+    sequences[0, column["begin"]], sequences[1, column["begin"]] = 6, 0
+    sequences[1, column["limit"]], sequences[1, column["beyond"]] = 3, 3
+    arguments[5] = [torch.tensor([], dtype=torch.int64), *arguments[5][1:]]  # no stops
+    unfinished, invalid = engine.generate(*arguments)
+    assert (unfinished, invalid) == (3, -1)
+    assert sequences[:2, column["length"]].tolist() == [2, 3]
+    with pytest.raises(RuntimeError, match="sequence 1 must have room for a token"):
+        engine.generate(*arguments)
+    sequences[1, column["limit"]], sequences[1, column["beyond"]] = 6, 0
+    assert engine.generate(*arguments) == (0, -1)
+    assert sequences[:, column["length"]].tolist() == [4, 6, 12]
 
 
 @pytest.mark.parametrize(
