@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gptfast import ops
-from gptfast.model import GPT, Step
+from gptfast.model import GPT
+from gptfast.modules import Step
 from gptfast.ops.triton.decode import decode_attention
 from gptfast.ops.triton.sampling import sample
 from gptfast.reference_loop import ReferenceLoop, likeliest_tokens, reference_model

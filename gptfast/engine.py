@@ -3,6 +3,7 @@
 Letters: L layers, C n_embd, D head_dim, T block_size, V vocab_size, N sequences.
 """
 
+import warnings
 from array import array
 from collections.abc import Sequence
 from itertools import accumulate
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 
 from gptfast.errors import BackendError, ConfigError
-from gptfast.model import GPT, Block
+from gptfast.mergeable import engine_oddity
+from gptfast.model import GPT
+from gptfast.modules import Block, not_fused
 from gptfast.ops import engine as ops
 from gptfast.ops import select
 from gptfast.request import DTYPES, Progress, Request, check_dtype, not_finite, rows_at_once
@@ -33,15 +36,19 @@ def pack(model: GPT, dtype: str | None = None) -> "PackedModel":
 
     Raises:
         ConfigError: `dtype` is unknown.
-        BackendError: The kernels cannot run, or the model's backend is "reference".
+        BackendError: The kernels cannot run, the model's backend is "reference", or one of its
+            modules is no plain layer.
     """
     check_dtype(dtype)
     if model.backend == "reference":
         raise BackendError("pack: the model's backend is 'reference', which packs nothing")
-    device = model.wte.weight.device.type
+    device = model.main_weight.device.type
     if device != "cpu":
         raise BackendError(f"pack: the compiled engine is for the CPU, the model is on {device!r}")
     select.require_fused("pack", device, _activations(model, dtype), "an unpacked model")
+    oddity = engine_oddity(model)
+    if oddity is not None:
+        raise BackendError(f"pack: {not_fused(oddity)}; an unpacked model calls its modules")
     return PackedModel(model, dtype)
 
 
@@ -50,27 +57,38 @@ def packed_for(
 ) -> "PackedModel | None":
     """The model packed for the compiled engine; None where that does not compute.
 
-    `op` is who asks, for the error; `lasting` says that the model may change before it is done.
+    `op` is who asks, for the error, and for the warning that a module keeps the engine from it;
+    `lasting` says that the model may change before it is done.
 
     Raises:
         ConfigError: The model has been packed for another dtype.
-        BackendError: The kernels are asked for and cannot run.
+        BackendError: The kernels are asked for and cannot run, or do not know one of the modules.
     """
     if isinstance(model, PackedModel):
         if dtype not in (None, model.name):
             raise ConfigError(f"dtype must be the packed model's, {model.name!r}, got {dtype!r}")
         return model
-    device, chosen = model.wte.weight.device.type, _activations(model, dtype)
+    device, chosen = model.main_weight.device.type, _activations(model, dtype)
     if model.backend == "fused":
         select.require_fused(op, device, chosen, "backend='reference'")
-    if device != "cpu" or model.backend == "reference" or select.unavailable(device, chosen):
+    if model.backend == "reference" or select.unavailable(device, chosen):
         return None
-    return PackedModel(model, dtype, lasting)
+    oddity = engine_oddity(model)
+    if oddity is None:
+        return PackedModel(model, dtype, lasting) if device == "cpu" else None
+    if model.backend == "fused":
+        raise BackendError(f"{op}: {not_fused(oddity)}; backend='auto' calls it, without a cache")
+    warnings.warn(
+        f"{op}: {not_fused(oddity)}, so every step calls the modules, without a cache; merge it"
+        " into the weights or remove it to be fast",
+        stacklevel=4,  # the caller of generate, stream or score
+    )
+    return None
 
 
 def _activations(model: GPT, dtype: str | None) -> torch.dtype:
     if dtype is None:
-        return model.wte.weight.dtype
+        return model.main_weight.dtype
     if dtype == "int8":  # whole numbers of 8 bits are exact in bfloat16: it costs their range alone
         extension = select.extension()
         fast = extension is not None and extension.isa_current() in ("avx512_bf16", "amx")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from gptfast.checks import check_count, is_iterable, whole
 from gptfast.engine import Engine, PackedModel, packed_for
 from gptfast.errors import ConfigError, DataError
+from gptfast.mergeable import engine_oddity
 from gptfast.model import GPT
 from gptfast.ops import select
 from gptfast.reference_loop import ReferenceLoop
@@ -71,7 +72,8 @@ def generate(
 
     Args:
         model: The GPT, whose `backend` chooses between the engine and the uncached plain torch
-            loop; or what `gptfast.pack` made of it.
+            loop; or what `gptfast.pack` made of it. The engine knows plain layers alone: with
+            others (adapters, hooks), "auto" takes the uncached loop and warns.
         prompts: Texts (with `tokenizer`) or token lists, of any mix of lengths, none of them empty.
         tokenizer: Encodes prompts and decodes results.
         max_new_tokens: Tokens to generate per prompt.
@@ -108,7 +110,8 @@ def generate(
         ConfigError: An option is wrong, or one text alone needs more cache than there may be.
         DataError: A prompt is empty, has an unknown character or token, or does not fit
             (overflow="error"); or the model's logits are not finite.
-        BackendError: `model.backend` is "fused" and the kernels cannot run.
+        BackendError: `model.backend` is "fused" and the kernels cannot run, or do not know one of
+            the model's modules.
     """
     options = {name: value for name, value in locals().items() if name not in ("model", "prompts")}
     request = make_request(model, prompts, **options)
@@ -224,11 +227,12 @@ def _loop(model: GPT | PackedModel, request: Request, lasting: bool = False) -> 
     if packed is not None:
         return Engine(packed, request)
     assert not isinstance(model, PackedModel)
-    weight, on_kernels = model.wte.weight, model.backend != "reference"
+    weight, on_kernels = model.main_weight, model.backend != "reference"
     if (
         weight.is_cuda
         and on_kernels
         and not select.unavailable("cuda", weight.dtype, model.config.head_dim)
+        and engine_oddity(model) is None
     ):
         from gptfast.device_loop import DeviceLoop  # needs Triton
 

@@ -4,7 +4,7 @@ Letters: B batch, T time, C n_embd, H heads, D head_dim, V vocab_size, L layers.
 GPT-2's names.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, cast
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from gptfast import ops
+from gptfast import ops, plain
 from gptfast.config import GPTConfig
 from gptfast.errors import CheckpointError, ConfigError
+from gptfast.modules import Block, Step, packed_attention
 from gptfast.ops import reference, select
 from gptfast.ops.random import seed_tensor
 
 Backend = Literal["auto", "fused", "reference"]
-Attend = Callable[[Tensor], Tensor]  # a packed projection (B, T, 3 C) -> (B, T, C)
 
 
 class Intermediates(NamedTuple):
@@ -33,79 +33,6 @@ class Intermediates(NamedTuple):
     logits: Tensor  # (B, T, V)
 
 
-class Step(NamedTuple):
-    """How one forward pass computes: which operators, and the dropout's probability and key."""
-
-    ops: ModuleType
-    dropout_p: float
-    seed: Tensor | None
-
-
-class CausalSelfAttention(nn.Module):
-    """The packed query, key and value projection and the output projection."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-
-
-class MLP(nn.Module):
-    """The two layers of the feed-forward network."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-
-
-class Block(nn.Module):
-    """x + attention(LN(x)), then x + FFN(LN(x)); the first is left out where the config says so."""
-
-    def __init__(self, config: GPTConfig, layer: int) -> None:
-        super().__init__()
-        self.gelu = config.gelu
-        self.stream = 1 + 2 * layer  # of the attention weights' dropout; the FFN has the next
-        if config.attention:
-            self.ln_1 = nn.LayerNorm(config.n_embd, eps=reference.LAYER_NORM_EPS, bias=config.bias)
-            self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=reference.LAYER_NORM_EPS, bias=config.bias)
-        self.mlp = MLP(config)
-
-    def forward(self, x: Tensor, step: Step) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        if hasattr(self, "attn"):
-            ln, attn, proj = self.ln_1, self.attn.c_attn, self.attn.c_proj
-            x = step.ops.layer_norm_attention(
-                x, ln.weight, ln.bias, attn.weight, attn.bias, proj.weight, proj.bias,
-                n_head=self.attn.n_head, dropout_p=step.dropout_p, seed=step.seed,
-                stream=self.stream,
-            )  # fmt: skip
-        return self.feed_forward(x, step)
-
-    def forward_with(self, attend: Attend, x: Tensor, step: Step) -> Tensor:
-        """`forward` with `attend` for attention, as where keys of earlier tokens are kept."""
-        if hasattr(self, "attn"):
-            proj = self.attn.c_proj
-            y = attend(self.qkv(x, step))
-            x = step.ops.linear_residual(y, proj.weight, proj.bias, x)
-        return self.feed_forward(x, step)
-
-    def qkv(self, x: Tensor, step: Step) -> Tensor:
-        """The packed projection of the normalised input, (B, T, C) -> (B, T, 3 C)."""
-        ln, linear = self.ln_1, self.attn.c_attn
-        return step.ops.layer_norm_linear(x, ln.weight, ln.bias, linear.weight, linear.bias)
-
-    def feed_forward(self, x: Tensor, step: Step) -> Tensor:
-        """The second half, (B, T, C) -> (B, T, C)."""
-        ln, fc, proj = self.ln_2, self.mlp.c_fc, self.mlp.c_proj
-        return step.ops.layer_norm_ffn(
-            x, ln.weight, ln.bias, fc.weight, fc.bias, proj.weight, proj.bias,
-            gelu=self.gelu, dropout_p=step.dropout_p, seed=step.seed, stream=self.stream + 1,
-        )  # fmt: skip
-
-
 class GPT(nn.Module):
     """A GPT language model.
 
@@ -113,6 +40,11 @@ class GPT(nn.Module):
     "reference" by plain torch, "auto" by the kernels where they can run. Dropout masks come from
     the same counters in both, so equal seeds of torch's default generator give equal results up to
     rounding. (torch.compile draws from a generator of its own: other masks, of the same kind.)
+
+    The kernels stand in for plain layers. Where a layer is anything else (of another type, with
+    hooks, a parametrisation, a forward or an eps of its own), that part of the model is computed by
+    calling its modules, with "auto" and "reference" alike; "fused" then refuses and names the
+    module. Hooks on GPT and Block are called in any case and stop no kernel.
 
     Args:
         config: the shape.
@@ -186,14 +118,19 @@ class GPT(nn.Module):
         if targets is not None:
             return self.loss(idx, targets, seed=seed)
         x, step = self._trunk(idx, seed)
-        logits = step.ops.layer_norm_linear(
-            x, self.ln_f.weight, self.ln_f.bias, self.lm_head.weight, None
-        )
+        if step.fuses(plain.first_oddity(self.head_layers())):
+            logits = step.ops.layer_norm_linear(
+                x, self.ln_f.weight, self.ln_f.bias, self.lm_head.weight, None
+            )
+            hidden = self._final_norm(x) if return_intermediates else x
+        else:
+            hidden = self.ln_f(x).to(x.dtype)
+            logits = self.lm_head(hidden)
         if not return_intermediates:
             return logits
         T = idx.shape[1]
         mask = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril()
-        return Intermediates(torch.arange(T, device=idx.device), mask, self._final_norm(x), logits)
+        return Intermediates(torch.arange(T, device=idx.device), mask, hidden, logits)
 
     def loss(
         self,
@@ -204,6 +141,8 @@ class GPT(nn.Module):
         seed: int | Tensor | None = None,
     ) -> Tensor:
         """Computes the mean cross-entropy of `targets` in nats, by blocks of logits.
+
+        Where `lm_head` is no plain layer it is called, and all logits are in memory at once.
 
         Args:
             idx: (B, T) int64.
@@ -216,10 +155,23 @@ class GPT(nn.Module):
             () float32.
         """
         x, step = self._trunk(idx, seed)
-        norm = {"ln_w": self.ln_f.weight, "ln_b": self.ln_f.bias}
-        return step.ops.linear_cross_entropy(
-            x, self.lm_head.weight, targets, ignore_index=ignore_index, **norm
+        head, norm = self.lm_head, {}
+        if step.fuses(plain.first_oddity(self.head_layers())):
+            norm = {"ln_w": self.ln_f.weight, "ln_b": self.ln_f.bias}
+        else:
+            x = self.ln_f(x).to(x.dtype)
+        if plain.head(head) is None:
+            return step.ops.linear_cross_entropy(
+                x, head.weight, targets, ignore_index=ignore_index, **norm
+            )
+        logits = head(x).flatten(0, 1)  # (B T, V)
+        total = F.cross_entropy(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)),
+            targets.flatten(),
+            ignore_index=ignore_index,
+            reduction="sum",
         )
+        return total / (targets != ignore_index).sum().clamp(min=1)
 
     @torch.no_grad()
     def attention_weights(self, idx: Tensor) -> Tensor:
@@ -232,20 +184,29 @@ class GPT(nn.Module):
             (L, B, H, T, T); rows sum to 1.
 
         Raises:
-            ConfigError: The model has no attention.
+            ConfigError: The model has no attention, or one of the user's own.
         """
         if not self.config.attention:
             raise ConfigError("a model with attention=False has no attention weights")
         self._check_idx(idx)
-        B, T = idx.shape
+        weights: list[Tensor] = []
+
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            weights.append(reference.attention_weights(q, k))
+            return reference.causal_attention(q, k, v)
+
+        def attend(qkv: Tensor) -> Tensor:
+            return packed_attention(attention, qkv, self.config.n_head)
+
         step = Step(reference, 0.0, None)
         x = self.embed(idx, step)
-        weights = []
-        for block in self.blocks:
-            qkv = block.qkv(x, step).view(B, T, 3, self.config.n_head, self.config.head_dim)
-            q, k = qkv[:, :, 0].transpose(1, 2), qkv[:, :, 1].transpose(1, 2)  # (B, H, T, D)
-            weights.append(reference.attention_weights(q, k))
-            x = block(x, step)
+        for layer, block in enumerate(self.blocks):
+            x = block.forward_with(attend, x, step)
+            if len(weights) == layer:
+                raise ConfigError(
+                    f"attention_weights: h.{layer}.attn must be a CausalSelfAttention, got"
+                    f" {type(block.attn).__name__}, which does not show its weights"
+                )
         return torch.stack(weights)
 
     @classmethod
@@ -298,7 +259,7 @@ class GPT(nn.Module):
         dropout_p = self.config.dropout if self.training else 0.0
         # Drawn on the CPU: masks are the same on every device, which is not waited for.
         key = seed_tensor(seed).to(idx.device, non_blocking=True) if dropout_p > 0.0 else None
-        step = Step(self._ops(), dropout_p, key)
+        step = Step(self._ops(), dropout_p, key, strict=self.backend == "fused")
         x = self.embed(idx, step)
         for block in self.blocks:
             x = block(x, step)
@@ -315,30 +276,54 @@ class GPT(nn.Module):
                 f" {idx.shape[1]}"
             )
 
+    @property
+    def main_weight(self) -> Tensor:
+        """The tensor whose dtype and device are the model's: the token embedding's, if it has any.
+
+        What a user put in its place need not have a `weight`.
+        """
+        weight = getattr(self.wte, "weight", None)
+        return weight if isinstance(weight, Tensor) else next(self.parameters())
+
     def _dtype(self) -> torch.dtype:
         """The activations' dtype: autocast's where that is on, else the weights'."""
-        weight = self.wte.weight
+        weight = self.main_weight
         if torch.is_autocast_enabled(weight.device.type):
             return torch.get_autocast_dtype(weight.device.type)
         return weight.dtype
 
     def _ops(self) -> ModuleType:
         if self.backend == "auto":
-            device, head_dim = self.wte.weight.device.type, self.config.head_dim
+            device, head_dim = self.main_weight.device.type, self.config.head_dim
             return reference if select.unavailable(device, self._dtype(), head_dim) else ops
         return ops if self.backend == "fused" else reference
 
     def embed(self, idx: Tensor, step: Step) -> Tensor:
         """Token and position embedding, (B, T, C)."""
-        return step.ops.embedding(
-            idx,
-            self.wte.weight,
-            self.wpe.weight,
-            padding_idx=self.config.padding_idx,
-            dropout_p=step.dropout_p,
-            seed=step.seed,
-            dtype=self._dtype(),
-        )
+        if step.fuses(plain.first_oddity(self.embedding_layers())):
+            return step.ops.embedding(
+                idx,
+                self.wte.weight,
+                self.wpe.weight,
+                padding_idx=self.wte.padding_idx,
+                dropout_p=step.dropout_p,
+                seed=step.seed,
+                dtype=self._dtype(),
+            )
+        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))
+        return step.dropped(x.to(torch.promote_types(x.dtype, torch.float32)), 0).to(self._dtype())
+
+    def embedding_layers(self) -> Iterator[plain.Layer]:
+        """The layers that `embed` computes."""
+        own: Any = self._modules
+        yield "wte", own["wte"], plain.embedding
+        yield "wpe", own["wpe"], plain.positions
+
+    def head_layers(self) -> Iterator[plain.Layer]:
+        """The layers after the blocks."""
+        own: Any = self._modules
+        yield "ln_f", own["ln_f"], plain.norm
+        yield "lm_head", own["lm_head"], plain.head
 
     def _final_norm(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):

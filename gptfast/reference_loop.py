@@ -1,11 +1,14 @@
 """Generation without a cache, by the model's reference: the specification of the engine."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gptfast.errors import ConfigError
+from gptfast.mergeable import engine_oddity
 from gptfast.model import GPT
 from gptfast.request import Progress, Request, not_finite
 from gptfast.sampling import choose, draws
@@ -77,7 +80,7 @@ class ReferenceLoop:
     def _step(self, group: list[int]) -> None:
         request = self._request
         idx = torch.tensor([self._window(i) for i in group])  # (n, length)
-        logits = self._model(idx.to(self._model.wte.weight.device))[:, -1].float().cpu()  # (n, V)
+        logits = self._model(idx.to(self._model.main_weight.device))[:, -1].float().cpu()  # (n, V)
         finite = logits.isfinite().all(-1)
         if not finite.all():
             raise not_finite("prompt", group[int(finite.int().argmin())] // request.num_samples)
@@ -122,8 +125,15 @@ def likeliest_tokens(logprobs: Tensor, count: int) -> list[list[tuple[int, float
 
 
 def reference_model(model: GPT, dtype: str | None) -> GPT:
-    """A copy of the model that computes in this dtype; int8 means rounded weights in float32."""
-    chosen = copy.deepcopy(model).eval()
+    """A copy of the model that computes in this dtype; int8 means rounded weights in float32.
+
+    Raises:
+        ConfigError: The dtype is int8 and the model has other layers than plain ones.
+    """
+    oddity = engine_oddity(model) if dtype == "int8" else None
+    if oddity is not None:
+        raise ConfigError(f"dtype='int8' rounds the weights of plain layers, and {oddity}")
+    chosen = _snapshot(model).eval()
     if dtype == "int8":
         chosen = chosen.float()
         for name, param in chosen.named_parameters():
@@ -134,6 +144,20 @@ def reference_model(model: GPT, dtype: str | None) -> GPT:
     elif dtype is not None:
         chosen = chosen.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
     return chosen
+
+
+def _snapshot(model: GPT) -> GPT:
+    """A deep copy with the user's own hooks: copies of what they write to would see nothing."""
+    known: dict[int, Any] = {}
+    for module in model.modules():
+        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
+            known |= {id(hook): hook for hook in getattr(module, kind).values()}
+        for value in vars(
+            module
+        ).values():  # weight_norm's and prune's weight, which torch does not copy
+            if isinstance(value, Tensor) and not value.is_leaf:
+                known[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, known)
 
 
 def rounded_to_bytes(weight: Tensor) -> Tensor:

@@ -88,7 +88,8 @@ def score(
         ConfigError: An option is wrong.
         DataError: A text is empty, or has an unknown character or token; or the model's logits are
             not finite.
-        BackendError: `model.backend` is "fused" and the kernels cannot run.
+        BackendError: `model.backend` is "fused" and the kernels cannot run, or do not know one of
+            the model's modules.
     """
     T = model.config.block_size
     check_dtype(dtype)
@@ -155,7 +156,7 @@ def _groups(windows: list[_Window]) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def _reference_scores(model: GPT, text: list[int], window: _Window) -> list[float]:
-    device = model.wte.weight.device
+    device = model.main_weight.device
     idx = torch.tensor([text[window.first : window.last]], device=device)
     targets = torch.tensor(text[window.first + 1 : window.last + 1], device=device)
     logprobs = model(idx)[0].float().log_softmax(-1)  # (T, V)

@@ -1,0 +1,55 @@
+"""Whether the engines for generation, which read a model's weights and call no module, know it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from gptfast import plain
+from gptfast.config import GPTConfig
+from gptfast.model import GPT
+from gptfast.modules import Block
+
+
+def engine_oddity(model: GPT) -> str | None:
+    """The first part of a model that an engine would overlook, and what it is; None without one.
+
+    Hooks on GPT and Block count here, for an engine does not call these either.
+    """
+    if type(model).forward is not GPT.forward:
+        return f"{type(model).__qualname__} has a forward of its own"
+    found = plain.first_oddity(_layers(model))
+    if found is not None:
+        return found
+    if len(model.h) != model.config.n_layer:
+        return f"h has {len(model.h)} blocks, not {model.config.n_layer}"
+    shapes = _shapes(model.config)
+    for name, module, _ in _layers(model):
+        layer: Any = module
+        expected = shapes.get(name.split(".", 2)[-1])
+        if expected is not None and layer.weight.shape != expected:
+            return f"{name} has a weight of shape {tuple(layer.weight.shape)}, not {expected}"
+    return None
+
+
+def _layers(model: GPT) -> Iterator[plain.Layer]:
+    yield "the model", model, plain.called
+    yield from model.embedding_layers()
+    for i, block in enumerate(model.blocks):
+        yield f"h.{i}", block, _block
+        for name, module, check in block.layers():
+            yield f"h.{i}.{name}", module, check
+    yield from model.head_layers()
+
+
+def _block(module: nn.Module) -> str | None:
+    return plain.called(module) if type(module) is Block else plain.untouched(module, Block)
+
+
+def _shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of the layers' weights, by their names within a block."""
+    C, V = config.n_embd, config.vocab_size
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("ln_1", "ln_2", "ln_f"), (C,))
+    shapes |= {"wte": (V, C), "wpe": (config.block_size, C), "lm_head": (V, C)}
+    shapes |= {"attn.c_attn": (3 * C, C), "attn.c_proj": (C, C)}
+    return shapes | {"mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
