@@ -2,7 +2,8 @@
 
 A check gives None for a plain layer, else what it is, in words that follow its name. Every forward
 pass asks for every layer, so what is plain is known in half a microsecond: a check reads instance
-dictionaries, which nn.Module's own attribute access takes three times as long for.
+dictionaries, which nn.Module's own attribute access takes three times as long for. torch.compile
+traces it too, and writes no number into a text.
 
 Hooks for all modules (torch.nn.modules.module.register_module_forward_hook) see those that are
 called and change nothing here: profilers and FLOP counters set them, to watch the kernels too.
@@ -39,9 +40,9 @@ def norm(module: nn.Module) -> str | None:
         return found
     own = module.__dict__
     if own["eps"] != LAYER_NORM_EPS:
-        return f"has eps={own['eps']}, not {LAYER_NORM_EPS}"
+        return f"has another eps than {LAYER_NORM_EPS}"
     if len(own["normalized_shape"]) != 1:
-        return f"normalises over the shape {own['normalized_shape']}"
+        return "normalises over more than the last dimension"
     return _weight(module)
 
 
@@ -52,7 +53,7 @@ def embedding(module: nn.Module) -> str | None:
         return found
     own = module.__dict__
     if own["max_norm"] is not None:
-        return f"has max_norm={own['max_norm']}"
+        return "has a max_norm"
     for option in ("scale_grad_by_freq", "sparse"):
         if own[option]:
             return f"has {option}=True"
@@ -64,7 +65,7 @@ def positions(module: nn.Module) -> str | None:
     found = embedding(module)
     if found is not None or module.__dict__["padding_idx"] is None:
         return found
-    return f"has padding_idx={module.padding_idx}"
+    return "has a padding_idx"
 
 
 def untouched(module: nn.Module, kind: type[nn.Module]) -> str | None:
