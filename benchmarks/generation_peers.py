@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gptfast import GPT
-from gptfast.model import from_course_name
+from gptfast.course import from_course_name
 from gptfast.ops.reference import LAYER_NORM_EPS
 
 Tokens = list[list[int]]

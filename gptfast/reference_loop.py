@@ -150,7 +150,12 @@ def _snapshot(model: GPT) -> GPT:
     """A deep copy with the user's own hooks: copies of what they write to would see nothing."""
     known: dict[int, Any] = {}
     for module in model.modules():
-        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
+        for kind in (
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_backward_hooks",
+            "_backward_pre_hooks",
+        ):
             known |= {id(hook): hook for hook in getattr(module, kind).values()}
         for value in vars(
             module

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -269,7 +269,7 @@ def test_generate_and_score_call_it_and_warn(name: str) -> None:
         (scored,) = gptfast.score(model, [tokens[:13]])
     assert len(caught) == 1 and caught[0].filename == __file__
     logprobs = plain_torch(model, torch.tensor([tokens[:12]])).log_softmax(-1)[0]
-    wanted = [float(logprobs[t, tokens[t + 1]]) for t in range(12)]
+    wanted = [logprobs[t, tokens[t + 1]].item() for t in range(12)]
     assert scored.logprobs == pytest.approx(wanted, abs=1e-4)
     with pytest.warns(UserWarning, match="generate: "):
         pieces = list(gptfast.stream(model, [1, 2], max_new_tokens=15, temperature=0))
@@ -277,7 +277,9 @@ def test_generate_and_score_call_it_and_warn(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.backend = "reference"
-        assert gptfast.generate(model, [[1, 2]], max_new_tokens=15, temperature=0) == [result]
+        (alone,) = gptfast.generate(model, [[1, 2]], max_new_tokens=15, temperature=0)
+    assert alone.tokens == result.tokens
+    assert alone.logprobs == pytest.approx(result.logprobs, abs=1e-5)
 
 
 def test_a_plain_model_generates_with_the_engine_and_without_a_word() -> None:
@@ -446,12 +448,11 @@ def test_parts_compute_by_themselves() -> None:
 
 def test_a_compiled_model_calls_what_is_not_plain() -> None:
     torch._dynamo.reset()
-    model = make().eval()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    model = make(config=GPTConfig(**CONFIG.to_dict() | {"n_layer": 1})).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     compiled(IDX)
-    for name in ("eps f", "rms norm 2"):  # after the compilation
-        ODD[name][0](model)
-        torch.testing.assert_close(compiled(IDX), plain_torch(model, IDX), atol=2e-5, rtol=2e-5)
+    ODD["eps f"][0](model)  # after the compilation
+    torch.testing.assert_close(compiled(IDX), plain_torch(model, IDX), atol=2e-5, rtol=2e-5)
 
 
 def test_what_stands_in_for_parameters_is_plain() -> None:
@@ -491,8 +492,9 @@ def test_hooks_for_all_modules_watch_the_kernels() -> None:
 
 
 @pytest.fixture
-def peft() -> Iterator[Any]:
-    yield pytest.importorskip("peft", reason="pip install 'gptfast-kernels[adapters]'")
+def peft() -> Any:
+    """The package, which its users install."""
+    return pytest.importorskip("peft", reason="pip install 'gptfast-kernels[adapters]'")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
