@@ -150,17 +150,11 @@ def _snapshot(model: GPT) -> GPT:
     """A deep copy with the user's own hooks: copies of what they write to would see nothing."""
     known: dict[int, Any] = {}
     for module in model.modules():
-        for kind in (
-            "_forward_hooks",
-            "_forward_pre_hooks",
-            "_backward_hooks",
-            "_backward_pre_hooks",
-        ):
-            known |= {id(hook): hook for hook in getattr(module, kind).values()}
-        for value in vars(
-            module
-        ).values():  # weight_norm's and prune's weight, which torch does not copy
-            if isinstance(value, Tensor) and not value.is_leaf:
+        for name, value in vars(module).items():
+            if name.endswith(("_forward_hooks", "_pre_hooks", "_backward_hooks")):
+                known |= {id(hook): hook for hook in value.values()}
+            # The weight that weight_norm or prune made is a result, which torch does not copy.
+            elif isinstance(value, Tensor) and not value.is_leaf:
                 known[id(value)] = value.detach().clone()
     return copy.deepcopy(model, known)
 
