@@ -75,8 +75,9 @@ def _read_bytes(path: Path) -> bytes:
         raise DataError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise DataError(f"{path}: expected a text file, got a directory") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (OSError, ValueError) as error:  # the latter for names that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read ({reason})") from error
     if not data:
         raise DataError(f"{path}: the file is empty")
     return data

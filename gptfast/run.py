@@ -282,7 +282,8 @@ class RunDirectory:
             extra = checkpoint.read_config(self.path)["extra"]
         except CheckpointError as error:
             raise CheckpointError(f"{error}; {without}") from error
-        if extra.get("run") != self.id or extra["step"] < step:
+        own = isinstance(extra, dict) and extra.get("run") == self.id
+        if not own or extra["step"] < step:
             raise CheckpointError(
                 f"{file}: of another run, or of an earlier save, than {STATE_NAME}: put back the "
                 f"files of one save; {without}"
@@ -307,6 +308,9 @@ def _run_state(values: dict[str, Any]) -> RunState:
         wanted: Any = type(getattr(RunState(), each.name))
         if not isinstance(value, int | float if wanted is float else wanted):
             raise TypeError(f"{each.name} is a {type(value).__name__}")
+    for row in values["history"]:
+        if not isinstance(row, dict):
+            raise TypeError(f"a row of the history is a {type(row).__name__}")
     _lines(values["history"])
     return RunState(**values)
 

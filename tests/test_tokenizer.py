@@ -86,6 +86,17 @@ def test_json_form_comes_back_equal(text):
     assert CharTokenizer.from_dict(json.loads(json.dumps(tokenizer.to_dict()))) == tokenizer
 
 
+def test_halves_of_surrogate_pairs_stay_two_characters():
+    tokenizer = CharTokenizer.from_text("ab\ud83d\ude00")  # JSON joins the two within one string
+    assert tokenizer.vocab_size == 5
+    assert CharTokenizer.from_dict(json.loads(json.dumps(tokenizer.to_dict()))) == tokenizer
+
+
+def test_the_joined_form_of_older_checkpoints_is_read():
+    tokenizer = CharTokenizer.from_dict({"kind": "char", "chars": "\nABC"})
+    assert tokenizer == CharTokenizer(("\n", "A", "B", "C"))
+
+
 @pytest.mark.parametrize(
     ("form", "message"),
     [
@@ -93,6 +104,14 @@ def test_json_form_comes_back_equal(text):
         ([], "expected a tokenizer"),
         ({"kind": "bpe", "chars": "ab"}, "expected a tokenizer"),
         ({"kind": "char", "chars": ["a"]}, "expected a tokenizer"),
+        ({"kind": "char", "code_points": "ab"}, "expected a tokenizer"),
+        ({"kind": "char", "code_points": [97, "b"]}, "expected a tokenizer"),
+        ({"kind": "char", "code_points": [97, True]}, "expected a tokenizer"),
+        ({"kind": "char", "code_points": [97, 98.0]}, "expected a tokenizer"),
+        ({"kind": "char", "code_points": [-1]}, "expected a tokenizer"),
+        ({"kind": "char", "code_points": [0x110000]}, "expected a tokenizer"),
+        ({"kind": "char", "code_points": []}, "at least one character"),
+        ({"kind": "char", "code_points": [97, 98, 97]}, "'a' twice"),
         ({"kind": "char", "chars": ""}, "at least one character"),
         ({"kind": "char", "chars": "aba"}, "'a' twice"),
     ],
