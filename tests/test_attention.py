@@ -132,7 +132,7 @@ def test_scale(isa: str, scale: float, T: int) -> None:
     check_attention(q, k, v, torch.float32, scale=scale)
 
 
-def check_large_scores(size: float, T: int, dtype: torch.dtype, where: str = "cpu") -> None:
+def check_large_scores(size: float, T: int, dtype: torch.dtype, where: Any = "cpu") -> None:
     """Scores of this size, of which the largest takes all: the budget, dq and dk against SDPA's.
 
     These two are 0 but for the rounding of dP - delta, times large keys and queries.
@@ -191,7 +191,7 @@ def overflowing_inputs(T: int, signs: tuple[int, int]) -> list[Tensor]:
     return [q, k, v]
 
 
-def check_overflow(T: int, signs: tuple[int, int], dtype: torch.dtype, where: str = "cpu") -> None:
+def check_overflow(T: int, signs: tuple[int, int], dtype: torch.dtype, where: Any = "cpu") -> None:
     inputs = [x.to(where, dtype) for x in overflowing_inputs(T, signs)]
     expected, actual = reference.causal_attention(*inputs), ops.causal_attention(*inputs)
     eps = torch.finfo(dtype).eps
@@ -210,7 +210,7 @@ def test_scores_that_overflow_are_those_of_the_reference(
 
 
 def check_unseen(
-    Tq: int, Tk: int, at: int, dtype: torch.dtype, where: str = "cpu", **options: Any
+    Tq: int, Tk: int, at: int, dtype: torch.dtype, where: Any = "cpu", **options: Any
 ) -> None:
     """What key `at` and those after it hold has no part in the queries before, in any bit; nor
 

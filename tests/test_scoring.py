@@ -52,6 +52,20 @@ def test_the_engine_keeps_to_the_budget(isa: str, name: str, dtype: str) -> None
     assert_budget("log-probabilities", actual, logprobs(own), oracle, factor)
 
 
+@pytest.mark.parametrize("name", ("odd", "wide"))
+def test_scores_of_attention_may_be_large(isa: str, name: str) -> None:
+    torch.manual_seed(0)
+    model = (GPT(WIDE) if name == "wide" else make(name)).eval()
+    C = model.config.n_embd
+    for block in model.h:
+        block.attn.c_attn.weight.data[: 2 * C] *= 3e5  # queries and keys
+    texts = torch.randint(1, model.config.vocab_size, (3, model.config.block_size + 1))
+    oracle = copy.deepcopy(model).double()(texts[:, :-1]).log_softmax(-1)
+    expected = oracle.gather(-1, texts[:, 1:, None])[..., 0]
+    actual = torch.tensor([each.logprobs for each in gptfast.score(model, texts.tolist())])
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-3)
+
+
 def test_weights_of_8_bits_change_a_trained_models_loss_little() -> None:
     torch.manual_seed(0)
     text = data.abc_corpus()[:20_000]

@@ -19,7 +19,7 @@ import pytest
 import torch
 from oracle import check_op, run
 from peers import ffn as torch_ffn
-from test_attention import check_attention, heads
+from test_attention import check_attention, check_large_scores, check_overflow, heads
 from test_cross_entropy import (
     case,
     norm_case,
@@ -199,6 +199,27 @@ def test_heads_are_as_wide_as_the_tables_of_configurations(
         GPT(SMALL, backend="fused").to(DEVICE)(idx)
     with pytest.raises(BackendError, match="causal_attention: .* head_dim is at most 15"):
         ops.causal_attention(*(heads(1, 2, 5, 16).to(DEVICE) for _ in range(3)))
+
+
+@pytest.mark.parametrize("T", (16, 70))
+def test_attention_of_scores_of_any_size(T: int) -> None:
+    for size in (2e5, 1e10):
+        if T == 16:  # tiles of one shape: the interpreter's products have other bits in another
+            check_large_scores(size, T, torch.float32, DEVICE)
+        q, k, v = (heads(1, 2, T, 16, seed=i).to(DEVICE) for i in range(3))
+        large = q * size**0.5, k * size**0.5, v
+        oracle = reference.causal_attention(*(x.double() for x in large))
+        torch.testing.assert_close(ops.causal_attention(*large).double(), oracle)
+    for signs in ((-1, 0), (-1, 1), (-1, -1)):
+        check_overflow(T, signs, torch.float32, DEVICE)
+
+
+def test_decode_attention_of_scores_of_any_size() -> None:
+    q, keys, values = (heads(1, 2, 300, 16, seed=i).to(DEVICE) for i in range(3))
+    cache, lengths = torch.stack([keys, values], 1) * 1e5, torch.tensor([300], device=DEVICE)
+    got = decode.decode_attention(1e5 * q[:, :, -1].flatten(1), cache, lengths)
+    expected = reference.causal_attention(q[:, :, -1:] * 1e5, cache[:, 0], cache[:, 1])
+    assert torch.equal(got, expected.flatten(1))  # one value has all the weight
 
 
 def test_a_row_of_a_batch_has_the_bits_it_has_alone(monkeypatch: pytest.MonkeyPatch) -> None:
