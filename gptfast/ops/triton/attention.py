@@ -1,8 +1,7 @@
 """Causal attention in blocks with an online softmax (FlashAttention-2, arXiv:2307.08691).
 
 Query i sees the keys j <= i + Tk - Tq. Blocks of keys that every query of a program sees need no
-mask; those on the diagonal come after them. There a sum is that of what is finite, and NaN where the
-query sees what is not.
+mask; those on the diagonal come after them.
 
 Letters: B batch, T time (Tq queries, Tk keys), H heads, D head_dim.
 """
@@ -64,24 +63,6 @@ def row_products(
 
 
 @triton.jit
-def finite_part(x):
-    """x, 0 where it is not finite: a product with a mask's zeros is then 0."""
-    return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0).to(x.dtype)
-
-
-@triton.jit
-def first_not_finite(x, j):
-    """Of each column of rows j of a head, the first that is not finite; 2^30 where all are."""
-    return tl.min(tl.where(tl.abs(x.to(tl.float32)) < float("inf"), 1 << 30, j[:, None]), 0)
-
-
-@triton.jit
-def last_not_finite(x, i):
-    """Of each column of rows i of a head, the last that is not finite; -2^30 where all are."""
-    return tl.max(tl.where(tl.abs(x.to(tl.float32)) < float("inf"), -(1 << 30), i[:, None]), 0)
-
-
-@triton.jit
 def _attend(
     acc, m, total, q, k, v, q_row, k_row, v_row, i, i0, first, last, Tq, Tk, offset, scale_log2,
     head, seed, substream, threshold, keep_scale,
@@ -115,12 +96,7 @@ def _attend(
                 tl.load(seed), substream, head, i0, j0, threshold, keep_scale, BM, BN
             )
         values = head_rows(v, j, v_row, Tk, d, D, BLOCK_D, MASKED)
-        if MASKED:
-            worst = first_not_finite(values, j)
-            values = finite_part(values)
         acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
-        if MASKED:
-            acc = tl.where(worst[None, :] <= i[:, None] + offset, float("nan"), acc)
         m = top
     return acc, m, total
 

@@ -14,13 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.ops.triton.attention import (
-    finite_part,
-    first_not_finite,
     head_kind,
     head_rows,
     head_shared,
     held_rows,
-    last_not_finite,
     parts_of,
     row_products,
 )
@@ -72,8 +69,8 @@ def _softmax_sums(lse, i, Tq):
 
 @triton.jit
 def _query_grad(
-    dq, q, do, top, log_sum, delta, k, v, q_row, do_row, k_row, v_row, i, i0, first, last, Tq, Tk, offset,
-    scale_log2, head, seed, substream, threshold, keep_scale,
+    dq, q, do, top, log_sum, delta, k, v, q_row, do_row, k_row, v_row, i, i0, first, last, Tq, Tk,
+    offset, scale_log2, head, seed, substream, threshold, keep_scale,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PART: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -90,12 +87,7 @@ def _query_grad(
             s, dp, top, log_sum, delta, i, i0, j, j0, Tk, offset, scale_log2, head,
             seed, substream, threshold, keep_scale, MASKED, BM, BN,
         )  # fmt: skip
-        if MASKED:
-            worst = first_not_finite(keys, j)
-            keys = finite_part(keys)
         dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
-        if MASKED:
-            dq = tl.where(worst[None, :] <= i[:, None] + offset, float("nan"), dq)
     return dq
 
 
@@ -179,14 +171,8 @@ def _key_grads(
             s, dp, top, log_sum, row_delta, i, i0, j, j0, Tk, offset, scale_log2, head,
             seed, substream, threshold, keep_scale, MASKED, BM, BN,
         )  # fmt: skip
-        if MASKED:
-            worst_do, worst_q = last_not_finite(do, i), last_not_finite(queries, i)
-            do, queries = finite_part(do), finite_part(queries)
         dv = tl.dot(tl.trans(dropped.to(do.dtype)), do, dv, input_precision=PRECISION)
         dk = tl.dot(tl.trans(ds.to(queries.dtype)), queries, dk, input_precision=PRECISION)
-        if MASKED:
-            dv = tl.where(j[:, None] <= worst_do[None, :] + offset, float("nan"), dv)
-            dk = tl.where(j[:, None] <= worst_q[None, :] + offset, float("nan"), dk)
     return dk, dv
 
 
