@@ -4,7 +4,7 @@ Letters: B batch, T time, C n_embd, H heads, D head_dim, V vocab_size, L layers.
 GPT-2's names.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, cast
@@ -12,12 +12,12 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from gptfast import ops, plain
 from gptfast.config import GPTConfig
 from gptfast.course import from_course_name
 from gptfast.errors import CheckpointError, ConfigError
+from gptfast.initial import InitialDraws
 from gptfast.modules import Block, Step, packed_attention
 from gptfast.ops import reference, select
 from gptfast.ops.random import seed_tensor
@@ -67,7 +67,7 @@ class GPT(nn.Module):
         with ExitStack() as drawn:
             if generator is not None:
                 drawn.enter_context(generator.device)
-                drawn.enter_context(_InitFrom(generator))
+                drawn.enter_context(InitialDraws(generator))
             self._make(config)
 
     def _make(self, config: GPTConfig) -> None:
@@ -354,29 +354,6 @@ def unwrapped(model: nn.Module) -> GPT:
                 f"got a {type(model).__name__}{within}"
             )
     return inner
-
-
-class _InitFrom(TorchFunctionMode):
-    """Has the initialisers of torch.nn, within this thread, draw from a generator."""
-
-    DRAWING = frozenset({
-        nn.init.kaiming_uniform_, nn.init.normal_, nn.init.uniform_, nn.init.xavier_uniform_,
-        Tensor.normal_, Tensor.uniform_,
-    })  # fmt: skip
-
-    def __init__(self, generator: torch.Generator) -> None:
-        super().__init__()
-        self.generator = generator
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        drawn = {"generator": self.generator} if func in self.DRAWING else {}
-        return func(*args, **(kwargs or {}) | drawn)
 
 
 def _init_torch(model: GPT) -> None:

@@ -258,7 +258,7 @@ class RunDirectory:
                 self._check_checkpoint(state.step)
             weights, resumable, own = content["weights"], content["resumable"], model.state_dict()
             problem = mismatch(weights, own) or _other_dtype(weights, own)
-            problem = problem or _other_moments(resumable["optimizer"], model)
+            problem = problem or _other_moments(resumable, model)
             if problem:
                 raise CheckpointError(f"{file}: does not fit the model: {problem}")
             model.load_state_dict(weights)
@@ -322,13 +322,15 @@ def _other_dtype(found: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -
     return None
 
 
-def _other_moments(optimizer: dict[str, Any], model: GPT) -> str | None:
-    trained = [param for param in model.parameters() if param.requires_grad]
-    for i, moments in optimizer["state"].items():
+def _other_moments(resumable: dict[str, Any], model: GPT) -> str | None:
+    params = dict(model.named_parameters())
+    # Version 1 did not note the names.
+    names = resumable.get("trained", [name for name in params if params[name].requires_grad])
+    for i, moments in resumable["optimizer"]["state"].items():
         for name, moment in moments.items():
-            shape = () if name == "step" else tuple(trained[i].shape)
+            shape = () if name == "step" else tuple(params[names[i]].shape)
             if tuple(moment.shape) != shape:
-                return f"the optimizer's {name} of parameter {i} has shape {tuple(moment.shape)}"
+                return f"the optimizer's {name} of {names[i]} has shape {tuple(moment.shape)}"
     return None
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gptfast.config import GPTConfig
 from gptfast.errors import CheckpointError
+from gptfast.initial import InitialDraws
 from gptfast.model import GPT
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -22,7 +23,7 @@ EMBEDDING = "wte.weight"
 
 def empty(config: GPTConfig) -> GPT:
     """A GPT whose tensors have shapes but no memory; draws no random numbers."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with torch.device("meta"), InitialDraws(None):
         return GPT(config)
 
 

@@ -21,6 +21,7 @@ from gptfast.ops.random import seed_tensor
 from gptfast.optimizer import AdamW
 from gptfast.presets import PRECISIONS, Precision, TrainConfig
 from gptfast.run import RunDirectory
+from gptfast.storable import check_storable
 from gptfast.threads import check_threads
 from gptfast.tokenizer import CharTokenizer
 from gptfast.training_loop import Loop, TrainResult
@@ -59,7 +60,7 @@ def evaluate(model: nn.Module, ids: Tensor, precision: Precision = "fp32") -> Ev
             f"got shape {tuple(ids.shape)} of {str(ids.dtype)[6:]}"
         )
     gpt = unwrapped(model)
-    T, device = gpt.config.block_size, gpt.wte.weight.device
+    T, device = gpt.config.block_size, gpt.main_weight.device
     ids = ids.to(device)
     tokens = len(ids) - 1
     whole = tokens // T * T
@@ -117,9 +118,9 @@ class Trainer:
         self.model = model
         self.config = config
         self.gpt = gpt = unwrapped(model)
-        self.device = gpt.wte.weight.device
+        self.device = gpt.main_weight.device
         self.generator = torch.Generator().manual_seed(config.seed)
-        dtype = gpt.wte.weight.dtype
+        dtype = gpt.main_weight.dtype
         if dtype not in (torch.float32, torch.float64):
             raise ConfigError(
                 "training needs float32 weights (precision='bf16' lowers the activations alone), "
@@ -210,7 +211,7 @@ class Trainer:
             ConfigError: neither steps nor epochs are set, another run is being trained in `out`, or
                 see `gptfast.run.check`.
             DataError: a text is shorter than a window.
-            CheckpointError: `out` cannot be written or read.
+            CheckpointError: `out` cannot be written or read, or a checkpoint cannot hold the model.
             UnsavedError: the last save failed; the error's `result` has the trained model.
             TrainError: the loss is no longer finite; the last checkpoint stays.
             TypeError: `extra` is not JSON-able.
@@ -218,6 +219,8 @@ class Trainer:
         if self.config.steps is None and self.config.epochs is None:
             raise ConfigError("a run needs a number of steps or of epochs, got neither")
         json.dumps(extra)  # what would fail after the training fails before it
+        if out is not None:
+            check_storable(self.gpt)
         check_lengths(self.gpt.config.block_size, train_ids, val_ids)
         directory = RunDirectory(out)
         loop = Loop(self, directory, train_ids, val_ids, tokenizer, extra or {})

@@ -601,3 +601,18 @@ def test_tensors_that_do_not_fit(saved, change, message):
     rewrite(saved, change_tensors=change)
     with pytest.raises(CheckpointError, match=message):
         load(saved)
+
+
+@pytest.mark.parametrize("init", ["torch", "gpt2"])
+def test_neither_saving_nor_loading_loads_torchs_compiler(tmp_path, init):
+    script = """
+        import sys
+        from gptfast import GPT, GPTConfig, load, save
+
+        save(GPT(GPTConfig(init=sys.argv[2])), None, sys.argv[1])
+        load(sys.argv[1])
+        assert "torch._dynamo" not in sys.modules
+        """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), init]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
