@@ -100,9 +100,12 @@ def unpack(version: Version, folder: Path) -> str:
     (wheel,) = folder.glob("*.whl")
     ZipFile(wheel).extractall(folder)
     wheel.unlink()
-    shutil.rmtree(headers(version), ignore_errors=True)
+    kept = folder / "headers"
     for part in HEADERS:
-        shutil.copytree(folder / "torch" / "include" / part, headers(version) / part)
+        shutil.copytree(folder / "torch" / "include" / part, kept / part)
+    shutil.rmtree(headers(version), ignore_errors=True)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    shutil.move(kept, headers(version))
     return f"unpacked {wheel.name}"
 
 
