@@ -12,7 +12,7 @@ from gptfast.config import GPTConfig
 from gptfast.errors import CheckpointError, ConfigError, DataError
 from gptfast.presets import Preset, TrainConfig
 from gptfast.tokenizer import CharTokenizer
-from gptfast.training import held_out, train
+from gptfast.training import Trainer, held_out, train
 
 OLD = Path(__file__).parent / "fixtures" / "checkpoint-v1"
 TEXT = data.abc_corpus()[:600]
@@ -235,6 +235,16 @@ def test_halves_of_surrogate_pairs_are_shown_escaped(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert r"no\ud800te: \udfff" in shown and r"\ud800a" in shown
     shown.encode("utf-8")
+
+
+def test_a_model_that_no_checkpoint_holds_is_refused_before_it_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "step", lambda *args: pytest.fail("trained"))
+    model, _ = checkpoint.load(OLD)
+    model.ln_f.eps = 1e-3
+    trainer = Trainer(model, TrainConfig(steps=2))
+    with pytest.raises(CheckpointError, match="ln_f has eps=0.001"):
+        trainer.fit(torch.ones(20, dtype=torch.int64), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_does_not_go_on_with_another_tie(old):
