@@ -225,7 +225,7 @@ class Trainer:
         directory = RunDirectory(out)
         loop = Loop(self, directory, train_ids, val_ids, tokenizer, extra or {})
         self.generator.manual_seed(self.config.seed)
-        with directory.opened(resume, overwrite), _threads(self.config.threads):
+        with _threads(self.config.threads), directory.opened(resume, overwrite):
             if resume:
                 loop.load()
             state = loop.state

@@ -35,7 +35,7 @@ Version = tuple[int, int]
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "ops").glob("*.cpp"))]
 OLDEST, NEWEST = torch_range((ROOT / "pyproject.toml").read_text())
-TESTS = ("ops", "attention", "cross_entropy", "optimizer", "model", "generation", "checkpoint")
+TESTS = ("ops", "model", "optimizer", "generation", "checkpoint")
 CACHE = Path(pooch.os_cache("gptfast")) / "torch-headers"
 HEADERS = ("torch/csrc/stable", "torch/csrc/inductor/aoti_torch", "torch/headeronly", "pybind11")
 
@@ -133,9 +133,9 @@ def run_tests(version: Version, folder: Path) -> str:
     if not found.stdout.startswith("{}.{}.".format(*version)):
         raise Failure(f"the extension does not load ({last_line(found.stderr)})")
     tests = [f"tests/test_{name}.py" for name in TESTS]
-    done = run(
-        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, PYTHONPATH=path
-    )
+    # The same random cases for every version.
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
+    done = run(*pytest, *tests, PYTHONPATH=path)
     if done.returncode != 0:
         print(done.stdout, done.stderr)
         raise Failure(f"with {found.stdout.strip()}: {last_line(done.stdout)}")
