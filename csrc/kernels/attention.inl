@@ -21,7 +21,7 @@ struct AttentionTask {
   int64_t head;  // b * H + h
   Head<T> q, out;
   int64_t ld;  // of O
-  Factors by;
+  float c;
   Frame frame;
   P *key_panels, *value_panels;
   Rhs<P> keys, values;
@@ -33,7 +33,7 @@ struct AttentionTask {
   AttentionTask(const Attention& s, int64_t used_keys)
       : s(s),
         ld(padded_n<P>(s.D)),
-        by(s.scale),
+        c(s.scale * log2e),
         key_panels(take<P>(frame, rhs_elements<P>(s.D, used_keys))),
         value_panels(take<P>(frame, rhs_elements<P>(used_keys, s.D))),
         scores(take<float>(frame, QUERIES * SCORES)),
@@ -112,8 +112,8 @@ struct AttentionTask {
     }
   }
 
-  // S = Q K' for `tile` rows from r0 on, then for each row, with c and |s| as Factors has them,
-  //   m' = max(m, max_j |s_j|), p_j = exp2(c (|s_j| - m')), l' = l exp2(c (m - m')) + sum_j p_j
+  // S = Q K' for `tile` rows from r0 on, then for each row, with c = scale log2(e),
+  //   m' = max(m, max_j s_j), p_j = exp2(c (s_j - m')), l' = l exp2(c (m - m')) + sum_j p_j
   // and rows of O that have a value already are multiplied by exp2(c (m - m')).
   void softmax_tile(const Lhs<P>& queries, int64_t q0, int64_t r0, int64_t tile, int64_t k0) {
     const int64_t width = block_keys(q0, r0 + tile, k0);
@@ -143,13 +143,13 @@ struct AttentionTask {
       const float* row = scores + (first + i) * SCORES;
       VF highest = splat(no_score);
       for_keys(i, [&](int64_t j, auto keys) {
-        highest = vmax(highest, only(load(row + j) * by.sign, keys, no_score));
+        highest = vmax(highest, only(load(row + j), keys, no_score));
       });
       of_row[i] = highest;
     }
     const VF highest = reduce_each(of_row, n, Higher{}), before = load(m + first, part),
              now = vmax(before, highest);
-    const VF factor = before == no_score ? splat(0.0f) : exp2((before - now) * by.c);
+    const VF factor = before == no_score ? splat(0.0f) : exp2(exponent(before, now, c));
     float now_of[W], rescale[W];
     // Of scores that are all -inf the probabilities are 0 until a later block has others.
     store(now_of, now == no_score ? splat(0.0f) : now), store(rescale, factor);
@@ -158,7 +158,7 @@ struct AttentionTask {
       P* narrow = narrow_row(first + i);
       VF total = splat(0.0f);
       for_keys(i, [&](int64_t j, auto keys) {
-        const VF p = only(probability(by.exponent(load(row + j), now_of[i]), P{}), keys);
+        const VF p = only(probability(exponent(load(row + j), now_of[i], c), P{}), keys);
         if (written_narrow())
           store(narrow + j, p, Full{});
         else

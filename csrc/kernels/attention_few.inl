@@ -40,14 +40,14 @@ struct FewKeys {
   };
 
   const Attention& s;
-  Factors by;
+  float c;
   int64_t head = 0;
   Head<T> q, k, v, out;
   alignas(64) float factors[DROPOUT_ROWS * FEW_KEYS];
   alignas(64) P p[SUM_ROWS * FEW_KEYS];
   float m[BLOCK], l[BLOCK];
 
-  explicit FewKeys(const Attention& s) : s(s), by(s.scale) {}
+  explicit FewKeys(const Attention& s) : s(s), c(s.scale * log2e) {}
 
   void start_head(int64_t index) {
     const int64_t b = index / s.H, h = index % s.H;
@@ -85,8 +85,7 @@ struct FewKeys {
     VF x[FEW_KEYS / W], highest = splat(no_score), total = splat(0.0f);
     dot_row<P>(keys, s.D, q.at(i), k.data, k.row, x);
     const auto seen = [&](int64_t n) { return Tail{static_cast<int>(min(W, keys - n * W))}; };
-    for (int64_t n = 0; n < vectors; ++n)
-      highest = vmax(highest, only(x[n] * by.sign, seen(n), no_score));
+    for (int64_t n = 0; n < vectors; ++n) highest = vmax(highest, only(x[n], seen(n), no_score));
     highest = splat(max(highest));
     for (int64_t n = 0; n < vectors; ++n) {
       x[n] = only(power_of(x[n], highest), seen(n));
@@ -147,7 +146,7 @@ struct FewKeys {
     VF highest, total;
   };
 
-  VF power_of(VF x, VF highest) const { return probability(by.exponent(x, highest), P{}); }
+  VF power_of(VF x, VF highest) const { return probability(exponent(x, highest, c), P{}); }
 
   // 0 of a query that sees no key.
   static VF inverse_of(VF total) { return total == 0.0f ? splat(0.0f) : 1.0f / total; }
@@ -155,8 +154,7 @@ struct FewKeys {
   // Scores of DOT_ROWS queries from i on become probabilities, those that the queries see.
   Statistics softmax(VF (&x)[TILES], int64_t i, int64_t tiles) const {
     VF highest = splat(no_score), total = splat(0.0f);
-    for (int64_t n = 0; n < tiles; ++n)
-      highest = vmax(highest, only_seen(x[n] * by.sign, i, n, no_score));
+    for (int64_t n = 0; n < tiles; ++n) highest = vmax(highest, only_seen(x[n], i, n, no_score));
     highest = reduce_row(highest, Higher{});
     for (int64_t n = 0; n < tiles; ++n) {
       x[n] = only_seen(power_of(x[n], highest), i, n);

@@ -48,7 +48,7 @@ struct AttentionGradTask {
   Head<T> q, k, v, dout, dq, dk, dv;
   int64_t ld;
   FewKeys<T> few;
-  Factors by;
+  float c;
   Frame frame;
   const float* delta;  // (Tq,)
   float* dq_total;     // (Tq, ld)
@@ -62,7 +62,7 @@ struct AttentionGradTask {
         s(grad.forward),
         ld(padded_n<P>(s.D)),
         few(s),
-        by(s.scale),
+        c(s.scale * log2e),
         p(take<float>(frame, QUERIES * SCORES)),
         ds(take<float>(frame, QUERIES * SCORES)),
         dk_total(take<float>(frame, KEYS * ld)),
@@ -209,9 +209,9 @@ struct AttentionGradTask {
     const auto step = [&](Row& at, int64_t row, int64_t j, auto part) {
       float* p_at = p + (r0 + row) * SCORES + j;
       float* ds_at = ds + (r0 + row) * SCORES + j;
-      const VF exponent = by.exponent(load(p_at), at.m);
-      const VF of = only(
-          by_inverse ? probability(exponent, P{}) * at.l : probability(exponent - at.l, P{}), part);
+      const VF power = exponent(load(p_at), at.m, c);
+      const VF of =
+          only(by_inverse ? probability(power, P{}) * at.l : probability(power - at.l, P{}), part);
       VF kept = of, dp = only(load(ds_at), part);
       if (s.dropout.threshold > 0) {
         dp *= keep.factor[row];

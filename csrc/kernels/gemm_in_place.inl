@@ -3,7 +3,7 @@
 // is computed with it.
 
 // What Step (gemm.inl) reads of one row: W units of KU elements, or as many elements as there are;
-// and what it reads of KU rows below each other, as packed, zeros where one is null.
+// and what it reads of a unit's rows below each other, as packed, zeros where one is null.
 template <class P>
 struct InPlace;
 
@@ -11,10 +11,6 @@ template <>
 struct InPlace<float> {
   template <class T, class Part>
   static VF units(const T* row, Part part) {
-    return load(row, part);
-  }
-  template <class T, class Part>
-  static VF rows(const T* row, const T*, Part part) {
     return load(row, part);
   }
 };
@@ -126,17 +122,12 @@ inline void store_tile(P* to, int64_t ld, VF x) {
     __builtin_memcpy(to + i * ld, rows + i * DOT_COLUMNS, DOT_COLUMNS * sizeof *to);
 }
 
-// NV vectors of columns of C (M, n) = A (M, k) B (k, n), of the terms that each row has.
+// acc += A B for NV vectors of columns, of units of two terms of which a row may have one.
 template <int M, int NV, class P, class T, class Part>
-[[gnu::always_inline]] inline void sum_tile(const Terms& terms, const Lhs<P>& a, const T* b,
-                                            int64_t ldb, T* c, int64_t ldc, Part part) {
+[[gnu::always_inline]] inline void sum_units(const Terms& terms, const Lhs<P>& a, const T* b,
+                                             int64_t ldb, VF (&acc)[M][NV], Part part) {
   using S = Step<P>;
   constexpr int KU = Tile<P>::KU;
-  VF acc[M][NV];
-#pragma GCC unroll 4
-  for (int i = 0; i < M; ++i)
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) acc[i][v] = splat(0.0f);
   int64_t t = terms.from(0) / KU * KU;
   const int64_t all_from = round_up(terms.from(M - 1), KU), all_to = terms.to(0) / KU * KU,
                 end = terms.to(M - 1);
@@ -156,18 +147,16 @@ template <int M, int NV, class P, class T, class Part>
         if (!any) continue;
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v)
-          acc[i][v] =
-              S::add(acc[i][v], S::repeat(x),
-                     InPlace<P>::rows(has[0] ? b + v * W : nullptr,
-                                      KU > 1 && has[KU - 1] ? b + ldb + v * W : nullptr, part));
+          acc[i][v] = S::add(acc[i][v], S::repeat(x),
+                             InPlace<P>::rows(has[0] ? b + v * W : nullptr,
+                                              has[KU - 1] ? b + ldb + v * W : nullptr, part));
       }
   };
   terms_of_some(min(all_from, end));
   for (; t < all_to; t += KU, unit += a.step, b += KU * ldb) {
     typename S::Vector column[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v)
-      column[v] = InPlace<P>::rows(b + v * W, KU > 1 ? b + ldb + v * W : nullptr, part);
+    for (int v = 0; v < NV; ++v) column[v] = InPlace<P>::rows(b + v * W, b + ldb + v * W, part);
 #pragma GCC unroll 4
     for (int i = 0; i < M; ++i) {
       const typename S::Vector x = S::repeat(unit + i * a.row);
@@ -176,6 +165,48 @@ template <int M, int NV, class P, class T, class Part>
     }
   }
   terms_of_some(end);
+}
+
+// NV vectors of columns of C (M, n) = A (M, k) B (k, n), of the terms that each row has.
+template <int M, int NV, class P, class T, class Part>
+[[gnu::always_inline]] inline void sum_tile(const Terms& terms, const Lhs<P>& a, const T* b,
+                                            int64_t ldb, T* c, int64_t ldc, Part part) {
+  using S = Step<P>;
+  constexpr int KU = Tile<P>::KU;
+  VF acc[M][NV];
+#pragma GCC unroll 4
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[i][v] = splat(0.0f);
+  if constexpr (KU == 1) {
+    int64_t t = terms.from(0);
+    const P* unit = a.data + t * a.step;
+    b += t * ldb;
+    // Term t of the rows first .. last - 1, and on to the next one.
+    const auto add_term = [&](int first, int last) __attribute__((always_inline)) {
+      typename S::Vector column[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) column[v] = InPlace<P>::units(b + v * W, part);
+#pragma GCC unroll 4
+      for (int i = first; i < last; ++i) {
+        const typename S::Vector x = S::repeat(unit + i * a.row);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[i][v] = S::add(acc[i][v], x, column[v]);
+      }
+      ++t, unit += a.step, b += ldb;
+    };
+    if (terms.first_step)  // row i starts i terms after the first
+#pragma GCC unroll 4
+      for (int i = 1; i < M; ++i)
+        if (t == terms.first + i - 1 && t < terms.last) add_term(0, i);
+    while (t < terms.last) add_term(0, M);
+    if (terms.last_step)  // row i ends i terms after the first
+#pragma GCC unroll 4
+      for (int i = 1; i < M; ++i)
+        if (t == terms.last + i - 1) add_term(i, M);
+  } else {
+    sum_units(terms, a, b, ldb, acc, part);
+  }
 #pragma GCC unroll 4
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4

@@ -36,19 +36,13 @@ inline Terms query_terms(const Attention& s, int64_t key, int64_t q0, int64_t qu
   return {key - (s.Tk - s.Tq) - q0, queries, 1, 0};
 }
 
-// What a softmax of scores s multiplies them by: p = exp2(c (|s| - m)) / l, where |s| is `sign` s,
-// m = max |s| and l = sum exp2(c (|s| - m)). The difference comes first: it is exact near the
-// maximum, and 0 at it, however large the scores are.
-struct Factors {
-  float sign, c;
-
-  explicit Factors(float scale) : sign(scale < 0.0f ? -1.0f : 1.0f), c(scale * sign * log2e) {}
-
-  template <class M>
-  VF exponent(VF s, M m) const {
-    return (s * sign - m) * c;
-  }
-};
+// Of a score s and the maximum m of its row, the power of 2 that its probability is before it is
+// divided by the sum of them all: p = exp2(c (s - m)) / l, c = scale log2(e). The difference comes
+// first: it is exact near the maximum, and 0 at it, however large the scores are.
+template <class M>
+inline VF exponent(VF s, M m, float c) {
+  return (s - m) * c;
+}
 
 // Where m and l of a head's queries lie.
 struct RowSums {

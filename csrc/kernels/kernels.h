@@ -81,8 +81,8 @@ struct Heads {
 
 // O = dropout(softmax(scale * Q K' + causal mask)) V; the mask is aligned bottom-right: query i
 // sees keys up to i + Tk - Tq. lse (B, H, 2, Tq) is the log-sum-exp of the rows' scores in two
-// parts, the maximum of the scores (times the sign of scale) and the sum of their exponentials
-// below it. A row that sees no key has O = 0.
+// parts, the maximum of the scores and the sum of their exponentials below it, for a scale that
+// is not negative. A row that sees no key has O = 0.
 struct Attention {
   DType dtype;
   int64_t B, H, Tq, Tk, D;

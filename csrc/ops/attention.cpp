@@ -11,6 +11,7 @@ namespace {
 Attention arguments(const Arguments& args, const Tensor& q, const Tensor& k, const Tensor& v,
                     double scale, double p, const OptionalTensor& seed, int64_t stream) {
   args.require(q.dim() == 4 && k.dim() == 4, "q, k and v must be (B, H, T, D)");
+  args.require(!(scale < 0.0), "scale must not be negative, got ", std::to_string(scale));
   const int64_t B = q.size(0), H = q.size(1), Tq = q.size(2), D = q.size(3), Tk = k.size(2);
   Attention s = {};
   s.dtype = args.dtype();

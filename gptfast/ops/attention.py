@@ -119,6 +119,8 @@ def causal_attention(
     check_like("causal_attention", "v", v, q, tuple(k.shape))
     dropout_p = check_dropout("causal_attention", dropout_p)
     scale = 1 / math.sqrt(D) if scale is None else constant("causal_attention", "scale", scale)
+    if scale < 0.0:
+        q, scale = -q, -scale  # the kernels take the largest score for the likeliest
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     key = seed_tensor(seed) if dropout_p > 0.0 else None
     if needs_grad(q, k, v):

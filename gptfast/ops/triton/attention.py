@@ -188,8 +188,6 @@ def attention(
     """gptfast::attention."""
     B, H, Tq, D = q.shape
     out, lse = q.new_empty(B, Tq, H, D), q.new_empty(B, H, 2, Tq, dtype=torch.float32)
-    if scale < 0.0:
-        q, scale = -q, -scale
     if lse.numel():
         heads = out.transpose(1, 2)
         grid = lambda meta: (triton.cdiv(Tq, meta["BM"]) * B * H,)  # noqa: E731

@@ -284,9 +284,7 @@ def attention_backward(
     """gptfast::attention_backward."""
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     write_grads(
-        dout.contiguous().transpose(1, 2), q if scale >= 0.0 else -q, k, v, out.transpose(1, 2),
-        lse, grads, abs(scale), dropout_args(dropout_p, seed, stream, q.device),
+        dout.contiguous().transpose(1, 2), q, k, v, out.transpose(1, 2), lse, grads, scale,
+        dropout_args(dropout_p, seed, stream, q.device),
     )  # fmt: skip
-    if scale < 0.0:
-        grads[0].neg_()
     return grads
