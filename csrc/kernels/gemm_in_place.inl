@@ -182,28 +182,35 @@ template <int M, int NV, class P, class T, class Part>
     int64_t t = terms.from(0);
     const P* unit = a.data + t * a.step;
     b += t * ldb;
-    // Term t of the rows first .. last - 1, and on to the next one.
-    const auto add_term = [&](int first, int last) __attribute__((always_inline)) {
+    // Term t of the rows FIRST .. LAST - 1, and on to the next one.
+    const auto add_term = [&]<int FIRST, int LAST>() __attribute__((always_inline)) {
       typename S::Vector column[NV];
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) column[v] = InPlace<P>::units(b + v * W, part);
 #pragma GCC unroll 4
-      for (int i = first; i < last; ++i) {
+      for (int i = FIRST; i < LAST; ++i) {
         const typename S::Vector x = S::repeat(unit + i * a.row);
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) acc[i][v] = S::add(acc[i][v], x, column[v]);
       }
       ++t, unit += a.step, b += ldb;
     };
-    if (terms.first_step)  // row i starts i terms after the first
-#pragma GCC unroll 4
-      for (int i = 1; i < M; ++i)
-        if (t == terms.first + i - 1 && t < terms.last) add_term(0, i);
-    while (t < terms.last) add_term(0, M);
-    if (terms.last_step)  // row i ends i terms after the first
-#pragma GCC unroll 4
-      for (int i = 1; i < M; ++i)
-        if (t == terms.last + i - 1) add_term(i, M);
+    // Row i starts, or ends, i terms after the first.
+    const auto start = [&]<int I>(const auto& next) __attribute__((always_inline)) {
+      if constexpr (I < M) {
+        if (t == terms.first + I - 1 && t < terms.last) add_term.template operator()<0, I>();
+        next.template operator()<I + 1>(next);
+      }
+    };
+    const auto end = [&]<int I>(const auto& next) __attribute__((always_inline)) {
+      if constexpr (I < M) {
+        if (t == terms.last + I - 1) add_term.template operator()<I, M>();
+        next.template operator()<I + 1>(next);
+      }
+    };
+    if (terms.first_step) start.template operator()<1>(start);
+    while (t < terms.last) add_term.template operator()<0, M>();
+    if (terms.last_step) end.template operator()<1>(end);
   } else {
     sum_units(terms, a, b, ldb, acc, part);
   }
