@@ -209,6 +209,26 @@ def _read(path: Path, with_tensors: bool) -> tuple[dict[str, Any], dict[str, tor
     file = path / WEIGHTS_NAME
     if not file.is_file():
         raise CheckpointError(f"{path}: not a checkpoint, it has no {WEIGHTS_NAME}")
+    while True:
+        seen = _identity(file)
+        try:
+            return _read_file(path, with_tensors)
+        except CheckpointError:
+            if _identity(file) == seen:
+                raise
+            # A run in training has saved meanwhile: its config.json came after the weights.
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _read_file(path: Path, with_tensors: bool) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    file = path / WEIGHTS_NAME
     # Opened once: header and tensors stay one save's even if another one replaces the file.
     with reading(file), safe_open(file, framework="pt") as opened:
         header = _check_header(file, opened.metadata() or {})
@@ -250,10 +270,11 @@ def check_version(file: Path, version: Any, newest: int) -> None:
 
 
 def _check_copy(file: Path, header: dict[str, Any]) -> None:
-    if not file.exists():
-        return
     with reading(file):
-        copy = _parse(file, file.read_bytes())
+        try:
+            copy = _parse(file, file.read_bytes())
+        except FileNotFoundError:  # a save that is under way removes it first
+            return
     # As text, because a NaN in `extra` is not equal to itself.
     if json.dumps(copy, sort_keys=True) != json.dumps(header, sort_keys=True):
         raise CheckpointError(

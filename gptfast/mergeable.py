@@ -16,8 +16,9 @@ def engine_oddity(model: GPT) -> str | None:
 
     Hooks on GPT and Block count here, for an engine does not call these either.
     """
-    if type(model).forward is not GPT.forward:
-        return f"{type(model).__qualname__} has a forward of its own"
+    found = plain.overridden(model, GPT)
+    if found is not None:
+        return f"of the model, {found}"
     found = plain.first_oddity(_layers(model))
     if found is not None:
         return found

@@ -83,6 +83,15 @@ def untouched(module: nn.Module, kind: type[nn.Module]) -> str | None:
     return "has a forward of its own" if "forward" in own else None
 
 
+def overridden(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """What a subclass of `kind` has in place of a member of it; None where that is nothing."""
+    for own in type(module).__mro__[: type(module).__mro__.index(kind)]:
+        for name in vars(own):
+            if name in vars(kind) and not name.startswith("__"):
+                return f"its class {own.__name__} has a {name} of its own"
+    return None
+
+
 def called(module: nn.Module) -> str | None:
     """Why it matters that a module is called, where no gradient is wanted; None where it does not.
 

@@ -15,6 +15,7 @@ from gptfast.config import GPTConfig
 from gptfast.errors import CheckpointError
 from gptfast.initial import InitialDraws
 from gptfast.model import GPT
+from gptfast.plain import overridden
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HEAD = "lm_head.weight"
@@ -73,10 +74,11 @@ def check_storable(model: GPT) -> None:
 
 
 def _foreign_module(model: GPT, plain: GPT) -> str | None:
-    for kind in type(model).__mro__[: type(model).__mro__.index(GPT)]:
-        own = [name for name in vars(kind) if name in vars(GPT) and not name.startswith("__")]
-        if own:
-            return f"its class {kind.__name__} has a {own[0]} of its own"
+    override = overridden(model, GPT)
+    if override is not None:
+        return override
+    if "forward" in vars(model):
+        return "it has a forward of its own"
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, expected in plain.named_modules():
         found = modules.get(name)

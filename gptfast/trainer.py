@@ -71,13 +71,14 @@ def evaluate(model: nn.Module, ids: Tensor, precision: Precision = "fp32") -> Ev
         batches += zip(xs.split(rows), ys.split(rows), strict=True)
     if whole < tokens:
         batches.append((ids[None, whole:-1], ids[None, whole + 1 :]))
-    training = gpt.training
+    modes = [(module, module.training) for module in gpt.modules()]
     gpt.eval()
     try:
         with _autocast(device, precision):
             total = sum(gpt.loss(x, y).item() * y.numel() for x, y in batches)
     finally:
-        gpt.train(training)
+        for module, training in modes:
+            module.training = training
     loss = total / tokens
     # Bounded where the exponential leaves a double: a diverged run can still be written down.
     return Evaluation(loss, math.exp(min(loss, 700.0)), tokens)
@@ -120,13 +121,13 @@ class Trainer:
         self.gpt = gpt = unwrapped(model)
         self.device = gpt.main_weight.device
         self.generator = torch.Generator().manual_seed(config.seed)
-        dtype = gpt.main_weight.dtype
-        if dtype not in (torch.float32, torch.float64):
-            raise ConfigError(
-                "training needs float32 weights (precision='bf16' lowers the activations alone), "
-                f"got {str(dtype)[6:]}"
-            )
         trained = {name: param for name, param in gpt.named_parameters() if param.requires_grad}
+        for name, param in trained.items():
+            if param.dtype not in (torch.float32, torch.float64):
+                raise ConfigError(
+                    "training needs float32 weights (precision='bf16' lowers activations alone), "
+                    f"got {str(param.dtype)[6:]} for {name}"
+                )
         if not trained:
             raise ConfigError(
                 "there is nothing to train: all parameters of the model are frozen (requires_grad "

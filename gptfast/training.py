@@ -93,6 +93,9 @@ def train(
         text = _text(recipe, data)
     else:
         extra = {"preset": None, "data": None}
+    if init_from is not None and out is not None and not resume:
+        if Path(init_from).resolve() == Path(out).resolve():
+            raise ConfigError(f"{out}: a run cannot start from the run that it replaces")
     source, extra["init_from"] = _source(init_from, out if resume else None)
     if source is None:
         tokenizer = tokenizer or CharTokenizer.from_text(text)
@@ -170,8 +173,10 @@ def _known_model(
                 f"and a run from it cannot have {name}={overrides[name]!r}"
             )
     model.config = replace(config, dropout=overrides.get("dropout", config.dropout))
-    half = model.wte.weight.dtype in (torch.bfloat16, torch.float16)
-    return model.float() if half else model, tokenizer  # training needs float32, which is exact
+    for param in model.parameters():
+        if param.dtype in (torch.bfloat16, torch.float16):
+            param.data = param.data.float()  # exact, and what training needs
+    return model, tokenizer
 
 
 def split(ids: Tensor, config: TrainConfig) -> tuple[Tensor, Tensor | None]:

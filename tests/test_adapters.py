@@ -540,3 +540,18 @@ def test_lora_in_the_embedding_and_a_trained_head(peft: Any) -> None:
         if "lora_embedding_B" in name:
             nn.init.normal_(param)
     assert_equals_plain_torch(model)
+
+
+class SilentGPT(GPT):
+    """Overrides a method that no forward pass of the engine calls."""
+
+    def embed(self, idx: Tensor, step: Any) -> Tensor:
+        return super().embed(idx, step) * 0
+
+
+def test_a_subclass_with_a_method_of_its_own_is_not_taken_for_a_gpt() -> None:
+    model = SilentGPT(GPTConfig(block_size=8, vocab_size=5, n_embd=8)).eval()
+    with pytest.warns(UserWarning, match="SilentGPT has a embed of its own"):
+        (scored,) = gptfast.score(model, [[1, 2, 3, 4]])
+    logprobs = model(torch.tensor([[1, 2, 3]])).log_softmax(-1)[0, range(3), [2, 3, 4]]
+    assert scored.logprobs == pytest.approx(logprobs.tolist(), abs=1e-5)

@@ -1,5 +1,7 @@
 """The operators in autograd, torch.func and torch.utils.flop_counter, beside the reference."""
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -228,6 +230,21 @@ def count(backend: Any, frozen: tuple[str, ...]) -> int:
     with FlopCounterMode(display=False) as counter:
         model.loss(IDX, IDX).backward()
     return counter.get_total_flops()
+
+
+def test_formulas_are_there_whoever_asked_for_the_counter_before() -> None:
+    script = """
+import importlib.util
+import torch, gptfast
+importlib.util.find_spec("torch.utils.flop_counter")
+from torch.utils.flop_counter import FlopCounterMode
+model = gptfast.GPT(gptfast.GPTConfig(block_size=6, vocab_size=5, n_embd=8))
+with FlopCounterMode(display=False) as counter:
+    model(torch.ones(1, 6, dtype=torch.int64))
+print(counter.get_total_flops())
+"""
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert int(process.stdout) > 0, process.stderr
 
 
 @pytest.mark.parametrize(

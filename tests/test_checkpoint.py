@@ -616,3 +616,18 @@ def test_neither_saving_nor_loading_loads_torchs_compiler(tmp_path, init):
     command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), init]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_save_while_a_checkpoint_is_read_is_no_error(tmp_path, monkeypatch):
+    """As of a run in training: the configuration beside older weights is read with the newer."""
+    save(make_model(), TOKENIZER, tmp_path, {"step": 1})
+    newer, check = make_model(seed=3), checkpoint._check_copy
+
+    def saved_meanwhile(file, header):
+        if header["extra"]["step"] == 1:
+            save(newer, TOKENIZER, tmp_path, {"step": 2})
+        check(file, header)
+
+    monkeypatch.setattr(checkpoint, "_check_copy", saved_meanwhile)
+    model, _ = load(tmp_path)
+    assert torch.equal(model.wte.weight, newer.wte.weight)

@@ -255,3 +255,21 @@ def test_errors_of_reductions_and_token_weights() -> None:
         torch.func.grad(lambda w: ops.linear_cross_entropy(x, weight, targets, token_weights=w))(
             learned.detach()
         )
+
+
+@pytest.mark.parametrize("V", (50, 1600))
+@pytest.mark.parametrize("offset", (1e4, 1e8))
+def test_a_common_offset_of_the_logits_costs_no_digits(isa: str, V: int, offset: float) -> None:
+    """The sum of exponentials stays apart from the maximum, which has no digits left for it."""
+    x, weight, targets = case(40, 8, V)
+    x[:, 0], weight[:, 0] = 1.0, offset
+    weight = weight.round()  # so that the logits, too, are whole numbers but for x
+    x = x.round()
+    found = run(ops.linear_cross_entropy, [x, weight, targets], torch.float32, torch.ones(()))
+    wide = [x.double(), weight.double(), targets]
+    logits = F.linear(x, weight)  # exact to float32's digits at this size, as the kernel's are
+    loss = F.cross_entropy(logits.double(), targets)
+    assert found[0].item() == pytest.approx(loss.item(), rel=1e-5)
+    probability = logits.double().softmax(-1)
+    dlogits = (probability - F.one_hot(targets, V)) / 40
+    torch.testing.assert_close(found[2].double(), dlogits.t() @ wide[0], rtol=1e-4, atol=1e-6)

@@ -157,6 +157,28 @@ def test_a_wrong_value_is_refused_by_name(field, value):
     assert repr(value) in str(error.value)
 
 
+def test_a_run_cannot_start_from_the_run_that_it_replaces(tmp_path):
+    train("abc", tmp_path / "run", steps=1, n_layer=1, n_embd=8, progress=False)
+    kept = (tmp_path / "run" / "model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="cannot start from the run that it replaces"):
+        train("abc", tmp_path / "run", init_from=tmp_path / "run", overwrite=True, steps=1)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == kept
+
+
+def test_half_precision_behind_a_float32_embedding_is_refused():
+    model = GPT(GPTConfig(block_size=4, vocab_size=5, n_layer=1, n_embd=8))
+    model.h.to(torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"got bfloat16 for h\.0\.ln_1\.weight"):
+        Trainer(model, TrainConfig(steps=1, precision="bf16"))
+
+
+def test_an_evaluation_leaves_every_module_in_its_mode():
+    model = GPT(GPTConfig(block_size=4, vocab_size=5, n_layer=1, n_embd=8)).train()
+    model.h[0].mlp.eval()
+    evaluate(model, torch.arange(20) % 5)
+    assert model.training and not model.h[0].mlp.training and model.h[0].attn.training
+
+
 def test_counts_may_be_numpys():
     plain = TrainConfig(steps=7, batch_size=3, threads=1, seed=5)
     fields = {"steps": np.int64(7), "batch_size": np.uint8(3), "threads": np.int32(1)}

@@ -346,7 +346,7 @@ void decoder_score(const Kernels& kernels, const Decoder& model, const DecoderBa
                   run_tasks(threads, count, [&](int64_t i) {
                     const int64_t at = block.starts[0] + first + i;
                     const float* row = logits + i * V;
-                    logprobs[at] = row[targets[at]] - kernels.log_sum_exp(row, V);
+                    logprobs[at] = kernels.logprob(row, V, targets[at]);
                   });
                 });
               });

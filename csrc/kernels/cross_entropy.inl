@@ -13,10 +13,13 @@ static_assert(VOCAB % Tile<float>::KC == 0 && VOCAB % Tile<bf16>::KC == 0 &&
               VOCAB % WeightGrad<float>::GROUP == 0 && VOCAB % WeightGrad<bf16>::GROUP == 0);
 constexpr int64_t most_logits = int64_t{40} << 20;  // of a chunk: at V = 50,257 768 rows
 
-// The running maximum m and l = sum_j exp(s_j - m) of a row of logits, its target's logit, and,
-// once all logits are in, lse = m + ln l.
+// The running maximum m and l = sum_j exp(s_j - m) of a row of logits, and its target's logit. They
+// stay apart: m + ln l would be rounded to the digits of m.
 struct RowSum {
-  float m, l, target, lse;
+  float m, l, target;
+
+  // Of a logit of the row.
+  float logprob(float logit) const { return (logit - m) - __builtin_logf(l); }
 };
 
 // `exponentials`, unless null, receives exp(s_j - m).
@@ -178,7 +181,7 @@ class CrossEntropyPass {
 
   void start(Rows& at, int64_t slot, const WeightGrad<P>& dweight) const {
     at.x = norm_rows(static_cast<const T*>(s_.x), at.m0, at.count, s_.K, norm_, true, at.x_copy);
-    for (int64_t i = 0; i < at.count; ++i) at.sums[i] = {no_score, 0.0f, 0.0f, 0.0f};
+    for (int64_t i = 0; i < at.count; ++i) at.sums[i] = {no_score, 0.0f, 0.0f};
     if (with_dweight_) dweight.set_x(slot, at.x.data, at.x.row, at.count, 0, s_.K);
   }
 
@@ -197,10 +200,9 @@ class CrossEntropyPass {
 
   void finish_losses(const Rows& at) const {
     for (int64_t i = 0; i < at.count; ++i) {
-      RowSum& row = at.sums[i];
-      row.lse = row.m + __builtin_logf(row.l);
+      const RowSum& row = at.sums[i];
       const int64_t m = at.m0 + i;
-      losses_[m] = ignored(m) ? 0.0f : (row.lse - row.target) * weight_of(m);
+      losses_[m] = ignored(m) ? 0.0f : -row.logprob(row.target) * weight_of(m);
     }
   }
 
@@ -221,11 +223,11 @@ class CrossEntropyPass {
 
   // ds: logits, or exp(s - m) where the whole vocabulary is one block, to their gradients.
   void grad_row(int64_t m, const RowSum& row, int64_t v0, int64_t n, float* ds) const {
-    const float share = share_ * weight_of(m), each = whole() ? share / row.l : share;
+    const float share = share_ * weight_of(m), each = share / row.l;
     const bool counts = share != 0.0f;
     for_vectors(n, [&](int64_t j, auto part) {
       VF p = splat(0.0f);
-      if (counts) p = (whole() ? load(ds + j, part) : exp(load(ds + j, part) - row.lse)) * each;
+      if (counts) p = (whole() ? load(ds + j, part) : exp(load(ds + j, part) - row.m)) * each;
       store(ds + j, p, part);
     });
     const int64_t target = s_.targets[m] - v0;

@@ -206,7 +206,7 @@ void ffn_grad_typed(const FfnGrad& s, const Parallel& parallel) {
         if (with_du) {
           gemm(rows, columns, C, g_rows, w2.columns(f0), dh, HIDDEN, false,
                Fetching{fetch, derive});
-        } else {  // h alone is wanted
+        } else if (with_dw2) {  // h alone is wanted
           __builtin_memset(dh, 0, static_cast<size_t>(rows * HIDDEN) * sizeof(float));
           derive(0, rows, 0, columns);
         }

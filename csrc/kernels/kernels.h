@@ -279,7 +279,7 @@ struct Kernels {
   // Rows of one layer's cache: `to` receives the first `count` tokens of `from`.
   void (*copy_cached)(const CacheShape&, void* cache, int64_t from, int64_t to, int64_t count);
   Sample (*sample)(const Sampling&, const SampleRow&);
-  float (*log_sum_exp)(const float* logits, int64_t V);
+  float (*logprob)(const float* logits, int64_t V, int64_t token);  // under softmax(logits)
   // A weight (N, K) in the layout that this instruction set multiplies by, for activations of
   // `dtype`.
   int64_t (*packed_weight_bytes)(DType dtype, Packing, int64_t N, int64_t K);

@@ -78,7 +78,7 @@ constexpr Kernels table = {
     cache_bytes,
     copy_cached,
     sample,
-    log_sum_exp,
+    logprob,
     packed_weight_bytes,
     pack_weight,
     GPTFAST_VNNI,

@@ -5,11 +5,13 @@
 // The filters keep every token that reaches a threshold, so tokens of equal probability stay or go
 // together. Thresholds are found by bisection over the floats in their own order, without sorting.
 
-// ln sum_j exp(s_j)
-inline float log_sum_exp(const float* s, int64_t n) {
-  RowSum row = {no_score, 0.0f, 0.0f, 0.0f};
+inline RowSum sum_of_row(const float* s, int64_t n) {
+  RowSum row = {no_score, 0.0f, 0.0f};
   add_logits(s, n, row, nullptr);
-  return row.m + __builtin_logf(row.l);
+  return row;
+}
+float logprob(const float* logits, int64_t V, int64_t token) {
+  return sum_of_row(logits, V).logprob(logits[token]);
 }
 
 inline int64_t first_index_of(float value, const float* s, int64_t n) {
@@ -133,12 +135,12 @@ inline double uniform(uint64_t seed, uint32_t sequence, uint32_t step) {
 
 Sample sample(const Sampling& how, const SampleRow& s) {
   Frame frame;
-  const float lse = log_sum_exp(s.logits, s.V);
+  const RowSum row = sum_of_row(s.logits, s.V);
   const Distribution of(s.logits, s.V, frame);
   for (int64_t i = 0; i < s.alternatives; ++i) {
     const float logit = highest_score(of.z, s.V);
     s.alternative[i] = first_index_of(logit, of.z, s.V);
-    s.alternative_logprob[i] = logit - lse;
+    s.alternative_logprob[i] = row.logprob(logit);
     of.z[s.alternative[i]] = no_score;
   }
   for (int64_t i = 0; i < s.alternatives; ++i) of.z[s.alternative[i]] = s.logits[s.alternative[i]];
@@ -154,5 +156,5 @@ Sample sample(const Sampling& how, const SampleRow& s) {
     if (how.min_p > 0.0f) of.keep_min_p(how.min_p);
     token = of.draw(uniform(s.seed, s.sequence, s.step));
   }
-  return {token, s.logits[token] - lse};
+  return {token, row.logprob(s.logits[token])};
 }

@@ -59,7 +59,10 @@ class _WhenImported(importlib.abc.MetaPathFinder):
         if fullname != MODULE:
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            sys.meta_path.insert(0, self)  # who asks for the spec need not import it
         loader: Any = None if spec is None else spec.loader
         if loader is not None:
             execute = loader.exec_module
@@ -67,6 +70,8 @@ class _WhenImported(importlib.abc.MetaPathFinder):
             def exec_module(module: Any) -> None:
                 execute(module)
                 _add_to(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
 
             loader.exec_module = exec_module
         return spec

@@ -17,6 +17,8 @@ WORD = 0xFFFFFFFF
 def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None = None) -> Tensor:
     """The key of the random stream, int64 (); None draws one, by default from torch's generator.
 
+    A tensor's value is not read, which would wait for a GPU; a negative one equals no other seed.
+
     Raises:
         ConfigError: An int is not in [0, 2**63), or a tensor is not one of one int64.
     """

@@ -61,10 +61,13 @@ def partial_sums_kernel(
 
 @triton.jit
 def losses_kernel(
-    tops, totals, target_logits, targets, lse, losses, ignore_index, M, parts,
+    tops, totals, target_logits, targets, sums, losses, ignore_index, M, parts,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """lse = ln sum_j exp(s_j) from the parts in their order; loss = lse - s_target, or 0."""
+    """From the parts in their order max_j s_j and sum_j exp(s_j - max); loss, or 0.
+
+    They stay apart: max + ln sum would be rounded to the digits of max.
+    """
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = m < M
     top = tl.full([BLOCK], -float("inf"), tl.float32)
@@ -76,27 +79,29 @@ def losses_kernel(
         total *= tl.exp2((top - both) * LOG2E)
         total += tl.load(totals + at, mask=inside, other=1.0) * tl.exp2((other - both) * LOG2E)
         top = both
-    value = top + tl.log2(total) * LN2
     counted = inside & (tl.load(targets + m, mask=inside, other=0) != ignore_index)
     target = tl.load(target_logits + m, mask=counted, other=0.0)
-    tl.store(lse + m, value, mask=inside)
-    tl.store(losses + m, tl.where(counted, value - target, 0.0), mask=inside)
+    tl.store(sums + m, top, mask=inside)
+    tl.store(sums + M + m, total, mask=inside)
+    loss = (top - target) + tl.log2(total) * LN2
+    tl.store(losses + m, tl.where(counted, loss, 0.0), mask=inside)
 
 
 @tuned(PRODUCT, product_kind, product_shared, ["V", "K", "PRECISION"])
 @triton.jit(do_not_specialize=["v0"])
 def logits_grad_kernel(
-    a, b, targets, lse, shares, dlogits, mean, rstd, norm_weight, norm_bias,
+    a, b, targets, sums, shares, dlogits, mean, rstd, norm_weight, norm_bias,
     M, V, K, v0, PRECISION: tl.constexpr, BN: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """dS_j = (exp(s_j - lse) - [j = target]) share over V columns from v0 on; 0 if share is."""
+    """dS_j = (exp(s_j - max) / sum - [j = target]) share, V columns from v0 on; 0 if share is."""
     m, n, _, _ = own_tile(M, V, BM, BN, GROUP)
     s = product(
         a, b, mean, rstd, norm_weight, norm_bias, m, n, M, V, K, 1, K, PRECISION, BM, BN, BK
     )
     target = tl.load(targets + m, mask=m < M, other=0)
-    value = tl.exp2((s - tl.load(lse + m, mask=m < M, other=0.0)[:, None]) * LOG2E)
+    value = tl.exp2((s - tl.load(sums + m, mask=m < M, other=0.0)[:, None]) * LOG2E)
+    value *= 1.0 / tl.load(sums + M + m, mask=m < M, other=1.0)[:, None]
     value -= tl.where((n + v0)[None, :] == target[:, None], 1.0, 0.0)
     share = tl.load(shares + m, mask=m < M, other=0.0)[:, None]
     value = tl.where(share == 0.0, 0.0, value * share)
@@ -117,7 +122,7 @@ def linear_cross_entropy(
     )
     own = weight.to(x.dtype)
     norm = None if norm_weight is None else (*moments(x), norm_weight, norm_bias)
-    lse, losses = _losses(x, own, targets, ignore_index, norm)
+    sums, losses = _losses(x, own, targets, ignore_index, norm)
     shares = counted.float()
     if token_weights is not None:
         shares = torch.where(counted, token_weights, 0.0)
@@ -139,7 +144,7 @@ def linear_cross_entropy(
         block = own[v0 : v0 + width]
         dlogits = x.new_empty(*x.shape[:-1], block.shape[0])
         logits_grad_kernel[_grid(M, block.shape[0])](
-            x, block, targets, lse, shares, dlogits, *(norm or NO_NORM), M, block.shape[0], K, v0,
+            x, block, targets, sums, shares, dlogits, *(norm or NO_NORM), M, block.shape[0], K, v0,
             PRECISION=precision(), BN=PART,
         )  # fmt: skip
         if with_dx:
@@ -160,10 +165,11 @@ def _grid(M: int, V: int) -> Any:
 def _losses(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, norm: Norm | None
 ) -> tuple[Tensor, Tensor]:
-    """ln sum exp of each row's logits and its loss, float32 (M,)."""
+    """Maximum and sum of exponentials of each row's logits, (2, M), and its loss, (M,); float32."""
     (V, K), M = weight.shape, targets.numel()
     parts = triton.cdiv(V, PART)
-    lse, losses, target_logits = (x.new_empty(M, dtype=torch.float32) for _ in range(3))
+    losses, target_logits = (x.new_empty(M, dtype=torch.float32) for _ in range(2))
+    sums = x.new_empty(2, M, dtype=torch.float32)
     tops, totals = (x.new_empty(parts, M, dtype=torch.float32) for _ in range(2))
     if M:
         partial_sums_kernel[_grid(M, V)](
@@ -171,6 +177,6 @@ def _losses(
             PRECISION=precision(), BN=PART,
         )  # fmt: skip
         losses_kernel[(triton.cdiv(M, 128),)](
-            tops, totals, target_logits, targets, lse, losses, ignore_index, M, parts, BLOCK=128
+            tops, totals, target_logits, targets, sums, losses, ignore_index, M, parts, BLOCK=128
         )
-    return lse, losses
+    return sums, losses
