@@ -4,7 +4,7 @@ Letters: R rows that run at once, T time, C n_embd, H heads, D head_dim, V vocab
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from gptfast import ops
 from gptfast.model import GPT
-from gptfast.modules import Step
+from gptfast.modules import Attend, Step
 from gptfast.ops.triton.decode import decode_attention
 from gptfast.ops.triton.sampling import sample
 from gptfast.reference_loop import ReferenceLoop, likeliest_tokens, reference_model
@@ -153,11 +153,11 @@ class Decoder:
     def prefill(self, rows: list[int], windows: list[list[int]]) -> None:
         """Draws the token after windows of one length, whose keys and values the rows then keep."""
         at, idx = self._on_device(rows), self._on_device(windows)
-        step, H, T = Step(ops, 0.0, None), self._model.config.n_head, idx.shape[1]
+        step, T = Step(ops, 0.0, None), idx.shape[1]
 
-        def attend_in(layer: int) -> Callable[[Tensor], Tensor]:
-            def attend(qkv: Tensor) -> Tensor:
-                heads = qkv.unflatten(-1, (3, H, -1)).permute(0, 2, 3, 1, 4)  # (n, 3, H, T, D)
+        def attend_in(layer: int) -> Attend:
+            def attend(qkv: Tensor, n_head: int) -> Tensor:
+                heads = qkv.unflatten(-1, (3, n_head, -1)).permute(0, 2, 3, 1, 4)  # (n, 3, H, T, D)
                 self._cache[layer, at, :, :, :T] = heads[:, 1:]
                 return ops.causal_attention(*heads.unbind(1)).transpose(1, 2).flatten(2)
 
@@ -214,12 +214,12 @@ class Decoder:
     def _step(self) -> None:
         model, step = self._model, Step(ops, 0.0, None)
         everyone = torch.arange(len(self._tokens), device=self._tokens.device)
-        H, lengths = model.config.n_head, self._positions + 1
+        lengths = self._positions + 1
 
-        def attend_in(layer: int) -> Callable[[Tensor], Tensor]:
-            def attend(qkv: Tensor) -> Tensor:
+        def attend_in(layer: int) -> Attend:
+            def attend(qkv: Tensor, n_head: int) -> Tensor:
                 q, kv = qkv.flatten(0, 1).tensor_split([model.config.n_embd], dim=1)
-                new = kv.unflatten(1, (2, H, -1))  # (R, 2, H, D)
+                new = kv.unflatten(1, (2, n_head, -1))  # (R, 2, H, D)
                 self._cache[layer].transpose(1, 3)[everyone, self._positions] = new.transpose(1, 2)
                 return decode_attention(q, self._cache[layer], lengths)[:, None]
 

@@ -24,6 +24,10 @@ def engine_oddity(model: GPT) -> str | None:
         return found
     if len(model.h) != model.config.n_layer:
         return f"h has {len(model.h)} blocks, not {model.config.n_layer}"
+    for block in model.blocks:
+        found = _other_option(block, model.config)
+        if found is not None:
+            return f"h.{block.layer}.{found}"
     shapes = _shapes(model.config)
     for name, module, _ in _layers(model):
         layer: Any = module
@@ -45,6 +49,14 @@ def _layers(model: GPT) -> Iterator[plain.Layer]:
 
 def _block(module: nn.Module) -> str | None:
     return plain.called(module) if type(module) is Block else plain.untouched(module, Block)
+
+
+def _other_option(block: Block, config: GPTConfig) -> str | None:
+    if config.attention and block.attn.n_head != config.n_head:
+        return f"attn has n_head={block.attn.n_head}, not {config.n_head}"
+    if block.mlp.gelu != config.gelu:
+        return f"mlp has gelu={block.mlp.gelu!r}, not {config.gelu!r}"
+    return None
 
 
 def _shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:

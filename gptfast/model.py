@@ -196,8 +196,8 @@ class GPT(nn.Module):
             weights.append(reference.attention_weights(q, k))
             return reference.causal_attention(q, k, v)
 
-        def attend(qkv: Tensor) -> Tensor:
-            return packed_attention(attention, qkv, self.config.n_head)
+        def attend(qkv: Tensor, n_head: int) -> Tensor:
+            return packed_attention(attention, qkv, n_head)
 
         step = Step(reference, 0.0, None)
         x = self.embed(idx, step)

@@ -17,7 +17,8 @@ from gptfast.errors import BackendError
 from gptfast.ops import reference
 from gptfast.ops.random import dropout_factors
 
-Attend = Callable[[Tensor], Tensor]  # a packed projection (B, T, 3 C) -> (B, T, C)
+# A packed projection (B, T, 3 C) and the number of its heads -> (B, T, C).
+Attend = Callable[[Tensor, int], Tensor]
 
 
 class Step(NamedTuple):
@@ -72,7 +73,7 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x)
         if attend is None:
             return self.c_proj(packed_attention(reference.causal_attention, qkv, self.n_head))
-        return self.c_proj(attend(qkv))
+        return self.c_proj(attend(qkv, self.n_head))
 
 
 class MLP(nn.Module):
@@ -98,6 +99,14 @@ def _is_mlp(module: nn.Module) -> str | None:
     return plain.untouched(module, MLP)
 
 
+def _params(ln: nn.Module, half: nn.Module, first: str) -> tuple[Tensor | None, ...]:
+    """The parameters of a norm and of the two layers of the half of a block that follows it."""
+    layers: Any = half._modules
+    return (
+        *plain.params(ln), *plain.params(layers[first]), *plain.params(layers["c_proj"])
+    )  # fmt: skip
+
+
 class Block(nn.Module):
     """x + attention(LN(x)), then x + FFN(LN(x)); the first is left out where the config says so.
 
@@ -108,8 +117,6 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.gelu = config.gelu
-        self.n_head = config.n_head
         self.layer = layer
         self.stream = 1 + 2 * layer  # of the attention weights' dropout; the FFN has the next
         if config.attention:
@@ -122,9 +129,11 @@ class Block(nn.Module):
         """(B, T, C) -> (B, T, C)."""
         if "attn" in self._modules:
             if step.fuses(self.oddity(self.attention_layers())):
+                own: Any = self._modules
+                attn = own["attn"]
                 x = step.ops.layer_norm_attention(
-                    x, *self._attention_params(), n_head=self.n_head, dropout_p=step.dropout_p,
-                    seed=step.seed, stream=self.stream,
+                    x, *_params(own["ln_1"], attn, "c_attn"), n_head=attn.__dict__["n_head"],
+                    dropout_p=step.dropout_p, seed=step.seed, stream=self.stream,
                 )  # fmt: skip
             else:
                 x = self._called_attention(self._attend(x.dtype, step), x)
@@ -134,8 +143,8 @@ class Block(nn.Module):
         """`forward` with `attend` for attention, as where keys of earlier tokens are kept."""
         if "attn" in self._modules:
             if step.fuses(self.oddity(self.attention_layers())):
-                *qkv, proj_w, proj_b = self._attention_params()
-                y = attend(step.ops.layer_norm_linear(x, *qkv))
+                *qkv, proj_w, proj_b = _params(self.ln_1, self.attn, "c_attn")
+                y = attend(step.ops.layer_norm_linear(x, *qkv), self.attn.n_head)
                 x = step.ops.linear_residual(y, proj_w, proj_b, x)
             else:
                 x = self._called_attention(attend, x)
@@ -145,11 +154,10 @@ class Block(nn.Module):
         """The second half, (B, T, C) -> (B, T, C)."""
         if step.fuses(self.oddity(self.feed_forward_layers())):
             own: Any = self._modules
-            ln, layers = own["ln_2"], own["mlp"]._modules
+            mlp = own["mlp"]
             return step.ops.layer_norm_ffn(
-                x, *plain.params(ln), *plain.params(layers["c_fc"]),
-                *plain.params(layers["c_proj"]), gelu=self.gelu, dropout_p=step.dropout_p,
-                seed=step.seed, stream=self.stream + 1,
+                x, *_params(own["ln_2"], mlp, "c_fc"), gelu=mlp.__dict__["gelu"],
+                dropout_p=step.dropout_p, seed=step.seed, stream=self.stream + 1,
             )  # fmt: skip
         wide = torch.promote_types(x.dtype, torch.float32)
         y = self.mlp(self.ln_2(x).to(x.dtype)).to(wide)
@@ -184,13 +192,6 @@ class Block(nn.Module):
         found = plain.first_oddity(layers)
         return None if found is None else f"h.{self.layer}.{found}"
 
-    def _attention_params(self) -> tuple[Tensor | None, ...]:
-        own: Any = self._modules
-        ln, layers = own["ln_1"], own["attn"]._modules
-        return (
-            *plain.params(ln), *plain.params(layers["c_attn"]), *plain.params(layers["c_proj"])
-        )  # fmt: skip
-
     def _attend(self, dtype: torch.dtype, step: Step) -> Attend:
         def attention(*qkv: Tensor) -> Tensor:
             return step.ops.causal_attention(
@@ -198,7 +199,7 @@ class Block(nn.Module):
             )
 
         # A layer of the user's may give another dtype than the residual stream has.
-        return lambda qkv: packed_attention(attention, qkv.to(dtype), self.n_head)
+        return lambda qkv, n_head: packed_attention(attention, qkv.to(dtype), n_head)
 
     def _called_attention(self, attend: Attend, x: Tensor) -> Tensor:
         y = self.ln_1(x).to(x.dtype)

@@ -335,13 +335,17 @@ def test_generation_knows_the_configs_shapes_and_class_alone() -> None:
         def forward(self, idx: Tensor, **options: Any) -> Any:
             return super().forward(idx, **options).roll(1, -1)
 
-    wide, short = make(), make()
+    wide, short, heads, gelu = make(), make(), make(), make()
     wide.h[0].mlp.c_fc, wide.h[0].mlp.c_proj = nn.Linear(32, 64), nn.Linear(64, 32)
     short.h = short.h[:1]
+    heads.h[1].attn.n_head = 4
+    gelu.h[0].mlp.gelu = "tanh"
     torch.manual_seed(0)
     for model, message in (
         (wide, r"h.0.mlp.c_fc has a weight of shape \(64, 32\), not \(128, 32\)"),
         (short, "h has 1 blocks, not 2"),
+        (heads, "h.1.attn has n_head=4, not 2"),
+        (gelu, "h.0.mlp has gelu='tanh', not 'erf'"),
         (Shifted(CONFIG), "Shifted has a forward of its own"),
     ):
         with pytest.warns(UserWarning, match=message):
@@ -349,6 +353,19 @@ def test_generation_knows_the_configs_shapes_and_class_alone() -> None:
         assert result.tokens == [int(model(torch.tensor([[1, 2]]))[0, -1].argmax())]
         with pytest.raises(BackendError, match=f"pack: .*{message}"):
             gptfast.pack(model)
+
+
+@pytest.mark.parametrize("change", ({"n_head": 4}, {"gelu": "tanh"}))
+def test_an_option_that_is_set_on_a_module_holds(change: dict[str, Any]) -> None:
+    idx = torch.randint(CONFIG.vocab_size, (3, CONFIG.block_size))
+    for backend in BACKENDS:
+        expected = make(backend, GPTConfig(**CONFIG.to_dict() | change))
+        model = make(backend)
+        for block in model.blocks:
+            half = block.attn if "n_head" in change else block.mlp
+            vars(half).update(change)
+        assert torch.equal(model(idx), expected(idx))
+        assert not torch.equal(model(idx), make(backend)(idx))
 
 
 DROPPED = ("rms norm", "rms norm 2", "hook wte", "weight_norm", "head bias", "hook h.1.mlp")

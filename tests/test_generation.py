@@ -519,12 +519,14 @@ def test_any_configuration_equals_the_uncached_loop(data: st.DataObject) -> None
     fused = gptfast.generate(model, prompts, **options)
     model.backend = "reference"
     plain = gptfast.generate(model, prompts, **options)
+    # Between two nearly equal columns a norm multiplies a rounding by up to 1 / sqrt(eps) = 316.
+    tolerance = 1e-4 if config.n_embd > 2 else 1e-3
     for i, (a, b) in enumerate(zip(fused, plain, strict=True)):
         assert a.finish_reason == b.finish_reason and len(a.tokens) == len(b.tokens)
         same = 0
         while same < len(a.tokens) and a.tokens[same] == b.tokens[same]:
             same += 1
-        assert a.logprobs[:same] == pytest.approx(b.logprobs[:same], abs=1e-4)
+        assert a.logprobs[:same] == pytest.approx(b.logprobs[:same], abs=tolerance)
         if same < len(a.tokens):
             assert nearly_chosen(model, request, i, b.tokens[:same], a.tokens[same])
 
