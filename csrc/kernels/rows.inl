@@ -84,13 +84,20 @@ inline void moments(const T* x, int64_t rows, int64_t n, VF& mean, VF& rstd) {
   rstd = 1.0f / vsqrt(reduce_each(of_row, rows, Add{}) / static_cast<float>(n) + layer_norm_eps);
 }
 
+// xhat * weight + bias, rounded alike in the forward and where the backward repeats it.
+template <class Part>
+inline VF scale_and_shift(VF xhat, VF weight, const RowNorm& norm, int64_t j, Part part) {
+  VF y = xhat * weight;
+  if (norm.bias) y += load(norm.bias + j, part);
+  return y;
+}
+
 // out = (x - mean) * rstd * weight + bias
 template <class T, class P>
 inline void normalize(const T* x, int64_t n, Moments row, const RowNorm& norm, P* out) {
   for_vectors(n, [&](int64_t j, auto part) {
-    VF y = (load(x + j, part) - row.mean) * row.rstd * load(norm.weight + j, part);
-    if (norm.bias) y += load(norm.bias + j, part);
-    store(out + j, y, part);
+    const VF xhat = (load(x + j, part) - row.mean) * row.rstd;
+    store(out + j, scale_and_shift(xhat, load(norm.weight + j, part), norm, j, part), part);
   });
 }
 
@@ -136,9 +143,7 @@ inline void norm_grad_row(const float* dn, const T* x, const T* add, int64_t n, 
     sum_gx += g * xhat;
     store(dweight + j, load(dweight + j, part) + d * xhat, part);
     store(dbias + j, load(dbias + j, part) + d, part);
-    if (normalized)
-      store(normalized + j, norm.bias ? xhat * weight + load(norm.bias + j, part) : xhat * weight,
-            part);
+    if (normalized) store(normalized + j, scale_and_shift(xhat, weight, norm, j, part), part);
   });
   const float mean_g = sum(sum_g) / static_cast<float>(n),
               mean_gx = sum(sum_gx) / static_cast<float>(n);

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.ops.autograd import Fused, backward_of, needs_grad, only_wanted, wanted
+from gptfast.ops.autograd import needs_grad
 from gptfast.ops.common import (
     check_activation,
     check_choice,
@@ -19,8 +19,8 @@ from gptfast.ops.common import (
     define,
 )
 from gptfast.ops.flops import of_product, of_product_backward
-from gptfast.ops.linear import fake_grads
 from gptfast.ops.random import seed_tensor
+from gptfast.ops.sublayer import fake_backward, sublayer
 
 
 def _fake_ffn(
@@ -30,10 +30,6 @@ def _fake_ffn(
     rows = math.prod(x.shape[:-1]) if keep else 0
     moments = [x.new_empty(rows, dtype=torch.float32) for _ in range(2)]
     return x.new_empty(x.shape), *moments, x.new_empty(rows, w1.shape[0])
-
-
-def _fake_ffn_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return fake_grads(x, args[:6], args[-1])
 
 
 def _ffn_backward_flops(dy: Any, x: Any, *args: Any) -> int:
@@ -62,36 +58,12 @@ _ffn_backward = define(
         -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dw1, Tensor db1, Tensor dw2,
             Tensor db2)
     """,
-    _fake_ffn_backward,
+    fake_backward,
     _ffn_backward_flops,
 )
 
 
-class _Ffn(Fused):
-    op = "layer_norm_ffn"
-
-    @staticmethod
-    def forward(x: Tensor, *args: Any) -> Any:
-        return _ffn(x, *args, True)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, gelu, dropout_p, seed, stream = inputs
-        _, *kept = output
-        ctx.mark_non_differentiable(*kept)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *kept, seed)
-        ctx.options = gelu, dropout_p, stream
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        *kept, seed = ctx.saved_tensors
-        gelu, dropout_p, stream = ctx.options
-        needs = ctx.needs_input_grad[:7]
-        found = backward_of(
-            _Ffn.op, _ffn_backward, grads[0], *kept, gelu, dropout_p, seed, stream, wanted(needs)
-        )
-        return *only_wanted(found, needs), None, None, None, None
+_Ffn = sublayer("layer_norm_ffn", _ffn, _ffn_backward)
 
 
 def layer_norm_ffn(

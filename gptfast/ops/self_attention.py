@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from gptfast.ops import select
-from gptfast.ops.autograd import Fused, backward_of, needs_grad, only_wanted, wanted
+from gptfast.ops.autograd import needs_grad
 from gptfast.ops.common import check_dropout, check_floating, check_param, define
 from gptfast.ops.flops import of_attention, of_product, of_product_backward
-from gptfast.ops.linear import fake_grads
 from gptfast.ops.random import seed_tensor
+from gptfast.ops.sublayer import fake_backward, sublayer
 
 
 def _fake_self_attention(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -23,10 +23,6 @@ def _fake_self_attention(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     moments = [x.new_empty(kept * T, dtype=torch.float32) for _ in range(2)]
     qkv, out = x.new_empty(kept, T, 3 * C), x.new_empty(kept, T, C)
     return x.new_empty(B, T, C), *moments, qkv, out, moments[0].new_empty(kept, n_head, 2, T)
-
-
-def _fake_self_attention_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return fake_grads(x, args[:6], args[-1])
 
 
 def _flops(x: Any, norm_weight: Any, norm_bias: Any, w_qkv: Any, *args: Any) -> int:
@@ -68,37 +64,12 @@ _self_attention_backward = define(
         -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dw_qkv, Tensor db_qkv,
             Tensor dw_proj, Tensor db_proj)
     """,
-    _fake_self_attention_backward,
+    fake_backward,
     _backward_flops,
 )
 
 
-class _SelfAttention(Fused):
-    op = "layer_norm_attention"
-
-    @staticmethod
-    def forward(x: Tensor, *args: Any) -> Any:
-        return _self_attention(x, *args, True)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, n_head, dropout_p, seed, stream = inputs
-        _, *kept = output
-        ctx.mark_non_differentiable(*kept)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *kept, seed)
-        ctx.options = n_head, dropout_p, stream
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        *kept, seed = ctx.saved_tensors
-        n_head, dropout_p, stream = ctx.options
-        needs = ctx.needs_input_grad[:7]
-        found = backward_of(
-            _SelfAttention.op, _self_attention_backward,
-            grads[0], *kept, n_head, dropout_p, seed, stream, wanted(needs),
-        )  # fmt: skip
-        return *only_wanted(found, needs), None, None, None, None
+_SelfAttention = sublayer("layer_norm_attention", _self_attention, _self_attention_backward)
 
 
 def layer_norm_attention(

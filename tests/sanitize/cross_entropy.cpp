@@ -14,12 +14,14 @@ struct Shape {
   int64_t M, K, V;
   Ignored ignored;
   With with;
+  Reduction reduction = Reduction::mean;
+  bool weighted = false;  // whether the tokens have weights
 };
 
 constexpr int64_t ignore_index = -100;
 
 struct Inputs {
-  Buffer x, norm_weight, norm_bias, weight;
+  Buffer x, norm_weight, norm_bias, weight, token_weights;
   int64_t counted = 0;
   std::vector<int64_t> drawn;
   Indices targets;
@@ -29,6 +31,7 @@ struct Inputs {
         norm_weight(s.K, s.param, 1.0),
         norm_bias(s.K, s.param, 1.0),
         weight(s.V * s.K, s.param, 1.0 / std::sqrt(static_cast<double>(s.K))),
+        token_weights(s.weighted ? s.M : 0, DType::f32, 1.0),
         drawn(draw(s)),
         targets(drawn) {
     for (const int64_t target : drawn) counted += target != ignore_index;
@@ -48,7 +51,8 @@ struct Inputs {
 std::vector<Result> run(const Shape& s, const Inputs& in, const Kernels& kernels,
                         const Parallel& parallel) {
   const bool norm = s.with != With::neither, norm_bias = s.with == With::norm_and_bias;
-  Buffer loss(1, DType::f32), loss_alone(1, DType::f32);
+  const int64_t losses = s.reduction == Reduction::none ? s.M : 1;
+  Buffer loss(losses, DType::f32), loss_alone(losses, DType::f32);
   Buffer dnorm_weight(norm ? s.K : 0, s.param), dnorm_bias(norm_bias ? s.K : 0, s.param);
   Buffer dx(s.M * s.K, s.dtype), dweight(s.V * s.K, s.param);
   CrossEntropy a = {};
@@ -58,34 +62,46 @@ std::vector<Result> run(const Shape& s, const Inputs& in, const Kernels& kernels
   a.norm = {in.norm_weight.param(norm), in.norm_bias.param(norm_bias), nullptr, nullptr};
   a.weight.param = in.weight.param();
   a.targets = in.targets.data();
+  a.token_weights = s.weighted ? in.token_weights.floats() : nullptr;
   a.ignore_index = ignore_index;
+  a.reduction = s.reduction;
   a.loss = loss_alone.floats();
   kernels.cross_entropy(a, parallel);
+  const CrossEntropy none = a;
   a.loss = loss.floats();
   a.dx = dx.data();
   a.dnorm = {dnorm_weight.grad(norm), dnorm_bias.grad(norm_bias)};
   a.dweight = dweight.grad();
   kernels.cross_entropy(a, parallel);
   expect(same_bits(loss, loss_alone), "the loss depends on whether gradients are wanted");
-  if (in.counted == 0) expect(loss.value(0) == 0.0f, "the mean over no target is not 0");
+  if (s.M < 97)
+    expect_same_alone<CrossEntropy>(
+        none, kernels.cross_entropy, parallel,
+        {{dx, [](CrossEntropy& grad, const Buffer& alone) { grad.dx = alone.data(); }},
+         {dweight, [](CrossEntropy& grad, const Buffer& alone) { grad.dweight = alone.grad(); }}});
+  for (int64_t i = 0; in.counted == 0 && i < losses; ++i)
+    expect(loss.value(i) == 0.0f, "a loss over no target is not 0");
   const double counted = static_cast<double>(std::max<int64_t>(1, in.counted));
-  const double dn = 1.0 / (counted * std::sqrt(static_cast<double>(s.K)));
-  return {{"loss", loss.values()},
+  const double each = s.reduction == Reduction::mean ? 1.0 / counted : 1.0;
+  const double dn = each / std::sqrt(static_cast<double>(s.K));
+  return {{"loss", loss.values(), each * counted},
           {"dx", dx.values(), dn},
           {"dnorm_weight", dnorm_weight.values(), dn * std::sqrt(counted)},
           {"dnorm_bias", dnorm_bias.values(), dn * std::sqrt(counted)},
-          {"dweight", dweight.values(), 1.0 / std::sqrt(counted * static_cast<double>(s.V))}};
+          {"dweight", dweight.values(), each * std::sqrt(counted / static_cast<double>(s.V))}};
 }
 
 void cross_entropy_case(const Shape& s) {
   constexpr const char* ignored[] = {"", ", some ignored", ", all ignored"};
   constexpr const char* with[] = {"", " norm", " norm bias"};
+  constexpr const char* reductions[] = {"", " sum", " none"};
   const Inputs in(s);
   const auto i = [](int64_t x) { return static_cast<long long>(x); };
   const std::string name =
-      format("cross entropy %s, parameters %s, M%lld K%lld V%lld%s%s", sanitize::name(s.dtype),
+      format("cross entropy %s, parameters %s, M%lld K%lld V%lld%s%s%s%s", sanitize::name(s.dtype),
              sanitize::name(s.param), i(s.M), i(s.K), i(s.V), with[static_cast<int>(s.with)],
-             ignored[static_cast<int>(s.ignored)]);
+             ignored[static_cast<int>(s.ignored)], reductions[static_cast<int>(s.reduction)],
+             s.weighted ? " weighted" : "");
   check(name, s.dtype, [&](const Kernels& kernels, const Parallel& parallel) {
     return run(s, in, kernels, parallel);
   });
@@ -98,13 +114,20 @@ void cross_entropy_cases() {
       {1, 1}, {1, 66}, {33, 1}, {33, 5}, {33, 300}, {64, 66}, {7, 1000},
   };
   constexpr With withs[] = {With::neither, With::norm, With::norm_and_bias};
+  constexpr std::pair<Reduction, bool> reductions[] = {{Reduction::mean, false},
+                                                       {Reduction::sum, true},
+                                                       {Reduction::none, true},
+                                                       {Reduction::sum, false},
+                                                       {Reduction::none, false}};
   for (const DType dtype : dtypes) {
     int turn = 0;
     for (const DType param : param_dtypes(dtype)) {
       for (const int64_t M : {0, 1, 47, 49, 97, 200})
         for (const auto& [K, V] : sizes) {
           const Ignored ignored = M > 1 ? Ignored::some : Ignored::none;
-          cross_entropy_case({dtype, param, M, K, V, ignored, withs[turn++ % 3]});
+          const auto [reduction, weighted] = reductions[turn % 5];
+          cross_entropy_case(
+              {dtype, param, M, K, V, ignored, withs[turn++ % 3], reduction, weighted});
         }
       cross_entropy_case({dtype, param, 50, 12, 20, Ignored::all, With::norm_and_bias});
       cross_entropy_case({dtype, param, 50, 12, 20, Ignored::none, With::neither});

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -94,6 +95,27 @@ std::string format(const char* pattern, ...) __attribute__((format(printf, 1, 2)
 const char* name(DType dtype);
 int64_t random_below(int64_t limit);
 bool same_bits(const Buffer& a, const Buffer& b);
+
+// A gradient as a backward wrote it among all, and how to ask for it in another buffer.
+template <class Grad>
+struct Wanted {
+  const Buffer& among_all;
+  std::function<void(Grad&, const Buffer&)> ask;
+};
+
+// Repeats a backward for each of these gradients alone; `none` asks for none.
+template <class Grad>
+void expect_same_alone(const Grad& none, void (*backward)(const Grad&, const Parallel&),
+                       const Parallel& parallel, std::initializer_list<Wanted<Grad>> gradients) {
+  for (const Wanted<Grad>& each : gradients) {
+    if (each.among_all.count() == 0) continue;
+    Buffer alone(each.among_all.count(), each.among_all.dtype());
+    Grad grad = none;
+    each.ask(grad, alone);
+    backward(grad, parallel);
+    expect(same_bits(alone, each.among_all), "a gradient depends on which others are wanted");
+  }
+}
 
 // Writes the values of `from` to `to`, rounded to its dtype.
 void copy_rounded(const Buffer& from, Buffer& to);

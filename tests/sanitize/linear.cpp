@@ -71,16 +71,23 @@ std::vector<Result> run(const Shape& s, const Inputs& in, const Kernels& kernels
   for (const DType y_dtype : param_dtypes(s.dtype))
     run_packed(a, in.weight, packed, y_dtype, kernels, parallel);
 
-  LinearGrad g = {};
-  g.forward = a;
-  g.dy = in.dy.data();
+  LinearGrad none = {};
+  none.forward = a;
+  none.dy = in.dy.data();
   const bool add = s.residual && (s.norm || s.bias);
-  g.add = add ? in.x.data() : nullptr;
+  none.add = add ? in.x.data() : nullptr;
+  LinearGrad g = none;
   g.dx = dx.data();
   g.dnorm = {dnorm_weight.grad(s.norm), dnorm_bias.grad(norm_bias)};
   g.dweight = dweight.grad();
   g.dbias = dbias.grad(s.bias);
   kernels.linear_grad(g, parallel);
+  if (s.M < 97)
+    expect_same_alone<LinearGrad>(
+        none, kernels.linear_grad, parallel,
+        {{dx, [](LinearGrad& grad, const Buffer& alone) { grad.dx = alone.data(); }},
+         {dweight, [](LinearGrad& grad, const Buffer& alone) { grad.dweight = alone.grad(); }},
+         {dbias, [](LinearGrad& grad, const Buffer& alone) { grad.dbias = alone.grad(); }}});
   const double M = static_cast<double>(s.M);
   const double dn = std::sqrt(static_cast<double>(s.N) / static_cast<double>(s.K));
   return {{"y", y.values()},
