@@ -18,7 +18,7 @@ from gptfast.modules import Attend, Step
 from gptfast.ops.triton.decode import decode_attention
 from gptfast.ops.triton.sampling import sample
 from gptfast.reference_loop import ReferenceLoop, likeliest_tokens, reference_model
-from gptfast.request import Request, not_finite, rows_at_once
+from gptfast.request import Request, not_finite, slots_at_once
 from gptfast.sampling import Sampling
 
 WARM_UPS = 3  # steps before one is captured: they compile, choose configurations, allocate
@@ -39,7 +39,7 @@ class DeviceLoop(ReferenceLoop):
         capacity = max(1, min(config.block_size, longest - 1))
         layers = config.n_layer if config.attention else 0
         row = 2 * layers * config.n_embd * capacity * self._model.wte.weight.itemsize
-        rows = rows_at_once(request, len(self._tokens), capacity, row)
+        rows = slots_at_once(request, len(self._tokens), capacity, row)
         self._free = list(range(rows))[::-1]
         self._row: dict[int, int] = {}
         self._start: dict[int, int] = {}  # where the window starts that a row has the cache of
@@ -97,7 +97,7 @@ class DeviceLoop(ReferenceLoop):
             self._rows(group),
             [request.seeds[i] for i in group],
             [request.numbers[i] for i in group],
-            [len(self._progress[i].tokens) for i in group],
+            [self._generated(i) for i in group],
         )
 
     def _take(self, group: list[int]) -> None:

@@ -1,29 +1,16 @@
-"""The compiled engine as Python sees it: a model's packed weights, and the sequences of a request.
-
-Letters: L layers, C n_embd, D head_dim, T block_size, V vocab_size, N sequences.
-"""
+"""The compiled engine as Python sees it: a model's packed weights, and the sequences of a request."""
 
 import warnings
-from array import array
-from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from gptfast.errors import BackendError, ConfigError
 from gptfast.mergeable import engine_oddity
 from gptfast.model import GPT
-from gptfast.modules import Block, not_fused
-from gptfast.ops import engine as ops
+from gptfast.modules import not_fused
 from gptfast.ops import select
-from gptfast.request import DTYPES, Progress, Request, check_dtype, not_finite, rows_at_once
-
-ROOM = 4096  # tokens that a sequence has places for at first; its next places are twice as many
-_COLUMN = {name: i for i, name in enumerate(ops.FIELDS)}
-_STATE = {name: i for i, name in enumerate(ops.STATES)}
+from gptfast.request import DTYPES, Request, Update, check_dtype, not_finite, slots_at_once
 
 
 def pack(model: GPT, dtype: str | None = None) -> "PackedModel":
@@ -101,292 +88,124 @@ class PackedModel:
 
     Packing takes about as long as a token; a model that many calls use is better packed once, by
     `gptfast.pack`. Later changes of the model do not reach it; one during whose life there are none
-    (`lasting=False`) may share the model's vectors.
+    (`lasting=False`) may share the model's vectors and embeddings.
 
     Raises:
         ConfigError: `dtype` is None and the engine does not compute in the model's own.
+        BackendError: There is no compiled engine.
     """
 
     def __init__(self, model: GPT, dtype: str | None, lasting: bool = True) -> None:
-        config = model.config
-        own = model.wte.weight.dtype
+        config, own = model.config, model.wte.weight.dtype
         name = dtype or {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(own)
         if name is None:
             raise ConfigError(f"dtype must be one of {list(DTYPES)} for a model in {own}, got None")
-        self.config, self.name, self._lasting = config, name, lasting
-        self.dtype, self._int8 = _activations(model, dtype), dtype == "int8"
-        self._params: list[Tensor] = []
-        self._packed: list[Tensor] = []
-        self._add_param(model.wte.weight)
-        self._add_param(model.wpe.weight)
-        for block in model.blocks:
-            self._add_block(block, last=block is model.blocks[-1])
-        self._add_norm(model.ln_f)
-        self._add_weight(model.lm_head.weight)
+        self.config, self.name = config, name
+        params = model.state_dict()
 
-    def _add_block(self, block: Block, last: bool) -> None:
-        C = self.config.n_embd
-        if self.config.attention:
-            c_attn, c_proj = block.attn.c_attn, block.attn.c_proj
-            self._add_norm(block.ln_1)
-            for rows in (slice(C), slice(C, None)) if last else (slice(None),):
-                self._add_weight(c_attn.weight[rows])
-                self._add_param(None if c_attn.bias is None else c_attn.bias[rows])
-            self._add_weight(c_proj.weight)
-            self._add_param(c_proj.bias)
-        self._add_norm(block.ln_2)
-        for linear in (block.mlp.c_fc, block.mlp.c_proj):
-            self._add_weight(linear.weight)
-            self._add_param(linear.bias)
+        def find(parameter: str) -> Any:
+            # A model in bfloat16 may compute in float32: widened parameters serve both.
+            found = params.get(parameter)
+            return None if found is None else found.float().contiguous().numpy()
 
-    def _add_norm(self, norm: torch.nn.LayerNorm) -> None:
-        self._add_param(norm.weight)
-        self._add_param(norm.bias)
-
-    def _add_param(self, param: Tensor | None) -> None:
-        own = torch.empty(0) if param is None else param.detach().float()
-        self._params.append(own.clone() if self._lasting else own)
-
-    def _add_weight(self, weight: Tensor) -> None:
-        # A model in bfloat16 may compute in float32: widened parameters serve both.
-        self._packed.append(
-            ops.pack_weight(weight.detach().float().contiguous(), self.dtype, self._int8)
+        self.compiled = _extension().Model(
+            config.block_size,
+            config.vocab_size,
+            config.n_layer,
+            config.n_head,
+            config.n_embd,
+            config.attention,
+            config.gelu,
+            bf16=_activations(model, dtype) == torch.bfloat16,
+            int8=dtype == "int8",
+            find=find,
+            copy=lasting,
         )
 
-    def row_bytes(self, capacity: int) -> int:
-        """Bytes of the keys and values of one sequence of up to `capacity` tokens."""
-        extension, config = select.extension(), self.config
-        if extension is None:
-            raise BackendError(f"{select.extension_error}")
-        bf16 = self.dtype == torch.bfloat16
-        return config.n_layer * extension.cache_bytes(
-            bf16, config.block_size, config.n_head, config.head_dim, capacity
-        )
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the packed weights."""
+        return self.compiled.packed_bytes
 
-    def new_cache(self, rows: int, capacity: int) -> Tensor:
-        """Keys and values of `rows` sequences, (rows, elements)."""
-        return torch.zeros(rows, self.row_bytes(capacity) // self.dtype.itemsize, dtype=self.dtype)
+    def score(self, windows: list[list[int]]) -> list[list[float]]:
+        """Log-probabilities of the tokens after the first of each window.
 
-    def generate(
-        self,
-        state: list[Tensor],
-        cache: Tensor,
-        table: list[Tensor],
-        stops: list[Tensor],
-        capacity: int,
-        *options: float,
-    ) -> tuple[int, int]:
-        """Calls ops.engine.generate with this model."""
-        return ops.generate(
-            state,
-            cache,
-            table,
-            self._params,
-            self._packed,
-            stops,
-            *self._description(capacity),
-            *options,
-        )
-
-    def score(self, tokens: Tensor, targets: Tensor, starts: Tensor, capacity: int) -> Tensor:
-        """Calls ops.engine.score with this model."""
-        if not self.config.attention:
-            capacity = 1  # nothing is kept
-        cache = self.new_cache(len(starts) - 1, capacity)
-        return ops.score(
-            tokens,
-            targets,
-            starts,
-            cache,
-            self._params,
-            self._packed,
-            *self._description(capacity),
-        )
-
-    def _description(self, capacity: int) -> tuple[int, int, bool, str, bool, int]:
-        c = self.config
-        return c.n_layer, c.n_head, c.attention, c.gelu, self._int8, capacity
+        A window has up to block_size + 1 tokens.
+        """
+        return self.compiled.score(windows)
 
 
 class Engine:
-    """The sequences of a request, in memory that the engine reads and writes; see request.Loop."""
+    """The sequences of a request in the compiled engine; see request.Loop."""
 
-    # Plain Python, and as few calls as there may be: where other work had the caches before, each
-    # first call into a library takes as long as a token of a small model.
-    def __init__(self, model: PackedModel, request: Request) -> None:
-        self._request, self._model = request, model
-        config, sampling = model.config, request.sampling
-        state = _STATE["waiting" if request.max_new_tokens > 0 else "length"]
-        room = min(request.max_new_tokens, ROOM)
-        beyond = request.max_new_tokens - room
-        self._sequences = array("q")  # (N, FIELDS)
-        places, longest, moves, first = 0, 0, 0, dict[tuple[int, ...], int]()
-        prompts = zip(request.prompts, request.seeds, request.numbers, strict=True)
-        for i, (prompt, seed, number) in enumerate(prompts):
-            length, twin = len(prompt), first.setdefault(tuple(prompt), i)
-            limit = length + room
-            counts = (places, length, length, limit)
-            self._sequences.extend((*counts, 0, 0, 0, state, seed, number, twin, beyond))
-            places, longest = places + limit, max(longest, limit + beyond - 1)
-            moves += max(0, min(request.max_new_tokens, limit + beyond - 1 - config.block_size))
-        self._places = self._new_places(places)
-        begins = self._sequences[:: len(ops.FIELDS)]
-        for begin, prompt in zip(begins, request.prompts, strict=True):
-            self._places[0][begin : begin + len(prompt)] = prompt
-        self._state = [_shared(self._sequences), *map(torch.from_numpy, self._places)]
-        self._used = places
-        self._reported: np.ndarray | int = 0  # no length is 0
+    def __init__(self, packed: PackedModel, request: Request) -> None:
+        extension, config, sampling = _extension(), packed.config, request.sampling
+        self._request = request
+        longest = max((len(prompt) for prompt in request.prompts), default=0)
+        longest += request.max_new_tokens - 1
         window = config.block_size if config.attention else 1  # the rest would never be read
-        self._capacity = max(1, min(window, longest))
-        self._table = self._new_table(moves)
-        self._cache = self._model.new_cache(self._rows(len(request.prompts)), self._capacity)
-        self._stops = [
-            _shared(array("q", request.stop_tokens)),
-            *_bytes(request.stop_strings),
-            *_bytes((request.pieces or ()) if request.stop_strings else ()),
-        ]
-        self._options = (
-            sampling.temperature,
-            min(sampling.top_k or 0, config.vocab_size),
-            1.0 if sampling.top_p is None else sampling.top_p,
-            sampling.min_p or 0.0,
-            sampling.repetition_penalty,
-            request.stride or 0,
+        options = extension.SessionOptions()
+        options.capacity = max(1, min(window, longest))
+        slot = packed.compiled.cache_bytes(options.capacity)
+        options.first_layer_table = _table_pays(packed, request, slot)
+        table = packed.compiled.first_layer_table_bytes() if options.first_layer_table else 0
+        options.slots = slots_at_once(
+            request, len(request.prompts), options.capacity, slot, used_bytes=table
+        )
+        options.sampling = sampling.as_numbers(config.vocab_size)
+        options.max_new_tokens = request.max_new_tokens
+        options.stride = request.stride or 0
+        options.top_logprobs = request.alternatives
+        options.stop_tokens = request.stop_tokens
+        if request.stop_strings:
+            options.stop_strings = [_bytes(text) for text in request.stop_strings]
+            options.pieces = [_bytes(piece) for piece in request.pieces or ()]
+        self._session = extension.Session(
+            packed.compiled, request.prompts, request.seeds, request.numbers, options
         )
 
     def run(self, seconds: float) -> bool:
         """See Loop."""
-        unfinished, invalid = self._model.generate(
-            self._state,
-            self._cache,
-            self._table,
-            self._stops,
-            self._capacity,
-            *self._options,
-            seconds,
-        )
-        if invalid >= 0:
-            raise not_finite("prompt", invalid // self._request.num_samples)
-        if unfinished and self._request.max_new_tokens > ROOM:
-            self._make_room()
-        return unfinished > 0
+        more = self._session.run(seconds)
+        if self._session.invalid >= 0:
+            raise not_finite("prompt", self._session.invalid // self._request.num_samples)
+        return more
 
-    def progress(self, i: int, first: int = 0) -> Progress:
+    def updates(self) -> list[Update]:
         """See Loop."""
-        own = i * len(ops.FIELDS)
-        begin, length, prompt, state = (
-            self._sequences[own + _COLUMN[field]]
-            for field in ("begin", "length", "prompt", "state")
-        )
-        start, end = begin + prompt + first, begin + length
-        tokens, logprobs, likeliest, theirs = (each[start:end] for each in self._places)
-        found = Progress(ops.STATES[state], tokens.tolist(), logprobs.tolist())
-        if self._request.alternatives:
-            rows = zip(likeliest.tolist(), theirs.tolist(), strict=True)
-            found.alternatives = [list(zip(*row, strict=True)) for row in rows]
-        return found
+        return [Update(*each) for each in self._session.updates()]
 
     @property
     def cache_bytes(self) -> int:
         """Of the keys and values, and of what is known of the first layer."""
-        return sum(x.nbytes for x in (self._cache, *self._table))
-
-    def changed(self) -> list[int]:
-        """See Loop."""
-        now = self._matrix()[:, [_COLUMN["length"], _COLUMN["state"]]]
-        found = np.flatnonzero((now != self._reported).any(axis=1)).tolist()
-        self._reported = now
-        return found
-
-    def _new_places(self, count: int) -> list[np.ndarray]:
-        """Memory for tokens, their log-probabilities, the likeliest tokens and theirs.
-
-        numpy's zeros take no memory before they are written.
-        """
-        both = np.int64, np.float32
-        shapes = count, (count, self._request.alternatives)
-        return [np.zeros(shape, dtype) for shape in shapes for dtype in both]
-
-    def _make_room(self) -> None:
-        """Gives sequences without a place for their next token new places, twice as many.
-
-        Wherever Ctrl-C interrupts this, `progress` says what it said before.
-        """
-        sequences = self._matrix()
-        length, limit, state = (sequences[:, _COLUMN[x]] for x in ("length", "limit", "state"))
-        for i in np.flatnonzero((state == _STATE["running"]) & (length == limit)):
-            self._move(sequences[i])
-
-    def _move(self, own: np.ndarray) -> None:
-        begin, length, prompt, limit, beyond = (
-            int(own[_COLUMN[field]]) for field in ("begin", "length", "prompt", "limit", "beyond")
-        )
-        more = min(beyond, limit - prompt)
-        start = self._used
-        self._used += limit + more
-        if self._used > len(self._places[0]):
-            self._enlarge(max(self._used, 2 * len(self._places[0])))
-        for each in self._places:
-            each[start : start + length] = each[begin : begin + length]
-        own[[_COLUMN[field] for field in ("begin", "limit", "beyond")]] = (
-            start, limit + more, beyond - more,
-        )  # fmt: skip
-
-    def _enlarge(self, count: int) -> None:
-        # What has not been written is not read either: that would take memory.
-        places = self._new_places(count)
-        for begin, length in self._matrix()[:, [_COLUMN["begin"], _COLUMN["length"]]].tolist():
-            for new, old in zip(places, self._places, strict=True):
-                new[begin : begin + length] = old[begin : begin + length]
-        self._places = places
-        self._state[1:] = map(torch.from_numpy, places)
-
-    def _matrix(self) -> np.ndarray:
-        """The sequences, (N, FIELDS), in their own memory."""
-        return np.frombuffer(self._sequences, dtype=np.int64).reshape(-1, len(ops.FIELDS))
-
-    def _new_table(self, moves: int) -> list[Tensor]:
-        """Memory for what the first layer gives for each (token, position), where that pays.
-
-        A window that moves needs one entry per position.
-        """
-        config, stride = self._model.config, self._request.stride
-        if stride is None or not config.attention or config.n_layer < 2:
-            return []
-        if moves // stride < 2 * config.vocab_size:  # how often an entry is needed, on average
-            return []
-        entries = config.block_size * config.vocab_size
-        size = entries * 3 * config.n_embd * self._model.dtype.itemsize
-        if size > (self._request.max_cache_bytes - self._model.row_bytes(self._capacity)) // 4:
-            return []
-        qkv = torch.empty(entries, 3 * config.n_embd, dtype=self._model.dtype)
-        return [qkv, torch.zeros(entries, dtype=torch.uint8)]
-
-    def _rows(self, sequences: int) -> int:
-        """How many sequences run at once."""
-        row = self._model.row_bytes(self._capacity)
-        table = sum(each.nbytes for each in self._table)
-        return rows_at_once(self._request, sequences, self._capacity, row, table)
+        return self._session.bytes
 
 
-_DTYPES = {"B": torch.uint8, "q": torch.int64}
-_EMPTY = {code: torch.empty(0, dtype=dtype) for code, dtype in _DTYPES.items()}
+def _extension() -> Any:
+    extension = select.extension()
+    if extension is None:
+        raise BackendError(f"{select.extension_error}")
+    return extension
 
 
-def _shared(values: "array[Any]") -> Tensor:
-    """A tensor of the same memory."""
-    if not values:
-        return _EMPTY[values.typecode]
-    return torch.frombuffer(values, dtype=_DTYPES[values.typecode])
+def _table_pays(packed: PackedModel, request: Request, slot_bytes: int) -> bool:
+    """Whether to keep what the first layer gives for each (token, position).
+
+    A window that moves needs one entry per position; each should serve twice on average, in a
+    quarter of the memory.
+    """
+    config = packed.config
+    if request.stride is None or not config.attention or config.n_layer < 2:
+        return False
+    last = request.max_new_tokens - 1 - config.block_size  # moves of an empty prompt's window
+    moves = sum(
+        max(0, min(request.max_new_tokens, len(prompt) + last)) for prompt in request.prompts
+    )
+    if moves // request.stride < 2 * config.vocab_size:
+        return False
+    left = request.max_cache_bytes - slot_bytes
+    return packed.compiled.first_layer_table_bytes() <= left // 4
 
 
-def _bytes(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Texts as bytes one after the other, uint8, and where each starts and the last ends."""
-    if not texts:
-        return _NO_BYTES
-    encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
-    starts = array("q", accumulate(map(len, encoded), initial=0))
-    return _shared(array("B", b"".join(encoded))), _shared(starts)
-
-
-_NO_BYTES = _shared(array("B")), _shared(array("q", [0]))
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")

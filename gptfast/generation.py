@@ -14,9 +14,9 @@ from gptfast.reference_loop import ReferenceLoop
 from gptfast.request import (
     GIB,
     Loop,
-    Progress,
     Prompt,
     Request,
+    Update,
     check_dtype,
     check_tokenizer,
     encode,
@@ -121,7 +121,7 @@ def generate(
             pass
     except KeyboardInterrupt:
         pass  # what is unfinished says so
-    return [_generation(loop.progress(i), request) for i in range(len(request.prompts))]
+    return [_generation(update, request) for update in loop.updates()]
 
 
 def stream(
@@ -240,7 +240,7 @@ def _loop(model: GPT | PackedModel, request: Request, lasting: bool = False) -> 
     return ReferenceLoop(model, request)
 
 
-def _generation(own: Progress, request: Request) -> Generation:
+def _generation(own: Update, request: Request) -> Generation:
     text = None
     if request.pieces is not None:
         text = "".join(request.pieces[token] for token in own.tokens)
@@ -265,13 +265,11 @@ class _Shown:
 
     def __init__(self, request: Request) -> None:
         self._request = request
-        self.tokens = 0  # that have been read
         self._text = ""  # that has been read and not yielded
 
-    def news(self, recent: Progress) -> Piece:
-        """What is new, given the progress since the last call; what may become a stop waits."""
+    def news(self, recent: Update) -> Piece:
+        """What is new; what may become a stop waits."""
         request = self._request
-        self.tokens += len(recent.tokens)
         if request.pieces is None:
             return recent.tokens
         text = self._text + "".join(request.pieces[token] for token in recent.tokens)
@@ -289,7 +287,7 @@ def _pieces(loop: Loop, request: Request) -> Iterator[tuple[int, Piece]]:
     while more:
         more = loop.run(seconds)
         seconds = STREAM_SECONDS
-        for i in loop.changed():
-            piece = shown[i].news(loop.progress(i, first=shown[i].tokens))
+        for update in loop.updates():
+            piece = shown[update.sequence].news(update)
             if piece:
-                yield i, piece
+                yield update.sequence, piece

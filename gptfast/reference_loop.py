@@ -10,7 +10,7 @@ from torch import Tensor
 from gptfast.errors import ConfigError
 from gptfast.mergeable import engine_oddity
 from gptfast.model import GPT
-from gptfast.request import Progress, Request, not_finite
+from gptfast.request import Request, Update, not_finite
 from gptfast.sampling import choose, draws
 
 
@@ -22,9 +22,8 @@ class ReferenceLoop:
         self._request = request
         self._tokens = [list(prompt) for prompt in request.prompts]
         self._offset = [0] * len(self._tokens)
-        self._progress = [
-            Progress("running" if request.max_new_tokens > 0 else "length") for _ in self._tokens
-        ]
+        first = "running" if request.max_new_tokens > 0 else "length"
+        self._all = [Update(i, first, [], [], []) for i in range(len(self._tokens))]
         self._reported: dict[int, tuple[int, str]] = {}
 
     def _prepared(self, model: GPT, dtype: str | None) -> GPT:
@@ -46,23 +45,24 @@ class ReferenceLoop:
             for first in range(0, len(group), self._request.max_batch):
                 self._step(group[first : first + self._request.max_batch])
 
-    def progress(self, i: int, first: int = 0) -> Progress:
+    def updates(self) -> list[Update]:
         """See Loop."""
-        own = self._progress[i]
-        end = len(own.tokens)  # Ctrl-C may have come before a token, after what is said of it
-        return Progress(
-            own.state, own.tokens[first:], own.logprobs[first:end], own.alternatives[first:end]
-        )
-
-    def changed(self) -> list[int]:
-        """See Loop."""
-        now = {i: (len(own.tokens), own.state) for i, own in enumerate(self._progress)}
-        found = [i for i, what in now.items() if self._reported.get(i) != what]
-        self._reported = now
+        found = []
+        for i, own in enumerate(self._all):
+            end = len(own.tokens)  # Ctrl-C may have come before a token, after what is said of it
+            if self._reported.get(i) == (end, own.state):
+                continue
+            start, _ = self._reported.get(i, (0, ""))
+            lists = own.tokens, own.logprobs, own.alternatives
+            found.append(Update(i, own.state, *(each[start:end] for each in lists)))
+            self._reported[i] = end, own.state
         return found
 
     def _running(self) -> list[int]:
-        return [i for i, own in enumerate(self._progress) if own.state == "running"]
+        return [i for i, own in enumerate(self._all) if own.state == "running"]
+
+    def _generated(self, i: int) -> int:
+        return len(self._all[i].tokens)
 
     def _window(self, i: int) -> list[int]:
         return self._tokens[i][self._offset[i] :]
@@ -73,7 +73,7 @@ class ReferenceLoop:
         if over <= 0:
             return
         if stride is None:
-            self._progress[i].state = "window"
+            self._all[i].state = "window"
         else:
             self._offset[i] += -(-over // stride) * stride
 
@@ -84,7 +84,7 @@ class ReferenceLoop:
         finite = logits.isfinite().all(-1)
         if not finite.all():
             raise not_finite("prompt", group[int(finite.int().argmin())] // request.num_samples)
-        steps = [len(self._progress[i].tokens) for i in group]
+        steps = [self._generated(i) for i in group]
         uniforms = draws(
             torch.tensor([request.seeds[i] for i in group]),
             torch.tensor([request.numbers[i] for i in group]),
@@ -99,7 +99,7 @@ class ReferenceLoop:
     def _append(
         self, i: int, token: int, logprob: float, alternatives: list[tuple[int, float]]
     ) -> None:
-        request, own = self._request, self._progress[i]
+        request, own = self._request, self._all[i]
         if token in request.stop_tokens:
             own.state = "stop"
             return

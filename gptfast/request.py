@@ -1,7 +1,7 @@
 """What is to be generated, checked: the input of the engine and of the reference loop."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from gptfast.checks import check_seed, is_iterable, whole
@@ -38,13 +38,14 @@ class Request(NamedTuple):
 
 
 @dataclass
-class Progress:
-    """What one sequence has so far; a stop string still ends it, a stop token does not."""
+class Update:
+    """What is new of one sequence; a stop string still ends it, a stop token does not."""
 
+    sequence: int
     state: str  # waiting, running, or why it ended: length, stop, window, invalid (an error)
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    alternatives: list[list[tuple[int, float]]] = field(default_factory=list)
+    tokens: list[int]
+    logprobs: list[float]
+    alternatives: list[list[tuple[int, float]]]
 
 
 class Loop(Protocol):
@@ -54,12 +55,8 @@ class Loop(Protocol):
         """Generates for about so long, one step at least; whether there is more to do."""
         ...
 
-    def progress(self, i: int, first: int = 0) -> Progress:
-        """What sequence i has, its tokens from number `first` on."""
-        ...
-
-    def changed(self) -> list[int]:
-        """The sequences with new tokens or another state since the last call."""
+    def updates(self) -> list[Update]:
+        """What is new since the last call, of all sequences at first, then of those with any."""
         ...
 
 
@@ -68,8 +65,8 @@ def not_finite(name: str, i: int) -> DataError:
     return DataError(f"the model's logits are not finite for {name} {i}")
 
 
-def rows_at_once(
-    request: Request, sequences: int, capacity: int, row_bytes: int, used_bytes: int = 0
+def slots_at_once(
+    request: Request, sequences: int, capacity: int, slot_bytes: int, used_bytes: int = 0
 ) -> int:
     """How many sequences may run at once, of `capacity` tokens and so many bytes of cache each.
 
@@ -77,12 +74,12 @@ def rows_at_once(
         ConfigError: The memory does not hold one.
     """
     left = request.max_cache_bytes - used_bytes
-    if sequences and left < row_bytes:
+    if sequences and left < slot_bytes:
         raise ConfigError(
-            f"max_cache_bytes must hold one sequence of {capacity} tokens, {row_bytes} bytes,"
+            f"max_cache_bytes must hold one sequence of {capacity} tokens, {slot_bytes} bytes,"
             f" got {request.max_cache_bytes}"
         )
-    return min(sequences, request.max_batch, left // max(1, row_bytes))
+    return min(sequences, request.max_batch, left // max(1, slot_bytes))
 
 
 def window_stride(overflow: str, block_size: int) -> int | None:

@@ -58,6 +58,17 @@ class Sampling:
             object.__setattr__(self, name, None if value is None else float(value))
 
 
+    def as_numbers(self, vocab_size: int) -> tuple[float, int, float, float, float]:
+        """Temperature, top_k, top_p, min_p, penalty; what is None as the number of no limit."""
+        return (
+            self.temperature,
+            min(self.top_k or 0, vocab_size),
+            1.0 if self.top_p is None else self.top_p,
+            self.min_p or 0.0,
+            self.repetition_penalty,
+        )
+
+
 def _within(value: object, least: float, most: float) -> bool:
     return isinstance(value, (float, int, Real)) and least <= float(value) <= most
 

@@ -131,14 +131,9 @@ def _score(
         return [_reference_scores(reference, texts[w.text], w) for w in windows]
     results: list[list[float]] = [[] for _ in windows]
     for group in _groups(windows):
-        lengths = [windows[n].length for n in group]
         parts = [texts[windows[n].text][windows[n].first : windows[n].last + 1] for n in group]
-        tokens = torch.tensor([token for part in parts for token in part[:-1]])
-        targets = torch.tensor([token for part in parts for token in part[1:]])
-        starts = torch.tensor([0, *lengths]).cumsum(0)
-        values = packed.score(tokens, targets, starts, capacity=max(lengths))
-        for n, own in zip(group, values.split(lengths), strict=True):
-            results[n] = own.tolist()
+        for n, own in zip(group, packed.score(parts), strict=True):
+            results[n] = own
     return results
 
 

@@ -170,7 +170,7 @@ def test_the_cache_stays_within_its_budget(budget: int, overflow: str) -> None:
     packed = gptfast.pack(make("odd"))
     options: dict[str, Any] = {"max_cache_bytes": budget, "overflow": overflow}
     request = make_request(packed, [[1, 2, 3]] * 300, max_new_tokens=50, **options)
-    assert 0.6 * min(budget, 256 * packed.row_bytes(37)) < Engine(packed, request).cache_bytes
+    assert 0.6 * min(budget, 256 * packed.compiled.cache_bytes(37)) < Engine(packed, request).cache_bytes
     assert Engine(packed, request).cache_bytes <= budget
 
 
@@ -230,7 +230,7 @@ def test_logits_that_are_not_finite_end_the_call() -> None:
     engine = Engine(packed, make_request(packed, prompts, max_new_tokens=4, max_batch=2))
     with pytest.raises(DataError, match="prompt 1"):
         engine.run(60.0)
-    states = [engine.progress(i).state for i in range(200)]
+    states = [update.state for update in engine.updates()]
     assert states[:2] == ["running", "invalid"] and states[2:] == ["waiting"] * 198
 
 
@@ -513,7 +513,7 @@ def test_any_configuration_equals_the_uncached_loop(data: st.DataObject) -> None
         "max_batch": draw(st.integers(1, 8)),
     }
     if select.extension() is not None:  # memory for so many sequences at least
-        row = gptfast.pack(model).row_bytes(config.block_size)
+        row = gptfast.pack(model).compiled.cache_bytes(config.block_size)
         options["max_cache_bytes"] = row * draw(st.sampled_from((1, 2, 5, 1000)))
     request = make_request(model, prompts, **options)
     fused = gptfast.generate(model, prompts, **options)

@@ -3,20 +3,19 @@
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from gptfast import GPT, GPTConfig, ops
-from gptfast.ops import adamw, engine, select
+from gptfast.ops import adamw, select
 
 if select.extension() is None:
     pytest.skip(f"{select.extension_error}", allow_module_level=True)
 
-# Operators that no public operation calls: they are defined when their module is imported.
-INTERNAL = (adamw.adamw_, engine.pack_weight, engine.generate, engine.score)
+INTERNAL = (adamw.adamw_,)  # no public operation calls it: its module's import defines it
 
 R = torch.randn
 SEED = torch.tensor(7)
@@ -24,42 +23,6 @@ SEED = torch.tensor(7)
 
 def heads(T: int) -> Tensor:
     return R(2, T, 3, 16).transpose(1, 2)  # (B, H, T, D), dense but not contiguous
-
-
-BYTES = ((0, torch.uint8), (1, torch.int64))  # an empty list of texts and its starts
-
-
-class Model(NamedTuple):
-    """One layer of 20 dimensions, 7 tokens, a window of 8."""
-
-    params: list[Tensor]
-    packed: list[Tensor]
-    description: tuple[Any, ...] = (1, 2, True, "erf", False, 8)
-
-
-def model_arguments() -> Model:
-    weights = [R(20, 20), R(40, 20), R(20, 20), R(80, 20), R(20, 80), R(7, 20)]
-    shapes = (7, 20), (8, 20), 20, 0, 20, 40, 20, 20, 20, 80, 20, 20, 20
-    params = [R(*shape) if isinstance(shape, tuple) else R(shape) for shape in shapes]
-    return Model(params, [engine.pack_weight(w, torch.float32, False) for w in weights])
-
-
-def new_cache(rows: int) -> Tensor:
-    extension = select.extension()
-    assert extension is not None
-    return torch.zeros(rows, extension.cache_bytes(False, 8, 2, 10, 8) // 4)
-
-
-def state() -> list[Tensor]:
-    """Three sequences of up to 4, 6 and 12 tokens, in places of their own."""
-    rows = [
-        dict(begin=0, length=1, prompt=1, limit=4),
-        dict(begin=4, length=2, prompt=2, limit=6, number=1, twin=1),
-        dict(begin=10, length=9, prompt=9, limit=12, number=2, twin=2),
-    ]
-    sequences = torch.tensor([[row.get(name, 0) for name in engine.FIELDS] for row in rows])
-    tokens = torch.ones(22, dtype=torch.int64)
-    return [sequences, tokens, R(22), torch.zeros(22, 2, dtype=torch.int64), R(22, 2)]
 
 
 def cases() -> dict[str, tuple[Any, ...]]:
@@ -74,9 +37,6 @@ def cases() -> dict[str, tuple[Any, ...]]:
     y2, mean2, rstd2, hidden = torch.ops.gptfast.ffn(x, *ffn, "erf", 0.1, SEED, 2, True)
     idx = torch.randint(5, (2, 9))
     tables = (R(5, 32), R(12, 32))
-    model = model_arguments()
-    tokens, targets, starts = (torch.tensor(each) for each in ([1, 2, 3], [2, 3, 0], [0, 2, 3]))
-    stops = [torch.tensor([6]), *(torch.zeros(n, dtype=d) for n, d in BYTES * 2)]
     return {
         "attention": (q, k, v, 0.25, 0.1, SEED, 1),
         "attention_backward": (R(2, 9, 3, 16), q, k, v, out, lse, 0.25, 0.1, SEED, 1),
@@ -91,18 +51,13 @@ def cases() -> dict[str, tuple[Any, ...]]:
         "embedding_backward": (R(2, 9, 32), idx, *tables, 0, 0.1, SEED, 0, 0b11),
         "adamw_": (*([R(20), R(3, 5)] for _ in range(3)), [R(20).abs(), R(3, 5).abs()],
             [torch.ones(()), torch.ones(())], 1e-3, 0.9, 0.99, 1e-8, 0.1, 1.0),
-        "pack_weight": (R(20, 32), torch.bfloat16, True),
-        "generate": (state(), new_cache(2), [], model.params, model.packed, stops,
-            *model.description, 1.0, 3, 0.9, 0.01, 1.2, 1, 10.0),
-        "score": (tokens, targets, starts, new_cache(2), model.params, model.packed,
-            *model.description),
     }  # fmt: skip
 
 
 NAMES = (
     "attention attention_backward self_attention self_attention_backward"
     " linear linear_backward ffn ffn_backward linear_cross_entropy embedding embedding_backward"
-    " adamw_ pack_weight generate score"
+    " adamw_"
 ).split()
 
 
@@ -115,7 +70,6 @@ def test_every_operator_has_a_case() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name: str) -> None:
     torch.manual_seed(0)
-    # The size of a packed weight depends on the instruction set, which a fake cannot know.
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(getattr(torch.ops.gptfast, name).default, cases()[name], test_utils=tests)
 
@@ -128,113 +82,6 @@ def test_operators_check_what_they_are_called_with(name: str) -> None:
         bad = [*arguments[:i], arguments[i].to(torch.float64), *arguments[i + 1 :]]
         with pytest.raises(RuntimeError, match=rf"gptfast::{name}: \w+ must"):
             getattr(torch.ops.gptfast, name)(*bad)
-
-
-@pytest.mark.parametrize(
-    ("sequence", "field", "value", "message"),
-    (
-        (0, "limit", 30, "sequence 0 must have 0 < prompt <= length <= limit tokens"),
-        (0, "begin", -1, "sequence 0 must have 0 < prompt"),
-        (1, "prompt", 3, "sequence 1 must have 0 < prompt"),
-        (1, "prompt", 0, "sequence 1 must have 0 < prompt"),
-        (1, "begin", 3, "sequence 1 must have 0 < prompt .* in places of its own"),
-        (1, "begin", 6, "sequence 2 must have 0 < prompt .* in places of its own"),
-        (0, "beyond", -1, "sequence 0 must have 0 < prompt"),
-        (0, "limit", 1, "sequence 0 must have room for a token"),
-    ),
-)
-def test_generate_refuses_what_would_leave_its_memory(
-    sequence: int, field: str, value: int, message: str
-) -> None:
-    arguments = cases()["generate"]
-    arguments[0][0][sequence, engine.FIELDS.index(field)] = value
-    with pytest.raises(RuntimeError, match=message):
-        engine.generate(*arguments)
-
-
-def test_generate_takes_places_in_any_order_and_returns_where_one_has_no_more() -> None:
-    arguments = list(cases()["generate"])
-    column = {name: i for i, name in enumerate(engine.FIELDS)}
-    sequences = arguments[0][0]
-    sequences[0, column["begin"]], sequences[1, column["begin"]] = 6, 0
-    sequences[1, column["limit"]], sequences[1, column["beyond"]] = 3, 3
-    arguments[5] = [torch.tensor([], dtype=torch.int64), *arguments[5][1:]]  # no stops
-    unfinished, invalid = engine.generate(*arguments)
-    assert (unfinished, invalid) == (3, -1)
-    assert sequences[:2, column["length"]].tolist() == [2, 3]
-    with pytest.raises(RuntimeError, match="sequence 1 must have room for a token"):
-        engine.generate(*arguments)
-    sequences[1, column["limit"]], sequences[1, column["beyond"]] = 6, 0
-    assert engine.generate(*arguments) == (0, -1)
-    assert sequences[:, column["length"]].tolist() == [4, 6, 12]
-
-
-@pytest.mark.parametrize(
-    ("field", "value"), (("row", 2), ("row", -1), ("cached", 9), ("cached", -1), ("offset", -1))
-)
-def test_generate_refuses_running_sequences_without_a_place(field: str, value: int) -> None:
-    arguments = cases()["generate"]
-    arguments[0][0][2, engine.FIELDS.index("state")] = engine.STATES.index("running")
-    arguments[0][0][2, engine.FIELDS.index(field)] = value
-    with pytest.raises(RuntimeError, match="sequence 2 must have a row of the cache of its own"):
-        engine.generate(*arguments)
-
-
-def test_generate_refuses_tokens_and_capacities_that_do_not_fit() -> None:
-    arguments = list(cases()["generate"])
-    arguments[0][1][4] = 7
-    with pytest.raises(RuntimeError, match=r"sequence 1 must have tokens in \[0, 7\), got 7"):
-        engine.generate(*arguments)
-    arguments = list(cases()["generate"])
-    with pytest.raises(RuntimeError, match="cache must have shape"):
-        engine.generate(arguments[0], R(2, 17), *arguments[2:])
-    with pytest.raises(RuntimeError, match=r"capacity must be in \[1, 8\], got 9"):
-        engine.generate(*arguments[:11], 9, *arguments[12:])
-
-
-def test_score_refuses_windows_that_do_not_fit() -> None:
-    arguments = list(cases()["score"])
-    for place, value, message in (
-        (0, [1, 2, 7], r"tokens must be in \[0, 7\), got 7"),
-        (1, [1, 2, 7], r"targets must be in \[0, 7\), got 7"),
-        (2, [0, 2, 4], r"starts must be in \[0, 4\), got 4"),
-        (2, [0, 3, 3], "starts must give each window 1 to 8 tokens, got 0"),
-        (2, [0, 1, 2, 3], "starts must rise from 0 to the number of tokens"),
-    ):
-        bad = [*arguments[:place], torch.tensor(value), *arguments[place + 1 :]]
-        with pytest.raises(RuntimeError, match=message):
-            engine.score(*bad)
-
-
-def test_packed_weights_of_another_level_are_refused() -> None:
-    extension = select.extension()
-    assert extension is not None
-    before = extension.isa_current()
-    arguments = cases()["score"]
-    extension.isa_set("generic")
-    try:
-        if before == "generic":
-            pytest.skip("this machine has the generic level alone")
-        with pytest.raises(RuntimeError, match="packed must"):
-            engine.score(*arguments)
-    finally:
-        extension.isa_set(before)
-
-
-def test_packed_weights_of_another_kind_are_refused() -> None:
-    arguments = list(cases()["score"])
-    arguments[5] = [engine.pack_weight(R(20, 20), torch.bfloat16, False), *arguments[5][1:]]
-    with pytest.raises(RuntimeError, match="packed must"):
-        engine.score(*arguments)
-
-
-def test_absent_parameters_that_are_needed_are_refused() -> None:
-    arguments = list(cases()["score"])
-    for needed in (0, 1, 2, 7, 11):  # wte, wpe and the weights of the norms
-        params = list(arguments[4])
-        params[needed] = R(0)
-        with pytest.raises(RuntimeError, match="params must"):
-            engine.score(*arguments[:4], params, *arguments[5:])
 
 
 def test_empty_weights_are_refused() -> None:

@@ -480,8 +480,7 @@ def test_generation_is_that_of_the_uncached_loop(options: dict[str, Any], overfl
     for loop in (on_device, plainly):
         while loop.run(0.0):
             pass
-    for i in range(len(prompts)):
-        a, b = on_device.progress(i), plainly.progress(i)
+    for a, b in zip(on_device.updates(), plainly.updates(), strict=True):
         assert a.tokens == b.tokens and a.state == b.state
         assert torch.allclose(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4)
         assert [[t for t, _ in row] for row in a.alternatives] == [
@@ -499,7 +498,7 @@ def test_a_stream_is_of_the_model_as_it_was_at_the_call() -> None:
             model.wte.weight.data.neg_()
         while loop.run(0.0):
             pass
-        found.append(loop.progress(0))
+        found.append(loop.updates())
     assert found[0] == found[1]
 
 
@@ -511,7 +510,7 @@ def test_generation_has_the_models_dtype_whatever_autocast_says() -> None:
         with torch.autocast(DEVICE.type, torch.float16, enabled=enabled):
             while loop.run(0.0):
                 pass
-        found.append(loop.progress(0).logprobs)
+        found.append(loop.updates()[0].logprobs)
     assert found[0] == found[1]
 
 

@@ -125,8 +125,8 @@ const std::pair<const char*, void (*)()> groups[] = {
     {"embedding", embedding_cases},
     {"adamw", adamw_cases},
     {"team", team_cases},
-    {"decoder", decoder_cases},
-    {"generator", generator_cases},
+    {"forward", forward_cases},
+    {"session", session_cases},
 };
 
 // Prints the groups, and to the other stream what no group will run.

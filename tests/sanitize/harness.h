@@ -138,7 +138,7 @@ void cross_entropy_cases();
 void embedding_cases();
 void adamw_cases();
 void team_cases();
-void decoder_cases();
-void generator_cases();
+void forward_cases();
+void session_cases();
 
 }  // namespace gptfast::sanitize

@@ -1,0 +1,300 @@
+#include "forward.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "../kernels/scratch.h"
+
+namespace gptfast {
+namespace {
+
+template <class T>
+T* take(Frame& frame, int64_t count) {
+  return static_cast<T*>(frame.bytes(static_cast<size_t>(count) * sizeof(T)));
+}
+
+void embed(const Model& model, int64_t count, const int64_t* tokens,
+           const int64_t* positions, void* x, const Parallel& parallel) {
+  Embedding s = {};
+  s.y_dtype = model.dtype();
+  s.M = count, s.C = model.config().n_embd, s.V = model.config().vocab_size;
+  s.idx = tokens;
+  s.position = positions;
+  s.wte = model.wte();
+  s.wpe = model.wpe();
+  s.y = x;
+  model.kernels().embedding(s, parallel);
+}
+
+// Rows of activations, and what the layers do to each of them by itself.
+class Rows {
+ public:
+  Rows(const Model& model, const Plan& plan, int64_t count, const Parallel& parallel)
+      : kernels_(model.kernels()),
+        model_(model),
+        plan_(plan),
+        parallel_(parallel),
+        M_(count),
+        C_(model.config().n_embd),
+        x_(matrix(C_)),
+        next_(matrix(C_)),
+        heads_(matrix(C_)) {}
+
+  // As many rows of so many columns, uninitialised.
+  char* matrix(int64_t columns) {
+    return take<char>(frame_, M_ * columns * model_.element_bytes());
+  }
+  char* x(int64_t row = 0) const { return at(x_, row); }
+  char* heads(int64_t row = 0) const { return at(heads_, row); }
+
+  // Y (count, columns) = norm(X) W' + bias of the rows from `first` on.
+  void project(int64_t first, int64_t count, int64_t columns, const Norm& norm,
+               const Weight& weight, const Param& bias, void* y, DType y_dtype,
+               const Parallel& parallel) const {
+    kernels_.linear(
+        {model_.dtype(), count, C_, columns, x(first), norm, weight, bias, nullptr, y, y_dtype},
+        parallel);
+  }
+
+  // What follows a layer's attention, for some rows: X = Z + ffn(Z), Z = X + heads W' + bias.
+  void finish(const Model::Layer& layer, int64_t first, int64_t count, const Parallel& parallel) {
+    char *x = this->x(first), *next = at(next_, first);
+    if (model_.config().attention) {
+      kernels_.linear({model_.dtype(), count, C_, C_, heads(first), Norm{}, layer.c_proj,
+                       layer.c_proj_bias, x, next, model_.dtype()},
+                      parallel);
+    } else {
+      std::memcpy(next, x, static_cast<size_t>(at(x, count) - x));
+    }
+    Ffn s = {};
+    s.dtype = model_.dtype();
+    s.M = count, s.C = C_, s.F = 4 * C_;
+    s.x = next;
+    s.norm = layer.ln_2;
+    s.w1 = layer.c_fc;
+    s.b1 = layer.c_fc_bias;
+    s.w2 = layer.mlp_c_proj;
+    s.b2 = layer.mlp_c_proj_bias;
+    s.gelu = model_.config().gelu;
+    s.y = x;
+    kernels_.ffn(s, parallel);
+  }
+
+  // What follows the last layer's attention: calls `use` for some rows at a time.
+  void for_logits(const UseLogits& use) {
+    finish(model_.layers().back(), 0, M_, parallel_);
+    const int64_t V = model_.config().vocab_size, rows = plan_.logits_rows(M_);
+    float* logits = take<float>(frame_, rows * V);
+    for (int64_t first = 0; first < M_; first += rows) {
+      const int64_t count = std::min(rows, M_ - first);
+      project(first, count, V, model_.ln_f(), model_.lm_head(), Param{}, logits, DType::f32,
+              parallel_);
+      use(first, count, logits, parallel_);
+    }
+  }
+
+ private:
+  char* at(char* data, int64_t row) const { return data + row * C_ * model_.element_bytes(); }
+
+  const Kernels& kernels_;
+  const Model& model_;
+  const Plan& plan_;
+  const Parallel& parallel_;
+  Frame frame_;
+  int64_t M_, C_;
+  char *x_, *next_, *heads_;
+};
+
+// New tokens up to the last layer's attention; what follows it is done for rows, each by itself.
+class Pass {
+ public:
+  Pass(const Model& model, const Plan& plan, const Batch& batch, Cache& cache,
+       const FirstLayerTable* table, const Parallel& parallel)
+      : kernels_(model.kernels()),
+        model_(model),
+        plan_(plan),
+        batch_(batch),
+        cache_(cache),
+        table_(table),
+        parallel_(parallel),
+        M_(batch.count()),
+        C_(model.config().n_embd),
+        rows_(model, plan, M_, parallel),
+        position_(take<int64_t>(frame_, M_)),
+        qkv_(rows_.matrix(3 * C_)) {}
+
+  // For all tokens, in rows of its own.
+  Rows& run() {
+    run_layers();
+    if (model_.config().attention) attend_last(rows_, 0, M_);
+    return rows_;
+  }
+
+  // For each sequence's last token, in rows of `last` from `first` on.
+  void run(Rows& last, int64_t first) {
+    run_layers();
+    for (int64_t i = 0; i < batch_.sequences; ++i)
+      copy(rows_.x(batch_.starts[i + 1] - 1 - batch_.starts[0]), C_, last.x(first + i));
+    if (model_.config().attention) attend_last(last, first, batch_.sequences);
+  }
+
+ private:
+  const int64_t* tokens() const { return batch_.tokens + batch_.starts[0]; }
+  char* at(char* data, int64_t offset) const { return data + offset * model_.element_bytes(); }
+  void copy(const char* from, int64_t count, char* to) const {
+    std::memcpy(to, from, static_cast<size_t>(count * model_.element_bytes()));
+  }
+
+  // All but what follows the last one's queries, keys and values.
+  void run_layers() {
+    for (int64_t i = 0; i < batch_.sequences; ++i)
+      for (int64_t t = batch_.starts[i]; t < batch_.starts[i + 1]; ++t)
+        position_[t - batch_.starts[0]] = batch_.position(i, t);
+    const auto last = static_cast<int64_t>(model_.layers().size()) - 1;
+    for (int64_t i = 0; i <= last; ++i) {
+      plan_.for_rows(M_, parallel_, [&](int64_t first, int64_t count, const Parallel& parallel) {
+        if (i == 0)
+          embed(model_, count, tokens() + first, position_ + first, rows_.x(first),
+                parallel);
+        else
+          rows_.finish(layer(i - 1), first, count, parallel);
+        if (model_.config().attention) project(i, i == last, first, count, parallel);
+      });
+      if (model_.config().attention && i < last) attend(i);
+    }
+  }
+
+  const Model::Layer& layer(int64_t i) const { return model_.layers()[static_cast<size_t>(i)]; }
+
+  // Queries, keys and values (M, 3 C); of the last layer keys and values (M, 2 C).
+  void project(int64_t index, bool last, int64_t first, int64_t count, const Parallel& parallel) {
+    if (index == 0 && table_ != nullptr) return look_up(first, count, parallel);
+    const int64_t columns = (last ? 2 : 3) * C_;
+    rows_.project(first, count, columns, layer(index).ln_1,
+                  last ? layer(index).kv : layer(index).c_attn,
+                  last ? layer(index).kv_bias : layer(index).c_attn_bias, at(qkv_, first * columns),
+                  model_.dtype(), parallel);
+  }
+
+  CachedAttention attention(int64_t layer) const {
+    CachedAttention s = {};
+    s.shape = cache_.shape();
+    s.sequences = batch_.sequences;
+    s.starts = batch_.starts, s.row = batch_.slot, s.cached = batch_.cached, s.kept = batch_.kept;
+    s.cache = cache_.layer(layer);
+    return s;
+  }
+
+  void attend(int64_t index) {
+    CachedAttention s = attention(index);
+    s.q = qkv_, s.k = at(qkv_, C_), s.v = at(qkv_, 2 * C_);
+    s.q_stride = s.kv_stride = 3 * C_;
+    s.out = rows_.heads();
+    kernels_.attention_cached(s, parallel_);
+  }
+
+  // With queries of `count` rows of `to`.
+  void attend_last(const Rows& to, int64_t first, int64_t count) {
+    const auto last = static_cast<int64_t>(model_.layers().size()) - 1;
+    char *kv = qkv_, *q = at(qkv_, M_ * 2 * C_);
+    to.project(first, count, C_, layer(last).ln_1, layer(last).c_attn, layer(last).c_attn_bias, q,
+               model_.dtype(), parallel_);
+    CachedAttention s = attention(last);
+    s.q = q, s.k = kv, s.v = at(kv, C_);
+    s.q_stride = C_, s.kv_stride = 2 * C_;
+    s.last_queries = count < M_;
+    s.out = to.heads(first);
+    kernels_.attention_cached(s, parallel_);
+  }
+
+  void look_up(int64_t first, int64_t count, const Parallel& parallel) const {
+    constexpr int64_t rows = limits::task_table_rows;
+    run_tasks(parallel, (count + rows - 1) / rows, [&](int64_t task) {
+      const int64_t last = std::min(first + count, first + (task + 1) * rows);
+      for (int64_t m = first + task * rows; m < last; ++m)
+        copy(table_->row(tokens()[m], position_[m]), 3 * C_, at(qkv_, m * 3 * C_));
+    });
+  }
+
+  const Kernels& kernels_;
+  const Model& model_;
+  const Plan& plan_;
+  const Batch& batch_;
+  Cache& cache_;
+  const FirstLayerTable* table_;
+  const Parallel& parallel_;
+  int64_t M_, C_;
+  Rows rows_;
+  Frame frame_;
+  int64_t* position_;
+  char* qkv_;
+};
+
+// Has the table know the first layer of a batch's tokens.
+void fill(FirstLayerTable& table, const Model& model, const Batch& batch,
+          const Parallel& parallel) {
+  const int64_t C = model.config().n_embd;
+  std::vector<int64_t> tokens, positions;
+  for (int64_t i = 0; i < batch.sequences; ++i)
+    for (int64_t t = batch.starts[i]; t < batch.starts[i + 1]; ++t) {
+      const int64_t token = batch.tokens[t], position = batch.position(i, t);
+      if (table.mark_known(token, position)) continue;
+      tokens.push_back(token);
+      positions.push_back(position);
+    }
+  const auto count = static_cast<int64_t>(tokens.size());
+  if (count == 0) return;
+  Frame frame;
+  char* x = take<char>(frame, count * C * model.element_bytes());
+  char* qkv = take<char>(frame, count * table.row_bytes());
+  embed(model, count, tokens.data(), positions.data(), x, parallel);
+  const Model::Layer& layer = model.layers()[0];
+  model.kernels().linear({model.dtype(), count, C, 3 * C, x, layer.ln_1, layer.c_attn,
+                          layer.c_attn_bias, nullptr, qkv, model.dtype()},
+                         parallel);
+  for (int64_t i = 0; i < count; ++i) {
+    const auto at = static_cast<size_t>(i);
+    std::memcpy(table.row(tokens[at], positions[at]), qkv + i * table.row_bytes(),
+                static_cast<size_t>(table.row_bytes()));
+  }
+}
+
+}  // namespace
+
+void forward(const Model& model, const Batch& batch, Cache& cache, FirstLayerTable* table,
+             const UseLogits& use, const Parallel& parallel) {
+  if (batch.sequences == 0) return;
+  if (table != nullptr) fill(*table, model, batch, parallel);
+  const Plan plan(model, batch, parallel.threads);
+  plan.for_parts(batch, parallel, [&](const Batch& part, int64_t first, const Parallel& threads) {
+    Rows last(model, plan, part.sequences, threads);
+    plan.for_blocks(part, [&](const Batch& block, int64_t at) {
+      Pass(model, plan, block, cache, table, threads).run(last, at);
+    });
+    last.for_logits([&](int64_t row, int64_t count, const float* logits, const Parallel& idle) {
+      use(first + row, count, logits, idle);
+    });
+  });
+}
+
+void score(const Model& model, const Batch& batch, Cache& cache, const int64_t* targets,
+           float* logprobs, const Parallel& parallel) {
+  if (batch.count() == 0) return;
+  const int64_t V = model.config().vocab_size;
+  const Plan plan(model, batch, parallel.threads);
+  plan.for_parts(batch, parallel, [&](const Batch& part, int64_t, const Parallel& threads) {
+    plan.for_blocks(part, [&](const Batch& block, int64_t) {
+      Pass pass(model, plan, block, cache, nullptr, threads);
+      pass.run().for_logits(
+          [&](int64_t first, int64_t count, const float* logits, const Parallel& idle) {
+            run_tasks(idle, count, [&](int64_t i) {
+              const int64_t at = block.starts[0] + first + i;
+              logprobs[at] = model.kernels().logprob(logits + i * V, V, targets[at]);
+            });
+          });
+    });
+  });
+}
+
+}  // namespace gptfast

@@ -1,0 +1,68 @@
+#include "schedule.h"
+
+#include <algorithm>
+
+namespace gptfast {
+namespace {
+
+// Where the parts end, counted in sequences, that a thread each computes on its own: it keeps the
+// weights and the activations of some tokens in its core's cache. None where the parts would be too
+// uneven.
+std::vector<int64_t> part_ends(const Batch& batch, int threads) {
+  const int64_t tokens = batch.count();
+  const int64_t parts = threads * ((tokens - 1) / (limits::part_tokens * threads) + 1);
+  std::vector<int64_t> ends;
+  int64_t first = 0, largest = 0;
+  for (int64_t last = 1; last <= batch.sequences; ++last) {
+    const int64_t size = batch.part(first, last).count();
+    if (size * parts < tokens && last < batch.sequences) continue;
+    largest = std::max(largest, size);
+    ends.push_back(first = last);
+  }
+  return 2 * threads * largest > 3 * tokens ? std::vector<int64_t>{} : ends;
+}
+
+}  // namespace
+
+Plan::Plan(const Model& model, const Batch& batch, int threads)
+    : fits_core_(model.layers_bytes() <= limits::core_bytes),
+      vocab_size_(model.config().vocab_size) {
+  if (threads > 1 && batch.sequences >= threads && fits_core_)
+    part_ends_ = part_ends(batch, threads);
+  in_blocks_ = fits_core_ && (threads == 1 || !part_ends_.empty());
+}
+
+int64_t Plan::logits_rows(int64_t M) const {
+  const int64_t most = std::max<int64_t>(1, std::min(M, limits::logits / vocab_size_));
+  return std::min(in_blocks_ ? limits::block_tokens : M, most);
+}
+
+Parallel Handoff::weighed(Parallel parallel) {
+  constexpr int period = 256;
+  if (passes_ == 0) worth_ = measure(parallel);
+  passes_ = worth_ == 0 ? 0 : (passes_ + 1) % period;
+  if (worth_ != 0) parallel.worth = worth_;
+  return parallel;
+}
+
+int64_t Handoff::measure(const Parallel& parallel) {
+  constexpr int loops = 8;
+  // Reading this much, of which a second thread takes half, is as long as a loop costs beyond an
+  // empty one, whose operands and results change cores too: found by trial on near and far cores.
+  constexpr double bytes_per_second = 256e9;
+  static thread_local char here;  // its address tells threads apart
+  std::vector<const char*> who(static_cast<size_t>(parallel.threads));
+  double least = 1.0;
+  for (int i = 0; i < loops; ++i) {
+    const Clock::time_point start = Clock::now();
+    run_tasks(parallel, parallel.threads,
+              [&](int64_t task) { who[static_cast<size_t>(task)] = &here; });
+    const double seconds = seconds_since(start);
+    std::sort(who.begin(), who.end());
+    const bool all = std::adjacent_find(who.begin(), who.end()) == who.end();
+    if (all) least = std::min(least, seconds);
+  }
+  return least < 1.0 ? static_cast<int64_t>(least * bytes_per_second) : 0;
+}
+
+}  // namespace gptfast
