@@ -323,7 +323,7 @@ def set_to(name, make):
             r"wte.weight has shape \(6, 16\), expected \(5, 16\)",
         ),
         (set_to("ln_f.eps", lambda old: 1e-3), "ln_f has eps=0.001, expected 1e-05"),
-        (set_to("h.1.gelu", lambda old: "tanh"), "h.1 has gelu='tanh', expected 'erf'"),
+        (set_to("h.1.mlp.gelu", lambda old: "tanh"), "h.1.mlp has gelu='tanh', expected 'erf'"),
         (set_to("h.0.ln_2", lambda old: OtherNorm(16)), "h.0.ln_2 is a OtherNorm"),
         (set_to("h.0.mlp.forward", lambda old: torch.relu), "h.0.mlp has a forward of its own"),
         (lambda model: model.h.append(make_model().h[0]), r"has unexpected h.2.\S+ and 11 more"),
