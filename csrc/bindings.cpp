@@ -14,7 +14,7 @@
 #include <cstdlib>
 #include <string>
 
-#include "kernels/isa.h"
+#include "kernels/isa/isa.h"
 
 namespace {
 

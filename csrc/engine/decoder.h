@@ -5,7 +5,7 @@
 #include <functional>
 #include <vector>
 
-#include "../kernels/parallel.h"
+#include "../kernels/threads/parallel.h"
 
 namespace gptfast {
 

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <vector>
 
-#include "../kernels/parallel.h"
+#include "../kernels/threads/parallel.h"
 
 namespace gptfast {
 namespace {
