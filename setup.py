@@ -21,14 +21,15 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).resolve().parent
 KERNELS, TEMP = ROOT / "csrc" / "kernels", ROOT / "build" / "temp"
-SOURCES = [path for path in ROOT.glob("csrc/**/*.cpp") if not path.name.startswith("isa_")]
+LEVELS = KERNELS / "isa" / "levels"
+SOURCES = [path for path in ROOT.glob("csrc/**/*.cpp") if path.parent != LEVELS]
 
 CXX = os.environ.get("CXX") or "c++"
 FLAGS = "-O0 -g -UNDEBUG" if os.environ.get("DEBUG") == "1" else "-O3 -g0"
 FLAGS += " -fvisibility=hidden -Wall"
 STANDARD = "-std=c++20"  # torch before 2.12 would take an older one
 KERNEL_FLAGS = f"{STANDARD} -fPIC -ffp-contract=fast -fno-math-errno -fno-trapping-math"
-# g++'s own vectors stall (gemm.inl); it takes undefined operands in its own headers for mistakes.
+# g++'s own vectors stall (microkernel.inl); it takes undefined operands in its headers as mistakes.
 KERNEL_FLAGS += " -fno-tree-slp-vectorize -Wno-maybe-uninitialized -Wno-uninitialized"
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = AVX2 + " -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
@@ -60,10 +61,10 @@ def digest(folder: Path) -> str:  # gptfast/info.py hashes csrc in the same way
 
 
 def compile_isa(isa: str) -> str:
-    """Compiles csrc/kernels/isa_<isa>.cpp unless its object has these flags and kernel files."""
+    """Compiles isa/levels/<isa>.cpp unless its object has these flags and kernel files."""
     target, stamp = TEMP / f"isa_{isa}.o", TEMP / f"isa_{isa}.stamp"
     command = f"{CXX} {FLAGS} {KERNEL_FLAGS} {ISA_FLAGS[isa]} "
-    command += f"-c {quote(str(KERNELS / f'isa_{isa}.cpp'))} -o {quote(str(target))}"
+    command += f"-c {quote(str(LEVELS / f'{isa}.cpp'))} -o {quote(str(target))}"
     state = f"{digest(KERNELS)} {command}"
     if not (target.exists() and stamp.exists() and stamp.read_text() == state):
         stamp.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""From logits to tokens, in plain torch: the specification of csrc/kernels/sampling.inl."""
+"""From logits to tokens, in plain torch: the specification of csrc/kernels/layers/sampling.inl."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

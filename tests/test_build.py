@@ -225,7 +225,7 @@ def test_install_without_a_compiler(tree):
 def test_mistake_in_the_sources_fails_the_install(tree):
     if shutil.which(os.environ.get("CXX") or "c++") is None:
         pytest.skip("there is no C++ compiler")
-    for source in (tree / "csrc" / "kernels").glob("isa_*.cpp"):
+    for source in (tree / "csrc" / "kernels" / "isa" / "levels").glob("*.cpp"):
         source.write_text("#error broken on purpose\n")
     done = run(*BUILD, cwd=tree, MAX_JOBS="1")
     assert done.returncode != 0
@@ -280,8 +280,8 @@ def test_bindings_survive_the_pybind11_of_torch(tmp_path):
 
 def test_setup_has_flags_for_every_level():
     (flags,) = re.findall(r"^ISA_FLAGS = \{(.+)\}$", (ROOT / "setup.py").read_text(), re.MULTILINE)
-    levels = {path.stem for path in (ROOT / "csrc" / "kernels").glob("isa_*.cpp")}
-    assert levels == {f"isa_{level}" for level in re.findall(r'"(\w+)":', flags)}
+    levels = {path.stem for path in (ROOT / "csrc" / "kernels" / "isa" / "levels").glob("*.cpp")}
+    assert levels == set(re.findall(r'"(\w+)":', flags))
     assert len(levels) == 5
 
 

@@ -116,7 +116,7 @@ def test_info_without_an_installation_knows_no_range(package, monkeypatch):
 
 
 def test_stale_build(package):
-    source = package.parent / "csrc" / "kernels" / "gemm.inl"
+    source = package.parent / "csrc" / "kernels" / "matmul" / "gemm.inl"
     source.parent.mkdir(parents=True)
     source.write_text("one")
     assert not info.stale_build()  # nothing was built that could be stale

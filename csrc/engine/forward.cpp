@@ -4,7 +4,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../kernels/scratch.h"
+#include "../kernels/threads/scratch.h"
 
 namespace gptfast {
 namespace {

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "../kernels/parallel.h"
+#include "../kernels/threads/parallel.h"
 
 namespace gptfast {
 

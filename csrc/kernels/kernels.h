@@ -1,4 +1,4 @@
-// The table of CPU kernels: one instance per instruction set, chosen once by dispatch.cpp.
+// The table of CPU kernels: one instance per instruction set, chosen once by isa/dispatch.cpp.
 //
 // Kernels see raw pointers, sizes and strides, and a Parallel to run tasks on; no torch, and no
 // templates of the standard library.
@@ -24,10 +24,11 @@ struct Parallel {
   void (*run)(void* pool, int64_t tasks, void (*body)(void* context, int64_t task), void* context);
   int threads;
   void* pool = nullptr;
-  int64_t worth = int64_t{1} << 16;  // bytes of an operand that a thread joins in for; see rows.inl
+  int64_t worth =
+      int64_t{1} << 16;  // bytes of an operand that a thread joins in for; see tasks.inl
 };
 
-// Element (i, j) of matrix n is dropped as random.inl says.
+// Element (i, j) of matrix n is dropped as philox.inl says.
 struct Dropout {
   int32_t threshold;  // the probability in 65536ths; 0 drops nothing
   uint64_t seed;

@@ -10,8 +10,8 @@
 #include <optional>
 #include <string>
 
-#include "../kernels/isa.h"
-#include "../kernels/team.h"
+#include "../kernels/isa/isa.h"
+#include "../kernels/threads/team.h"
 
 namespace gptfast {
 

@@ -1,6 +1,6 @@
 """Random numbers from counters: the same draw for any batch, thread count or device.
 
-The kernels draw the same ones (csrc/kernels/random.inl).
+The kernels draw the same ones (csrc/kernels/simd/philox.inl).
 """
 
 import torch

@@ -65,15 +65,15 @@ def main(directory: Path, sanitizers: str) -> None:
 
     cxx = facts["CXX"]
     headers = [*CSRC.rglob("*.h"), *HERE.glob("*.h")]
-    kernels = digest((CSRC / "kernels").iterdir())
+    kernels = digest((CSRC / "kernels").rglob("*.*"))
     macros = " ".join(f"-DGPTFAST_HAVE_{isa.upper()}=1" for isa in built)
     plain = f"{cxx} {sanitized} {facts['STANDARD']} -DGPTFAST_AMX_EMULATED=1 {macros}"
     jobs = []
     for isa in built:
         command = f"{cxx} {sanitized} {facts['KERNEL_FLAGS']} {facts['ISA_FLAGS'][isa]}"
-        source = CSRC / "kernels" / f"isa_{isa}.cpp"
+        source = facts["LEVELS"] / f"{isa}.cpp"
         jobs.append((command, source, directory / f"isa_{isa}.o", kernels))
-    others = [CSRC / "kernels" / f"{name}.cpp" for name in ("dispatch", "team")]
+    others = [CSRC / "kernels" / f"{name}.cpp" for name in ("isa/dispatch", "threads/team")]
     others += sorted((CSRC / "engine").glob("*.cpp"))
     for source in [*others, *sorted(HERE.glob("*.cpp"))]:
         target = directory / f"{source.parent.name}_{source.stem}.o"

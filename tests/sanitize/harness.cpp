@@ -9,7 +9,7 @@
 #include <cstring>
 #include <thread>
 
-#include "../../csrc/kernels/team.h"
+#include "../../csrc/kernels/threads/team.h"
 
 namespace gptfast::sanitize {
 namespace {

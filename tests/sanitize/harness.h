@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/kernels/isa.h"
+#include "../../csrc/kernels/isa/isa.h"
 
 namespace gptfast::sanitize {
 

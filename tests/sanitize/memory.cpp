@@ -8,7 +8,7 @@
 #include <new>
 #include <random>
 
-#include "../../csrc/kernels/scratch.h"
+#include "../../csrc/kernels/threads/scratch.h"
 #include "harness.h"
 
 namespace gptfast {
@@ -125,8 +125,8 @@ double root_mean_square(const Buffer& x) {
 
 }  // namespace sanitize
 
-// In place of csrc/kernels/scratch.cpp: each piece has margins of its own, and a known content that
-// no result may depend on.
+// In place of csrc/kernels/threads/scratch.cpp: each piece has margins of its own, and a known
+// content that no result may depend on.
 namespace {
 thread_local std::vector<std::unique_ptr<sanitize::Guarded>> pieces;
 }

@@ -1,13 +1,13 @@
 // Loops of a team: each task runs once, whoever of its members comes and when, and failures end in
 // the caller's hands.
-#include "../../csrc/kernels/team.h"
+#include "../../csrc/kernels/threads/team.h"
 
 #include <chrono>
 #include <memory>
 #include <stdexcept>
 #include <thread>
 
-#include "../../csrc/kernels/parallel.h"
+#include "../../csrc/kernels/threads/parallel.h"
 #include "harness.h"
 
 namespace gptfast::sanitize {

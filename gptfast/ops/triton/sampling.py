@@ -1,4 +1,4 @@
-"""From logits to tokens: the draws of csrc/kernels/sampling.inl, a program for each row.
+"""From logits to tokens: the draws of csrc/kernels/layers/sampling.inl, a program for each row.
 
 The filters keep every token that reaches a threshold, found by bisection over the floats in their
 own order, without sorting.

@@ -1,0 +1,65 @@
+// Heads of attention: where the rows of one lie, what its queries see, and how heads are shared
+// out. Query i sees the keys j < visible_keys(i) = i + 1 + Tk - Tq.
+#pragma once
+
+#include "../kernels.h"
+#include "../matmul/layout.inl"
+#include "../matmul/prefetch.inl"
+#include "../simd/vec.inl"
+
+namespace gptfast::GPTFAST_LEVEL {
+namespace {
+
+template <class T>
+struct Head {
+  const T* data = nullptr;
+  int64_t row = 0;  // stride
+
+  Head() = default;
+  Head(const Heads& all, int64_t b, int64_t h)
+      : data(static_cast<const T*>(all.data) + b * all.b + h * all.h), row(all.t) {}
+  const T* at(int64_t t) const { return data + t * row; }
+  T* out(int64_t t) const { return const_cast<T*>(at(t)); }
+};
+
+// Has the products that are given `upcoming` fetch `rows` rows of head `index` of each of these.
+template <class T, int N>
+inline void expect_head(const Heads (&all)[N], const Attention& s, int64_t index, int64_t rows,
+                        Upcoming& upcoming) {
+  for (const Heads& heads : all) {
+    const Head<T> head(heads, index / s.H, index % s.H);
+    upcoming.add(head.data, head.row, rows, s.D);
+  }
+}
+
+inline int64_t visible_keys(const Attention& s, int64_t query) {
+  return max(0, min(s.Tk, query + 1 + s.Tk - s.Tq));
+}
+
+// Of sums over the keys from k0 on, the terms of the queries from `query` on; and of sums over the
+// queries from q0 on, those of the keys from `key` on.
+inline Terms key_terms(const Attention& s, int64_t query, int64_t k0) {
+  return {0, query + 1 + s.Tk - s.Tq - k0, 0, 1};
+}
+inline Terms query_terms(const Attention& s, int64_t key, int64_t q0, int64_t queries) {
+  return {key - (s.Tk - s.Tq) - q0, queries, 1, 0};
+}
+
+// How the work is cut into tasks: with many heads, some of them per task; with few, every head in
+// parts, so that every thread has work.
+struct HeadTasks {
+  int64_t heads, parts, heads_per_task, tasks;
+
+  HeadTasks(const Attention& s, int64_t most_parts, const Parallel& parallel) : heads(s.B * s.H) {
+    const int64_t wanted = parallel.threads == 1 ? 1 : 4 * parallel.threads;
+    parts = max(1, min(divide_up(wanted, max(1, heads)), most_parts));
+    heads_per_task = max(1, heads / (4 * wanted));  // 1 wherever a head has several parts
+    tasks = divide_up(heads, heads_per_task) * parts;
+  }
+
+  int64_t first_head(int64_t task) const { return task / parts * heads_per_task; }
+  int64_t last_head(int64_t task) const { return min(heads, first_head(task) + heads_per_task); }
+};
+
+}  // namespace
+}  // namespace gptfast::GPTFAST_LEVEL

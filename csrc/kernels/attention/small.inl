@@ -1,0 +1,284 @@
+// Attention of queries that see few keys, as all do in a context of some characters. The rows are
+// read in place: scores are tiles of dot products (direct.inl), each tile a vector whose
+// lane l is query l / 4 and key l % 4, and the softmax of a tile's queries happens in registers. A
+// query alone has tiles of its own, with the same bits.
+//
+// Which queries come here depends on what each of them sees alone, or in the engine on the model's
+// context.
+#pragma once
+
+#include "../kernels.h"
+#include "../matmul/direct.inl"
+#include "../matmul/layout.inl"
+#include "../simd/elements.inl"
+#include "../simd/math.inl"
+#include "../simd/philox.inl"
+#include "../simd/vec.inl"
+#include "../threads/scratch.h"
+#include "heads.inl"
+#include "softmax.inl"
+
+namespace gptfast::GPTFAST_LEVEL {
+namespace {
+
+constexpr int64_t FEW_KEYS = 64;
+
+// How many are few. Packing pays sooner on AMX's tiles, whose products take little of the time,
+// with elements that are widened at each use, and with short vectors.
+template <class T, class P = typename OperandOf<T>::type>
+constexpr int64_t few_keys = sizeof(T) < sizeof(P)     ? (W < 8 ? 0 : 16)
+                             : W < 8 || lhs_by_rows<P> ? 16
+                                                       : FEW_KEYS;
+
+// The first query of a head that sees more.
+template <class T>
+inline int64_t first_of_many(const Attention& s) {
+  return max(0, min(s.Tq, few_keys<T> + s.Tq - s.Tk));
+}
+
+// All lanes of a tile's row combined, in each of them.
+template <class F>
+inline VF reduce_row(VF x, const F& combine) {
+  x = combine(x, swap_lanes<2>(x, AllLanes{}));
+  return combine(x, swap_lanes<1>(x, AllLanes{}));
+}
+
+template <class T>
+struct FewKeys {
+  using P = typename OperandOf<T>::type;
+  static constexpr int64_t BLOCK = 64;  // queries at a time: a multiple of DROPOUT_ROWS
+  static constexpr int64_t TILES = FEW_KEYS / DOT_COLUMNS;
+
+  // Scores or the like of SUM_ROWS queries.
+  struct Tiles {
+    VF x[SUM_ROWS / DOT_ROWS][TILES];
+  };
+
+  const Attention& s;
+  float c;
+  int64_t head = 0;
+  Head<T> q, k, v, out;
+  alignas(64) float factors[DROPOUT_ROWS * FEW_KEYS];
+  alignas(64) P p[SUM_ROWS * FEW_KEYS];
+  float m[BLOCK], l[BLOCK];
+
+  explicit FewKeys(const Attention& s) : s(s), c(s.scale * log2e) {}
+
+  void start_head(int64_t index) {
+    const int64_t b = index / s.H, h = index % s.H;
+    head = index;
+    q = {s.q, b, h}, k = {s.k, b, h}, v = {s.v, b, h}, out = {s.out, b, h};
+  }
+
+  // The queries first .. last of a head. The next ones' scores are computed between the softmax of
+  // some and their sums, which so need not wait for it.
+  void attend(int64_t index, int64_t first, int64_t last) {
+    start_head(index);
+    if (last - first == 1 && s.dropout.threshold == 0) return attend_one(first);
+    for (int64_t q0 = first; q0 < last; q0 += BLOCK) {
+      const int64_t rows = min(BLOCK, last - q0);
+      const auto count = [&](int64_t r0) { return min(SUM_ROWS, rows - r0); };
+      Tiles scores[2];
+      dots(q, q0, count(0), k, scores[0]);
+      for (int64_t r0 = 0, now = 0; r0 < rows; r0 += SUM_ROWS, now = 1 - now) {
+        const int64_t tiles = tiles_of(q0 + r0, count(r0)), next = r0 + SUM_ROWS;
+        draw_factors(q0 + r0);
+        for (int64_t r = 0; r < count(r0); r += DOT_ROWS)
+          probabilities(q0, r0 + r, tiles, scores[now].x[r / DOT_ROWS]);
+        if (next < rows) dots(q, q0 + next, count(next), k, scores[1 - now]);
+        gemm_in_place(count(r0), s.D, key_terms(s, q0 + r0, 0), Lhs<P>{p, FEW_KEYS, Tile<P>::KU},
+                      v.data, v.row, out.out(q0 + r0), out.row);
+      }
+      if (s.lse) RowSums(s, head).write(q0, rows, m, l);
+    }
+  }
+
+  // A query alone, as each token is that is decoded: a vector has its scores of W keys, which are
+  // summed in the order of tiles.
+  [[gnu::noinline]] void attend_one(int64_t i) {
+    const int64_t keys = visible_keys(s, i), vectors = divide_up(keys, W);
+    VF x[FEW_KEYS / W], highest = splat(no_score), total = splat(0.0f);
+    dot_row<P>(keys, s.D, q.at(i), k.data, k.row, x);
+    const auto seen = [&](int64_t n) { return Tail{static_cast<int>(min(W, keys - n * W))}; };
+    for (int64_t n = 0; n < vectors; ++n) highest = vmax(highest, only(x[n], seen(n), no_score));
+    highest = splat(max(highest));
+    for (int64_t n = 0; n < vectors; ++n) {
+      x[n] = only(power_of(x[n], highest), seen(n));
+      total = add_tiles(total, x[n]);
+    }
+    total = splat(reduce_row(total, Add{})[0]);
+    const VF inverse = inverse_of(total);
+    for (int64_t n = 0; n < vectors; ++n) store(p + n * W, x[n] * inverse, Full{});
+    gemm_in_place(1, s.D, key_terms(s, i, 0), Lhs<P>{p, FEW_KEYS, Tile<P>::KU}, v.data, v.row,
+                  out.out(i), out.row);
+    m[0] = highest[0], l[0] = total[0];
+    if (s.lse) RowSums(s, head).write(i, 1, m, l);
+  }
+
+  // In the first lanes, sum + x[0 ..] + x[DOT_COLUMNS ..] + ..., in this order.
+  template <int S = 0>
+  static VF add_tiles(VF sum, VF x) {
+    if constexpr (S == W)
+      return sum;
+    else
+      return add_tiles<S + DOT_COLUMNS>(sum + rotate<S>(x, AllLanes{}), x);
+  }
+
+  // P of DOT_ROWS queries, from row r of the block on, with dropout.
+  void probabilities(int64_t q0, int64_t r, int64_t tiles, VF (&x)[TILES]) {
+    const Statistics of_rows = softmax(x, q0 + r, tiles);
+    for (int64_t n = 0; n < tiles; ++n) {
+      if (s.dropout.threshold > 0) x[n] *= factors_of(q0 + r, n);
+      store_tile(p + r % SUM_ROWS * FEW_KEYS + n * DOT_COLUMNS, FEW_KEYS, x[n]);
+    }
+    for (int64_t row = 0; row < DOT_ROWS; ++row) {
+      m[r + row] = of_rows.highest[row * DOT_COLUMNS];
+      l[r + row] = of_rows.total[row * DOT_COLUMNS];
+    }
+  }
+
+  // Tiles of keys that any of SUM_ROWS queries sees, those from i on of which there are some.
+  int64_t tiles_of(int64_t i, int64_t queries) const {
+    return divide_up(visible_keys(s, i + queries - 1), DOT_COLUMNS);
+  }
+
+  void dots(const Head<T>& x, int64_t i, int64_t queries, const Head<T>& y, Tiles& to) const {
+    const int64_t tiles = tiles_of(i, queries);
+    for (int64_t r = 0; r < queries; r += DOT_ROWS)
+      dot_tiles<P>(min(DOT_ROWS, queries - r), s.Tk, s.D, x.at(i + r), x.row, y.data, y.row, tiles,
+                   to.x[r / DOT_ROWS]);
+  }
+
+  // x where a query of tile n sees the key, those from query i on.
+  VF only_seen(VF x, int64_t i, int64_t n, float other = 0.0f) const {
+    const VI key = (lanes() & (DOT_COLUMNS - 1)) - (lanes() >> 2);
+    const int64_t seen = i + 1 + s.Tk - s.Tq - n * DOT_COLUMNS;
+    return key < static_cast<int>(seen) ? x : splat(other);
+  }
+
+  // Of a tile's rows, in each of a row's lanes.
+  struct Statistics {
+    VF highest, total;
+  };
+
+  VF power_of(VF x, VF highest) const { return probability(exponent(x, highest, c), P{}); }
+
+  // 0 of a query that sees no key.
+  static VF inverse_of(VF total) { return total == 0.0f ? splat(0.0f) : 1.0f / total; }
+
+  // Scores of DOT_ROWS queries from i on become probabilities, those that the queries see.
+  Statistics softmax(VF (&x)[TILES], int64_t i, int64_t tiles) const {
+    VF highest = splat(no_score), total = splat(0.0f);
+    for (int64_t n = 0; n < tiles; ++n) highest = vmax(highest, only_seen(x[n], i, n, no_score));
+    highest = reduce_row(highest, Higher{});
+    for (int64_t n = 0; n < tiles; ++n) {
+      x[n] = only_seen(power_of(x[n], highest), i, n);
+      total += x[n];
+    }
+    total = reduce_row(total, Add{});
+    const VF inverse = inverse_of(total);
+    for (int64_t n = 0; n < tiles; ++n) x[n] *= inverse;
+    return {highest, total};
+  }
+
+  // Dropout's factors of the queries from i on, where they are not those of the queries before.
+  void draw_factors(int64_t i) {
+    if (s.dropout.threshold == 0 || i % DROPOUT_ROWS > 0) return;
+    const int64_t keys = min(FEW_KEYS, visible_keys(s, i + DROPOUT_ROWS - 1));
+    for (int64_t j = 0; j < keys; j += W) {
+      const Keep keep = dropout_factors(s.dropout, head, i, j);
+      for (int64_t row = 0; row < DROPOUT_ROWS; ++row)
+        store(factors + row * FEW_KEYS + j, keep.factor[row]);
+    }
+  }
+  VF factors_of(int64_t i, int64_t n) const {
+    return load_tile(factors + i % DROPOUT_ROWS * FEW_KEYS + n * DOT_COLUMNS, FEW_KEYS);
+  }
+};
+
+// The backward, as blocked_backward.inl states it, of heads with few keys. The softmax is computed
+// again.
+template <class T>
+struct FewKeysGrad {
+  using P = typename OperandOf<T>::type;
+  using Few = FewKeys<T>;
+  static constexpr int64_t TILES = Few::TILES;
+  static constexpr int64_t QUERIES_SEEING = FEW_KEYS + DROPOUT_ROWS;
+  static_assert(SUM_ROWS == DOT_COLUMNS, "keys that are summed together are of one tile");
+
+  const AttentionGrad& grad;
+  const Attention& s;
+  int64_t start;  // no query before it sees a key: rows of p and dS are counted from here
+  Few few;
+  Head<T> dout, dq, dk, dv;
+  alignas(64) float p[QUERIES_SEEING * FEW_KEYS];  // p f
+  alignas(64) float ds[QUERIES_SEEING * FEW_KEYS];
+  Frame frame;
+  P* copy;
+
+  static bool takes(const Attention& s) { return s.Tk <= few_keys<T>; }
+
+  explicit FewKeysGrad(const AttentionGrad& grad)
+      : grad(grad),
+        s(grad.forward),
+        start(max(0, s.Tq - s.Tk) / DROPOUT_ROWS * DROPOUT_ROWS),
+        few(s),
+        copy(take<P>(frame, max(lhs_transposed_elements<P>(QUERIES_SEEING, FEW_KEYS),
+                                QUERIES_SEEING * row_stride<P>(padded_k<P>(FEW_KEYS))))) {}
+
+  void attend(int64_t index) {
+    const int64_t b = index / s.H, h = index % s.H;
+    few.start_head(index);
+    dout = {grad.dout, b, h}, dq = {grad.dq, b, h}, dk = {grad.dk, b, h}, dv = {grad.dv, b, h};
+    const auto count = [&](int64_t i) { return min(SUM_ROWS, s.Tq - i); };
+    for (int64_t i = start; i < s.Tq; i += SUM_ROWS) {
+      typename Few::Tiles scores, dp;
+      few.dots(few.q, i, count(i), few.k, scores);
+      few.dots(dout, i, count(i), few.v, dp);
+      few.draw_factors(i);
+      for (int64_t r = 0; r < count(i); r += DOT_ROWS)
+        score_grads(i + r, few.tiles_of(i, count(i)), scores.x[r / DOT_ROWS], dp.x[r / DOT_ROWS]);
+    }
+    key_grads(p, dout, dv);
+    key_grads(ds, few.q, dk);
+    const Lhs<P> rows = lhs_rows(ds, FEW_KEYS, s.Tq - start, s.Tk, copy);
+    for (int64_t i = 0; i < start; ++i)
+      for_vectors(s.D, [&](int64_t j, auto part) { store(dq.out(i) + j, splat(0.0f), part); });
+    for (int64_t i = start; i < s.Tq; i += SUM_ROWS)
+      gemm_in_place(count(i), s.D, key_terms(s, i, 0), rows.rows(i - start), few.k.data, few.k.row,
+                    dq.out(i), dq.row);
+  }
+
+  // p f and dS of DOT_ROWS queries from i on; their scores become p, and dP is multiplied by f.
+  void score_grads(int64_t i, int64_t tiles, VF (&of)[TILES], VF (&dp)[TILES]) {
+    const auto at = [&](int64_t n) { return (i - start) * FEW_KEYS + n * DOT_COLUMNS; };
+    few.softmax(of, i, tiles);
+    VF delta = splat(0.0f);
+    for (int64_t n = 0; n < tiles; ++n) {
+      VF kept = of[n];
+      dp[n] = few.only_seen(dp[n], i, n);
+      if (s.dropout.threshold > 0) {
+        const VF factor = few.factors_of(i, n);
+        dp[n] *= factor;
+        kept *= factor;
+      }
+      store_tile(p + at(n), FEW_KEYS, kept);
+      delta += of[n] * dp[n];
+    }
+    delta = reduce_row(delta, Add{});
+    for (int64_t n = 0; n < tiles; ++n)
+      store_tile(ds + at(n), FEW_KEYS, of[n] * (dp[n] - delta) * s.scale);
+  }
+
+  // to = X' Y, a key's sum over the queries that see it.
+  void key_grads(const float* x, const Head<T>& y, const Head<T>& to) {
+    const int64_t rows = s.Tq - start;
+    const Lhs<P> a = lhs_transposed(x, FEW_KEYS, rows, s.Tk, copy);
+    for (int64_t j = 0; j < s.Tk; j += SUM_ROWS)
+      gemm_in_place(min(SUM_ROWS, s.Tk - j), s.D, query_terms(s, j, start, rows), a.rows(j),
+                    y.at(start), y.row, to.out(j), to.row);
+  }
+};
+
+}  // namespace
+}  // namespace gptfast::GPTFAST_LEVEL

@@ -1,0 +1,5 @@
+#define GPTFAST_LEVEL avx512
+#define GPTFAST_VECTOR_BYTES 64
+#define GPTFAST_BF16_DOT 0
+#define GPTFAST_AMX 0
+#include "../../kernels.inl"

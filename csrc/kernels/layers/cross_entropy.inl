@@ -1,0 +1,280 @@
+// LayerNorm (optional), linear layer and cross-entropy without the (M, V) logits. Rows come in
+// chunks, whose logits are kept; the vocabulary comes in blocks, so that no copy of the whole
+// weight is made. For a chunk, one pass over the blocks sums up each row's exponentials, a second
+// one turns the logits into
+//   d loss / d logits = (softmax - onehot) share, share = w / sum of all w for a mean, else w
+// and multiplies them by the weight's and by the activations' rows. Each product is computed once;
+// so are exponentials, where the whole vocabulary is one block.
+#pragma once
+
+#include "../kernels.h"
+#include "../matmul/gemm.inl"
+#include "../matmul/layout.inl"
+#include "../matmul/tasks.inl"
+#include "../matmul/weight_grad.inl"
+#include "../matmul/weights.inl"
+#include "../simd/elements.inl"
+#include "../simd/math.inl"
+#include "../simd/vec.inl"
+#include "../threads/parallel.h"
+#include "../threads/scratch.h"
+#include "logits.inl"
+#include "rows.inl"
+
+namespace gptfast::GPTFAST_LEVEL {
+namespace {
+
+// Columns of the logits in work at a time: a multiple of KC, of every NR and of WeightGrad's
+// groups, so that sums over the vocabulary are the same with and without blocks.
+constexpr int64_t VOCAB = 1536;
+static_assert(VOCAB % Tile<float>::KC == 0 && VOCAB % Tile<bf16>::KC == 0 &&
+              VOCAB % WeightGrad<float>::GROUP == 0 && VOCAB % WeightGrad<bf16>::GROUP == 0);
+constexpr int64_t most_logits = int64_t{40} << 20;  // of a chunk: at V = 50,257 768 rows
+
+template <class T>
+class CrossEntropyPass {
+  using P = typename OperandOf<T>::type;
+
+ public:
+  CrossEntropyPass(const CrossEntropy& s, const Parallel& parallel)
+      : s_(s),
+        parallel_(parallel),
+        norm_(s.norm, s.K, frame_),
+        with_dx_(s.dx != nullptr),
+        with_dweight_(s.dweight.data != nullptr),
+        with_grad_(with_dx_ || with_dweight_),
+        parts_(s.M, s.V * s.K, min(s.V, VOCAB) + s.K, parallel),
+        k_ld_(padded_n<P>(s.K)),
+        x_stride_(row_stride<P>(padded_k<P>(s.K))),
+        logits_ld_(padded_n<P>(with_grad_ ? s.V : min(s.V, VOCAB))),
+        losses_(take<float>(frame_, s.M)),
+        sums_(s.dweight, with_dweight_ ? s.V : 0, s.K, whole() ? parts_.count() : 1, frame_),
+        dnorm_weight_(parts_.blocks(), with_norm_grad(s) ? s.K : 0, frame_),
+        dnorm_bias_(parts_.blocks(), with_norm_grad(s) ? s.K : 0, frame_) {
+    norm_.mean = take<float>(frame_, s.M);
+    norm_.rstd = take<float>(frame_, s.M);
+    if (s.reduction != Reduction::mean) return;
+    double total = 0.0;
+    for (int64_t i = 0; i < s.M; ++i) total += weight_of(i);
+    share_ = total == 0.0 ? 0.0f : 1.0f / static_cast<float>(total);
+  }
+
+  void run() {
+    if (whole())
+      whole_vocabulary();
+    else
+      vocabulary_in_blocks();
+    finish();
+  }
+
+ private:
+  // A block of rows from its logits to its gradients.
+  struct Rows {
+    int64_t m0, count;
+    float *logits, *dn;  // dN is summed up in dx where it can be
+    P* x_copy;
+    Lhs<P> x;
+    RowSum* sums;
+
+    Rows(const CrossEntropyPass& pass, int64_t block, Frame& frame)
+        : m0(block * ROWS),
+          count(min(ROWS, pass.s_.M - m0)),
+          logits(take<float>(frame, count * pass.logits_ld_)),
+          dn(pass.dx_in_place() ? static_cast<float*>(pass.s_.dx) + m0 * pass.k_ld_
+                                : take<float>(frame, pass.with_dx_ ? count * pass.k_ld_ : 0)),
+          x_copy(take<P>(frame, count * pass.x_stride_)),
+          sums(take<RowSum>(frame, count)) {}
+  };
+
+  bool whole() const { return s_.V <= VOCAB; }
+  float* logits(const Rows& at, int64_t v0) const { return at.logits + (with_grad_ ? v0 : 0); }
+  bool dx_in_place() const {
+    return with_dx_ && sizeof(T) == sizeof(float) && !norm_.weight && k_ld_ == s_.K;
+  }
+  // Also where there are no rows, and so no dx.
+  static bool with_norm_grad(const CrossEntropy& s) {
+    return s.norm.weight.data && (s.dx || s.dnorm.weight.data || s.dnorm.bias.data);
+  }
+  int64_t columns(int64_t v0) const { return min(VOCAB, s_.V - v0); }
+  Weight weight_rows(int64_t v0) const { return rows_from(s_.weight, v0, s_.K); }
+  bool ignored(int64_t m) const { return s_.targets[m] == s_.ignore_index; }
+  float weight_of(int64_t m) const {
+    return ignored(m) ? 0.0f : s_.token_weights ? s_.token_weights[m] : 1.0f;
+  }
+
+  // A row block has everything done to it while it is in the cache.
+  void whole_vocabulary() {
+    Frame frame;
+    const Rhs<P> w = weight_transposed<T>(s_.weight, s_.V, s_.K, frame, parallel_).dense;
+    const Rhs<P> w_rows =
+        with_dx_ ? weight_straight<P>(s_.weight, s_.V, s_.K, frame, parallel_) : Rhs<P>{};
+    parts_.for_each([&](const RowPart& part) {
+      Frame part_frame;
+      const WeightGrad<P> dweight(sums_, part.index, with_dweight_ ? part.chunk : 0, part_frame);
+      const auto produce = [&](int64_t block, int64_t slot) {
+        Frame block_frame;
+        Rows rows(*this, block, block_frame);
+        start(rows, slot, dweight);
+        sum_rows(rows, 0, w);
+        finish_losses(rows);
+        if (!with_grad_) return;
+        grad_rows(rows, 0, w_rows, slot, dweight);
+        finish_dx(rows);
+      };
+      part.for_chunks(produce, [&](int64_t rows, bool add) {
+        if (with_dweight_) dweight.accumulate(rows, add, 0, s_.V, part.parallel);
+      });
+    });
+  }
+
+  // As many row blocks as the outer cache holds the operands of the weight's gradient for, since
+  // each chunk reads and writes the whole gradient; and of logits no more than most_logits, unless
+  // that were less than a whole KC of rows.
+  int64_t blocks_in_chunk() const {
+    const int64_t cached = blocks_per_chunk<P>(s_.M, VOCAB + s_.K, parallel_);
+    if (!with_grad_) return cached;
+    constexpr int64_t least = Tile<P>::KC / ROWS;
+    const int64_t fitting = most_logits / (ROWS * padded_n<P>(s_.V));
+    return min(cached, max(least, fitting / least * least));
+  }
+
+  void vocabulary_in_blocks() {
+    Frame frame;
+    const int64_t most = blocks_in_chunk();
+    const WeightGrad<P> dweight(sums_, 0, with_dweight_ ? most : 0, frame, VOCAB);
+    for (int64_t first = 0; first < parts_.blocks(); first += most)
+      vocabulary_in_blocks(dweight, first, min(most, parts_.blocks() - first));
+  }
+
+  void vocabulary_in_blocks(const WeightGrad<P>& dweight, int64_t first, int64_t slots) {
+    Frame chunk_frame;
+    Rows* chunk = take<Rows>(chunk_frame, slots);
+    for (int64_t slot = 0; slot < slots; ++slot)
+      chunk[slot] = Rows(*this, first + slot, chunk_frame);
+    const auto for_slots = [&](const auto& f) {
+      run_tasks(parallel_, slots, [&](int64_t slot) { f(chunk[slot], slot); });
+    };
+    for_slots([&](Rows& rows, int64_t slot) { start(rows, slot, dweight); });
+    for (int64_t v0 = 0; v0 < s_.V; v0 += VOCAB) {
+      Frame frame;
+      const Rhs<P> w =
+          weight_transposed<T>(weight_rows(v0), columns(v0), s_.K, frame, parallel_).dense;
+      for_slots([&](Rows& rows, int64_t) { sum_rows(rows, v0, w); });
+    }
+    for_slots([&](Rows& rows, int64_t) { finish_losses(rows); });
+    if (!with_grad_) return;
+    const int64_t rows_in_all = min(s_.M, (first + slots) * ROWS) - first * ROWS;
+    for (int64_t v0 = 0; v0 < s_.V; v0 += VOCAB) {
+      Frame frame;
+      const Rhs<P> w =
+          with_dx_ ? weight_straight<P>(weight_rows(v0), columns(v0), s_.K, frame, parallel_)
+                   : Rhs<P>{};
+      for_slots([&](Rows& rows, int64_t slot) { grad_rows(rows, v0, w, slot, dweight); });
+      if (with_dweight_) dweight.accumulate(rows_in_all, first > 0, v0, columns(v0), parallel_);
+    }
+    for_slots([&](Rows& rows, int64_t) { finish_dx(rows); });
+  }
+
+  void start(Rows& at, int64_t slot, const WeightGrad<P>& dweight) const {
+    at.x = norm_rows(static_cast<const T*>(s_.x), at.m0, at.count, s_.K, norm_, true, at.x_copy);
+    for (int64_t i = 0; i < at.count; ++i) at.sums[i] = {no_score, 0.0f, 0.0f};
+    if (with_dweight_) dweight.set_x(slot, at.x.data, at.x.row, at.count, 0, s_.K);
+  }
+
+  void sum_rows(const Rows& at, int64_t v0, Rhs<P> w) const {
+    const int64_t n = columns(v0);
+    float* scores = logits(at, v0);
+    gemm(at.count, n, s_.K, at.x, w, scores, logits_ld_, false);
+    for (int64_t i = 0; i < at.count; ++i) {
+      RowSum& row = at.sums[i];
+      float* s = scores + i * logits_ld_;
+      const int64_t target = s_.targets[at.m0 + i] - v0;
+      if (!ignored(at.m0 + i) && target >= 0 && target < n) row.target = s[target];
+      add_logits(s, n, row, whole() && with_grad_ ? s : nullptr);
+    }
+  }
+
+  void finish_losses(const Rows& at) const {
+    for (int64_t i = 0; i < at.count; ++i) {
+      const RowSum& row = at.sums[i];
+      const int64_t m = at.m0 + i;
+      losses_[m] = ignored(m) ? 0.0f : -row.logprob(row.target) * weight_of(m);
+    }
+  }
+
+  // dN += dS W for the columns from v0 on; dS is left for dW = dS' N.
+  void grad_rows(const Rows& at, int64_t v0, Rhs<P> w, int64_t slot,
+                 const WeightGrad<P>& dweight) const {
+    const int64_t n = columns(v0);
+    float* ds = logits(at, v0);
+    for (int64_t i = 0; i < at.count; ++i)
+      grad_row(at.m0 + i, at.sums[i], v0, n, ds + i * logits_ld_);
+    if (with_dx_) {
+      Frame frame;
+      P* copy = take<P>(frame, at.count * row_stride<P>(padded_k<P>(n)));
+      gemm(at.count, s_.K, n, lhs_rows(ds, logits_ld_, at.count, n, copy), w, at.dn, k_ld_, v0 > 0);
+    }
+    if (with_dweight_) dweight.set_dy(slot, ds, logits_ld_, at.count, 0, n);
+  }
+
+  // ds: logits, or exp(s - m) where the whole vocabulary is one block, to their gradients.
+  void grad_row(int64_t m, const RowSum& row, int64_t v0, int64_t n, float* ds) const {
+    const float share = share_ * weight_of(m), each = share / row.l;
+    const bool counts = share != 0.0f;
+    for_vectors(n, [&](int64_t j, auto part) {
+      VF p = splat(0.0f);
+      if (counts) p = (whole() ? load(ds + j, part) : exp(load(ds + j, part) - row.m)) * each;
+      store(ds + j, p, part);
+    });
+    const int64_t target = s_.targets[m] - v0;
+    if (counts && target >= 0 && target < n) ds[target] -= share;
+  }
+
+  void finish_dx(const Rows& at) const {
+    if (!with_dx_ || dx_in_place()) return;
+    const int64_t block = at.m0 / ROWS;
+    for (int64_t i = 0; i < at.count; ++i) {
+      const int64_t m = at.m0 + i;
+      const float* dn = at.dn + i * k_ld_;
+      const T* x = static_cast<const T*>(s_.x) + m * s_.K;
+      T* dx = static_cast<T*>(s_.dx) + m * s_.K;
+      if (norm_.weight)
+        norm_grad_row(dn, x, static_cast<const T*>(nullptr), s_.K, {norm_.mean[m], norm_.rstd[m]},
+                      norm_, dnorm_weight_.block(block), dnorm_bias_.block(block), nullptr, dx);
+      else
+        copy_row(dn, s_.K, dx);
+    }
+  }
+
+  void finish() const {
+    double total_loss = 0.0;
+    for (int64_t i = 0; i < s_.M; ++i) total_loss += losses_[i];
+    if (s_.reduction == Reduction::none)
+      for (int64_t i = 0; i < s_.M; ++i) s_.loss[i] = losses_[i];
+    else
+      *s_.loss = static_cast<float>(total_loss * static_cast<double>(share_));
+    dnorm_weight_.finish(s_.dnorm.weight);
+    dnorm_bias_.finish(s_.dnorm.bias);
+    if (with_dweight_) sums_.finish(s_.M == 0, parallel_);
+  }
+
+  const CrossEntropy& s_;
+  const Parallel& parallel_;
+  Frame frame_;
+  RowNorm norm_;
+  bool with_dx_, with_dweight_, with_grad_;
+  RowParts<P> parts_;
+  int64_t k_ld_, x_stride_, logits_ld_;
+  float share_ = 1.0f;  // of one row of weight 1 in the mean
+  float* losses_;
+  WeightSums<P> sums_;
+  ColumnSums dnorm_weight_, dnorm_bias_;
+};
+
+void cross_entropy(const CrossEntropy& s, const Parallel& parallel) {
+  if (s.dtype == DType::f32) return CrossEntropyPass<float>(s, parallel).run();
+  CrossEntropyPass<bf16>(s, parallel).run();
+}
+
+}  // namespace
+}  // namespace gptfast::GPTFAST_LEVEL

@@ -1,0 +1,43 @@
+// The softmax of a row of logits, for a loss and for log-probabilities: its maximum and its sum, in
+// as many parts as the row comes in.
+#pragma once
+
+#include "../simd/math.inl"
+#include "../simd/vec.inl"
+
+namespace gptfast::GPTFAST_LEVEL {
+namespace {
+
+// The largest of n scores; no_score of none.
+inline float highest_score(const float* s, int64_t n) {
+  VF highest = splat(no_score);
+  for_vectors(n, [&](int64_t j, auto part) {
+    highest = vmax(highest, only(load(s + j, part), part, no_score));
+  });
+  return max(highest);
+}
+
+// The running maximum m and l = sum_j exp(s_j - m) of a row of logits, and its target's logit. They
+// stay apart: m + ln l would be rounded to the digits of m.
+struct RowSum {
+  float m, l, target;
+
+  // Of a logit of the row.
+  float logprob(float logit) const { return (logit - m) - __builtin_logf(l); }
+};
+
+// `exponentials`, unless null, receives exp(s_j - m).
+inline void add_logits(const float* s, int64_t n, RowSum& row, float* exponentials) {
+  const float highest = highest_score(s, n), top = row.m > highest ? row.m : highest;
+  VF total = splat(0.0f);
+  for_vectors(n, [&](int64_t j, auto part) {
+    const VF e = exp(load(s + j, part) - top);
+    if (exponentials) store(exponentials + j, e, part);
+    total += only(e, part);
+  });
+  row.l = row.l * (row.m == no_score ? 0.0f : exp(splat(row.m - top))[0]) + sum(total);
+  row.m = top;
+}
+
+}  // namespace
+}  // namespace gptfast::GPTFAST_LEVEL

@@ -1,0 +1,89 @@
+// C (M, N) = or += A (M, K) B (K, N) in fp32 accumulators, on the operands of layout.inl.
+//
+// Each element of C is a sum over blocks of KC products, each block summed from zero in the order
+// of k, whatever M and N: a row of C has the same bits alone and in a batch. (On tiles it is one
+// sum over all of K, which starts from C where that is added to.) C holds whole panels (ldc >= N
+// rounded up to NR).
+#pragma once
+
+#include "../simd/vec.inl"
+#include "epilogue.inl"
+#include "layout.inl"
+#include "microkernel.inl"
+#include "prefetch.inl"
+#if GPTFAST_AMX
+#include "amx.inl"
+#endif
+
+namespace gptfast::GPTFAST_LEVEL {
+namespace {
+
+// How many products are one sum: KC, or where the blocks that are widened are twice as large, half.
+template <class P, class B>
+constexpr int64_t sum_depth =
+    GPTFAST_BF16_DOT && sizeof(B) < sizeof(P) ? Tile<P>::KC / 2 : Tile<P>::KC;
+
+// gemm() for one row; panels of B `panel` apart.
+template <class P, class B, class Done>
+inline void gemm_row(int64_t n, int64_t k, const Lhs<P>& a, const B* b, int64_t panel, float* c,
+                     bool add, const Done& done) {
+  constexpr int NR = Tile<P>::NR, KU = Tile<P>::KU;
+  constexpr int64_t KC = sum_depth<P, B>;
+  for (int64_t k0 = 0; k0 < k; k0 += KC, b += KC * NR) {
+    const int64_t units = padded_k<P>(min(KC, k - k0)) / KU;
+    const Lhs<P> from = a.columns(k0);
+    const bool more = add || k0 > 0;
+    for (int64_t n0 = 0; n0 < n;) {
+      const B* at = b + n0 / NR * panel;
+      const int64_t panels = min(4, (n - n0) / NR), columns = min(n - n0, max(1, panels) * NR);
+      if (panels == 4)
+        row_kernel<4, 2>(units, from, at, panel, c + n0, more);
+      else if (panels == 3)
+        row_kernel<3, 2>(units, from, at, panel, c + n0, more);
+      else if (panels == 2)
+        row_kernel<2, 2>(units, from, at, panel, c + n0, more);
+      else if (columns > W)
+        row_kernel<1, 2>(units, from, at, panel, c + n0, more);
+      else
+        row_kernel<1, 1>(units, from, at, panel, c + n0, more);
+      if (k0 + KC >= k) done(0, 1, n0, columns);
+      n0 += columns;
+    }
+  }
+}
+
+template <class P, class Done>
+inline void gemm(int64_t m, int64_t n, int64_t k, const Lhs<P>& a, Rhs<P> b, float* c, int64_t ldc,
+                 bool add, const Done& done, Upcoming* upcoming = nullptr) {
+  constexpr int MR = Tile<P>::MR, NR = Tile<P>::NR, KU = Tile<P>::KU, KC = Tile<P>::KC;
+  if (m == 1) return gemm_row(n, k, a, b.data, b.panel, c, add, done);
+  const int64_t unit_bytes = NR * KU * static_cast<int64_t>(sizeof(P)),
+                part = unit_bytes / divide_up(m, MR);
+  for (int64_t k0 = 0; k0 < k; k0 += KC) {
+    const int64_t units = padded_k<P>(min(KC, k - k0)) / KU;
+    for (int64_t n0 = 0; n0 < n; n0 += NR) {
+      const P* panel = b.rows(k0).columns(n0).data;
+      // The next panel, a part of it with each tile; after the last one, this one again.
+      Ahead ahead = {reinterpret_cast<const char*>(n0 + NR < n ? panel + b.panel : panel), part};
+      const int64_t columns = min(NR, n - n0), most = tile_rows_for<P>(columns);
+      for (int64_t m0 = 0; m0 < m; m0 += most, ahead.data += units * part) {
+        const Lhs<P> rows = a.rows(m0).columns(k0);
+        const int64_t tile = min(most, m - m0);
+        const bool last = k0 + KC >= k;
+        if (last) fetch_for(done, m0, tile, n0, columns);
+        microkernel_of<P>(tile, columns)(units, rows, panel, c + m0 * ldc + n0, ldc, add || k0 > 0,
+                                         upcoming ? upcoming->next(units, ahead) : ahead);
+        if (last) done(m0, tile, n0, columns);
+      }
+    }
+  }
+}
+
+template <class P>
+inline void gemm(int64_t m, int64_t n, int64_t k, const Lhs<P>& a, Rhs<P> b, float* c, int64_t ldc,
+                 bool add) {
+  gemm(m, n, k, a, b, c, ldc, add, no_epilogue);
+}
+
+}  // namespace
+}  // namespace gptfast::GPTFAST_LEVEL

@@ -1,0 +1,64 @@
+// Products whose left-hand side is masked: what its rows do not see of the right-hand side, which
+// others do, is multiplied by zeros. Where that is not finite, each row is multiplied apart.
+#pragma once
+
+#include "../simd/elements.inl"
+#include "../simd/vec.inl"
+#include "../threads/scratch.h"
+#include "epilogue.inl"
+#include "gemm.inl"
+#include "layout.inl"
+#include "prefetch.inl"
+
+namespace gptfast::GPTFAST_LEVEL {
+namespace {
+
+// Whether rows [first, last) of B (k, n) are finite, and those that share their units.
+template <class P>
+inline bool finite_rows(Rhs<P> b, int64_t n, int64_t first, int64_t last) {
+  constexpr int NR = Tile<P>::NR, KU = Tile<P>::KU;
+  const int64_t from = first / KU * KU * NR, to = round_up(last, KU) * NR;
+  VF zero[4] = {};
+  for (int64_t n0 = 0; n0 < n; n0 += NR) {
+    const P* panel = b.columns(n0).data;
+    int64_t i = from;
+    for (; i + 4 * W <= to; i += 4 * W)
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) zero[v] += load(panel + i + v * W, Full{}) * 0.0f;
+    for (; i < to; i += W) zero[0] += load(panel + i, Full{}) * 0.0f;
+  }
+  return sum((zero[0] + zero[1]) + (zero[2] + zero[3])) == 0.0f;
+}
+
+// Rows [first, last) of B (k, n) in their places in `copy`, zeros in the others'.
+template <class P>
+inline Rhs<P> rows_alone(Rhs<P> b, int64_t n, int64_t k, int64_t first, int64_t last, P* copy) {
+  constexpr int NR = Tile<P>::NR, KU = Tile<P>::KU;
+  const Rhs<P> alone = {copy, panel_elements<P>(k)};
+  for (int64_t n0 = 0; n0 < n; n0 += NR) {
+    const P* from = b.columns(n0).data;
+    P* to = copy + n0 / NR * alone.panel;
+    for (int64_t i = 0; i < alone.panel; ++i) {
+      const int64_t row = i / (NR * KU) * KU + i % KU;
+      to[i] = first <= row && row < last ? from[i] : P{};
+    }
+  }
+  return alone;
+}
+
+// C (m, n) = or += A (m, k) B (k, n), with the bits of gemm(): of the terms that each row has,
+// whatever the others are unless they are known to be `finite`.
+template <class P>
+inline void gemm_masked(bool finite, const Terms& terms, int64_t m, int64_t n, int64_t k,
+                        const Lhs<P>& a, Rhs<P> b, float* c, int64_t ldc, bool add,
+                        Upcoming* upcoming) {
+  if (finite) return gemm(m, n, k, a, b, c, ldc, add, no_epilogue, upcoming);
+  Frame frame;
+  P* copy = take<P>(frame, rhs_elements<P>(k, n));
+  for (int64_t i = 0; i < m; ++i)
+    gemm(1, n, k, a.rows(i), rows_alone(b, n, k, terms.from(i), terms.to(i), copy), c + i * ldc,
+         ldc, add);
+}
+
+}  // namespace
+}  // namespace gptfast::GPTFAST_LEVEL

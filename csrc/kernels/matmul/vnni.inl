@@ -1,0 +1,233 @@
+// Products with 8-bit weights in whole numbers, by the dot product of four bytes (VNNI). A row of
+// activations is rounded to 16 bits, KC columns at a time: x_k = unit q_k with unit a power of two,
+// finer than what bf16 keeps of the larger ones, and q is two digits of 8 bits:
+//
+//   q = 256 high + low,   sum_k q_k w_k = 256 sum_k high_k w_k + sum_k low_k w_k
+//
+// The instruction multiplies unsigned by signed bytes, so that weights are kept as w + 128:
+//
+//   sum_k high_k w_k = sum_k high_k (w_k + 128) - 128 sum_k high_k
+//
+// All of these sums are exact in 32 bits (and in fp32: 128 * 128 KC < 2^24), so a row has the same
+// bits in any batch and at every level.
+#pragma once
+
+#include "../simd/elements.inl"
+#include "../simd/vec.inl"
+#include "../threads/scratch.h"
+#include "layout.inl"
+#include "prefetch.inl"
+#include "weights.inl"
+
+// Whether there are products of 8-bit weights in whole numbers, for the processors of this level
+// that have them; tiles do without.
+#if GPTFAST_VECTOR_BYTES >= 32 && !GPTFAST_AMX && __has_include(<avxvnniintrin.h>)
+#define GPTFAST_VNNI 1
+#else
+#define GPTFAST_VNNI 0
+#endif
+
+namespace gptfast::GPTFAST_LEVEL {
+namespace {
+
+#if GPTFAST_VNNI
+
+struct Fixed16 {
+  static constexpr int64_t KC = 576;
+  static constexpr int MR = W == 16 ? 6 : 3;  // two accumulators per vector of C
+};
+
+// A block of a row of A: (units) times 4 high digits, 4 low digits.
+struct FixedRow {
+  float unit;         // NaN where x is not finite
+  int32_t high, low;  // the sums of the digits, times -128
+};
+
+inline int64_t digits_stride(int64_t k) { return row_stride<int8_t>(round_up(2 * k, 4 * W)); }
+
+// dot: acc + sum_e b_e a_e of the four unsigned bytes of b's lane and the signed ones of a's.
+// digits_of: 2 W numbers of 16 bits as [high x 4][low x 4] of each unit of four. With r = q + 128,
+// which the caller adds, r's upper byte is `high`, and its lower one `low` but for the upper bit.
+#if GPTFAST_VECTOR_BYTES == 64
+#define GPTFAST_VNNI_TARGET __attribute__((target("avx512vnni")))
+GPTFAST_VNNI_TARGET inline VI dot(VI acc, VI b, VI a) {
+  return (VI)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)b, (__m512i)a);
+}
+inline VI digits_of(VI first, VI second) {
+  const __m512i r = _mm512_packs_epi32((__m512i)first, (__m512i)second);  // by 128-bit lanes
+  const __m512i pairs = _mm512_xor_si512(r, _mm512_set1_epi16(0x80));
+  const __m512i order =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(1, 3, 5, 7, 0, 2, 4, 6, 9, 11, 13, 15, 8, 10, 12, 14));
+  const __m512i units = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+  return (VI)_mm512_permutexvar_epi64(units, _mm512_shuffle_epi8(pairs, order));
+}
+#else
+#define GPTFAST_VNNI_TARGET __attribute__((target("avxvnni")))
+GPTFAST_VNNI_TARGET inline VI dot(VI acc, VI b, VI a) {
+  return (VI)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)b, (__m256i)a);
+}
+inline VI digits_of(VI first, VI second) {
+  const __m256i r = _mm256_packs_epi32((__m256i)first, (__m256i)second);
+  const __m256i pairs = _mm256_xor_si256(r, _mm256_set1_epi16(0x80));
+  const __m256i order = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(1, 3, 5, 7, 0, 2, 4, 6, 9, 11, 13, 15, 8, 10, 12, 14));
+  return (VI)_mm256_permute4x64_epi64(_mm256_shuffle_epi8(pairs, order), 0xd8);
+}
+#endif
+
+inline int32_t largest(VI x) {
+  const float found =
+      reduce((VF)x, [](VF a, VF b) { return (VF)(bits(a) > bits(b) ? bits(a) : bits(b)); });
+  return bits(splat(found))[0];
+}
+inline int32_t sum(VI x) {
+  const float found = reduce((VF)x, [](VF a, VF b) { return (VF)(bits(a) + bits(b)); });
+  return bits(splat(found))[0];
+}
+
+template <class T>
+GPTFAST_VNNI_TARGET inline FixedRow round_to_fixed(const T* x, int64_t k, int8_t* digits) {
+  VI magnitude = {};  // bits of |x|, which are in order; not finite ones are the largest
+  for_vectors(k, [&](int64_t j, auto part) {
+    const VI value = bits(load(x + j, part)) & 0x7fffffff;
+    magnitude = value > magnitude ? value : magnitude;
+  });
+  constexpr int32_t infinity = 0x7f800000;
+  const int32_t most = largest(magnitude);
+  // The power of two above it, or the next one where the carry from the low digit needs room:
+  // |q| < 127.5 * 256. The exponents of the unit and its inverse stay those of normal numbers.
+  const int32_t exponent = static_cast<int32_t>(max((most + 0x00020000) >> 23, 15));
+  const VF unit = (VF)(VI{} + (most < infinity ? (exponent - 14) << 23 : infinity + 1));
+  const VF inverse = (VF)(VI{} + ((268 - exponent) << 23));
+  constexpr float shift = 0x1.8p23f;  // adding it leaves the whole number in the low bits
+  const VI ones = VI{} + 0x01010101, even = (lanes() & 1) - 1;
+  VI sums = {};
+  for (int64_t j = 0; j < k; j += 2 * W, digits += 4 * W) {
+    const VF first = load_count(x + j, k - j), second = load_count(x + j + W, k - j - W);
+    const VI zero = bits(splat(shift)) - 128;
+    const VI both =
+        digits_of(bits(first * inverse + shift) - zero, bits(second * inverse + shift) - zero);
+    __builtin_memcpy(digits, &both, sizeof both);
+    sums = dot(sums, ones, both);
+  }
+  return {unit[0], -128 * sum(sums & even), -128 * sum(sums & ~even)};
+}
+
+GPTFAST_VNNI_TARGET inline VI repeat_quad(const int8_t* from) {
+  int32_t quad;
+  __builtin_memcpy(&quad, from, sizeof quad);
+  return quad - VI{};
+}
+
+// M rows of C times NV vectors of each of PANELS panels of B; several rows, or several panels.
+template <int M, int PANELS, int NV>
+GPTFAST_VNNI_TARGET inline void vnni_kernel(int64_t units, const int8_t* a, int64_t row,
+                                            const FixedRow* fixed, const int8_t* b, int64_t panel,
+                                            float* c, int64_t ldc, bool add, const Ahead& ahead) {
+  constexpr int NR = 2 * W, VECTORS = PANELS * NV;
+  VI high[M][VECTORS], low[M][VECTORS];
+#pragma GCC unroll 6
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v)
+      high[i][v] = fixed[i].high - VI{}, low[i][v] = fixed[i].low - VI{};
+  const int8_t* base[(M + 2) / 3];
+#pragma GCC unroll 2
+  for (int i = 0; i < (M + 2) / 3; ++i) base[i] = a + 3 * i * row;
+  for (int64_t u = 0; u < units; ++u, b += NR * QUAD) {
+    ahead.fetch(u);
+    VI column[VECTORS];
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v)
+      __builtin_memcpy(&column[v], b + v / NV * panel + v % NV * W * QUAD, sizeof column[v]);
+#pragma GCC unroll 6
+    for (int i = 0; i < M; ++i) {
+      const int8_t* digits = base[i / 3] + i % 3 * row;
+      const VI h = repeat_quad(digits), l = repeat_quad(digits + QUAD);
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v) {
+        high[i][v] = dot(high[i][v], column[v], h);
+        low[i][v] = dot(low[i][v], column[v], l);
+      }
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < (M + 2) / 3; ++i) base[i] += 2 * QUAD;
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) {
+      float* p = c + i * ldc + v / NV * NR + v % NV * W;
+      // Both products are by powers of two, exact: fused or not, the sum has the same bits.
+      const VF total =
+          __builtin_convertvector(high[i][v], VF) * 256.0f + __builtin_convertvector(low[i][v], VF);
+      store(p, add ? load(p) + total * fixed[i].unit : total * fixed[i].unit);
+    }
+}
+
+using VnniKernel = void (*)(int64_t, const int8_t*, int64_t, const FixedRow*, const int8_t*,
+                            int64_t, float*, int64_t, bool, const Ahead&);
+
+template <int NV, int M = Fixed16::MR>
+struct VnniKernels : VnniKernels<NV, M - 1> {
+  constexpr VnniKernels() { this->rows[M] = vnni_kernel<M, 1, NV>; }
+};
+template <int NV>
+struct VnniKernels<NV, 0> {
+  VnniKernel rows[Fixed16::MR + 1] = {};
+};
+
+struct VnniKernelChoice {
+  VnniKernel kernel;
+  int64_t columns;  // that it does
+};
+inline VnniKernelChoice vnni_kernel_of(int64_t rows, int64_t n) {
+  constexpr int64_t NR = 2 * W;
+  static constexpr VnniKernels<1> narrow_ones;
+  static constexpr VnniKernels<2> wide_ones;
+  return {n <= W ? narrow_ones.rows[rows] : wide_ones.rows[rows], min(n, NR)};
+}
+// A row alone has several panels at once, as every sum waits for its last step.
+inline VnniKernelChoice vnni_kernel_of_row(int64_t n) {
+  constexpr int64_t NR = 2 * W;
+  constexpr int most = W == 16 ? 4 : 2;
+  if (n >= most * NR) return {vnni_kernel<1, most, 2>, most * NR};
+  if (n >= 2 * NR) return {vnni_kernel<1, 2, 2>, 2 * NR};
+  return vnni_kernel_of(1, n);
+}
+
+// gemm() of rows that lie in memory as they are, with b (K, N) in panels `panel` bytes apart.
+template <class T, class Done>
+inline void gemm_vnni(int64_t m, int64_t n, int64_t k, const T* a, int64_t row, const int8_t* b,
+                      int64_t panel, float* c, int64_t ldc, bool add, const Done& done) {
+  constexpr int64_t MR = Fixed16::MR, NR = 2 * W, KC = Fixed16::KC;
+  Frame frame;
+  const int64_t stride = digits_stride(min(k, KC)), part = NR * QUAD / divide_up(m, MR);
+  int8_t* digits = take<int8_t>(frame, m * stride);
+  FixedRow* fixed = take<FixedRow>(frame, m);
+  for (int64_t k0 = 0; k0 < k; k0 += KC, b += KC * NR) {
+    const int64_t depth = min(KC, k - k0), units = divide_up(depth, QUAD);
+    for (int64_t i = 0; i < m; ++i)
+      fixed[i] = round_to_fixed(a + i * row + k0, depth, digits + i * stride);
+    for (int64_t n0 = 0; n0 < n;) {
+      const int8_t* at = b + n0 / NR * panel;
+      Ahead ahead = {reinterpret_cast<const char*>(n0 + NR < n ? at + panel : at), part};
+      int64_t columns = 0;
+      for (int64_t m0 = 0; m0 < m; m0 += MR, ahead.data += units * part) {
+        const int64_t rows = min(MR, m - m0);
+        const VnniKernelChoice chosen =
+            m == 1 ? vnni_kernel_of_row(n - n0) : vnni_kernel_of(rows, n - n0);
+        chosen.kernel(units, digits + m0 * stride, stride, fixed + m0, at, panel, c + m0 * ldc + n0,
+                      ldc, add || k0 > 0, ahead);
+        columns = chosen.columns;
+        if (k0 + KC >= k) done(m0, rows, n0, columns);
+      }
+      n0 += columns;
+    }
+  }
+}
+
+#endif
+
+}  // namespace
+}  // namespace gptfast::GPTFAST_LEVEL

@@ -1,0 +1,227 @@
+// Weights as right-hand sides: packed by a call for itself, or once for many calls, narrow too.
+#pragma once
+
+#include "../kernels.h"
+#include "../simd/elements.inl"
+#include "../simd/vec.inl"
+#include "../threads/parallel.h"
+#include "../threads/scratch.h"
+#include "layout.inl"
+
+namespace gptfast::GPTFAST_LEVEL {
+namespace {
+
+// A weight in panels: as the products read it, or narrower in the same places, as bf16 or as 8-bit
+// whole numbers, of which column n counts scales[n] each.
+template <class P>
+struct PackedWeight {
+  Rhs<P> dense;
+  const int8_t* bytes = nullptr;
+  const float* scales = nullptr;
+  const bf16* halves = nullptr;
+  bool vnni = false;  // the bytes are as vnni.inl reads them
+
+  int64_t element_bytes() const {
+    return bytes ? sizeof *bytes : halves ? sizeof *halves : sizeof *dense.data;
+  }
+  PackedWeight columns(int64_t n) const { return from(n / Tile<P>::NR * dense.panel, n); }
+  PackedWeight rows(int64_t k) const { return from(k * Tile<P>::NR, 0); }
+
+ private:
+  PackedWeight from(int64_t offset, int64_t n) const {
+    if (bytes) return {dense, bytes + offset, scales + n, nullptr, vnni};
+    if (halves) return {dense, nullptr, nullptr, halves + offset};
+    return {{dense.data + offset, dense.panel}};
+  }
+};
+
+constexpr int64_t QUAD = 4;  // rows of B in one 32-bit lane
+
+// One panel of w + 128 from `count` rows of whole numbers, K each, `ld` apart and zero up to a
+// whole vector; `bytes` holds one of them.
+inline void pack_quads(const float* rows, int64_t ld, int64_t k, int64_t count, int8_t* bytes,
+                       int8_t* panel) {
+  constexpr int NR = 2 * W;
+  const int64_t units = divide_up(k, QUAD);
+  if (count < NR) __builtin_memset(panel, 0, static_cast<size_t>(units * NR * QUAD));
+  for (int64_t n = 0; n < count; ++n) {
+    narrow_bytes(rows + n * ld, round_up(k, W), bytes);
+    for (int64_t u = 0; u < units; ++u) {
+      uint32_t quad;
+      __builtin_memcpy(&quad, bytes + u * QUAD, sizeof quad);
+      quad ^= 0x80808080u;
+      __builtin_memcpy(panel + (u * NR + n) * QUAD, &quad, sizeof quad);
+    }
+  }
+}
+
+// The weight's rows from n0 on, n0 a multiple of NR.
+inline Weight rows_from(const Weight& w, int64_t n0, int64_t k) {
+  return {
+      with_elements(w.param, [&](auto* data) -> Param { return {data + n0 * k, w.param.dtype}; }),
+      nullptr, Packing::dense};
+}
+
+// The weight (N, K) of a linear layer as the right-hand side W' (K, N).
+template <class P>
+inline void pack_weight_panels(const Param& w, int64_t n, int64_t k, P* out,
+                               const Parallel& parallel) {
+  constexpr int NR = Tile<P>::NR;
+  run_tasks(parallel, divide_up(n, NR), [&](int64_t panel) {
+    with_elements(w, [&](auto* data) {
+      const int64_t n0 = panel * NR;
+      pack_panel_transposed(data + n0 * k, k, k, min(NR, n - n0),
+                            out + panel * panel_elements<P>(k));
+    });
+  });
+}
+
+// An 8-bit weight is its scales, then its panels: [K][NR] bytes for products that widen them,
+// [K / QUAD][NR][QUAD] for those of vnni.inl. Row n of W counts max_k |W_nk| / 127 per unit.
+template <class P>
+inline int64_t byte_panel(Packing packing, int64_t k) {
+  return packing == Packing::int8_vnni ? round_up(k, QUAD) * Tile<P>::NR : panel_elements<P>(k);
+}
+template <class P>
+inline int64_t byte_weight_size(Packing packing, int64_t n, int64_t k) {
+  return padded_n<P>(n) * static_cast<int64_t>(sizeof(float)) +
+         byte_panel<P>(packing, k) * divide_up(n, Tile<P>::NR);
+}
+template <class P>
+inline PackedWeight<P> byte_weight(Packing packing, const void* packed, int64_t n, int64_t k) {
+  const float* scales = static_cast<const float*>(packed);
+  return {{nullptr, byte_panel<P>(packing, k)},
+          reinterpret_cast<const int8_t*>(scales + padded_n<P>(n)),
+          scales,
+          nullptr,
+          packing == Packing::int8_vnni};
+}
+
+// Elements [first, first + k) of a weight as multiples of the largest one's 127th part, which is
+// returned; NaN where one is not finite.
+inline float to_units(const Param& w, int64_t first, int64_t k, float* units) {
+  VF largest = splat(0.0f), nothing = splat(0.0f);
+  with_elements(w, [&](auto* data) {
+    for_vectors(k, [&](int64_t j, auto part) {
+      const VF x = load(data + first + j, part);
+      largest = vmax(largest, vmax(x, -x));
+      nothing += x - x;
+      store(units + j, x, part);
+    });
+  });
+  const float unit = max(largest) / 127.0f + sum(nothing),
+              inverse = unit > 0.0f ? 1.0f / unit : 0.0f;
+  constexpr float shift = 0x1.8p23f;  // adding it rounds to whole numbers
+  for_vectors(
+      k, [&](int64_t j, auto part) { store(units + j, load(units + j, part) * inverse, part); });
+  // A loop of its own: the product is rounded before, with and without fused multiply-add.
+  for_vectors(k, [&](int64_t j, auto part) {
+    store(units + j, load(units + j, part) + shift - shift, part);
+  });
+  return unit;
+}
+
+template <class P>
+inline void pack_weight_bytes(Packing packing, const Param& w, int64_t n, int64_t k, void* packed,
+                              const Parallel& parallel) {
+  constexpr int NR = Tile<P>::NR;
+  const PackedWeight<P> out = byte_weight<P>(packing, packed, n, k);
+  run_tasks(parallel, divide_up(n, NR), [&](int64_t index) {
+    const int64_t n0 = index * NR, rows = min(NR, n - n0);
+    Frame frame;
+    const int64_t ld = round_up(k, W);
+    float* units = take<float>(frame, NR * ld);
+    float* scales = const_cast<float*>(out.scales + n0);
+    for (int64_t i = 0; i < rows; ++i) {
+      scales[i] = to_units(w, (n0 + i) * k, k, units + i * ld);
+      for (int64_t j = k; j < ld; ++j) units[i * ld + j] = 0.0f;
+    }
+    for (int64_t i = rows; i < NR; ++i) scales[i] = 0.0f;
+    int8_t* bytes = const_cast<int8_t*>(out.bytes + index * out.dense.panel);
+    if (out.vnni) return pack_quads(units, ld, k, rows, take<int8_t>(frame, ld), bytes);
+    P* panel = take<P>(frame, out.dense.panel);
+    __builtin_memset(panel, 0, static_cast<size_t>(out.dense.panel) * sizeof(P));
+    pack_panel_transposed(units, ld, k, rows, panel);
+    narrow_bytes(panel, out.dense.panel, bytes);
+  });
+}
+
+// The panels of a weight for activations of type T, which are kept as that type: bf16 takes half
+// the memory also where it is multiplied as float.
+template <class T>
+constexpr bool kept_narrow = sizeof(T) < sizeof(typename OperandOf<T>::type);
+
+template <class T>
+inline void pack_weight_dense(const Param& w, int64_t n, int64_t k, T* out,
+                              const Parallel& parallel) {
+  using P = typename OperandOf<T>::type;
+  if constexpr (!kept_narrow<T>) {
+    pack_weight_panels(w, n, k, out, parallel);
+  } else {
+    const int64_t size = panel_elements<P>(k);
+    run_tasks(parallel, divide_up(n, Tile<P>::NR), [&](int64_t index) {
+      Frame frame;
+      P* panel = take<P>(frame, size);
+      __builtin_memset(panel, 0, static_cast<size_t>(size) * sizeof(P));
+      const int64_t n0 = index * Tile<P>::NR;
+      with_elements(w, [&](auto* data) {
+        pack_panel_transposed(data + n0 * k, k, k, min(Tile<P>::NR, n - n0), panel);
+      });
+      for (int64_t i = 0; i < size; i += W) store(out + index * size + i, load(panel + i), Full{});
+    });
+  }
+}
+
+template <class T, class P = typename OperandOf<T>::type>
+inline PackedWeight<P> weight_transposed(const Weight& w, int64_t n, int64_t k, Frame& frame,
+                                         const Parallel& parallel) {
+  const int64_t panel = panel_elements<P>(k);
+  if (w.packed && w.packing != Packing::dense) return byte_weight<P>(w.packing, w.packed, n, k);
+  if (w.packed && kept_narrow<T>)
+    return {{nullptr, panel}, nullptr, nullptr, static_cast<const bf16*>(w.packed)};
+  if (w.packed) return {{static_cast<const P*>(w.packed), panel}};
+  P* out = take<P>(frame, rhs_elements<P>(k, n));
+  pack_weight_panels(w.param, n, k, out, parallel);
+  return {{out, panel}};
+}
+
+// The weight (N, K) as the right-hand side W (N, K), for the gradient of the layer's input.
+template <class P>
+inline Rhs<P> weight_straight(const Weight& w, int64_t n, int64_t k, Frame& frame,
+                              const Parallel& parallel) {
+  constexpr int NR = Tile<P>::NR;
+  P* out = take<P>(frame, rhs_elements<P>(n, k));
+  const int64_t panel = panel_elements<P>(n);
+  run_tasks(parallel, divide_up(k, NR), [&](int64_t p) {
+    with_elements(w.param,
+                  [&](auto* data) { pack_rows(data, k, n, k, p * NR, NR, out + p * panel); });
+  });
+  return {out, panel};
+}
+
+template <class T>
+inline int64_t packed_weight_size(Packing packing, int64_t n, int64_t k) {
+  using P = typename OperandOf<T>::type;
+  return packing == Packing::dense ? rhs_elements<P>(k, n) * static_cast<int64_t>(sizeof(T))
+                                   : byte_weight_size<P>(packing, n, k);
+}
+int64_t packed_weight_bytes(DType dtype, Packing packing, int64_t n, int64_t k) {
+  return dtype == DType::f32 ? packed_weight_size<float>(packing, n, k)
+                             : packed_weight_size<bf16>(packing, n, k);
+}
+
+template <class T>
+inline void pack_weight_as(Packing packing, const Param& weight, int64_t n, int64_t k, void* packed,
+                           const Parallel& parallel) {
+  if (packing == Packing::dense)
+    return pack_weight_dense(weight, n, k, static_cast<T*>(packed), parallel);
+  pack_weight_bytes<typename OperandOf<T>::type>(packing, weight, n, k, packed, parallel);
+}
+void pack_weight(DType dtype, Packing packing, Param weight, int64_t n, int64_t k, void* packed,
+                 const Parallel& parallel) {
+  if (dtype == DType::f32) return pack_weight_as<float>(packing, weight, n, k, packed, parallel);
+  pack_weight_as<bf16>(packing, weight, n, k, packed, parallel);
+}
+
+}  // namespace
+}  // namespace gptfast::GPTFAST_LEVEL

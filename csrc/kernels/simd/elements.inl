@@ -1,0 +1,51 @@
+// Memory of the kernels by its elements' type: work memory, and vectors of parameters, gradients
+// and results, which are fp32 or bf16 where the kernels compute in fp32.
+#pragma once
+
+#include "../kernels.h"
+#include "../threads/scratch.h"
+#include "vec.inl"
+
+namespace gptfast::GPTFAST_LEVEL {
+namespace {
+
+template <class T>
+inline T* take(Frame& frame, int64_t count) {
+  return static_cast<T*>(frame.bytes(static_cast<size_t>(count) * sizeof(T)));
+}
+
+// Calls f with a pointer of the parameter's own element type.
+template <class F>
+inline auto with_elements(const Param& param, F&& f) {
+  if (param.dtype == DType::f32) return f(static_cast<const float*>(param.data));
+  return f(static_cast<const bf16*>(param.data));
+}
+
+// A parameter vector as fp32; null stays null.
+inline const float* floats(const Param& param, int64_t n, Frame& frame) {
+  if (param.data == nullptr) return nullptr;
+  if (param.dtype == DType::f32) return static_cast<const float*>(param.data);
+  float* copy = take<float>(frame, n);
+  const bf16* data = static_cast<const bf16*>(param.data);
+  for_vectors(n, [&](int64_t j, auto part) { store(copy + j, load(data + j, part), part); });
+  return copy;
+}
+
+inline void write_grad(const ParamGrad& grad, int64_t offset, const float* values, int64_t n) {
+  const auto write = [&](auto* out) {
+    for_vectors(
+        n, [&](int64_t j, auto part) { store(out + offset + j, load(values + j, part), part); });
+  };
+  if (grad.dtype == DType::f32)
+    write(static_cast<float*>(grad.data));
+  else
+    write(static_cast<bf16*>(grad.data));
+}
+
+template <class Y>
+inline void copy_row(const float* c, int64_t n, Y* y) {
+  for_vectors(n, [&](int64_t j, auto part) { store(y + j, load(c + j, part), part); });
+}
+
+}  // namespace
+}  // namespace gptfast::GPTFAST_LEVEL
