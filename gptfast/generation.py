@@ -10,6 +10,7 @@ from gptfast.errors import ConfigError, DataError
 from gptfast.mergeable import engine_oddity
 from gptfast.model import GPT
 from gptfast.ops import select
+from gptfast.ops.sampling import Sampling
 from gptfast.reference_loop import ReferenceLoop
 from gptfast.request import (
     GIB,
@@ -25,7 +26,6 @@ from gptfast.request import (
     window_stride,
     written,
 )
-from gptfast.sampling import Sampling
 from gptfast.tokenizer import CharTokenizer
 
 FinishReason = Literal["length", "stop", "window", "interrupted"]

@@ -23,8 +23,8 @@ from gptfast import GPT, BackendError, CharTokenizer, ConfigError, DataError, Ge
 from gptfast.engine import Engine
 from gptfast.generation import make_request
 from gptfast.ops import select
+from gptfast.ops.sampling import Sampling, choose, draws, probabilities
 from gptfast.request import Request
-from gptfast.sampling import Sampling, choose, draws, probabilities
 
 MODELS = {
     "course": GPTConfig(block_size=16, vocab_size=5, n_embd=32),

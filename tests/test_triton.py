@@ -44,8 +44,8 @@ from gptfast.generation import make_request
 from gptfast.model import Backend
 from gptfast.ops import reference, select
 from gptfast.ops.random import dropout_factors
+from gptfast.ops.sampling import Sampling, choose, draws
 from gptfast.reference_loop import ReferenceLoop
-from gptfast.sampling import Sampling, choose, draws
 
 triton = pytest.importorskip("triton")
 from gptfast import device_loop  # noqa: E402

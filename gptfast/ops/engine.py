@@ -6,7 +6,7 @@ Letters: L layers, C n_embd, D head_dim, T block_size, V vocab_size, N sequences
 import torch
 from torch import Tensor
 
-from gptfast.ops.common import define
+from gptfast.ops.library import define
 
 # How the engine and Python name a sequence's fields: the columns of `state`'s first tensor, int64;
 # csrc/engine/generator.h says what they hold.
