@@ -14,12 +14,19 @@ import torch
 from torch import Tensor
 
 from gptfast.errors import BackendError, ConfigError
-from gptfast.mergeable import engine_oddity
+from gptfast.generation.mergeable import engine_oddity
+from gptfast.generation.request import (
+    DTYPES,
+    Progress,
+    Request,
+    check_dtype,
+    not_finite,
+    rows_at_once,
+)
 from gptfast.model import GPT
 from gptfast.modules import Block, not_fused
 from gptfast.ops import engine as ops
 from gptfast.ops import select
-from gptfast.request import DTYPES, Progress, Request, check_dtype, not_finite, rows_at_once
 
 ROOM = 4096  # tokens that a sequence has places for at first; its next places are twice as many
 _COLUMN = {name: i for i, name in enumerate(ops.FIELDS)}

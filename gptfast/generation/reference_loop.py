@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from gptfast.errors import ConfigError
-from gptfast.mergeable import engine_oddity
+from gptfast.generation.mergeable import engine_oddity
+from gptfast.generation.request import Progress, Request, not_finite
 from gptfast.model import GPT
 from gptfast.ops.sampling import choose, draws
-from gptfast.request import Progress, Request, not_finite
 
 
 class ReferenceLoop:

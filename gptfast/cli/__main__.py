@@ -1,0 +1,7 @@
+"""`python -m gptfast.cli`."""
+
+import sys
+
+from gptfast.cli import main
+
+sys.exit(main())
