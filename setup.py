@@ -55,7 +55,7 @@ def no_extension_reason() -> str | None:
     return line and f"no working C++ compiler with the headers of Python ({line})"
 
 
-def digest(folder: Path) -> str:  # gptfast/info.py hashes csrc in the same way
+def digest(folder: Path) -> str:  # gptfast/cli/info.py hashes csrc in the same way
     parts = [path.read_bytes() for path in sorted(folder.rglob("*.[chi]*"))]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 

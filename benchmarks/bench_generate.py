@@ -25,9 +25,9 @@ from torch import Tensor
 
 import gptfast
 from gptfast import GPT, GPTConfig
-from gptfast.engine import Engine, PackedModel
 from gptfast.generation import make_request
-from gptfast.reference_loop import reference_model
+from gptfast.generation.engine import Engine, PackedModel
+from gptfast.generation.reference_loop import reference_model
 
 # How far below the largest logit of the float64 model a token's may lie, relative to the size of
 # the logits, to be the likeliest token but for rounding.

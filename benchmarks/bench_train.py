@@ -13,11 +13,11 @@ import peers
 import torch
 from command import main
 from common import DTYPES, OURS, Case, Row, Run, assert_same_work, compiled
-from oracle import GRADIENT_FACTOR, RESULT_FACTOR, Op, assert_budget, error
 from torch import Tensor, nn
 
 from gptfast import GPT, GPTConfig, TrainConfig, Trainer, config
-from gptfast.presets import Precision
+from gptfast.config import Precision
+from gptfast.testing import GRADIENT_FACTOR, RESULT_FACTOR, Op, assert_budget, error
 
 # The weights hardly move: gradients of a model that knows its batch become denormal numbers, which
 # some processors multiply slowly.

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from oracle import Op, assert_budget, check_results, error
 from torch import Tensor
+
+from gptfast.testing import Op, assert_budget, check_results, error
 
 Run = Callable[[], Any]  # a contender: does the whole work once
 Results = Callable[[], list[Tensor]]  # one whose results can be compared: the output, gradients

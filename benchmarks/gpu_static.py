@@ -32,8 +32,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.runtime import Autotuner, JITFunction
 
-from gptfast.device_loop import logits_columns
 from gptfast.errors import ConfigError
+from gptfast.generation.device_loop import logits_columns
+from gptfast.ops.sampling import Sampling
 from gptfast.ops.triton import (
     attention,
     attention_grad,
@@ -45,7 +46,6 @@ from gptfast.ops.triton import (
     linear,
 )
 from gptfast.ops.triton import sampling as device_sampling
-from gptfast.sampling import Sampling
 
 
 @dataclass(frozen=True)

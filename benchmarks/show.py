@@ -18,9 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 import gptfast
+from gptfast.cli.info import info
 from gptfast.errors import ConfigError
-from gptfast.info import info
-from gptfast.plots import COLOURS, GREY
+from gptfast.training.plots import COLOURS, GREY
 
 WIDTH = 200  # where the output is no terminal
 

@@ -155,7 +155,7 @@ BoundModel new_model(int64_t block_size, int64_t vocab_size, int64_t n_layer, in
                      py::function find, bool copy) {
   const ModelConfig config = {block_size, vocab_size, n_layer,      n_head,
                               n_embd,     attention,  gelu_of(gelu)};
-  const Packing packing = !int8                        ? Packing::dense
+  const Packing packing = !int8                         ? Packing::dense
                           : isa_has_vnni(isa_current()) ? Packing::int8_vnni
                                                         : Packing::int8;
   return {config, bf16 ? DType::bf16 : DType::f32, packing,
@@ -310,9 +310,8 @@ void bind_engine(py::module_& m) {
           "run",
           [](BoundSession& bound, double seconds) {
             bool more = false;
-            without_gil([&](const Parallel& parallel) {
-              more = bound.session->run(seconds, parallel);
-            });
+            without_gil(
+                [&](const Parallel& parallel) { more = bound.session->run(seconds, parallel); });
             return more;
           },
           py::arg("seconds"),

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gptfast import ops
     from gptfast.checkpoint import load, save
-    from gptfast.config import GPTConfig
-    from gptfast.engine import PackedModel, pack
+    from gptfast.config import GPTConfig, TrainConfig
     from gptfast.errors import (
         BackendError,
         CheckpointError,
@@ -15,13 +14,10 @@ if TYPE_CHECKING:
         DataError,
         GptfastError,
     )
-    from gptfast.generation import Generation, generate, stream
+    from gptfast.generation import Generation, PackedModel, Score, generate, pack, score, stream
     from gptfast.model import GPT, Intermediates
-    from gptfast.presets import TrainConfig
-    from gptfast.scoring import Score, score
     from gptfast.tokenizer import CharTokenizer
-    from gptfast.trainer import Trainer
-    from gptfast.training import train
+    from gptfast.training import Trainer, train
 
 __version__ = "0.1.0"
 
@@ -52,16 +48,12 @@ __all__ = [
 
 _HOMES = {
     "checkpoint": ("load", "save"),
-    "config": ("GPTConfig",),
-    "engine": ("PackedModel", "pack"),
+    "config": ("GPTConfig", "TrainConfig"),
     "errors": ("BackendError", "CheckpointError", "ConfigError", "DataError", "GptfastError"),
-    "generation": ("Generation", "generate", "stream"),
+    "generation": ("Generation", "PackedModel", "Score", "generate", "pack", "score", "stream"),
     "model": ("GPT", "Intermediates"),
-    "presets": ("TrainConfig",),
-    "scoring": ("Score", "score"),
     "tokenizer": ("CharTokenizer",),
-    "trainer": ("Trainer",),
-    "training": ("train",),
+    "training": ("Trainer", "train"),
 }
 
 

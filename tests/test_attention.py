@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import assert_budget, run
 from peers import attention as torch_attention
 from torch import Tensor
 from torch.nn import functional as F
 
 from gptfast import ops
 from gptfast.ops import reference
+from gptfast.testing import assert_budget, run
 
 DTYPES = (torch.float32, torch.bfloat16)
 

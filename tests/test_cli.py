@@ -16,12 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptfast import checkpoint, cli, run
+from gptfast import checkpoint, cli
 from gptfast.config import GPTConfig
-from gptfast.engine import Engine
+from gptfast.generation.engine import Engine
+from gptfast.generation.reference_loop import ReferenceLoop
 from gptfast.model import GPT
-from gptfast.reference_loop import ReferenceLoop
 from gptfast.tokenizer import CharTokenizer
+from gptfast.training import run
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 TEXT = "to be or not to be, that is the question\n" * 20
@@ -381,7 +382,7 @@ def test_too_little_memory_is_one_sentence(capsys, monkeypatch, run_path, detail
     def allocate(*_: object, **__: object) -> object:
         raise MemoryError(*filter(None, [details]))
 
-    monkeypatch.setattr("gptfast.engine.np.zeros", allocate)
+    monkeypatch.setattr("gptfast.generation.engine.np.zeros", allocate)
     error = refused(capsys, "generate", run_path, "--prompt", "to", "--max-new-tokens", 10**9)
     assert error == "there is not enough memory" + f": {details}" * bool(details)
 

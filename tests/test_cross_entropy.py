@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracle import assert_budget, autocast, check_op, run
 from torch import Tensor
 from torch.nn import functional as F
 
 from gptfast import ops
 from gptfast.ops import reference
+from gptfast.testing import assert_budget, autocast, check_op, run
 
 DTYPES = (torch.float32, torch.bfloat16)
 

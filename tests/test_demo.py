@@ -10,8 +10,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from gptfast import cli, demo
+from gptfast import cli
 from gptfast.abc_corpus import abc_entropy, abc_next_distribution
+from gptfast.cli import demo
 from gptfast.ops import select
 
 

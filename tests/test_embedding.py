@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import check_op
 from torch import Tensor
 
 from gptfast import ops
 from gptfast.ops import reference
+from gptfast.testing import check_op
 
 DTYPES = (torch.float32, torch.bfloat16)
 

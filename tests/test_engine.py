@@ -7,7 +7,7 @@ import torch
 
 import gptfast
 from gptfast import GPT, GPTConfig
-from gptfast.engine import PackedModel
+from gptfast.generation.engine import PackedModel
 from gptfast.ops import select
 
 if select.extension() is None:

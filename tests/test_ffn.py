@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from oracle import autocast, check_op
 from peers import ffn as torch_ffn
 from torch import Tensor
 from torch.nn import functional as F
 
 from gptfast import ops
 from gptfast.ops import reference
+from gptfast.testing import autocast, check_op
 
 DTYPES = (torch.float32, torch.bfloat16)
 

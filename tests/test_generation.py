@@ -20,11 +20,11 @@ from torch import Tensor
 
 import gptfast
 from gptfast import GPT, BackendError, CharTokenizer, ConfigError, DataError, Generation, GPTConfig
-from gptfast.engine import Engine
 from gptfast.generation import make_request
+from gptfast.generation.engine import Engine
+from gptfast.generation.request import Request
 from gptfast.ops import select
-from gptfast.request import Request
-from gptfast.sampling import Sampling, choose, draws, probabilities
+from gptfast.ops.sampling import Sampling, choose, draws, probabilities
 
 MODELS = {
     "course": GPTConfig(block_size=16, vocab_size=5, n_embd=32),
@@ -170,7 +170,10 @@ def test_the_cache_stays_within_its_budget(budget: int, overflow: str) -> None:
     packed = gptfast.pack(make("odd"))
     options: dict[str, Any] = {"max_cache_bytes": budget, "overflow": overflow}
     request = make_request(packed, [[1, 2, 3]] * 300, max_new_tokens=50, **options)
-    assert 0.6 * min(budget, 256 * packed.compiled.cache_bytes(37)) < Engine(packed, request).cache_bytes
+    assert (
+        0.6 * min(budget, 256 * packed.compiled.cache_bytes(37))
+        < Engine(packed, request).cache_bytes
+    )
     assert Engine(packed, request).cache_bytes <= budget
 
 
@@ -549,7 +552,7 @@ def test_places_that_grow_do_not_change_the_bits(
     prompts = prompts_for(model.config)
     whole = gptfast.generate(model, prompts, max_new_tokens=50, **options)
     for room in (1, 3, 20):
-        monkeypatch.setattr("gptfast.engine.ROOM", room)
+        monkeypatch.setattr("gptfast.generation.engine.ROOM", room)
         assert gptfast.generate(model, prompts, max_new_tokens=50, **options) == whole
         streamed: list[list[int]] = [[] for _ in whole]
         for i, piece in gptfast.stream(model, prompts, max_new_tokens=50, **options):
@@ -567,7 +570,7 @@ def test_a_limit_of_billions_of_tokens_takes_the_memory_of_those_that_there_are(
         taken.append(zeros(*arguments).nbytes)
         return zeros(*arguments)
 
-    monkeypatch.setattr("gptfast.engine.np.zeros", counted)
+    monkeypatch.setattr("gptfast.generation.engine.np.zeros", counted)
     model = make("course")
     options: dict[str, Any] = {"max_new_tokens": 2_000_000_000, "logprobs": 5}
     results = interrupted_soon(lambda: gptfast.generate(model, [[1], [2]], **options), 0.3)

@@ -32,7 +32,7 @@ from gptfast.ops.triton import attention, attention_grad, decode, embedding, ffn
 from gptfast.ops.triton import self_attention
 from gptfast.ops.triton.cross_entropy import linear_cross_entropy
 from gptfast.ops.triton.sampling import sample
-from gptfast.sampling import Sampling
+from gptfast.ops.sampling import Sampling
 
 def layer(M, K, N):
     linear.linear(empty(M, K), empty(K), empty(K), empty(N, K), empty(N), empty(M, N))

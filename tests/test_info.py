@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gptfast import ConfigError, info, threads
+from gptfast import ConfigError, threads
+from gptfast.cli import info
 from gptfast.ops import select
 
 

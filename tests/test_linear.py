@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from oracle import autocast, check_op
 from torch import Tensor
 from torch.nn import functional as F
 
 from gptfast import ops
 from gptfast.ops import reference
+from gptfast.testing import autocast, check_op
 
 DTYPES = (torch.float32, torch.bfloat16)
 SHAPES = (

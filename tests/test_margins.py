@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map_only
 import gptfast
 from gptfast import ops
 from gptfast.ops import select
-from gptfast.optimizer import AdamW
+from gptfast.training.optimizer import AdamW
 
 SIDES = ("behind", "before")
 DTYPES = (torch.float32, torch.bfloat16)

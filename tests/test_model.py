@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from oracle import assert_budget
 from peers import CourseGPT
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from gptfast import GPT, BackendError, CheckpointError, ConfigError, GPTConfig
 from gptfast.config import abc
 from gptfast.model import unwrapped
+from gptfast.testing import assert_budget
 
 DTYPES = (torch.float32, torch.bfloat16)
 SMALL = GPTConfig(block_size=20, vocab_size=11, n_layer=2, n_head=2, n_embd=32, dropout=0.0)

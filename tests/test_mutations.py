@@ -7,14 +7,13 @@ import shutil
 import pytest
 import torch
 
-from gptfast import checkpoint, data, run
-from gptfast.config import GPTConfig
+from gptfast import checkpoint, data
+from gptfast.config import GPTConfig, TrainConfig
 from gptfast.errors import GptfastError
 from gptfast.model import GPT
-from gptfast.plots import read_history
-from gptfast.presets import TrainConfig
 from gptfast.tokenizer import CharTokenizer
-from gptfast.training import Trainer
+from gptfast.training import Trainer, run
+from gptfast.training.plots import read_history
 
 TEXT = data.abc_corpus()[:100]
 TOKENIZER = CharTokenizer.from_text(TEXT)

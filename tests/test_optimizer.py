@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from oracle import RESULT_FACTOR, assert_budget
 from torch import nn
 
 from gptfast.ops import adamw, select
-from gptfast.optimizer import AdamW
+from gptfast.testing import RESULT_FACTOR, assert_budget
+from gptfast.training.optimizer import AdamW
 
 SHAPES = ((3,), (5, 7), (40_000,), (130, 300), (1,))
 OPTIONS = {"lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}
@@ -133,7 +133,7 @@ def test_torch_does_what_the_kernel_does_not(monkeypatch: pytest.MonkeyPatch) ->
         params = [nn.Parameter(param.detach().to(dtype)) for param in parameters()]
         theirs = copy.deepcopy(params)
         set_gradients(params, 0), set_gradients(theirs, 0)
-        monkeypatch.setattr("gptfast.optimizer.adamw_", None)
+        monkeypatch.setattr("gptfast.training.optimizer.adamw_", None)
         AdamW(params, fused_kernel=fused, **OPTIONS).clipped_step(0.5)
         torch_step(torch.optim.AdamW(theirs, fused=True, **OPTIONS), theirs, 0.5)
         assert all(torch.equal(a, b) for a, b in zip(params, theirs, strict=True))

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from gptfast import plots
 from gptfast.errors import ConfigError, DataError
-from gptfast.plots import plot_history, read_history
-from gptfast.run import HISTORY_NAME
+from gptfast.training import plots
+from gptfast.training.plots import plot_history, read_history
+from gptfast.training.run import HISTORY_NAME
 
 ROWS = [
     {"step": 10, "train_loss": 3.0, "val_loss": 2.5},
@@ -140,5 +140,5 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
 
 
 def test_importing_the_module_does_not_load_matplotlib():
-    code = "import gptfast.plots, gptfast.training, sys; sys.exit('matplotlib' in sys.modules)"
+    code = "import gptfast.training.plots, sys; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ).returncode == 0

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptfast import checkpoint, data, run
+from gptfast import checkpoint, data
 from gptfast.cli import main
-from gptfast.config import GPTConfig
+from gptfast.config import GPTConfig, TrainConfig
 from gptfast.errors import CheckpointError, ConfigError, DataError
-from gptfast.presets import Preset, TrainConfig
+from gptfast.presets import Preset
 from gptfast.tokenizer import CharTokenizer
-from gptfast.training import Trainer, held_out, train
+from gptfast.training import Trainer, held_out, run, train
 
 OLD = Path(__file__).parent / "fixtures" / "checkpoint-v1"
 TEXT = data.abc_corpus()[:600]

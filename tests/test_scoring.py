@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import RESULT_FACTOR, assert_budget
 from peers import SdpaGPT
 from test_generation import TEXT, WIDE, make, prompts_for, text_model
 
 import gptfast
 from gptfast import GPT, BackendError, ConfigError, DataError, TrainConfig, Trainer, data
-from gptfast.reference_loop import reference_model
+from gptfast.generation.reference_loop import reference_model
+from gptfast.testing import RESULT_FACTOR, assert_budget
 
 
 def test_scores_are_the_log_probabilities_of_the_forward_pass(isa: str) -> None:

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from oracle import autocast, check_op, run
 from test_linear import normal
 from torch import Tensor
 from torch.nn import functional as F
 
 from gptfast import ops
 from gptfast.ops import reference
+from gptfast.testing import autocast, check_op, run
 
 DTYPES = (torch.float32, torch.bfloat16)
 SHAPES = ((1, 1, 8, 1), (3, 16, 32, 2), (2, 70, 96, 3), (1, 150, 33, 1), (40, 9, 24, 4))

@@ -20,12 +20,12 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gptfast import checkpoint, data, run
-from gptfast.config import GPTConfig
+from gptfast import checkpoint, data
+from gptfast.config import GPTConfig, TrainConfig
 from gptfast.errors import CheckpointError, ConfigError, DataError
 from gptfast.model import GPT
 from gptfast.ops import select
-from gptfast.presets import PRESETS, Preset, TrainConfig, preset
+from gptfast.presets import PRESETS, Preset, preset
 from gptfast.tokenizer import CharTokenizer
 from gptfast.training import (
     Trainer,
@@ -33,6 +33,8 @@ from gptfast.training import (
     UnsavedError,
     evaluate,
     held_out,
+    lock,
+    run,
     split,
     train,
 )
@@ -317,7 +319,7 @@ def test_a_step_trains_with_dropout_whatever_mode_the_model_was_in():
 
 @pytest.mark.parametrize("tokens", [2, 8, 9, 10, 41])
 def test_evaluation_is_the_mean_over_all_tokens_of_disjoint_windows(tokens, monkeypatch):
-    monkeypatch.setattr("gptfast.trainer.EVAL_TOKENS_AT_ONCE", 16)  # two windows at once
+    monkeypatch.setattr("gptfast.training.trainer.EVAL_TOKENS_AT_ONCE", 16)  # two windows at once
     model = make_model(dropout=0.5)
     ids = torch.randint(1, 5, (tokens,), generator=torch.Generator().manual_seed(1))
     result = evaluate(model, ids)
@@ -752,7 +754,7 @@ def test_without_an_interval_only_evaluations_save(monkeypatch, tmp_path):
     saved = []
     monkeypatch.setattr(run.RunDirectory, "save", lambda self, *args: saved.append(args[3].step))
     clock = iter(range(0, 10**6, 7 * 60))  # seven minutes pass between two looks at it
-    monkeypatch.setattr("gptfast.training_loop.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("gptfast.training.loop.time.monotonic", lambda: next(clock))
     quick(tmp_path / "none", save_minutes=None, eval_every=12)
     assert saved == [12]
     saved.clear()
@@ -957,7 +959,7 @@ def test_what_cannot_be_saved_is_found_before_training(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-LOCKS = pytest.mark.skipif(run.fcntl is None, reason="this system has no flock")
+LOCKS = pytest.mark.skipif(lock.fcntl is None, reason="this system has no flock")
 
 
 @LOCKS
@@ -1023,20 +1025,20 @@ def test_a_dead_process_keeps_no_lock(tmp_path):
 @LOCKS
 @pytest.mark.parametrize("name", ["ENOLCK", "EOPNOTSUPP"])
 def test_a_file_system_without_locks_takes_runs(tmp_path, monkeypatch, name):
-    def lock(*args):
+    def flock(*args):
         raise OSError(getattr(errno, name), "no locks")
 
-    monkeypatch.setattr(run.fcntl, "flock", lock)
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
     quick(tmp_path / "run", steps=1)
     assert {file.name for file in (tmp_path / "run").iterdir()} == set(run.FILES)
 
 
 @LOCKS
 def test_a_lock_that_cannot_be_made_is_one_sentence(tmp_path, monkeypatch):
-    def lock(*args):
+    def flock(*args):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(run.fcntl, "flock", lock)
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
     with pytest.raises(CheckpointError, match=r"run: .* \(Read-only file system\)$"):
         quick(tmp_path / "run", steps=1)
 

@@ -17,7 +17,6 @@ import bench_attention
 import numpy as np
 import pytest
 import torch
-from oracle import check_op, run
 from peers import ffn as torch_ffn
 from test_attention import check_attention, check_large_scores, check_overflow, heads
 from test_cross_entropy import (
@@ -41,14 +40,15 @@ from torch import Tensor
 
 from gptfast import GPT, BackendError, DataError, GPTConfig, ops
 from gptfast.generation import make_request
+from gptfast.generation.reference_loop import ReferenceLoop
 from gptfast.model import Backend
 from gptfast.ops import reference, select
 from gptfast.ops.random import dropout_factors
-from gptfast.reference_loop import ReferenceLoop
-from gptfast.sampling import Sampling, choose, draws
+from gptfast.ops.sampling import Sampling, choose, draws
+from gptfast.testing import check_op, run
 
 triton = pytest.importorskip("triton")
-from gptfast import device_loop  # noqa: E402
+from gptfast.generation import device_loop  # noqa: E402
 from gptfast.ops import triton as kernels  # noqa: E402
 from gptfast.ops.triton import (  # noqa: E402
     attention,

@@ -14,8 +14,8 @@ T* take(Frame& frame, int64_t count) {
   return static_cast<T*>(frame.bytes(static_cast<size_t>(count) * sizeof(T)));
 }
 
-void embed(const Model& model, int64_t count, const int64_t* tokens,
-           const int64_t* positions, void* x, const Parallel& parallel) {
+void embed(const Model& model, int64_t count, const int64_t* tokens, const int64_t* positions,
+           void* x, const Parallel& parallel) {
   Embedding s = {};
   s.y_dtype = model.dtype();
   s.M = count, s.C = model.config().n_embd, s.V = model.config().vocab_size;
@@ -155,8 +155,7 @@ class Pass {
     for (int64_t i = 0; i <= last; ++i) {
       plan_.for_rows(M_, parallel_, [&](int64_t first, int64_t count, const Parallel& parallel) {
         if (i == 0)
-          embed(model_, count, tokens() + first, position_ + first, rows_.x(first),
-                parallel);
+          embed(model_, count, tokens() + first, position_ + first, rows_.x(first), parallel);
         else
           rows_.finish(layer(i - 1), first, count, parallel);
         if (model_.config().attention) project(i, i == last, first, count, parallel);

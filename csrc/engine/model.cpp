@@ -45,8 +45,7 @@ Model::Model(const Kernels& kernels, const ModelConfig& config, DType dtype, Pac
 Weight Model::pack(const Param& from, int64_t first, int64_t N, int64_t K,
                    const Parallel& parallel) {
   const int64_t bytes = kernels_.packed_weight_bytes(dtype_, packing_, N, K);
-  packed_.emplace_back(
-      static_cast<char*>(::operator new(static_cast<size_t>(bytes), alignment)));
+  packed_.emplace_back(static_cast<char*>(::operator new(static_cast<size_t>(bytes), alignment)));
   packed_bytes_ += bytes;
   char* packed = packed_.back().get();
   kernels_.pack_weight(dtype_, packing_, from_element(from, first * K), N, K, packed, parallel);

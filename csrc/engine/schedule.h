@@ -88,9 +88,7 @@ class Plan {
   template <class F>
   void for_rows(int64_t M, const Parallel& parallel, const F& f) const {
     const int64_t most = M / limits::thread_rows;
-    const int64_t shares = !fits_core_             ? 1
-                           : parallel.threads < most ? parallel.threads
-                                                     : most;
+    const int64_t shares = !fits_core_ ? 1 : parallel.threads < most ? parallel.threads : most;
     if (shares <= 1) return f(0, M, parallel);
     const int64_t rows = (M + shares - 1) / shares;
     run_tasks(parallel, shares, [&](int64_t share) {

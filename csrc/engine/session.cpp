@@ -34,8 +34,7 @@ Session::Session(std::shared_ptr<const Model> model, std::vector<Prompt> prompts
   for (size_t i = 0; i < prompts.size(); ++i) {
     Sequence s = {};
     s.prompt = static_cast<int64_t>(prompts[i].tokens.size());
-    s.same_prompt =
-        first.try_emplace(prompts[i].tokens, static_cast<int64_t>(i)).first->second;
+    s.same_prompt = first.try_emplace(prompts[i].tokens, static_cast<int64_t>(i)).first->second;
     s.tokens = std::move(prompts[i].tokens);
     s.seed = prompts[i].seed, s.number = prompts[i].number;
     if (options_.max_new_tokens == 0) s.state = State::length;
@@ -56,9 +55,9 @@ void Session::check() const {
               options_.top_logprobs >= 0 && options_.top_logprobs <= c.vocab_size,
           "an option is out of its range");
   require(options_.slots > 0 || sequences_.empty(), "slots must be above 0");
-  require(options_.stop_strings.empty() ||
-              static_cast<int64_t>(options_.pieces.size()) == c.vocab_size,
-          "pieces must be one per token where there are stop strings");
+  require(
+      options_.stop_strings.empty() || static_cast<int64_t>(options_.pieces.size()) == c.vocab_size,
+      "pieces must be one per token where there are stop strings");
   require(table_ == nullptr || (c.attention && c.n_layer > 1),
           "first_layer_table is for a model with attention in two layers");
   for (size_t i = 0; i < sequences_.size(); ++i) {

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.ops.common import define
+from gptfast.ops.library import define
 
 
 def _fake(weights: Sequence[Tensor], *_: Any) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from gptfast.ops import select
 from gptfast.ops.autograd import Fused, backward_of, constant, needs_grad
-from gptfast.ops.common import check_dropout, check_floating, check_like, check_tensor, define
+from gptfast.ops.common import check_dropout, check_floating, check_like, check_tensor
 from gptfast.ops.flops import of_attention
+from gptfast.ops.library import define
 from gptfast.ops.random import seed_tensor
 
 

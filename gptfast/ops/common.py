@@ -1,37 +1,10 @@
-"""What the operators share: the library that their schemas are defined in, and argument checks."""
-
-from collections.abc import Callable
-from typing import Any
+"""What the operators check of their arguments."""
 
 import torch
 from torch import Tensor
 
-from gptfast.ops import flops as formulas
 from gptfast.ops import select
-from gptfast.ops.autograd import constant, one_by_one, transformed
-
-LIBRARY = torch.library.Library("gptfast", "DEF")
-
-
-def define(schema: str, fake: Callable[..., Any], flops: Callable[..., int] | None = None) -> Any:
-    """Defines gptfast::<schema>; returns the operator.
-
-    Kernels are added elsewhere: by the compiled extension for the CPU, by gptfast.ops.triton for
-    CUDA.
-
-    Args:
-        schema: In torch's notation.
-        fake: Makes results of the right shapes and dtypes.
-        flops: The operator's formula, see gptfast.ops.flops.
-    """
-    name = schema.partition("(")[0].strip()
-    LIBRARY.define(" ".join(schema.split()))
-    torch.library.register_fake(f"gptfast::{name}", fake, lib=LIBRARY)
-    operator = getattr(torch.ops.gptfast, name).default
-    torch.library.register_vmap(f"gptfast::{name}", one_by_one(operator), lib=LIBRARY)
-    if flops is not None:
-        formulas.FORMULAS[name] = flops
-    return operator
+from gptfast.ops.autograd import constant, transformed
 
 
 def check_activation(op: str, name: str, x: Tensor, dims: int | None = None) -> None:

@@ -25,9 +25,9 @@ from gptfast.ops.common import (
     check_param,
     check_shape,
     check_tensor,
-    define,
 )
 from gptfast.ops.flops import of_product, of_product_backward
+from gptfast.ops.library import define
 from gptfast.ops.linear import fake_grads
 
 REDUCTIONS = ("mean", "sum", "none")

@@ -15,8 +15,8 @@ from gptfast.ops.common import (
     check_indices,
     check_param,
     check_tensor,
-    define,
 )
+from gptfast.ops.library import define
 from gptfast.ops.linear import fake_grad
 from gptfast.ops.random import seed_tensor
 

@@ -16,9 +16,9 @@ from gptfast.ops.common import (
     check_dropout,
     check_param,
     check_tensor,
-    define,
 )
 from gptfast.ops.flops import of_product, of_product_backward
+from gptfast.ops.library import define
 from gptfast.ops.random import seed_tensor
 from gptfast.ops.sublayer import fake_backward, sublayer
 

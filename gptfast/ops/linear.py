@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from gptfast.ops.autograd import Fused, backward_of, needs_grad, only_wanted, wanted
-from gptfast.ops.common import check_activation, check_like, check_param, check_tensor, define
+from gptfast.ops.common import check_activation, check_like, check_param, check_tensor
 from gptfast.ops.flops import of_product, of_product_backward
+from gptfast.ops.library import define
 
 
 def fake_grad(param: Tensor | None, like: Tensor, want: bool = True) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from gptfast.ops import select
 from gptfast.ops.autograd import needs_grad
-from gptfast.ops.common import check_dropout, check_floating, check_param, define
+from gptfast.ops.common import check_dropout, check_floating, check_param
 from gptfast.ops.flops import of_attention, of_product, of_product_backward
+from gptfast.ops.library import define
 from gptfast.ops.random import seed_tensor
 from gptfast.ops.sublayer import fake_backward, sublayer
 

@@ -138,10 +138,8 @@ void session_cases() {
       session_case({dtype, 2, 2, 17, 12, 11, true, true, Gelu::erf, Packing::dense}, with);
   session_case({DType::f32, 1, 3, 8, 12, 11, false, true, Gelu::tanh, Packing::int8}, cases[2]);
   session_case({DType::bf16, 2, 1, 64, 7, 11, true, true, Gelu::erf, Packing::int8}, cases[4]);
-  session_case({DType::f32, 2, 3, 17, 7, 11, true, true, Gelu::erf, Packing::int8_vnni},
-                 cases[4]);
-  session_case({DType::f32, 2, 2, 16, 12, 11, true, false, Gelu::erf, Packing::dense},
-                 cases[2]);
+  session_case({DType::f32, 2, 3, 17, 7, 11, true, true, Gelu::erf, Packing::int8_vnni}, cases[4]);
+  session_case({DType::f32, 2, 2, 16, 12, 11, true, false, Gelu::erf, Packing::dense}, cases[2]);
 }
 
 }  // namespace gptfast::sanitize

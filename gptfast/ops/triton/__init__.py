@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gptfast.ops.common import LIBRARY
+from gptfast.ops.library import LIBRARY
 from gptfast.ops.triton import (
     attention,
     attention_grad,

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptfast.ops.sampling import SAMPLING_STREAM, Sampling
 from gptfast.ops.triton.launch import block_of
 from gptfast.ops.triton.tiles import LN2, LOG2E
-from gptfast.sampling import SAMPLING_STREAM, Sampling
 
 BLOCK = 1024
 STREAM = tl.constexpr(SAMPLING_STREAM)
@@ -155,7 +155,7 @@ def sample(
     how: Sampling, logits: Tensor, seen: Tensor | None, seeds: Tensor, sequences: Tensor,
     steps: Tensor, tokens: Tensor, logprobs: Tensor,
 ) -> None:  # fmt: skip
-    """Chooses a token of every row as gptfast.sampling.choose does.
+    """Chooses a token of every row as gptfast.ops.sampling.choose does.
 
     Args:
         how: The options.

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from gptfast import commands
-from gptfast.commands import EXIT_INTERRUPTED, Command
+from gptfast.cli import commands
+from gptfast.cli.commands import EXIT_INTERRUPTED, Command
 from gptfast.errors import ConfigError, GptfastError
 
 if TYPE_CHECKING:
@@ -170,7 +170,3 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, MemoryError):
         return ": ".join(["there is not enough memory", *str(error).splitlines()[:1]])
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

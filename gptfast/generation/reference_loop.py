@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from gptfast.errors import ConfigError
-from gptfast.mergeable import engine_oddity
+from gptfast.generation.mergeable import engine_oddity
+from gptfast.generation.request import Request, Update, not_finite
 from gptfast.model import GPT
-from gptfast.request import Request, Update, not_finite
-from gptfast.sampling import choose, draws
+from gptfast.ops.sampling import choose, draws
 
 
 class ReferenceLoop:
@@ -53,8 +53,15 @@ class ReferenceLoop:
             if self._reported.get(i) == (end, own.state):
                 continue
             start, _ = self._reported.get(i, (0, ""))
-            lists = own.tokens, own.logprobs, own.alternatives
-            found.append(Update(i, own.state, *(each[start:end] for each in lists)))
+            found.append(
+                Update(
+                    i,
+                    own.state,
+                    own.tokens[start:end],
+                    own.logprobs[start:end],
+                    own.alternatives[start:end],
+                )
+            )
             self._reported[i] = end, own.state
         return found
 

@@ -8,32 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast import checkpoint, run
-from gptfast.config import GPTConfig
+from gptfast import checkpoint
+from gptfast.config import GPTConfig, TrainConfig
 from gptfast.data import read_text
 from gptfast.errors import CheckpointError, ConfigError, DataError
 from gptfast.model import GPT, Backend
 from gptfast.ops.select import usable_device
-from gptfast.presets import PRESETS, Preset, TrainConfig, preset
+from gptfast.presets import PRESETS, Preset, preset
 from gptfast.tokenizer import CharTokenizer
-from gptfast.trainer import Evaluation, Trainer, check_lengths, evaluate
-from gptfast.training_loop import TrainError, TrainResult, UnsavedError
-
-__all__ = [
-    "PRESETS",
-    "Evaluation",
-    "Preset",
-    "TrainConfig",
-    "TrainError",
-    "TrainResult",
-    "Trainer",
-    "UnsavedError",
-    "evaluate",
-    "held_out",
-    "preset",
-    "split",
-    "train",
-]
+from gptfast.training import run
+from gptfast.training.loop import TrainResult
+from gptfast.training.trainer import Trainer, check_lengths
 
 
 def train(

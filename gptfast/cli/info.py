@@ -18,7 +18,7 @@ from gptfast.ops import select
 
 Version = tuple[int, int]
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def info() -> dict[str, Any]:

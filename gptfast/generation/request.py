@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 from gptfast.checks import check_seed, is_iterable, whole
 from gptfast.config import GPTConfig
 from gptfast.errors import ConfigError, DataError
-from gptfast.sampling import Sampling
+from gptfast.ops.sampling import Sampling
 from gptfast.tokenizer import CharTokenizer
 
 Prompt = str | Sequence[int]

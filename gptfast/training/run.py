@@ -10,13 +10,12 @@ Checkpoint and state have the run's id, drawn at its start. The checkpoint is sa
 crash leaves one of the state's step or a later one; any other pair was put together by hand.
 """
 
-import errno
 import hashlib
 import json
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -24,18 +23,13 @@ from typing import Any
 import torch
 
 from gptfast import checkpoint
-from gptfast.config import GPTConfig
+from gptfast.config import GPTConfig, TrainConfig
 from gptfast.errors import CheckpointError, ConfigError
 from gptfast.integrity import load_sealed, reading, save_sealed
 from gptfast.model import GPT
-from gptfast.presets import TrainConfig
 from gptfast.storable import mismatch, stored_config
 from gptfast.tokenizer import CharTokenizer
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from gptfast.training.lock import locked
 
 HISTORY_NAME = "history.jsonl"
 STATE_NAME = "training_state.pt"
@@ -142,7 +136,7 @@ class RunDirectory:
         with ExitStack() as held:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                held.enter_context(_locked(self.path / LOCK_NAME))
+                held.enter_context(locked(self.path / LOCK_NAME))
             except BlockingIOError:
                 raise ConfigError(f"{self.path}: another run is being trained there") from None
             except OSError as error:
@@ -355,43 +349,6 @@ def _replaced(file: Path) -> Iterator[Path]:
         os.replace(aside, file)
     finally:
         aside.unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Locks a file, which is there for that time only. Raises BlockingIOError where another did."""
-    if fcntl is None:
-        yield
-        return
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            _lock(descriptor)
-            # One that the owner before has removed since it was opened keeps no one out.
-            if _is_at(descriptor, path):
-                try:
-                    yield
-                finally:
-                    with suppress(OSError):  # a run that is done does not fail by this
-                        path.unlink()
-                return
-        finally:
-            os.close(descriptor)
-
-
-def _lock(descriptor: int) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # no locks there
-            raise
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _check_same(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:

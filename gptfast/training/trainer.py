@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptfast import progress as terminal
+from gptfast.config import PRECISIONS, Precision, TrainConfig
 from gptfast.errors import ConfigError, DataError
 from gptfast.model import unwrapped
 from gptfast.ops.random import seed_tensor
-from gptfast.optimizer import AdamW
-from gptfast.presets import PRECISIONS, Precision, TrainConfig
-from gptfast.run import RunDirectory
 from gptfast.storable import check_storable
 from gptfast.threads import check_threads
 from gptfast.tokenizer import CharTokenizer
-from gptfast.training_loop import Loop, TrainResult
+from gptfast.training import progress as terminal
+from gptfast.training.loop import Loop, TrainResult
+from gptfast.training.optimizer import AdamW
+from gptfast.training.run import RunDirectory
 
 EVAL_TOKENS_AT_ONCE = 8192  # bounds the memory of an evaluation
 
@@ -210,7 +210,7 @@ class Trainer:
 
         Raises:
             ConfigError: neither steps nor epochs are set, another run is being trained in `out`, or
-                see `gptfast.run.check`.
+                see `gptfast.training.run.check`.
             DataError: a text is shorter than a window.
             CheckpointError: `out` cannot be written or read, or a checkpoint cannot hold the model.
             UnsavedError: the last save failed; the error's `result` has the trained model.

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gptfast import ops
+from gptfast.generation.reference_loop import ReferenceLoop, likeliest_tokens, reference_model
+from gptfast.generation.request import Request, not_finite, slots_at_once
 from gptfast.model import GPT
 from gptfast.modules import Attend, Step
+from gptfast.ops.sampling import Sampling
 from gptfast.ops.triton.decode import decode_attention
 from gptfast.ops.triton.sampling import sample
-from gptfast.reference_loop import ReferenceLoop, likeliest_tokens, reference_model
-from gptfast.request import Request, not_finite, slots_at_once
-from gptfast.sampling import Sampling
 
 WARM_UPS = 3  # steps before one is captured: they compile, choose configurations, allocate
 

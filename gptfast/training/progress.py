@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gptfast.run import Row, RunState
+from gptfast.training.run import Row, RunState
 
 Report = Callable[[Row | str | None], None]
 

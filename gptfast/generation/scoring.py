@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from gptfast.checks import check_count
-from gptfast.engine import PackedModel, packed_for
-from gptfast.model import GPT
-from gptfast.reference_loop import reference_model
-from gptfast.request import (
+from gptfast.generation.engine import PackedModel, packed_for
+from gptfast.generation.reference_loop import reference_model
+from gptfast.generation.request import (
     Prompt,
     check_dtype,
     check_tokenizer,
@@ -18,6 +17,7 @@ from gptfast.request import (
     not_finite,
     written,
 )
+from gptfast.model import GPT
 from gptfast.tokenizer import CharTokenizer
 
 TOKENS_AT_ONCE = 2048  # bounds the memory; results do not depend on it

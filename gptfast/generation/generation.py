@@ -5,13 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gptfast.checks import check_count, is_iterable, whole
-from gptfast.engine import Engine, PackedModel, packed_for
 from gptfast.errors import ConfigError, DataError
-from gptfast.mergeable import engine_oddity
-from gptfast.model import GPT
-from gptfast.ops import select
-from gptfast.reference_loop import ReferenceLoop
-from gptfast.request import (
+from gptfast.generation.engine import Engine, PackedModel, packed_for
+from gptfast.generation.mergeable import engine_oddity
+from gptfast.generation.reference_loop import ReferenceLoop
+from gptfast.generation.request import (
     GIB,
     Loop,
     Prompt,
@@ -25,7 +23,9 @@ from gptfast.request import (
     window_stride,
     written,
 )
-from gptfast.sampling import Sampling
+from gptfast.model import GPT
+from gptfast.ops import select
+from gptfast.ops.sampling import Sampling
 from gptfast.tokenizer import CharTokenizer
 
 FinishReason = Literal["length", "stop", "window", "interrupted"]
@@ -234,7 +234,7 @@ def _loop(model: GPT | PackedModel, request: Request, lasting: bool = False) -> 
         and not select.unavailable("cuda", weight.dtype, model.config.head_dim)
         and engine_oddity(model) is None
     ):
-        from gptfast.device_loop import DeviceLoop  # needs Triton
+        from gptfast.generation.device_loop import DeviceLoop  # needs Triton
 
         return DeviceLoop(model, request, lasting)
     return ReferenceLoop(model, request)

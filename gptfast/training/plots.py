@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gptfast.errors import ConfigError, DataError
-from gptfast.run import HISTORY_NAME, Row
+from gptfast.training.run import HISTORY_NAME, Row
 
 Run = str | Path | Sequence[Row]
 

@@ -66,7 +66,7 @@ class Demo:
 
     def run(self) -> int:
         """Runs the demo; 1 if the model stayed too far from what it can reach."""
-        from gptfast.demo import demo
+        from gptfast.cli.demo import demo
 
         use_threads(self.threads)
         return 0 if demo(self.seed).passed else 1
@@ -114,9 +114,8 @@ class Train:
 
     def fit(self, preset: "Preset", overrides: dict[str, Any]) -> int:
         """Trains; 128 and the signal's number if one ended it, as 130 for Ctrl-C."""
-        from gptfast import plots
-        from gptfast.progress import hears_ctrl_c
-        from gptfast.training import UnsavedError, train
+        from gptfast.training import UnsavedError, plots, train
+        from gptfast.training.progress import hears_ctrl_c
 
         if self.plot is not None:  # what would fail after the training fails before it
             if self.plot.suffix.lower() not in plots.SUFFIXES:
@@ -166,8 +165,7 @@ def train_preset(preset: "Preset", shape: "GPTConfig | None" = None) -> type[Com
         preset: the preset.
         shape: the model's defaults, where they are not the preset's.
     """
-    from gptfast.config import GPTConfig
-    from gptfast.presets import TrainConfig
+    from gptfast.config import GPTConfig, TrainConfig
 
     defaults = shape or preset.model(GPTConfig.vocab_size)
 
@@ -294,7 +292,7 @@ class Inspect:
         from rich.console import Console
 
         from gptfast import checkpoint
-        from gptfast.demo import parameter_table
+        from gptfast.cli.inspection import attention_maps, lines_of, parameter_table
 
         model, tokenizer = checkpoint.load(self.run_path)
         maps = "" if self.attention is None else attention_maps(model, tokenizer, self.attention)
@@ -307,7 +305,7 @@ class Inspect:
         for title in ("config", "extra"):
             values = header[title]
             print(f"\n{title}:")
-            for line in _lines(values):
+            for line in lines_of(values):
                 print(f"  {line}")
         print(maps, end="")
         return 0
@@ -318,41 +316,11 @@ class Info:
     """Show the installation and the machine, and why something is missing."""
 
     def run(self) -> int:
-        """Prints the table of `gptfast.info`."""
-        from gptfast.info import print_info
+        """Prints the table of `gptfast.cli.info`."""
+        from gptfast.cli.info import print_info
 
         print_info()
         return 0
-
-
-def _lines(values: Any) -> list[str]:
-    """A line per value of whatever is stored; half a surrogate pair, which no terminal takes, is
-    escaped.
-    """
-    lines = [f"{k}: {v}" for k, v in values.items()] if isinstance(values, dict) else [str(values)]
-    return [line.encode("utf-8", "backslashreplace").decode("utf-8") for line in lines]
-
-
-def attention_maps(model: "GPT", tokenizer: "CharTokenizer | None", text: str) -> str:
-    """Writes the attention weights of each head in tenths, a row per character that attends."""
-    if tokenizer is None or not text:
-        raise ConfigError("--attention needs at least one character, and a model with a tokenizer")
-    if len(text) > model.config.block_size:
-        raise DataError(
-            f"--attention takes at most block_size={model.config.block_size} characters, "
-            f"got {len(text)}"
-        )
-    weights = model.attention_weights(tokenizer.encode_tensor(text)[None])[:, 0]  # (L, H, T, T)
-    shown = [char if char.isprintable() else "⏎" for char in text]
-    lines = []
-    for layer, heads in enumerate(weights.tolist()):
-        for head, rows in enumerate(heads):
-            lines += ["", f"layer {layer}, head {head}: tenths of the attention"]
-            lines.append(f"    {''.join(shown)}")
-            for i, row in enumerate(rows):
-                tenths = "".join(str(min(9, int(10 * weight))) for weight in row[: i + 1])
-                lines.append(f"  {shown[i]} {tenths}")
-    return "\n".join([*lines, ""])
 
 
 def use_threads(threads: int | None) -> None:

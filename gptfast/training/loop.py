@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gptfast import data, progress, run
+from gptfast import data
+from gptfast.config import TrainConfig
 from gptfast.errors import CheckpointError, ConfigError, GptfastError
 from gptfast.model import GPT
-from gptfast.presets import TrainConfig
-from gptfast.run import Row, RunDirectory, RunState
 from gptfast.tokenizer import CharTokenizer
+from gptfast.training import progress, run
+from gptfast.training.run import Row, RunDirectory, RunState
 
 if TYPE_CHECKING:
-    from gptfast.trainer import Trainer
+    from gptfast.training.trainer import Trainer
 
 REPORTS_PER_SECOND = 10
 

@@ -1,4 +1,4 @@
-"""The compiled engine as Python sees it: a model's packed weights, and the sequences of a request."""
+"""The compiled engine as Python sees it: a model packed for it, and the sequences of a request."""
 
 import warnings
 from typing import Any
@@ -6,11 +6,18 @@ from typing import Any
 import torch
 
 from gptfast.errors import BackendError, ConfigError
-from gptfast.mergeable import engine_oddity
+from gptfast.generation.mergeable import engine_oddity
+from gptfast.generation.request import (
+    DTYPES,
+    Request,
+    Update,
+    check_dtype,
+    not_finite,
+    slots_at_once,
+)
 from gptfast.model import GPT
 from gptfast.modules import not_fused
 from gptfast.ops import select
-from gptfast.request import DTYPES, Request, Update, check_dtype, not_finite, slots_at_once
 
 
 def pack(model: GPT, dtype: str | None = None) -> "PackedModel":

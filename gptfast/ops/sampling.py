@@ -57,7 +57,6 @@ class Sampling:
             value = getattr(self, name)  # may be of any type of numbers, which torch does not take
             object.__setattr__(self, name, None if value is None else float(value))
 
-
     def as_numbers(self, vocab_size: int) -> tuple[float, int, float, float, float]:
         """Temperature, top_k, top_p, min_p, penalty; what is None as the number of no limit."""
         return (

@@ -5,7 +5,6 @@ T block_size, V vocab_size.
 
 import copy
 import math
-import re
 import statistics
 import time
 from dataclasses import dataclass
@@ -18,14 +17,15 @@ from torch import Tensor
 
 from gptfast.abc_corpus import NUM_WORDS, WORDS, abc_entropy, abc_next_distribution
 from gptfast.checks import check_seed
+from gptfast.cli.inspection import parameter_table
+from gptfast.config import TrainConfig
 from gptfast.data import abc_corpus, random_windows
 from gptfast.generation import Generation, generate
 from gptfast.model import GPT, Backend
 from gptfast.ops import select
-from gptfast.presets import PRESETS, TrainConfig
+from gptfast.presets import PRESETS
 from gptfast.tokenizer import CharTokenizer
-from gptfast.trainer import Trainer
-from gptfast.training import split
+from gptfast.training import Trainer, split
 
 PROMPT = "A"
 NEW_TOKENS = 700
@@ -141,26 +141,6 @@ def _show_corpus(console: Console, text: str, tokenizer: CharTokenizer) -> None:
 def visible(text: str) -> str:
     """The text on one line, with a sign for each line end."""
     return text.replace("\n", "⏎")
-
-
-def parameter_table(model: GPT) -> Table:
-    """The parameters with their shapes: a row per module, equal ones of the layers together."""
-    shapes: dict[str, dict[str, str]] = {}  # of the parameters of a module
-    numbers: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        module, _, kind = re.sub(r"^h\.\d+", "h.*", name).rpartition(".")
-        shapes.setdefault(module, {})[kind] = " x ".join(str(size) for size in parameter.shape)
-        numbers[module] = numbers.get(module, 0) + parameter.numel()
-    table = Table(box=None, pad_edge=False)
-    for title in ("module", "weight", "bias", "layers", "parameters"):
-        table.add_column(title, justify="right" if title in ("layers", "parameters") else "left")
-    for module, found in shapes.items():
-        layers = str(model.config.n_layer) if module.startswith("h.") else ""
-        weight, bias = found["weight"], found.get("bias", "")
-        table.add_row(module, weight, bias, layers, f"{numbers[module]:,}")
-    total = sum(parameter.numel() for parameter in model.parameters())
-    table.add_row("total", "", "", "", f"{total:,}", style="bold")
-    return table
 
 
 @torch.no_grad()

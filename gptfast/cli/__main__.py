@@ -1,0 +1,8 @@
+"""`python -m gptfast.cli`."""
+
+import sys
+
+from gptfast.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

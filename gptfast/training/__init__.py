@@ -1,0 +1,23 @@
+"""From a text to a trained model: single steps, whole runs, and the directory that keeps a run."""
+
+from gptfast.config import TrainConfig
+from gptfast.presets import PRESETS, Preset, preset
+from gptfast.training.loop import TrainError, TrainResult, UnsavedError
+from gptfast.training.trainer import Evaluation, Trainer, evaluate
+from gptfast.training.training import held_out, split, train
+
+__all__ = [
+    "PRESETS",
+    "Evaluation",
+    "Preset",
+    "TrainConfig",
+    "TrainError",
+    "TrainResult",
+    "Trainer",
+    "UnsavedError",
+    "evaluate",
+    "held_out",
+    "preset",
+    "split",
+    "train",
+]
