@@ -108,6 +108,7 @@ class PackedModel:
         if name is None:
             raise ConfigError(f"dtype must be one of {list(DTYPES)} for a model in {own}, got None")
         self.config, self.name = config, name
+        self.dtype = _activations(model, dtype)
         params = model.state_dict()
 
         def find(parameter: str) -> Any:
@@ -123,7 +124,7 @@ class PackedModel:
             config.n_embd,
             config.attention,
             config.gelu,
-            bf16=_activations(model, dtype) == torch.bfloat16,
+            bf16=self.dtype == torch.bfloat16,
             int8=dtype == "int8",
             find=find,
             copy=lasting,
