@@ -382,7 +382,7 @@ def test_too_little_memory_is_one_sentence(capsys, monkeypatch, run_path, detail
     def allocate(*_: object, **__: object) -> object:
         raise MemoryError(*filter(None, [details]))
 
-    monkeypatch.setattr("gptfast.generation.engine.np.zeros", allocate)
+    monkeypatch.setattr(Engine, "__init__", allocate)
     error = refused(capsys, "generate", run_path, "--prompt", "to", "--max-new-tokens", 10**9)
     assert error == "there is not enough memory" + f": {details}" * bool(details)
 
