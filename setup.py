@@ -21,8 +21,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).resolve().parent
 KERNELS, TEMP = ROOT / "csrc" / "kernels", ROOT / "build" / "temp"
-LEVELS = KERNELS / "isa" / "levels"
-SOURCES = [path for path in ROOT.glob("csrc/**/*.cpp") if path.parent != LEVELS]
+SOURCES = [path for path in ROOT.glob("csrc/**/*.cpp") if path.parent.name != "levels"]
 
 CXX = os.environ.get("CXX") or "c++"
 FLAGS = "-O0 -g -UNDEBUG" if os.environ.get("DEBUG") == "1" else "-O3 -g0"
@@ -56,15 +55,15 @@ def no_extension_reason() -> str | None:
 
 
 def digest(folder: Path) -> str:  # gptfast/cli/info.py hashes csrc in the same way
-    parts = [path.read_bytes() for path in sorted(folder.rglob("*.[chi]*"))]
-    return hashlib.sha256(b"".join(parts)).hexdigest()
+    files = sorted(folder.rglob("*.[chi]*"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def compile_isa(isa: str) -> str:
     """Compiles isa/levels/<isa>.cpp unless its object has these flags and kernel files."""
     target, stamp = TEMP / f"isa_{isa}.o", TEMP / f"isa_{isa}.stamp"
     command = f"{CXX} {FLAGS} {KERNEL_FLAGS} {ISA_FLAGS[isa]} "
-    command += f"-c {quote(str(LEVELS / f'{isa}.cpp'))} -o {quote(str(target))}"
+    command += f"-c {quote(str(KERNELS / f'isa/levels/{isa}.cpp'))} -o {quote(str(target))}"
     state = f"{digest(KERNELS)} {command}"
     if not (target.exists() and stamp.exists() and stamp.read_text() == state):
         stamp.unlink(missing_ok=True)

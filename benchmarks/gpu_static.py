@@ -4,8 +4,7 @@ Every operator is called on tensors without data, and every configuration that a
 memory allows is compiled instead of launched. A kernel fails where it spills registers, needs more
 shared memory than there is, multiplies without the matrix units that its dtype has, or nowhere
 loads 16 bytes at once. The best time is what the useful FLOPs and the least bytes would take at the
-chip's published peaks. Exit code 1: a kernel fails; 2: a mistake in the
-options.
+chip's published peaks. Exit code 1: a kernel fails; 2: a mistake in the options.
 
 Letters: B batch, T time, C n_embd, H heads, D head_dim, F 4C, V vocab_size, M B T.
 """

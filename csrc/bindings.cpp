@@ -205,7 +205,8 @@ const char* name_of(State state) {
 
 // For each sequence that has changed: its number, its state, and its new tokens with their
 // log-probabilities and the likeliest tokens in their places.
-py::list updates(Session& session, int64_t k) {
+py::list updates(Session& session) {
+  const int64_t k = session.options().top_logprobs;
   py::list all;
   session.updates([&](int64_t i, const Sequence& s, int64_t first) {
     py::list tokens, logprobs, top_logprobs;
@@ -223,12 +224,12 @@ py::list updates(Session& session, int64_t k) {
   return all;
 }
 
-// A session, the model that it keeps alive, and what its updates hold.
+// A session, and the model whose parameters it keeps alive.
 struct BoundSession {
   BoundSession(py::object model, std::vector<std::vector<int64_t>> prompts,
                const std::vector<int64_t>& seeds, const std::vector<int64_t>& numbers,
                const SessionOptions& options)
-      : owner(std::move(model)), top_logprobs(options.top_logprobs) {
+      : owner(std::move(model)) {
     const BoundModel& bound = owner.cast<const BoundModel&>();
     bound.check_level("generate");
     if (seeds.size() != prompts.size() || numbers.size() != prompts.size())
@@ -240,7 +241,6 @@ struct BoundSession {
   }
 
   py::object owner;
-  int64_t top_logprobs;
   std::unique_ptr<Session> session;
 };
 
@@ -317,8 +317,7 @@ void bind_engine(py::module_& m) {
           py::arg("seconds"),
           "Generates for so long, one pass at least; whether there is more to do.")
       .def(
-          "updates",
-          [](BoundSession& bound) { return updates(*bound.session, bound.top_logprobs); },
+          "updates", [](BoundSession& bound) { return updates(*bound.session); },
           "(sequence, state, tokens, logprobs, top_logprobs) for each sequence that has changed "
           "since the last call, all of them at first.")
       .def_property_readonly(

@@ -9,11 +9,6 @@
 namespace gptfast {
 namespace {
 
-template <class T>
-T* take(Frame& frame, int64_t count) {
-  return static_cast<T*>(frame.bytes(static_cast<size_t>(count) * sizeof(T)));
-}
-
 void embed(const Model& model, int64_t count, const int64_t* tokens, const int64_t* positions,
            void* x, const Parallel& parallel) {
   Embedding s = {};

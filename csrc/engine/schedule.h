@@ -2,6 +2,7 @@
 // then carried out by forward. No plan changes a bit of any result.
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <vector>
@@ -87,13 +88,12 @@ class Plan {
   // alone.
   template <class F>
   void for_rows(int64_t M, const Parallel& parallel, const F& f) const {
-    const int64_t most = M / limits::thread_rows;
-    const int64_t shares = !fits_core_ ? 1 : parallel.threads < most ? parallel.threads : most;
+    const int64_t shares =
+        fits_core_ ? std::min<int64_t>(parallel.threads, M / limits::thread_rows) : 1;
     if (shares <= 1) return f(0, M, parallel);
     const int64_t rows = (M + shares - 1) / shares;
     run_tasks(parallel, shares, [&](int64_t share) {
-      const int64_t first = share * rows < M ? share * rows : M;
-      const int64_t count = first + rows < M ? rows : M - first;
+      const int64_t first = std::min(M, share * rows), count = std::min(rows, M - first);
       if (count > 0) f(first, count, in_turn);
     });
   }

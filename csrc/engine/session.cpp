@@ -117,7 +117,7 @@ void Session::admit(const Parallel& parallel) {
     s.slot = free_slots_.back();
     s.offset = s.cached = 0;
     move_window(s);
-    if (!share_prompt(s, s.slot, parallel)) {
+    if (!share_prompt(s, parallel)) {
       later.push_back(i);
       continue;
     }
@@ -132,7 +132,7 @@ void Session::admit(const Parallel& parallel) {
 // Copies the keys and values of the prompt, but for its last token, from the slot of a sequence
 // with the same prompt, which may have ended. False where there is one that has yet to compute
 // them: waiting is cheaper.
-bool Session::share_prompt(Sequence& s, int64_t slot, const Parallel& parallel) {
+bool Session::share_prompt(Sequence& s, const Parallel& parallel) {
   const int64_t shared = s.prompt - s.offset - 1;
   if (shared <= 0 || !model_->config().attention) return true;
   for (const int64_t other : holder_) {
@@ -141,7 +141,7 @@ bool Session::share_prompt(Sequence& s, int64_t slot, const Parallel& parallel) 
     if (same.same_prompt != s.same_prompt || same.offset != s.offset) continue;
     if (same.cached < shared && same.state == State::running) return false;
     if (same.cached < shared) continue;  // it ended before it computed any
-    if (same.slot != slot) cache_.copy(same.slot, slot, shared, parallel);
+    if (same.slot != s.slot) cache_.copy(same.slot, s.slot, shared, parallel);
     s.cached = shared;
     return true;
   }
@@ -233,8 +233,9 @@ void Session::append(Sequence& s, const float* logits) const {
   const Sample chosen = model_->kernels().sample(options_.sampling, row);
   const auto& stops = options_.stop_tokens;
   const bool stopped = std::find(stops.begin(), stops.end(), chosen.token) != stops.end();
-  if (!std::isfinite(chosen.logprob) || stopped) {
-    s.state = stopped && std::isfinite(chosen.logprob) ? State::stop : State::invalid;
+  const bool finite = std::isfinite(chosen.logprob);
+  if (!finite || stopped) {
+    s.state = finite ? State::stop : State::invalid;
     s.top_tokens.resize(end), s.top_logprobs.resize(end);
     return;
   }

@@ -72,6 +72,7 @@ class Session {
 
   // The first sequence whose logits were not finite; -1: none.
   int64_t invalid() const { return invalid_; }
+  const SessionOptions& options() const { return options_; }
   // Of the cache and the first layer's table.
   int64_t bytes() const;
 
@@ -99,7 +100,7 @@ class Session {
   Sequence& sequence(int64_t i) { return sequences_[static_cast<size_t>(i)]; }
   bool finished() const { return running_.empty() && waiting_.empty(); }
   void admit(const Parallel& parallel);
-  bool share_prompt(Sequence& s, int64_t slot, const Parallel& parallel);
+  bool share_prompt(Sequence& s, const Parallel& parallel);
   void move_window(Sequence& s) const;
   void slide(Sequence& s) const;
   bool read_once(const Sequence& s) const;

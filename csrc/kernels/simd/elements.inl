@@ -1,5 +1,5 @@
-// Memory of the kernels by its elements' type: work memory, and vectors of parameters, gradients
-// and results, which are fp32 or bf16 where the kernels compute in fp32.
+// Vectors of parameters, gradients and results, which are fp32 or bf16 where the kernels compute in
+// fp32.
 #pragma once
 
 #include "../kernels.h"
@@ -8,11 +8,6 @@
 
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
-
-template <class T>
-inline T* take(Frame& frame, int64_t count) {
-  return static_cast<T*>(frame.bytes(static_cast<size_t>(count) * sizeof(T)));
-}
 
 // Calls f with a pointer of the parameter's own element type.
 template <class F>

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace gptfast {
 
@@ -21,5 +22,11 @@ class Frame {
  private:
   size_t block_, used_;
 };
+
+// `count` elements. Static, as no kernel's file may share a function with another's.
+template <class T>
+static inline T* take(Frame& frame, int64_t count) {
+  return static_cast<T*>(frame.bytes(static_cast<size_t>(count) * sizeof(T)));
+}
 
 }  // namespace gptfast
