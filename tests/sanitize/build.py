@@ -71,7 +71,7 @@ def main(directory: Path, sanitizers: str) -> None:
     jobs = []
     for isa in built:
         command = f"{cxx} {sanitized} {facts['KERNEL_FLAGS']} {facts['ISA_FLAGS'][isa]}"
-        source = facts["LEVELS"] / f"{isa}.cpp"
+        source = CSRC / f"kernels/isa/levels/{isa}.cpp"
         jobs.append((command, source, directory / f"isa_{isa}.o", kernels))
     others = [CSRC / "kernels" / f"{name}.cpp" for name in ("isa/dispatch", "threads/team")]
     others += sorted((CSRC / "engine").glob("*.cpp"))
