@@ -1,30 +1,46 @@
-"""Writes the README's tables of speed from `results/*.json`, between its two markers.
+"""Writes what the documents say of speed from `results/*.json`.
 
-`python benchmarks/report.py` writes them, `--check` only says whether README has them.
+`python benchmarks/report.py` puts all tables into docs/benchmarks.md and a short one into
+README.md, each between two markers, and draws docs/speed.svg. `--check` writes nothing and says
+whether the three are what the results give.
 """
 
 import argparse
+import html
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from gptfast.training.plots import COLOURS, GREY
+
 FOLDER = Path(__file__).resolve().parent
-RESULTS, README = FOLDER / "results", FOLDER.parent / "README.md"
+RESULTS, ROOT = FOLDER / "results", FOLDER.parent
+README, PAGE, PICTURE = "README.md", "docs/benchmarks.md", "docs/speed.svg"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
-SCRIPTS = {  # in the README's order
+SCRIPTS = {  # in the order of the tables
     "train": "A training step",
     "attention": "Attention (B x H x T x D)",
     "ffn": "Feed-forward block (rows x n_embd)",
     "cross_entropy": "Output projection and loss (rows x n_embd x vocab_size)",
     "generate": "Greedy generation, all texts of a batch",
 }
+SUMMARY = {  # the rows of README: script, name there, what it is
+    ("train", "abc"): "training step, 2 layers of 128 on 64 x 16 characters",
+    ("train", "shakespeare"): "training step, 2 layers of 128 on 64 x 64 characters",
+    ("train", "gpt2"): "training step, GPT-2 124M",
+    ("attention", "4x12x1024x64 forward+backward"): "attention 4x12x1024x64, with gradients",
+    ("generate", "S, batch 1"): "generation, 2 layers of 128, one text",
+    ("generate", "S, batch 64"): "generation, 2 layers of 128, 64 texts",
+    ("generate", "L, batch 1"): "generation, GPT-2 124M, one text",
+    ("generate", "S, batch 64, past the window"): "generation past the window, 64 texts",
+}
 LOSS_CURVES = "loss_curves"
 NOTHING = "No results have been committed yet."
 
 
 class ReportError(Exception):
-    """Results or a README that no tables can be made of."""
+    """Results or documents that no tables can be made of."""
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
@@ -135,8 +151,7 @@ def _cells(row: dict[str, Any] | None, course: bool) -> list[str]:
     course_cell = [f"{against[0]:.2f}" if against else "-"]
     best = f"{row['ratio'][row['best']]:.2f} ({row['best']})" if row["best"] else "-"
     speed = row.get("details", {}).get("tokens/s")
-    value = row["ms"]["gptfast"] if speed is None else speed
-    shown = f"{value:.2f}" if value < 100 else f"{value:,.0f}"
+    shown = _number(row["ms"]["gptfast"] if speed is None else speed)
     return [shown, *(course_cell if course else []), best, f"{row['of_peak']:.0%}"]
 
 
@@ -156,12 +171,92 @@ def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def insert(readme: str, tables: str) -> str:
-    """The README with these tables between the markers. Raises ReportError without markers."""
-    head, begin, rest = readme.partition(BEGIN)
+def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of README that have results: by dtype the speed, and by how much and whom it beats.
+
+    Returns:
+        per row `text`, and `speed` and `best`, which map a dtype to (milliseconds or tokens per
+        second, unit) and to (ratio, name of the fastest contender).
+    """
+    scripts = {result["script"]: by_name(result) for result in results if "rows" in result}
+    found = []
+    for (script, name), text in SUMMARY.items():
+        speed, best = {}, {}
+        for row in scripts.get(script, {}).get(name, {}).values():
+            tokens = row.get("details", {}).get("tokens/s")
+            value = (row["ms"]["gptfast"], "ms") if tokens is None else (tokens, "tokens/s")
+            speed[row["dtype"]] = value
+            if row["best"]:
+                best[row["dtype"]] = (row["ratio"][row["best"]], row["best"])
+        if speed:
+            found.append({"text": text, "speed": speed, "best": best})
+    return found
+
+
+def summary_table(rows: list[dict[str, Any]]) -> list[str]:
+    """README's table: a line per row, two columns per dtype."""
+    dtypes = list(dict.fromkeys(dtype for row in rows for dtype in row["speed"]))
+    titles = ["", *(title for dtype in dtypes for title in (dtype, "x fastest other"))]
+    lines = [_line(titles), _line(["---", *["---:"] * (len(titles) - 1)])]
+    for row in rows:
+        cells = [row["text"]]
+        for dtype in dtypes:
+            value, unit = row["speed"].get(dtype, (0.0, ""))
+            ratio, name = row["best"].get(dtype, (0.0, ""))
+            cells += [f"{_number(value)} {unit}" if unit else "-"]
+            cells += [f"{ratio:.2f} ({name})" if name else "-"]
+        lines.append(_line(cells))
+    return lines
+
+
+def draw(path: Path, rows: list[dict[str, Any]], card: str) -> None:
+    """Draws how many times faster gptfast is than the fastest other contender of each row."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    dtypes = list(dict.fromkeys(dtype for row in rows for dtype in row["best"]))
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gptfast"}):
+        figure = Figure(figsize=(8.5, 1.3 + 0.5 * len(rows)), layout="constrained")
+        axes = figure.add_subplot()
+        for i, dtype in enumerate(dtypes):
+            places = [y + (i - (len(dtypes) - 1) / 2) * 0.36 for y in range(len(rows))]
+            ratios = [row["best"].get(dtype, (0.0, ""))[0] for row in rows]
+            bars = axes.barh(places, ratios, height=0.33, color=COLOURS[i], label=dtype)
+            names = [row["best"].get(dtype, (0.0, "-"))[1] for row in rows]
+            labels = [f"{ratio:.1f} x {name}" for ratio, name in zip(ratios, names, strict=True)]
+            axes.bar_label(bars, labels, padding=4, fontsize=8, color=GREY)
+        axes.axvline(1.0, color="black", linewidth=1)
+        axes.set_yticks(range(len(rows)), [row["text"] for row in rows], fontsize=9)
+        axes.invert_yaxis()
+        axes.margins(x=0.22)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("times as fast as the fastest other")
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        axes.legend(loc="lower right", frameon=False)
+        axes.set_title(card, loc="left", fontsize=8)
+        figure.savefig(path, metadata={"Date": None, "Description": _description(rows)})
+
+
+def drawn(path: Path, rows: list[dict[str, Any]]) -> bool:
+    """Whether `path` is a picture of these rows; it names them in its description."""
+    return path.exists() and html.escape(_description(rows), quote=False) in path.read_text()
+
+
+def _description(rows: list[dict[str, Any]]) -> str:
+    return json.dumps([[row["text"], row["best"]] for row in rows])
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
+
+
+def insert(name: str, document: str, tables: str) -> str:
+    """The document with these tables between the markers. Raises ReportError without markers."""
+    head, begin, rest = document.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise ReportError(f"README needs the lines {BEGIN} and {END}, in this order")
+        raise ReportError(f"{name} needs the lines {BEGIN} and {END}, in this order")
     return f"{head}{BEGIN}\n{tables}\n{END}{tail}"
 
 
@@ -169,24 +264,37 @@ def main(argv: list[str] | None = None) -> int:
     """Returns 0, 1 where --check finds a difference, 2 where no tables can be made."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; 1 where README differs"
+        "--check", action="store_true", help="write nothing; 1 where a document differs"
     )
     parser.add_argument(
         "--results", type=Path, default=RESULTS, help="the folder of the JSON files"
     )
-    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument(
+        "--root", type=Path, default=ROOT, help=f"the folder of {README}, {PAGE} and {PICTURE}"
+    )
     options = parser.parse_args(argv)
     try:
-        old = options.readme.read_text(encoding="utf-8")
-        new = insert(old, report(read_results(options.results)))
+        results = read_results(options.results)
+        rows = summary(results)
+        tables = {README: "\n".join(summary_table(rows)) if rows else NOTHING}
+        tables[PAGE] = report(results)
+        old = {name: (options.root / name).read_text(encoding="utf-8") for name in tables}
+        new = {name: insert(name, old[name], tables[name]) for name in tables}
     except (ReportError, OSError, ValueError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
+    picture = options.root / PICTURE
     if options.check:
-        if new != old:
-            print("report: README differs from the results: run report.py", file=sys.stderr)
-        return int(new != old)
-    options.readme.write_text(new, encoding="utf-8")
+        wrong = [name for name in tables if new[name] != old[name]]
+        wrong += [] if drawn(picture, rows) or not rows else [PICTURE]
+        if wrong:
+            names = " and ".join(wrong)
+            print(f"report: not what the results give: {names}; run report.py", file=sys.stderr)
+        return int(bool(wrong))
+    for name, text in new.items():
+        (options.root / name).write_text(text, encoding="utf-8")
+    if rows:
+        draw(picture, rows, describe(results[0]["card"]))
     return 0
 
 

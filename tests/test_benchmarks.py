@@ -393,35 +393,54 @@ def write_result(folder: Path, **changes: Any) -> None:
     (folder / "train.json").write_text(json.dumps(result | changes))
 
 
+def documents(root: Path) -> list[str]:
+    """Arguments for report.py with documents that have nothing but the markers."""
+    (root / "docs").mkdir()
+    for name in (report.README, report.PAGE):
+        (root / name).write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    return ["--root", str(root), "--results", str(root / "results")]
+
+
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    readme, results = tmp_path / "README.md", tmp_path / "results"
-    arguments = ["--readme", str(readme), "--results", str(results)]
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    arguments = documents(tmp_path)
+    readme, page, picture = (
+        tmp_path / name for name in (report.README, report.PAGE, report.PICTURE)
+    )
     assert report.main([*arguments, "--check"]) == 1
     assert report.main(arguments) == 0
-    assert report.NOTHING in readme.read_text()
-    write_result(results)
+    assert report.NOTHING in readme.read_text() and report.NOTHING in page.read_text()
+    assert report.main([*arguments, "--check"]) == 0
+    write_result(tmp_path / "results")
     assert report.main([*arguments, "--check"]) == 1
+    names = f"{report.README} and {report.PAGE} and {report.PICTURE}"
+    assert names in capsys.readouterr().err
     assert report.main(arguments) == 0 == report.main([*arguments, "--check"])
-    text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    for text in (readme.read_text(), page.read_text()):
+        assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    text = page.read_text()
     assert "Some CPU, 2 threads, instruction set avx2 (no amx); torch 2.13" in text
     assert "|  | fp32, ms | x course fp32 | x best torch | of peak |" in text
     assert "| abc | 2.00 | 2.25 | 1.50 (SDPA) | 50% |" in text
     assert "\n- abc, fp32: other: does not run: why\n" in text
     assert "| abc, fp32 | 100 | 300 |" in text
+    assert "|  | fp32 | x fastest other |" in readme.read_text()
+    assert "| 2.00 ms | 1.50 (SDPA) |" in readme.read_text()
+    assert "1.5 x SDPA" in picture.read_text()
 
 
 def test_report_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    readme, results = tmp_path / "README.md", tmp_path / "results"
-    arguments = ["--readme", str(readme), "--results", str(results)]
-    readme.write_text("no markers")
+    arguments = documents(tmp_path)
+    (tmp_path / report.PAGE).write_text("no markers")
     assert report.main(arguments) == 2
-    assert "README needs the lines" in capsys.readouterr().err
-    write_result(results, failed=[{"name": "abc", "dtype": "fp32", "why": "wrong"}])
+    assert f"{report.PAGE} needs the lines" in capsys.readouterr().err
+    write_result(tmp_path / "results", failed=[{"name": "abc", "dtype": "fp32", "why": "wrong"}])
     assert report.main(arguments) == 2
     assert "row 'abc' failed" in capsys.readouterr().err
-    assert readme.read_text() == "no markers"
+    assert (tmp_path / report.PAGE).read_text() == "no markers"
+
+
+def test_documents_say_what_the_results_give() -> None:
+    assert report.main(["--check"]) == 0
 
 
 def test_loss_curves_of_a_small_text(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

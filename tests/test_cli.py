@@ -25,6 +25,7 @@ from gptfast.tokenizer import CharTokenizer
 from gptfast.training import run
 
 README = Path(__file__).resolve().parents[1] / "README.md"
+DOCS = [f"docs/{path.name}" for path in (README.parent / "docs").glob("*.md")]
 TEXT = "to be or not to be, that is the question\n" * 20
 SMALL = ["--train.steps=3", "--train.batch-size=2", "--model.n-embd=16", "--model.n-layer=1"]
 
@@ -521,9 +522,10 @@ def test_a_closed_pipe_is_quiet(run_path):
     process.stderr.close()
 
 
-def readme_tree() -> list[str]:
-    """The paths of README's tree; a folder's own line is not among them."""
-    block = re.search(r"## The tree\n\n```\n(.*?)```", README.read_text(), re.S)
+def documented_tree() -> list[str]:
+    """The paths of docs/architecture.md's tree; a folder's own line is not among them."""
+    page = README.parent / "docs" / "architecture.md"
+    block = re.search(r"## The tree\n\n```\n(.*?)```", page.read_text(), re.S)
     assert block is not None
     paths, folders = [], [""]
     for line in block[1].splitlines():
@@ -537,8 +539,8 @@ def readme_tree() -> list[str]:
     return paths
 
 
-def test_readmes_tree_is_the_tree():
-    root, paths = README.parent, readme_tree()
+def test_documented_tree_is_the_tree():
+    root, paths = README.parent, documented_tree()
     assert [path for path in paths if not (root / path).exists()] == []
     assert len(set(paths)) == len(paths)
     made = ("_build_info.json", ".so", ".pyd", ".pyc")
@@ -553,6 +555,13 @@ def test_readmes_set_up_is_what_ci_runs():
     for line in ("pip install -e . && gptfast demo", 'pip install -e ".[test]" && pytest'):
         assert f"\n{line}\n" in README.read_text()
         assert line in ci
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *sorted(DOCS)])
+def test_links_of_the_documents_lead_somewhere(page):
+    path = README.parent / page
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text())
+    assert [link for link in links if "://" not in link and not (path.parent / link).exists()] == []
 
 
 def test_readmes_example_runs(tmp_path):
