@@ -6,8 +6,7 @@
 // level's instructions into it.
 #pragma once
 
-#include "attention/blocked.inl"
-#include "attention/blocked_backward.inl"
+#include "attention/attention.inl"
 #include "attention/cache.inl"
 #include "attention/cached.inl"
 #include "kernels.h"

@@ -3,8 +3,6 @@
 //
 // One task computes some query blocks of one head. Key blocks start at multiples of KEYS whatever
 // the query, and a row's steps depend on that row alone: its bits are the same in any batch.
-// Queries that see few keys have a way of their own (small.inl), but in a cache of a model
-// with a longer context, which is packed (cached.inl).
 #pragma once
 
 #include "../kernels.h"
@@ -21,7 +19,6 @@
 #include "../threads/parallel.h"
 #include "../threads/scratch.h"
 #include "heads.inl"
-#include "small.inl"
 #include "softmax.inl"
 
 namespace gptfast::GPTFAST_LEVEL {
@@ -83,20 +80,19 @@ struct AttentionTask {
     return min(KEYS, visible_keys(s, q0 + row - 1) - k0);
   }
 
-  // Of the block's queries those from row `first` on.
-  void query_block(int64_t q0, int64_t first = 0) {
+  void query_block(int64_t q0) {
     const int64_t rows = min(QUERIES, s.Tq - q0), last = visible_keys(s, q0 + rows - 1);
     const Lhs<P> queries = lhs_rows(q.at(q0), q.row, rows, s.D, q_copy);
     start_rows(rows);
     for (int64_t k0 = 0; k0 < last; k0 += KEYS) {
       const int64_t most = tile_rows_for<P>(last - k0);
-      for (int64_t r0 = first; r0 < rows; r0 += most)
+      for (int64_t r0 = 0; r0 < rows; r0 += most)
         softmax_tile(queries, q0, r0, min(most, rows - r0), k0);
-      drop_probabilities(q0, first, rows, k0);
-      const int64_t seen_by_all = max(0, block_keys(q0, first + 1, k0));
+      drop_probabilities(q0, rows, k0);
+      const int64_t seen_by_all = max(0, block_keys(q0, 1, k0));
       const bool finite =
           finite_rows(values.rows(k0), s.D, seen_by_all, padded_k<P>(block_keys(q0, rows, k0)));
-      for (int64_t r0 = first; r0 < rows; r0 += most) {
+      for (int64_t r0 = 0; r0 < rows; r0 += most) {
         const int64_t tile = min(most, rows - r0), count = block_keys(q0, r0 + tile, k0);
         if (count <= 0) continue;
         gemm_masked(finite, key_terms(s, q0 + r0, k0), tile, s.D, count,
@@ -104,7 +100,7 @@ struct AttentionTask {
                     &upcoming);
       }
     }
-    finish_queries(q0, first, rows);
+    finish_queries(q0, rows);
   }
 
   void start_rows(int64_t rows) {
@@ -125,8 +121,8 @@ struct AttentionTask {
   }
 
   // Rows that share their draws, as far as one of them sees.
-  void drop_probabilities(int64_t q0, int64_t first, int64_t rows, int64_t k0) {
-    for (int64_t r0 = first / DROPOUT_ROWS * DROPOUT_ROWS; r0 < rows; r0 += DROPOUT_ROWS) {
+  void drop_probabilities(int64_t q0, int64_t rows, int64_t k0) {
+    for (int64_t r0 = 0; r0 < rows; r0 += DROPOUT_ROWS) {
       const int64_t count = min(DROPOUT_ROWS, rows - r0);
       apply_dropout(s.dropout, head, q0 + r0, k0, count, block_keys(q0, r0 + count, k0),
                     scores + r0 * SCORES, SCORES);
@@ -140,7 +136,7 @@ struct AttentionTask {
     const int64_t width = block_keys(q0, r0 + tile, k0);
     if (width <= 0) return;
     gemm(tile, width, s.D, queries.rows(r0), keys.columns(k0), scores + r0 * SCORES, SCORES, false,
-         no_epilogue, &upcoming);
+         NoEpilogue{}, &upcoming);
     for_vectors(tile, [&](int64_t i, auto part) {
       softmax_rows(q0, r0 + i, min(W, tile - i), k0, width, part);
     });
@@ -199,12 +195,12 @@ struct AttentionTask {
   }
 
   // O / l: NaN of scores that are all -inf, but 0 of a row that sees no key.
-  void finish_queries(int64_t q0, int64_t first, int64_t rows) {
-    if (s.lse) RowSums(s, head).write(q0 + first, rows - first, m + first, l + first);
+  void finish_queries(int64_t q0, int64_t rows) {
+    if (s.lse) RowSums(s, head).write(q0, rows, m, l);
     float inverse[QUERIES];
     for_vectors(rows,
                 [&](int64_t i, auto part) { store(inverse + i, 1.0f / load(l + i, part), part); });
-    for (int64_t i = first; i < rows; ++i) {
+    for (int64_t i = 0; i < rows; ++i) {
       T* row = out.out(q0 + i);
       if (visible_keys(s, q0 + i) == 0)
         for_vectors(s.D, [&](int64_t j, auto part) { store(row + j, splat(0.0f), part); });
@@ -217,31 +213,22 @@ struct AttentionTask {
 };
 
 template <class T>
-void attention_typed(const Attention& s, const Parallel& parallel) {
-  const int64_t blocks = divide_up(s.Tq, QUERIES), many = first_of_many<T>(s);
+void blocked_attention(const Attention& s, const Parallel& parallel) {
+  const int64_t blocks = divide_up(s.Tq, QUERIES);
   const HeadTasks split(s, blocks, parallel);
   run_tasks(parallel, split.tasks, [&](int64_t task) {
     // Later parts see more keys: they come first.
     const int64_t part = split.parts - 1 - task % split.parts;
     const int64_t first = blocks * part / split.parts * QUERIES,
                   last = min(s.Tq, blocks * (part + 1) / split.parts * QUERIES);
-    const int64_t used_keys = last > many ? visible_keys(s, last - 1) : 0;
+    const int64_t used_keys = visible_keys(s, last - 1);
     AttentionTask<T> attention(s, used_keys);
-    FewKeys<T> few(s);
     for (int64_t head = split.first_head(task); head < split.last_head(task); ++head) {
-      if (first < many) few.attend(head, first, min(many, last));
-      if (last <= many) continue;
       attention.start_head(head, used_keys);
       if (head + 1 < split.last_head(task)) attention.expect_next(head + 1, used_keys);
-      for (int64_t q0 = first; q0 < last; q0 += QUERIES)
-        if (many < q0 + QUERIES) attention.query_block(q0, max(0, many - q0));
+      for (int64_t q0 = first; q0 < last; q0 += QUERIES) attention.query_block(q0);
     }
   });
-}
-
-void attention(const Attention& s, const Parallel& parallel) {
-  if (s.dtype == DType::f32) return attention_typed<float>(s, parallel);
-  attention_typed<bf16>(s, parallel);
 }
 
 }  // namespace

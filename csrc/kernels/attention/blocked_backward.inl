@@ -13,7 +13,6 @@
 #pragma once
 
 #include "../kernels.h"
-#include "../matmul/direct.inl"
 #include "../matmul/epilogue.inl"
 #include "../matmul/gemm.inl"
 #include "../matmul/layout.inl"
@@ -28,7 +27,6 @@
 #include "../threads/scratch.h"
 #include "blocked.inl"
 #include "heads.inl"
-#include "small.inl"
 #include "softmax.inl"
 
 namespace gptfast::GPTFAST_LEVEL {
@@ -70,7 +68,6 @@ struct AttentionGradTask {
   int64_t head;
   Head<T> q, k, v, dout, dq, dk, dv;
   int64_t ld;
-  FewKeys<T> few;
   float c;
   Frame frame;
   const float* delta;  // (Tq,)
@@ -84,7 +81,6 @@ struct AttentionGradTask {
       : grad(grad),
         s(grad.forward),
         ld(padded_n<P>(s.D)),
-        few(s),
         c(s.scale * log2e),
         p(take<float>(frame, QUERIES * SCORES)),
         ds(take<float>(frame, QUERIES * SCORES)),
@@ -147,19 +143,17 @@ struct AttentionGradTask {
     const Lhs<P> douts = lhs_rows(dout.at(q0), dout.row, rows, s.D, dout_copy);
     const int64_t width = round_up(keys, W);
     const int64_t most = tile_rows_for<P>(keys);
-    const auto multiply = [&](int64_t first, const Lhs<P>& a, const Rhs<P>& b, float* to) {
-      for (int64_t r0 = first; r0 < rows; r0 += most) {
+    const auto multiply = [&](const Lhs<P>& a, const Rhs<P>& b, float* to) {
+      for (int64_t r0 = 0; r0 < rows; r0 += most) {
         const int64_t tile = min(most, rows - r0),
                       count = min(keys, visible_keys(s, q0 + r0 + tile - 1) - k0);
         if (count > 0)
-          gemm(tile, count, s.D, a.rows(r0), b, to + r0 * SCORES, SCORES, false, no_epilogue,
+          gemm(tile, count, s.D, a.rows(r0), b, to + r0 * SCORES, SCORES, false, NoEpilogue{},
                &upcoming);
       }
     };
-    const int64_t many = k0 > 0 ? 0 : max(0, min(rows, first_of_many<T>(s) - q0));
-    few_scores(q0, many);
-    multiply(many, queries, block.keys_t, p);
-    multiply(0, douts, block.values_t, ds);
+    multiply(queries, block.keys_t, p);
+    multiply(douts, block.values_t, ds);
     for (int64_t r0 = 0; r0 < rows; r0 += DROPOUT_ROWS)
       probability_rows(q0, r0, min(DROPOUT_ROWS, rows - r0), k0, keys, width);
 
@@ -191,18 +185,6 @@ struct AttentionGradTask {
 
   void clear_rows(float* sums, int64_t rows) const {
     __builtin_memset(sums, 0, static_cast<size_t>(rows * ld) * sizeof(float));
-  }
-
-  // Scores of the block's first queries, which see few keys, with the bits that the forward had.
-  void few_scores(int64_t q0, int64_t rows) {
-    for (int64_t r0 = 0; r0 < rows; r0 += SUM_ROWS) {
-      const int64_t count = min(SUM_ROWS, rows - r0), tiles = few.tiles_of(q0 + r0, count);
-      typename FewKeys<T>::Tiles scores;
-      few.dots(q, q0 + r0, count, k, scores);
-      for (int64_t r = 0; r < count; r += DOT_ROWS)
-        for (int64_t n = 0; n < tiles; ++n)
-          store_tile(p + (r0 + r) * SCORES + n * DOT_COLUMNS, SCORES, scores.x[r / DOT_ROWS][n]);
-    }
   }
 
   // p: s -> p f, ds: dP -> dS, for up to 8 rows; both zero where the mask hides the key.
@@ -355,21 +337,10 @@ void attention_grad_by_blocks(const AttentionGrad& grad, int64_t at_once,
 }
 
 template <class T>
-void attention_grad_typed(const AttentionGrad& grad, const Parallel& parallel) {
+void blocked_attention_grad(const AttentionGrad& grad, const Parallel& parallel) {
   const HeadTasks split(grad.forward, divide_up(grad.forward.Tk, KEYS), parallel);
-  if (FewKeysGrad<T>::takes(grad.forward))
-    return run_tasks(parallel, split.tasks, [&](int64_t task) {
-      FewKeysGrad<T> few(grad);
-      for (int64_t head = split.first_head(task); head < split.last_head(task); ++head)
-        few.attend(head);
-    });
   if (split.parts == 1) return attention_grad_by_heads<T>(grad, split, parallel);
   attention_grad_by_blocks<T>(grad, split.parts, parallel);
-}
-
-void attention_grad(const AttentionGrad& s, const Parallel& parallel) {
-  if (s.forward.dtype == DType::f32) return attention_grad_typed<float>(s, parallel);
-  attention_grad_typed<bf16>(s, parallel);
 }
 
 }  // namespace

@@ -89,7 +89,7 @@ void attend_token(const CachedTask<PackedHead<T>>& task, AttentionTask<T>& atten
            task.cached(h + i).packed_values().rows(k0), attention.o + i * attention.ld,
            attention.ld, k0 > 0);
   }
-  attention.finish_queries(0, 0, rows);
+  attention.finish_queries(0, rows);
 }
 
 // A part of a head's query blocks.

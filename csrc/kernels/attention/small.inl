@@ -30,12 +30,6 @@ constexpr int64_t few_keys = sizeof(T) < sizeof(P)     ? (W < 8 ? 0 : 16)
                              : W < 8 || lhs_by_rows<P> ? 16
                                                        : FEW_KEYS;
 
-// The first query of a head that sees more.
-template <class T>
-inline int64_t first_of_many(const Attention& s) {
-  return max(0, min(s.Tq, few_keys<T> + s.Tq - s.Tk));
-}
-
 // All lanes of a tile's row combined, in each of them.
 template <class F>
 inline VF reduce_row(VF x, const F& combine) {
@@ -216,8 +210,6 @@ struct FewKeysGrad {
   Frame frame;
   P* copy;
 
-  static bool takes(const Attention& s) { return s.Tk <= few_keys<T>; }
-
   explicit FewKeysGrad(const AttentionGrad& grad)
       : grad(grad),
         s(grad.forward),
@@ -279,6 +271,30 @@ struct FewKeysGrad {
                     y.at(start), y.row, to.out(j), to.row);
   }
 };
+
+template <class T>
+void small_attention(const Attention& s, const Parallel& parallel) {
+  const int64_t blocks = divide_up(s.Tq, FewKeys<T>::BLOCK);
+  const HeadTasks split(s, blocks, parallel);
+  run_tasks(parallel, split.tasks, [&](int64_t task) {
+    const int64_t part = task % split.parts,
+                  first = blocks * part / split.parts * FewKeys<T>::BLOCK,
+                  last = min(s.Tq, blocks * (part + 1) / split.parts * FewKeys<T>::BLOCK);
+    FewKeys<T> few(s);
+    for (int64_t head = split.first_head(task); head < split.last_head(task); ++head)
+      few.attend(head, first, last);
+  });
+}
+
+template <class T>
+void small_attention_grad(const AttentionGrad& grad, const Parallel& parallel) {
+  const HeadTasks split(grad.forward, 1, parallel);
+  run_tasks(parallel, split.tasks, [&](int64_t task) {
+    FewKeysGrad<T> few(grad);
+    for (int64_t head = split.first_head(task); head < split.last_head(task); ++head)
+      few.attend(head);
+  });
+}
 
 }  // namespace
 }  // namespace gptfast::GPTFAST_LEVEL

@@ -105,7 +105,7 @@ class CrossEntropyPass {
   // A row block has everything done to it while it is in the cache.
   void whole_vocabulary() {
     Frame frame;
-    const Rhs<P> w = weight_transposed<T>(s_.weight, s_.V, s_.K, frame, parallel_).dense;
+    const Rhs<P> w = weight_transposed<T>(s_.weight, s_.V, s_.K, frame, parallel_).dense();
     const Rhs<P> w_rows =
         with_dx_ ? weight_straight<P>(s_.weight, s_.V, s_.K, frame, parallel_) : Rhs<P>{};
     parts_.for_each([&](const RowPart& part) {
@@ -158,7 +158,7 @@ class CrossEntropyPass {
     for (int64_t v0 = 0; v0 < s_.V; v0 += VOCAB) {
       Frame frame;
       const Rhs<P> w =
-          weight_transposed<T>(weight_rows(v0), columns(v0), s_.K, frame, parallel_).dense;
+          weight_transposed<T>(weight_rows(v0), columns(v0), s_.K, frame, parallel_).dense();
       for_slots([&](Rows& rows, int64_t) { sum_rows(rows, v0, w); });
     }
     for_slots([&](Rows& rows, int64_t) { finish_losses(rows); });

@@ -5,12 +5,12 @@
 
 #include "../simd/vec.inl"
 #include "layout.inl"
-#include "microkernel.inl"
+#include "step.inl"
 
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-// What Step (microkernel.inl) reads of one row: W units of KU elements, or as many elements as
+// What Step (step.inl) reads of one row: W units of KU elements, or as many elements as
 // there are; and what it reads of a unit's rows below each other, as packed, zeros where one is
 // null.
 template <class P>

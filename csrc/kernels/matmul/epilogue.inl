@@ -32,7 +32,6 @@ inline void fetch_for(const Fetching<Fetch, Done>& epilogue, int64_t m0, int64_t
 struct NoEpilogue {
   void operator()(int64_t, int64_t, int64_t, int64_t) const {}
 };
-constexpr NoEpilogue no_epilogue;
 
 }  // namespace
 }  // namespace gptfast::GPTFAST_LEVEL

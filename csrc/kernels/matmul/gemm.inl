@@ -52,9 +52,9 @@ inline void gemm_row(int64_t n, int64_t k, const Lhs<P>& a, const B* b, int64_t 
   }
 }
 
-template <class P, class Done>
+template <class P, class Done = NoEpilogue>
 inline void gemm(int64_t m, int64_t n, int64_t k, const Lhs<P>& a, Rhs<P> b, float* c, int64_t ldc,
-                 bool add, const Done& done, Upcoming* upcoming = nullptr) {
+                 bool add, const Done& done = {}, Upcoming* upcoming = nullptr) {
   constexpr int MR = Tile<P>::MR, NR = Tile<P>::NR, KU = Tile<P>::KU, KC = Tile<P>::KC;
   if (m == 1) return gemm_row(n, k, a, b.data, b.panel, c, add, done);
   const int64_t unit_bytes = NR * KU * static_cast<int64_t>(sizeof(P)),
@@ -77,12 +77,6 @@ inline void gemm(int64_t m, int64_t n, int64_t k, const Lhs<P>& a, Rhs<P> b, flo
       }
     }
   }
-}
-
-template <class P>
-inline void gemm(int64_t m, int64_t n, int64_t k, const Lhs<P>& a, Rhs<P> b, float* c, int64_t ldc,
-                 bool add) {
-  gemm(m, n, k, a, b, c, ldc, add, no_epilogue);
 }
 
 }  // namespace

@@ -52,7 +52,7 @@ template <class P>
 inline void gemm_masked(bool finite, const Terms& terms, int64_t m, int64_t n, int64_t k,
                         const Lhs<P>& a, Rhs<P> b, float* c, int64_t ldc, bool add,
                         Upcoming* upcoming) {
-  if (finite) return gemm(m, n, k, a, b, c, ldc, add, no_epilogue, upcoming);
+  if (finite) return gemm(m, n, k, a, b, c, ldc, add, NoEpilogue{}, upcoming);
   Frame frame;
   P* copy = take<P>(frame, rhs_elements<P>(k, n));
   for (int64_t i = 0; i < m; ++i)

@@ -4,6 +4,7 @@
 #include "../simd/vec.inl"
 #include "layout.inl"
 #include "prefetch.inl"
+#include "step.inl"
 
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
@@ -22,67 +23,35 @@ inline void write_tile(const VF (&acc)[M][NV], float* c, int64_t ldc, bool add) 
 // C (M, NV vectors) from one panel; A's rows are reached from a base pointer per three of them. All
 // loops over accumulators are unrolled by name: g++ keeps an array that a loop indexes in memory,
 // before and after the sums, which costs as much as 8 steps of them.
-template <int M, int NV>
-inline void microkernel(int64_t units, const Lhs<float>& a, const float* b, float* c, int64_t ldc,
-                        bool add, const Ahead& ahead) {
+template <int M, int NV, class P>
+inline void microkernel(int64_t units, const Lhs<P>& a, const P* b, float* c, int64_t ldc, bool add,
+                        const Ahead& ahead) {
+  using S = Step<P>;
+  constexpr int KU = Tile<P>::KU;
   VF acc[M][NV];
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) acc[i][v] = splat(0.0f);
-  const float* base[(M + 2) / 3];
+  const P* base[(M + 2) / 3];
 #pragma GCC unroll 8
   for (int i = 0; i < (M + 2) / 3; ++i) base[i] = a.data + 3 * i * a.row;
-  for (int64_t u = 0; u < units; ++u, b += 2 * W) {
+  for (int64_t u = 0; u < units; ++u, b += 2 * W * KU) {
     ahead.fetch(u);
-    VF column[NV];
+    typename S::Vector column[NV];
 #pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) column[v] = load(b + v * W);
+    for (int v = 0; v < NV; ++v) column[v] = S::read(b + v * W * KU);
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
-      const VF x = splat(base[i / 3][i % 3 * a.row]);
+      const typename S::Vector x = S::repeat(base[i / 3] + i % 3 * a.row);
 #pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) acc[i][v] += x * column[v];
+      for (int v = 0; v < NV; ++v) acc[i][v] = S::add(acc[i][v], x, column[v]);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < (M + 2) / 3; ++i) base[i] += a.step;
   }
   write_tile<M, NV>(acc, c, ldc, add);
 }
-
-#if GPTFAST_BF16_DOT && !GPTFAST_AMX
-// The same on pairs of bf16: c += a[2u] b[2u] + a[2u+1] b[2u+1].
-template <int M, int NV>
-inline void microkernel(int64_t units, const Lhs<bf16>& a, const bf16* b, float* c, int64_t ldc,
-                        bool add, const Ahead& ahead) {
-  VF acc[M][NV];
-#pragma GCC unroll 16
-  for (int i = 0; i < M; ++i)
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) acc[i][v] = splat(0.0f);
-  const bf16* base[(M + 2) / 3];
-#pragma GCC unroll 8
-  for (int i = 0; i < (M + 2) / 3; ++i) base[i] = a.data + 3 * i * a.row;
-  for (int64_t u = 0; u < units; ++u, b += 4 * W) {
-    ahead.fetch(u);
-    __m512bh column[NV];
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) column[v] = (__m512bh)_mm512_loadu_si512(b + v * 2 * W);
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i) {
-      int32_t pair;
-      __builtin_memcpy(&pair, base[i / 3] + i % 3 * a.row, sizeof pair);
-      const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v)
-        acc[i][v] = (VF)_mm512_dpbf16_ps((__m512)acc[i][v], x, column[v]);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < (M + 2) / 3; ++i) base[i] += a.step;
-  }
-  write_tile<M, NV>(acc, c, ldc, add);
-}
-#endif
 
 // By reference: to read at once what was just written in parts waits for all earlier writes to
 // reach the cache. g++ joins scalars into vectors that do so too, unless it is told not to
@@ -99,7 +68,7 @@ constexpr int tile_rows_for(int64_t n) {
 // The microkernels of 1 row and more.
 template <class P, int NV, int M = tile_rows_for<P>(NV * W)>
 struct Microkernels : Microkernels<P, NV, M - 1> {
-  constexpr Microkernels() { this->rows[M] = microkernel<M, NV>; }
+  constexpr Microkernels() { this->rows[M] = microkernel<M, NV, P>; }
 };
 template <class P, int NV>
 struct Microkernels<P, NV, 0> {
@@ -112,39 +81,6 @@ inline Microkernel<P> microkernel_of(int64_t m, int64_t n) {
   static constexpr Microkernels<P, 2> wide_ones;
   return n <= W ? narrow_ones.rows[m] : wide_ones.rows[m];
 }
-
-// The vectors that a product reads of B, dense or narrower (weights.inl), and the step
-//   acc += sum_e x_e b_e
-// of KU products that the microkernels do for each row.
-template <class P>
-struct Step;
-
-template <>
-struct Step<float> {
-  using Vector = VF;
-  static VF repeat(const float* x) { return splat(*x); }
-  static VF read(const float* b) { return load(b); }
-  static VF read(const bf16* b) { return load(b, Full{}); }
-  static VF read(const int8_t* b) { return widen_bytes(b); }
-  static VF add(VF acc, VF x, VF b) { return acc + x * b; }
-};
-
-#if GPTFAST_BF16_DOT
-template <>
-struct Step<bf16> {
-  using Vector = __m512bh;
-  static Vector repeat(const bf16* x) {
-    int32_t pair;
-    __builtin_memcpy(&pair, x, sizeof pair);
-    return (__m512bh)_mm512_set1_epi32(pair);
-  }
-  static Vector read(const bf16* b) { return (__m512bh)_mm512_loadu_si512(b); }
-  static Vector read(const int8_t* b) {
-    return _mm512_cvtne2ps_pbh((__m512)widen_bytes(b + W), (__m512)widen_bytes(b));
-  }
-  static VF add(VF acc, Vector x, Vector b) { return (VF)_mm512_dpbf16_ps((__m512)acc, x, b); }
-};
-#endif
 
 // One row of A times NV vectors of each of PANELS panels: a row alone needs several panels at once,
 // as every sum waits for its last step.

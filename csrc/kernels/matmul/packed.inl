@@ -7,7 +7,7 @@
 #include "epilogue.inl"
 #include "gemm.inl"
 #include "layout.inl"
-#include "microkernel.inl"
+#include "step.inl"
 #include "vnni.inl"
 #include "weights.inl"
 
@@ -36,22 +36,26 @@ inline void gemm_widened(int64_t m, int64_t n, int64_t k, const Lhs<P>& a, const
     }
 }
 
-template <class P, class Done>
+template <class P, class Done = NoEpilogue>
 inline void gemm(int64_t m, int64_t n, int64_t k, const Lhs<P>& a, const PackedWeight<P>& b,
-                 float* c, int64_t ldc, bool add, const Done& done) {
+                 float* c, int64_t ldc, bool add, const Done& done = {}) {
+  switch (b.format) {
+    case WeightFormat::dense:
+      return gemm(m, n, k, a, b.dense(), c, ldc, add, done);
+    case WeightFormat::bf16:
+      if constexpr (sizeof(P) > sizeof(bf16))
+        gemm_widened(m, n, k, a, static_cast<const bf16*>(b.data), b.panel, c, ldc, add, done);
+      return;
+    case WeightFormat::int8:
+      return gemm_widened(m, n, k, a, static_cast<const int8_t*>(b.data), b.panel, c, ldc, add,
+                          done);
+    case WeightFormat::int8_vnni:
 #if GPTFAST_VNNI
-  if (b.vnni) return gemm_vnni(m, n, k, a.data, a.row, b.bytes, b.dense.panel, c, ldc, add, done);
+      gemm_vnni(m, n, k, a.data, a.row, static_cast<const int8_t*>(b.data), b.panel, c, ldc, add,
+                done);
 #endif
-  if (b.bytes) return gemm_widened(m, n, k, a, b.bytes, b.dense.panel, c, ldc, add, done);
-  if constexpr (sizeof(P) > sizeof(bf16))
-    if (b.halves) return gemm_widened(m, n, k, a, b.halves, b.dense.panel, c, ldc, add, done);
-  gemm(m, n, k, a, b.dense, c, ldc, add, done);
-}
-
-template <class P>
-inline void gemm(int64_t m, int64_t n, int64_t k, const Lhs<P>& a, const PackedWeight<P>& b,
-                 float* c, int64_t ldc, bool add) {
-  gemm(m, n, k, a, b, c, ldc, add, no_epilogue);
+      return;
+  }
 }
 
 // Columns of c (rows, n) times their scales; nothing where the weight is dense. The products are

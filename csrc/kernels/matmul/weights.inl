@@ -11,27 +11,30 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-// A weight in panels: as the products read it, or narrower in the same places, as bf16 or as 8-bit
-// whole numbers, of which column n counts scales[n] each.
+// How the elements of a weight lie in its panels: as the products read them (dense), or narrower in
+// the same places (bf16, int8), or as quads of bytes for vnni.inl.
+enum class WeightFormat { dense, bf16, int8, int8_vnni };
+
+// A weight (K, N) in panels. Column n of one of 8-bit integers is multiplied by scales[n].
 template <class P>
 struct PackedWeight {
-  Rhs<P> dense;
-  const int8_t* bytes = nullptr;
+  WeightFormat format;
+  const void* data;
+  int64_t panel;  // elements from one panel to the next
   const float* scales = nullptr;
-  const bf16* halves = nullptr;
-  bool vnni = false;  // the bytes are as vnni.inl reads them
 
   int64_t element_bytes() const {
-    return bytes ? sizeof *bytes : halves ? sizeof *halves : sizeof *dense.data;
+    if (format == WeightFormat::dense) return sizeof(P);
+    return format == WeightFormat::bf16 ? sizeof(bf16) : sizeof(int8_t);
   }
-  PackedWeight columns(int64_t n) const { return from(n / Tile<P>::NR * dense.panel, n); }
+  Rhs<P> dense() const { return {static_cast<const P*>(data), panel}; }
+  PackedWeight columns(int64_t n) const { return from(n / Tile<P>::NR * panel, n); }
   PackedWeight rows(int64_t k) const { return from(k * Tile<P>::NR, 0); }
 
  private:
   PackedWeight from(int64_t offset, int64_t n) const {
-    if (bytes) return {dense, bytes + offset, scales + n, nullptr, vnni};
-    if (halves) return {dense, nullptr, nullptr, halves + offset};
-    return {{dense.data + offset, dense.panel}};
+    return {format, static_cast<const char*>(data) + offset * element_bytes(), panel,
+            scales ? scales + n : nullptr};
   }
 };
 
@@ -90,11 +93,9 @@ inline int64_t byte_weight_size(Packing packing, int64_t n, int64_t k) {
 template <class P>
 inline PackedWeight<P> byte_weight(Packing packing, const void* packed, int64_t n, int64_t k) {
   const float* scales = static_cast<const float*>(packed);
-  return {{nullptr, byte_panel<P>(packing, k)},
-          reinterpret_cast<const int8_t*>(scales + padded_n<P>(n)),
-          scales,
-          nullptr,
-          packing == Packing::int8_vnni};
+  const bool vnni = packing == Packing::int8_vnni;
+  return {vnni ? WeightFormat::int8_vnni : WeightFormat::int8, scales + padded_n<P>(n),
+          byte_panel<P>(packing, k), scales};
 }
 
 // Elements [first, first + k) of a weight as multiples of the largest one's 127th part, which is
@@ -137,12 +138,13 @@ inline void pack_weight_bytes(Packing packing, const Param& w, int64_t n, int64_
       for (int64_t j = k; j < ld; ++j) units[i * ld + j] = 0.0f;
     }
     for (int64_t i = rows; i < NR; ++i) scales[i] = 0.0f;
-    int8_t* bytes = const_cast<int8_t*>(out.bytes + index * out.dense.panel);
-    if (out.vnni) return pack_quads(units, ld, k, rows, take<int8_t>(frame, ld), bytes);
-    P* panel = take<P>(frame, out.dense.panel);
-    __builtin_memset(panel, 0, static_cast<size_t>(out.dense.panel) * sizeof(P));
+    int8_t* bytes = static_cast<int8_t*>(const_cast<void*>(out.data)) + index * out.panel;
+    if (packing == Packing::int8_vnni)
+      return pack_quads(units, ld, k, rows, take<int8_t>(frame, ld), bytes);
+    P* panel = take<P>(frame, out.panel);
+    __builtin_memset(panel, 0, static_cast<size_t>(out.panel) * sizeof(P));
     pack_panel_transposed(units, ld, k, rows, panel);
-    narrow_bytes(panel, out.dense.panel, bytes);
+    narrow_bytes(panel, out.panel, bytes);
   });
 }
 
@@ -177,12 +179,11 @@ inline PackedWeight<P> weight_transposed(const Weight& w, int64_t n, int64_t k, 
                                          const Parallel& parallel) {
   const int64_t panel = panel_elements<P>(k);
   if (w.packed && w.packing != Packing::dense) return byte_weight<P>(w.packing, w.packed, n, k);
-  if (w.packed && kept_narrow<T>)
-    return {{nullptr, panel}, nullptr, nullptr, static_cast<const bf16*>(w.packed)};
-  if (w.packed) return {{static_cast<const P*>(w.packed), panel}};
+  if (w.packed)
+    return {kept_narrow<T> ? WeightFormat::bf16 : WeightFormat::dense, w.packed, panel};
   P* out = take<P>(frame, rhs_elements<P>(k, n));
   pack_weight_panels(w.param, n, k, out, parallel);
-  return {{out, panel}};
+  return {WeightFormat::dense, out, panel};
 }
 
 // The weight (N, K) as the right-hand side W (N, K), for the gradient of the layer's input.

@@ -1,0 +1,37 @@
+// Attention and its backward, with an algorithm that is chosen once per call by the number of keys:
+// small.inl reads few where they lie, blocked.inl packs many.
+#pragma once
+
+#include "../kernels.h"
+#include "../simd/vec.inl"
+#include "blocked.inl"
+#include "blocked_backward.inl"
+#include "small.inl"
+
+namespace gptfast::GPTFAST_LEVEL {
+namespace {
+
+template <class T>
+void attention_typed(const Attention& s, const Parallel& parallel) {
+  if (s.Tk <= few_keys<T>) return small_attention<T>(s, parallel);
+  blocked_attention<T>(s, parallel);
+}
+
+void attention(const Attention& s, const Parallel& parallel) {
+  if (s.dtype == DType::f32) return attention_typed<float>(s, parallel);
+  attention_typed<bf16>(s, parallel);
+}
+
+template <class T>
+void attention_grad_typed(const AttentionGrad& grad, const Parallel& parallel) {
+  if (grad.forward.Tk <= few_keys<T>) return small_attention_grad<T>(grad, parallel);
+  blocked_attention_grad<T>(grad, parallel);
+}
+
+void attention_grad(const AttentionGrad& s, const Parallel& parallel) {
+  if (s.forward.dtype == DType::f32) return attention_grad_typed<float>(s, parallel);
+  attention_grad_typed<bf16>(s, parallel);
+}
+
+}  // namespace
+}  // namespace gptfast::GPTFAST_LEVEL
