@@ -227,16 +227,16 @@ py::list updates(Session& session) {
 // A session, and the model whose parameters it keeps alive.
 struct BoundSession {
   BoundSession(py::object model, std::vector<std::vector<int64_t>> prompts,
-               const std::vector<int64_t>& seeds, const std::vector<int64_t>& numbers,
+               const std::vector<int64_t>& seeds, const std::vector<int64_t>& sequence_ids,
                const SessionOptions& options)
       : owner(std::move(model)) {
     const BoundModel& bound = owner.cast<const BoundModel&>();
     bound.check_level("generate");
-    if (seeds.size() != prompts.size() || numbers.size() != prompts.size())
-      throw py::value_error("generate: seeds and numbers must be one per prompt");
+    if (seeds.size() != prompts.size() || sequence_ids.size() != prompts.size())
+      throw py::value_error("generate: seeds and sequence_ids must be one per prompt");
     std::vector<Prompt> texts;
     for (size_t i = 0; i < prompts.size(); ++i)
-      texts.push_back({std::move(prompts[i]), seeds[i], numbers[i]});
+      texts.push_back({std::move(prompts[i]), seeds[i], sequence_ids[i]});
     session = std::make_unique<Session>(bound.model, std::move(texts), options);
   }
 
@@ -304,7 +304,7 @@ void bind_engine(py::module_& m) {
   py::class_<BoundSession>(m, "Session", "Sequences in generation.")
       .def(py::init<py::object, std::vector<std::vector<int64_t>>, const std::vector<int64_t>&,
                     const std::vector<int64_t>&, const SessionOptions&>(),
-           py::arg("model"), py::arg("prompts"), py::arg("seeds"), py::arg("numbers"),
+           py::arg("model"), py::arg("prompts"), py::arg("seeds"), py::arg("sequence_ids"),
            py::arg("options"))
       .def(
           "run",

@@ -38,7 +38,7 @@ class Rows {
 
   // As many rows of so many columns, uninitialised.
   char* matrix(int64_t columns) {
-    return take<char>(frame_, M_ * columns * model_.element_bytes());
+    return alloc<char>(frame_, M_ * columns * model_.element_bytes());
   }
   char* x(int64_t row = 0) const { return at(x_, row); }
   char* heads(int64_t row = 0) const { return at(heads_, row); }
@@ -80,7 +80,7 @@ class Rows {
   void for_logits(const UseLogits& use) {
     finish(model_.layers().back(), 0, M_, parallel_);
     const int64_t V = model_.config().vocab_size, rows = plan_.logits_rows(M_);
-    float* logits = take<float>(frame_, rows * V);
+    float* logits = alloc<float>(frame_, rows * V);
     for (int64_t first = 0; first < M_; first += rows) {
       const int64_t count = std::min(rows, M_ - first);
       project(first, count, V, model_.ln_f(), model_.lm_head(), Param{}, logits, DType::f32,
@@ -96,7 +96,7 @@ class Rows {
   const Model& model_;
   const Plan& plan_;
   const Parallel& parallel_;
-  Frame frame_;
+  ScratchFrame frame_;
   int64_t M_, C_;
   char *x_, *next_, *heads_;
 };
@@ -116,7 +116,7 @@ class Pass {
         M_(batch.count()),
         C_(model.config().n_embd),
         rows_(model, plan, M_, parallel),
-        position_(take<int64_t>(frame_, M_)),
+        position_(alloc<int64_t>(frame_, M_)),
         qkv_(rows_.matrix(3 * C_)) {}
 
   // For all tokens, in rows of its own.
@@ -175,7 +175,7 @@ class Pass {
     CachedAttention s = {};
     s.shape = cache_.shape();
     s.sequences = batch_.sequences;
-    s.starts = batch_.starts, s.row = batch_.slot, s.cached = batch_.cached, s.kept = batch_.kept;
+    s.starts = batch_.starts, s.slot = batch_.slot, s.cached = batch_.cached, s.kept = batch_.kept;
     s.cache = cache_.layer(layer);
     return s;
   }
@@ -220,7 +220,7 @@ class Pass {
   const Parallel& parallel_;
   int64_t M_, C_;
   Rows rows_;
-  Frame frame_;
+  ScratchFrame frame_;
   int64_t* position_;
   char* qkv_;
 };
@@ -239,9 +239,9 @@ void fill(FirstLayerTable& table, const Model& model, const Batch& batch,
     }
   const auto count = static_cast<int64_t>(tokens.size());
   if (count == 0) return;
-  Frame frame;
-  char* x = take<char>(frame, count * C * model.element_bytes());
-  char* qkv = take<char>(frame, count * table.row_bytes());
+  ScratchFrame frame;
+  char* x = alloc<char>(frame, count * C * model.element_bytes());
+  char* qkv = alloc<char>(frame, count * table.row_bytes());
   embed(model, count, tokens.data(), positions.data(), x, parallel);
   const Model::Layer& layer = model.layers()[0];
   model.kernels().linear({model.dtype(), count, C, 3 * C, x, layer.ln_1, layer.c_attn,

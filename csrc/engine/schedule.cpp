@@ -33,15 +33,15 @@ Plan::Plan(const Model& model, const Batch& batch, int threads)
 }
 
 int64_t Plan::logits_rows(int64_t M) const {
-  const int64_t most = std::max<int64_t>(1, std::min(M, limits::logits / vocab_size_));
-  return std::min(in_blocks_ ? limits::block_tokens : M, most);
+  const int64_t max_rows = std::max<int64_t>(1, std::min(M, limits::logits / vocab_size_));
+  return std::min(in_blocks_ ? limits::block_tokens : M, max_rows);
 }
 
 Parallel Handoff::weighed(Parallel parallel) {
   constexpr int period = 256;
-  if (passes_ == 0) worth_ = measure(parallel);
-  passes_ = worth_ == 0 ? 0 : (passes_ + 1) % period;
-  if (worth_ != 0) parallel.worth = worth_;
+  if (passes_ == 0) min_bytes_per_thread_ = measure(parallel);
+  passes_ = min_bytes_per_thread_ == 0 ? 0 : (passes_ + 1) % period;
+  if (min_bytes_per_thread_ != 0) parallel.min_bytes_per_thread = min_bytes_per_thread_;
   return parallel;
 }
 
@@ -52,7 +52,7 @@ int64_t Handoff::measure(const Parallel& parallel) {
   constexpr double bytes_per_second = 256e9;
   static thread_local char here;  // its address tells threads apart
   std::vector<const char*> who(static_cast<size_t>(parallel.threads));
-  double least = 1.0;
+  double min_seconds = 1.0;
   for (int i = 0; i < loops; ++i) {
     const Clock::time_point start = Clock::now();
     run_tasks(parallel, parallel.threads,
@@ -60,9 +60,9 @@ int64_t Handoff::measure(const Parallel& parallel) {
     const double seconds = seconds_since(start);
     std::sort(who.begin(), who.end());
     const bool all = std::adjacent_find(who.begin(), who.end()) == who.end();
-    if (all) least = std::min(least, seconds);
+    if (all) min_seconds = std::min(min_seconds, seconds);
   }
-  return least < 1.0 ? static_cast<int64_t>(least * bytes_per_second) : 0;
+  return min_seconds < 1.0 ? static_cast<int64_t>(min_seconds * bytes_per_second) : 0;
 }
 
 }  // namespace gptfast

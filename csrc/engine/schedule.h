@@ -76,9 +76,9 @@ class Plan {
   // Calls f(block, first) for blocks of a part that go through the layers one after the other.
   template <class F>
   void for_blocks(const Batch& part, const F& f) const {
-    const int64_t most = in_blocks_ ? limits::block_tokens : part.count();
+    const int64_t max_tokens = in_blocks_ ? limits::block_tokens : part.count();
     for (int64_t first = 0, end = 0; first < part.sequences; first = end) {
-      for (++end; end < part.sequences && part.part(first, end + 1).count() <= most;) ++end;
+      for (++end; end < part.sequences && part.part(first, end + 1).count() <= max_tokens;) ++end;
       f(part.part(first, end), first);
     }
   }
@@ -121,7 +121,7 @@ class Handoff {
   static int64_t measure(const Parallel& parallel);
 
   int passes_ = 0;
-  int64_t worth_ = 0;
+  int64_t min_bytes_per_thread_ = 0;
 };
 
 using Clock = std::chrono::steady_clock;

@@ -36,7 +36,7 @@ Session::Session(std::shared_ptr<const Model> model, std::vector<Prompt> prompts
     s.prompt = static_cast<int64_t>(prompts[i].tokens.size());
     s.same_prompt = first.try_emplace(prompts[i].tokens, static_cast<int64_t>(i)).first->second;
     s.tokens = std::move(prompts[i].tokens);
-    s.seed = prompts[i].seed, s.number = prompts[i].number;
+    s.seed = prompts[i].seed, s.sequence_id = prompts[i].sequence_id;
     if (options_.max_new_tokens == 0) s.state = State::length;
     sequences_.push_back(std::move(s));
   }
@@ -225,11 +225,11 @@ void Session::append(Sequence& s, const float* logits) const {
   row.logits = logits, row.V = model_->config().vocab_size;
   row.seen = s.tokens.data(), row.seen_count = s.length();
   row.seed = static_cast<uint64_t>(s.seed);
-  row.sequence = static_cast<uint32_t>(s.number);
+  row.sequence = static_cast<uint32_t>(s.sequence_id);
   row.step = static_cast<uint32_t>(s.generated());
-  row.alternatives = k;
-  row.alternative = s.top_tokens.data() + end;
-  row.alternative_logprob = s.top_logprobs.data() + end;
+  row.top_count = k;
+  row.top_tokens = s.top_tokens.data() + end;
+  row.top_logprobs = s.top_logprobs.data() + end;
   const Sample chosen = model_->kernels().sample(options_.sampling, row);
   const auto& stops = options_.stop_tokens;
   const bool stopped = std::find(stops.begin(), stops.end(), chosen.token) != stops.end();

@@ -37,7 +37,7 @@ struct SessionOptions {
 // A text to continue, and the key and number of its draws.
 struct Prompt {
   std::vector<int64_t> tokens;
-  int64_t seed, number;
+  int64_t seed, sequence_id;
 };
 
 struct Sequence {
@@ -47,7 +47,7 @@ struct Sequence {
   std::vector<int64_t> top_tokens;
   std::vector<float> top_logprobs;
   int64_t prompt;  // how many tokens it has
-  int64_t seed, number;
+  int64_t seed, sequence_id;
   int64_t same_prompt;  // the first sequence with this prompt
   State state = State::waiting;
   int64_t offset = 0;  // where its window starts

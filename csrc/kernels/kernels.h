@@ -24,7 +24,7 @@ struct Parallel {
   void (*run)(void* pool, int64_t tasks, void (*body)(void* context, int64_t task), void* context);
   int threads;
   void* pool = nullptr;
-  int64_t worth =
+  int64_t min_bytes_per_thread =
       int64_t{1} << 16;  // bytes of an operand that a thread joins in for; see tasks.inl
 };
 
@@ -93,7 +93,7 @@ struct Attention {
   Dropout dropout;
 };
 
-struct AttentionGrad {
+struct AttentionBackward {
   Attention forward;
   Heads dout, dq, dk, dv;
 };
@@ -113,7 +113,7 @@ struct Linear {
 };
 
 // A null gradient is not computed; dx is needed for dnorm.
-struct LinearGrad {
+struct LinearBackward {
   Linear forward;
   const void* dy;   // (M, N)
   const void* add;  // (M, K): what else dx is to hold, as the gradient that x has by a residual;
@@ -143,7 +143,7 @@ struct Ffn {
 };
 
 // A null gradient is not computed; dx is needed for dnorm.
-struct FfnGrad {
+struct FfnBackward {
   Ffn forward;
   const void* dy;
   void* dx;
@@ -187,7 +187,7 @@ struct Embedding {
 };
 
 // A null gradient is not computed.
-struct EmbeddingGrad {
+struct EmbeddingBackward {
   Embedding forward;
   const void* dy;
   int64_t padding_idx;  // this row's gradient is zero; -1: none
@@ -226,7 +226,7 @@ struct CacheShape {
 struct CachedAttention {
   CacheShape shape;
   int64_t sequences;
-  const int64_t *starts, *row, *cached;
+  const int64_t *starts, *slot, *cached;
   const uint8_t* kept;
   const void *q, *k, *v;        // (tokens, H D)
   int64_t q_stride, kv_stride;  // between their rows
@@ -253,9 +253,9 @@ struct SampleRow {
   int64_t seen_count;
   uint64_t seed;
   uint32_t sequence, step;  // each draws its own number
-  int64_t alternatives;     // how many of the likeliest tokens are wanted
-  int64_t* alternative;     // (alternatives,)
-  float* alternative_logprob;
+  int64_t top_count;        // how many of the likeliest tokens are wanted
+  int64_t* top_tokens;      // (alternatives,)
+  float* top_logprobs;
 };
 
 struct Sample {
@@ -266,14 +266,14 @@ struct Sample {
 struct Kernels {
   const char* name;
   void (*attention)(const Attention&, const Parallel&);
-  void (*attention_grad)(const AttentionGrad&, const Parallel&);
+  void (*attention_backward)(const AttentionBackward&, const Parallel&);
   void (*linear)(const Linear&, const Parallel&);
-  void (*linear_grad)(const LinearGrad&, const Parallel&);
+  void (*linear_backward)(const LinearBackward&, const Parallel&);
   void (*ffn)(const Ffn&, const Parallel&);
-  void (*ffn_grad)(const FfnGrad&, const Parallel&);
+  void (*ffn_backward)(const FfnBackward&, const Parallel&);
   void (*cross_entropy)(const CrossEntropy&, const Parallel&);
   void (*embedding)(const Embedding&, const Parallel&);
-  void (*embedding_grad)(const EmbeddingGrad&, const Parallel&);
+  void (*embedding_backward)(const EmbeddingBackward&, const Parallel&);
   void (*adamw)(const AdamW&, const Parallel&);
   void (*attention_cached)(const CachedAttention&, const Parallel&);
   int64_t (*cache_bytes)(const CacheShape&);  // of one row

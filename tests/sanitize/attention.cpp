@@ -82,17 +82,17 @@ std::vector<Result> run(const Shape& s, const Triple& in, const Buffer& dout,
   kernels.attention(a, parallel);
   expect(same_bits(out, without_lse), "the result depends on whether lse is wanted");
 
-  AttentionGrad g = {};
+  AttentionBackward g = {};
   g.forward = a;
   g.dout = heads(s, dout, s.Tq, 0, 1);
   g.dq = grads.part(s, 0), g.dk = grads.part(s, 1), g.dv = grads.part(s, 2);
-  kernels.attention_grad(g, parallel);
-  const double most = std::sqrt(std::max(1.0, static_cast<double>(s.Tq)));
+  kernels.attention_backward(g, parallel);
+  const double max_scale = std::sqrt(std::max(1.0, static_cast<double>(s.Tq)));
   return {{"out", written(s, out)},
           {"lse", lse.values()},
           {"dq", written(s, grads.q)},
-          {"dk", written(s, grads.k), most},
-          {"dv", written(s, grads.v), most}};
+          {"dk", written(s, grads.k), max_scale},
+          {"dv", written(s, grads.v), max_scale}};
 }
 
 void attention_case(const Shape& s) {

@@ -131,11 +131,11 @@ namespace {
 thread_local std::vector<std::unique_ptr<sanitize::Guarded>> pieces;
 }
 
-Frame::Frame() : block_(pieces.size()), used_(0) {}
-Frame::~Frame() {
+ScratchFrame::ScratchFrame() : block_(pieces.size()), used_(0) {}
+ScratchFrame::~ScratchFrame() {
   while (pieces.size() > block_) pieces.pop_back();
 }
-void* Frame::bytes(size_t size) {
+void* ScratchFrame::bytes(size_t size) {
   pieces.push_back(std::make_unique<sanitize::Guarded>(size, 64, sanitize::scratch_fill));
   return pieces.back()->data();
 }

@@ -13,7 +13,7 @@ namespace {
 
 template <class T>
 void attention_typed(const Attention& s, const Parallel& parallel) {
-  if (s.Tk <= few_keys<T>) return small_attention<T>(s, parallel);
+  if (s.Tk <= max_small_keys<T>) return small_attention<T>(s, parallel);
   blocked_attention<T>(s, parallel);
 }
 
@@ -23,14 +23,14 @@ void attention(const Attention& s, const Parallel& parallel) {
 }
 
 template <class T>
-void attention_grad_typed(const AttentionGrad& grad, const Parallel& parallel) {
-  if (grad.forward.Tk <= few_keys<T>) return small_attention_grad<T>(grad, parallel);
-  blocked_attention_grad<T>(grad, parallel);
+void attention_backward_typed(const AttentionBackward& grad, const Parallel& parallel) {
+  if (grad.forward.Tk <= max_small_keys<T>) return small_attention_backward<T>(grad, parallel);
+  blocked_attention_backward<T>(grad, parallel);
 }
 
-void attention_grad(const AttentionGrad& s, const Parallel& parallel) {
-  if (s.forward.dtype == DType::f32) return attention_grad_typed<float>(s, parallel);
-  attention_grad_typed<bf16>(s, parallel);
+void attention_backward(const AttentionBackward& s, const Parallel& parallel) {
+  if (s.forward.dtype == DType::f32) return attention_backward_typed<float>(s, parallel);
+  attention_backward_typed<bf16>(s, parallel);
 }
 
 }  // namespace

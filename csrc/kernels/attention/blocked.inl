@@ -32,7 +32,7 @@ constexpr int64_t KEYS = 128;
 constexpr int64_t SCORES = KEYS + 16;
 
 template <class T>
-struct AttentionTask {
+struct BlockedAttention {
   using P = typename OperandOf<T>::type;
 
   const Attention& s;
@@ -40,24 +40,24 @@ struct AttentionTask {
   Head<T> q, out;
   int64_t ld;  // of O
   float c;
-  Frame frame;
+  ScratchFrame frame;
   P *key_panels, *value_panels;
   Rhs<P> keys, values;
   float *scores, *o;
   P *q_copy, *p_copy;
   float m[QUERIES], l[QUERIES];
-  Upcoming upcoming;
+  PrefetchQueue queue;
 
-  AttentionTask(const Attention& s, int64_t used_keys)
+  BlockedAttention(const Attention& s, int64_t used_keys)
       : s(s),
         ld(padded_n<P>(s.D)),
         c(s.scale * log2e),
-        key_panels(take<P>(frame, rhs_elements<P>(s.D, used_keys))),
-        value_panels(take<P>(frame, rhs_elements<P>(used_keys, s.D))),
-        scores(take<float>(frame, QUERIES * SCORES)),
-        o(take<float>(frame, QUERIES * ld)),
-        q_copy(take<P>(frame, QUERIES * row_stride<P>(padded_k<P>(s.D)))),
-        p_copy(take<P>(frame, QUERIES * row_stride<P>(KEYS))) {}
+        key_panels(alloc<P>(frame, rhs_elements<P>(s.D, used_keys))),
+        value_panels(alloc<P>(frame, rhs_elements<P>(used_keys, s.D))),
+        scores(alloc<float>(frame, QUERIES * SCORES)),
+        o(alloc<float>(frame, QUERIES * ld)),
+        q_copy(alloc<P>(frame, QUERIES * row_stride<P>(padded_k<P>(s.D)))),
+        p_copy(alloc<P>(frame, QUERIES * row_stride<P>(KEYS))) {}
 
   void start_head(int64_t index, int64_t used_keys) {
     const Head<T> k(s.k, index / s.H, index % s.H), v(s.v, index / s.H, index % s.H);
@@ -69,10 +69,10 @@ struct AttentionTask {
     q = {s.q, index / s.H, index % s.H}, out = {s.out, index / s.H, index % s.H};
   }
 
-  void expect_next(int64_t index, int64_t used_keys) {
-    upcoming.clear();
-    expect_head<T>({s.k, s.v}, s, index, used_keys, upcoming);
-    expect_head<T>({s.q, s.out}, s, index, s.Tq, upcoming);
+  void prefetch_next(int64_t index, int64_t used_keys) {
+    queue.clear();
+    prefetch_head<T>({s.k, s.v}, s, index, used_keys, queue);
+    prefetch_head<T>({s.q, s.out}, s, index, s.Tq, queue);
   }
 
   // Keys of the block from k0 on that any row before `row` of the query block sees.
@@ -85,19 +85,19 @@ struct AttentionTask {
     const Lhs<P> queries = lhs_rows(q.at(q0), q.row, rows, s.D, q_copy);
     start_rows(rows);
     for (int64_t k0 = 0; k0 < last; k0 += KEYS) {
-      const int64_t most = tile_rows_for<P>(last - k0);
-      for (int64_t r0 = 0; r0 < rows; r0 += most)
-        softmax_tile(queries, q0, r0, min(most, rows - r0), k0);
+      const int64_t max_tile = tile_rows_for<P>(last - k0);
+      for (int64_t r0 = 0; r0 < rows; r0 += max_tile)
+        softmax_tile(queries, q0, r0, min(max_tile, rows - r0), k0);
       drop_probabilities(q0, rows, k0);
       const int64_t seen_by_all = max(0, block_keys(q0, 1, k0));
       const bool finite =
           finite_rows(values.rows(k0), s.D, seen_by_all, padded_k<P>(block_keys(q0, rows, k0)));
-      for (int64_t r0 = 0; r0 < rows; r0 += most) {
-        const int64_t tile = min(most, rows - r0), count = block_keys(q0, r0 + tile, k0);
+      for (int64_t r0 = 0; r0 < rows; r0 += max_tile) {
+        const int64_t tile = min(max_tile, rows - r0), count = block_keys(q0, r0 + tile, k0);
         if (count <= 0) continue;
         gemm_masked(finite, key_terms(s, q0 + r0, k0), tile, s.D, count,
                     probabilities(r0, tile, count), values.rows(k0), o + r0 * ld, ld, k0 > 0,
-                    &upcoming);
+                    &queue);
       }
     }
     finish_queries(q0, rows);
@@ -105,7 +105,7 @@ struct AttentionTask {
 
   void start_rows(int64_t rows) {
     for (int64_t i = 0; i < rows; ++i) {
-      m[i] = no_score;
+      m[i] = neg_inf;
       l[i] = 0.0f;
     }
   }
@@ -136,7 +136,7 @@ struct AttentionTask {
     const int64_t width = block_keys(q0, r0 + tile, k0);
     if (width <= 0) return;
     gemm(tile, width, s.D, queries.rows(r0), keys.columns(k0), scores + r0 * SCORES, SCORES, false,
-         NoEpilogue{}, &upcoming);
+         NoEpilogue{}, &queue);
     for_vectors(tile, [&](int64_t i, auto part) {
       softmax_rows(q0, r0 + i, min(W, tile - i), k0, width, part);
     });
@@ -158,24 +158,24 @@ struct AttentionTask {
     for (int64_t i = n; i < W; ++i) of_row[i] = splat(0.0f);
     for (int64_t i = 0; i < n; ++i) {
       const float* row = scores + (first + i) * SCORES;
-      VF highest = splat(no_score);
+      VF highest = splat(neg_inf);
       for_keys(i, [&](int64_t j, auto keys) {
-        highest = vmax(highest, only(load(row + j), keys, no_score));
+        highest = vmax(highest, mask(load(row + j), keys, neg_inf));
       });
       of_row[i] = highest;
     }
-    const VF highest = reduce_each(of_row, n, Higher{}), before = load(m + first, part),
+    const VF highest = reduce_each(of_row, n, Max{}), before = load(m + first, part),
              now = vmax(before, highest);
-    const VF factor = before == no_score ? splat(0.0f) : exp2(exponent(before, now, c));
+    const VF factor = before == neg_inf ? splat(0.0f) : exp2(exponent(before, now, c));
     float now_of[W], rescale[W];
     // Of scores that are all -inf the probabilities are 0 until a later block has others.
-    store(now_of, now == no_score ? splat(0.0f) : now), store(rescale, factor);
+    store(now_of, now == neg_inf ? splat(0.0f) : now), store(rescale, factor);
     for (int64_t i = 0; i < n; ++i) {
       float* row = scores + (first + i) * SCORES;
       P* narrow = narrow_row(first + i);
       VF total = splat(0.0f);
       for_keys(i, [&](int64_t j, auto keys) {
-        const VF p = only(probability(exponent(load(row + j), now_of[i], c), P{}), keys);
+        const VF p = mask(probability(exponent(load(row + j), now_of[i], c), P{}), keys);
         if (written_narrow())
           store(narrow + j, p, Full{});
         else
@@ -222,10 +222,10 @@ void blocked_attention(const Attention& s, const Parallel& parallel) {
     const int64_t first = blocks * part / split.parts * QUERIES,
                   last = min(s.Tq, blocks * (part + 1) / split.parts * QUERIES);
     const int64_t used_keys = visible_keys(s, last - 1);
-    AttentionTask<T> attention(s, used_keys);
+    BlockedAttention<T> attention(s, used_keys);
     for (int64_t head = split.first_head(task); head < split.last_head(task); ++head) {
       attention.start_head(head, used_keys);
-      if (head + 1 < split.last_head(task)) attention.expect_next(head + 1, used_keys);
+      if (head + 1 < split.last_head(task)) attention.prefetch_next(head + 1, used_keys);
       for (int64_t q0 = first; q0 < last; q0 += QUERIES) attention.query_block(q0);
     }
   });

@@ -44,7 +44,7 @@ inline bool in_one_block(const Attention& s, int64_t query) {
 
 // delta of the queries first .. last of a head, (Tq,), for those that have it as the second sum.
 template <class T>
-inline void sum_deltas(const AttentionGrad& grad, int64_t head, int64_t first, int64_t last,
+inline void sum_deltas(const AttentionBackward& grad, int64_t head, int64_t first, int64_t last,
                        float* delta) {
   const Attention& s = grad.forward;
   const Head<T> out(s.out, head / s.H, head % s.H), dout(grad.dout, head / s.H, head % s.H);
@@ -59,43 +59,43 @@ inline void sum_deltas(const AttentionGrad& grad, int64_t head, int64_t first, i
 }
 
 template <class T>
-struct AttentionGradTask {
+struct BlockedAttentionBackward {
   using P = typename OperandOf<T>::type;
   static constexpr int MR = Tile<P>::MR, KPAD = Tile<P>::KPAD;
 
-  const AttentionGrad& grad;
+  const AttentionBackward& grad;
   const Attention& s;
   int64_t head;
   Head<T> q, k, v, dout, dq, dk, dv;
   int64_t ld;
   float c;
-  Frame frame;
+  ScratchFrame frame;
   const float* delta;  // (Tq,)
   float* dq_total;     // (Tq, ld)
   float *p, *ds, *dk_total, *dv_total, *dq_tile;
   P *keys_copy, *values_copy, *key_rows_copy, *q_copy, *dout_copy, *q_panels, *dout_panels, *p_copy,
       *ds_copy;
-  Upcoming upcoming;
+  PrefetchQueue queue;
 
-  explicit AttentionGradTask(const AttentionGrad& grad)
+  explicit BlockedAttentionBackward(const AttentionBackward& grad)
       : grad(grad),
         s(grad.forward),
         ld(padded_n<P>(s.D)),
         c(s.scale * log2e),
-        p(take<float>(frame, QUERIES * SCORES)),
-        ds(take<float>(frame, QUERIES * SCORES)),
-        dk_total(take<float>(frame, KEYS * ld)),
-        dv_total(take<float>(frame, KEYS * ld)),
-        dq_tile(take<float>(frame, starts_from_c<P> ? MR * ld : 0)),
-        keys_copy(take<P>(frame, rhs_elements<P>(s.D, KEYS))),
-        values_copy(take<P>(frame, rhs_elements<P>(s.D, KEYS))),
-        key_rows_copy(take<P>(frame, rhs_elements<P>(KEYS, s.D))),
-        q_copy(take<P>(frame, QUERIES * row_stride<P>(padded_k<P>(s.D)))),
-        dout_copy(take<P>(frame, QUERIES * row_stride<P>(padded_k<P>(s.D)))),
-        q_panels(take<P>(frame, rhs_elements<P>(QUERIES, s.D))),
-        dout_panels(take<P>(frame, rhs_elements<P>(QUERIES, s.D))),
-        p_copy(take<P>(frame, lhs_transposed_elements<P>(QUERIES, KEYS))),
-        ds_copy(take<P>(
+        p(alloc<float>(frame, QUERIES * SCORES)),
+        ds(alloc<float>(frame, QUERIES * SCORES)),
+        dk_total(alloc<float>(frame, KEYS * ld)),
+        dv_total(alloc<float>(frame, KEYS * ld)),
+        dq_tile(alloc<float>(frame, starts_from_c<P> ? MR * ld : 0)),
+        keys_copy(alloc<P>(frame, rhs_elements<P>(s.D, KEYS))),
+        values_copy(alloc<P>(frame, rhs_elements<P>(s.D, KEYS))),
+        key_rows_copy(alloc<P>(frame, rhs_elements<P>(KEYS, s.D))),
+        q_copy(alloc<P>(frame, QUERIES * row_stride<P>(padded_k<P>(s.D)))),
+        dout_copy(alloc<P>(frame, QUERIES * row_stride<P>(padded_k<P>(s.D)))),
+        q_panels(alloc<P>(frame, rhs_elements<P>(QUERIES, s.D))),
+        dout_panels(alloc<P>(frame, rhs_elements<P>(QUERIES, s.D))),
+        p_copy(alloc<P>(frame, lhs_transposed_elements<P>(QUERIES, KEYS))),
+        ds_copy(alloc<P>(
             frame, max(lhs_transposed_elements<P>(QUERIES, KEYS), QUERIES * row_stride<P>(KEYS)))) {
   }
 
@@ -107,10 +107,10 @@ struct AttentionGradTask {
     dout = {grad.dout, b, h}, dq = {grad.dq, b, h}, dk = {grad.dk, b, h}, dv = {grad.dv, b, h};
   }
 
-  void expect_next(int64_t index) {
-    upcoming.clear();
-    expect_head<T>({s.k, s.v, grad.dk, grad.dv}, s, index, s.Tk, upcoming);
-    expect_head<T>({s.q, grad.dout, s.out, grad.dq}, s, index, s.Tq, upcoming);
+  void prefetch_next(int64_t index) {
+    queue.clear();
+    prefetch_head<T>({s.k, s.v, grad.dk, grad.dv}, s, index, s.Tk, queue);
+    prefetch_head<T>({s.q, grad.dout, s.out, grad.dq}, s, index, s.Tq, queue);
   }
 
   // A block of keys and their values, as the products read them.
@@ -142,14 +142,14 @@ struct AttentionGradTask {
     const Lhs<P> queries = lhs_rows(q.at(q0), q.row, rows, s.D, q_copy);
     const Lhs<P> douts = lhs_rows(dout.at(q0), dout.row, rows, s.D, dout_copy);
     const int64_t width = round_up(keys, W);
-    const int64_t most = tile_rows_for<P>(keys);
+    const int64_t max_tile = tile_rows_for<P>(keys);
     const auto multiply = [&](const Lhs<P>& a, const Rhs<P>& b, float* to) {
-      for (int64_t r0 = 0; r0 < rows; r0 += most) {
-        const int64_t tile = min(most, rows - r0),
+      for (int64_t r0 = 0; r0 < rows; r0 += max_tile) {
+        const int64_t tile = min(max_tile, rows - r0),
                       count = min(keys, visible_keys(s, q0 + r0 + tile - 1) - k0);
         if (count > 0)
           gemm(tile, count, s.D, a.rows(r0), b, to + r0 * SCORES, SCORES, false, NoEpilogue{},
-               &upcoming);
+               &queue);
       }
     };
     multiply(queries, block.keys_t, p);
@@ -177,7 +177,7 @@ struct AttentionGradTask {
       const Lhs<P> ds_rows = lhs_rows(ds + r0 * SCORES, SCORES, tile, count, ds_copy);
       const bool apart = add_queries && starts_from_c<P>;
       gemm_masked(finite, key_terms(s, q0 + r0, k0), tile, s.D, count, ds_rows, block.key_rows,
-                  apart ? dq_tile : sums, ld, add_queries && !apart, &upcoming);
+                  apart ? dq_tile : sums, ld, add_queries && !apart, &queue);
       for (int64_t j = 0; apart && j < tile * ld; j += W)
         store(sums + j, load(sums + j) + load(dq_tile + j));
     }
@@ -210,27 +210,27 @@ struct AttentionGradTask {
       of_row[row] = {min(keys, visible_keys(s, query) - k0), sums.m[query], of_sums[row], summed,
                      splat(summed ? 0.0f : delta[query])};
     }
-    Keep keep;
+    DropoutFactors factors;
     const auto step = [&](Row& at, int64_t row, int64_t j, auto part) {
       float* p_at = p + (r0 + row) * SCORES + j;
       float* ds_at = ds + (r0 + row) * SCORES + j;
       const VF power = exponent(load(p_at), at.m, c);
       const VF of =
-          only(by_inverse ? probability(power, P{}) * at.l : probability(power - at.l, P{}), part);
-      VF kept = of, dp = only(load(ds_at), part);
+          mask(by_inverse ? probability(power, P{}) * at.l : probability(power - at.l, P{}), part);
+      VF kept = of, dp = mask(load(ds_at), part);
       if (s.dropout.threshold > 0) {
-        dp *= keep.factor[row];
-        kept *= keep.factor[row];
+        dp *= factors.row[row];
+        kept *= factors.row[row];
       }
       store(p_at, kept);
-      if (!at.summed) return store(ds_at, only(of * (dp - at.delta) * s.scale, part));
+      if (!at.summed) return store(ds_at, mask(of * (dp - at.delta) * s.scale, part));
       at.delta += of * dp;
       store(prob[row] + j, of);
       store(ds_at, dp);
     };
     const int64_t seen = max(0, min(width, round_up(of_row[rows - 1].seen, W)));  // by any row
     for (int64_t j = 0; j < seen; j += W) {
-      if (s.dropout.threshold > 0) keep = dropout_factors(s.dropout, head, q0 + r0, k0 + j);
+      if (s.dropout.threshold > 0) factors = dropout_factors(s.dropout, head, q0 + r0, k0 + j);
       for (int64_t row = 0; row < rows; ++row) {
         Row& at = of_row[row];
         if (at.seen >= j + W)
@@ -249,7 +249,7 @@ struct AttentionGradTask {
       const float d = sum(of_row[row].delta);
       float* ds_row = ds + (r0 + row) * SCORES;
       for_vectors(max(0, of_row[row].seen), [&](int64_t j, auto part) {
-        store(ds_row + j, only(load(prob[row] + j) * (load(ds_row + j) - d) * s.scale, part));
+        store(ds_row + j, mask(load(prob[row] + j) * (load(ds_row + j) - d) * s.scale, part));
       });
     }
   }
@@ -269,23 +269,23 @@ struct AttentionGradTask {
       }
       gemm_masked(finite, terms.rows(j0).columns(seen_from), tile, s.D, rows - seen_from,
                   a.rows(j0).columns(seen_from), b.rows(seen_from), total + j0 * ld, ld, add,
-                  &upcoming);
+                  &queue);
     }
   }
 };
 
 template <class T>
-void attention_grad_by_heads(const AttentionGrad& grad, const HeadTasks& split,
-                             const Parallel& parallel) {
+void attention_backward_by_heads(const AttentionBackward& grad, const HeadTasks& split,
+                                 const Parallel& parallel) {
   const Attention& s = grad.forward;
   run_tasks(parallel, split.tasks, [&](int64_t task) {
-    AttentionGradTask<T> backward(grad);
-    float* delta = take<float>(backward.frame, s.Tq);
-    float* dq = take<float>(backward.frame, s.Tq * backward.ld);
+    BlockedAttentionBackward<T> backward(grad);
+    float* delta = alloc<float>(backward.frame, s.Tq);
+    float* dq = alloc<float>(backward.frame, s.Tq * backward.ld);
     for (int64_t head = split.first_head(task); head < split.last_head(task); ++head) {
       sum_deltas<T>(grad, head, 0, s.Tq, delta);
       backward.start_head(head, delta, dq);
-      if (head + 1 < split.last_head(task)) backward.expect_next(head + 1);
+      if (head + 1 < split.last_head(task)) backward.prefetch_next(head + 1);
       if (s.Tk == 0) backward.clear_rows(dq, s.Tq);
       for (int64_t block = 0; block * KEYS < s.Tk; ++block) backward.key_block(block, block > 0);
       for (int64_t i = 0; i < s.Tq; ++i) copy_row(dq + i * backward.ld, s.D, backward.dq.out(i));
@@ -295,8 +295,8 @@ void attention_grad_by_heads(const AttentionGrad& grad, const HeadTasks& split,
 
 // Some key blocks of every head at a time, each with memory for what it gives of dQ.
 template <class T>
-void attention_grad_by_blocks(const AttentionGrad& grad, int64_t at_once,
-                              const Parallel& parallel) {
+void attention_backward_by_blocks(const AttentionBackward& grad, int64_t at_once,
+                                  const Parallel& parallel) {
   const Attention& s = grad.forward;
   const int64_t heads = s.B * s.H, blocks = divide_up(s.Tk, KEYS);
   const auto for_query_blocks = [&](const auto& f) {
@@ -306,17 +306,17 @@ void attention_grad_by_blocks(const AttentionGrad& grad, int64_t at_once,
     });
   };
   const int64_t ld = padded_n<typename OperandOf<T>::type>(s.D), size = s.Tq * ld;
-  Frame frame;
-  float* total = take<float>(frame, heads * size);
-  float* given = take<float>(frame, heads * at_once * size);
-  float* delta = take<float>(frame, heads * s.Tq);
+  ScratchFrame frame;
+  float* total = alloc<float>(frame, heads * size);
+  float* given = alloc<float>(frame, heads * at_once * size);
+  float* delta = alloc<float>(frame, heads * s.Tq);
   for_query_blocks([&](int64_t head, int64_t first, int64_t last) {
     sum_deltas<T>(grad, head, first, last, delta + head * s.Tq);
   });
   for (int64_t first = 0; first < blocks; first += at_once) {
     const int64_t count = min(at_once, blocks - first);
     run_tasks(parallel, heads * count, [&](int64_t task) {
-      AttentionGradTask<T> backward(grad);
+      BlockedAttentionBackward<T> backward(grad);
       const int64_t head = task / count;
       backward.start_head(head, delta + head * s.Tq, given + task * size);
       backward.key_block(first + task % count, false);
@@ -337,10 +337,10 @@ void attention_grad_by_blocks(const AttentionGrad& grad, int64_t at_once,
 }
 
 template <class T>
-void blocked_attention_grad(const AttentionGrad& grad, const Parallel& parallel) {
+void blocked_attention_backward(const AttentionBackward& grad, const Parallel& parallel) {
   const HeadTasks split(grad.forward, divide_up(grad.forward.Tk, KEYS), parallel);
-  if (split.parts == 1) return attention_grad_by_heads<T>(grad, split, parallel);
-  attention_grad_by_blocks<T>(grad, split.parts, parallel);
+  if (split.parts == 1) return attention_backward_by_heads<T>(grad, split, parallel);
+  attention_backward_by_blocks<T>(grad, split.parts, parallel);
 }
 
 }  // namespace

@@ -138,7 +138,7 @@ template <class F>
 auto with_head_type(const CacheShape& s, const F& f) {
   const auto of = [&](auto element) {
     using T = decltype(element);
-    if (s.context <= few_keys<T>) return f(HeadType<PlainHead<T>>{});
+    if (s.context <= max_small_keys<T>) return f(HeadType<PlainHead<T>>{});
     return f(HeadType<PackedHead<T>>{});
   };
   return s.dtype == DType::f32 ? of(float{}) : of(bf16{});

@@ -44,7 +44,7 @@ struct CachedTask {
 
   CachedTask(const CachedAttention& s, int64_t i) : s(s), i(i), a(of_sequence<T>(s, i)) {}
 
-  Cached cached(int64_t h) const { return {s.shape, s.cache, s.row[i] * a.H + h}; }
+  Cached cached(int64_t h) const { return {s.shape, s.cache, s.slot[i] * a.H + h}; }
   void append(int64_t h) const {
     cached(h).append({a.k, 0, h}, {a.v, 0, h}, s.cached[i], a.Tk - s.cached[i]);
   }
@@ -61,14 +61,14 @@ void attend_heads(CachedTask<PlainHead<T>>& task, int64_t first, int64_t last) {
     const int64_t size = PlainHead<T>::elements(task.s.shape.capacity, a.D);
     a.k = {head.keys, 0, size, a.D}, a.v = {head.values, 0, size, a.D};
   }
-  FewKeys<T> few(a);
-  for (int64_t h = first; h < last; ++h) few.attend(h, 0, a.Tq);
+  SmallAttention<T> small(a);
+  for (int64_t h = first; h < last; ++h) small.attend(h, 0, a.Tq);
 }
 
 // Heads h .. of the one query of a sequence, whose keys are the cached ones: a row of `attention`
 // is a head, so that a row's sums need not wait for those of the one before.
 template <class T>
-void attend_token(const CachedTask<PackedHead<T>>& task, AttentionTask<T>& attention, int64_t h,
+void attend_token(const CachedTask<PackedHead<T>>& task, BlockedAttention<T>& attention, int64_t h,
                   int64_t rows) {
   using P = typename OperandOf<T>::type;
   const Attention& a = task.a;
@@ -94,7 +94,7 @@ void attend_token(const CachedTask<PackedHead<T>>& task, AttentionTask<T>& atten
 
 // A part of a head's query blocks.
 template <class T>
-void attend_blocks(const CachedTask<PackedHead<T>>& task, AttentionTask<T>& attention, int64_t h,
+void attend_blocks(const CachedTask<PackedHead<T>>& task, BlockedAttention<T>& attention, int64_t h,
                    int64_t part, int64_t parts) {
   const int64_t blocks = divide_up(task.a.Tq, QUERIES);
   attention.start_head(h, task.cached(h).packed_keys(), task.cached(h).packed_values());
@@ -104,7 +104,7 @@ void attend_blocks(const CachedTask<PackedHead<T>>& task, AttentionTask<T>& atte
 
 template <class T>
 void attend_heads(const CachedTask<PackedHead<T>>& task, int64_t first, int64_t last) {
-  AttentionTask<T> attention(task.a, 0);
+  BlockedAttention<T> attention(task.a, 0);
   if (task.a.Tq == 1) {
     for (int64_t h = first; h < last; ++h) task.append(h);
     for (int64_t h = first; h < last; h += QUERIES)
@@ -127,7 +127,7 @@ void attention_cached_in(const CachedAttention& s, const Parallel& parallel) {
     work += 2 * a.Tq * a.Tk * H * a.D * static_cast<int64_t>(sizeof(typename Cached::Element));
   }
   const int64_t per_task =
-      max(heads / (16 * parallel.threads), tasks_worth_a_thread(heads, work, parallel));
+      max(heads / (16 * parallel.threads), min_tasks_per_thread(heads, work, parallel));
   if constexpr (Cached::packed) {
     if (heads < parallel.threads && per_task < heads) {
       const int64_t parts = 4 * parallel.threads;
@@ -135,7 +135,7 @@ void attention_cached_in(const CachedAttention& s, const Parallel& parallel) {
       return run_tasks(parallel, heads * parts, [&](int64_t n) {
         const int64_t head = n / parts;
         const Task task(s, head / H);
-        AttentionTask<typename Cached::Input> attention(task.a, 0);
+        BlockedAttention<typename Cached::Input> attention(task.a, 0);
         attend_blocks(task, attention, head % H, parts - 1 - n % parts, parts);
       });
     }

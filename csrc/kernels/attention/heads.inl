@@ -24,11 +24,11 @@ struct Head {
 
 // Has the products that are given `upcoming` fetch `rows` rows of head `index` of each of these.
 template <class T, int N>
-inline void expect_head(const Heads (&all)[N], const Attention& s, int64_t index, int64_t rows,
-                        Upcoming& upcoming) {
+inline void prefetch_head(const Heads (&all)[N], const Attention& s, int64_t index, int64_t rows,
+                          PrefetchQueue& queue) {
   for (const Heads& heads : all) {
     const Head<T> head(heads, index / s.H, index % s.H);
-    upcoming.add(head.data, head.row, rows, s.D);
+    queue.add(head.data, head.row, rows, s.D);
   }
 }
 
@@ -50,9 +50,9 @@ inline Terms query_terms(const Attention& s, int64_t key, int64_t q0, int64_t qu
 struct HeadTasks {
   int64_t heads, parts, heads_per_task, tasks;
 
-  HeadTasks(const Attention& s, int64_t most_parts, const Parallel& parallel) : heads(s.B * s.H) {
+  HeadTasks(const Attention& s, int64_t max_parts, const Parallel& parallel) : heads(s.B * s.H) {
     const int64_t wanted = parallel.threads == 1 ? 1 : 4 * parallel.threads;
-    parts = max(1, min(divide_up(wanted, max(1, heads)), most_parts));
+    parts = max(1, min(divide_up(wanted, max(1, heads)), max_parts));
     heads_per_task = max(1, heads / (4 * wanted));  // 1 wherever a head has several parts
     tasks = divide_up(heads, heads_per_task) * parts;
   }

@@ -50,9 +50,9 @@ inline void adamw_chunk(const AdamW& s, const AdamWChunk& chunk, float factor) {
 void adamw(const AdamW& s, const Parallel& parallel) {
   int64_t chunks = 0;
   for (int64_t i = 0; i < s.count; ++i) chunks += divide_up(s.params[i].n, ADAMW_CHUNK);
-  Frame frame;
-  AdamWChunk* chunk = take<AdamWChunk>(frame, chunks);
-  double* partial = take<double>(frame, chunks);
+  ScratchFrame frame;
+  AdamWChunk* chunk = alloc<AdamWChunk>(frame, chunks);
+  double* partial = alloc<double>(frame, chunks);
   int64_t next = 0;
   for (int64_t i = 0; i < s.count; ++i)
     for (int64_t at = 0; at < s.params[i].n; at += ADAMW_CHUNK)

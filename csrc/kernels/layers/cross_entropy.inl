@@ -29,7 +29,7 @@ namespace {
 constexpr int64_t VOCAB = 1536;
 static_assert(VOCAB % Tile<float>::KC == 0 && VOCAB % Tile<bf16>::KC == 0 &&
               VOCAB % WeightGrad<float>::GROUP == 0 && VOCAB % WeightGrad<bf16>::GROUP == 0);
-constexpr int64_t most_logits = int64_t{40} << 20;  // of a chunk: at V = 50,257 768 rows
+constexpr int64_t max_logits = int64_t{40} << 20;  // of a chunk: at V = 50,257 768 rows
 
 template <class T>
 class CrossEntropyPass {
@@ -47,12 +47,12 @@ class CrossEntropyPass {
         k_ld_(padded_n<P>(s.K)),
         x_stride_(row_stride<P>(padded_k<P>(s.K))),
         logits_ld_(padded_n<P>(with_grad_ ? s.V : min(s.V, VOCAB))),
-        losses_(take<float>(frame_, s.M)),
+        losses_(alloc<float>(frame_, s.M)),
         sums_(s.dweight, with_dweight_ ? s.V : 0, s.K, whole() ? parts_.count() : 1, frame_),
-        dnorm_weight_(parts_.blocks(), with_norm_grad(s) ? s.K : 0, frame_),
-        dnorm_bias_(parts_.blocks(), with_norm_grad(s) ? s.K : 0, frame_) {
-    norm_.mean = take<float>(frame_, s.M);
-    norm_.rstd = take<float>(frame_, s.M);
+        dln_w_(parts_.blocks(), with_norm_grad(s) ? s.K : 0, frame_),
+        dln_b_(parts_.blocks(), with_norm_grad(s) ? s.K : 0, frame_) {
+    norm_.mean = alloc<float>(frame_, s.M);
+    norm_.rstd = alloc<float>(frame_, s.M);
     if (s.reduction != Reduction::mean) return;
     double total = 0.0;
     for (int64_t i = 0; i < s.M; ++i) total += weight_of(i);
@@ -76,14 +76,14 @@ class CrossEntropyPass {
     Lhs<P> x;
     RowSum* sums;
 
-    Rows(const CrossEntropyPass& pass, int64_t block, Frame& frame)
+    Rows(const CrossEntropyPass& pass, int64_t block, ScratchFrame& frame)
         : m0(block * ROWS),
           count(min(ROWS, pass.s_.M - m0)),
-          logits(take<float>(frame, count * pass.logits_ld_)),
+          logits(alloc<float>(frame, count * pass.logits_ld_)),
           dn(pass.dx_in_place() ? static_cast<float*>(pass.s_.dx) + m0 * pass.k_ld_
-                                : take<float>(frame, pass.with_dx_ ? count * pass.k_ld_ : 0)),
-          x_copy(take<P>(frame, count * pass.x_stride_)),
-          sums(take<RowSum>(frame, count)) {}
+                                : alloc<float>(frame, pass.with_dx_ ? count * pass.k_ld_ : 0)),
+          x_copy(alloc<P>(frame, count * pass.x_stride_)),
+          sums(alloc<RowSum>(frame, count)) {}
   };
 
   bool whole() const { return s_.V <= VOCAB; }
@@ -104,15 +104,15 @@ class CrossEntropyPass {
 
   // A row block has everything done to it while it is in the cache.
   void whole_vocabulary() {
-    Frame frame;
+    ScratchFrame frame;
     const Rhs<P> w = weight_transposed<T>(s_.weight, s_.V, s_.K, frame, parallel_).dense();
     const Rhs<P> w_rows =
         with_dx_ ? weight_straight<P>(s_.weight, s_.V, s_.K, frame, parallel_) : Rhs<P>{};
     parts_.for_each([&](const RowPart& part) {
-      Frame part_frame;
+      ScratchFrame part_frame;
       const WeightGrad<P> dweight(sums_, part.index, with_dweight_ ? part.chunk : 0, part_frame);
       const auto produce = [&](int64_t block, int64_t slot) {
-        Frame block_frame;
+        ScratchFrame block_frame;
         Rows rows(*this, block, block_frame);
         start(rows, slot, dweight);
         sum_rows(rows, 0, w);
@@ -133,22 +133,22 @@ class CrossEntropyPass {
   int64_t blocks_in_chunk() const {
     const int64_t cached = blocks_per_chunk<P>(s_.M, VOCAB + s_.K, parallel_);
     if (!with_grad_) return cached;
-    constexpr int64_t least = Tile<P>::KC / ROWS;
-    const int64_t fitting = most_logits / (ROWS * padded_n<P>(s_.V));
-    return min(cached, max(least, fitting / least * least));
+    constexpr int64_t min_blocks = Tile<P>::KC / ROWS;
+    const int64_t fitting = max_logits / (ROWS * padded_n<P>(s_.V));
+    return min(cached, max(min_blocks, fitting / min_blocks * min_blocks));
   }
 
   void vocabulary_in_blocks() {
-    Frame frame;
-    const int64_t most = blocks_in_chunk();
-    const WeightGrad<P> dweight(sums_, 0, with_dweight_ ? most : 0, frame, VOCAB);
-    for (int64_t first = 0; first < parts_.blocks(); first += most)
-      vocabulary_in_blocks(dweight, first, min(most, parts_.blocks() - first));
+    ScratchFrame frame;
+    const int64_t chunk = blocks_in_chunk();
+    const WeightGrad<P> dweight(sums_, 0, with_dweight_ ? chunk : 0, frame, VOCAB);
+    for (int64_t first = 0; first < parts_.blocks(); first += chunk)
+      vocabulary_in_blocks(dweight, first, min(chunk, parts_.blocks() - first));
   }
 
   void vocabulary_in_blocks(const WeightGrad<P>& dweight, int64_t first, int64_t slots) {
-    Frame chunk_frame;
-    Rows* chunk = take<Rows>(chunk_frame, slots);
+    ScratchFrame chunk_frame;
+    Rows* chunk = alloc<Rows>(chunk_frame, slots);
     for (int64_t slot = 0; slot < slots; ++slot)
       chunk[slot] = Rows(*this, first + slot, chunk_frame);
     const auto for_slots = [&](const auto& f) {
@@ -156,7 +156,7 @@ class CrossEntropyPass {
     };
     for_slots([&](Rows& rows, int64_t slot) { start(rows, slot, dweight); });
     for (int64_t v0 = 0; v0 < s_.V; v0 += VOCAB) {
-      Frame frame;
+      ScratchFrame frame;
       const Rhs<P> w =
           weight_transposed<T>(weight_rows(v0), columns(v0), s_.K, frame, parallel_).dense();
       for_slots([&](Rows& rows, int64_t) { sum_rows(rows, v0, w); });
@@ -165,7 +165,7 @@ class CrossEntropyPass {
     if (!with_grad_) return;
     const int64_t rows_in_all = min(s_.M, (first + slots) * ROWS) - first * ROWS;
     for (int64_t v0 = 0; v0 < s_.V; v0 += VOCAB) {
-      Frame frame;
+      ScratchFrame frame;
       const Rhs<P> w =
           with_dx_ ? weight_straight<P>(weight_rows(v0), columns(v0), s_.K, frame, parallel_)
                    : Rhs<P>{};
@@ -177,7 +177,7 @@ class CrossEntropyPass {
 
   void start(Rows& at, int64_t slot, const WeightGrad<P>& dweight) const {
     at.x = norm_rows(static_cast<const T*>(s_.x), at.m0, at.count, s_.K, norm_, true, at.x_copy);
-    for (int64_t i = 0; i < at.count; ++i) at.sums[i] = {no_score, 0.0f, 0.0f};
+    for (int64_t i = 0; i < at.count; ++i) at.sums[i] = {neg_inf, 0.0f, 0.0f};
     if (with_dweight_) dweight.set_x(slot, at.x.data, at.x.row, at.count, 0, s_.K);
   }
 
@@ -210,8 +210,8 @@ class CrossEntropyPass {
     for (int64_t i = 0; i < at.count; ++i)
       grad_row(at.m0 + i, at.sums[i], v0, n, ds + i * logits_ld_);
     if (with_dx_) {
-      Frame frame;
-      P* copy = take<P>(frame, at.count * row_stride<P>(padded_k<P>(n)));
+      ScratchFrame frame;
+      P* copy = alloc<P>(frame, at.count * row_stride<P>(padded_k<P>(n)));
       gemm(at.count, s_.K, n, lhs_rows(ds, logits_ld_, at.count, n, copy), w, at.dn, k_ld_, v0 > 0);
     }
     if (with_dweight_) dweight.set_dy(slot, ds, logits_ld_, at.count, 0, n);
@@ -239,8 +239,9 @@ class CrossEntropyPass {
       const T* x = static_cast<const T*>(s_.x) + m * s_.K;
       T* dx = static_cast<T*>(s_.dx) + m * s_.K;
       if (norm_.weight)
-        norm_grad_row(dn, x, static_cast<const T*>(nullptr), s_.K, {norm_.mean[m], norm_.rstd[m]},
-                      norm_, dnorm_weight_.block(block), dnorm_bias_.block(block), nullptr, dx);
+        norm_backward_row(dn, x, static_cast<const T*>(nullptr), s_.K,
+                          {norm_.mean[m], norm_.rstd[m]}, norm_, dln_w_.block(block),
+                          dln_b_.block(block), nullptr, dx);
       else
         copy_row(dn, s_.K, dx);
     }
@@ -253,14 +254,14 @@ class CrossEntropyPass {
       for (int64_t i = 0; i < s_.M; ++i) s_.loss[i] = losses_[i];
     else
       *s_.loss = static_cast<float>(total_loss * static_cast<double>(share_));
-    dnorm_weight_.finish(s_.dnorm.weight);
-    dnorm_bias_.finish(s_.dnorm.bias);
+    dln_w_.finish(s_.dnorm.weight);
+    dln_b_.finish(s_.dnorm.bias);
     if (with_dweight_) sums_.finish(s_.M == 0, parallel_);
   }
 
   const CrossEntropy& s_;
   const Parallel& parallel_;
-  Frame frame_;
+  ScratchFrame frame_;
   RowNorm norm_;
   bool with_dx_, with_dweight_, with_grad_;
   RowParts<P> parts_;
@@ -268,7 +269,7 @@ class CrossEntropyPass {
   float share_ = 1.0f;  // of one row of weight 1 in the mean
   float* losses_;
   WeightSums<P> sums_;
-  ColumnSums dnorm_weight_, dnorm_bias_;
+  ColumnSums dln_w_, dln_b_;
 };
 
 void cross_entropy(const CrossEntropy& s, const Parallel& parallel) {

@@ -71,7 +71,7 @@ struct FfnOperands {
   const float *b1, *b2;
   PackedWeight<P> w1, w2;
 
-  FfnOperands(const Ffn& s, Frame& frame, const Parallel& parallel)
+  FfnOperands(const Ffn& s, ScratchFrame& frame, const Parallel& parallel)
       : norm(s.norm, s.C, frame),
         b1(floats(s.b1, s.F, frame)),
         b2(floats(s.b2, s.C, frame)),
@@ -100,12 +100,12 @@ void ffn_by_rows(const Ffn& s, const FfnOperands<T>& with, const Parallel& paral
   const int64_t M = s.M, C = s.C, F = s.F, ld = padded_n<P>(C), h_stride = row_stride<P>(HIDDEN);
   run_tasks(parallel, divide_up(M, ROWS), [&](int64_t block) {
     const int64_t m0 = block * ROWS, rows = min(ROWS, M - m0);
-    Frame frame;
-    P* copy = take<P>(frame, rows * row_stride<P>(padded_k<P>(C)));
+    ScratchFrame frame;
+    P* copy = alloc<P>(frame, rows * row_stride<P>(padded_k<P>(C)));
     const Lhs<P> a = norm_rows(static_cast<const T*>(s.x), m0, rows, C, with.norm, true, copy);
-    float* u = take<float>(frame, rows * HIDDEN);
-    P* h = take<P>(frame, rows * h_stride);
-    float* c = take<float>(frame, rows * ld);
+    float* u = alloc<float>(frame, rows * HIDDEN);
+    P* h = alloc<P>(frame, rows * h_stride);
+    float* c = alloc<float>(frame, rows * ld);
     for (int64_t f0 = 0; f0 < F; f0 += HIDDEN) {
       const int64_t f = min(HIDDEN, F - f0), padded = padded_k<P>(f);
       const PackedWeight<P> w1 = with.w1.columns(f0);
@@ -133,15 +133,15 @@ void ffn_by_columns(const Ffn& s, const FfnOperands<T>& with, const Parallel& pa
   using P = typename OperandOf<T>::type;
   const int64_t M = s.M, C = s.C, F = s.F, padded = padded_k<P>(F),
                 h_stride = row_stride<P>(padded);
-  Frame frame;
-  P* h = take<P>(frame, M * h_stride);
+  ScratchFrame frame;
+  P* h = alloc<P>(frame, M * h_stride);
   for_blocks(M, F, C * with.w1.element_bytes(), Tile<P>::NR, parallel,
              [&](int64_t m0, int64_t rows, int64_t f0, int64_t n, int64_t ld) {
-               Frame task_frame;
-               P* copy = take<P>(task_frame, rows * row_stride<P>(padded_k<P>(C)));
+               ScratchFrame task_frame;
+               P* copy = alloc<P>(task_frame, rows * row_stride<P>(padded_k<P>(C)));
                const Lhs<P> a =
                    norm_rows(static_cast<const T*>(s.x), m0, rows, C, with.norm, f0 == 0, copy);
-               float* u = take<float>(task_frame, rows * ld);
+               float* u = alloc<float>(task_frame, rows * ld);
                const PackedWeight<P> w1 = with.w1.columns(f0);
                gemm(rows, n, C, a, w1, u, ld, false,
                     [&](int64_t i, int64_t tile, int64_t j, int64_t columns) {
@@ -156,8 +156,8 @@ void ffn_by_columns(const Ffn& s, const FfnOperands<T>& with, const Parallel& pa
              });
   for_blocks(M, C, F * with.w2.element_bytes(), Tile<P>::NR, parallel,
              [&](int64_t m0, int64_t rows, int64_t c0, int64_t n, int64_t ld) {
-               Frame task_frame;
-               float* c = take<float>(task_frame, rows * ld);
+               ScratchFrame task_frame;
+               float* c = alloc<float>(task_frame, rows * ld);
                for (int64_t f0 = 0; f0 < F; f0 += HIDDEN)
                  gemm(rows, n, min(HIDDEN, F - f0),
                       Lhs<P>{h + m0 * h_stride + f0, h_stride, Tile<P>::KU},
@@ -168,7 +168,7 @@ void ffn_by_columns(const Ffn& s, const FfnOperands<T>& with, const Parallel& pa
 
 template <class T>
 void ffn_typed(const Ffn& s, const Parallel& parallel) {
-  Frame frame;
+  ScratchFrame frame;
   const FfnOperands<T> with(s, frame, parallel);
   const bool few = divide_up(s.M, ROWS) < 4 * parallel.threads;
   if (few && !s.hidden && s.dropout.threshold == 0) return ffn_by_columns(s, with, parallel);
@@ -178,7 +178,7 @@ void ffn_typed(const Ffn& s, const Parallel& parallel) {
 // With g = dy * dropout:  dh = g W2, du = dh gelu'(u), dn = du W1, dx = dy + norm'(dn);
 // dW2 = g' h, dW1 = du' n, db2 and db1 the column sums of g and du.
 template <class T>
-void ffn_grad_typed(const FfnGrad& s, const Parallel& parallel) {
+void ffn_backward_typed(const FfnBackward& s, const Parallel& parallel) {
   using P = typename OperandOf<T>::type;
   const Ffn& f = s.forward;
   const int64_t M = f.M, C = f.C, F = f.F, ld = padded_n<P>(C), u_stride = row_stride<P>(HIDDEN);
@@ -188,7 +188,7 @@ void ffn_grad_typed(const FfnGrad& s, const Parallel& parallel) {
   T* dx = static_cast<T*>(s.dx);
   const bool with_dx = dx != nullptr, with_dw1 = s.dw1.data != nullptr,
              with_dw2 = s.dw2.data != nullptr, with_du = with_dx || with_dw1 || s.db1.data;
-  Frame frame;
+  ScratchFrame frame;
   const RowNorm norm(f.norm, C, frame);
   const Rhs<P> w1 = with_dx ? weight_straight<P>(f.w1, F, C, frame, parallel) : Rhs<P>{};
   const Rhs<P> w2 = with_du ? weight_straight<P>(f.w2, C, F, frame, parallel) : Rhs<P>{};
@@ -196,23 +196,23 @@ void ffn_grad_typed(const FfnGrad& s, const Parallel& parallel) {
   const WeightSums<P> sums1(s.dw1, with_dw1 ? F : 0, C, parts.count(), frame),
       sums2(s.dw2, with_dw2 ? C : 0, F, parts.count(), frame);
   const int64_t blocks = parts.blocks();
-  const ColumnSums db1(blocks, F, frame), db2(blocks, C, frame), dnorm_weight(blocks, C, frame),
-      dnorm_bias(blocks, C, frame);
+  const ColumnSums db1(blocks, F, frame), db2(blocks, C, frame), dln_w(blocks, C, frame),
+      dln_b(blocks, C, frame);
 
   parts.for_each([&](const RowPart& part) {
-    Frame part_frame;
+    ScratchFrame part_frame;
     const WeightGrad<P> dw1(sums1, part.index, with_dw1 ? part.chunk : 0, part_frame),
         dw2(sums2, part.index, with_dw2 ? part.chunk : 0, part_frame);
     const auto produce = [&](int64_t block, int64_t slot) {
       const int64_t m0 = block * ROWS, rows = min(ROWS, M - m0);
-      Frame task_frame;
-      float* g = take<float>(task_frame, rows * ld);
-      float* dn = take<float>(task_frame, rows * ld);
-      float* normalized = take<float>(task_frame, rows * ld);
-      float* dh = take<float>(task_frame, rows * HIDDEN);
-      P* h = take<P>(task_frame, rows * u_stride);
-      P* du = take<P>(task_frame, rows * u_stride);
-      P* g_copy = take<P>(task_frame, rows * row_stride<P>(padded_k<P>(C)));
+      ScratchFrame task_frame;
+      float* g = alloc<float>(task_frame, rows * ld);
+      float* dn = alloc<float>(task_frame, rows * ld);
+      float* normalized = alloc<float>(task_frame, rows * ld);
+      float* dh = alloc<float>(task_frame, rows * HIDDEN);
+      P* h = alloc<P>(task_frame, rows * u_stride);
+      P* du = alloc<P>(task_frame, rows * u_stride);
+      P* g_copy = alloc<P>(task_frame, rows * row_stride<P>(padded_k<P>(C)));
 
       for (int64_t i = 0; i < rows; ++i)
         for_vectors(C, [&](int64_t j, auto part) {
@@ -262,8 +262,8 @@ void ffn_grad_typed(const FfnGrad& s, const Parallel& parallel) {
         const int64_t m = m0 + i;
         const Moments row = {norm.mean[m], norm.rstd[m]};
         if (with_dx)
-          norm_grad_row(dn + i * ld, x + m * C, dy + m * C, C, row, norm, dnorm_weight.block(block),
-                        dnorm_bias.block(block), normalized + i * ld, dx + m * C);
+          norm_backward_row(dn + i * ld, x + m * C, dy + m * C, C, row, norm, dln_w.block(block),
+                            dln_b.block(block), normalized + i * ld, dx + m * C);
         else if (with_dw1)
           normalize(x + m * C, C, row, norm, normalized + i * ld);
       }
@@ -278,8 +278,8 @@ void ffn_grad_typed(const FfnGrad& s, const Parallel& parallel) {
   if (with_dw2) sums2.finish(M == 0, parallel);
   db1.finish(s.db1);
   db2.finish(s.db2);
-  dnorm_weight.finish(s.dnorm.weight);
-  dnorm_bias.finish(s.dnorm.bias);
+  dln_w.finish(s.dnorm.weight);
+  dln_b.finish(s.dnorm.bias);
 }
 
 void ffn(const Ffn& s, const Parallel& parallel) {
@@ -287,9 +287,9 @@ void ffn(const Ffn& s, const Parallel& parallel) {
   ffn_typed<bf16>(s, parallel);
 }
 
-void ffn_grad(const FfnGrad& s, const Parallel& parallel) {
-  if (s.forward.dtype == DType::f32) return ffn_grad_typed<float>(s, parallel);
-  ffn_grad_typed<bf16>(s, parallel);
+void ffn_backward(const FfnBackward& s, const Parallel& parallel) {
+  if (s.forward.dtype == DType::f32) return ffn_backward_typed<float>(s, parallel);
+  ffn_backward_typed<bf16>(s, parallel);
 }
 
 }  // namespace

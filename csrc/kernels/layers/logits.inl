@@ -10,9 +10,9 @@ namespace {
 
 // The largest of n scores; no_score of none.
 inline float highest_score(const float* s, int64_t n) {
-  VF highest = splat(no_score);
+  VF highest = splat(neg_inf);
   for_vectors(n, [&](int64_t j, auto part) {
-    highest = vmax(highest, only(load(s + j, part), part, no_score));
+    highest = vmax(highest, mask(load(s + j, part), part, neg_inf));
   });
   return max(highest);
 }
@@ -33,9 +33,9 @@ inline void add_logits(const float* s, int64_t n, RowSum& row, float* exponentia
   for_vectors(n, [&](int64_t j, auto part) {
     const VF e = exp(load(s + j, part) - top);
     if (exponentials) store(exponentials + j, e, part);
-    total += only(e, part);
+    total += mask(e, part);
   });
-  row.l = row.l * (row.m == no_score ? 0.0f : exp(splat(row.m - top))[0]) + sum(total);
+  row.l = row.l * (row.m == neg_inf ? 0.0f : exp(splat(row.m - top))[0]) + sum(total);
   row.m = top;
 }
 

@@ -19,7 +19,7 @@ struct RowNorm {
   float* mean;
   float* rstd;
 
-  RowNorm(const Norm& norm, int64_t n, Frame& frame)
+  RowNorm(const Norm& norm, int64_t n, ScratchFrame& frame)
       : weight(floats(norm.weight, n, frame)),
         bias(floats(norm.bias, n, frame)),
         mean(norm.mean),
@@ -47,7 +47,7 @@ inline void moments(const T* x, int64_t rows, int64_t n, VF& mean, VF& rstd) {
   for (int64_t i = 0; i < rows; ++i) {
     VF squares = splat(0.0f);
     for_vectors(n, [&](int64_t j, auto part) {
-      const VF d = only(load(x + i * n + j, part) - mean_of[i], part);
+      const VF d = mask(load(x + i * n + j, part) - mean_of[i], part);
       squares += d * d;
     });
     of_row[i] = squares;
@@ -102,9 +102,9 @@ inline Lhs<P> norm_rows(const T* x, int64_t m0, int64_t rows, int64_t n, const R
 // dweight += dn * xhat, dbias += dn; `normalized`, unless null, receives the row's forward output,
 // for the weight's gradient.
 template <class T>
-inline void norm_grad_row(const float* dn, const T* x, const T* add, int64_t n, Moments row,
-                          const RowNorm& norm, float* dweight, float* dbias, float* normalized,
-                          T* dx) {
+inline void norm_backward_row(const float* dn, const T* x, const T* add, int64_t n, Moments row,
+                              const RowNorm& norm, float* dweight, float* dbias, float* normalized,
+                              T* dx) {
   VF sum_g = splat(0.0f), sum_gx = splat(0.0f);
   for_vectors(n, [&](int64_t j, auto part) {
     const VF d = load(dn + j, part), weight = load(norm.weight + j, part);
@@ -132,8 +132,8 @@ struct ColumnSums {
   int64_t blocks, n;
   float* partial;
 
-  ColumnSums(int64_t blocks, int64_t n, Frame& frame)
-      : blocks(max(1, blocks)), n(n), partial(take<float>(frame, this->blocks * n)) {
+  ColumnSums(int64_t blocks, int64_t n, ScratchFrame& frame)
+      : blocks(max(1, blocks)), n(n), partial(alloc<float>(frame, this->blocks * n)) {
     __builtin_memset(partial, 0, static_cast<size_t>(this->blocks * n) * sizeof(float));
   }
 

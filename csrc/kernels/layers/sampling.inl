@@ -18,7 +18,7 @@ namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
 inline RowSum sum_of_row(const float* s, int64_t n) {
-  RowSum row = {no_score, 0.0f, 0.0f};
+  RowSum row = {neg_inf, 0.0f, 0.0f};
   add_logits(s, n, row, nullptr);
   return row;
 }
@@ -55,10 +55,10 @@ struct Distribution {
   int64_t width;
   float *z, *p;
 
-  Distribution(const float* logits, int64_t n, Frame& frame)
-      : width(round_up(n, W)), z(take<float>(frame, width)), p(take<float>(frame, width)) {
+  Distribution(const float* logits, int64_t n, ScratchFrame& frame)
+      : width(round_up(n, W)), z(alloc<float>(frame, width)), p(alloc<float>(frame, width)) {
     __builtin_memcpy(z, logits, static_cast<size_t>(n) * sizeof(float));
-    for (int64_t j = n; j < width; ++j) z[j] = no_score;
+    for (int64_t j = n; j < width; ++j) z[j] = neg_inf;
   }
 
   void penalize(const float* logits, const int64_t* tokens, int64_t count, float penalty) const {
@@ -79,7 +79,7 @@ struct Distribution {
   void keep_top_k(int64_t k) const {
     const auto key = [&](int64_t j) { return ordered(bits(load(z + j))); };
     const int32_t highest = ordered(bits(splat(highest_score(z, width))))[0];
-    const int32_t lowest = ordered(bits(splat(no_score)))[0];
+    const int32_t lowest = ordered(bits(splat(neg_inf)))[0];
     const int32_t threshold = last_that_reaches(lowest, highest, [&](int32_t t) {
       VI count = {};
       for (int64_t j = 0; j < width; j += W) count -= key(j) >= t;
@@ -146,16 +146,16 @@ inline double uniform(uint64_t seed, uint32_t sequence, uint32_t step) {
 }
 
 Sample sample(const Sampling& how, const SampleRow& s) {
-  Frame frame;
+  ScratchFrame frame;
   const RowSum row = sum_of_row(s.logits, s.V);
   const Distribution of(s.logits, s.V, frame);
-  for (int64_t i = 0; i < s.alternatives; ++i) {
+  for (int64_t i = 0; i < s.top_count; ++i) {
     const float logit = highest_score(of.z, s.V);
-    s.alternative[i] = first_index_of(logit, of.z, s.V);
-    s.alternative_logprob[i] = row.logprob(logit);
-    of.z[s.alternative[i]] = no_score;
+    s.top_tokens[i] = first_index_of(logit, of.z, s.V);
+    s.top_logprobs[i] = row.logprob(logit);
+    of.z[s.top_tokens[i]] = neg_inf;
   }
-  for (int64_t i = 0; i < s.alternatives; ++i) of.z[s.alternative[i]] = s.logits[s.alternative[i]];
+  for (int64_t i = 0; i < s.top_count; ++i) of.z[s.top_tokens[i]] = s.logits[s.top_tokens[i]];
   if (how.repetition_penalty != 1.0f)
     of.penalize(s.logits, s.seen, s.seen_count, how.repetition_penalty);
   int64_t token;

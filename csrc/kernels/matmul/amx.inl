@@ -146,7 +146,7 @@ inline void tile_rows(int64_t m0, int64_t rows, int64_t n, int64_t k, Lhs<bf16> 
 // Upcoming is for the loops of the other microkernels: nothing is fetched ahead here.
 template <class Done = NoEpilogue>
 inline void gemm(int64_t m, int64_t n, int64_t k, const Lhs<bf16>& a, Rhs<bf16> b, float* c,
-                 int64_t ldc, bool add, const Done& done = {}, Upcoming* = nullptr) {
+                 int64_t ldc, bool add, const Done& done = {}, PrefetchQueue* = nullptr) {
   constexpr int MR = Tile<bf16>::MR;
   const int64_t full = m / MR * MR, rest = m - full, padded = padded_k<bf16>(k);
   if (full > 0) {

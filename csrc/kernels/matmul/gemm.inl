@@ -54,7 +54,7 @@ inline void gemm_row(int64_t n, int64_t k, const Lhs<P>& a, const B* b, int64_t 
 
 template <class P, class Done = NoEpilogue>
 inline void gemm(int64_t m, int64_t n, int64_t k, const Lhs<P>& a, Rhs<P> b, float* c, int64_t ldc,
-                 bool add, const Done& done = {}, Upcoming* upcoming = nullptr) {
+                 bool add, const Done& done = {}, PrefetchQueue* queue = nullptr) {
   constexpr int MR = Tile<P>::MR, NR = Tile<P>::NR, KU = Tile<P>::KU, KC = Tile<P>::KC;
   if (m == 1) return gemm_row(n, k, a, b.data, b.panel, c, add, done);
   const int64_t unit_bytes = NR * KU * static_cast<int64_t>(sizeof(P)),
@@ -64,15 +64,16 @@ inline void gemm(int64_t m, int64_t n, int64_t k, const Lhs<P>& a, Rhs<P> b, flo
     for (int64_t n0 = 0; n0 < n; n0 += NR) {
       const P* panel = b.rows(k0).columns(n0).data;
       // The next panel, a part of it with each tile; after the last one, this one again.
-      Ahead ahead = {reinterpret_cast<const char*>(n0 + NR < n ? panel + b.panel : panel), part};
-      const int64_t columns = min(NR, n - n0), most = tile_rows_for<P>(columns);
-      for (int64_t m0 = 0; m0 < m; m0 += most, ahead.data += units * part) {
+      Prefetch prefetch = {reinterpret_cast<const char*>(n0 + NR < n ? panel + b.panel : panel),
+                           part};
+      const int64_t columns = min(NR, n - n0), max_tile = tile_rows_for<P>(columns);
+      for (int64_t m0 = 0; m0 < m; m0 += max_tile, prefetch.data += units * part) {
         const Lhs<P> rows = a.rows(m0).columns(k0);
-        const int64_t tile = min(most, m - m0);
+        const int64_t tile = min(max_tile, m - m0);
         const bool last = k0 + KC >= k;
         if (last) fetch_for(done, m0, tile, n0, columns);
         microkernel_of<P>(tile, columns)(units, rows, panel, c + m0 * ldc + n0, ldc, add || k0 > 0,
-                                         upcoming ? upcoming->next(units, ahead) : ahead);
+                                         queue ? queue->next(units, prefetch) : prefetch);
         if (last) done(m0, tile, n0, columns);
       }
     }

@@ -51,10 +51,10 @@ inline Rhs<P> rows_alone(Rhs<P> b, int64_t n, int64_t k, int64_t first, int64_t 
 template <class P>
 inline void gemm_masked(bool finite, const Terms& terms, int64_t m, int64_t n, int64_t k,
                         const Lhs<P>& a, Rhs<P> b, float* c, int64_t ldc, bool add,
-                        Upcoming* upcoming) {
-  if (finite) return gemm(m, n, k, a, b, c, ldc, add, NoEpilogue{}, upcoming);
-  Frame frame;
-  P* copy = take<P>(frame, rhs_elements<P>(k, n));
+                        PrefetchQueue* queue) {
+  if (finite) return gemm(m, n, k, a, b, c, ldc, add, NoEpilogue{}, queue);
+  ScratchFrame frame;
+  P* copy = alloc<P>(frame, rhs_elements<P>(k, n));
   for (int64_t i = 0; i < m; ++i)
     gemm(1, n, k, a.rows(i), rows_alone(b, n, k, terms.from(i), terms.to(i), copy), c + i * ldc,
          ldc, add);

@@ -25,7 +25,7 @@ inline void write_tile(const VF (&acc)[M][NV], float* c, int64_t ldc, bool add) 
 // before and after the sums, which costs as much as 8 steps of them.
 template <int M, int NV, class P>
 inline void microkernel(int64_t units, const Lhs<P>& a, const P* b, float* c, int64_t ldc, bool add,
-                        const Ahead& ahead) {
+                        const Prefetch& prefetch) {
   using S = Step<P>;
   constexpr int KU = Tile<P>::KU;
   VF acc[M][NV];
@@ -37,7 +37,7 @@ inline void microkernel(int64_t units, const Lhs<P>& a, const P* b, float* c, in
 #pragma GCC unroll 8
   for (int i = 0; i < (M + 2) / 3; ++i) base[i] = a.data + 3 * i * a.row;
   for (int64_t u = 0; u < units; ++u, b += 2 * W * KU) {
-    ahead.fetch(u);
+    prefetch.fetch(u);
     typename S::Vector column[NV];
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) column[v] = S::read(b + v * W * KU);
@@ -57,7 +57,8 @@ inline void microkernel(int64_t units, const Lhs<P>& a, const P* b, float* c, in
 // reach the cache. g++ joins scalars into vectors that do so too, unless it is told not to
 // (setup.py).
 template <class P>
-using Microkernel = void (*)(int64_t, const Lhs<P>&, const P*, float*, int64_t, bool, const Ahead&);
+using Microkernel = void (*)(int64_t, const Lhs<P>&, const P*, float*, int64_t, bool,
+                             const Prefetch&);
 
 // Rows of a tile that is `n` columns wide, at most NR.
 template <class P>

@@ -8,7 +8,7 @@ namespace {
 
 // What a microkernel brings into the cache for a later one, step by step of its own loop: large
 // weights come from the outer cache or from memory.
-struct Ahead {
+struct Prefetch {
   const char* data;
   int64_t step;  // bytes
 
@@ -17,16 +17,16 @@ struct Ahead {
 
 // Matrices of the next task: a product that is given them has each microkernel fetch lines of them,
 // one per step, where it would fetch the product's next panel.
-class Upcoming {
+class PrefetchQueue {
  public:
   void clear() { count = at = row = line = 0, bytes = 0; }
 
   // Rows of `length` elements; matrices beyond a part of the L2 cache are left out.
   template <class T>
   void add(const T* data, int64_t ld, int64_t rows, int64_t length) {
-    constexpr int64_t element = sizeof(T), most = 512 << 10;
+    constexpr int64_t element = sizeof(T), max_bytes = 512 << 10;
     bytes += rows * length * element;
-    if (count == MOST || bytes > most) return;
+    if (count == MAX_MATRICES || bytes > max_bytes) return;
     if (ld == length)
       matrices[count++] = {reinterpret_cast<const char*>(data), 64,
                            divide_up(rows * length * element, 64), 1};
@@ -36,10 +36,10 @@ class Upcoming {
   }
 
   // For a microkernel of so many steps.
-  Ahead next(int64_t units, const Ahead& otherwise) {
+  Prefetch next(int64_t units, const Prefetch& otherwise) {
     if (at == count) return otherwise;
     const Matrix& from = matrices[at];
-    const Ahead found = {from.data + row * from.step + line * 64, from.step};
+    const Prefetch found = {from.data + row * from.step + line * 64, from.step};
     row += units;
     if (row >= from.rows) row = 0, ++line;
     if (line == from.lines) line = 0, ++at;
@@ -51,8 +51,8 @@ class Upcoming {
     const char* data;
     int64_t step, rows, lines;  // bytes from row to row; lines of 64 bytes in each
   };
-  static constexpr int MOST = 8;
-  Matrix matrices[MOST];
+  static constexpr int MAX_MATRICES = 8;
+  Matrix matrices[MAX_MATRICES];
   int count = 0, at = 0;
   int64_t row = 0, line = 0, bytes = 0;
 };

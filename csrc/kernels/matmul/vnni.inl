@@ -93,11 +93,11 @@ GPTFAST_VNNI_TARGET inline FixedRow round_to_fixed(const T* x, int64_t k, int8_t
     magnitude = value > magnitude ? value : magnitude;
   });
   constexpr int32_t infinity = 0x7f800000;
-  const int32_t most = largest(magnitude);
+  const int32_t top = largest(magnitude);
   // The power of two above it, or the next one where the carry from the low digit needs room:
   // |q| < 127.5 * 256. The exponents of the unit and its inverse stay those of normal numbers.
-  const int32_t exponent = static_cast<int32_t>(max((most + 0x00020000) >> 23, 15));
-  const VF unit = (VF)(VI{} + (most < infinity ? (exponent - 14) << 23 : infinity + 1));
+  const int32_t exponent = static_cast<int32_t>(max((top + 0x00020000) >> 23, 15));
+  const VF unit = (VF)(VI{} + (top < infinity ? (exponent - 14) << 23 : infinity + 1));
   const VF inverse = (VF)(VI{} + ((268 - exponent) << 23));
   constexpr float shift = 0x1.8p23f;  // adding it leaves the whole number in the low bits
   const VI ones = VI{} + 0x01010101, even = (lanes() & 1) - 1;
@@ -123,7 +123,8 @@ GPTFAST_VNNI_TARGET inline VI repeat_quad(const int8_t* from) {
 template <int M, int PANELS, int NV>
 GPTFAST_VNNI_TARGET inline void vnni_kernel(int64_t units, const int8_t* a, int64_t row,
                                             const FixedRow* fixed, const int8_t* b, int64_t panel,
-                                            float* c, int64_t ldc, bool add, const Ahead& ahead) {
+                                            float* c, int64_t ldc, bool add,
+                                            const Prefetch& prefetch) {
   constexpr int NR = 2 * W, VECTORS = PANELS * NV;
   VI high[M][VECTORS], low[M][VECTORS];
 #pragma GCC unroll 6
@@ -135,7 +136,7 @@ GPTFAST_VNNI_TARGET inline void vnni_kernel(int64_t units, const int8_t* a, int6
 #pragma GCC unroll 2
   for (int i = 0; i < (M + 2) / 3; ++i) base[i] = a + 3 * i * row;
   for (int64_t u = 0; u < units; ++u, b += NR * QUAD) {
-    ahead.fetch(u);
+    prefetch.fetch(u);
     VI column[VECTORS];
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v)
@@ -166,7 +167,7 @@ GPTFAST_VNNI_TARGET inline void vnni_kernel(int64_t units, const int8_t* a, int6
 }
 
 using VnniKernel = void (*)(int64_t, const int8_t*, int64_t, const FixedRow*, const int8_t*,
-                            int64_t, float*, int64_t, bool, const Ahead&);
+                            int64_t, float*, int64_t, bool, const Prefetch&);
 
 template <int NV, int M = Fixed16::MR>
 struct VnniKernels : VnniKernels<NV, M - 1> {
@@ -190,8 +191,8 @@ inline VnniKernelChoice vnni_kernel_of(int64_t rows, int64_t n) {
 // A row alone has several panels at once, as every sum waits for its last step.
 inline VnniKernelChoice vnni_kernel_of_row(int64_t n) {
   constexpr int64_t NR = 2 * W;
-  constexpr int most = W == 16 ? 4 : 2;
-  if (n >= most * NR) return {vnni_kernel<1, most, 2>, most * NR};
+  constexpr int max_panels = W == 16 ? 4 : 2;
+  if (n >= max_panels * NR) return {vnni_kernel<1, max_panels, 2>, max_panels * NR};
   if (n >= 2 * NR) return {vnni_kernel<1, 2, 2>, 2 * NR};
   return vnni_kernel_of(1, n);
 }
@@ -201,24 +202,24 @@ template <class T, class Done>
 inline void gemm_vnni(int64_t m, int64_t n, int64_t k, const T* a, int64_t row, const int8_t* b,
                       int64_t panel, float* c, int64_t ldc, bool add, const Done& done) {
   constexpr int64_t MR = Fixed16::MR, NR = 2 * W, KC = Fixed16::KC;
-  Frame frame;
+  ScratchFrame frame;
   const int64_t stride = digits_stride(min(k, KC)), part = NR * QUAD / divide_up(m, MR);
-  int8_t* digits = take<int8_t>(frame, m * stride);
-  FixedRow* fixed = take<FixedRow>(frame, m);
+  int8_t* digits = alloc<int8_t>(frame, m * stride);
+  FixedRow* fixed = alloc<FixedRow>(frame, m);
   for (int64_t k0 = 0; k0 < k; k0 += KC, b += KC * NR) {
     const int64_t depth = min(KC, k - k0), units = divide_up(depth, QUAD);
     for (int64_t i = 0; i < m; ++i)
       fixed[i] = round_to_fixed(a + i * row + k0, depth, digits + i * stride);
     for (int64_t n0 = 0; n0 < n;) {
       const int8_t* at = b + n0 / NR * panel;
-      Ahead ahead = {reinterpret_cast<const char*>(n0 + NR < n ? at + panel : at), part};
+      Prefetch prefetch = {reinterpret_cast<const char*>(n0 + NR < n ? at + panel : at), part};
       int64_t columns = 0;
-      for (int64_t m0 = 0; m0 < m; m0 += MR, ahead.data += units * part) {
+      for (int64_t m0 = 0; m0 < m; m0 += MR, prefetch.data += units * part) {
         const int64_t rows = min(MR, m - m0);
         const VnniKernelChoice chosen =
             m == 1 ? vnni_kernel_of_row(n - n0) : vnni_kernel_of(rows, n - n0);
         chosen.kernel(units, digits + m0 * stride, stride, fixed + m0, at, panel, c + m0 * ldc + n0,
-                      ldc, add || k0 > 0, ahead);
+                      ldc, add || k0 > 0, prefetch);
         columns = chosen.columns;
         if (k0 + KC >= k) done(m0, rows, n0, columns);
       }

@@ -64,10 +64,10 @@ class RowParts {
         count_(1),
         shared_chunk_(blocks_per_chunk<P>(rows, elements_per_row, parallel)),
         parallel_(parallel) {
-    constexpr int64_t most_parts = 8, blocks_worth_a_sum = 8,
-                      most_floats = int64_t{1} << 18;  // half of an L2 cache
-    while (sum_floats <= most_floats && count_ < most_parts &&
-           blocks_ >= 2 * count_ * blocks_worth_a_sum)
+    constexpr int64_t max_parts = 8, min_blocks_per_sum = 8,
+                      max_floats = int64_t{1} << 18;  // half of an L2 cache
+    while (sum_floats <= max_floats && count_ < max_parts &&
+           blocks_ >= 2 * count_ * min_blocks_per_sum)
       count_ *= 2;
   }
 
@@ -97,12 +97,12 @@ class RowParts {
 template <class P>
 class WeightSums {
  public:
-  WeightSums(const ParamGrad& grad, int64_t n, int64_t k, int64_t parts, Frame& frame)
+  WeightSums(const ParamGrad& grad, int64_t n, int64_t k, int64_t parts, ScratchFrame& frame)
       : grad_(grad), n_(n), k_(k), ld_(padded_n<P>(k)), parts_(parts) {
     // The first part's sum is made where the caller wants the whole where it can be.
     const bool in_place = grad.dtype == DType::f32 && ld_ == k_;
-    first_ = in_place ? static_cast<float*>(grad.data) : take<float>(frame, n * ld_);
-    others_ = take<float>(frame, (parts - 1) * n * ld_);
+    first_ = in_place ? static_cast<float*>(grad.data) : alloc<float>(frame, n * ld_);
+    others_ = alloc<float>(frame, (parts - 1) * n * ld_);
   }
 
   int64_t n() const { return n_; }
@@ -144,14 +144,14 @@ class WeightGrad {
   static constexpr int64_t GROUP = lhs_by_rows<P> ? 64 : 48;
 
   // `most_rows` of the weight at a time are in work; all of them where it is left out.
-  WeightGrad(const WeightSums<P>& sums, int64_t part, int64_t chunk, Frame& frame,
-             int64_t most_rows = no_limit)
+  WeightGrad(const WeightSums<P>& sums, int64_t part, int64_t chunk, ScratchFrame& frame,
+             int64_t max_rows = no_limit)
       : k_(sums.k()),
         ld_(sums.ld()),
         chunk_rows_(chunk * ROWS),
         total_(sums.part(part)),
-        lhs_(take<P>(frame, chunk_rows_ * round_up(min(sums.n(), most_rows), GROUP))),
-        rhs_(take<P>(frame, rhs_elements<P>(chunk_rows_, k_))) {}
+        lhs_(alloc<P>(frame, chunk_rows_ * round_up(min(sums.n(), max_rows), GROUP))),
+        rhs_(alloc<P>(frame, rhs_elements<P>(chunk_rows_, k_))) {}
 
   // Columns [first, first + n) of dY of one block of the chunk, (rows, n); `first` is a multiple of
   // GROUP.

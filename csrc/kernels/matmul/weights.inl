@@ -129,9 +129,9 @@ inline void pack_weight_bytes(Packing packing, const Param& w, int64_t n, int64_
   const PackedWeight<P> out = byte_weight<P>(packing, packed, n, k);
   run_tasks(parallel, divide_up(n, NR), [&](int64_t index) {
     const int64_t n0 = index * NR, rows = min(NR, n - n0);
-    Frame frame;
+    ScratchFrame frame;
     const int64_t ld = round_up(k, W);
-    float* units = take<float>(frame, NR * ld);
+    float* units = alloc<float>(frame, NR * ld);
     float* scales = const_cast<float*>(out.scales + n0);
     for (int64_t i = 0; i < rows; ++i) {
       scales[i] = to_units(w, (n0 + i) * k, k, units + i * ld);
@@ -140,8 +140,8 @@ inline void pack_weight_bytes(Packing packing, const Param& w, int64_t n, int64_
     for (int64_t i = rows; i < NR; ++i) scales[i] = 0.0f;
     int8_t* bytes = static_cast<int8_t*>(const_cast<void*>(out.data)) + index * out.panel;
     if (packing == Packing::int8_vnni)
-      return pack_quads(units, ld, k, rows, take<int8_t>(frame, ld), bytes);
-    P* panel = take<P>(frame, out.panel);
+      return pack_quads(units, ld, k, rows, alloc<int8_t>(frame, ld), bytes);
+    P* panel = alloc<P>(frame, out.panel);
     __builtin_memset(panel, 0, static_cast<size_t>(out.panel) * sizeof(P));
     pack_panel_transposed(units, ld, k, rows, panel);
     narrow_bytes(panel, out.panel, bytes);
@@ -162,8 +162,8 @@ inline void pack_weight_dense(const Param& w, int64_t n, int64_t k, T* out,
   } else {
     const int64_t size = panel_elements<P>(k);
     run_tasks(parallel, divide_up(n, Tile<P>::NR), [&](int64_t index) {
-      Frame frame;
-      P* panel = take<P>(frame, size);
+      ScratchFrame frame;
+      P* panel = alloc<P>(frame, size);
       __builtin_memset(panel, 0, static_cast<size_t>(size) * sizeof(P));
       const int64_t n0 = index * Tile<P>::NR;
       with_elements(w, [&](auto* data) {
@@ -175,23 +175,22 @@ inline void pack_weight_dense(const Param& w, int64_t n, int64_t k, T* out,
 }
 
 template <class T, class P = typename OperandOf<T>::type>
-inline PackedWeight<P> weight_transposed(const Weight& w, int64_t n, int64_t k, Frame& frame,
+inline PackedWeight<P> weight_transposed(const Weight& w, int64_t n, int64_t k, ScratchFrame& frame,
                                          const Parallel& parallel) {
   const int64_t panel = panel_elements<P>(k);
   if (w.packed && w.packing != Packing::dense) return byte_weight<P>(w.packing, w.packed, n, k);
-  if (w.packed)
-    return {kept_narrow<T> ? WeightFormat::bf16 : WeightFormat::dense, w.packed, panel};
-  P* out = take<P>(frame, rhs_elements<P>(k, n));
+  if (w.packed) return {kept_narrow<T> ? WeightFormat::bf16 : WeightFormat::dense, w.packed, panel};
+  P* out = alloc<P>(frame, rhs_elements<P>(k, n));
   pack_weight_panels(w.param, n, k, out, parallel);
   return {WeightFormat::dense, out, panel};
 }
 
 // The weight (N, K) as the right-hand side W (N, K), for the gradient of the layer's input.
 template <class P>
-inline Rhs<P> weight_straight(const Weight& w, int64_t n, int64_t k, Frame& frame,
+inline Rhs<P> weight_straight(const Weight& w, int64_t n, int64_t k, ScratchFrame& frame,
                               const Parallel& parallel) {
   constexpr int NR = Tile<P>::NR;
-  P* out = take<P>(frame, rhs_elements<P>(n, k));
+  P* out = alloc<P>(frame, rhs_elements<P>(n, k));
   const int64_t panel = panel_elements<P>(n);
   run_tasks(parallel, divide_up(k, NR), [&](int64_t p) {
     with_elements(w.param,

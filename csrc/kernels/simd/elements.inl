@@ -17,10 +17,10 @@ inline auto with_elements(const Param& param, F&& f) {
 }
 
 // A parameter vector as fp32; null stays null.
-inline const float* floats(const Param& param, int64_t n, Frame& frame) {
+inline const float* floats(const Param& param, int64_t n, ScratchFrame& frame) {
   if (param.data == nullptr) return nullptr;
   if (param.dtype == DType::f32) return static_cast<const float*>(param.data);
-  float* copy = take<float>(frame, n);
+  float* copy = alloc<float>(frame, n);
   const bf16* data = static_cast<const bf16*>(param.data);
   for_vectors(n, [&](int64_t j, auto part) { store(copy + j, load(data + j, part), part); });
   return copy;

@@ -115,7 +115,7 @@ inline Normal normal(VF x, bf16) {
 inline VF tanh(VF x) { return 1.0f - 2.0f / (exp2(x * (2.0f * log2e)) + 1.0f); }
 
 // The maximum of no scores.
-constexpr float no_score = -__builtin_inff();
+constexpr float neg_inf = -__builtin_inff();
 
 }  // namespace
 }  // namespace gptfast::GPTFAST_LEVEL

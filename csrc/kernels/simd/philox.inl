@@ -60,25 +60,25 @@ inline Draws philox(VU c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t seed)
   return {{x0, x1, x2, x3}};
 }
 
-struct Keep {
-  VF factor[DROPOUT_ROWS];  // 0 or 1 / (1 - p)
+struct DropoutFactors {
+  VF row[DROPOUT_ROWS];  // 0 or 1 / (1 - p)
 };
 
 // The factors of rows i .. i+7 (i a multiple of 8) and columns j .. j+W-1 of matrix n.
-inline Keep dropout_factors(const Dropout& d, int64_t n, int64_t i, int64_t j) {
+inline DropoutFactors dropout_factors(const Dropout& d, int64_t n, int64_t i, int64_t j) {
   const float scale =
       d.threshold < 65536 ? 65536.0f / static_cast<float>(65536 - d.threshold) : 0.0f;
   const Draws draws =
       philox((VU)lanes() + static_cast<uint32_t>(j), static_cast<uint32_t>(i / DROPOUT_ROWS),
              static_cast<uint32_t>(n), d.stream, d.seed);
-  Keep keep;
+  DropoutFactors factors;
 #pragma GCC unroll 8
   for (int row = 0; row < DROPOUT_ROWS; ++row) {
     const VU word = draws.word[row / 2];
     const VI draw = (VI)(row % 2 ? word >> 16 : word & 0xffffu);
-    keep.factor[row] = draw < d.threshold ? splat(0.0f) : splat(scale);
+    factors.row[row] = draw < d.threshold ? splat(0.0f) : splat(scale);
   }
-  return keep;
+  return factors;
 }
 
 // x (rows, n) *= the factors of rows i0 .. and columns j0 .. of matrix number `matrix`; i0 a
@@ -88,11 +88,11 @@ inline void apply_dropout(const Dropout& d, int64_t matrix, int64_t i0, int64_t 
   if (d.threshold == 0) return;
   for (int64_t i = 0; i < rows; i += DROPOUT_ROWS)
     for (int64_t j = 0; j < n; j += W) {
-      const Keep keep = dropout_factors(d, matrix, i0 + i, j0 + j);
+      const DropoutFactors factors = dropout_factors(d, matrix, i0 + i, j0 + j);
       const int64_t count = min(DROPOUT_ROWS, rows - i);
       for (int64_t row = 0; row < count; ++row) {
         float* p = x + (i + row) * ld + j;
-        store(p, load(p) * keep.factor[row]);
+        store(p, load(p) * factors.row[row]);
       }
     }
 }

@@ -219,11 +219,11 @@ inline float reduce(VF x, const F& combine) {
 struct Add {
   VF operator()(VF a, VF b) const { return a + b; }
 };
-struct Higher {
+struct Max {
   VF operator()(VF a, VF b) const { return vmax(a, b); }
 };
 inline float sum(VF x) { return reduce(x, Add{}); }
-inline float max(VF x) { return reduce(x, Higher{}); }
+inline float max(VF x) { return reduce(x, Max{}); }
 
 // Lane i of the result is reduce(x[i]) for i < n <= W, with the same bits: two vectors that are
 // half reduced share one.
@@ -249,8 +249,8 @@ inline VI lanes() {
 }
 
 // x with `other` in the lanes that a load of this part leaves out.
-inline VF only(VF x, Full, float = 0.0f) { return x; }
-inline VF only(VF x, Tail t, float other = 0.0f) { return lanes() < t.count ? x : splat(other); }
+inline VF mask(VF x, Full, float = 0.0f) { return x; }
+inline VF mask(VF x, Tail t, float other = 0.0f) { return lanes() < t.count ? x : splat(other); }
 
 // The first W elements of a row, of which `count` exist; the rest is zero.
 template <class S>

@@ -28,7 +28,7 @@ struct Stack {
   size_t block = 0;  // the one in use
   size_t used = 0;   // of that block
 
-  void* take(size_t size) {
+  void* alloc(size_t size) {
     size = (size + alignment - 1) / alignment * alignment;
     while (block < blocks.size() && blocks[block].size - used < size) {
       ++block;
@@ -38,9 +38,9 @@ struct Stack {
       const size_t last = blocks.empty() ? smallest_block / 2 : blocks.back().size;
       blocks.push_back(allocate(size > 2 * last ? size : 2 * last));
     }
-    void* taken = blocks[block].data + used;
+    void* allocated = blocks[block].data + used;
     used += size;
-    return taken;
+    return allocated;
   }
 
   void release(size_t to_block, size_t to_used) {
@@ -69,8 +69,8 @@ thread_local Stack stack;
 
 }  // namespace
 
-Frame::Frame() : block_(stack.block), used_(stack.used) {}
-Frame::~Frame() { stack.release(block_, used_); }
-void* Frame::bytes(size_t size) { return stack.take(size); }
+ScratchFrame::ScratchFrame() : block_(stack.block), used_(stack.used) {}
+ScratchFrame::~ScratchFrame() { stack.release(block_, used_); }
+void* ScratchFrame::bytes(size_t size) { return stack.alloc(size); }
 
 }  // namespace gptfast

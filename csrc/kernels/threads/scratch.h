@@ -9,12 +9,12 @@ namespace gptfast {
 
 // What is taken from a Frame lives until the Frame ends. Frames of one thread nest: a kernel's own
 // frame stays valid while the tasks that it starts run on the same thread.
-class Frame {
+class ScratchFrame {
  public:
-  Frame();
-  ~Frame();
-  Frame(const Frame&) = delete;
-  Frame& operator=(const Frame&) = delete;
+  ScratchFrame();
+  ~ScratchFrame();
+  ScratchFrame(const ScratchFrame&) = delete;
+  ScratchFrame& operator=(const ScratchFrame&) = delete;
 
   // `size` bytes aligned to 64, uninitialised. Throws std::bad_alloc.
   void* bytes(size_t size);
@@ -25,7 +25,7 @@ class Frame {
 
 // `count` elements. Static, as no kernel's file may share a function with another's.
 template <class T>
-static inline T* take(Frame& frame, int64_t count) {
+static inline T* alloc(ScratchFrame& frame, int64_t count) {
   return static_cast<T*>(frame.bytes(static_cast<size_t>(count) * sizeof(T)));
 }
 
