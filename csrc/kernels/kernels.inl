@@ -1,9 +1,9 @@
-// The table of all kernels for one instruction set. Each isa/levels/<level>.cpp sets the macros
-// that simd/vec.inl lists, includes this file, and is compiled with that level's flags.
+// The table of all kernels for one instruction-set level. Each isa/levels/<level>.cpp sets the
+// macros that simd/vec.inl lists, includes this file, and is compiled with that level's flags.
 //
-// Every kernel is in an anonymous namespace of its level's and nothing is a template of the
-// standard library: a function that the linker could merge with another level's would carry that
-// level's instructions into it.
+// Every kernel is in an anonymous namespace within its level's namespace, and no template of the
+// standard library is used: the linker could merge a shared function's copies from two levels, and
+// the lower level would then execute instructions of the higher one.
 #pragma once
 
 #include "attention/attention.inl"

@@ -1,4 +1,5 @@
-// The tiles of a product, as many sums as fit the registers, on the operands of layout.inl.
+// Microkernels: each computes one tile of a product, as many sums as fit in the registers, from the
+// operands of layout.inl.
 #pragma once
 
 #include "../simd/vec.inl"
@@ -9,6 +10,7 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
+// C (M, NV vectors) = or += acc.
 template <int M, int NV>
 inline void write_tile(const VF (&acc)[M][NV], float* c, int64_t ldc, bool add) {
 #pragma GCC unroll 16
@@ -20,9 +22,10 @@ inline void write_tile(const VF (&acc)[M][NV], float* c, int64_t ldc, bool add) 
     }
 }
 
-// C (M, NV vectors) from one panel; A's rows are reached from a base pointer per three of them. All
-// loops over accumulators are unrolled by name: g++ keeps an array that a loop indexes in memory,
-// before and after the sums, which costs as much as 8 steps of them.
+// C (M, NV vectors) = or += A B with one panel of B, over `units` units of K. One base pointer per
+// three rows of A addresses them. All loops over accumulators have a pragma that unrolls them: g++
+// keeps an array that a loop indexes in memory before and after the sums, which costs as much as 8
+// steps of the sums.
 template <int M, int NV, class P>
 inline void microkernel(int64_t units, const Lhs<P>& a, const P* b, float* c, int64_t ldc, bool add,
                         const Prefetch& prefetch) {
@@ -53,20 +56,20 @@ inline void microkernel(int64_t units, const Lhs<P>& a, const P* b, float* c, in
   write_tile<M, NV>(acc, c, ldc, add);
 }
 
-// By reference: to read at once what was just written in parts waits for all earlier writes to
-// reach the cache. g++ joins scalars into vectors that do so too, unless it is told not to
-// (setup.py).
+// Lhs and Prefetch are passed by reference. A copy would be written field by field and then read as
+// one vector, and such a load waits until all earlier stores have reached the cache. g++ also joins
+// scalars into vectors with that effect, unless -fno-tree-slp-vectorize (setup.py) forbids it.
 template <class P>
 using Microkernel = void (*)(int64_t, const Lhs<P>&, const P*, float*, int64_t, bool,
                              const Prefetch&);
 
-// Rows of a tile that is `n` columns wide, at most NR.
+// The maximum number of rows of a tile that is n <= NR columns wide.
 template <class P>
 constexpr int tile_rows_for(int64_t n) {
   return n <= W ? Tile<P>::TALL : Tile<P>::MR;
 }
 
-// The microkernels of 1 row and more.
+// The table of microkernels for tiles of NV vectors: rows[m] computes m >= 1 rows.
 template <class P, int NV, int M = tile_rows_for<P>(NV * W)>
 struct Microkernels : Microkernels<P, NV, M - 1> {
   constexpr Microkernels() { this->rows[M] = microkernel<M, NV, P>; }
@@ -83,8 +86,8 @@ inline Microkernel<P> microkernel_of(int64_t m, int64_t n) {
   return n <= W ? narrow_ones.rows[m] : wide_ones.rows[m];
 }
 
-// One row of A times NV vectors of each of PANELS panels: a row alone needs several panels at once,
-// as every sum waits for its last step.
+// One row of A times NV vectors of each of PANELS panels, `panel` elements apart. A single row
+// needs several panels at once, because each step of a sum waits for the one before.
 template <int PANELS, int NV, class P, class B>
 inline void row_kernel(int64_t units, const Lhs<P>& a, const B* b, int64_t panel, float* c,
                        bool add) {

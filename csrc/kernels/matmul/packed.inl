@@ -1,6 +1,6 @@
-// Products with a PackedWeight. What is narrower is widened a block of one panel at a time, which
-// stays in the L1 cache for all rows; the sums are those of gemm.inl, so a row has the same bits in
-// any batch.
+// Products with a PackedWeight. Elements narrower than P are widened in blocks of one panel, each
+// of which stays in the L1 cache for all rows. The sums have the order of gemm.inl, so a row has
+// the same bits in any batch.
 #pragma once
 
 #include "../simd/vec.inl"
@@ -14,6 +14,7 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
+// gemm() with elements of B that are narrower than P.
 template <class P, class S, class Done>
 inline void gemm_widened(int64_t m, int64_t n, int64_t k, const Lhs<P>& a, const S* b,
                          int64_t panel, float* c, int64_t ldc, bool add, const Done& done) {
@@ -58,8 +59,9 @@ inline void gemm(int64_t m, int64_t n, int64_t k, const Lhs<P>& a, const PackedW
   }
 }
 
-// Columns of c (rows, n) times their scales; nothing where the weight is dense. The products are
-// stored before anything is added, so that no compiler makes them one operation in one place alone.
+// Multiplies the columns of c (rows, n) by their scales, which are null for a dense weight. The
+// products are stored before anything is added to them, so that no compiler contracts both into
+// fused multiply-adds in some places only.
 inline void apply_scales(const float* scales, int64_t rows, int64_t n, float* c, int64_t ldc) {
   if (!scales) return;
   for (int64_t i = 0; i < rows; ++i)

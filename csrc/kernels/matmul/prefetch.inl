@@ -1,4 +1,4 @@
-// What the loops of a product bring into the cache for later ones.
+// Prefetching: the loop of a microkernel brings memory into the cache that a later one reads.
 #pragma once
 
 #include "../simd/vec.inl"
@@ -6,22 +6,23 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-// What a microkernel brings into the cache for a later one, step by step of its own loop: large
-// weights come from the outer cache or from memory.
+// What a microkernel prefetches for a later one, as large weights come from the outer cache or from
+// memory: one cache line in each step of its loop over the units of K.
 struct Prefetch {
-  const char* data;
-  int64_t step;  // bytes
+  const char* data;  // the address for unit 0
+  int64_t step;      // bytes from the address for one unit to that for the next
 
   void fetch(int64_t unit) const { __builtin_prefetch(data + unit * step, 0, 2); }
 };
 
-// Matrices of the next task: a product that is given them has each microkernel fetch lines of them,
-// one per step, where it would fetch the product's next panel.
+// The matrices that the next task reads. In a product that is given a queue, each microkernel
+// prefetches lines of these matrices instead of the product's next panel, until the queue is empty.
 class PrefetchQueue {
  public:
   void clear() { count = at = row = line = 0, bytes = 0; }
 
-  // Rows of `length` elements; matrices beyond a part of the L2 cache are left out.
+  // Adds `rows` rows of `length` elements each. The matrix is left out if the queue is full or all
+  // matrices together exceed max_bytes, a part of the L2 cache.
   template <class T>
   void add(const T* data, int64_t ld, int64_t rows, int64_t length) {
     constexpr int64_t element = sizeof(T), max_bytes = 512 << 10;
@@ -35,7 +36,8 @@ class PrefetchQueue {
                            divide_up(length * element, 64)};
   }
 
-  // For a microkernel of so many steps.
+  // The lines for a microkernel with a loop over `units` units: one per unit, at the same place of
+  // consecutive rows. `otherwise` if the queue is empty.
   Prefetch next(int64_t units, const Prefetch& otherwise) {
     if (at == count) return otherwise;
     const Matrix& from = matrices[at];
@@ -49,7 +51,7 @@ class PrefetchQueue {
  private:
   struct Matrix {
     const char* data;
-    int64_t step, rows, lines;  // bytes from row to row; lines of 64 bytes in each
+    int64_t step, rows, lines;  // step: bytes from row to row; lines: of 64 bytes, in each row
   };
   static constexpr int MAX_MATRICES = 8;
   Matrix matrices[MAX_MATRICES];
@@ -57,7 +59,7 @@ class PrefetchQueue {
   int64_t row = 0, line = 0, bytes = 0;
 };
 
-// Brings a block of a matrix into the cache, to be read or, with WRITE, to be written.
+// Prefetches a block (rows, n) of a matrix, for reading or, with WRITE, for writing.
 template <bool WRITE, class T>
 inline void fetch_block(const T* p, int64_t ld, int64_t rows, int64_t n) {
   constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));

@@ -1,4 +1,4 @@
-// The step of a product, on the elements that the operands have: what every microkernel repeats.
+// One step of a product, which every microkernel repeats, for each element type of the operands.
 #pragma once
 
 #include "../simd/vec.inl"
@@ -7,10 +7,11 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-// Of KU products for each lane, with x_e of a row of A and b_e of a vector of B's columns,
+// A step adds KU products to every lane of an accumulator. With x_e, e < KU, from a row of A and
+// b_e from a vector of columns of B,
 //   acc += sum_e x_e b_e
-// repeat() loads the KU elements of A into every lane; read() loads a vector of B, which may be
-// narrower in memory than P (weights.inl).
+// repeat() broadcasts KU elements of A to every lane. read() loads a vector of B, whose elements
+// may be narrower in memory than P (weights.inl).
 template <class P>
 struct Step;
 

@@ -1,4 +1,4 @@
-// How the rows and columns of a product are shared out among the tasks.
+// How the rows and columns of a product are divided among tasks.
 #pragma once
 
 #include "../kernels.h"
@@ -8,22 +8,22 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-// Rows of an activation matrix that one task works on, so that what it keeps of them stays in the
-// L2 cache: a multiple of every MR, KPAD and of DROPOUT_ROWS.
+// Rows of an activation matrix per task, few enough for the task's scratch memory to stay in the L2
+// cache: a multiple of every MR and KPAD and of DROPOUT_ROWS.
 constexpr int64_t ROWS = GPTFAST_AMX ? 96 : 48;
 
-// How many of `tasks` equal tasks are worth the time that a thread takes to join in. `work` is the
-// bytes that all multiplications read of one operand: by few rows, a product takes as long as
-// reading its weight.
+// How many of `tasks` equal tasks a thread must run to be worth the time that it takes to join in.
+// `work` is the number of bytes that the multiplications of all tasks read of one operand, in
+// total: with few rows, a product takes as long as reading its weight.
 inline int64_t min_tasks_per_thread(int64_t tasks, int64_t work, const Parallel& parallel) {
   return max(1, min(tasks, divide_up(tasks * parallel.min_bytes_per_thread, max(1, work))));
 }
 
-// Calls f(m0, rows, n0, columns, most_columns) for the blocks of a result (M, N), in parallel. Its
-// columns are products with `column_bytes` of a weight each. The fp32 block (rows, columns) stays
-// in the L2 cache, wide enough for the rows' norm, which every block of theirs computes, to be
-// little of the work; where there are few rows, tasks that follow one another read the same part of
-// the weight.
+// Calls f(m0, rows, n0, width, columns) for the blocks (rows, width) of a result (M, N), in
+// parallel; `columns` is the maximum width of a block. A column of the result is a product with
+// `column_bytes` of a weight. An fp32 block stays in the L2 cache, and is so wide that the norm of
+// its rows, which every block of these rows computes, is a small part of the work. With few rows,
+// consecutive tasks read the same part of the weight.
 template <class F>
 inline void for_blocks(int64_t M, int64_t N, int64_t column_bytes, int nr, const Parallel& parallel,
                        const F& f) {
@@ -36,7 +36,7 @@ inline void for_blocks(int64_t M, int64_t N, int64_t column_bytes, int nr, const
   const int64_t parts = min(shared * divide_up(N, shared * max_columns), divide_up(N, min_columns));
   const int64_t columns = round_up(divide_up(N, max(parts, divide_up(N, max_columns))), nr);
   const int64_t column_blocks = divide_up(N, columns), tasks = row_blocks * column_blocks;
-  const int64_t group = min_columns < N ? 1 : max(1, tasks);  // little work is one task
+  const int64_t group = min_columns < N ? 1 : max(1, tasks);  // too little work: a single task
   run_tasks(parallel, divide_up(tasks, group), [&](int64_t first) {
     for (int64_t task = first * group; task < min(tasks, (first + 1) * group); ++task) {
       const int64_t m0 = (few ? task % row_blocks : task / column_blocks) * block;

@@ -1,4 +1,5 @@
-// Weights as right-hand sides: packed by a call for itself, or once for many calls, narrow too.
+// Weights as right-hand sides: packed within a call for that call alone, or in advance for many
+// calls, then also in narrower formats.
 #pragma once
 
 #include "../kernels.h"
@@ -11,11 +12,12 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-// How the elements of a weight lie in its panels: as the products read them (dense), or narrower in
-// the same places (bf16, int8), or as quads of bytes for vnni.inl.
+// How the panels of a weight store its elements: as the products read them (dense), in the same
+// order but narrower (bf16, int8), or as quads of bytes for vnni.inl.
 enum class WeightFormat { dense, bf16, int8, int8_vnni };
 
-// A weight (K, N) in panels. Column n of one of 8-bit integers is multiplied by scales[n].
+// A weight (K, N) in panels. If it has 8-bit integers, column n of the product is multiplied by
+// scales[n].
 template <class P>
 struct PackedWeight {
   WeightFormat format;
@@ -40,8 +42,8 @@ struct PackedWeight {
 
 constexpr int64_t QUAD = 4;  // rows of B in one 32-bit lane
 
-// One panel of w + 128 from `count` rows of whole numbers, K each, `ld` apart and zero up to a
-// whole vector; `bytes` holds one of them.
+// Packs one panel of bytes w + 128 from `count` rows of k integers in floats, `ld` apart and padded
+// with zeros to a whole vector; `bytes` is scratch memory for one row.
 inline void pack_quads(const float* rows, int64_t ld, int64_t k, int64_t count, int8_t* bytes,
                        int8_t* panel) {
   constexpr int NR = 2 * W;
@@ -58,14 +60,14 @@ inline void pack_quads(const float* rows, int64_t ld, int64_t k, int64_t count, 
   }
 }
 
-// The weight's rows from n0 on, n0 a multiple of NR.
+// The rows of the unpacked weight from n0 on.
 inline Weight rows_from(const Weight& w, int64_t n0, int64_t k) {
   return {
       with_elements(w.param, [&](auto* data) -> Param { return {data + n0 * k, w.param.dtype}; }),
       nullptr, Packing::dense};
 }
 
-// The weight (N, K) of a linear layer as the right-hand side W' (K, N).
+// Packs the weight (N, K) of a linear layer as the right-hand side W' (K, N).
 template <class P>
 inline void pack_weight_panels(const Param& w, int64_t n, int64_t k, P* out,
                                const Parallel& parallel) {
@@ -79,8 +81,9 @@ inline void pack_weight_panels(const Param& w, int64_t n, int64_t k, P* out,
   });
 }
 
-// An 8-bit weight is its scales, then its panels: [K][NR] bytes for products that widen them,
-// [K / QUAD][NR][QUAD] for those of vnni.inl. Row n of W counts max_k |W_nk| / 127 per unit.
+// An 8-bit weight is stored as its scales followed by its panels: bytes in the order of layout.inl
+// for products that widen them, [K / QUAD][NR][QUAD] for those of vnni.inl. The scale of row n of W
+// is max_k |W_nk| / 127. byte_panel is the size of one panel.
 template <class P>
 inline int64_t byte_panel(Packing packing, int64_t k) {
   return packing == Packing::int8_vnni ? round_up(k, QUAD) * Tile<P>::NR : panel_elements<P>(k);
@@ -98,8 +101,8 @@ inline PackedWeight<P> byte_weight(Packing packing, const void* packed, int64_t 
           byte_panel<P>(packing, k), scales};
 }
 
-// Elements [first, first + k) of a weight as multiples of the largest one's 127th part, which is
-// returned; NaN where one is not finite.
+// Writes elements [first, first + k) of a weight, divided by their scale and rounded to integers,
+// to `units`. Returns the scale, the largest magnitude / 127, or NaN if an element is not finite.
 inline float to_units(const Param& w, int64_t first, int64_t k, float* units) {
   VF largest = splat(0.0f), nothing = splat(0.0f);
   with_elements(w, [&](auto* data) {
@@ -112,16 +115,18 @@ inline float to_units(const Param& w, int64_t first, int64_t k, float* units) {
   });
   const float unit = max(largest) / 127.0f + sum(nothing),
               inverse = unit > 0.0f ? 1.0f / unit : 0.0f;
-  constexpr float shift = 0x1.8p23f;  // adding it rounds to whole numbers
+  constexpr float shift = 0x1.8p23f;  // adding it rounds to an integer
   for_vectors(
       k, [&](int64_t j, auto part) { store(units + j, load(units + j, part) * inverse, part); });
-  // A loop of its own: the product is rounded before, with and without fused multiply-add.
+  // A separate loop, so that the product is rounded before the addition: the bits are the same with
+  // and without fused multiply-add.
   for_vectors(k, [&](int64_t j, auto part) {
     store(units + j, load(units + j, part) + shift - shift, part);
   });
   return unit;
 }
 
+// Packs the weight (N, K) as 8-bit integers with scales.
 template <class P>
 inline void pack_weight_bytes(Packing packing, const Param& w, int64_t n, int64_t k, void* packed,
                               const Parallel& parallel) {
@@ -148,11 +153,13 @@ inline void pack_weight_bytes(Packing packing, const Param& w, int64_t n, int64_
   });
 }
 
-// The panels of a weight for activations of type T, which are kept as that type: bf16 takes half
-// the memory also where it is multiplied as float.
+// Whether the panels of a dense weight for activations of type T, which have elements of T, are
+// narrower than the products read them: bf16 takes half the memory even where it is multiplied as
+// float.
 template <class T>
 constexpr bool kept_narrow = sizeof(T) < sizeof(typename OperandOf<T>::type);
 
+// Packs the weight (N, K) as W' in elements of T.
 template <class T>
 inline void pack_weight_dense(const Param& w, int64_t n, int64_t k, T* out,
                               const Parallel& parallel) {
@@ -174,6 +181,8 @@ inline void pack_weight_dense(const Param& w, int64_t n, int64_t k, T* out,
   }
 }
 
+// The weight (N, K) as the right-hand side W' (K, N), for the forward: as pack_weight stored it, or
+// packed here into scratch memory.
 template <class T, class P = typename OperandOf<T>::type>
 inline PackedWeight<P> weight_transposed(const Weight& w, int64_t n, int64_t k, ScratchFrame& frame,
                                          const Parallel& parallel) {
