@@ -15,7 +15,7 @@ Norm norm_of(Parameters& from, const std::string& name, int64_t C) {
   return norm;
 }
 
-// The bias from element `first` on; parameters are float32.
+// The parameter, which is float32, from element `first` on; a null one stays null.
 Param from_element(const Param& bias, int64_t first) {
   if (bias.data == nullptr) return bias;
   return {static_cast<const float*>(bias.data) + first, bias.dtype};

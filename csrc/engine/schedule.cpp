@@ -5,9 +5,9 @@
 namespace gptfast {
 namespace {
 
-// Where the parts end, counted in sequences, that a thread each computes on its own: it keeps the
-// weights and the activations of some tokens in its core's cache. None where the parts would be too
-// uneven.
+// Where the parts of a batch end, counted in sequences. One thread computes a part on its own and
+// keeps the weights and the activations of some tokens in its core's cache. Empty if the parts
+// would be too uneven.
 std::vector<int64_t> part_ends(const Batch& batch, int threads) {
   const int64_t tokens = batch.count();
   const int64_t parts = threads * ((tokens - 1) / (limits::part_tokens * threads) + 1);
@@ -47,8 +47,9 @@ Parallel Handoff::weighed(Parallel parallel) {
 
 int64_t Handoff::measure(const Parallel& parallel) {
   constexpr int loops = 8;
-  // Reading this much, of which a second thread takes half, is as long as a loop costs beyond an
-  // empty one, whose operands and results change cores too: found by trial on near and far cores.
+  // Converts seconds of an empty loop to bytes. Reading so many bytes, half of them in a second
+  // thread, takes as long as a real loop costs, which is more than an empty one, since its operands
+  // and results move between cores too. Found by trial on near and far cores.
   constexpr double bytes_per_second = 256e9;
   static thread_local char here;  // its address tells threads apart
   std::vector<const char*> who(static_cast<size_t>(parallel.threads));

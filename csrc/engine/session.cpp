@@ -8,8 +8,8 @@
 namespace gptfast {
 namespace {
 
-// Makes room for `more` elements ahead, at least doubling: the threads that append then allocate
-// nothing.
+// Reserves memory for `more` elements, at least doubling it, so that the threads that append them
+// allocate nothing.
 template <class T>
 void make_room(std::vector<T>& values, size_t more) {
   const size_t needed = values.size() + more;
@@ -64,7 +64,7 @@ void Session::check() const {
     const Sequence& each = sequences_[i];
     const std::string name = "prompt " + std::to_string(i);
     require(each.prompt > 0, name + " must have a token");
-    // Compared without a sum, which could overflow.
+    // Compared without the sum of prompt and max_new_tokens, which could overflow.
     const int64_t room = c.block_size - std::min(c.block_size, each.prompt);
     const int64_t longest = c.block_size - room + std::min(options_.max_new_tokens - 1, room);
     require(!c.attention || options_.max_new_tokens == 0 || longest <= options_.capacity,
@@ -80,7 +80,8 @@ int64_t Session::bytes() const {
 bool Session::run(double seconds, const Parallel& parallel) {
   const Clock::time_point start = Clock::now();
   const auto time_is_up = [&] { return seconds_since(start) >= seconds; };
-  // A call that ran out of time stopped before those with the fewest tokens.
+  // The last call may have run out of time before it reached some sequences: those with the fewest
+  // tokens come first.
   std::stable_sort(running_.begin(), running_.end(), [&](int64_t a, int64_t b) {
     return sequence(a).generated() < sequence(b).generated();
   });
@@ -95,6 +96,7 @@ bool Session::run(double seconds, const Parallel& parallel) {
   return !finished();
 }
 
+// Takes ended sequences off the running ones, frees their slots and notes the first invalid one.
 void Session::forget_ended() {
   const auto ended = [&](int64_t i) {
     const Sequence& s = sequence(i);
@@ -106,8 +108,8 @@ void Session::forget_ended() {
   running_.erase(std::remove_if(running_.begin(), running_.end(), ended), running_.end());
 }
 
-// Gives free slots to the sequences that wait, in order but for those whose prompt another one is
-// about to compute.
+// Gives free slots to waiting sequences, in order, except those whose prompt a running sequence has
+// yet to compute.
 void Session::admit(const Parallel& parallel) {
   std::vector<int64_t> later;
   while (!free_slots_.empty() && !waiting_.empty()) {
@@ -129,9 +131,9 @@ void Session::admit(const Parallel& parallel) {
   waiting_.insert(waiting_.end(), later.rbegin(), later.rend());
 }
 
-// Copies the keys and values of the prompt, but for its last token, from the slot of a sequence
-// with the same prompt, which may have ended. False where there is one that has yet to compute
-// them: waiting is cheaper.
+// Copies the keys and values of the prompt, except for its last token, from the slot of a sequence
+// with the same prompt, which may have ended. Returns false if that sequence has yet to compute
+// them: it is cheaper to wait.
 bool Session::share_prompt(Sequence& s, const Parallel& parallel) {
   const int64_t shared = s.prompt - s.offset - 1;
   if (shared <= 0 || !model_->config().attention) return true;
@@ -140,7 +142,7 @@ bool Session::share_prompt(Sequence& s, const Parallel& parallel) {
     const Sequence& same = sequence(other);
     if (same.same_prompt != s.same_prompt || same.offset != s.offset) continue;
     if (same.cached < shared && same.state == State::running) return false;
-    if (same.cached < shared) continue;  // it ended before it computed any
+    if (same.cached < shared) continue;  // it ended before it computed them
     if (same.slot != s.slot) cache_.copy(same.slot, s.slot, shared, parallel);
     s.cached = shared;
     return true;
@@ -148,6 +150,7 @@ bool Session::share_prompt(Sequence& s, const Parallel& parallel) {
   return true;
 }
 
+// Moves a window that exceeds block_size by whole strides, and discards its cached tokens.
 void Session::move_window(Sequence& s) const {
   const int64_t over = s.window() - model_->config().block_size;
   if (over <= 0 || options_.stride == 0) return;
@@ -155,20 +158,22 @@ void Session::move_window(Sequence& s) const {
   s.cached = 0;  // positions are absolute: all keys and values change
 }
 
+// Moves the window before the next token; ends a sequence whose full window does not move.
 void Session::slide(Sequence& s) const {
   move_window(s);
   if (s.window() > model_->config().block_size) s.state = State::window;
-  if (!model_->config().attention) s.cached = s.window() - 1;  // no token sees another
+  if (!model_->config().attention) s.cached = s.window() - 1;  // no token attends to another
 }
 
-// Whether no later pass reads the keys and values of the window: it has moved, away from those that
-// a sequence with the same prompt could use, and will have moved again by the next token.
+// Whether no later pass reads the keys and values of the window: it has moved past the prompt that
+// other sequences could share, and will move again before the next token.
 bool Session::read_once(const Sequence& s) const {
   return s.cached == 0 && s.generated() > 0 && options_.stride > 0 &&
          s.window() == model_->config().block_size;
 }
 
-// One token for every running sequence, in passes of some of them, while there is time.
+// Generates one token for every running sequence, in forward passes over some of them, until time
+// is up.
 template <class TimeIsUp>
 void Session::step(const TimeIsUp& time_is_up, const Parallel& parallel) {
   for (size_t first = 0; first < running_.size() && (first == 0 || !time_is_up());) {
@@ -205,7 +210,8 @@ void Session::pass(const int64_t* chosen, int64_t count, const Parallel& paralle
                        slot_.data(), cached_.data(), kept_.data()};
   const int64_t V = model_->config().vocab_size;
   const int64_t rows = std::max<int64_t>(1, limits::task_logits / V);
-  // Chooses the next tokens while their logits are in the cache; a sequence is written by one task.
+  // Chooses the next tokens while their logits are in the cache; each sequence is written by one
+  // task.
   const auto use = [&](int64_t first, int64_t n, const float* logits, const Parallel& idle) {
     run_tasks(idle, (n + rows - 1) / rows, [&](int64_t task) {
       for (int64_t i = task * rows; i < std::min(n, (task + 1) * rows); ++i)
@@ -216,6 +222,7 @@ void Session::pass(const int64_t* chosen, int64_t count, const Parallel& paralle
   forward(*model_, batch, cache_, table_.get(), use, threads);
 }
 
+// Chooses a token from its logits and appends it, or ends the sequence.
 void Session::append(Sequence& s, const float* logits) const {
   const int64_t k = options_.top_logprobs;
   const auto end = s.top_tokens.size();
@@ -247,7 +254,7 @@ void Session::append(Sequence& s, const float* logits) const {
     s.state = State::length;
 }
 
-// Whether the last token completed a stop string: one that ends within what it wrote.
+// Whether the last token completed a stop string: one that ends within the bytes that it wrote.
 bool Session::ends_with_stop(const Sequence& s) const {
   for (const std::string& stop : options_.stop_strings) {
     const size_t written = options_.pieces[static_cast<size_t>(s.tokens.back())].size();
@@ -257,7 +264,7 @@ bool Session::ends_with_stop(const Sequence& s) const {
   return false;
 }
 
-// Whether the generated text, but for its last `after` bytes, ends with these.
+// Whether the generated text without its last `after` bytes ends with `bytes`.
 bool Session::writes(const Sequence& s, const std::string& bytes, size_t after) const {
   size_t left = bytes.size(), skip = after;
   for (int64_t t = s.length() - 1; left > 0; --t, skip = 0) {

@@ -1,5 +1,5 @@
-// Causal attention on q, k, v (B, H, T, D). Outputs lie as (B, T, H, D), so that (B, T, C) is a
-// view of them; gradients as what they belong to.
+// Causal attention on q, k, v (B, H, T, D). Outputs have the layout (B, T, H, D), so that (B, T, C)
+// is a view of them; each gradient has the layout of its tensor.
 #include <tuple>
 #include <utility>
 

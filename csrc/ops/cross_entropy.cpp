@@ -1,4 +1,5 @@
-// LayerNorm (optional), linear layer and cross-entropy, gradients included.
+// LayerNorm (optional), linear layer and cross-entropy; one call computes the loss and its
+// gradients.
 #include <tuple>
 
 #include "common.h"

@@ -1,4 +1,4 @@
-// Token plus position embedding with dropout.
+// Token plus position embedding with dropout, and its backward.
 #include <tuple>
 
 #include "common.h"
@@ -6,7 +6,7 @@
 namespace gptfast {
 namespace {
 
-// `dense` holds what s.idx points into.
+// `dense` owns the memory that the result's idx points to.
 Embedding arguments(const Arguments& args, const Tensor& idx, const Tensor& wte, const Tensor& wpe,
                     double p, const OptionalTensor& seed, int64_t stream, Tensor& dense) {
   args.require(idx.dim() == 2 && wte.dim() == 2 && wpe.dim() == 2,

@@ -1,4 +1,4 @@
-// The feed-forward block: x + dropout(gelu(layer_norm(x) W1' + b1) W2' + b2).
+// The feed-forward block x + dropout(gelu(layer_norm(x) W1' + b1) W2' + b2), and its backward.
 #include <tuple>
 
 #include "common.h"
@@ -11,7 +11,7 @@ struct FfnTensors {
   const OptionalTensor &ln_w, &ln_b, &b1, &b2;
 };
 
-// `dense` holds what s.x points into.
+// `dense` owns the memory that the result's x points to.
 Ffn arguments(const Arguments& args, const FfnTensors& t, const std::string& gelu, double p,
               const OptionalTensor& seed, int64_t stream, Tensor& dense) {
   args.require(t.x.dim() >= 1 && t.w1.dim() == 2 && t.w1.numel() > 0,

@@ -1,5 +1,5 @@
-// Linear layers with an optional LayerNorm before and an optional residual after. Absent results
-// are empty tensors.
+// Linear layers with an optional LayerNorm before and an optional residual after, and their
+// backward. Absent results are empty tensors.
 #include <tuple>
 #include <vector>
 

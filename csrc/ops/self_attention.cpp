@@ -1,5 +1,5 @@
-// The attention block: x + attention(layer_norm(x) Wqkv' + bqkv) Wo' + bo, by the kernels of its
-// parts.
+// The attention block x + attention(layer_norm(x) Wqkv' + bqkv) Wo' + bo, and its backward, as a
+// sequence of the linear and attention kernels.
 #include <cmath>
 #include <tuple>
 
@@ -13,14 +13,14 @@ struct BlockTensors {
   const OptionalTensor &ln_w, &ln_b, &b_qkv, &b_proj;
 };
 
-// The kernels' arguments, one after the other.
+// The arguments of the three kernels, in the order of their calls.
 struct Steps {
   Linear qkv;
   Attention attention;
   Linear proj;
 };
 
-// What all of them read of the tensors; `dense` holds what x points into.
+// The arguments that the forward and the backward share; `dense` owns the memory that x points to.
 Steps arguments(const Arguments& args, const BlockTensors& t, int64_t n_head, double p,
                 const OptionalTensor& seed, int64_t stream, Tensor& dense) {
   args.require(t.x.dim() == 3 && n_head > 0 && t.x.size(2) > 0 && t.x.size(2) % n_head == 0,
@@ -47,14 +47,15 @@ Steps arguments(const Arguments& args, const BlockTensors& t, int64_t n_head, do
   return s;
 }
 
-// The heads of a packed (B, T, 3 C), contiguous.
+// Queries, keys and values of a contiguous (B, T, 3 C) tensor, as heads.
 void unpack(const Tensor& qkv, const Attention& a, Heads& q, Heads& k, Heads& v) {
   q = heads_within(qkv, a.Tq, 3, 0, a.H, a.D);
   k = heads_within(qkv, a.Tq, 3, 1, a.H, a.D);
   v = heads_within(qkv, a.Tq, 3, 2, a.H, a.D);
 }
 
-// Has attention read the projection qkv (B, T, 3 C) and use `out` (B, T, C), contiguous both.
+// Connects attention to its neighbours: it reads the projection qkv (B, T, 3 C), and the output
+// projection reads `out` (B, T, C); both are contiguous.
 void connect(Steps& s, const Tensor& qkv, const Tensor& out) {
   Attention& a = s.attention;
   unpack(qkv, a, a.q, a.k, a.v);
@@ -119,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> self_attentio
   const Wanted want(wanted);
   const bool with_dx = want.any_of(0b111), with_dout = want.any_of(0b11111);
   Tensor dqkv = new_tensor({with_dout ? B : 0, T, 3 * C}, dtype);
-  // Until it is written, the gradient of `out`.
+  // Holds the gradient of `out` until dx itself is written.
   Tensor dx = new_tensor({with_dout ? B : 0, T, C}, dtype);
   Tensor dln_w = want.new_grad(1, weight), dln_b = want.new_grad(2, ln_b);
   Tensor dw_qkv = want.new_grad(3, w_qkv), db_qkv = want.new_grad(4, b_qkv);
@@ -135,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> self_attentio
   unpack(dqkv, s.attention, of_attention.dq, of_attention.dk, of_attention.dv);
   of_qkv.forward = s.qkv;
   of_qkv.dy = dqkv.const_data_ptr();
-  of_qkv.add = of_proj.dy;  // by the residual
+  of_qkv.add = of_proj.dy;  // the gradient through the residual
   of_qkv.dx = with_dx ? dx.data_ptr() : nullptr;
   of_qkv.dnorm = {param_grad(dln_w), param_grad(dln_b)};
   of_qkv.dweight = param_grad(dw_qkv), of_qkv.dbias = param_grad(db_qkv);

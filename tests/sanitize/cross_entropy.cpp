@@ -1,4 +1,4 @@
-// Final norm, output projection and loss, with and without gradients, with rows that do not count.
+// Final norm, output projection and loss, with and without gradients, with ignored rows.
 #include <cmath>
 
 #include "harness.h"
@@ -131,14 +131,14 @@ void cross_entropy_cases() {
         }
       cross_entropy_case({dtype, param, 50, 12, 20, Ignored::all, With::norm_and_bias});
       cross_entropy_case({dtype, param, 50, 12, 20, Ignored::none, With::neither});
-      // More columns than are in work at a time, and a gradient that is summed up in place.
+      // More columns than one block of the vocabulary; in the second case dx is summed in place.
       cross_entropy_case({dtype, param, 50, 5, 2400, Ignored::some, With::norm_and_bias});
       cross_entropy_case({dtype, param, 50, 32, 1539, Ignored::some, With::neither});
     }
-    // So wide that the rows come in several chunks.
+    // Rows so wide that they come in several chunks.
     const int64_t rows = dtype == DType::f32 ? 385 : 769;
     cross_entropy_case({dtype, dtype, rows, 11003, 3, Ignored::some, With::norm});
-    // So many that they come in parts with a sum each.
+    // So many rows that they come in parts with a sum each.
     cross_entropy_case({dtype, dtype, 1601, 9, 21, Ignored::some, With::norm});
   }
 }

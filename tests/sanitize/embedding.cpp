@@ -1,4 +1,4 @@
-// Token and position embedding and its backward, and the forward at positions that are given.
+// Token and position embedding and its backward, and the forward at given positions.
 #include "harness.h"
 
 namespace gptfast::sanitize {

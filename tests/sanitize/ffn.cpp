@@ -1,4 +1,4 @@
-// The feed-forward block and its backward: both GELUs, dropout, more and less than one block of
+// The feed-forward block and its backward: both GELUs, dropout, less and more than one block of
 // hidden columns.
 #include <cmath>
 
@@ -42,8 +42,8 @@ Ffn forward(const Shape& s, const Inputs& in) {
   return a;
 }
 
-// As in generation: from packed weights, nothing kept for a backward. Weights that are rounded to
-// what the packed ones are kept in must give the same.
+// As in generation: weights are packed, and nothing is kept for a backward. Weights rounded to the
+// dtype of the packed ones must give the same bits.
 void run_packed(Ffn a, const Inputs& in, const Kernels& kernels, const Parallel& parallel) {
   Buffer again(a.M * a.C, a.dtype), y(a.M * a.C, a.dtype);
   Buffer rounded1(a.F * a.C, a.dtype), rounded2(a.C * a.F, a.dtype);
@@ -133,13 +133,13 @@ void ffn_cases() {
     for (const int64_t M : {0, 1, 47, 49, 97, 200})
       for (const auto& [C, F] : sizes)
         for (const Gelu gelu : {Gelu::erf, Gelu::tanh}) {
-          if (M > 49 && C * F > 20000 && gelu == Gelu::tanh) continue;  // the time that it takes
-          const size_t mix = turn / 2 + turn;  // every pair of the choices below comes up
+          if (M > 49 && C * F > 20000 && gelu == Gelu::tanh) continue;  // takes too long
+          const size_t mix = turn / 2 + turn;  // combines the choices below in all pairs
           ffn_case({dtype, params[mix % params.size()], M, C, F, turn % 3 != 0, dropouts[mix % 3],
                     gelu});
           ++turn;
         }
-    // So wide that the rows of a weight's gradient come in several chunks.
+    // Weights so wide that the rows come in several chunks for their gradients.
     if (dtype == DType::f32) ffn_case({dtype, dtype, 385, 3, 5501, true, 10000, Gelu::erf});
     // So many rows that they come in parts with a sum each.
     ffn_case({dtype, params.back(), 1601, 9, 37, true, 10000, Gelu::erf});

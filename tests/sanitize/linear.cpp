@@ -1,4 +1,4 @@
-// Linear layers and their backward, with every part that may be absent, and packed weights.
+// Linear layers and their backward, with and without each optional part, and packed weights.
 #include <cmath>
 
 #include "harness.h"
@@ -25,8 +25,8 @@ struct Inputs {
         dy(s.M * s.N, s.dtype, 1.0) {}
 };
 
-// The forward from the weight's packed form, which has the activations' dtype, and from the weight
-// rounded to that, in each dtype of the result.
+// Compares the forward from a packed weight, which has the activations' dtype, with that from the
+// weight rounded to it. A result of another dtype must have no NaN.
 void run_packed(const Linear& from_weight, const Buffer& weight, const Buffer& packed,
                 DType y_dtype, const Kernels& kernels, const Parallel& parallel) {
   Linear a = from_weight;
@@ -127,7 +127,7 @@ void linear_cases() {
         linear_case({dtype, params[turn++ % params.size()], M, K, N, true, false, true});
         linear_case({dtype, params[turn++ % params.size()], M, K, N, false, N % 2 == 0, true});
       }
-    // So wide that the rows of a weight's gradient come in several chunks.
+    // A weight so wide that the rows come in several chunks for its gradient.
     linear_case({dtype, dtype, dtype == DType::f32 ? 385 : 769, 11003, 3, true, true, false});
     // So many rows that they come in parts with a sum each.
     linear_case({dtype, params.back(), 1601, 33, 17, true, true, false});

@@ -1,5 +1,5 @@
-// Attention and its backward, with an algorithm that is chosen once per call by the number of keys:
-// small.inl reads few where they lie, blocked.inl packs many.
+// Attention and its backward. Each call chooses its algorithm once, by the number of keys Tk:
+// small.inl reads few keys in place, blocked.inl packs many.
 #pragma once
 
 #include "../kernels.h"

@@ -1,8 +1,9 @@
 // Causal attention in blocks with an online softmax (Dao, "FlashAttention-2", arXiv:2307.08691), no
 // (T, T) matrix in memory. Query i sees the keys j < visible(i) = i + 1 + Tk - Tq.
 //
-// One task computes some query blocks of one head. Key blocks start at multiples of KEYS whatever
-// the query, and a row's steps depend on that row alone: its bits are the same in any batch.
+// One task computes some query blocks of one head, or of several heads in turn. Key blocks start at
+// multiples of KEYS for every query, and the steps of a row depend on that row alone, so its result
+// has the same bits in any batch.
 #pragma once
 
 #include "../kernels.h"
@@ -27,10 +28,12 @@ namespace {
 constexpr int64_t QUERIES = 96;  // a multiple of every MR, TALL and KPAD, and of DROPOUT_ROWS
 constexpr int64_t KEYS = 128;
 
-// Rows of scores are this far apart, so that the same column of many rows does not fall into one
-// set of the L1 cache: a backward reads columns in place.
+// Stride between rows of scores. The padding keeps the same column of many rows out of a single set
+// of the L1 cache: the backward reads columns in place.
 constexpr int64_t SCORES = KEYS + 16;
 
+// Computes one head at a time: holds the head's packed keys and values, and scratch memory for one
+// block of queries.
 template <class T>
 struct BlockedAttention {
   using P = typename OperandOf<T>::type;
@@ -38,7 +41,7 @@ struct BlockedAttention {
   const Attention& s;
   int64_t head;  // b * H + h
   Head<T> q, out;
-  int64_t ld;  // of O
+  int64_t ld;  // row stride of o
   float c;
   ScratchFrame frame;
   P *key_panels, *value_panels;
@@ -69,13 +72,14 @@ struct BlockedAttention {
     q = {s.q, index / s.H, index % s.H}, out = {s.out, index / s.H, index % s.H};
   }
 
+  // Queues the next head's rows, which the products of the present head prefetch.
   void prefetch_next(int64_t index, int64_t used_keys) {
     queue.clear();
     prefetch_head<T>({s.k, s.v}, s, index, used_keys, queue);
     prefetch_head<T>({s.q, s.out}, s, index, s.Tq, queue);
   }
 
-  // Keys of the block from k0 on that any row before `row` of the query block sees.
+  // How many keys of the block from k0 on are seen by any row before `row` of the query block.
   int64_t block_keys(int64_t q0, int64_t row, int64_t k0) const {
     return min(KEYS, visible_keys(s, q0 + row - 1) - k0);
   }
@@ -110,7 +114,8 @@ struct BlockedAttention {
     }
   }
 
-  // Whether probabilities are written as the next product reads them: dropout changes them first.
+  // Whether softmax_rows writes probabilities directly in the type that P V reads. With dropout it
+  // does not, because apply_dropout changes them in fp32 first.
   bool written_narrow() const { return sizeof(P) < sizeof(float) && s.dropout.threshold == 0; }
   static constexpr int64_t narrow_stride = row_stride<P>(KEYS);
   P* narrow_row(int64_t i) const { return p_copy + i * narrow_stride; }
@@ -120,7 +125,8 @@ struct BlockedAttention {
     return lhs_rows(scores + r0 * SCORES, SCORES, rows, keys, p_copy);
   }
 
-  // Rows that share their draws, as far as one of them sees.
+  // Applies dropout to groups of DROPOUT_ROWS rows, which share their random blocks, up to the last
+  // key that any row of the group sees.
   void drop_probabilities(int64_t q0, int64_t rows, int64_t k0) {
     for (int64_t r0 = 0; r0 < rows; r0 += DROPOUT_ROWS) {
       const int64_t count = min(DROPOUT_ROWS, rows - r0);
@@ -142,12 +148,13 @@ struct BlockedAttention {
     });
   }
 
-  // For the rows first .. first + n, of which the vectors below have one per lane. Vectors of keys
-  // that all of these rows see come first, then those of the diagonal.
+  // The softmax of softmax_tile for the rows [first, first + n), n <= W; vectors such as `now` and
+  // `factor` hold one row per lane. Within a row, vectors of keys that all of these rows see come
+  // first, without a mask, then those on the diagonal.
   template <class Part>
   void softmax_rows(int64_t q0, int64_t first, int64_t n, int64_t k0, int64_t width, Part part) {
     const int64_t padded = padded_k<P>(width);
-    const int64_t seen = q0 + first + 1 + s.Tk - s.Tq - k0;  // by the first row, i more by row i
+    const int64_t seen = q0 + first + 1 + s.Tk - s.Tq - k0;  // by the first row; row i sees i more
     const int64_t unmasked = max(0, min(width, seen)) / W * W;
     const auto for_keys = [&](int64_t i, auto&& f) {
       for (int64_t j = 0; j < unmasked; j += W) f(j, Full{});
@@ -168,7 +175,8 @@ struct BlockedAttention {
              now = vmax(before, highest);
     const VF factor = before == neg_inf ? splat(0.0f) : exp2(exponent(before, now, c));
     float now_of[W], rescale[W];
-    // Of scores that are all -inf the probabilities are 0 until a later block has others.
+    // If all scores so far are -inf, 0 is subtracted in place of the maximum: the probabilities are
+    // then 0, not NaN, until a later block has other scores.
     store(now_of, now == neg_inf ? splat(0.0f) : now), store(rescale, factor);
     for (int64_t i = 0; i < n; ++i) {
       float* row = scores + (first + i) * SCORES;
@@ -194,7 +202,7 @@ struct BlockedAttention {
     }
   }
 
-  // O / l: NaN of scores that are all -inf, but 0 of a row that sees no key.
+  // Writes O / l: NaN for a row whose scores are all -inf, 0 for a row that sees no key.
   void finish_queries(int64_t q0, int64_t rows) {
     if (s.lse) RowSums(s, head).write(q0, rows, m, l);
     float inverse[QUERIES];
@@ -217,7 +225,7 @@ void blocked_attention(const Attention& s, const Parallel& parallel) {
   const int64_t blocks = divide_up(s.Tq, QUERIES);
   const HeadTasks split(s, blocks, parallel);
   run_tasks(parallel, split.tasks, [&](int64_t task) {
-    // Later parts see more keys: they come first.
+    // Later parts see more keys and take longer, so they start first.
     const int64_t part = split.parts - 1 - task % split.parts;
     const int64_t first = blocks * part / split.parts * QUERIES,
                   last = min(s.Tq, blocks * (part + 1) / split.parts * QUERIES);

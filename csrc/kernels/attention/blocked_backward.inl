@@ -1,15 +1,16 @@
-// The backward of blocked.inl, probabilities recomputed from each row's maximum m and sum l
-// (FlashAttention-2, algorithm 2, whose m + log(l) would lose the digits of log(l) in large m).
-// With f the dropout factors and delta_i = sum_j p_ij dP_ij f_ij = sum_d dO_id O_id:
-//   p = exp2(c (|s| - m)) / l, dV = (p f)' dO, dP = dO V', dS = scale p (dP f - delta), dQ = dS K,
+// The backward of blocked.inl. Probabilities are recomputed from each row's maximum m and sum l;
+// FlashAttention-2's algorithm 2 stores m + log(l) instead, which loses the digits of log(l) when m
+// is large. With the dropout factors f and delta_i = sum_j p_ij dP_ij f_ij = sum_d dO_id O_id:
+//   p = exp2(c (s - m)) / l, dV = (p f)' dO, dP = dO V', dS = scale p (dP f - delta), dQ = dS K,
 //   dK = dS' Q
 //
-// A query whose keys are all in one block has delta as the first sum, which rounds as dP does, so
-// that less is left of the difference's error; the others have it as the second.
+// A query whose keys all lie in one block computes delta as the first sum: it rounds as dP does, so
+// less of the rounding error remains in the difference dP f - delta. The other queries compute
+// delta as the second sum.
 //
-// A head's dQ is the sum over its key blocks in order. One task does that for a head, block by
-// block; where there are few heads, a task is one key block, and what they give is added up after
-// them: the bits are the same.
+// A head's dQ is the sum over its key blocks in order. With many heads, one task computes a head
+// block by block. With few heads, a task is one key block, and the blocks' contributions to dQ are
+// added afterwards in the same order: the bits are the same.
 #pragma once
 
 #include "../kernels.h"
@@ -32,8 +33,8 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-// The first query whose dQ a key block gives something to, in whole blocks of queries; the first
-// key block gives the zeros of those that see no key.
+// The first query to whose dQ a key block contributes, rounded down to a whole block of queries.
+// Key block 0 begins at query 0: it writes the zeros of queries that see no key.
 inline int64_t first_query(const Attention& s, int64_t block) {
   return block == 0 ? 0 : max(0, block * KEYS - (s.Tk - s.Tq)) / QUERIES * QUERIES;
 }
@@ -42,7 +43,8 @@ inline bool in_one_block(const Attention& s, int64_t query) {
   return visible_keys(s, query) <= KEYS;
 }
 
-// delta of the queries first .. last of a head, (Tq,), for those that have it as the second sum.
+// Writes delta of a head's queries [first, last) to `delta` (Tq,), as the second sum; skips the
+// queries that use the first sum.
 template <class T>
 inline void sum_deltas(const AttentionBackward& grad, int64_t head, int64_t first, int64_t last,
                        float* delta) {
@@ -58,6 +60,7 @@ inline void sum_deltas(const AttentionBackward& grad, int64_t head, int64_t firs
   }
 }
 
+// Computes one head at a time, one pair of a key block and a query block after the other.
 template <class T>
 struct BlockedAttentionBackward {
   using P = typename OperandOf<T>::type;
@@ -99,7 +102,7 @@ struct BlockedAttentionBackward {
             frame, max(lhs_transposed_elements<P>(QUERIES, KEYS), QUERIES * row_stride<P>(KEYS)))) {
   }
 
-  // `dq_sums` (Tq, ld) receives the head's dQ, or what key blocks give of it.
+  // `dq_sums` (Tq, ld) receives the head's dQ, or one key block's contribution to it.
   void start_head(int64_t index, const float* deltas, float* dq_sums) {
     const int64_t b = index / s.H, h = index % s.H;
     head = index, delta = deltas, dq_total = dq_sums;
@@ -113,13 +116,13 @@ struct BlockedAttentionBackward {
     prefetch_head<T>({s.q, grad.dout, s.out, grad.dq}, s, index, s.Tq, queue);
   }
 
-  // A block of keys and their values, as the products read them.
+  // A block of keys and values, packed as right-hand sides: K' and V' for S and dP, K for dQ.
   struct KeyBlock {
     int64_t k0, keys;
     Rhs<P> keys_t, values_t, key_rows;
   };
 
-  // Writes dK and dV of a block, and what it gives of dQ, or adds that to what is there.
+  // Writes dK and dV of a key block, and writes its contribution to dQ or, with `add`, adds it.
   void key_block(int64_t block, bool add) {
     const int64_t k0 = block * KEYS, keys = min(KEYS, s.Tk - k0), from = first_query(s, block);
     const KeyBlock packed = {k0, keys, pack_transposed(k.at(k0), k.row, s.D, keys, keys_copy),
@@ -136,7 +139,8 @@ struct BlockedAttentionBackward {
     }
   }
 
-  // Writes or adds to dQ of the queries, and dK and dV of the keys.
+  // Computes the contributions of one query block and one key block to dQ (written, or added with
+  // `add_queries`) and to dK and dV (written, or added with `add_keys`).
   void query_block(int64_t q0, const KeyBlock& block, bool add_queries, bool add_keys) {
     const int64_t rows = min(QUERIES, s.Tq - q0), k0 = block.k0, keys = block.keys;
     const Lhs<P> queries = lhs_rows(q.at(q0), q.row, rows, s.D, q_copy);
@@ -187,13 +191,14 @@ struct BlockedAttentionBackward {
     __builtin_memset(sums, 0, static_cast<size_t>(rows * ld) * sizeof(float));
   }
 
-  // p: s -> p f, ds: dP -> dS, for up to 8 rows; both zero where the mask hides the key.
+  // Turns p from scores s into p f, and ds from dP into dS, for up to DROPOUT_ROWS rows; both are 0
+  // where the key is masked.
   void probability_rows(int64_t q0, int64_t r0, int64_t rows, int64_t k0, int64_t keys,
                         int64_t width) {
     struct Row {
-      int64_t seen;  // keys
-      float m, l;    // of l the inverse, or the logarithm where its digits do for P
-      bool summed;   // delta is the sum over this block, and known at its end
+      int64_t seen;  // keys of the block that the row sees
+      float m, l;    // l is kept as 1 / l, or as log2(l) where P is bf16 and needs fewer digits
+      bool summed;   // delta is the first sum, known at the end of this block
       VF delta;
     } of_row[DROPOUT_ROWS];
     constexpr bool by_inverse = sizeof(P) == sizeof(float);
@@ -203,7 +208,7 @@ struct BlockedAttentionBackward {
       const VF l = load(sums.l + q0 + r0 + row, part);
       store(of_sums + row, by_inverse ? 1.0f / l : log(l) * log2e, part);
     });
-    alignas(64) float prob[DROPOUT_ROWS][KEYS];  // of rows whose delta is still to be known
+    alignas(64) float prob[DROPOUT_ROWS][KEYS];  // p of rows whose delta is not known yet
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t query = q0 + r0 + row;
       const bool summed = in_one_block(s, query);
@@ -254,7 +259,8 @@ struct BlockedAttentionBackward {
     }
   }
 
-  // total (keys, D) = or += A' B, each tile of keys over the queries that see it.
+  // total (keys, D) = A B, or += with `add`, where A (keys, rows) is (p f)' or dS'; each tile of
+  // keys sums over the queries that see it.
   void add_key_grads(const Lhs<P>& a, Rhs<P> b, float* total, int64_t q0, int64_t rows, int64_t k0,
                      int64_t keys, bool add) {
     const Terms terms = query_terms(s, k0, q0, rows);
@@ -274,6 +280,7 @@ struct BlockedAttentionBackward {
   }
 };
 
+// For many heads: a task computes some heads, each head's key blocks in order.
 template <class T>
 void attention_backward_by_heads(const AttentionBackward& grad, const HeadTasks& split,
                                  const Parallel& parallel) {
@@ -293,7 +300,8 @@ void attention_backward_by_heads(const AttentionBackward& grad, const HeadTasks&
   });
 }
 
-// Some key blocks of every head at a time, each with memory for what it gives of dQ.
+// For few heads: `at_once` key blocks of every head run at a time, each with memory of its own for
+// its contribution to dQ. These are then added in the order of the key blocks.
 template <class T>
 void attention_backward_by_blocks(const AttentionBackward& grad, int64_t at_once,
                                   const Parallel& parallel) {

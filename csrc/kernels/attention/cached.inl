@@ -1,5 +1,6 @@
-// Attention of new tokens to themselves and to those whose keys and values a cache has. A query's
-// result has the same bits whichever of its keys are new.
+// Attention of new tokens to themselves and to earlier tokens, whose keys and values are cached. A
+// query's result has the same bits whichever of its keys are new. The layout of the cache, and with
+// it the model's context, decides between small.inl and blocked.inl.
 #pragma once
 
 #include "../kernels.h"
@@ -16,7 +17,8 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-// Of sequence i; the keys and values are the new tokens'.
+// The attention of sequence i. Tk counts its cached tokens too, but k and v hold the new ones
+// alone.
 template <class T>
 Attention of_sequence(const CachedAttention& s, int64_t i) {
   const int64_t H = s.shape.H, D = s.shape.D, count = s.starts[i + 1] - s.starts[i],
@@ -33,7 +35,7 @@ Attention of_sequence(const CachedAttention& s, int64_t i) {
   return a;
 }
 
-// Some heads of one sequence.
+// One sequence, of which a task computes some heads.
 template <class Cached>
 struct CachedTask {
   using T = typename Cached::Input;
@@ -50,7 +52,8 @@ struct CachedTask {
   }
 };
 
-// All queries see few keys: as they are in the cache, or in the projection if none is there yet.
+// For short contexts: keys and values are read in place, from the cache or, if it has none of this
+// sequence, from the new tokens' projection.
 template <class T>
 void attend_heads(CachedTask<PlainHead<T>>& task, int64_t first, int64_t last) {
   const bool has_others = task.s.cached[task.i] > 0;
@@ -65,8 +68,8 @@ void attend_heads(CachedTask<PlainHead<T>>& task, int64_t first, int64_t last) {
   for (int64_t h = first; h < last; ++h) small.attend(h, 0, a.Tq);
 }
 
-// Heads h .. of the one query of a sequence, whose keys are the cached ones: a row of `attention`
-// is a head, so that a row's sums need not wait for those of the one before.
+// Computes heads [h, h + rows) of a sequence's single query, whose own key is in the cache by now.
+// Each row of `attention` is one head, so that the rows' sums are independent and overlap.
 template <class T>
 void attend_token(const CachedTask<PackedHead<T>>& task, BlockedAttention<T>& attention, int64_t h,
                   int64_t rows) {
@@ -92,7 +95,7 @@ void attend_token(const CachedTask<PackedHead<T>>& task, BlockedAttention<T>& at
   attention.finish_queries(0, rows);
 }
 
-// A part of a head's query blocks.
+// Computes part `part` of `parts` of a head's query blocks.
 template <class T>
 void attend_blocks(const CachedTask<PackedHead<T>>& task, BlockedAttention<T>& attention, int64_t h,
                    int64_t part, int64_t parts) {
@@ -121,7 +124,7 @@ template <class Cached>
 void attention_cached_in(const CachedAttention& s, const Parallel& parallel) {
   using Task = CachedTask<Cached>;
   const int64_t H = s.shape.H, heads = s.sequences * H;
-  int64_t work = 0;  // bytes of keys and values, once per query
+  int64_t work = 0;  // bytes of the keys and values that all queries read
   for (int64_t i = 0; i < s.sequences; ++i) {
     const Attention a = Task(s, i).a;
     work += 2 * a.Tq * a.Tk * H * a.D * static_cast<int64_t>(sizeof(typename Cached::Element));

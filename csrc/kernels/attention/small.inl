@@ -1,10 +1,10 @@
-// Attention of queries that see few keys, as all do in a context of some characters. The rows are
-// read in place: scores are tiles of dot products (direct.inl), each tile a vector whose
-// lane l is query l / 4 and key l % 4, and the softmax of a tile's queries happens in registers. A
-// query alone has tiles of its own, with the same bits.
+// Attention over few keys, as in a model whose context is some dozens of characters. Rows are read
+// in place: scores are tiles of dot products (direct.inl), each tile a vector whose lane l is query
+// l / 4 and key l % 4, and the softmax of a tile's queries happens in registers. A single query has
+// tiles of its own, with the same bits.
 //
-// Which queries come here depends on what each of them sees alone, or in the engine on the model's
-// context.
+// attention.inl chooses this algorithm for a call by its number of keys, cache.inl for the engine
+// by the model's context.
 #pragma once
 
 #include "../kernels.h"
@@ -23,27 +23,29 @@ namespace {
 
 constexpr int64_t MAX_SMALL_KEYS = 64;
 
-// How many are few. Packing pays sooner on AMX's tiles, whose products take little of the time,
-// with elements that are widened at each use, and with short vectors.
+// The largest number of keys for which reading in place beats packing. Packing pays sooner with AMX
+// tiles, whose products take little of the time, with elements that are widened at each use, and
+// with short vectors.
 template <class T, class P = typename OperandOf<T>::type>
 constexpr int64_t max_small_keys = sizeof(T) < sizeof(P)     ? (W < 8 ? 0 : 16)
                                    : W < 8 || lhs_by_rows<P> ? 16
                                                              : MAX_SMALL_KEYS;
 
-// All lanes of a tile's row combined, in each of them.
+// Combines all lanes of each row of a tile; every lane of the row receives the result.
 template <class F>
 inline VF reduce_row(VF x, const F& combine) {
   x = combine(x, swap_lanes<2>(x, AllLanes{}));
   return combine(x, swap_lanes<1>(x, AllLanes{}));
 }
 
+// Computes one head at a time.
 template <class T>
 struct SmallAttention {
   using P = typename OperandOf<T>::type;
-  static constexpr int64_t BLOCK = 64;  // queries at a time: a multiple of DROPOUT_ROWS
+  static constexpr int64_t BLOCK = 64;  // queries per block, a multiple of DROPOUT_ROWS
   static constexpr int64_t TILES = MAX_SMALL_KEYS / DOT_COLUMNS;
 
-  // Scores or the like of SUM_ROWS queries.
+  // Tiles of scores, or of dP, of SUM_ROWS queries.
   struct Tiles {
     VF x[SUM_ROWS / DOT_ROWS][TILES];
   };
@@ -64,8 +66,9 @@ struct SmallAttention {
     q = {s.q, b, h}, k = {s.k, b, h}, v = {s.v, b, h}, out = {s.out, b, h};
   }
 
-  // The queries first .. last of a head. The next ones' scores are computed between the softmax of
-  // some and their sums, which so need not wait for it.
+  // Computes a head's queries [first, last). The scores of the next SUM_ROWS queries are computed
+  // between the softmax of the present ones and their product with V, which therefore need not wait
+  // for the softmax.
   void attend(int64_t index, int64_t first, int64_t last) {
     start_head(index);
     if (last - first == 1 && s.dropout.threshold == 0) return attend_one(first);
@@ -88,8 +91,8 @@ struct SmallAttention {
     }
   }
 
-  // A query alone, as each token is that is decoded: a vector has its scores of W keys, which are
-  // summed in the order of tiles.
+  // Computes a single query, as in decode: a vector holds its scores of W keys, and the sum over
+  // the keys has the same order as in tiles.
   [[gnu::noinline]] void attend_one(int64_t i) {
     const int64_t keys = visible_keys(s, i), vectors = divide_up(keys, W);
     VF x[MAX_SMALL_KEYS / W], highest = splat(neg_inf), total = splat(0.0f);
@@ -110,7 +113,8 @@ struct SmallAttention {
     if (s.lse) RowSums(s, head).write(i, 1, m, l);
   }
 
-  // In the first lanes, sum + x[0 ..] + x[DOT_COLUMNS ..] + ..., in this order.
+  // In the first DOT_COLUMNS lanes, sum + x[0 ..] + x[DOT_COLUMNS ..] + ..., in this order: the
+  // order in which tiles are added.
   template <int S = 0>
   static VF add_tiles(VF sum, VF x) {
     if constexpr (S == W)
@@ -119,7 +123,7 @@ struct SmallAttention {
       return add_tiles<S + DOT_COLUMNS>(sum + rotate<S>(x, AllLanes{}), x);
   }
 
-  // P of DOT_ROWS queries, from row r of the block on, with dropout.
+  // Writes P of DOT_ROWS queries, from row r of the block on, with dropout, and their m and l.
   void probabilities(int64_t q0, int64_t r, int64_t tiles, VF (&x)[TILES]) {
     const Statistics of_rows = softmax(x, q0 + r, tiles);
     for (int64_t n = 0; n < tiles; ++n) {
@@ -132,11 +136,12 @@ struct SmallAttention {
     }
   }
 
-  // Tiles of keys that any of SUM_ROWS queries sees, those from i on of which there are some.
+  // How many tiles of keys any of the queries [i, i + queries) sees.
   int64_t tiles_of(int64_t i, int64_t queries) const {
     return divide_up(visible_keys(s, i + queries - 1), DOT_COLUMNS);
   }
 
+  // Tiles of X Y' for the queries from i on: scores Q K', or dP = dO V'.
   void dots(const Head<T>& x, int64_t i, int64_t queries, const Head<T>& y, Tiles& to) const {
     const int64_t tiles = tiles_of(i, queries);
     for (int64_t r = 0; r < queries; r += DOT_ROWS)
@@ -144,24 +149,25 @@ struct SmallAttention {
                    to.x[r / DOT_ROWS]);
   }
 
-  // x where a query of tile n sees the key, those from query i on.
+  // x, with `other` where the key is masked, for tile n of the queries from i on.
   VF mask_unseen(VF x, int64_t i, int64_t n, float other = 0.0f) const {
     const VI key = (lanes() & (DOT_COLUMNS - 1)) - (lanes() >> 2);
     const int64_t seen = i + 1 + s.Tk - s.Tq - n * DOT_COLUMNS;
     return key < static_cast<int>(seen) ? x : splat(other);
   }
 
-  // Of a tile's rows, in each of a row's lanes.
+  // Maximum and sum of each row of a tile, repeated in all lanes of the row.
   struct Statistics {
     VF highest, total;
   };
 
+  // A probability before it is divided by the sum of its row.
   VF power_of(VF x, VF highest) const { return probability(exponent(x, highest, c), P{}); }
 
-  // 0 of a query that sees no key.
+  // 1 / total, but 0 for a query that sees no key.
   static VF inverse_of(VF total) { return total == 0.0f ? splat(0.0f) : 1.0f / total; }
 
-  // Scores of DOT_ROWS queries from i on become probabilities, those that the queries see.
+  // Turns the scores of DOT_ROWS queries from i on into probabilities, 0 where the key is masked.
   Statistics softmax(VF (&x)[TILES], int64_t i, int64_t tiles) const {
     VF highest = splat(neg_inf), total = splat(0.0f);
     for (int64_t n = 0; n < tiles; ++n) highest = vmax(highest, mask_unseen(x[n], i, n, neg_inf));
@@ -176,7 +182,8 @@ struct SmallAttention {
     return {highest, total};
   }
 
-  // Dropout's factors of the queries from i on, where they are not those of the queries before.
+  // Draws the dropout factors of DROPOUT_ROWS queries from i on, unless i lies within a group that
+  // has been drawn already.
   void draw_factors(int64_t i) {
     if (s.dropout.threshold == 0 || i % DROPOUT_ROWS > 0) return;
     const int64_t keys = min(MAX_SMALL_KEYS, visible_keys(s, i + DROPOUT_ROWS - 1));
@@ -191,8 +198,8 @@ struct SmallAttention {
   }
 };
 
-// The backward, as blocked_backward.inl states it, of heads with few keys. The softmax is computed
-// again.
+// The backward over few keys, with the formulas of blocked_backward.inl. The softmax is recomputed
+// from the scores.
 template <class T>
 struct SmallAttentionBackward {
   using P = typename OperandOf<T>::type;
@@ -203,7 +210,7 @@ struct SmallAttentionBackward {
 
   const AttentionBackward& grad;
   const Attention& s;
-  int64_t start;  // no query before it sees a key: rows of p and dS are counted from here
+  int64_t start;  // row 0 of p and ds is this query; the queries before it see no key
   Small small;
   Head<T> dout, dq, dk, dv;
   alignas(64) float p[QUERIES_SEEING * MAX_SMALL_KEYS];  // p f
@@ -242,7 +249,8 @@ struct SmallAttentionBackward {
                     small.k.row, dq.out(i), dq.row);
   }
 
-  // p f and dS of DOT_ROWS queries from i on; their scores become p, and dP is multiplied by f.
+  // Writes p f and dS of DOT_ROWS queries from i on. Turns `of` from scores into p, and multiplies
+  // dP by f.
   void score_grads(int64_t i, int64_t tiles, VF (&of)[TILES], VF (&dp)[TILES]) {
     const auto at = [&](int64_t n) { return (i - start) * MAX_SMALL_KEYS + n * DOT_COLUMNS; };
     small.softmax(of, i, tiles);
@@ -263,7 +271,7 @@ struct SmallAttentionBackward {
       store_tile(ds + at(n), MAX_SMALL_KEYS, of[n] * (dp[n] - delta) * s.scale);
   }
 
-  // to = X' Y, a key's sum over the queries that see it.
+  // to = X' Y: each key's row is the sum over the queries that see it.
   void key_grads(const float* x, const Head<T>& y, const Head<T>& to) {
     const int64_t rows = s.Tq - start;
     const Lhs<P> a = lhs_transposed(x, MAX_SMALL_KEYS, rows, s.Tk, copy);

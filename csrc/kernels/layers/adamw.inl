@@ -1,5 +1,5 @@
 // Clipping by the gradients' norm and the step of AdamW (Loshchilov and Hutter, arXiv:1711.05101),
-// over all parameters in two passes: the norm, then everything else.
+// over all parameters in two passes: one computes the norm, the other does the rest.
 //
 //   g *= min(1, clip / (|g| + 1e-6)),  m' = b1 m + (1 - b1) g,  v' = b2 v + (1 - b2) g^2
 //   w' = decay w - rate m' / (sqrt(v') root + eps),
@@ -16,14 +16,17 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-// Elements per task; a fixed number, so that the norm is summed up in one order.
+// Elements per task. The number is fixed, so that the norm is summed in one order for any number of
+// threads.
 constexpr int64_t ADAMW_CHUNK = 1 << 14;
 
+// Elements [first, first + count) of one parameter: the work of a task.
 struct AdamWChunk {
   const AdamWParam* param;
   int64_t first, count;
 };
 
+// The sum of squares of n elements.
 inline double squares(const float* g, int64_t n) {
   VF total = splat(0.0f);
   for_vectors(n, [&](int64_t j, auto part) {
@@ -63,7 +66,7 @@ void adamw(const AdamW& s, const Parallel& parallel) {
   double total = 0.0;
   for (int64_t i = 0; i < chunks; ++i) total += partial[i];
   *s.norm = static_cast<float>(__builtin_sqrt(total));
-  const float factor = s.clip / (*s.norm + 1e-6f);  // NaN stays NaN: the weights show it
+  const float factor = s.clip / (*s.norm + 1e-6f);  // a NaN stays and shows in the weights
   const float used = factor > 1.0f ? 1.0f : factor;
   run_tasks(parallel, chunks, [&](int64_t task) { adamw_chunk(s, chunk[task], used); });
 }

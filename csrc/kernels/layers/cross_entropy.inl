@@ -1,10 +1,10 @@
-// LayerNorm (optional), linear layer and cross-entropy without the (M, V) logits. Rows come in
-// chunks, whose logits are kept; the vocabulary comes in blocks, so that no copy of the whole
-// weight is made. For a chunk, one pass over the blocks sums up each row's exponentials, a second
-// one turns the logits into
+// LayerNorm (optional), linear layer and cross-entropy without the (M, V) logits in memory. Rows
+// are processed in chunks, whose logits are kept, and the vocabulary in blocks, so that no packed
+// copy of the whole weight is made. For each chunk, a first pass over the blocks sums each row's
+// exponentials, and a second one turns the logits into
 //   d loss / d logits = (softmax - onehot) share, share = w / sum of all w for a mean, else w
-// and multiplies them by the weight's and by the activations' rows. Each product is computed once;
-// so are exponentials, where the whole vocabulary is one block.
+// and multiplies them by the rows of the weight and by those of the activations. Each product is
+// computed once; so are the exponentials if the whole vocabulary is one block.
 #pragma once
 
 #include "../kernels.h"
@@ -24,13 +24,14 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-// Columns of the logits in work at a time: a multiple of KC, of every NR and of WeightGrad's
-// groups, so that sums over the vocabulary are the same with and without blocks.
+// Columns of the logits per block: a multiple of KC, of every NR and of WeightGrad's groups, so
+// that sums over the vocabulary are the same with and without blocks.
 constexpr int64_t VOCAB = 1536;
 static_assert(VOCAB % Tile<float>::KC == 0 && VOCAB % Tile<bf16>::KC == 0 &&
               VOCAB % WeightGrad<float>::GROUP == 0 && VOCAB % WeightGrad<bf16>::GROUP == 0);
-constexpr int64_t max_logits = int64_t{40} << 20;  // of a chunk: at V = 50,257 768 rows
+constexpr int64_t max_logits = int64_t{40} << 20;  // floats per chunk: 768 rows at V = 50,257
 
+// One call of cross_entropy.
 template <class T>
 class CrossEntropyPass {
   using P = typename OperandOf<T>::type;
@@ -68,10 +69,10 @@ class CrossEntropyPass {
   }
 
  private:
-  // A block of rows from its logits to its gradients.
+  // A block of rows: its logits, which become their gradients in place, and its sums.
   struct Rows {
     int64_t m0, count;
-    float *logits, *dn;  // dN is summed up in dx where it can be
+    float *logits, *dn;  // dN is summed in dx itself if dx_in_place()
     P* x_copy;
     Lhs<P> x;
     RowSum* sums;
@@ -91,7 +92,8 @@ class CrossEntropyPass {
   bool dx_in_place() const {
     return with_dx_ && sizeof(T) == sizeof(float) && !norm_.weight && k_ld_ == s_.K;
   }
-  // Also where there are no rows, and so no dx.
+  // True also if there are no rows and therefore dx is null: the gradients of the norm are then
+  // zeros.
   static bool with_norm_grad(const CrossEntropy& s) {
     return s.norm.weight.data && (s.dx || s.dnorm.weight.data || s.dnorm.bias.data);
   }
@@ -102,7 +104,8 @@ class CrossEntropyPass {
     return ignored(m) ? 0.0f : s_.token_weights ? s_.token_weights[m] : 1.0f;
   }
 
-  // A row block has everything done to it while it is in the cache.
+  // The whole vocabulary is one block: each row block goes through all steps while it is in the
+  // cache.
   void whole_vocabulary() {
     ScratchFrame frame;
     const Rhs<P> w = weight_transposed<T>(s_.weight, s_.V, s_.K, frame, parallel_).dense();
@@ -127,9 +130,9 @@ class CrossEntropyPass {
     });
   }
 
-  // As many row blocks as the outer cache holds the operands of the weight's gradient for, since
-  // each chunk reads and writes the whole gradient; and of logits no more than most_logits, unless
-  // that were less than a whole KC of rows.
+  // Row blocks per chunk. Each chunk reads and writes the whole gradient of the weight, so a chunk
+  // is as large as the outer cache can hold its operands; but its logits are at most max_logits,
+  // unless that is less than KC rows.
   int64_t blocks_in_chunk() const {
     const int64_t cached = blocks_per_chunk<P>(s_.M, VOCAB + s_.K, parallel_);
     if (!with_grad_) return cached;
@@ -175,12 +178,14 @@ class CrossEntropyPass {
     for_slots([&](Rows& rows, int64_t) { finish_dx(rows); });
   }
 
+  // Normalises the rows, clears their sums, and packs them for dW.
   void start(Rows& at, int64_t slot, const WeightGrad<P>& dweight) const {
     at.x = norm_rows(static_cast<const T*>(s_.x), at.m0, at.count, s_.K, norm_, true, at.x_copy);
     for (int64_t i = 0; i < at.count; ++i) at.sums[i] = {neg_inf, 0.0f, 0.0f};
     if (with_dweight_) dweight.set_x(slot, at.x.data, at.x.row, at.count, 0, s_.K);
   }
 
+  // Computes the logits of the columns from v0 on and adds them to the sums of their rows.
   void sum_rows(const Rows& at, int64_t v0, Rhs<P> w) const {
     const int64_t n = columns(v0);
     float* scores = logits(at, v0);
@@ -202,7 +207,7 @@ class CrossEntropyPass {
     }
   }
 
-  // dN += dS W for the columns from v0 on; dS is left for dW = dS' N.
+  // dN += dS W for the columns from v0 on; packs dS for dW = dS' N.
   void grad_rows(const Rows& at, int64_t v0, Rhs<P> w, int64_t slot,
                  const WeightGrad<P>& dweight) const {
     const int64_t n = columns(v0);
@@ -217,7 +222,7 @@ class CrossEntropyPass {
     if (with_dweight_) dweight.set_dy(slot, ds, logits_ld_, at.count, 0, n);
   }
 
-  // ds: logits, or exp(s - m) where the whole vocabulary is one block, to their gradients.
+  // Turns ds from logits (or from exp(s - m), if the whole vocabulary is one block) into gradients.
   void grad_row(int64_t m, const RowSum& row, int64_t v0, int64_t n, float* ds) const {
     const float share = share_ * weight_of(m), each = share / row.l;
     const bool counts = share != 0.0f;
@@ -266,7 +271,7 @@ class CrossEntropyPass {
   bool with_dx_, with_dweight_, with_grad_;
   RowParts<P> parts_;
   int64_t k_ld_, x_stride_, logits_ld_;
-  float share_ = 1.0f;  // of one row of weight 1 in the mean
+  float share_ = 1.0f;  // of a row of weight 1 in the loss
   float* losses_;
   WeightSums<P> sums_;
   ColumnSums dln_w_, dln_b_;

@@ -1,5 +1,6 @@
-// Token plus position embedding with dropout, and its backward: columns are split among the tasks,
-// rows are added in order, so that a gradient has the same bits for any number of threads.
+// Token plus position embedding with dropout, and its backward. The backward divides the columns
+// among the tasks and adds the rows in order, so that a gradient has the same bits for any number
+// of threads.
 #pragma once
 
 #include "../kernels.h"
@@ -43,8 +44,8 @@ void embedding_typed(const Embedding& s, const Parallel& parallel) {
   });
 }
 
-// The fp32 rows that a gradient is added up in: the gradient itself, or a copy that is narrowed at
-// the end; null for a gradient that is not wanted.
+// The fp32 rows in which a gradient is summed: the gradient itself, or a copy that finish() rounds
+// to bf16. `total` is null if the gradient is not wanted.
 struct GradRows {
   ParamGrad grad;
   int64_t rows, n;

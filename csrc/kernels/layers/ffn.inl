@@ -1,5 +1,5 @@
-// The feed-forward block of a pre-norm transformer, hidden activations in cache by blocks of rows
-// and columns:
+// The feed-forward block of a pre-norm transformer. Hidden activations are computed in blocks of
+// rows and columns that stay in the cache:
 //   n = norm(x), u = n W1' + b1, y = x + dropout(gelu(u) W2' + b2)
 #pragma once
 
@@ -23,17 +23,18 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-// Hidden columns in work at a time; a multiple of every NR and of WeightGrad's groups.
+// Hidden columns per block; a multiple of every NR and of WeightGrad's groups.
 constexpr int64_t HIDDEN = 576;
 
 static_assert(HIDDEN % WeightGrad<float>::GROUP == 0 && HIDDEN % WeightGrad<bf16>::GROUP == 0);
 
+// GELU and its derivative.
 struct GeluValue {
   VF value, slope;
 };
 
 // erf: u Phi(u). tanh: u/2 (1 + tanh(sqrt(2/pi) (u + 0.044715 u^3))) (Hendrycks and Gimpel,
-// arXiv:1606.08415). To the precision of P.
+// arXiv:1606.08415). erf is computed to the precision that P needs.
 template <class P>
 inline GeluValue gelu(VF u, Gelu kind) {
   if (kind == Gelu::erf) {
@@ -46,8 +47,8 @@ inline GeluValue gelu(VF u, Gelu kind) {
   return {0.5f * u * (1.0f + t), 0.5f * (1.0f + t) + 0.5f * u * (1.0f - t * t) * inner};
 }
 
-// h = gelu(u scales + b1) for a tile of u, columns from column f of the whole on; the sums before
-// GELU go to `hidden` where the backward wants them. Pointers are at the tile's first element.
+// h = gelu(u scales + b1) for a tile of u. `hidden`, unless null, receives the values before GELU
+// for the backward. Pointers are at the tile's first element.
 template <class T, class P>
 inline void activate(int64_t rows, int64_t n, float* u, int64_t ldu, const float* scales,
                      const float* b1, Gelu kind, T* hidden, int64_t ld_hidden, P* h, int64_t ldh) {
@@ -63,6 +64,7 @@ inline void activate(int64_t rows, int64_t n, float* u, int64_t ldu, const float
   });
 }
 
+// The parameters as the forward reads them: vectors in fp32, weights packed.
 template <class T>
 struct FfnOperands {
   using P = typename OperandOf<T>::type;
@@ -79,7 +81,7 @@ struct FfnOperands {
         w2(weight_transposed<T>(s.w2, s.C, s.F, frame, parallel)) {}
 };
 
-// y = x + dropout(c scales + b2) for whole rows, columns [c0, c0 + n).
+// y = x + dropout(c scales + b2) for rows [m0, m0 + rows) and columns [c0, c0 + n).
 template <class T>
 inline void finish_ffn(const Ffn& s, const FfnOperands<T>& with, int64_t m0, int64_t rows,
                        int64_t c0, int64_t n, float* c, int64_t ld) {
@@ -94,6 +96,7 @@ inline void finish_ffn(const Ffn& s, const FfnOperands<T>& with, int64_t m0, int
   }
 }
 
+// A task computes whole rows of y, the hidden activations in blocks of HIDDEN columns.
 template <class T>
 void ffn_by_rows(const Ffn& s, const FfnOperands<T>& with, const Parallel& parallel) {
   using P = typename OperandOf<T>::type;
@@ -127,7 +130,8 @@ void ffn_by_rows(const Ffn& s, const FfnOperands<T>& with, const Parallel& paral
   });
 }
 
-// The same sums in the same order for few rows: the threads share the columns of both products.
+// For few rows: the threads share the columns of both products. The sums and their order are those
+// of ffn_by_rows.
 template <class T>
 void ffn_by_columns(const Ffn& s, const FfnOperands<T>& with, const Parallel& parallel) {
   using P = typename OperandOf<T>::type;
@@ -245,7 +249,7 @@ void ffn_backward_typed(const FfnBackward& s, const Parallel& parallel) {
         if (with_du) {
           gemm(rows, columns, C, g_rows, w2.columns(f0), dh, HIDDEN, false,
                Fetching{fetch, derive});
-        } else if (with_dw2) {  // h alone is wanted
+        } else if (with_dw2) {  // only h is needed
           __builtin_memset(dh, 0, static_cast<size_t>(rows * HIDDEN) * sizeof(float));
           derive(0, rows, 0, columns);
         }

@@ -1,5 +1,5 @@
-// Linear layers with LayerNorm applied while the operand is read, and bias and residual while the
-// result is written.
+// Linear layers and their backward. The forward applies LayerNorm while it reads the left-hand
+// side, and adds bias and residual while it writes the result.
 #pragma once
 
 #include "../kernels.h"

@@ -1,9 +1,10 @@
-// From a row of logits to a token: repetition penalty (Keskar et al., "CTRL", arXiv:1909.05858),
-// temperature, top-k, top-p (Holtzman et al., arXiv:1904.09751), min-p (Nguyen et al.,
-// arXiv:2407.01082), and a draw from what is left.
+// Chooses a token from a row of logits: repetition penalty (Keskar et al., "CTRL",
+// arXiv:1909.05858), temperature, top-k, top-p (Holtzman et al., arXiv:1904.09751), min-p (Nguyen
+// et al., arXiv:2407.01082), and a draw from the tokens that are left.
 //
-// The filters keep every token that reaches a threshold, so tokens of equal probability stay or go
-// together. Thresholds are found by bisection over the floats in their own order, without sorting.
+// The filters keep every token that reaches a threshold, so tokens of equal probability are kept or
+// dropped together. Thresholds are found without sorting, by bisection over the bit patterns of
+// floats, which as integers have the order of the floats.
 #pragma once
 
 #include "../kernels.h"
@@ -32,10 +33,11 @@ inline int64_t first_index_of(float value, const float* s, int64_t n) {
   return i;
 }
 
-// A float as an integer of the same order, and back: its own inverse.
+// Maps the bits of floats to integers of the same order, and back: the function is its own inverse.
 inline VI ordered(VI bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
 
-// The largest t in [lowest, highest] with reaches(t), which falls with t and holds at the lowest.
+// The largest t in [lowest, highest] for which reaches(t) holds. It must hold for `lowest` and,
+// once it fails, fail for all larger t.
 template <class F>
 inline int32_t last_that_reaches(int32_t lowest, int32_t highest, const F& reaches) {
   int64_t low = lowest, high = highest;
@@ -49,8 +51,9 @@ inline int32_t last_that_reaches(int32_t lowest, int32_t highest, const F& reach
   return static_cast<int32_t>(low);
 }
 
-// A distribution over n tokens, in whole vectors: scores z (-inf past the end) and weights
-// p = exp((z - max z) / temperature), which no step normalises.
+// A distribution over n tokens, padded to whole vectors: scores z (-inf past the end) and weights
+//   p = exp((z - max z) / temperature),
+// which no step normalises.
 struct Distribution {
   int64_t width;
   float *z, *p;
@@ -71,7 +74,8 @@ struct Distribution {
   void weigh(float temperature) const {
     const float highest = highest_score(z, width), c = log2e / temperature;
     for (int64_t j = 0; j < width; j += W) {
-      const VF below = load(z + j) - highest;  // 0 / 0 stays out of a temperature near 0
+      // At a temperature near 0, c may be infinite: 0 * c would be NaN.
+      const VF below = load(z + j) - highest;
       store(p + j, below == 0.0f ? splat(1.0f) : exp2(below * c));
     }
   }
@@ -91,6 +95,7 @@ struct Distribution {
       store(p + j, key(j) >= threshold ? load(p + j) : splat(0.0f));
   }
 
+  // The sum of the weights whose bits are at least t.
   float mass_from(int32_t t) const {
     VF total = splat(0.0f);
     for (int64_t j = 0; j < width; j += W) {
@@ -100,6 +105,7 @@ struct Distribution {
     return sum(total);
   }
 
+  // Sets weights whose bits are below the threshold to 0.
   void keep_from(int32_t threshold) const {
     for (int64_t j = 0; j < width; j += W) {
       const VF weight = load(p + j);
@@ -115,7 +121,7 @@ struct Distribution {
 
   void keep_min_p(float min_p) const { keep_from(bits(splat(min_p))[0]); }
 
-  // The first token whose cumulative weight exceeds u of the whole, u in [0, 1).
+  // The first token whose cumulative weight exceeds u times the total weight, u in [0, 1).
   int64_t draw(double u) const {
     double whole = 0.0, reached = 0.0;
     for (int64_t j = 0; j < width; j += W) whole += static_cast<double>(sum(load(p + j)));
@@ -126,7 +132,7 @@ struct Distribution {
         reached += all;
         continue;
       }
-      int64_t last = j;  // with a weight: the draw, should rounding leave the target unreached
+      int64_t last = j;  // last token of weight > 0, drawn if rounding leaves the target unreached
       for (int64_t i = j; i < j + W; ++i) {
         reached += static_cast<double>(p[i]);
         if (p[i] > 0.0f) last = i;
@@ -134,11 +140,12 @@ struct Distribution {
       }
       return last;
     }
-    return 0;  // unreached: target < whole
+    return 0;  // never reached, as target < whole
   }
 };
 
-// 53 bits of the block with counter (step, sequence, 0, 2^32 - 1), a stream that no dropout has.
+// A uniform number in [0, 1) from 53 bits of the Philox block whose counter is (step, sequence, 0,
+// 2^32 - 1), a stream that no dropout uses.
 inline double uniform(uint64_t seed, uint32_t sequence, uint32_t step) {
   const Draws draws = philox(VU{} + step, sequence, 0, 0xffffffffu, seed);
   const uint64_t high = draws.word[0][0], low = draws.word[1][0];
