@@ -61,16 +61,16 @@ class PythonParameters : public Parameters {
   // With `copy`, kept parameters are copied; otherwise their memory is shared.
   PythonParameters(py::function find, bool copy) : find_(std::move(find)), copy_(copy) {}
 
-  Param kept(const std::string& name, std::initializer_list<int64_t> shape) override {
+  Param persistent(const std::string& name, std::initializer_list<int64_t> shape) override {
     const py::gil_scoped_acquire held;
     return keep(find(name), name, shape);
   }
-  Param kept_bias(const std::string& name, int64_t n) override {
+  Param persistent_bias(const std::string& name, int64_t n) override {
     const py::gil_scoped_acquire held;
     const py::object found = find(name);
     return found.is_none() ? Param{} : keep(found, name, {n});
   }
-  Param once(const std::string& name, std::initializer_list<int64_t> shape) override {
+  Param temporary(const std::string& name, std::initializer_list<int64_t> shape) override {
     const py::gil_scoped_acquire held;
     last_ = std::make_unique<py::buffer_info>(buffer(find(name), name, shape));
     return {last_->ptr, DType::f32};
@@ -104,7 +104,7 @@ class PythonParameters : public Parameters {
                                 std::initializer_list<int64_t> shape) {
     const auto refuse = [&](const std::string& got) {
       throw py::value_error("pack: " + name + " must be contiguous float32 of shape " +
-                            in_words(Sizes(shape.begin(), shape.size())) + ", got " + got);
+                            to_text(Sizes(shape.begin(), shape.size())) + ", got " + got);
     };
     if (!py::isinstance<py::buffer>(found)) refuse(found.is_none() ? "none" : "no buffer");
     py::buffer_info info = py::reinterpret_borrow<py::buffer>(found).request();
@@ -112,7 +112,7 @@ class PythonParameters : public Parameters {
     if (!info.item_type_is_equivalent_to<float>() || !dense ||
         !std::equal(info.shape.begin(), info.shape.end(), shape.begin(), shape.end()))
       refuse("\"" + info.format + "\" of shape " +
-             in_words(Sizes(info.shape.data(), info.shape.size())) + (dense ? "" : ", not dense"));
+             to_text(Sizes(info.shape.data(), info.shape.size())) + (dense ? "" : ", not dense"));
     return info;
   }
 

@@ -1,6 +1,6 @@
 // A GPT's weights, packed for the kernels of one instruction set and checked once. Does not use
 // torch.
-#pragma once
+#pragma temporary
 
 #include <cstdint>
 #include <initializer_list>
@@ -25,11 +25,11 @@ class Parameters {
  public:
   virtual ~Parameters() = default;
   // Returns memory that stays valid for as long as the model lives.
-  virtual Param kept(const std::string& name, std::initializer_list<int64_t> shape) = 0;
-  // As `kept`; the data is null if the model has no parameter of this name.
-  virtual Param kept_bias(const std::string& name, int64_t n) = 0;
+  virtual Param persistent(const std::string& name, std::initializer_list<int64_t> shape) = 0;
+  // As `persistent`; the data is null if the model has no parameter of this name.
+  virtual Param persistent_bias(const std::string& name, int64_t n) = 0;
   // Returns memory that stays valid until the next parameter is asked for.
-  virtual Param once(const std::string& name, std::initializer_list<int64_t> shape) = 0;
+  virtual Param temporary(const std::string& name, std::initializer_list<int64_t> shape) = 0;
 };
 
 class Model {

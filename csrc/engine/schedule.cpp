@@ -37,7 +37,7 @@ int64_t Plan::logits_rows(int64_t M) const {
   return std::min(in_blocks_ ? limits::block_tokens : M, max_rows);
 }
 
-Parallel Handoff::weighed(Parallel parallel) {
+Parallel Handoff::with_measured_threshold(Parallel parallel) {
   constexpr int period = 256;
   if (passes_ == 0) min_bytes_per_thread_ = measure(parallel);
   passes_ = min_bytes_per_thread_ == 0 ? 0 : (passes_ + 1) % period;

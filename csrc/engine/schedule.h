@@ -71,7 +71,7 @@ class Plan {
     run_tasks(parallel, static_cast<int64_t>(part_ends_.size()), [&](int64_t i) {
       const auto end = part_ends_.begin() + i;
       const int64_t first = i == 0 ? 0 : end[-1];
-      f(batch.part(first, *end), first, in_turn);
+      f(batch.part(first, *end), first, sequential);
     });
   }
 
@@ -97,7 +97,7 @@ class Plan {
     const int64_t rows = (M + shares - 1) / shares;
     run_tasks(parallel, shares, [&](int64_t share) {
       const int64_t first = std::min(M, share * rows), count = std::min(rows, M - first);
-      if (count > 0) f(first, count, in_turn);
+      if (count > 0) f(first, count, sequential);
     });
   }
 
@@ -117,7 +117,7 @@ class Handoff {
  public:
   // The same threads, with min_bytes_per_thread as measured. Measures again from time to time, and
   // until all threads have been present.
-  Parallel weighed(Parallel parallel);
+  Parallel with_measured_threshold(Parallel parallel);
 
  private:
   // Returns min_bytes_per_thread, or 0 if a thread was absent.

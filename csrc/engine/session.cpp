@@ -28,7 +28,7 @@ Session::Session(std::shared_ptr<const Model> model, std::vector<Prompt> prompts
       options_(std::move(options)),
       cache_(*model_, options_.slots, options_.capacity),
       reported_(prompts.size()),
-      holder_(static_cast<size_t>(options_.slots), -1) {
+      slot_owner_(static_cast<size_t>(options_.slots), -1) {
   if (options_.first_layer_table) table_ = std::make_unique<FirstLayerTable>(*model_);
   std::map<std::vector<int64_t>, int64_t> first;
   for (size_t i = 0; i < prompts.size(); ++i) {
@@ -88,16 +88,16 @@ bool Session::run(double seconds, const Parallel& parallel) {
   while (!finished() && invalid_ < 0) {
     admit(parallel);
     for (const int64_t i : running_) slide(sequence(i));
-    forget_ended();
+    release_ended();
     step(time_is_up, parallel);
-    forget_ended();
+    release_ended();
     if (time_is_up()) break;
   }
   return !finished();
 }
 
 // Takes ended sequences off the running ones, frees their slots and notes the first invalid one.
-void Session::forget_ended() {
+void Session::release_ended() {
   const auto ended = [&](int64_t i) {
     const Sequence& s = sequence(i);
     if (s.state == State::running) return false;
@@ -123,7 +123,7 @@ void Session::admit(const Parallel& parallel) {
       later.push_back(i);
       continue;
     }
-    holder_[static_cast<size_t>(s.slot)] = i;
+    slot_owner_[static_cast<size_t>(s.slot)] = i;
     s.state = State::running;
     running_.push_back(i);
     free_slots_.pop_back();
@@ -137,7 +137,7 @@ void Session::admit(const Parallel& parallel) {
 bool Session::share_prompt(Sequence& s, const Parallel& parallel) {
   const int64_t shared = s.prompt - s.offset - 1;
   if (shared <= 0 || !model_->config().attention) return true;
-  for (const int64_t other : holder_) {
+  for (const int64_t other : slot_owner_) {
     if (other < 0) continue;
     const Sequence& same = sequence(other);
     if (same.same_prompt != s.same_prompt || same.offset != s.offset) continue;
@@ -167,7 +167,7 @@ void Session::slide(Sequence& s) const {
 
 // Whether no later pass reads the keys and values of the window: it has moved past the prompt that
 // other sequences could share, and will move again before the next token.
-bool Session::read_once(const Sequence& s) const {
+bool Session::never_reread(const Sequence& s) const {
   return s.cached == 0 && s.generated() > 0 && options_.stride > 0 &&
          s.window() == model_->config().block_size;
 }
@@ -200,7 +200,7 @@ void Session::pass(const int64_t* chosen, int64_t count, const Parallel& paralle
     starts_.push_back(static_cast<int64_t>(tokens_.size()));
     slot_.push_back(s.slot);
     cached_.push_back(s.cached);
-    const bool kept = !read_once(s);
+    const bool kept = !never_reread(s);
     kept_.push_back(kept);
     s.cached = kept ? s.window() : 0;
     make_room(s.tokens, 1), make_room(s.logprobs, 1);
@@ -218,7 +218,8 @@ void Session::pass(const int64_t* chosen, int64_t count, const Parallel& paralle
         append(sequence(chosen[first + i]), logits + i * V);
     });
   };
-  const Parallel threads = count < parallel.threads ? handoff_.weighed(parallel) : parallel;
+  const Parallel threads =
+      count < parallel.threads ? handoff_.with_measured_threshold(parallel) : parallel;
   forward(*model_, batch, cache_, table_.get(), use, threads);
 }
 
@@ -259,13 +260,13 @@ bool Session::ends_with_stop(const Sequence& s) const {
   for (const std::string& stop : options_.stop_strings) {
     const size_t written = options_.pieces[static_cast<size_t>(s.tokens.back())].size();
     for (size_t after = 0; after < written; ++after)
-      if (writes(s, stop, after)) return true;
+      if (text_ends_with(s, stop, after)) return true;
   }
   return false;
 }
 
 // Whether the generated text without its last `after` bytes ends with `bytes`.
-bool Session::writes(const Sequence& s, const std::string& bytes, size_t after) const {
+bool Session::text_ends_with(const Sequence& s, const std::string& bytes, size_t after) const {
   size_t left = bytes.size(), skip = after;
   for (int64_t t = s.length() - 1; left > 0; --t, skip = 0) {
     if (t < s.prompt) return false;

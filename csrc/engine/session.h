@@ -107,14 +107,14 @@ class Session {
   bool share_prompt(Sequence& s, const Parallel& parallel);
   void move_window(Sequence& s) const;
   void slide(Sequence& s) const;
-  bool read_once(const Sequence& s) const;
-  void forget_ended();
+  bool never_reread(const Sequence& s) const;
+  void release_ended();
   template <class TimeIsUp>
   void step(const TimeIsUp& time_is_up, const Parallel& parallel);
   void pass(const int64_t* chosen, int64_t count, const Parallel& parallel);
   void append(Sequence& s, const float* logits) const;
   bool ends_with_stop(const Sequence& s) const;
-  bool writes(const Sequence& s, const std::string& bytes, size_t after) const;
+  bool text_ends_with(const Sequence& s, const std::string& bytes, size_t after) const;
 
   std::shared_ptr<const Model> model_;
   SessionOptions options_;
@@ -123,7 +123,7 @@ class Session {
   std::vector<Sequence> sequences_;
   std::vector<Reported> reported_;
   std::vector<int64_t> running_, waiting_, free_slots_;  // the next one is at the back
-  std::vector<int64_t> holder_;  // the sequence whose keys and values a slot has; -1: none
+  std::vector<int64_t> slot_owner_;  // the sequence whose keys and values a slot has; -1: none
   int64_t invalid_ = -1;
   Handoff handoff_;
   std::vector<int64_t> tokens_, starts_, slot_, cached_;  // the batch of a pass

@@ -202,7 +202,7 @@ struct AdamWParam {
   const float* grad;
   float *mean, *square;  // running means of the gradient and its square
   int64_t n;
-  float decay, rate, root;  // coefficients of this step, defined in adamw.inl
+  float decay, rate, inv_sqrt_correction;  // coefficients of this step, defined in adamw.inl
 };
 
 struct AdamW {

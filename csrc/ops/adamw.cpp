@@ -44,7 +44,7 @@ Tensor adamw(std::vector<Tensor> weights, std::vector<Tensor> grads, std::vector
     const double t = *counts[i] += 1.0f;
     params[i].decay = static_cast<float>(1.0 - lr * weight_decay);
     params[i].rate = static_cast<float>(lr / (1.0 - std::pow(beta1, t)));
-    params[i].root = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, t)));
+    params[i].inv_sqrt_correction = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, t)));
   }
   AdamW s = {};
   s.params = params.data();

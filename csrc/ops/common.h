@@ -45,10 +45,10 @@ void with_threads(const F& f) {
 }
 
 // A part of an error message as text.
-inline std::string in_words(const std::string& text) { return text; }
-inline std::string in_words(int64_t number) { return std::to_string(number); }
-inline std::string in_words(ScalarType dtype) { return torch::headeronly::toString(dtype); }
-std::string in_words(Sizes sizes);
+inline std::string to_text(const std::string& text) { return text; }
+inline std::string to_text(int64_t number) { return std::to_string(number); }
+inline std::string to_text(ScalarType dtype) { return torch::headeronly::toString(dtype); }
+std::string to_text(Sizes sizes);
 
 // An operator's name and its activations' dtype, against which arguments are checked.
 class Arguments {
@@ -78,7 +78,7 @@ class Arguments {
   // dtypes) only on failure, because checks run at every call.
   template <class... Parts>
   void require(bool condition, const Parts&... sentence) const {
-    if (!condition) fail((in_words(sentence) + ...));
+    if (!condition) fail((to_text(sentence) + ...));
   }
   void shape(const char* name, const Tensor& x, std::initializer_list<int64_t> expected) const;
 

@@ -56,7 +56,7 @@ void unpack(const Tensor& qkv, const Attention& a, Heads& q, Heads& k, Heads& v)
 
 // Connects attention to its neighbours: it reads the projection qkv (B, T, 3 C), and the output
 // projection reads `out` (B, T, C); both are contiguous.
-void connect(Steps& s, const Tensor& qkv, const Tensor& out) {
+void connect_steps(Steps& s, const Tensor& qkv, const Tensor& out) {
   Attention& a = s.attention;
   unpack(qkv, a, a.q, a.k, a.v);
   a.out = heads_within(out, a.Tq, 1, 0, a.H, a.D);
@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> self_attention(
   const ScalarType dtype = scalar_type(s.proj.dtype);
   Tensor y = new_tensor(x.sizes(), dtype);
   Tensor qkv = new_tensor({B, T, 3 * C}, dtype), out = new_tensor({B, T, C}, dtype);
-  connect(s, qkv, out);
+  connect_steps(s, qkv, out);
   s.qkv.y = qkv.data_ptr();
   s.proj.residual = s.qkv.x;
   s.proj.y = y.data_ptr();
@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> self_attentio
   const Tensor dense_dy = args.activation("dy", dy, {B, T, C});
   const Tensor dense_qkv = args.activation("qkv", qkv, {B, T, 3 * C});
   const Tensor dense_out = args.activation("out", out, {B, T, C});
-  connect(s, dense_qkv, dense_out);
+  connect_steps(s, dense_qkv, dense_out);
   s.qkv.norm.mean = args.statistics("mean", mean, {B * T});
   s.qkv.norm.rstd = args.statistics("rstd", rstd, {B * T});
   s.attention.lse = args.statistics("lse", lse, {B, H, 2, T});

@@ -1,5 +1,5 @@
 // A model with random parameters for the engine's cases.
-#pragma once
+#pragma temporary
 
 #include <cmath>
 #include <map>
@@ -24,7 +24,7 @@ class RandomParameters : public Parameters {
  public:
   explicit RandomParameters(const ModelShape& shape) : shape_(shape) {}
 
-  Param kept(const std::string& name, std::initializer_list<int64_t> shape) override {
+  Param persistent(const std::string& name, std::initializer_list<int64_t> shape) override {
     int64_t count = 1, columns = 1;
     for (const int64_t n : shape) count *= columns = n;
     // Vectors and embeddings have deviation 1; weights are scaled so that products keep the size of
@@ -33,12 +33,12 @@ class RandomParameters : public Parameters {
     const double deviation = weight ? 1.0 / std::sqrt(static_cast<double>(columns)) : 1.0;
     return memory_.try_emplace(name, count, DType::f32, deviation).first->second.param();
   }
-  Param kept_bias(const std::string& name, int64_t n) override {
+  Param persistent_bias(const std::string& name, int64_t n) override {
     const bool present = shape_.bias && name != "ln_f.bias";
-    return present ? kept(name, {n}) : Param{};
+    return present ? persistent(name, {n}) : Param{};
   }
-  Param once(const std::string& name, std::initializer_list<int64_t> shape) override {
-    return kept(name, shape);
+  Param temporary(const std::string& name, std::initializer_list<int64_t> shape) override {
+    return persistent(name, shape);
   }
 
   // The model packed for a level, by VNNI only where the level has it.

@@ -116,7 +116,7 @@ void sharing_case(const ModelShape& s) {
     for (const auto& [more, slots] : {std::pair{1, 3}, {3, 3}, {7, 1}}) {
       Counted::tokens = 0;
       generate(model, prompts, {"drawn", {1.0f, 0, 1.0f, 0.0f, 1.0f}, 1, false}, more, slots, false,
-               1e9, in_turn);
+               1e9, sequential);
       expect(Counted::tokens == prompt - 1 + count * more,
              format("%lld tokens were computed", static_cast<long long>(Counted::tokens)));
     }

@@ -25,12 +25,12 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-constexpr int64_t QUERIES = 96;  // a multiple of every MR, TALL and KPAD, and of DROPOUT_ROWS
+constexpr int64_t QUERIES = 96;  // a multiple of every MR, MR_NARROW and KPAD, and of DROPOUT_ROWS
 constexpr int64_t KEYS = 128;
 
 // Stride between rows of scores. The padding keeps the same column of many rows out of a single set
 // of the L1 cache: the backward reads columns in place.
-constexpr int64_t SCORES = KEYS + 16;
+constexpr int64_t SCORES_STRIDE = KEYS + 16;
 
 // Computes one head at a time: holds the head's packed keys and values, and scratch memory for one
 // block of queries.
@@ -57,7 +57,7 @@ struct BlockedAttention {
         c(s.scale * log2e),
         key_panels(alloc<P>(frame, rhs_elements<P>(s.D, used_keys))),
         value_panels(alloc<P>(frame, rhs_elements<P>(used_keys, s.D))),
-        scores(alloc<float>(frame, QUERIES * SCORES)),
+        scores(alloc<float>(frame, QUERIES * SCORES_STRIDE)),
         o(alloc<float>(frame, QUERIES * ld)),
         q_copy(alloc<P>(frame, QUERIES * row_stride<P>(padded_k<P>(s.D)))),
         p_copy(alloc<P>(frame, QUERIES * row_stride<P>(KEYS))) {}
@@ -116,13 +116,13 @@ struct BlockedAttention {
 
   // Whether softmax_rows writes probabilities directly in the type that P V reads. With dropout it
   // does not, because apply_dropout changes them in fp32 first.
-  bool written_narrow() const { return sizeof(P) < sizeof(float) && s.dropout.threshold == 0; }
+  bool writes_operands() const { return sizeof(P) < sizeof(float) && s.dropout.threshold == 0; }
   static constexpr int64_t narrow_stride = row_stride<P>(KEYS);
   P* narrow_row(int64_t i) const { return p_copy + i * narrow_stride; }
 
   Lhs<P> probabilities(int64_t r0, int64_t rows, int64_t keys) const {
-    if (written_narrow()) return {narrow_row(r0), narrow_stride, Tile<P>::KU};
-    return lhs_rows(scores + r0 * SCORES, SCORES, rows, keys, p_copy);
+    if (writes_operands()) return {narrow_row(r0), narrow_stride, Tile<P>::KU};
+    return lhs_rows(scores + r0 * SCORES_STRIDE, SCORES_STRIDE, rows, keys, p_copy);
   }
 
   // Applies dropout to groups of DROPOUT_ROWS rows, which share their random blocks, up to the last
@@ -131,7 +131,7 @@ struct BlockedAttention {
     for (int64_t r0 = 0; r0 < rows; r0 += DROPOUT_ROWS) {
       const int64_t count = min(DROPOUT_ROWS, rows - r0);
       apply_dropout(s.dropout, head, q0 + r0, k0, count, block_keys(q0, r0 + count, k0),
-                    scores + r0 * SCORES, SCORES);
+                    scores + r0 * SCORES_STRIDE, SCORES_STRIDE);
     }
   }
 
@@ -141,8 +141,8 @@ struct BlockedAttention {
   void softmax_tile(const Lhs<P>& queries, int64_t q0, int64_t r0, int64_t tile, int64_t k0) {
     const int64_t width = block_keys(q0, r0 + tile, k0);
     if (width <= 0) return;
-    gemm(tile, width, s.D, queries.rows(r0), keys.columns(k0), scores + r0 * SCORES, SCORES, false,
-         NoEpilogue{}, &queue);
+    gemm(tile, width, s.D, queries.rows(r0), keys.columns(k0), scores + r0 * SCORES_STRIDE,
+         SCORES_STRIDE, false, NoEpilogue{}, &queue);
     for_vectors(tile, [&](int64_t i, auto part) {
       softmax_rows(q0, r0 + i, min(W, tile - i), k0, width, part);
     });
@@ -164,7 +164,7 @@ struct BlockedAttention {
     VF of_row[W];
     for (int64_t i = n; i < W; ++i) of_row[i] = splat(0.0f);
     for (int64_t i = 0; i < n; ++i) {
-      const float* row = scores + (first + i) * SCORES;
+      const float* row = scores + (first + i) * SCORES_STRIDE;
       VF highest = splat(neg_inf);
       for_keys(i, [&](int64_t j, auto keys) {
         highest = vmax(highest, mask(load(row + j), keys, neg_inf));
@@ -179,12 +179,12 @@ struct BlockedAttention {
     // then 0, not NaN, until a later block has other scores.
     store(now_of, now == neg_inf ? splat(0.0f) : now), store(rescale, factor);
     for (int64_t i = 0; i < n; ++i) {
-      float* row = scores + (first + i) * SCORES;
+      float* row = scores + (first + i) * SCORES_STRIDE;
       P* narrow = narrow_row(first + i);
       VF total = splat(0.0f);
       for_keys(i, [&](int64_t j, auto keys) {
         const VF p = mask(probability(exponent(load(row + j), now_of[i], c), P{}), keys);
-        if (written_narrow())
+        if (writes_operands())
           store(narrow + j, p, Full{});
         else
           store(row + j, p);

@@ -39,7 +39,7 @@ inline int64_t first_query(const Attention& s, int64_t block) {
   return block == 0 ? 0 : max(0, block * KEYS - (s.Tk - s.Tq)) / QUERIES * QUERIES;
 }
 
-inline bool in_one_block(const Attention& s, int64_t query) {
+inline bool sees_one_block(const Attention& s, int64_t query) {
   return visible_keys(s, query) <= KEYS;
 }
 
@@ -51,7 +51,7 @@ inline void sum_deltas(const AttentionBackward& grad, int64_t head, int64_t firs
   const Attention& s = grad.forward;
   const Head<T> out(s.out, head / s.H, head % s.H), dout(grad.dout, head / s.H, head % s.H);
   for (int64_t i = first; i < last; ++i) {
-    if (in_one_block(s, i)) continue;
+    if (sees_one_block(s, i)) continue;
     VF total = splat(0.0f);
     for_vectors(s.D, [&](int64_t j, auto part) {
       total += load(dout.at(i) + j, part) * load(out.at(i) + j, part);
@@ -85,8 +85,8 @@ struct BlockedAttentionBackward {
         s(grad.forward),
         ld(padded_n<P>(s.D)),
         c(s.scale * log2e),
-        p(alloc<float>(frame, QUERIES * SCORES)),
-        ds(alloc<float>(frame, QUERIES * SCORES)),
+        p(alloc<float>(frame, QUERIES * SCORES_STRIDE)),
+        ds(alloc<float>(frame, QUERIES * SCORES_STRIDE)),
         dk_total(alloc<float>(frame, KEYS * ld)),
         dv_total(alloc<float>(frame, KEYS * ld)),
         dq_tile(alloc<float>(frame, starts_from_c<P> ? MR * ld : 0)),
@@ -152,8 +152,8 @@ struct BlockedAttentionBackward {
         const int64_t tile = min(max_tile, rows - r0),
                       count = min(keys, visible_keys(s, q0 + r0 + tile - 1) - k0);
         if (count > 0)
-          gemm(tile, count, s.D, a.rows(r0), b, to + r0 * SCORES, SCORES, false, NoEpilogue{},
-               &queue);
+          gemm(tile, count, s.D, a.rows(r0), b, to + r0 * SCORES_STRIDE, SCORES_STRIDE, false,
+               NoEpilogue{}, &queue);
       }
     };
     multiply(queries, block.keys_t, p);
@@ -161,10 +161,10 @@ struct BlockedAttentionBackward {
     for (int64_t r0 = 0; r0 < rows; r0 += DROPOUT_ROWS)
       probability_rows(q0, r0, min(DROPOUT_ROWS, rows - r0), k0, keys, width);
 
-    const Lhs<P> p_t = lhs_transposed(p, SCORES, rows, keys, p_copy);
+    const Lhs<P> p_t = lhs_transposed(p, SCORES_STRIDE, rows, keys, p_copy);
     add_key_grads(p_t, pack_straight(dout.at(q0), dout.row, rows, s.D, dout_panels), dv_total, q0,
                   rows, k0, keys, add_keys);
-    const Lhs<P> ds_t = lhs_transposed(ds, SCORES, rows, keys, ds_copy);
+    const Lhs<P> ds_t = lhs_transposed(ds, SCORES_STRIDE, rows, keys, ds_copy);
     add_key_grads(ds_t, pack_straight(q.at(q0), q.row, rows, s.D, q_panels), dk_total, q0, rows, k0,
                   keys, add_keys);
     const int64_t seen_by_all = max(0, visible_keys(s, q0) - k0),
@@ -178,11 +178,11 @@ struct BlockedAttentionBackward {
         if (!add_queries) clear_rows(sums, tile);
         continue;
       }
-      const Lhs<P> ds_rows = lhs_rows(ds + r0 * SCORES, SCORES, tile, count, ds_copy);
-      const bool apart = add_queries && starts_from_c<P>;
+      const Lhs<P> ds_rows = lhs_rows(ds + r0 * SCORES_STRIDE, SCORES_STRIDE, tile, count, ds_copy);
+      const bool via_tile = add_queries && starts_from_c<P>;
       gemm_masked(finite, key_terms(s, q0 + r0, k0), tile, s.D, count, ds_rows, block.key_rows,
-                  apart ? dq_tile : sums, ld, add_queries && !apart, &queue);
-      for (int64_t j = 0; apart && j < tile * ld; j += W)
+                  via_tile ? dq_tile : sums, ld, add_queries && !via_tile, &queue);
+      for (int64_t j = 0; via_tile && j < tile * ld; j += W)
         store(sums + j, load(sums + j) + load(dq_tile + j));
     }
   }
@@ -211,14 +211,14 @@ struct BlockedAttentionBackward {
     alignas(64) float prob[DROPOUT_ROWS][KEYS];  // p of rows whose delta is not known yet
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t query = q0 + r0 + row;
-      const bool summed = in_one_block(s, query);
+      const bool summed = sees_one_block(s, query);
       of_row[row] = {min(keys, visible_keys(s, query) - k0), sums.m[query], of_sums[row], summed,
                      splat(summed ? 0.0f : delta[query])};
     }
     DropoutFactors factors;
     const auto step = [&](Row& at, int64_t row, int64_t j, auto part) {
-      float* p_at = p + (r0 + row) * SCORES + j;
-      float* ds_at = ds + (r0 + row) * SCORES + j;
+      float* p_at = p + (r0 + row) * SCORES_STRIDE + j;
+      float* ds_at = ds + (r0 + row) * SCORES_STRIDE + j;
       const VF power = exponent(load(p_at), at.m, c);
       const VF of =
           mask(by_inverse ? probability(power, P{}) * at.l : probability(power - at.l, P{}), part);
@@ -246,13 +246,13 @@ struct BlockedAttentionBackward {
     }
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t j = seen; j < width; j += W) {
-        store(p + (r0 + row) * SCORES + j, splat(0.0f));
-        store(ds + (r0 + row) * SCORES + j, splat(0.0f));
+        store(p + (r0 + row) * SCORES_STRIDE + j, splat(0.0f));
+        store(ds + (r0 + row) * SCORES_STRIDE + j, splat(0.0f));
       }
     for (int64_t row = 0; row < rows; ++row) {
       if (!of_row[row].summed) continue;
       const float d = sum(of_row[row].delta);
-      float* ds_row = ds + (r0 + row) * SCORES;
+      float* ds_row = ds + (r0 + row) * SCORES_STRIDE;
       for_vectors(max(0, of_row[row].seen), [&](int64_t j, auto part) {
         store(ds_row + j, mask(load(prob[row] + j) * (load(ds_row + j) - d) * s.scale, part));
       });
@@ -316,7 +316,7 @@ void attention_backward_by_blocks(const AttentionBackward& grad, int64_t at_once
   const int64_t ld = padded_n<typename OperandOf<T>::type>(s.D), size = s.Tq * ld;
   ScratchFrame frame;
   float* total = alloc<float>(frame, heads * size);
-  float* given = alloc<float>(frame, heads * at_once * size);
+  float* contributions = alloc<float>(frame, heads * at_once * size);
   float* delta = alloc<float>(frame, heads * s.Tq);
   for_query_blocks([&](int64_t head, int64_t first, int64_t last) {
     sum_deltas<T>(grad, head, first, last, delta + head * s.Tq);
@@ -326,7 +326,7 @@ void attention_backward_by_blocks(const AttentionBackward& grad, int64_t at_once
     run_tasks(parallel, heads * count, [&](int64_t task) {
       BlockedAttentionBackward<T> backward(grad);
       const int64_t head = task / count;
-      backward.start_head(head, delta + head * s.Tq, given + task * size);
+      backward.start_head(head, delta + head * s.Tq, contributions + task * size);
       backward.key_block(first + task % count, false);
     });
     for_query_blocks([&](int64_t head, int64_t q0, int64_t last) {
@@ -334,7 +334,7 @@ void attention_backward_by_blocks(const AttentionBackward& grad, int64_t at_once
       for (int64_t i = q0; i < last; ++i) {
         float* sums = total + head * size + i * ld;
         for (int64_t n = 0; n < count && first_query(s, first + n) <= q0; ++n) {
-          const float* more = given + (head * count + n) * size + i * ld;
+          const float* more = contributions + (head * count + n) * size + i * ld;
           for (int64_t j = 0; j < ld; j += W)
             store(sums + j, first + n == 0 ? load(more + j) : load(sums + j) + load(more + j));
         }

@@ -83,7 +83,7 @@ void attend_token(const CachedTask<PackedHead<T>>& task, BlockedAttention<T>& at
     const int64_t width = min(KEYS, a.Tk - k0);
     for (int64_t i = 0; i < rows; ++i)
       gemm(1, width, a.D, queries.rows(i), task.cached(h + i).packed_keys().columns(k0),
-           attention.scores + i * SCORES, SCORES, false);
+           attention.scores + i * SCORES_STRIDE, SCORES_STRIDE, false);
     for_vectors(rows, [&](int64_t i, auto part) {
       attention.softmax_rows(0, i, min(W, rows - i), k0, width, part);
     });

@@ -101,8 +101,8 @@ struct SmallAttention {
     for (int64_t n = 0; n < vectors; ++n) highest = vmax(highest, mask(x[n], seen(n), neg_inf));
     highest = splat(max(highest));
     for (int64_t n = 0; n < vectors; ++n) {
-      x[n] = mask(power_of(x[n], highest), seen(n));
-      total = add_tiles(total, x[n]);
+      x[n] = mask(unnormalized_probability(x[n], highest), seen(n));
+      total = add_in_tile_order(total, x[n]);
     }
     total = splat(reduce_row(total, Add{})[0]);
     const VF inverse = inverse_of(total);
@@ -116,11 +116,11 @@ struct SmallAttention {
   // In the first DOT_COLUMNS lanes, sum + x[0 ..] + x[DOT_COLUMNS ..] + ..., in this order: the
   // order in which tiles are added.
   template <int S = 0>
-  static VF add_tiles(VF sum, VF x) {
+  static VF add_in_tile_order(VF sum, VF x) {
     if constexpr (S == W)
       return sum;
     else
-      return add_tiles<S + DOT_COLUMNS>(sum + rotate<S>(x, AllLanes{}), x);
+      return add_in_tile_order<S + DOT_COLUMNS>(sum + rotate<S>(x, AllLanes{}), x);
   }
 
   // Writes P of DOT_ROWS queries, from row r of the block on, with dropout, and their m and l.
@@ -162,7 +162,9 @@ struct SmallAttention {
   };
 
   // A probability before it is divided by the sum of its row.
-  VF power_of(VF x, VF highest) const { return probability(exponent(x, highest, c), P{}); }
+  VF unnormalized_probability(VF x, VF highest) const {
+    return probability(exponent(x, highest, c), P{});
+  }
 
   // 1 / total, but 0 for a query that sees no key.
   static VF inverse_of(VF total) { return total == 0.0f ? splat(0.0f) : 1.0f / total; }
@@ -173,7 +175,7 @@ struct SmallAttention {
     for (int64_t n = 0; n < tiles; ++n) highest = vmax(highest, mask_unseen(x[n], i, n, neg_inf));
     highest = reduce_row(highest, Max{});
     for (int64_t n = 0; n < tiles; ++n) {
-      x[n] = mask_unseen(power_of(x[n], highest), i, n);
+      x[n] = mask_unseen(unnormalized_probability(x[n], highest), i, n);
       total += x[n];
     }
     total = reduce_row(total, Add{});
@@ -205,7 +207,7 @@ struct SmallAttentionBackward {
   using P = typename OperandOf<T>::type;
   using Small = SmallAttention<T>;
   static constexpr int64_t TILES = Small::TILES;
-  static constexpr int64_t QUERIES_SEEING = MAX_SMALL_KEYS + DROPOUT_ROWS;
+  static constexpr int64_t MAX_QUERIES = MAX_SMALL_KEYS + DROPOUT_ROWS;
   static_assert(SUM_ROWS == DOT_COLUMNS, "keys that are summed together are of one tile");
 
   const AttentionBackward& grad;
@@ -213,8 +215,8 @@ struct SmallAttentionBackward {
   int64_t start;  // row 0 of p and ds is this query; the queries before it see no key
   Small small;
   Head<T> dout, dq, dk, dv;
-  alignas(64) float p[QUERIES_SEEING * MAX_SMALL_KEYS];  // p f
-  alignas(64) float ds[QUERIES_SEEING * MAX_SMALL_KEYS];
+  alignas(64) float p[MAX_QUERIES * MAX_SMALL_KEYS];  // p f
+  alignas(64) float ds[MAX_QUERIES * MAX_SMALL_KEYS];
   ScratchFrame frame;
   P* copy;
 
@@ -223,8 +225,8 @@ struct SmallAttentionBackward {
         s(grad.forward),
         start(max(0, s.Tq - s.Tk) / DROPOUT_ROWS * DROPOUT_ROWS),
         small(s),
-        copy(alloc<P>(frame, max(lhs_transposed_elements<P>(QUERIES_SEEING, MAX_SMALL_KEYS),
-                                 QUERIES_SEEING * row_stride<P>(padded_k<P>(MAX_SMALL_KEYS))))) {}
+        copy(alloc<P>(frame, max(lhs_transposed_elements<P>(MAX_QUERIES, MAX_SMALL_KEYS),
+                                 MAX_QUERIES * row_stride<P>(padded_k<P>(MAX_SMALL_KEYS))))) {}
 
   void attend(int64_t index) {
     const int64_t b = index / s.H, h = index % s.H;

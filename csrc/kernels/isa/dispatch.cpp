@@ -95,7 +95,7 @@ std::string amx_refusal() {
 }
 
 // What the machine lacks for this level, as a sentence; empty if nothing.
-std::string machine_lacks(Isa isa) {
+std::string missing_features(Isa isa) {
   const Cpuid base(1, 0), features(7, 0), more(7, 1);
   const auto bit = [](uint32_t word, int index) { return (word >> index & 1) != 0; };
   const uint64_t saved = saved_registers(bit(base.ecx, 27));
@@ -131,7 +131,7 @@ std::string machine_lacks(Isa isa) {
 
 #else
 
-std::string machine_lacks(Isa isa) {
+std::string missing_features(Isa isa) {
   return isa == Isa::generic ? "" : "this machine has no x86-64 processor";
 }
 
@@ -154,7 +154,7 @@ struct Reasons {
   std::string text[kIsaCount];  // empty: the level can run
   Reasons() {
     for (int i = 0; i < kIsaCount; ++i) {
-      text[i] = machine_lacks(static_cast<Isa>(i));
+      text[i] = missing_features(static_cast<Isa>(i));
       if (text[i].empty() && kTables[i] == nullptr) text[i] = "this build has no kernels for it";
     }
   }

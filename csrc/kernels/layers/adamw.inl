@@ -2,8 +2,8 @@
 // over all parameters in two passes: one computes the norm, the other does the rest.
 //
 //   g *= min(1, clip / (|g| + 1e-6)),  m' = b1 m + (1 - b1) g,  v' = b2 v + (1 - b2) g^2
-//   w' = decay w - rate m' / (sqrt(v') root + eps),
-//   decay = 1 - lr * weight decay, rate = lr / (1 - b1^t), root = 1 / sqrt(1 - b2^t)
+//   w' = decay w - rate m' / (sqrt(v') inv_sqrt_correction + eps),
+//   decay = 1 - lr * weight decay, rate = lr / (1 - b1^t), inv_sqrt_correction = 1 / sqrt(1 - b2^t)
 #pragma once
 
 #include "../kernels.h"
@@ -46,7 +46,7 @@ inline void adamw_chunk(const AdamW& s, const AdamWChunk& chunk, float factor) {
     const VF w = load(p.weight + j, part) * p.decay;
     store(p.mean + j, mean, part);
     store(p.square + j, square, part);
-    store(p.weight + j, w - p.rate * mean / (vsqrt(square) * p.root + s.eps), part);
+    store(p.weight + j, w - p.rate * mean / (vsqrt(square) * p.inv_sqrt_correction + s.eps), part);
   });
 }
 

@@ -26,9 +26,10 @@ namespace {
 
 // Columns of the logits per block: a multiple of KC, of every NR and of WeightGrad's groups, so
 // that sums over the vocabulary are the same with and without blocks.
-constexpr int64_t VOCAB = 1536;
-static_assert(VOCAB % Tile<float>::KC == 0 && VOCAB % Tile<bf16>::KC == 0 &&
-              VOCAB % WeightGrad<float>::GROUP == 0 && VOCAB % WeightGrad<bf16>::GROUP == 0);
+constexpr int64_t VOCAB_BLOCK = 1536;
+static_assert(VOCAB_BLOCK % Tile<float>::KC == 0 && VOCAB_BLOCK % Tile<bf16>::KC == 0 &&
+              VOCAB_BLOCK % WeightGrad<float>::GROUP == 0 &&
+              VOCAB_BLOCK % WeightGrad<bf16>::GROUP == 0);
 constexpr int64_t max_logits = int64_t{40} << 20;  // floats per chunk: 768 rows at V = 50,257
 
 // One call of cross_entropy.
@@ -44,12 +45,12 @@ class CrossEntropyPass {
         with_dx_(s.dx != nullptr),
         with_dweight_(s.dweight.data != nullptr),
         with_grad_(with_dx_ || with_dweight_),
-        parts_(s.M, s.V * s.K, min(s.V, VOCAB) + s.K, parallel),
+        parts_(s.M, s.V * s.K, min(s.V, VOCAB_BLOCK) + s.K, parallel),
         k_ld_(padded_n<P>(s.K)),
         x_stride_(row_stride<P>(padded_k<P>(s.K))),
-        logits_ld_(padded_n<P>(with_grad_ ? s.V : min(s.V, VOCAB))),
+        logits_ld_(padded_n<P>(with_grad_ ? s.V : min(s.V, VOCAB_BLOCK))),
         losses_(alloc<float>(frame_, s.M)),
-        sums_(s.dweight, with_dweight_ ? s.V : 0, s.K, whole() ? parts_.count() : 1, frame_),
+        sums_(s.dweight, with_dweight_ ? s.V : 0, s.K, single_block() ? parts_.count() : 1, frame_),
         dln_w_(parts_.blocks(), with_norm_grad(s) ? s.K : 0, frame_),
         dln_b_(parts_.blocks(), with_norm_grad(s) ? s.K : 0, frame_) {
     norm_.mean = alloc<float>(frame_, s.M);
@@ -61,7 +62,7 @@ class CrossEntropyPass {
   }
 
   void run() {
-    if (whole())
+    if (single_block())
       whole_vocabulary();
     else
       vocabulary_in_blocks();
@@ -87,7 +88,7 @@ class CrossEntropyPass {
           sums(alloc<RowSum>(frame, count)) {}
   };
 
-  bool whole() const { return s_.V <= VOCAB; }
+  bool single_block() const { return s_.V <= VOCAB_BLOCK; }
   float* logits(const Rows& at, int64_t v0) const { return at.logits + (with_grad_ ? v0 : 0); }
   bool dx_in_place() const {
     return with_dx_ && sizeof(T) == sizeof(float) && !norm_.weight && k_ld_ == s_.K;
@@ -97,7 +98,7 @@ class CrossEntropyPass {
   static bool with_norm_grad(const CrossEntropy& s) {
     return s.norm.weight.data && (s.dx || s.dnorm.weight.data || s.dnorm.bias.data);
   }
-  int64_t columns(int64_t v0) const { return min(VOCAB, s_.V - v0); }
+  int64_t columns(int64_t v0) const { return min(VOCAB_BLOCK, s_.V - v0); }
   Weight weight_rows(int64_t v0) const { return rows_from(s_.weight, v0, s_.K); }
   bool ignored(int64_t m) const { return s_.targets[m] == s_.ignore_index; }
   float weight_of(int64_t m) const {
@@ -134,7 +135,7 @@ class CrossEntropyPass {
   // is as large as the outer cache can hold its operands; but its logits are at most max_logits,
   // unless that is less than KC rows.
   int64_t blocks_in_chunk() const {
-    const int64_t cached = blocks_per_chunk<P>(s_.M, VOCAB + s_.K, parallel_);
+    const int64_t cached = blocks_per_chunk<P>(s_.M, VOCAB_BLOCK + s_.K, parallel_);
     if (!with_grad_) return cached;
     constexpr int64_t min_blocks = Tile<P>::KC / ROWS;
     const int64_t fitting = max_logits / (ROWS * padded_n<P>(s_.V));
@@ -144,7 +145,7 @@ class CrossEntropyPass {
   void vocabulary_in_blocks() {
     ScratchFrame frame;
     const int64_t chunk = blocks_in_chunk();
-    const WeightGrad<P> dweight(sums_, 0, with_dweight_ ? chunk : 0, frame, VOCAB);
+    const WeightGrad<P> dweight(sums_, 0, with_dweight_ ? chunk : 0, frame, VOCAB_BLOCK);
     for (int64_t first = 0; first < parts_.blocks(); first += chunk)
       vocabulary_in_blocks(dweight, first, min(chunk, parts_.blocks() - first));
   }
@@ -158,7 +159,7 @@ class CrossEntropyPass {
       run_tasks(parallel_, slots, [&](int64_t slot) { f(chunk[slot], slot); });
     };
     for_slots([&](Rows& rows, int64_t slot) { start(rows, slot, dweight); });
-    for (int64_t v0 = 0; v0 < s_.V; v0 += VOCAB) {
+    for (int64_t v0 = 0; v0 < s_.V; v0 += VOCAB_BLOCK) {
       ScratchFrame frame;
       const Rhs<P> w =
           weight_transposed<T>(weight_rows(v0), columns(v0), s_.K, frame, parallel_).dense();
@@ -167,7 +168,7 @@ class CrossEntropyPass {
     for_slots([&](Rows& rows, int64_t) { finish_losses(rows); });
     if (!with_grad_) return;
     const int64_t rows_in_all = min(s_.M, (first + slots) * ROWS) - first * ROWS;
-    for (int64_t v0 = 0; v0 < s_.V; v0 += VOCAB) {
+    for (int64_t v0 = 0; v0 < s_.V; v0 += VOCAB_BLOCK) {
       ScratchFrame frame;
       const Rhs<P> w =
           with_dx_ ? weight_straight<P>(weight_rows(v0), columns(v0), s_.K, frame, parallel_)
@@ -195,7 +196,7 @@ class CrossEntropyPass {
       float* s = scores + i * logits_ld_;
       const int64_t target = s_.targets[at.m0 + i] - v0;
       if (!ignored(at.m0 + i) && target >= 0 && target < n) row.target = s[target];
-      add_logits(s, n, row, whole() && with_grad_ ? s : nullptr);
+      add_logits(s, n, row, single_block() && with_grad_ ? s : nullptr);
     }
   }
 
@@ -228,7 +229,8 @@ class CrossEntropyPass {
     const bool counts = share != 0.0f;
     for_vectors(n, [&](int64_t j, auto part) {
       VF p = splat(0.0f);
-      if (counts) p = (whole() ? load(ds + j, part) : exp(load(ds + j, part) - row.m)) * each;
+      if (counts)
+        p = (single_block() ? load(ds + j, part) : exp(load(ds + j, part) - row.m)) * each;
       store(ds + j, p, part);
     });
     const int64_t target = s_.targets[m] - v0;

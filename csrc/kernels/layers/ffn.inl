@@ -24,9 +24,10 @@ namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
 // Hidden columns per block; a multiple of every NR and of WeightGrad's groups.
-constexpr int64_t HIDDEN = 576;
+constexpr int64_t HIDDEN_BLOCK = 576;
 
-static_assert(HIDDEN % WeightGrad<float>::GROUP == 0 && HIDDEN % WeightGrad<bf16>::GROUP == 0);
+static_assert(HIDDEN_BLOCK % WeightGrad<float>::GROUP == 0 &&
+              HIDDEN_BLOCK % WeightGrad<bf16>::GROUP == 0);
 
 // GELU and its derivative.
 struct GeluValue {
@@ -96,32 +97,33 @@ inline void finish_ffn(const Ffn& s, const FfnOperands<T>& with, int64_t m0, int
   }
 }
 
-// A task computes whole rows of y, the hidden activations in blocks of HIDDEN columns.
+// A task computes whole rows of y, the hidden activations in blocks of HIDDEN_BLOCK columns.
 template <class T>
 void ffn_by_rows(const Ffn& s, const FfnOperands<T>& with, const Parallel& parallel) {
   using P = typename OperandOf<T>::type;
-  const int64_t M = s.M, C = s.C, F = s.F, ld = padded_n<P>(C), h_stride = row_stride<P>(HIDDEN);
+  const int64_t M = s.M, C = s.C, F = s.F, ld = padded_n<P>(C),
+                h_stride = row_stride<P>(HIDDEN_BLOCK);
   run_tasks(parallel, divide_up(M, ROWS), [&](int64_t block) {
     const int64_t m0 = block * ROWS, rows = min(ROWS, M - m0);
     ScratchFrame frame;
     P* copy = alloc<P>(frame, rows * row_stride<P>(padded_k<P>(C)));
     const Lhs<P> a = norm_rows(static_cast<const T*>(s.x), m0, rows, C, with.norm, true, copy);
-    float* u = alloc<float>(frame, rows * HIDDEN);
+    float* u = alloc<float>(frame, rows * HIDDEN_BLOCK);
     P* h = alloc<P>(frame, rows * h_stride);
     float* c = alloc<float>(frame, rows * ld);
-    for (int64_t f0 = 0; f0 < F; f0 += HIDDEN) {
-      const int64_t f = min(HIDDEN, F - f0), padded = padded_k<P>(f);
+    for (int64_t f0 = 0; f0 < F; f0 += HIDDEN_BLOCK) {
+      const int64_t f = min(HIDDEN_BLOCK, F - f0), padded = padded_k<P>(f);
       const PackedWeight<P> w1 = with.w1.columns(f0);
       T* hidden = s.hidden ? static_cast<T*>(s.hidden) + m0 * F + f0 : nullptr;
       const auto fetch = [&](int64_t i, int64_t tile, int64_t j, int64_t columns) {
         if (hidden) fetch_block<true>(hidden + i * F + j, F, tile, columns);
       };
       const auto finish = [&](int64_t i, int64_t tile, int64_t j, int64_t columns) {
-        activate(tile, columns, u + i * HIDDEN + j, HIDDEN, w1.scales ? w1.scales + j : nullptr,
-                 with.b1 ? with.b1 + f0 + j : nullptr, s.gelu,
+        activate(tile, columns, u + i * HIDDEN_BLOCK + j, HIDDEN_BLOCK,
+                 w1.scales ? w1.scales + j : nullptr, with.b1 ? with.b1 + f0 + j : nullptr, s.gelu,
                  hidden ? hidden + i * F + j : nullptr, F, h + i * h_stride + j, h_stride);
       };
-      gemm(rows, f, C, a, w1, u, HIDDEN, false, Fetching{fetch, finish});
+      gemm(rows, f, C, a, w1, u, HIDDEN_BLOCK, false, Fetching{fetch, finish});
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = f; j < padded; ++j) h[i * h_stride + j] = P{};
       gemm(rows, C, f, Lhs<P>{h, h_stride, Tile<P>::KU}, with.w2.rows(f0), c, ld, f0 > 0);
@@ -162,8 +164,8 @@ void ffn_by_columns(const Ffn& s, const FfnOperands<T>& with, const Parallel& pa
              [&](int64_t m0, int64_t rows, int64_t c0, int64_t n, int64_t ld) {
                ScratchFrame task_frame;
                float* c = alloc<float>(task_frame, rows * ld);
-               for (int64_t f0 = 0; f0 < F; f0 += HIDDEN)
-                 gemm(rows, n, min(HIDDEN, F - f0),
+               for (int64_t f0 = 0; f0 < F; f0 += HIDDEN_BLOCK)
+                 gemm(rows, n, min(HIDDEN_BLOCK, F - f0),
                       Lhs<P>{h + m0 * h_stride + f0, h_stride, Tile<P>::KU},
                       with.w2.columns(c0).rows(f0), c, ld, f0 > 0);
                finish_ffn(s, with, m0, rows, c0, n, c, ld);
@@ -185,7 +187,8 @@ template <class T>
 void ffn_backward_typed(const FfnBackward& s, const Parallel& parallel) {
   using P = typename OperandOf<T>::type;
   const Ffn& f = s.forward;
-  const int64_t M = f.M, C = f.C, F = f.F, ld = padded_n<P>(C), u_stride = row_stride<P>(HIDDEN);
+  const int64_t M = f.M, C = f.C, F = f.F, ld = padded_n<P>(C),
+                u_stride = row_stride<P>(HIDDEN_BLOCK);
   const T* x = static_cast<const T*>(f.x);
   const T* dy = static_cast<const T*>(s.dy);
   const T* hidden = static_cast<const T*>(f.hidden);
@@ -213,7 +216,7 @@ void ffn_backward_typed(const FfnBackward& s, const Parallel& parallel) {
       float* g = alloc<float>(task_frame, rows * ld);
       float* dn = alloc<float>(task_frame, rows * ld);
       float* normalized = alloc<float>(task_frame, rows * ld);
-      float* dh = alloc<float>(task_frame, rows * HIDDEN);
+      float* dh = alloc<float>(task_frame, rows * HIDDEN_BLOCK);
       P* h = alloc<P>(task_frame, rows * u_stride);
       P* du = alloc<P>(task_frame, rows * u_stride);
       P* g_copy = alloc<P>(task_frame, rows * row_stride<P>(padded_k<P>(C)));
@@ -224,8 +227,8 @@ void ffn_backward_typed(const FfnBackward& s, const Parallel& parallel) {
         });
       apply_dropout(f.dropout, 0, m0, 0, rows, C, g, ld);
       const Lhs<P> g_rows = lhs_rows(g, ld, rows, C, g_copy);
-      for (int64_t f0 = 0; f0 < F; f0 += HIDDEN) {
-        const int64_t columns = min(HIDDEN, F - f0);
+      for (int64_t f0 = 0; f0 < F; f0 += HIDDEN_BLOCK) {
+        const int64_t columns = min(HIDDEN_BLOCK, F - f0);
         const int64_t padded = padded_k<P>(columns);
         const T* u = hidden + m0 * F + f0;
         const auto fetch = [&](int64_t i, int64_t tile, int64_t j, int64_t n) {
@@ -238,7 +241,7 @@ void ffn_backward_typed(const FfnBackward& s, const Parallel& parallel) {
             VF total = load(sum_at, part);
             for (int64_t i = i0; i < i0 + tile; ++i) {
               const GeluValue at = gelu<P>(load(u + i * F + j, part), f.gelu);
-              const VF d = load(dh + i * HIDDEN + j, part) * at.slope;
+              const VF d = load(dh + i * HIDDEN_BLOCK + j, part) * at.slope;
               store(h + i * u_stride + j, at.value, part);
               store(du + i * u_stride + j, d, part);
               total += d;
@@ -247,10 +250,10 @@ void ffn_backward_typed(const FfnBackward& s, const Parallel& parallel) {
           });
         };
         if (with_du) {
-          gemm(rows, columns, C, g_rows, w2.columns(f0), dh, HIDDEN, false,
+          gemm(rows, columns, C, g_rows, w2.columns(f0), dh, HIDDEN_BLOCK, false,
                Fetching{fetch, derive});
         } else if (with_dw2) {  // only h is needed
-          __builtin_memset(dh, 0, static_cast<size_t>(rows * HIDDEN) * sizeof(float));
+          __builtin_memset(dh, 0, static_cast<size_t>(rows * HIDDEN_BLOCK) * sizeof(float));
           derive(0, rows, 0, columns);
         }
         for (int64_t i = 0; i < rows; ++i)

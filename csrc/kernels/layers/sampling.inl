@@ -39,7 +39,7 @@ inline VI ordered(VI bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
 // The largest t in [lowest, highest] for which reaches(t) holds. It must hold for `lowest` and,
 // once it fails, fail for all larger t.
 template <class F>
-inline int32_t last_that_reaches(int32_t lowest, int32_t highest, const F& reaches) {
+inline int32_t bisect_last(int32_t lowest, int32_t highest, const F& reaches) {
   int64_t low = lowest, high = highest;
   while (low < high) {
     const int64_t middle = low + (high - low + 1) / 2;
@@ -71,7 +71,7 @@ struct Distribution {
     }
   }
 
-  void weigh(float temperature) const {
+  void compute_weights(float temperature) const {
     const float highest = highest_score(z, width), c = log2e / temperature;
     for (int64_t j = 0; j < width; j += W) {
       // At a temperature near 0, c may be infinite: 0 * c would be NaN.
@@ -84,7 +84,7 @@ struct Distribution {
     const auto key = [&](int64_t j) { return ordered(bits(load(z + j))); };
     const int32_t highest = ordered(bits(splat(highest_score(z, width))))[0];
     const int32_t lowest = ordered(bits(splat(neg_inf)))[0];
-    const int32_t threshold = last_that_reaches(lowest, highest, [&](int32_t t) {
+    const int32_t threshold = bisect_last(lowest, highest, [&](int32_t t) {
       VI count = {};
       for (int64_t j = 0; j < width; j += W) count -= key(j) >= t;
       int64_t total = 0;
@@ -116,7 +116,7 @@ struct Distribution {
   void keep_top_p(float top_p) const {
     const float wanted = top_p * mass_from(0);
     const int32_t highest = bits(splat(1.0f))[0];
-    keep_from(last_that_reaches(0, highest, [&](int32_t t) { return mass_from(t) >= wanted; }));
+    keep_from(bisect_last(0, highest, [&](int32_t t) { return mass_from(t) >= wanted; }));
   }
 
   void keep_min_p(float min_p) const { keep_from(bits(splat(min_p))[0]); }
@@ -169,7 +169,7 @@ Sample sample(const Sampling& how, const SampleRow& s) {
   if (how.temperature == 0.0f) {
     token = first_index_of(highest_score(of.z, s.V), of.z, s.V);
   } else {
-    of.weigh(how.temperature);
+    of.compute_weights(how.temperature);
     if (how.top_k > 0 && how.top_k < s.V) of.keep_top_k(how.top_k);
     if (how.top_p < 1.0f) of.keep_top_p(how.top_p);
     if (how.min_p > 0.0f) of.keep_min_p(how.min_p);

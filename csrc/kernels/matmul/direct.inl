@@ -144,7 +144,7 @@ template <int M, int NV, class P, class T, class Part>
                 end = terms.to(M - 1);
   const P* unit = a.data + t / KU * a.step;
   b += t * ldb;
-  const auto terms_of_some = [&](int64_t until) __attribute__((always_inline)) {
+  const auto add_partly_masked_units = [&](int64_t until) __attribute__((always_inline)) {
     for (; t < until; t += KU, unit += a.step, b += KU * ldb)
 #pragma GCC unroll 4
       for (int i = 0; i < M; ++i) {
@@ -163,7 +163,7 @@ template <int M, int NV, class P, class T, class Part>
                                               has[KU - 1] ? b + ldb + v * W : nullptr, part));
       }
   };
-  terms_of_some(min(all_from, end));
+  add_partly_masked_units(min(all_from, end));
   for (; t < all_to; t += KU, unit += a.step, b += KU * ldb) {
     typename S::Vector column[NV];
 #pragma GCC unroll 4
@@ -175,7 +175,7 @@ template <int M, int NV, class P, class T, class Part>
       for (int v = 0; v < NV; ++v) acc[i][v] = S::add(acc[i][v], x, column[v]);
     }
   }
-  terms_of_some(end);
+  add_partly_masked_units(end);
 }
 
 // NV vectors of columns of C (M, n) = A (M, k) B (k, n), over the unmasked terms of each row.

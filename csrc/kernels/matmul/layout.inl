@@ -32,7 +32,7 @@ template <>
 struct Tile<float> {
   // MR x 2 accumulators fill the register file except for what the operands need.
   static constexpr int MR = W == 16 ? 12 : 6;
-  static constexpr int TALL = W == 16 ? 16 : 8;  // rows of a tile that is one vector wide
+  static constexpr int MR_NARROW = W == 16 ? 16 : 8;  // rows of a tile that is one vector wide
   static constexpr int NR = 2 * W;
   static constexpr int KU = 1;
   static constexpr int KPAD = 1;  // K is padded to a multiple of this
@@ -49,11 +49,11 @@ template <>
 struct Tile<bf16> {
 #if GPTFAST_AMX
   static constexpr int MR = 32;
-  static constexpr int TALL = 32;
+  static constexpr int MR_NARROW = 32;
   static constexpr int KPAD = 32;
 #else
   static constexpr int MR = 12;
-  static constexpr int TALL = 16;
+  static constexpr int MR_NARROW = 16;
   static constexpr int KPAD = 2;
 #endif
   static constexpr int NR = 2 * W;

@@ -33,7 +33,7 @@ inline bool finite_rows(Rhs<P> b, int64_t n, int64_t first, int64_t last) {
 
 // A copy of B (k, n) in `copy`, with zeros in place of all rows but [first, last).
 template <class P>
-inline Rhs<P> rows_alone(Rhs<P> b, int64_t n, int64_t k, int64_t first, int64_t last, P* copy) {
+inline Rhs<P> with_only_rows(Rhs<P> b, int64_t n, int64_t k, int64_t first, int64_t last, P* copy) {
   constexpr int NR = Tile<P>::NR, KU = Tile<P>::KU;
   const Rhs<P> alone = {copy, panel_elements<P>(k)};
   for (int64_t n0 = 0; n0 < n; n0 += NR) {
@@ -57,7 +57,7 @@ inline void gemm_masked(bool finite, const Terms& terms, int64_t m, int64_t n, i
   ScratchFrame frame;
   P* copy = alloc<P>(frame, rhs_elements<P>(k, n));
   for (int64_t i = 0; i < m; ++i)
-    gemm(1, n, k, a.rows(i), rows_alone(b, n, k, terms.from(i), terms.to(i), copy), c + i * ldc,
+    gemm(1, n, k, a.rows(i), with_only_rows(b, n, k, terms.from(i), terms.to(i), copy), c + i * ldc,
          ldc, add);
 }
 

@@ -66,7 +66,7 @@ using Microkernel = void (*)(int64_t, const Lhs<P>&, const P*, float*, int64_t, 
 // The maximum number of rows of a tile that is n <= NR columns wide.
 template <class P>
 constexpr int tile_rows_for(int64_t n) {
-  return n <= W ? Tile<P>::TALL : Tile<P>::MR;
+  return n <= W ? Tile<P>::MR_NARROW : Tile<P>::MR;
 }
 
 // The table of microkernels for tiles of NV vectors: rows[m] computes m >= 1 rows.
@@ -81,9 +81,9 @@ struct Microkernels<P, NV, 0> {
 
 template <class P>
 inline Microkernel<P> microkernel_of(int64_t m, int64_t n) {
-  static constexpr Microkernels<P, 1> narrow_ones;
-  static constexpr Microkernels<P, 2> wide_ones;
-  return n <= W ? narrow_ones.rows[m] : wide_ones.rows[m];
+  static constexpr Microkernels<P, 1> one_vector;
+  static constexpr Microkernels<P, 2> two_vectors;
+  return n <= W ? one_vector.rows[m] : two_vectors.rows[m];
 }
 
 // One row of A times NV vectors of each of PANELS panels, `panel` elements apart. A single row

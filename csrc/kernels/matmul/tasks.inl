@@ -29,9 +29,9 @@ inline void for_blocks(int64_t M, int64_t N, int64_t column_bytes, int nr, const
                        const F& f) {
   const int64_t block = M <= 2 * ROWS ? max(1, M) : ROWS, row_blocks = divide_up(M, block);
   const int64_t max_columns = min(1024, round_up((64 << 10) / block, nr));
-  const bool few = row_blocks < 2 * parallel.threads;
+  const bool few_rows = row_blocks < 2 * parallel.threads;
   const int64_t wanted = row_blocks == 1 ? parallel.threads : 2 * parallel.threads;
-  const int64_t shared = few ? divide_up(wanted, max(1, row_blocks)) : 1;
+  const int64_t shared = few_rows ? divide_up(wanted, max(1, row_blocks)) : 1;
   const int64_t min_columns = min_tasks_per_thread(N, block * N * column_bytes, parallel);
   const int64_t parts = min(shared * divide_up(N, shared * max_columns), divide_up(N, min_columns));
   const int64_t columns = round_up(divide_up(N, max(parts, divide_up(N, max_columns))), nr);
@@ -39,8 +39,8 @@ inline void for_blocks(int64_t M, int64_t N, int64_t column_bytes, int nr, const
   const int64_t group = min_columns < N ? 1 : max(1, tasks);  // too little work: a single task
   run_tasks(parallel, divide_up(tasks, group), [&](int64_t first) {
     for (int64_t task = first * group; task < min(tasks, (first + 1) * group); ++task) {
-      const int64_t m0 = (few ? task % row_blocks : task / column_blocks) * block;
-      const int64_t n0 = (few ? task / row_blocks : task % column_blocks) * columns;
+      const int64_t m0 = (few_rows ? task % row_blocks : task / column_blocks) * block;
+      const int64_t n0 = (few_rows ? task / row_blocks : task % column_blocks) * columns;
       f(m0, min(block, M - m0), n0, min(columns, N - n0), columns);
     }
   });

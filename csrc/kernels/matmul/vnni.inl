@@ -196,9 +196,9 @@ struct VnniKernelChoice {
 };
 inline VnniKernelChoice vnni_kernel_of(int64_t rows, int64_t n) {
   constexpr int64_t NR = 2 * W;
-  static constexpr VnniKernels<1> narrow_ones;
-  static constexpr VnniKernels<2> wide_ones;
-  return {n <= W ? narrow_ones.rows[rows] : wide_ones.rows[rows], min(n, NR)};
+  static constexpr VnniKernels<1> one_vector;
+  static constexpr VnniKernels<2> two_vectors;
+  return {n <= W ? one_vector.rows[rows] : two_vectors.rows[rows], min(n, NR)};
 }
 // A single row needs several panels at once, because each step of a sum waits for the one before.
 inline VnniKernelChoice vnni_kernel_of_row(int64_t n) {

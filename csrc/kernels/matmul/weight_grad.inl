@@ -81,7 +81,7 @@ class RowParts {
   template <class F>
   void for_each(const F& f) const {
     if (count_ > 1 && count_ % parallel_.threads == 0) {
-      run_tasks(parallel_, count_, [&](int64_t i) { f(part(i, Tile<P>::KC / ROWS, in_turn)); });
+      run_tasks(parallel_, count_, [&](int64_t i) { f(part(i, Tile<P>::KC / ROWS, sequential)); });
     } else {
       for (int64_t i = 0; i < count_; ++i) f(part(i, shared_chunk_, parallel_));
     }

@@ -83,37 +83,37 @@ inline void pack_weight_panels(const Param& w, int64_t n, int64_t k, P* out,
 
 // An 8-bit weight is stored as its scales followed by its panels: bytes in the order of layout.inl
 // for products that widen them, [K / QUAD][NR][QUAD] for those of vnni.inl. The scale of row n of W
-// is max_k |W_nk| / 127. byte_panel is the size of one panel.
+// is max_k |W_nk| / 127. int8_panel is the size of one panel.
 template <class P>
-inline int64_t byte_panel(Packing packing, int64_t k) {
+inline int64_t int8_panel(Packing packing, int64_t k) {
   return packing == Packing::int8_vnni ? round_up(k, QUAD) * Tile<P>::NR : panel_elements<P>(k);
 }
 template <class P>
-inline int64_t byte_weight_size(Packing packing, int64_t n, int64_t k) {
+inline int64_t int8_weight_size(Packing packing, int64_t n, int64_t k) {
   return padded_n<P>(n) * static_cast<int64_t>(sizeof(float)) +
-         byte_panel<P>(packing, k) * divide_up(n, Tile<P>::NR);
+         int8_panel<P>(packing, k) * divide_up(n, Tile<P>::NR);
 }
 template <class P>
-inline PackedWeight<P> byte_weight(Packing packing, const void* packed, int64_t n, int64_t k) {
+inline PackedWeight<P> int8_weight(Packing packing, const void* packed, int64_t n, int64_t k) {
   const float* scales = static_cast<const float*>(packed);
   const bool vnni = packing == Packing::int8_vnni;
   return {vnni ? WeightFormat::int8_vnni : WeightFormat::int8, scales + padded_n<P>(n),
-          byte_panel<P>(packing, k), scales};
+          int8_panel<P>(packing, k), scales};
 }
 
 // Writes elements [first, first + k) of a weight, divided by their scale and rounded to integers,
 // to `units`. Returns the scale, the largest magnitude / 127, or NaN if an element is not finite.
-inline float to_units(const Param& w, int64_t first, int64_t k, float* units) {
-  VF largest = splat(0.0f), nothing = splat(0.0f);
+inline float quantize_row(const Param& w, int64_t first, int64_t k, float* units) {
+  VF largest = splat(0.0f), nan_if_not_finite = splat(0.0f);
   with_elements(w, [&](auto* data) {
     for_vectors(k, [&](int64_t j, auto part) {
       const VF x = load(data + first + j, part);
       largest = vmax(largest, vmax(x, -x));
-      nothing += x - x;
+      nan_if_not_finite += x - x;
       store(units + j, x, part);
     });
   });
-  const float unit = max(largest) / 127.0f + sum(nothing),
+  const float unit = max(largest) / 127.0f + sum(nan_if_not_finite),
               inverse = unit > 0.0f ? 1.0f / unit : 0.0f;
   constexpr float shift = 0x1.8p23f;  // adding it rounds to an integer
   for_vectors(
@@ -131,7 +131,7 @@ template <class P>
 inline void pack_weight_bytes(Packing packing, const Param& w, int64_t n, int64_t k, void* packed,
                               const Parallel& parallel) {
   constexpr int NR = Tile<P>::NR;
-  const PackedWeight<P> out = byte_weight<P>(packing, packed, n, k);
+  const PackedWeight<P> out = int8_weight<P>(packing, packed, n, k);
   run_tasks(parallel, divide_up(n, NR), [&](int64_t index) {
     const int64_t n0 = index * NR, rows = min(NR, n - n0);
     ScratchFrame frame;
@@ -139,7 +139,7 @@ inline void pack_weight_bytes(Packing packing, const Param& w, int64_t n, int64_
     float* units = alloc<float>(frame, NR * ld);
     float* scales = const_cast<float*>(out.scales + n0);
     for (int64_t i = 0; i < rows; ++i) {
-      scales[i] = to_units(w, (n0 + i) * k, k, units + i * ld);
+      scales[i] = quantize_row(w, (n0 + i) * k, k, units + i * ld);
       for (int64_t j = k; j < ld; ++j) units[i * ld + j] = 0.0f;
     }
     for (int64_t i = rows; i < NR; ++i) scales[i] = 0.0f;
@@ -157,14 +157,14 @@ inline void pack_weight_bytes(Packing packing, const Param& w, int64_t n, int64_
 // narrower than the products read them: bf16 takes half the memory even where it is multiplied as
 // float.
 template <class T>
-constexpr bool kept_narrow = sizeof(T) < sizeof(typename OperandOf<T>::type);
+constexpr bool stored_narrower = sizeof(T) < sizeof(typename OperandOf<T>::type);
 
 // Packs the weight (N, K) as W' in elements of T.
 template <class T>
 inline void pack_weight_dense(const Param& w, int64_t n, int64_t k, T* out,
                               const Parallel& parallel) {
   using P = typename OperandOf<T>::type;
-  if constexpr (!kept_narrow<T>) {
+  if constexpr (!stored_narrower<T>) {
     pack_weight_panels(w, n, k, out, parallel);
   } else {
     const int64_t size = panel_elements<P>(k);
@@ -187,8 +187,9 @@ template <class T, class P = typename OperandOf<T>::type>
 inline PackedWeight<P> weight_transposed(const Weight& w, int64_t n, int64_t k, ScratchFrame& frame,
                                          const Parallel& parallel) {
   const int64_t panel = panel_elements<P>(k);
-  if (w.packed && w.packing != Packing::dense) return byte_weight<P>(w.packing, w.packed, n, k);
-  if (w.packed) return {kept_narrow<T> ? WeightFormat::bf16 : WeightFormat::dense, w.packed, panel};
+  if (w.packed && w.packing != Packing::dense) return int8_weight<P>(w.packing, w.packed, n, k);
+  if (w.packed)
+    return {stored_narrower<T> ? WeightFormat::bf16 : WeightFormat::dense, w.packed, panel};
   P* out = alloc<P>(frame, rhs_elements<P>(k, n));
   pack_weight_panels(w.param, n, k, out, parallel);
   return {WeightFormat::dense, out, panel};
@@ -212,7 +213,7 @@ template <class T>
 inline int64_t packed_weight_size(Packing packing, int64_t n, int64_t k) {
   using P = typename OperandOf<T>::type;
   return packing == Packing::dense ? rhs_elements<P>(k, n) * static_cast<int64_t>(sizeof(T))
-                                   : byte_weight_size<P>(packing, n, k);
+                                   : int8_weight_size<P>(packing, n, k);
 }
 int64_t packed_weight_bytes(DType dtype, Packing packing, int64_t n, int64_t k) {
   return dtype == DType::f32 ? packed_weight_size<float>(packing, n, k)

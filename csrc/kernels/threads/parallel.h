@@ -7,10 +7,11 @@ namespace gptfast {
 
 // Runs all tasks on the calling thread. Static, because the files of different levels must not
 // share a function (kernels.inl).
-static inline void run_in_turn(void*, int64_t tasks, void (*body)(void*, int64_t), void* context) {
+static inline void run_sequentially(void*, int64_t tasks, void (*body)(void*, int64_t),
+                                    void* context) {
   for (int64_t task = 0; task < tasks; ++task) body(context, task);
 }
-constexpr Parallel in_turn{run_in_turn, 1};
+constexpr Parallel sequential{run_sequentially, 1};
 
 // Calls f(task) for each task in [0, tasks).
 template <class F>

@@ -12,7 +12,7 @@ inline void pause() {
 }
 
 // Whether `state` differs from `value` within about 20 us.
-bool changes_at_once(const std::atomic<int>& state, int value) {
+bool changes_within_20us(const std::atomic<int>& state, int value) {
   for (int looks = 0; looks < 500; ++looks, pause())
     if (state.load(std::memory_order_acquire) != value) return true;
   return false;
@@ -21,7 +21,7 @@ bool changes_at_once(const std::atomic<int>& state, int value) {
 // The same within about a millisecond: the next loop usually follows soon, and waking a thread that
 // sleeps takes long.
 bool changes_soon(const std::atomic<int>& state, int value) {
-  if (changes_at_once(state, value)) return true;
+  if (changes_within_20us(state, value)) return true;
   for (int looks = 0; looks < 1500; ++looks, std::this_thread::yield())
     if (state.load(std::memory_order_acquire) != value) return true;
   return false;
@@ -46,11 +46,11 @@ void Team::loop(int64_t tasks, void (*body)(void*, int64_t), void* context) {
     if (shared) member.next.store(member.loop.first, std::memory_order_relaxed);
     // A member cannot join an unshared loop while the leader works, so the team's first loop waits
     // a little for the members to arrive.
-    if (!begun_ && !shared && i > 0) changes_at_once(member.state, absent);
+    if (!has_run_loop_ && !shared && i > 0) changes_within_20us(member.state, absent);
   }
-  // All members read the cache line that holds begun_ and its neighbours, so it is written only
-  // when it changes.
-  if (!begun_) begun_ = true;
+  // All members read the cache line that holds has_run_loop_ and its neighbours, so it is written
+  // only when it changes.
+  if (!has_run_loop_) has_run_loop_ = true;
   offer_again();
   work(0);
   // The leader itself does the tasks of members that still cannot take up an unshared loop.

@@ -63,7 +63,7 @@ class Team {
   void dismiss();
 
   std::vector<Member> members_;
-  bool begun_ = false;  // whether the team has run a loop of several tasks
+  bool has_run_loop_ = false;  // whether the team has run a loop of several tasks
   std::atomic<bool> failed_{false};
   std::exception_ptr failure_;
 };
