@@ -553,7 +553,7 @@ def test_the_steps_of_a_call_do_not_change_the_bits(
     prompts = prompts_for(model.config)
     whole = gptfast.generate(model, prompts, max_new_tokens=50, **options)
     for name in ("INTERRUPT_SECONDS", "STREAM_SECONDS"):
-        monkeypatch.setattr(f"gptfast.generation.generation.{name}", 0.0)  # a step at a time
+        monkeypatch.setattr(f"gptfast.generation.api.{name}", 0.0)  # a step at a time
     assert gptfast.generate(model, prompts, max_new_tokens=50, **options) == whole
     streamed: list[list[int]] = [[] for _ in whole]
     for i, piece in gptfast.stream(model, prompts, max_new_tokens=50, **options):

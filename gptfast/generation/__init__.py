@@ -4,8 +4,7 @@ Each loop generates what a `Request` asks for: the compiled engine on the CPU, C
 plain torch, which is the specification.
 """
 
-from gptfast.generation.engine import PackedModel, pack
-from gptfast.generation.generation import (
+from gptfast.generation.api import (
     FinishReason,
     Generation,
     Piece,
@@ -13,6 +12,7 @@ from gptfast.generation.generation import (
     make_request,
     stream,
 )
+from gptfast.generation.engine import PackedModel, pack
 from gptfast.generation.scoring import Score, score
 
 __all__ = [
