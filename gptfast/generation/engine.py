@@ -1,6 +1,7 @@
 """The compiled engine as Python sees it: a model packed for it, and the sequences of a request."""
 
 import warnings
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -147,7 +148,7 @@ class Engine:
     """The sequences of a request in the compiled engine; see request.Loop."""
 
     def __init__(self, packed: PackedModel, request: Request) -> None:
-        extension, config, sampling = _extension(), packed.config, request.sampling
+        extension, config = _extension(), packed.config
         self._request = request
         longest = max((len(prompt) for prompt in request.prompts), default=0)
         longest += request.max_new_tokens - 1
@@ -160,7 +161,7 @@ class Engine:
         options.slots = slots_at_once(
             request, len(request.prompts), options.capacity, slot, used_bytes=table
         )
-        options.sampling = sampling.as_numbers(config.vocab_size)
+        options.sampling = astuple(request.sampling)
         options.max_new_tokens = request.max_new_tokens
         options.stride = request.stride or 0
         options.top_logprobs = request.alternatives
