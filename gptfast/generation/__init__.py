@@ -1,7 +1,7 @@
-"""From a model to texts, and how likely given texts are.
+"""Generates texts by a model, and scores how likely given texts are.
 
-Each loop generates what a `Request` asks for: the compiled engine on the CPU, CUDA graphs on a GPU,
-plain torch, which is the specification.
+A call becomes a `Request`, and one of three loops generates its sequences: the compiled engine on
+the CPU, CUDA graphs on a GPU, or plain torch, which is the specification of both.
 """
 
 from gptfast.generation.api import (
