@@ -27,7 +27,7 @@ import gptfast
 from gptfast import GPT, GPTConfig
 from gptfast.generation import make_request
 from gptfast.generation.engine import Engine, PackedModel
-from gptfast.generation.reference_loop import reference_model
+from gptfast.generation.snapshot import snapshot
 
 # How far below the largest logit of the float64 model a token's may lie, relative to the size of
 # the logits, to be the likeliest token but for rounding.
@@ -202,7 +202,7 @@ def verify(shape: Shape, dtype: str, contenders: dict[str, Generate]) -> None:
 @functools.lru_cache(maxsize=2)
 def oracle_of(config: GPTConfig, dtype: str | None) -> peers.SdpaGPT:
     """The model in float64, its weights rounded as `dtype` says."""
-    model = reference_model(model_of(config), dtype)
+    model = snapshot(model_of(config), dtype)
     untied = peers.SdpaGPT(replace(config, tie_weights=False))
     untied.load_state_dict(model.state_dict())
     return untied.double().eval()

@@ -1,8 +1,8 @@
-// gptfast._C: controls of the instruction set and of the threads, and the engine for generation.
-// The operators register themselves with torch when this module is loaded (csrc/ops).
+// gptfast._C: control of the instruction set and the threads, and the engine for generation. The
+// operators register themselves with torch when this module is loaded (csrc/ops).
 
-// The compiler meets torch's copy of pybind11 first where the package's lies in a folder of the
-// system; before torch 2.13 that copy is an error for those who ask for the stable ABI.
+// If the package pybind11 lies in a system folder, the compiler finds torch's copy of it first.
+// Before torch 2.13 that copy raises an error if the stable ABI is requested.
 #pragma push_macro("TORCH_TARGET_VERSION")
 #undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
@@ -37,7 +37,8 @@ py::dict isa_levels() {
   return levels;
 }
 
-// One variable limits both libraries: torch knows fewer levels and calls them by other names.
+// ATEN_CPU_CAPABILITY limits torch and gptfast alike: torch knows fewer levels and has other names
+// for them.
 void follow_torch_limit() {
   if (std::getenv("ATEN_CPU_CAPABILITY") == nullptr) return;
   const py::object torch_cpu = py::module_::import("torch.backends.cpu");
@@ -46,36 +47,36 @@ void follow_torch_limit() {
   if (capability == "AVX2") isa_limit(Isa::avx2);
 }
 
-// Calls f(parallel) on torch's threads, while other threads of Python run.
+// Calls f(parallel) on torch's threads with the GIL released, so that other Python threads run.
 template <class F>
 void without_gil(const F& f) {
   const py::gil_scoped_release released;
   with_threads(f);
 }
 
-// The parameters that a function of Python gives by their names: objects with the buffer protocol,
-// or None for one that the model does not have.
+// Parameters that a Python function returns by name: objects with the buffer protocol, or None for
+// a parameter that the model does not have.
 class PythonParameters : public Parameters {
  public:
-  // `copy`: what is kept is copied.
+  // With `copy`, kept parameters are copied; otherwise their memory is shared.
   PythonParameters(py::function find, bool copy) : find_(std::move(find)), copy_(copy) {}
 
-  Param kept(const std::string& name, std::initializer_list<int64_t> shape) override {
+  Param persistent(const std::string& name, std::initializer_list<int64_t> shape) override {
     const py::gil_scoped_acquire held;
     return keep(find(name), name, shape);
   }
-  Param kept_bias(const std::string& name, int64_t n) override {
+  Param persistent_bias(const std::string& name, int64_t n) override {
     const py::gil_scoped_acquire held;
     const py::object found = find(name);
     return found.is_none() ? Param{} : keep(found, name, {n});
   }
-  Param once(const std::string& name, std::initializer_list<int64_t> shape) override {
+  Param temporary(const std::string& name, std::initializer_list<int64_t> shape) override {
     const py::gil_scoped_acquire held;
     last_ = std::make_unique<py::buffer_info>(buffer(find(name), name, shape));
     return {last_->ptr, DType::f32};
   }
 
-  // What a model that was made of them reads while it lives.
+  // Memory that the model made from these parameters reads for as long as it lives.
   struct Memory {
     std::vector<py::buffer_info> shared;
     std::vector<std::vector<float>> copied;
@@ -103,7 +104,7 @@ class PythonParameters : public Parameters {
                                 std::initializer_list<int64_t> shape) {
     const auto refuse = [&](const std::string& got) {
       throw py::value_error("pack: " + name + " must be contiguous float32 of shape " +
-                            in_words(Sizes(shape.begin(), shape.size())) + ", got " + got);
+                            to_text(Sizes(shape.begin(), shape.size())) + ", got " + got);
     };
     if (!py::isinstance<py::buffer>(found)) refuse(found.is_none() ? "none" : "no buffer");
     py::buffer_info info = py::reinterpret_borrow<py::buffer>(found).request();
@@ -111,7 +112,7 @@ class PythonParameters : public Parameters {
     if (!info.item_type_is_equivalent_to<float>() || !dense ||
         !std::equal(info.shape.begin(), info.shape.end(), shape.begin(), shape.end()))
       refuse("\"" + info.format + "\" of shape " +
-             in_words(Sizes(info.shape.data(), info.shape.size())) + (dense ? "" : ", not dense"));
+             to_text(Sizes(info.shape.data(), info.shape.size())) + (dense ? "" : ", not dense"));
     return info;
   }
 
@@ -121,7 +122,7 @@ class PythonParameters : public Parameters {
   std::unique_ptr<py::buffer_info> last_;
 };
 
-// A model, and the memory of the parameters that it reads where they are.
+// A model, and the memory of the parameters that it reads in place.
 struct BoundModel {
   PythonParameters::Memory memory;
   std::shared_ptr<const Model> model;
@@ -131,7 +132,7 @@ struct BoundModel {
     memory = from.take_memory();
   }
 
-  // The kernels are those of one instruction set; another may have been chosen since.
+  // Throws if another instruction set has been chosen since the weights were packed.
   void check_level(const char* op) const {
     if (&model->kernels() == &kernels()) return;
     throw std::runtime_error(std::string(op) + ": the model was packed for " +
@@ -203,8 +204,8 @@ const char* name_of(State state) {
   return names[static_cast<int>(state)];
 }
 
-// For each sequence that has changed: its number, its state, and its new tokens with their
-// log-probabilities and the likeliest tokens in their places.
+// A tuple for each sequence that has changed: its index, its state, its new tokens with their
+// log-probabilities, and the most probable tokens in their places.
 py::list updates(Session& session) {
   const int64_t k = session.options().top_logprobs;
   py::list all;
@@ -224,19 +225,19 @@ py::list updates(Session& session) {
   return all;
 }
 
-// A session, and the model whose parameters it keeps alive.
+// A session, and the Python object of its model, whose parameters it keeps alive.
 struct BoundSession {
   BoundSession(py::object model, std::vector<std::vector<int64_t>> prompts,
-               const std::vector<int64_t>& seeds, const std::vector<int64_t>& numbers,
+               const std::vector<int64_t>& seeds, const std::vector<int64_t>& sequence_ids,
                const SessionOptions& options)
       : owner(std::move(model)) {
     const BoundModel& bound = owner.cast<const BoundModel&>();
     bound.check_level("generate");
-    if (seeds.size() != prompts.size() || numbers.size() != prompts.size())
-      throw py::value_error("generate: seeds and numbers must be one per prompt");
+    if (seeds.size() != prompts.size() || sequence_ids.size() != prompts.size())
+      throw py::value_error("generate: seeds and sequence_ids must be one per prompt");
     std::vector<Prompt> texts;
     for (size_t i = 0; i < prompts.size(); ++i)
-      texts.push_back({std::move(prompts[i]), seeds[i], numbers[i]});
+      texts.push_back({std::move(prompts[i]), seeds[i], sequence_ids[i]});
     session = std::make_unique<Session>(bound.model, std::move(texts), options);
   }
 
@@ -246,13 +247,14 @@ struct BoundSession {
 
 void bind_kernels(py::module_& m) {
   m.def("isa_levels", &isa_levels,
-        "Maps each instruction set, from low to high, to None or the reason why it cannot run.");
+        "Maps each instruction set, from lowest to highest, to None or to why it cannot run.");
   m.def(
       "isa_current", [] { return std::string(isa_name(isa_current())); },
-      "Names the instruction set in use; ValueError for a bad GPTFAST_CPU_ISA.");
+      "Returns the instruction set in use; raises ValueError for a bad GPTFAST_CPU_ISA.");
   m.def(
       "isa_set", [](const std::string& name) { isa_set(isa_from_name(name.c_str())); },
-      py::arg("name"), "Uses this instruction set from now on; ValueError when it cannot run.");
+      py::arg("name"),
+      "Uses this instruction set from now on; raises ValueError if it cannot run.");
   m.def(
       "num_threads", [] { return static_cast<int64_t>(torch::stable::get_num_threads()); },
       "Returns how many threads of torch's pool the kernels use.");
@@ -263,24 +265,24 @@ void bind_engine(py::module_& m) {
       .def(py::init(&new_model), py::arg("block_size"), py::arg("vocab_size"), py::arg("n_layer"),
            py::arg("n_head"), py::arg("n_embd"), py::arg("attention"), py::arg("gelu"),
            py::arg("bf16"), py::arg("int8"), py::arg("find"), py::arg("copy"),
-           "find(name) gives a parameter of GPT's state dict as a float32 buffer, None for an "
-           "absent bias; copy=False shares the vectors and embeddings with it.")
+           "find(name) returns a parameter of GPT's state dict as a float32 buffer, or None for an "
+           "absent bias; with copy=False, the model shares the memory of vectors and embeddings.")
       .def(
           "cache_bytes",
           [](const BoundModel& bound, int64_t capacity) {
             return Cache::slot_bytes(*bound.model, capacity);
           },
-          py::arg("capacity"), "Of the keys and values of a sequence of so many tokens.")
+          py::arg("capacity"), "Returns the bytes of the keys and values of `capacity` tokens.")
       .def(
           "first_layer_table_bytes",
           [](const BoundModel& bound) { return FirstLayerTable::bytes(*bound.model); },
-          "Of what the first layer projects for every token at every position.")
+          "Returns the bytes of the first layer's projections of all tokens at all positions.")
       .def_property_readonly(
           "packed_bytes", [](const BoundModel& bound) { return bound.model->packed_bytes(); },
-          "Of the packed weights.")
+          "Bytes of the packed weights.")
       .def("score", &score_windows, py::arg("windows"),
-           "Log-probabilities of the tokens after the first of each window of up to "
-           "block_size + 1 tokens.");
+           "Returns the log-probabilities of the tokens after the first of each window; a window "
+           "has up to block_size + 1 tokens.");
 
   py::class_<SessionOptions>(m, "SessionOptions", "See csrc/engine/session.h.")
       .def(py::init<>())
@@ -290,7 +292,8 @@ void bind_engine(py::module_& m) {
             const auto [temperature, top_k, top_p, min_p, repetition_penalty] = values;
             options.sampling = {temperature, top_k, top_p, min_p, repetition_penalty};
           },
-          "(temperature, top_k, top_p, min_p, repetition_penalty); 0, 1, 0 and 1 set no limit.")
+          "(temperature, top_k, top_p, min_p, repetition_penalty); the last four have no effect "
+          "at 0, 1, 0 and 1.")
       .def_readwrite("max_new_tokens", &SessionOptions::max_new_tokens)
       .def_readwrite("stride", &SessionOptions::stride)
       .def_readwrite("top_logprobs", &SessionOptions::top_logprobs)
@@ -301,10 +304,10 @@ void bind_engine(py::module_& m) {
       .def_readwrite("capacity", &SessionOptions::capacity)
       .def_readwrite("first_layer_table", &SessionOptions::first_layer_table);
 
-  py::class_<BoundSession>(m, "Session", "Sequences in generation.")
+  py::class_<BoundSession>(m, "Session", "Generates the continuations of prompts.")
       .def(py::init<py::object, std::vector<std::vector<int64_t>>, const std::vector<int64_t>&,
                     const std::vector<int64_t>&, const SessionOptions&>(),
-           py::arg("model"), py::arg("prompts"), py::arg("seeds"), py::arg("numbers"),
+           py::arg("model"), py::arg("prompts"), py::arg("seeds"), py::arg("sequence_ids"),
            py::arg("options"))
       .def(
           "run",
@@ -315,17 +318,18 @@ void bind_engine(py::module_& m) {
             return more;
           },
           py::arg("seconds"),
-          "Generates for so long, one pass at least; whether there is more to do.")
+          "Generates for this long, at least one forward pass; returns whether there is more to "
+          "do.")
       .def(
           "updates", [](BoundSession& bound) { return updates(*bound.session); },
-          "(sequence, state, tokens, logprobs, top_logprobs) for each sequence that has changed "
-          "since the last call, all of them at first.")
+          "Returns (sequence, state, tokens, logprobs, top_logprobs) for each sequence that has "
+          "changed since the last call; the first call returns all.")
       .def_property_readonly(
           "invalid", [](const BoundSession& bound) { return bound.session->invalid(); },
-          "The first sequence whose logits were not finite, -1 for none.")
+          "The first sequence whose logits were not finite; -1 if there is none.")
       .def_property_readonly(
           "bytes", [](const BoundSession& bound) { return bound.session->bytes(); },
-          "Of the cache and of what is known of the first layer.");
+          "Bytes of the cache and of the first layer's table.");
 }
 
 }  // namespace

@@ -361,7 +361,7 @@ def test_memory_without_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert found == {} and notes["memory"].startswith("not measured: this system has no")
 
 
-def test_readme_has_the_results() -> None:
+def test_documents_have_the_results() -> None:
     assert report.main(["--check"]) == 0
 
 
@@ -437,10 +437,6 @@ def test_report_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert report.main(arguments) == 2
     assert "row 'abc' failed" in capsys.readouterr().err
     assert (tmp_path / report.PAGE).read_text() == "no markers"
-
-
-def test_documents_say_what_the_results_give() -> None:
-    assert report.main(["--check"]) == 0
 
 
 def test_loss_curves_of_a_small_text(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

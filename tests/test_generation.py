@@ -82,8 +82,8 @@ def test_tokens_equal_the_uncached_loop(name: str, options: dict[str, Any], over
     for a, b in zip(fused, plain, strict=True):
         assert a.tokens == b.tokens and a.finish_reason == b.finish_reason
         assert torch.allclose(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4)
-        assert [[t for t, _ in row] for row in a.alternatives] == [
-            [t for t, _ in row] for row in b.alternatives
+        assert [[t for t, _ in row] for row in a.top_logprobs] == [
+            [t for t, _ in row] for row in b.top_logprobs
         ]
 
 
@@ -460,16 +460,22 @@ def test_engine_draws_what_the_reference_draws(
     assert equal.all()
 
 
-def test_alternatives_are_the_likeliest_tokens() -> None:
+def test_top_logprobs_are_of_the_likeliest_tokens() -> None:
     model = constant_model(LOGITS)
     (result,) = gptfast.generate(model, [[1]], max_new_tokens=2, logprobs=3, top_k=1)
     logprobs = torch.tensor(LOGITS).log_softmax(-1)
-    for row in result.alternatives:
+    for row in result.top_logprobs:
         assert [token for token, _ in row] == [2, 5, 3]
         assert torch.allclose(torch.tensor([value for _, value in row]), logprobs[[2, 5, 3]])
     assert result.tokens == [2, 2]
     (all_of_them,) = gptfast.generate(model, [[1]], max_new_tokens=1, logprobs=100)
-    assert len(all_of_them.alternatives[0]) == 6
+    assert len(all_of_them.top_logprobs[0]) == 6
+
+
+def test_the_old_name_of_top_logprobs_warns() -> None:
+    (result,) = gptfast.generate(make("course"), [[1]], max_new_tokens=2, logprobs=2)
+    with pytest.warns(DeprecationWarning, match="use Generation.top_logprobs"):
+        assert result.alternatives == result.top_logprobs != []
 
 
 def nearly_chosen(model: GPT, request: Request, i: int, generated: list[int], token: int) -> bool:
@@ -480,8 +486,8 @@ def nearly_chosen(model: GPT, request: Request, i: int, generated: list[int], to
     logits = model(torch.tensor([text[start:]]))[0, -1].detach().expand(64, -1)
     noise = torch.Generator().manual_seed(0)
     logits = logits + 1e-5 * torch.randn(logits.shape, generator=noise)
-    key, number, step = request.seeds[i], request.numbers[i], len(generated)
-    uniforms = draws(*(torch.full((64,), each) for each in (key, number, step)))
+    seed, sequence_id, step = request.seeds[i], request.sequence_ids[i], len(generated)
+    uniforms = draws(*(torch.full((64,), each) for each in (seed, sequence_id, step)))
     uniforms += 1e-5 * torch.randn(64, generator=noise).double()
     chosen = choose(request.sampling, logits, [text] * 64, uniforms.clamp(0, 1 - 1e-9))
     return token in chosen.tolist()
@@ -553,7 +559,7 @@ def test_the_steps_of_a_call_do_not_change_the_bits(
     prompts = prompts_for(model.config)
     whole = gptfast.generate(model, prompts, max_new_tokens=50, **options)
     for name in ("INTERRUPT_SECONDS", "STREAM_SECONDS"):
-        monkeypatch.setattr(f"gptfast.generation.generation.{name}", 0.0)  # a step at a time
+        monkeypatch.setattr(f"gptfast.generation.api.{name}", 0.0)  # a step at a time
     assert gptfast.generate(model, prompts, max_new_tokens=50, **options) == whole
     streamed: list[list[int]] = [[] for _ in whole]
     for i, piece in gptfast.stream(model, prompts, max_new_tokens=50, **options):
@@ -574,7 +580,7 @@ def test_a_limit_of_billions_of_tokens_takes_the_memory_of_those_that_there_are(
     results = interrupted_soon(lambda: gptfast.generate(model, [[1], [2]], **options), 0.3)
     made = sum(len(each.tokens) for each in results)
     assert made > 0 and all(each.finish_reason == "interrupted" for each in results)
-    assert all(len(each.alternatives) == len(each.tokens) for each in results)
+    assert all(len(each.top_logprobs) == len(each.tokens) for each in results)
     assert address_space() - before < 2**30
 
 
@@ -758,6 +764,18 @@ def test_a_top_k_of_zero_is_none(backend: Any) -> None:
     model.backend = backend
     both = [gptfast.generate(model, [[1]], max_new_tokens=20, top_k=k) for k in (0, None)]
     assert both[0] == both[1] and Sampling(top_k=0) == Sampling()
+
+
+@pytest.mark.parametrize("backend", ("auto", "reference"))
+def test_the_numbers_of_no_limit_are_none(backend: Any) -> None:
+    assert Sampling(top_k=None, top_p=None, min_p=None) == Sampling(top_k=0, top_p=1.0, min_p=0.0)
+    model = make("odd")
+    model.backend = backend
+    both = [
+        gptfast.generate(model, [[1]], max_new_tokens=20, top_k=k, top_p=p, min_p=m)
+        for k, p, m in ((None, None, None), (10**30, 1.0, 0.0))
+    ]
+    assert both[0] == both[1]
 
 
 def test_stream_starts_before_all_is_generated() -> None:

@@ -11,7 +11,7 @@ from test_generation import TEXT, WIDE, make, prompts_for, text_model
 
 import gptfast
 from gptfast import GPT, BackendError, ConfigError, DataError, TrainConfig, Trainer, data
-from gptfast.generation.reference_loop import reference_model
+from gptfast.generation.snapshot import snapshot
 from gptfast.testing import RESULT_FACTOR, assert_budget
 
 
@@ -33,7 +33,7 @@ def test_the_engine_keeps_to_the_budget(isa: str, name: str, dtype: str) -> None
     model = (GPT(WIDE) if name == "wide" else make(name)).eval()
     config = model.config
     texts = torch.randint(1, config.vocab_size, (6, config.block_size + 1))
-    rounded = reference_model(model, dtype)  # to what the weights count as
+    rounded = snapshot(model, dtype)  # to what the weights count as
 
     def logprobs(module: torch.nn.Module) -> torch.Tensor:
         logits = module(texts[:, :-1]).detach()

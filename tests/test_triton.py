@@ -404,9 +404,9 @@ def test_the_cpu_draws_the_same_tokens(V: int, how: Sampling) -> None:
     logits[0, :] = 1.0  # ties
     seen = torch.rand(R, V, generator=generator) < 0.2
     seeds = torch.randint(2**62, (R,), generator=generator)
-    numbers, steps = torch.arange(R), torch.arange(R) * 7
+    sequence_ids, steps = torch.arange(R), torch.arange(R) * 7
     tokens, logprobs = torch.empty(R, dtype=torch.int64), torch.empty(R)
-    arguments = logits, seen.byte(), seeds, numbers, steps, tokens, logprobs
+    arguments = logits, seen.byte(), seeds, sequence_ids, steps, tokens, logprobs
     on_device = [x.to(DEVICE) for x in arguments]
     sample(how, *on_device)
     # Columns without a chance, which a row may end with, change nothing.
@@ -417,7 +417,9 @@ def test_the_cpu_draws_the_same_tokens(V: int, how: Sampling) -> None:
     assert torch.equal(padded[-2], on_device[-2])
     assert torch.allclose(padded[-1], on_device[-1], atol=1e-6)
     listed = [row.nonzero()[:, 0].tolist() for row in seen.cpu()]
-    expected = choose(how, logits.cpu(), listed, draws(seeds.cpu(), numbers.cpu(), steps.cpu()))
+    expected = choose(
+        how, logits.cpu(), listed, draws(seeds.cpu(), sequence_ids.cpu(), steps.cpu())
+    )
     assert torch.equal(on_device[-2].cpu(), expected)
     exact = logits.cpu().double().log_softmax(-1).gather(1, expected[:, None])[:, 0]
     assert torch.allclose(on_device[-1].cpu().double(), exact, atol=1e-5)
@@ -483,8 +485,8 @@ def test_generation_is_that_of_the_uncached_loop(options: dict[str, Any], overfl
     for a, b in zip(on_device.updates(), plainly.updates(), strict=True):
         assert a.tokens == b.tokens and a.state == b.state
         assert torch.allclose(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4)
-        assert [[t for t, _ in row] for row in a.alternatives] == [
-            [t for t, _ in row] for row in b.alternatives
+        assert [[t for t, _ in row] for row in a.top_logprobs] == [
+            [t for t, _ in row] for row in b.top_logprobs
         ]
 
 

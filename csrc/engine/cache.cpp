@@ -15,10 +15,11 @@ CacheShape shape_of(const Model& model, int64_t capacity) {
 }
 
 CacheShape checked_shape(const Model& model, int64_t capacity) {
-  const int64_t most = model.config().block_size;
-  if (capacity < 1 || capacity > most)
-    throw std::invalid_argument("the cache's capacity must be in [1, " + std::to_string(most) +
-                                "], got " + std::to_string(capacity));
+  const int64_t max_capacity = model.config().block_size;
+  if (capacity < 1 || capacity > max_capacity)
+    throw std::invalid_argument("the cache's capacity must be in [1, " +
+                                std::to_string(max_capacity) + "], got " +
+                                std::to_string(capacity));
   return shape_of(model, capacity);
 }
 

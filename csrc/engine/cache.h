@@ -1,4 +1,5 @@
-// What passes leave for later ones: keys and values, and the first layer's projections.
+// State that one forward pass leaves for the next: keys and values, and the first layer's
+// projections.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +11,7 @@
 
 namespace gptfast {
 
-// Zeroed memory, aligned to 64 bytes, of which the operating system gives what is touched.
+// Zeroed memory, aligned to 64 bytes. The operating system provides its pages as they are touched.
 class ZeroedMemory {
  public:
   explicit ZeroedMemory(int64_t bytes);  // throws std::bad_alloc
@@ -27,8 +28,8 @@ class ZeroedMemory {
   char* data_;
 };
 
-// Keys and values of up to `capacity` tokens in each of `slots`, one for a sequence; per layer, all
-// slots one after the other as the kernels lay them out.
+// Keys and values of up to `capacity` tokens in each of `slots` slots, one slot per running
+// sequence. In each layer the slots follow one another, in the layout that the kernels define.
 class Cache {
  public:
   // Throws std::invalid_argument for a capacity that is not in [1, block_size].
@@ -43,7 +44,7 @@ class Cache {
   // Copies the keys and values of the first `count` tokens from one slot to another.
   void copy(int64_t from, int64_t to, int64_t count, const Parallel& parallel);
 
-  // Of one slot, all layers.
+  // Bytes of one slot over all layers.
   static int64_t slot_bytes(const Model& model, int64_t capacity);
 
  private:
@@ -53,19 +54,20 @@ class Cache {
   ZeroedMemory memory_;
 };
 
-// What the first layer's projection gives depends on (token, position) alone, so a window that
-// slides meets the same values again: row position * V + token of (T V, 3 C), once it is known.
+// The first layer's queries, keys and values depend on (token, position) alone, so a sliding window
+// needs the same ones again. The table keeps each once it has been computed, in row position * V +
+// token of (T V, 3 C).
 class FirstLayerTable {
  public:
   explicit FirstLayerTable(const Model& model);
 
   static int64_t bytes(const Model& model);
-  // (3 C,)
+  // The entry of a token at a position, (3 C,).
   char* row(int64_t token, int64_t position) const {
     return qkv_.data() + entry(token, position) * row_bytes_;
   }
   int64_t row_bytes() const { return row_bytes_; }
-  // Whether the entry is known; it counts as known from now on.
+  // Marks the entry as known; returns whether it was known before.
   bool mark_known(int64_t token, int64_t position) {
     uint8_t& known = known_[static_cast<size_t>(entry(token, position))];
     const bool before = known != 0;

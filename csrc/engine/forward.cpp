@@ -22,7 +22,7 @@ void embed(const Model& model, int64_t count, const int64_t* tokens, const int64
   model.kernels().embedding(s, parallel);
 }
 
-// Rows of activations, and what the layers do to each of them by itself.
+// Rows of activations, and the steps of the model that compute each row by itself.
 class Rows {
  public:
   Rows(const Model& model, const Plan& plan, int64_t count, const Parallel& parallel)
@@ -36,14 +36,14 @@ class Rows {
         next_(matrix(C_)),
         heads_(matrix(C_)) {}
 
-  // As many rows of so many columns, uninitialised.
+  // Memory for M rows of `columns` columns, uninitialised.
   char* matrix(int64_t columns) {
-    return take<char>(frame_, M_ * columns * model_.element_bytes());
+    return alloc<char>(frame_, M_ * columns * model_.element_bytes());
   }
   char* x(int64_t row = 0) const { return at(x_, row); }
   char* heads(int64_t row = 0) const { return at(heads_, row); }
 
-  // Y (count, columns) = norm(X) W' + bias of the rows from `first` on.
+  // Y (count, columns) = norm(X) W' + bias for `count` rows from `first` on.
   void project(int64_t first, int64_t count, int64_t columns, const Norm& norm,
                const Weight& weight, const Param& bias, void* y, DType y_dtype,
                const Parallel& parallel) const {
@@ -52,7 +52,8 @@ class Rows {
         parallel);
   }
 
-  // What follows a layer's attention, for some rows: X = Z + ffn(Z), Z = X + heads W' + bias.
+  // The rest of a layer after its attention, for some rows:
+  //   X = Z + ffn(Z), Z = X + heads W' + bias
   void finish(const Model::Layer& layer, int64_t first, int64_t count, const Parallel& parallel) {
     char *x = this->x(first), *next = at(next_, first);
     if (model_.config().attention) {
@@ -76,11 +77,12 @@ class Rows {
     kernels_.ffn(s, parallel);
   }
 
-  // What follows the last layer's attention: calls `use` for some rows at a time.
+  // The rest of the model after the last layer's attention: calls `use` with the logits of some
+  // rows at a time.
   void for_logits(const UseLogits& use) {
     finish(model_.layers().back(), 0, M_, parallel_);
     const int64_t V = model_.config().vocab_size, rows = plan_.logits_rows(M_);
-    float* logits = take<float>(frame_, rows * V);
+    float* logits = alloc<float>(frame_, rows * V);
     for (int64_t first = 0; first < M_; first += rows) {
       const int64_t count = std::min(rows, M_ - first);
       project(first, count, V, model_.ln_f(), model_.lm_head(), Param{}, logits, DType::f32,
@@ -96,12 +98,13 @@ class Rows {
   const Model& model_;
   const Plan& plan_;
   const Parallel& parallel_;
-  Frame frame_;
+  ScratchFrame frame_;
   int64_t M_, C_;
   char *x_, *next_, *heads_;
 };
 
-// New tokens up to the last layer's attention; what follows it is done for rows, each by itself.
+// One forward pass over new tokens, up to the last layer's attention. The rest computes each row by
+// itself and is left to Rows.
 class Pass {
  public:
   Pass(const Model& model, const Plan& plan, const Batch& batch, Cache& cache,
@@ -116,17 +119,17 @@ class Pass {
         M_(batch.count()),
         C_(model.config().n_embd),
         rows_(model, plan, M_, parallel),
-        position_(take<int64_t>(frame_, M_)),
+        position_(alloc<int64_t>(frame_, M_)),
         qkv_(rows_.matrix(3 * C_)) {}
 
-  // For all tokens, in rows of its own.
+  // Computes all tokens; returns this pass's own rows.
   Rows& run() {
     run_layers();
     if (model_.config().attention) attend_last(rows_, 0, M_);
     return rows_;
   }
 
-  // For each sequence's last token, in rows of `last` from `first` on.
+  // Computes each sequence's last token, into rows of `last` from `first` on.
   void run(Rows& last, int64_t first) {
     run_layers();
     for (int64_t i = 0; i < batch_.sequences; ++i)
@@ -141,7 +144,7 @@ class Pass {
     std::memcpy(to, from, static_cast<size_t>(count * model_.element_bytes()));
   }
 
-  // All but what follows the last one's queries, keys and values.
+  // Runs the layers up to the last one's keys and values, before its attention.
   void run_layers() {
     for (int64_t i = 0; i < batch_.sequences; ++i)
       for (int64_t t = batch_.starts[i]; t < batch_.starts[i + 1]; ++t)
@@ -161,7 +164,7 @@ class Pass {
 
   const Model::Layer& layer(int64_t i) const { return model_.layers()[static_cast<size_t>(i)]; }
 
-  // Queries, keys and values (M, 3 C); of the last layer keys and values (M, 2 C).
+  // Projects queries, keys and values, (M, 3 C); in the last layer keys and values alone, (M, 2 C).
   void project(int64_t index, bool last, int64_t first, int64_t count, const Parallel& parallel) {
     if (index == 0 && table_ != nullptr) return look_up(first, count, parallel);
     const int64_t columns = (last ? 2 : 3) * C_;
@@ -171,11 +174,12 @@ class Pass {
                   model_.dtype(), parallel);
   }
 
+  // What the attention of every layer has in common.
   CachedAttention attention(int64_t layer) const {
     CachedAttention s = {};
     s.shape = cache_.shape();
     s.sequences = batch_.sequences;
-    s.starts = batch_.starts, s.row = batch_.slot, s.cached = batch_.cached, s.kept = batch_.kept;
+    s.starts = batch_.starts, s.slot = batch_.slot, s.cached = batch_.cached, s.kept = batch_.kept;
     s.cache = cache_.layer(layer);
     return s;
   }
@@ -188,7 +192,7 @@ class Pass {
     kernels_.attention_cached(s, parallel_);
   }
 
-  // With queries of `count` rows of `to`.
+  // The last layer's attention: projects and uses the queries of `count` rows of `to` alone.
   void attend_last(const Rows& to, int64_t first, int64_t count) {
     const auto last = static_cast<int64_t>(model_.layers().size()) - 1;
     char *kv = qkv_, *q = at(qkv_, M_ * 2 * C_);
@@ -202,6 +206,7 @@ class Pass {
     kernels_.attention_cached(s, parallel_);
   }
 
+  // Copies the first layer's projections from the table.
   void look_up(int64_t first, int64_t count, const Parallel& parallel) const {
     constexpr int64_t rows = limits::task_table_rows;
     run_tasks(parallel, (count + rows - 1) / rows, [&](int64_t task) {
@@ -220,12 +225,12 @@ class Pass {
   const Parallel& parallel_;
   int64_t M_, C_;
   Rows rows_;
-  Frame frame_;
+  ScratchFrame frame_;
   int64_t* position_;
   char* qkv_;
 };
 
-// Has the table know the first layer of a batch's tokens.
+// Computes the table's missing entries for a batch's tokens.
 void fill(FirstLayerTable& table, const Model& model, const Batch& batch,
           const Parallel& parallel) {
   const int64_t C = model.config().n_embd;
@@ -239,9 +244,9 @@ void fill(FirstLayerTable& table, const Model& model, const Batch& batch,
     }
   const auto count = static_cast<int64_t>(tokens.size());
   if (count == 0) return;
-  Frame frame;
-  char* x = take<char>(frame, count * C * model.element_bytes());
-  char* qkv = take<char>(frame, count * table.row_bytes());
+  ScratchFrame frame;
+  char* x = alloc<char>(frame, count * C * model.element_bytes());
+  char* qkv = alloc<char>(frame, count * table.row_bytes());
   embed(model, count, tokens.data(), positions.data(), x, parallel);
   const Model::Layer& layer = model.layers()[0];
   model.kernels().linear({model.dtype(), count, C, 3 * C, x, layer.ln_1, layer.c_attn,

@@ -1,5 +1,6 @@
-// A GPT's weights, packed for the kernels of one instruction set and checked once. No torch.
-#pragma once
+// A GPT's weights, packed for the kernels of one instruction set and checked once. Does not use
+// torch.
+#pragma temporary
 
 #include <cstdint>
 #include <initializer_list>
@@ -19,25 +20,25 @@ struct ModelConfig {
   int64_t head_dim() const { return n_embd / n_head; }
 };
 
-// Where a model takes its parameters from, in float32, by their names in GPT's state dict.
+// The source of a model's parameters, in float32, by their names in GPT's state dict.
 class Parameters {
  public:
   virtual ~Parameters() = default;
-  // Stays where it is for as long as the model lives.
-  virtual Param kept(const std::string& name, std::initializer_list<int64_t> shape) = 0;
-  // Has null data where the model has none of this name; stays as above.
-  virtual Param kept_bias(const std::string& name, int64_t n) = 0;
-  // Stays where it is until the next one is asked for.
-  virtual Param once(const std::string& name, std::initializer_list<int64_t> shape) = 0;
+  // Returns memory that stays valid for as long as the model lives.
+  virtual Param persistent(const std::string& name, std::initializer_list<int64_t> shape) = 0;
+  // As `persistent`; the data is null if the model has no parameter of this name.
+  virtual Param persistent_bias(const std::string& name, int64_t n) = 0;
+  // Returns memory that stays valid until the next parameter is asked for.
+  virtual Param temporary(const std::string& name, std::initializer_list<int64_t> shape) = 0;
 };
 
 class Model {
  public:
   struct Layer {
     Norm ln_1;
-    Weight c_attn;  // of the last layer the rows of q alone
+    Weight c_attn;  // in the last layer: the rows of q alone
     Param c_attn_bias;
-    Weight kv;  // of the last layer: the rows of k and v
+    Weight kv;  // in the last layer alone: the rows of k and v
     Param kv_bias;
     Weight c_proj;
     Param c_proj_bias;
@@ -48,8 +49,8 @@ class Model {
     Param mlp_c_proj_bias;
   };
 
-  // Packs the weights for activations of `dtype`. Throws std::invalid_argument for a config that
-  // makes no model; what `from` throws passes through.
+  // Packs the weights for activations of `dtype`. Throws std::invalid_argument for an invalid
+  // config; exceptions of `from` pass through.
   Model(const Kernels& kernels, const ModelConfig& config, DType dtype, Packing packing,
         Parameters& from, const Parallel& parallel);
 
@@ -58,7 +59,7 @@ class Model {
   DType dtype() const { return dtype_; }
   int64_t element_bytes() const { return dtype_ == DType::f32 ? sizeof(float) : sizeof(uint16_t); }
   int64_t packed_bytes() const { return packed_bytes_; }
-  // Of the packed weights of all layers, 12 C^2 each.
+  // Bytes of the packed weights of all layers, 12 C^2 elements in each.
   int64_t layers_bytes() const { return layers_bytes_; }
 
   const Param& wte() const { return wte_; }
@@ -75,7 +76,7 @@ class Model {
     void operator()(char* data) const;
   };
 
-  // The rows [first, first + N) of a weight with K columns.
+  // Packs rows [first, first + N) of a weight with K columns.
   Weight pack(const Param& from, int64_t first, int64_t N, int64_t K, const Parallel& parallel);
   Layer pack_layer(int64_t index, Parameters& from, const Parallel& parallel);
 

@@ -5,9 +5,9 @@
 namespace gptfast {
 namespace {
 
-// Where the parts end, counted in sequences, that a thread each computes on its own: it keeps the
-// weights and the activations of some tokens in its core's cache. None where the parts would be too
-// uneven.
+// Where the parts of a batch end, counted in sequences. One thread computes a part on its own and
+// keeps the weights and the activations of some tokens in its core's cache. Empty if the parts
+// would be too uneven.
 std::vector<int64_t> part_ends(const Batch& batch, int threads) {
   const int64_t tokens = batch.count();
   const int64_t parts = threads * ((tokens - 1) / (limits::part_tokens * threads) + 1);
@@ -33,26 +33,27 @@ Plan::Plan(const Model& model, const Batch& batch, int threads)
 }
 
 int64_t Plan::logits_rows(int64_t M) const {
-  const int64_t most = std::max<int64_t>(1, std::min(M, limits::logits / vocab_size_));
-  return std::min(in_blocks_ ? limits::block_tokens : M, most);
+  const int64_t max_rows = std::max<int64_t>(1, std::min(M, limits::logits / vocab_size_));
+  return std::min(in_blocks_ ? limits::block_tokens : M, max_rows);
 }
 
-Parallel Handoff::weighed(Parallel parallel) {
+Parallel Handoff::with_measured_threshold(Parallel parallel) {
   constexpr int period = 256;
-  if (passes_ == 0) worth_ = measure(parallel);
-  passes_ = worth_ == 0 ? 0 : (passes_ + 1) % period;
-  if (worth_ != 0) parallel.worth = worth_;
+  if (passes_ == 0) min_bytes_per_thread_ = measure(parallel);
+  passes_ = min_bytes_per_thread_ == 0 ? 0 : (passes_ + 1) % period;
+  if (min_bytes_per_thread_ != 0) parallel.min_bytes_per_thread = min_bytes_per_thread_;
   return parallel;
 }
 
 int64_t Handoff::measure(const Parallel& parallel) {
   constexpr int loops = 8;
-  // Reading this much, of which a second thread takes half, is as long as a loop costs beyond an
-  // empty one, whose operands and results change cores too: found by trial on near and far cores.
+  // Converts seconds of an empty loop to bytes. Reading so many bytes, half of them in a second
+  // thread, takes as long as a real loop costs, which is more than an empty one, since its operands
+  // and results move between cores too. Found by trial on near and far cores.
   constexpr double bytes_per_second = 256e9;
   static thread_local char here;  // its address tells threads apart
   std::vector<const char*> who(static_cast<size_t>(parallel.threads));
-  double least = 1.0;
+  double min_seconds = 1.0;
   for (int i = 0; i < loops; ++i) {
     const Clock::time_point start = Clock::now();
     run_tasks(parallel, parallel.threads,
@@ -60,9 +61,9 @@ int64_t Handoff::measure(const Parallel& parallel) {
     const double seconds = seconds_since(start);
     std::sort(who.begin(), who.end());
     const bool all = std::adjacent_find(who.begin(), who.end()) == who.end();
-    if (all) least = std::min(least, seconds);
+    if (all) min_seconds = std::min(min_seconds, seconds);
   }
-  return least < 1.0 ? static_cast<int64_t>(least * bytes_per_second) : 0;
+  return min_seconds < 1.0 ? static_cast<int64_t>(min_seconds * bytes_per_second) : 0;
 }
 
 }  // namespace gptfast

@@ -8,8 +8,8 @@
 namespace gptfast {
 namespace {
 
-// Makes room for `more` elements ahead, at least doubling: the threads that append then allocate
-// nothing.
+// Reserves memory for `more` elements, at least doubling it, so that the threads that append them
+// allocate nothing.
 template <class T>
 void make_room(std::vector<T>& values, size_t more) {
   const size_t needed = values.size() + more;
@@ -28,7 +28,7 @@ Session::Session(std::shared_ptr<const Model> model, std::vector<Prompt> prompts
       options_(std::move(options)),
       cache_(*model_, options_.slots, options_.capacity),
       reported_(prompts.size()),
-      holder_(static_cast<size_t>(options_.slots), -1) {
+      slot_owner_(static_cast<size_t>(options_.slots), -1) {
   if (options_.first_layer_table) table_ = std::make_unique<FirstLayerTable>(*model_);
   std::map<std::vector<int64_t>, int64_t> first;
   for (size_t i = 0; i < prompts.size(); ++i) {
@@ -36,7 +36,7 @@ Session::Session(std::shared_ptr<const Model> model, std::vector<Prompt> prompts
     s.prompt = static_cast<int64_t>(prompts[i].tokens.size());
     s.same_prompt = first.try_emplace(prompts[i].tokens, static_cast<int64_t>(i)).first->second;
     s.tokens = std::move(prompts[i].tokens);
-    s.seed = prompts[i].seed, s.number = prompts[i].number;
+    s.seed = prompts[i].seed, s.sequence_id = prompts[i].sequence_id;
     if (options_.max_new_tokens == 0) s.state = State::length;
     sequences_.push_back(std::move(s));
   }
@@ -64,7 +64,7 @@ void Session::check() const {
     const Sequence& each = sequences_[i];
     const std::string name = "prompt " + std::to_string(i);
     require(each.prompt > 0, name + " must have a token");
-    // Compared without a sum, which could overflow.
+    // Compared without the sum of prompt and max_new_tokens, which could overflow.
     const int64_t room = c.block_size - std::min(c.block_size, each.prompt);
     const int64_t longest = c.block_size - room + std::min(options_.max_new_tokens - 1, room);
     require(!c.attention || options_.max_new_tokens == 0 || longest <= options_.capacity,
@@ -80,22 +80,24 @@ int64_t Session::bytes() const {
 bool Session::run(double seconds, const Parallel& parallel) {
   const Clock::time_point start = Clock::now();
   const auto time_is_up = [&] { return seconds_since(start) >= seconds; };
-  // A call that ran out of time stopped before those with the fewest tokens.
+  // The last call may have run out of time before it reached some sequences: those with the fewest
+  // tokens come first.
   std::stable_sort(running_.begin(), running_.end(), [&](int64_t a, int64_t b) {
     return sequence(a).generated() < sequence(b).generated();
   });
   while (!finished() && invalid_ < 0) {
     admit(parallel);
     for (const int64_t i : running_) slide(sequence(i));
-    forget_ended();
+    release_ended();
     step(time_is_up, parallel);
-    forget_ended();
+    release_ended();
     if (time_is_up()) break;
   }
   return !finished();
 }
 
-void Session::forget_ended() {
+// Takes ended sequences off the running ones, frees their slots and notes the first invalid one.
+void Session::release_ended() {
   const auto ended = [&](int64_t i) {
     const Sequence& s = sequence(i);
     if (s.state == State::running) return false;
@@ -106,8 +108,8 @@ void Session::forget_ended() {
   running_.erase(std::remove_if(running_.begin(), running_.end(), ended), running_.end());
 }
 
-// Gives free slots to the sequences that wait, in order but for those whose prompt another one is
-// about to compute.
+// Gives free slots to waiting sequences, in order, except those whose prompt a running sequence has
+// yet to compute.
 void Session::admit(const Parallel& parallel) {
   std::vector<int64_t> later;
   while (!free_slots_.empty() && !waiting_.empty()) {
@@ -121,7 +123,7 @@ void Session::admit(const Parallel& parallel) {
       later.push_back(i);
       continue;
     }
-    holder_[static_cast<size_t>(s.slot)] = i;
+    slot_owner_[static_cast<size_t>(s.slot)] = i;
     s.state = State::running;
     running_.push_back(i);
     free_slots_.pop_back();
@@ -129,18 +131,18 @@ void Session::admit(const Parallel& parallel) {
   waiting_.insert(waiting_.end(), later.rbegin(), later.rend());
 }
 
-// Copies the keys and values of the prompt, but for its last token, from the slot of a sequence
-// with the same prompt, which may have ended. False where there is one that has yet to compute
-// them: waiting is cheaper.
+// Copies the keys and values of the prompt, except for its last token, from the slot of a sequence
+// with the same prompt, which may have ended. Returns false if that sequence has yet to compute
+// them: it is cheaper to wait.
 bool Session::share_prompt(Sequence& s, const Parallel& parallel) {
   const int64_t shared = s.prompt - s.offset - 1;
   if (shared <= 0 || !model_->config().attention) return true;
-  for (const int64_t other : holder_) {
+  for (const int64_t other : slot_owner_) {
     if (other < 0) continue;
     const Sequence& same = sequence(other);
     if (same.same_prompt != s.same_prompt || same.offset != s.offset) continue;
     if (same.cached < shared && same.state == State::running) return false;
-    if (same.cached < shared) continue;  // it ended before it computed any
+    if (same.cached < shared) continue;  // it ended before it computed them
     if (same.slot != s.slot) cache_.copy(same.slot, s.slot, shared, parallel);
     s.cached = shared;
     return true;
@@ -148,6 +150,7 @@ bool Session::share_prompt(Sequence& s, const Parallel& parallel) {
   return true;
 }
 
+// Moves a window that exceeds block_size by whole strides, and discards its cached tokens.
 void Session::move_window(Sequence& s) const {
   const int64_t over = s.window() - model_->config().block_size;
   if (over <= 0 || options_.stride == 0) return;
@@ -155,20 +158,22 @@ void Session::move_window(Sequence& s) const {
   s.cached = 0;  // positions are absolute: all keys and values change
 }
 
+// Moves the window before the next token; ends a sequence whose full window does not move.
 void Session::slide(Sequence& s) const {
   move_window(s);
   if (s.window() > model_->config().block_size) s.state = State::window;
-  if (!model_->config().attention) s.cached = s.window() - 1;  // no token sees another
+  if (!model_->config().attention) s.cached = s.window() - 1;  // no token attends to another
 }
 
-// Whether no later pass reads the keys and values of the window: it has moved, away from those that
-// a sequence with the same prompt could use, and will have moved again by the next token.
-bool Session::read_once(const Sequence& s) const {
+// Whether no later pass reads the keys and values of the window: it has moved past the prompt that
+// other sequences could share, and will move again before the next token.
+bool Session::never_reread(const Sequence& s) const {
   return s.cached == 0 && s.generated() > 0 && options_.stride > 0 &&
          s.window() == model_->config().block_size;
 }
 
-// One token for every running sequence, in passes of some of them, while there is time.
+// Generates one token for every running sequence, in forward passes over some of them, until time
+// is up.
 template <class TimeIsUp>
 void Session::step(const TimeIsUp& time_is_up, const Parallel& parallel) {
   for (size_t first = 0; first < running_.size() && (first == 0 || !time_is_up());) {
@@ -195,7 +200,7 @@ void Session::pass(const int64_t* chosen, int64_t count, const Parallel& paralle
     starts_.push_back(static_cast<int64_t>(tokens_.size()));
     slot_.push_back(s.slot);
     cached_.push_back(s.cached);
-    const bool kept = !read_once(s);
+    const bool kept = !never_reread(s);
     kept_.push_back(kept);
     s.cached = kept ? s.window() : 0;
     make_room(s.tokens, 1), make_room(s.logprobs, 1);
@@ -205,17 +210,20 @@ void Session::pass(const int64_t* chosen, int64_t count, const Parallel& paralle
                        slot_.data(), cached_.data(), kept_.data()};
   const int64_t V = model_->config().vocab_size;
   const int64_t rows = std::max<int64_t>(1, limits::task_logits / V);
-  // Chooses the next tokens while their logits are in the cache; a sequence is written by one task.
+  // Chooses the next tokens while their logits are in the cache; each sequence is written by one
+  // task.
   const auto use = [&](int64_t first, int64_t n, const float* logits, const Parallel& idle) {
     run_tasks(idle, (n + rows - 1) / rows, [&](int64_t task) {
       for (int64_t i = task * rows; i < std::min(n, (task + 1) * rows); ++i)
         append(sequence(chosen[first + i]), logits + i * V);
     });
   };
-  const Parallel threads = count < parallel.threads ? handoff_.weighed(parallel) : parallel;
+  const Parallel threads =
+      count < parallel.threads ? handoff_.with_measured_threshold(parallel) : parallel;
   forward(*model_, batch, cache_, table_.get(), use, threads);
 }
 
+// Chooses a token from its logits and appends it, or ends the sequence.
 void Session::append(Sequence& s, const float* logits) const {
   const int64_t k = options_.top_logprobs;
   const auto end = s.top_tokens.size();
@@ -225,11 +233,11 @@ void Session::append(Sequence& s, const float* logits) const {
   row.logits = logits, row.V = model_->config().vocab_size;
   row.seen = s.tokens.data(), row.seen_count = s.length();
   row.seed = static_cast<uint64_t>(s.seed);
-  row.sequence = static_cast<uint32_t>(s.number);
+  row.sequence = static_cast<uint32_t>(s.sequence_id);
   row.step = static_cast<uint32_t>(s.generated());
-  row.alternatives = k;
-  row.alternative = s.top_tokens.data() + end;
-  row.alternative_logprob = s.top_logprobs.data() + end;
+  row.top_count = k;
+  row.top_tokens = s.top_tokens.data() + end;
+  row.top_logprobs = s.top_logprobs.data() + end;
   const Sample chosen = model_->kernels().sample(options_.sampling, row);
   const auto& stops = options_.stop_tokens;
   const bool stopped = std::find(stops.begin(), stops.end(), chosen.token) != stops.end();
@@ -247,18 +255,18 @@ void Session::append(Sequence& s, const float* logits) const {
     s.state = State::length;
 }
 
-// Whether the last token completed a stop string: one that ends within what it wrote.
+// Whether the last token completed a stop string: one that ends within the bytes that it wrote.
 bool Session::ends_with_stop(const Sequence& s) const {
   for (const std::string& stop : options_.stop_strings) {
     const size_t written = options_.pieces[static_cast<size_t>(s.tokens.back())].size();
     for (size_t after = 0; after < written; ++after)
-      if (writes(s, stop, after)) return true;
+      if (text_ends_with(s, stop, after)) return true;
   }
   return false;
 }
 
-// Whether the generated text, but for its last `after` bytes, ends with these.
-bool Session::writes(const Sequence& s, const std::string& bytes, size_t after) const {
+// Whether the generated text without its last `after` bytes ends with `bytes`.
+bool Session::text_ends_with(const Sequence& s, const std::string& bytes, size_t after) const {
   size_t left = bytes.size(), skip = after;
   for (int64_t t = s.length() - 1; left > 0; --t, skip = 0) {
     if (t < s.prompt) return false;

@@ -1,5 +1,6 @@
 // Generation for any mix of prompts: which sequences run, what their windows hold, how they end. A
-// sequence's tokens do not depend on the others, nor on the memory or the threads there are.
+// sequence's tokens do not depend on the other sequences, on the available memory or on the number
+// of threads.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +16,8 @@ namespace gptfast {
 enum class State {
   waiting,
   running,
-  length,   // has all tokens that it may have
-  stop,     // met a stop
+  length,   // has max_new_tokens tokens
+  stop,     // generated a stop token or a stop string
   window,   // filled a window that does not move
   invalid,  // the model's logits are not finite
 };
@@ -24,35 +25,36 @@ enum class State {
 struct SessionOptions {
   Sampling sampling = {1.0f, 0, 1.0f, 0.0f, 1.0f};
   int64_t max_new_tokens = 0;             // per sequence
-  int64_t stride = 0;                     // how far a full window moves; 0: not at all
-  int64_t top_logprobs = 0;               // how many of the likeliest tokens to report for each
-  std::vector<int64_t> stop_tokens;       // each ends a sequence and is left out of it
-  std::vector<std::string> stop_strings;  // bytes; each ends a sequence, its own tokens included
+  int64_t stride = 0;                     // tokens by which a full window moves; 0: it does not
+  int64_t top_logprobs = 0;               // how many of the most probable tokens to report each
+  std::vector<int64_t> stop_tokens;       // each ends a sequence and is not part of it
+  std::vector<std::string> stop_strings;  // bytes; each ends a sequence and is part of it
   std::vector<std::string> pieces;        // the bytes that each token writes, for stop_strings
   int64_t slots = 1;                      // sequences that run at once
-  int64_t capacity = 1;                   // tokens that a slot of the cache has room for
-  bool first_layer_table = false;         // whether to keep what the first layer projects
+  int64_t capacity = 1;                   // tokens that a slot of the cache can hold
+  bool first_layer_table = false;         // whether to keep the first layer's projections
 };
 
-// A text to continue, and the key and number of its draws.
+// A text to continue; seed and sequence_id are the key of its random stream.
 struct Prompt {
   std::vector<int64_t> tokens;
-  int64_t seed, number;
+  int64_t seed, sequence_id;
 };
 
 struct Sequence {
-  std::vector<int64_t> tokens;  // the prompt's first
-  std::vector<float> logprobs;  // of the generated ones
-  // The likeliest tokens in place of each generated one, top_logprobs of them, and theirs.
+  std::vector<int64_t> tokens;  // of the prompt, then the generated ones
+  std::vector<float> logprobs;  // of the generated tokens
+  // For each generated token, the SessionOptions::top_logprobs most probable tokens in its place,
+  // and their log-probabilities.
   std::vector<int64_t> top_tokens;
   std::vector<float> top_logprobs;
-  int64_t prompt;  // how many tokens it has
-  int64_t seed, number;
-  int64_t same_prompt;  // the first sequence with this prompt
+  int64_t prompt;  // its number of tokens
+  int64_t seed, sequence_id;
+  int64_t same_prompt;  // index of the first sequence with this prompt
   State state = State::waiting;
-  int64_t offset = 0;  // where its window starts
-  int64_t cached = 0;  // tokens of the window that the cache has
-  int64_t slot = -1;   // of the cache, while it runs
+  int64_t offset = 0;  // index of the window's first token
+  int64_t cached = 0;  // tokens of the window that are in the cache
+  int64_t slot = -1;   // of the cache, once it runs
 
   int64_t length() const { return static_cast<int64_t>(tokens.size()); }
   int64_t generated() const { return length() - prompt; }
@@ -61,23 +63,24 @@ struct Sequence {
 
 class Session {
  public:
-  // Throws std::invalid_argument for options and prompts that the model does not have or the cache
-  // no room for.
+  // Throws std::invalid_argument for options and prompts that are not valid for the model or do not
+  // fit into the cache.
   Session(std::shared_ptr<const Model> model, std::vector<Prompt> prompts, SessionOptions options);
 
-  // Makes steps, a token for each of the sequences that have a slot of the cache, in passes of some
-  // of them; a slot that comes free takes the next sequence that waits. Ends after `seconds`, but
-  // not before the first pass, or where a sequence is invalid. Returns whether there is more to do.
+  // Runs steps, each of which generates a token for every sequence that has a slot of the cache, in
+  // forward passes over some of them. A slot that comes free goes to the next waiting sequence.
+  // Returns after `seconds`, but not before the first pass, or once a sequence is invalid; the
+  // result is whether there is more to do.
   bool run(double seconds, const Parallel& parallel);
 
-  // The first sequence whose logits were not finite; -1: none.
+  // The first sequence whose logits were not finite; -1 if there is none.
   int64_t invalid() const { return invalid_; }
   const SessionOptions& options() const { return options_; }
-  // Of the cache and the first layer's table.
+  // Bytes of the cache and of the first layer's table.
   int64_t bytes() const;
 
-  // Calls f(i, sequence, first) for each sequence that has changed since the last call, all of them
-  // at first: its tokens from number `first` of the generated ones on are new.
+  // Calls f(i, sequence, first) for each sequence that has changed since the last call; the first
+  // call reports all. Its generated tokens from index `first` on are new.
   template <class F>
   void updates(const F& f) {
     for (size_t i = 0; i < sequences_.size(); ++i) {
@@ -90,6 +93,7 @@ class Session {
   }
 
  private:
+  // What `updates` has last reported of a sequence.
   struct Reported {
     bool any = false;
     int64_t count = 0;
@@ -103,14 +107,14 @@ class Session {
   bool share_prompt(Sequence& s, const Parallel& parallel);
   void move_window(Sequence& s) const;
   void slide(Sequence& s) const;
-  bool read_once(const Sequence& s) const;
-  void forget_ended();
+  bool never_reread(const Sequence& s) const;
+  void release_ended();
   template <class TimeIsUp>
   void step(const TimeIsUp& time_is_up, const Parallel& parallel);
   void pass(const int64_t* chosen, int64_t count, const Parallel& parallel);
   void append(Sequence& s, const float* logits) const;
   bool ends_with_stop(const Sequence& s) const;
-  bool writes(const Sequence& s, const std::string& bytes, size_t after) const;
+  bool text_ends_with(const Sequence& s, const std::string& bytes, size_t after) const;
 
   std::shared_ptr<const Model> model_;
   SessionOptions options_;
@@ -118,11 +122,11 @@ class Session {
   std::unique_ptr<FirstLayerTable> table_;
   std::vector<Sequence> sequences_;
   std::vector<Reported> reported_;
-  std::vector<int64_t> running_, waiting_, free_slots_;  // the next one to take is at the back
-  std::vector<int64_t> holder_;  // whose keys and values a slot of the cache has; -1: nobody's
+  std::vector<int64_t> running_, waiting_, free_slots_;  // the next one is at the back
+  std::vector<int64_t> slot_owner_;  // the sequence whose keys and values a slot has; -1: none
   int64_t invalid_ = -1;
   Handoff handoff_;
-  std::vector<int64_t> tokens_, starts_, slot_, cached_;  // a pass's batch
+  std::vector<int64_t> tokens_, starts_, slot_, cached_;  // the batch of a pass
   std::vector<uint8_t> kept_;
 };
 

@@ -1,13 +1,12 @@
-// The table of all kernels for one instruction set. Each isa/levels/<level>.cpp sets the macros
-// that simd/vec.inl lists, includes this file, and is compiled with that level's flags.
+// The table of all kernels for one instruction-set level. Each isa/levels/<level>.cpp sets the
+// macros that simd/vec.inl lists, includes this file, and is compiled with that level's flags.
 //
-// Every kernel is in an anonymous namespace of its level's and nothing is a template of the
-// standard library: a function that the linker could merge with another level's would carry that
-// level's instructions into it.
+// Every kernel is in an anonymous namespace within its level's namespace, and no template of the
+// standard library is used: the linker could merge a shared function's copies from two levels, and
+// the lower level would then execute instructions of the higher one.
 #pragma once
 
-#include "attention/blocked.inl"
-#include "attention/blocked_backward.inl"
+#include "attention/attention.inl"
 #include "attention/cache.inl"
 #include "attention/cached.inl"
 #include "kernels.h"
@@ -31,14 +30,14 @@ namespace {
 constexpr Kernels table = {
     GPTFAST_STRING(GPTFAST_LEVEL),
     attention,
-    attention_grad,
+    attention_backward,
     linear,
-    linear_grad,
+    linear_backward,
     ffn,
-    ffn_grad,
+    ffn_backward,
     cross_entropy,
     embedding,
-    embedding_grad,
+    embedding_backward,
     adamw,
     attention_cached,
     cache_bytes,

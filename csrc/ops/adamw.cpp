@@ -7,6 +7,7 @@
 namespace gptfast {
 namespace {
 
+// The data of x, which must be a contiguous float32 tensor of as many elements as `like`.
 float* values(const Arguments& args, const char* name, const Tensor& x, const Tensor& like) {
   args.require(x.is_cpu() && x.is_contiguous() && x.scalar_type() == ScalarType::Float &&
                    x.numel() == like.numel(),
@@ -14,7 +15,7 @@ float* values(const Arguments& args, const char* name, const Tensor& x, const Te
   return static_cast<float*>(x.data_ptr());
 }
 
-// The count of steps, which torch keeps as a tensor.
+// A parameter's step count, which torch keeps as a tensor.
 float* count(const Arguments& args, const Tensor& step) {
   args.require(step.is_cpu() && step.numel() == 1 && step.scalar_type() == ScalarType::Float,
                "steps must be float32 tensors of one element");
@@ -38,12 +39,12 @@ Tensor adamw(std::vector<Tensor> weights, std::vector<Tensor> grads, std::vector
          values(args, "grads", grads[i], weights[i]), values(args, "means", means[i], weights[i]),
          values(args, "squares", squares[i], weights[i]), weights[i].numel(), 0, 0, 0});
   }
-  // Nothing moves before all arguments are known to be right.
+  // Tensors are changed only now that all arguments have been checked.
   for (size_t i = 0; i < weights.size(); ++i) {
     const double t = *counts[i] += 1.0f;
     params[i].decay = static_cast<float>(1.0 - lr * weight_decay);
     params[i].rate = static_cast<float>(lr / (1.0 - std::pow(beta1, t)));
-    params[i].root = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, t)));
+    params[i].inv_sqrt_correction = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, t)));
   }
   AdamW s = {};
   s.params = params.data();

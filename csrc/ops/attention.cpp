@@ -1,5 +1,5 @@
-// Causal attention on q, k, v (B, H, T, D). Outputs lie as (B, T, H, D), so that (B, T, C) is a
-// view of them; gradients as what they belong to.
+// Causal attention on q, k, v (B, H, T, D). Outputs have the layout (B, T, H, D), so that (B, T, C)
+// is a view of them; each gradient has the layout of its tensor.
 #include <tuple>
 #include <utility>
 
@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, Tensor q, Ten
                                                       double p, OptionalTensor seed,
                                                       int64_t stream) {
   const Arguments args("attention_backward", "q", q);
-  AttentionGrad grad = {};
+  AttentionBackward grad = {};
   Attention& s = grad.forward;
   s = arguments(args, q, k, v, scale, p, seed, stream);
   const Tensor dense_out = args.activation("out", out, {s.B, s.Tq, s.H, s.D});
@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, Tensor q, Ten
   grad.dq = args.heads("dq", dq, {s.B, s.H, s.Tq, s.D});
   grad.dk = args.heads("dk", dk, {s.B, s.H, s.Tk, s.D});
   grad.dv = args.heads("dv", dv, {s.B, s.H, s.Tk, s.D});
-  with_threads([&](const Parallel& parallel) { kernels().attention_grad(grad, parallel); });
+  with_threads([&](const Parallel& parallel) { kernels().attention_backward(grad, parallel); });
   return {dq, dk, dv};
 }
 

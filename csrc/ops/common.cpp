@@ -23,7 +23,7 @@ Tensor as_contiguous(const Tensor& x) {
   return x.is_contiguous() ? x : torch::stable::contiguous(x);
 }
 
-std::string in_words(Sizes sizes) {
+std::string to_text(Sizes sizes) {
   std::string text = "(";
   for (const int64_t size : sizes) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
   return text + ")";
@@ -130,8 +130,8 @@ ScalarType scalar_type(DType dtype) {
   return dtype == DType::f32 ? ScalarType::Float : ScalarType::BFloat16;
 }
 
-// By the allocator's own function: the operator aten::empty, found by its name, takes three times
-// as long, and a backward makes seven.
+// Calls the allocator's own function: the operator aten::empty, which is found by its name, takes
+// three times as long, and a backward makes seven tensors.
 Tensor new_tensor(Sizes shape, ScalarType dtype) {
   std::vector<int64_t> strides(shape.size());
   int64_t stride = 1;
@@ -139,7 +139,7 @@ Tensor new_tensor(Sizes shape, ScalarType dtype) {
     strides[i] = stride;
   const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle made = nullptr;
-  // The name of this check in every version from torch 2.10 on.
+  // This macro has the same name in every version from torch 2.10 on.
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
                                                   strides.data(), type,
                                                   aoti_torch_device_type_cpu(), 0, &made));

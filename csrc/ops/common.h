@@ -1,5 +1,5 @@
-// What every operator needs: argument checks that name op, argument, expected and got; kernel
-// arguments made of tensors; threads to run them on.
+// What the operators share: argument checks whose messages name the operator, the argument, what
+// was expected and what was given; kernel arguments made from tensors; threads for the kernels.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -20,8 +20,8 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
-// Calls f(parallel) with torch's own threads: torch.set_num_threads is obeyed, and no second OpenMP
-// runtime is loaded.
+// Calls f(parallel) with torch's own threads, so that torch.set_num_threads is obeyed and no second
+// OpenMP runtime is loaded.
 template <class F>
 void with_threads(const F& f) {
   const int64_t threads = torch::stable::get_num_threads();
@@ -36,7 +36,7 @@ void with_threads(const F& f) {
       try {
         team.lead(f);
       } catch (...) {
-        failure = std::current_exception();  // it must not leave a thread of the pool
+        failure = std::current_exception();  // must not escape from a thread of the pool
       }
     }
   };
@@ -44,12 +44,13 @@ void with_threads(const F& f) {
   if (failure) std::rethrow_exception(failure);
 }
 
-inline std::string in_words(const std::string& text) { return text; }
-inline std::string in_words(int64_t number) { return std::to_string(number); }
-inline std::string in_words(ScalarType dtype) { return torch::headeronly::toString(dtype); }
-std::string in_words(Sizes sizes);
+// A part of an error message as text.
+inline std::string to_text(const std::string& text) { return text; }
+inline std::string to_text(int64_t number) { return std::to_string(number); }
+inline std::string to_text(ScalarType dtype) { return torch::headeronly::toString(dtype); }
+std::string to_text(Sizes sizes);
 
-// An operator's name and its activations' dtype, against which the arguments are checked.
+// An operator's name and its activations' dtype, against which arguments are checked.
 class Arguments {
  public:
   // Takes the dtype of `x`, the activation called `name`: float32 or bfloat16.
@@ -61,22 +62,23 @@ class Arguments {
   Tensor activation(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) const;
   // An activation of any shape with M rows of K columns, as a contiguous tensor.
   Tensor rows(const char* name, const Tensor& x, int64_t M, int64_t K) const;
-  // An activation with no copy made: only the last stride has to be 1.
+  // An activation of this shape, never copied: only the last stride must be 1.
   Heads heads(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) const;
-  // A parameter of this shape; its data must be contiguous. An absent one has null data.
+  // A parameter of this shape, which must be contiguous. An absent one has null data.
   Param param(const char* name, const OptionalTensor& x,
               std::initializer_list<int64_t> shape) const;
-  // A float32 tensor that the forward made.
+  // The data of a contiguous float32 tensor of this shape, such as the forward's mean and rstd.
   float* statistics(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) const;
-  // int64 values in [0, limit), or `allowed`; contiguous.
+  // An int64 tensor of values in [0, limit), or equal to `allowed`, as a contiguous tensor.
   Tensor indices(const char* name, const Tensor& x, std::initializer_list<int64_t> shape,
                  int64_t limit, std::optional<int64_t> allowed = std::nullopt) const;
+  // Dropout with probability p, which is rounded to 65536ths; p > 0 needs a seed.
   Dropout dropout(double p, const OptionalTensor& seed, int64_t stream) const;
-  // The sentence is made of its parts (texts, numbers, sizes, dtypes) where it is needed alone:
-  // checks run at every call.
+  // Throws unless `condition` holds. The message is built from its parts (texts, numbers, sizes,
+  // dtypes) only on failure, because checks run at every call.
   template <class... Parts>
   void require(bool condition, const Parts&... sentence) const {
-    if (!condition) fail((in_words(sentence) + ...));
+    if (!condition) fail((to_text(sentence) + ...));
   }
   void shape(const char* name, const Tensor& x, std::initializer_list<int64_t> expected) const;
 
@@ -99,31 +101,32 @@ Tensor as_contiguous(const Tensor& x);
 Tensor new_tensor(Sizes shape, ScalarType dtype);
 Tensor new_tensor(std::initializer_list<int64_t> shape, ScalarType dtype);
 
-// A new tensor of x's shape and dtype, and of its strides where they leave no gaps.
+// A new tensor of x's shape and dtype, and of its strides if they leave no gaps.
 Tensor new_like(const Tensor& x);
 
-// The memory of a contiguous (B, T, parts, H, D) tensor as heads of part `part`.
+// Part `part` of a contiguous (B, T, parts, H, D) tensor, as heads.
 Heads heads_within(const Tensor& x, int64_t T, int64_t parts, int64_t part, int64_t H, int64_t D);
 
-// The gradients that a backward is asked for: bit i stands for its i-th result, of which the first
-// three are those of the activation x and of the norm before.
+// The gradients that a backward is asked for: bit i stands for its i-th result. If the operator has
+// an activation x, the first three are the gradients of x and of the weight and bias of its norm.
 class Wanted {
  public:
   explicit Wanted(int64_t bits) : bits_(bits) {}
   bool any_of(int64_t bits) const { return (bits_ & bits) != 0; }
-  // A new gradient of the parameter's shape and dtype; an empty tensor for one that is absent or
-  // not wanted.
+  // A new tensor of the parameter's shape and dtype for its gradient; an empty one if the parameter
+  // is absent or its gradient is not wanted.
   Tensor new_grad(int i, const OptionalTensor& param) const;
-  // One of x's, also where it is on the way to those of the norm alone.
+  // A new tensor for the gradient of x, also if only those of the norm are wanted, which need it.
   Tensor new_dx(const Tensor& x) const;
 
  private:
   int64_t bits_;
 };
-// Null for an empty tensor.
+
+// The memory of a gradient; null for an empty tensor.
 ParamGrad param_grad(const Tensor& grad);
 
-// The product of all sizes but the last.
+// The number of rows of x as a matrix: the product of all sizes but the last.
 int64_t rows_of(const Tensor& x);
 
 Gelu gelu_of(const std::string& name);

@@ -1,4 +1,5 @@
-// LayerNorm (optional), linear layer and cross-entropy, gradients included.
+// LayerNorm (optional), linear layer and cross-entropy; one call computes the loss and its
+// gradients.
 #include <tuple>
 
 #include "common.h"
@@ -13,7 +14,7 @@ Reduction reduction_of(const Arguments& args, const std::string& name) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
-    Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, Tensor weight, Tensor targets,
+    Tensor x, OptionalTensor ln_w, OptionalTensor ln_b, Tensor weight, Tensor targets,
     OptionalTensor token_weights, int64_t ignore_index, std::string reduction, int64_t wanted) {
   const Arguments args("linear_cross_entropy", "x", x);
   args.require(x.dim() >= 1 && weight.dim() == 2 && weight.numel() > 0,
@@ -26,8 +27,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
   s.dtype = args.dtype();
   s.M = M, s.K = K, s.V = V;
   s.x = dense_x.const_data_ptr();
-  s.norm.weight = args.param("norm_weight", norm_weight, {K});
-  s.norm.bias = args.param("norm_bias", norm_bias, {K});
+  s.norm.weight = args.param("ln_w", ln_w, {K});
+  s.norm.bias = args.param("ln_b", ln_b, {K});
   s.weight.param = args.param("weight", weight, {V, K});
   s.targets = static_cast<const int64_t*>(dense_targets.const_data_ptr());
   s.ignore_index = ignore_index;
@@ -42,13 +43,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
   s.loss = static_cast<float*>(loss.data_ptr());
   const Wanted want(wanted);
   Tensor dx = want.new_dx(x);
-  Tensor dnorm_weight = want.new_grad(1, norm_weight), dnorm_bias = want.new_grad(2, norm_bias);
+  Tensor dln_w = want.new_grad(1, ln_w), dln_b = want.new_grad(2, ln_b);
   Tensor dweight = want.new_grad(3, weight);
   s.dx = dx.data_ptr();
-  s.dnorm = {param_grad(dnorm_weight), param_grad(dnorm_bias)};
+  s.dnorm = {param_grad(dln_w), param_grad(dln_b)};
   s.dweight = param_grad(dweight);
   with_threads([&](const Parallel& parallel) { kernels().cross_entropy(s, parallel); });
-  return {loss, dx, dnorm_weight, dnorm_bias, dweight};
+  return {loss, dx, dln_w, dln_b, dweight};
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Token plus position embedding with dropout.
+// Token plus position embedding with dropout, and its backward.
 #include <tuple>
 
 #include "common.h"
@@ -6,7 +6,7 @@
 namespace gptfast {
 namespace {
 
-// `dense` holds what s.idx points into.
+// `dense` owns the memory that the result's idx points to.
 Embedding arguments(const Arguments& args, const Tensor& idx, const Tensor& wte, const Tensor& wpe,
                     double p, const OptionalTensor& seed, int64_t stream, Tensor& dense) {
   args.require(idx.dim() == 2 && wte.dim() == 2 && wpe.dim() == 2,
@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor> embedding_backward(Tensor dy, Tensor idx, Tensor wte,
   const Arguments args("embedding_backward", "wte", wte),
       activations("embedding_backward", "dy", dy);
   Tensor dense;
-  EmbeddingGrad s = {};
+  EmbeddingBackward s = {};
   s.forward = arguments(args, idx, wte, wpe, p, seed, stream, dense);
   s.forward.y_dtype = activations.dtype();
   const Tensor dense_dy = activations.activation("dy", dy, {idx.size(0), idx.size(1), s.forward.C});
@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor> embedding_backward(Tensor dy, Tensor idx, Tensor wte,
   s.block_size = wpe.size(0);
   s.dwte = param_grad(dwte);
   s.dwpe = param_grad(dwpe);
-  with_threads([&](const Parallel& parallel) { kernels().embedding_grad(s, parallel); });
+  with_threads([&](const Parallel& parallel) { kernels().embedding_backward(s, parallel); });
   return {dwte, dwpe};
 }
 

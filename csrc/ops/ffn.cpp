@@ -1,4 +1,4 @@
-// The feed-forward block: x + dropout(gelu(layer_norm(x) W1' + b1) W2' + b2).
+// The feed-forward block x + dropout(gelu(layer_norm(x) W1' + b1) W2' + b2), and its backward.
 #include <tuple>
 
 #include "common.h"
@@ -8,10 +8,10 @@ namespace {
 
 struct FfnTensors {
   const Tensor &x, &w1, &w2;
-  const OptionalTensor &norm_weight, &norm_bias, &b1, &b2;
+  const OptionalTensor &ln_w, &ln_b, &b1, &b2;
 };
 
-// `dense` holds what s.x points into.
+// `dense` owns the memory that the result's x points to.
 Ffn arguments(const Arguments& args, const FfnTensors& t, const std::string& gelu, double p,
               const OptionalTensor& seed, int64_t stream, Tensor& dense) {
   args.require(t.x.dim() >= 1 && t.w1.dim() == 2 && t.w1.numel() > 0,
@@ -21,8 +21,8 @@ Ffn arguments(const Arguments& args, const FfnTensors& t, const std::string& gel
   s.M = rows_of(t.x), s.C = t.x.size(-1), s.F = t.w1.size(0);
   dense = args.rows("x", t.x, s.M, s.C);
   s.x = dense.const_data_ptr();
-  s.norm.weight = args.param("norm_weight", t.norm_weight, {s.C});
-  s.norm.bias = args.param("norm_bias", t.norm_bias, {s.C});
+  s.norm.weight = args.param("ln_w", t.ln_w, {s.C});
+  s.norm.bias = args.param("ln_b", t.ln_b, {s.C});
   s.w1.param = args.param("w1", t.w1, {s.F, s.C});
   s.b1 = args.param("b1", t.b1, {s.F});
   s.w2.param = args.param("w2", t.w2, {s.C, s.F});
@@ -32,14 +32,13 @@ Ffn arguments(const Arguments& args, const FfnTensors& t, const std::string& gel
   return s;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> ffn(Tensor x, Tensor norm_weight,
-                                               OptionalTensor norm_bias, Tensor w1,
-                                               OptionalTensor b1, Tensor w2, OptionalTensor b2,
-                                               std::string gelu, double p, OptionalTensor seed,
-                                               int64_t stream, bool keep) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> ffn(Tensor x, Tensor ln_w, OptionalTensor ln_b,
+                                               Tensor w1, OptionalTensor b1, Tensor w2,
+                                               OptionalTensor b2, std::string gelu, double p,
+                                               OptionalTensor seed, int64_t stream, bool keep) {
   Tensor dense;
-  const OptionalTensor weight = norm_weight;
-  Ffn s = arguments(Arguments("ffn", "x", x), {x, w1, w2, weight, norm_bias, b1, b2}, gelu, p, seed,
+  const OptionalTensor weight = ln_w;
+  Ffn s = arguments(Arguments("ffn", "x", x), {x, w1, w2, weight, ln_b, b1, b2}, gelu, p, seed,
                     stream, dense);
   const int64_t kept = keep ? s.M : 0;
   Tensor y = new_tensor(x.sizes(), scalar_type(s.dtype));
@@ -56,15 +55,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ffn(Tensor x, Tensor norm_weight,
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
-    Tensor dy, Tensor x, Tensor norm_weight, OptionalTensor norm_bias, Tensor w1, OptionalTensor b1,
-    Tensor w2, OptionalTensor b2, Tensor mean, Tensor rstd, Tensor hidden, std::string gelu,
-    double p, OptionalTensor seed, int64_t stream, int64_t wanted) {
+    Tensor dy, Tensor x, Tensor ln_w, OptionalTensor ln_b, Tensor w1, OptionalTensor b1, Tensor w2,
+    OptionalTensor b2, Tensor mean, Tensor rstd, Tensor hidden, std::string gelu, double p,
+    OptionalTensor seed, int64_t stream, int64_t wanted) {
   const Arguments args("ffn_backward", "x", x);
   Tensor dense;
-  const OptionalTensor weight = norm_weight;
-  FfnGrad s = {};
+  const OptionalTensor weight = ln_w;
+  FfnBackward s = {};
   Ffn& f = s.forward;
-  f = arguments(args, {x, w1, w2, weight, norm_bias, b1, b2}, gelu, p, seed, stream, dense);
+  f = arguments(args, {x, w1, w2, weight, ln_b, b1, b2}, gelu, p, seed, stream, dense);
   f.norm.mean = args.statistics("mean", mean, {f.M});
   f.norm.rstd = args.statistics("rstd", rstd, {f.M});
   const Tensor dense_hidden = args.activation("hidden", hidden, {f.M, f.F});
@@ -73,15 +72,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
   s.dy = dense_dy.const_data_ptr();
   const Wanted want(wanted);
   Tensor dx = want.new_dx(x);
-  Tensor dnorm_weight = want.new_grad(1, weight), dnorm_bias = want.new_grad(2, norm_bias);
+  Tensor dln_w = want.new_grad(1, weight), dln_b = want.new_grad(2, ln_b);
   Tensor dw1 = want.new_grad(3, w1), db1 = want.new_grad(4, b1);
   Tensor dw2 = want.new_grad(5, w2), db2 = want.new_grad(6, b2);
   s.dx = dx.data_ptr();
-  s.dnorm = {param_grad(dnorm_weight), param_grad(dnorm_bias)};
+  s.dnorm = {param_grad(dln_w), param_grad(dln_b)};
   s.dw1 = param_grad(dw1), s.db1 = param_grad(db1);
   s.dw2 = param_grad(dw2), s.db2 = param_grad(db2);
-  with_threads([&](const Parallel& parallel) { kernels().ffn_grad(s, parallel); });
-  return {dx, dnorm_weight, dnorm_bias, dw1, db1, dw2, db2};
+  with_threads([&](const Parallel& parallel) { kernels().ffn_backward(s, parallel); });
+  return {dx, dln_w, dln_b, dw1, db1, dw2, db2};
 }
 
 }  // namespace

@@ -1,11 +1,10 @@
-"""From a model to texts, and how likely given texts are.
+"""Generates texts by a model, and scores how likely given texts are.
 
-Each loop generates what a `Request` asks for: the compiled engine on the CPU, CUDA graphs on a GPU,
-plain torch, which is the specification.
+A call becomes a `Request`, and one of three loops generates its sequences: the compiled engine on
+the CPU, CUDA graphs on a GPU, or plain torch, which is the specification of both.
 """
 
-from gptfast.generation.engine import PackedModel, pack
-from gptfast.generation.generation import (
+from gptfast.generation.api import (
     FinishReason,
     Generation,
     Piece,
@@ -13,6 +12,7 @@ from gptfast.generation.generation import (
     make_request,
     stream,
 )
+from gptfast.generation.engine import PackedModel, pack
 from gptfast.generation.scoring import Score, score
 
 __all__ = [

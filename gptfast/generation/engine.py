@@ -1,6 +1,7 @@
-"""The compiled engine as Python sees it: a model packed for it, and the sequences of a request."""
+"""The compiled engine in Python: a model packed for it, and the loop that runs it."""
 
 import warnings
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -10,11 +11,11 @@ from gptfast.generation.mergeable import engine_oddity
 from gptfast.generation.request import (
     DTYPES,
     Request,
-    Update,
     check_dtype,
     not_finite,
     slots_at_once,
 )
+from gptfast.generation.sequences import Update
 from gptfast.model import GPT
 from gptfast.modules import not_fused
 from gptfast.ops import select
@@ -24,9 +25,8 @@ def pack(model: GPT, dtype: str | None = None) -> "PackedModel":
     """Packs a model's weights once for many calls of `generate`, `stream` and `score`.
 
     Args:
-        model: The GPT; what happens to it later does not reach the result.
-        dtype: As for `generate`, which then takes no other; "int8" computes with activations and
-            cache in bf16 where the processor multiplies bf16, else in float32.
+        model: The GPT; its later changes do not reach the packed model.
+        dtype: As for `generate`, whose calls with the packed model then take no other.
 
     Raises:
         ConfigError: `dtype` is unknown.
@@ -49,14 +49,22 @@ def pack(model: GPT, dtype: str | None = None) -> "PackedModel":
 def packed_for(
     op: str, model: "GPT | PackedModel", dtype: str | None, lasting: bool = False
 ) -> "PackedModel | None":
-    """The model packed for the compiled engine; None where that does not compute.
+    """Packs a model for the compiled engine where that computes the call.
 
-    `op` is who asks, for the error, and for the warning that a module keeps the engine from it;
-    `lasting` says that the model may change before it is done.
+    Args:
+        op: The function that the user called, for errors and for the warning that a module keeps
+            the engine from computing it.
+        model: The GPT, or one that is packed already.
+        dtype: As for `generate`.
+        lasting: Whether the model may change before the call is done.
+
+    Returns:
+        The packed model; None where another loop computes the call.
 
     Raises:
         ConfigError: The model has been packed for another dtype.
-        BackendError: The kernels are asked for and cannot run, or do not know one of the modules.
+        BackendError: `model.backend` is "fused" and the kernels cannot run, or a module is no plain
+            layer.
     """
     if isinstance(model, PackedModel):
         if dtype not in (None, model.name):
@@ -83,7 +91,7 @@ def packed_for(
 def _activations(model: GPT, dtype: str | None) -> torch.dtype:
     if dtype is None:
         return model.main_weight.dtype
-    if dtype == "int8":  # whole numbers of 8 bits are exact in bfloat16: it costs their range alone
+    if dtype == "int8":  # bfloat16 represents 8-bit integers exactly
         extension = select.extension()
         fast = extension is not None and extension.isa_current() in ("avx512_bf16", "amx")
         return torch.bfloat16 if fast else torch.float32
@@ -93,9 +101,9 @@ def _activations(model: GPT, dtype: str | None) -> torch.dtype:
 class PackedModel:
     """A model's weights in the engine's layout, for `generate`, `stream` and `score`.
 
-    Packing takes about as long as a token; a model that many calls use is better packed once, by
-    `gptfast.pack`. Later changes of the model do not reach it; one during whose life there are none
-    (`lasting=False`) may share the model's vectors and embeddings.
+    Packing takes about as long as generating a token, so `gptfast.pack` pays for a model that many
+    calls use. Later changes of the model do not reach the packed one, unless `lasting=False`: that
+    shares the model's vectors and embeddings, for a model that does not change meanwhile.
 
     Raises:
         ConfigError: `dtype` is None and the engine does not compute in the model's own.
@@ -112,7 +120,7 @@ class PackedModel:
         params = model.state_dict()
 
         def find(parameter: str) -> Any:
-            # A model in bfloat16 may compute in float32: widened parameters serve both.
+            # The engine takes float32 alone, which it rounds where it computes in bfloat16.
             found = params.get(parameter)
             return None if found is None else found.float().contiguous().numpy()
 
@@ -132,26 +140,27 @@ class PackedModel:
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the packed weights."""
+        """How many bytes the packed weights take."""
         return self.compiled.packed_bytes
 
     def score(self, windows: list[list[int]]) -> list[list[float]]:
-        """Log-probabilities of the tokens after the first of each window.
+        """Scores windows of 2 to block_size + 1 tokens.
 
-        A window has up to block_size + 1 tokens.
+        Returns:
+            Per window, the log-probabilities of the tokens after its first.
         """
         return self.compiled.score(windows)
 
 
 class Engine:
-    """The sequences of a request in the compiled engine; see request.Loop."""
+    """Generates a request by the compiled engine; see sequences.Loop."""
 
     def __init__(self, packed: PackedModel, request: Request) -> None:
-        extension, config, sampling = _extension(), packed.config, request.sampling
+        extension, config = _extension(), packed.config
         self._request = request
         longest = max((len(prompt) for prompt in request.prompts), default=0)
         longest += request.max_new_tokens - 1
-        window = config.block_size if config.attention else 1  # the rest would never be read
+        window = config.block_size if config.attention else 1  # it reads no more of the cache
         options = extension.SessionOptions()
         options.capacity = max(1, min(window, longest))
         slot = packed.compiled.cache_bytes(options.capacity)
@@ -160,32 +169,32 @@ class Engine:
         options.slots = slots_at_once(
             request, len(request.prompts), options.capacity, slot, used_bytes=table
         )
-        options.sampling = sampling.as_numbers(config.vocab_size)
+        options.sampling = astuple(request.sampling)
         options.max_new_tokens = request.max_new_tokens
         options.stride = request.stride or 0
-        options.top_logprobs = request.alternatives
+        options.top_logprobs = request.top_logprobs
         options.stop_tokens = request.stop_tokens
         if request.stop_strings:
             options.stop_strings = [_bytes(text) for text in request.stop_strings]
             options.pieces = [_bytes(piece) for piece in request.pieces or ()]
         self._session = extension.Session(
-            packed.compiled, request.prompts, request.seeds, request.numbers, options
+            packed.compiled, request.prompts, request.seeds, request.sequence_ids, options
         )
 
     def run(self, seconds: float) -> bool:
-        """See Loop."""
+        """See sequences.Loop."""
         more = self._session.run(seconds)
         if self._session.invalid >= 0:
             raise not_finite("prompt", self._session.invalid // self._request.num_samples)
         return more
 
     def updates(self) -> list[Update]:
-        """See Loop."""
+        """See sequences.Loop."""
         return [Update(*each) for each in self._session.updates()]
 
     @property
     def cache_bytes(self) -> int:
-        """Of the keys and values, and of what is known of the first layer."""
+        """How many bytes the cache and the first layer's table take."""
         return self._session.bytes
 
 
@@ -197,15 +206,15 @@ def _extension() -> Any:
 
 
 def _table_pays(packed: PackedModel, request: Request, slot_bytes: int) -> bool:
-    """Whether to keep what the first layer gives for each (token, position).
+    """Whether to cache what the first layer projects for each (token, position).
 
-    A window that moves needs one entry per position; each should serve twice on average, in a
-    quarter of the memory.
+    Every move of a window computes an entry per position anew. The table pays when an entry is used
+    twice on average, and may take a quarter of the memory.
     """
     config = packed.config
     if request.stride is None or not config.attention or config.n_layer < 2:
         return False
-    last = request.max_new_tokens - 1 - config.block_size  # moves of an empty prompt's window
+    last = request.max_new_tokens - 1 - config.block_size  # moves after an empty prompt
     moves = sum(
         max(0, min(request.max_new_tokens, len(prompt) + last)) for prompt in request.prompts
     )

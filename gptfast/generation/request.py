@@ -1,8 +1,7 @@
-"""What is to be generated, checked: the input of the engine and of the reference loop."""
+"""What is to be generated, checked: the input of every loop."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from gptfast.checks import check_seed, is_iterable, whole
 from gptfast.config import GPTConfig
@@ -16,62 +15,47 @@ GIB = 1 << 30
 
 
 class Request(NamedTuple):
-    """Sequences to continue and how. Sequence i draws with key `seeds[i]` and number `numbers[i]`.
+    """The sequences to continue, and how.
 
-    `num_samples` sequences of one prompt follow one another.
+    The first three lists have an item per sequence; the `num_samples` sequences of a prompt follow
+    one another.
     """
 
     prompts: list[list[int]]
+    seeds: list[int]  # keys of the random draws
+    sequence_ids: list[int]  # tell the draws of sequences with the same seed apart
     num_samples: int
-    seeds: list[int]
-    numbers: list[int]
     sampling: Sampling
     max_new_tokens: int
-    stride: int | None  # how far a full window moves; None: it does not
-    alternatives: int
+    stride: int | None  # how many tokens a full window drops; None: the sequence ends there
+    top_logprobs: int  # how many of the likeliest tokens to report per token
     stop_tokens: list[int]
     stop_strings: list[str]
-    pieces: list[str] | None  # what each token writes
+    pieces: list[str] | None  # the text of each token id; None without a tokenizer
     max_batch: int
     max_cache_bytes: int
-    dtype: str | None
-
-
-@dataclass
-class Update:
-    """What is new of one sequence; a stop string still ends it, a stop token does not."""
-
-    sequence: int
-    state: str  # waiting, running, or why it ended: length, stop, window, invalid (an error)
-    tokens: list[int]
-    logprobs: list[float]
-    alternatives: list[list[tuple[int, float]]]
-
-
-class Loop(Protocol):
-    """What generates a request."""
-
-    def run(self, seconds: float) -> bool:
-        """Generates for about so long, one step at least; whether there is more to do."""
-        ...
-
-    def updates(self) -> list[Update]:
-        """What is new since the last call, of all sequences at first, then of those with any."""
-        ...
+    dtype: str | None  # None: the model's own
 
 
 def not_finite(name: str, i: int) -> DataError:
-    """The error that the model gives no numbers for text number i; `name` is what it is."""
+    """Makes the error that the logits of prompt or text number i (its `name`) are not finite."""
     return DataError(f"the model's logits are not finite for {name} {i}")
 
 
 def slots_at_once(
     request: Request, sequences: int, capacity: int, slot_bytes: int, used_bytes: int = 0
 ) -> int:
-    """How many sequences may run at once, of `capacity` tokens and so many bytes of cache each.
+    """Computes how many sequences may run at once.
+
+    Args:
+        request: Limits them by `max_batch` and `max_cache_bytes`.
+        sequences: How many there are.
+        capacity: Tokens that a slot of the cache has room for.
+        slot_bytes: Bytes of a slot.
+        used_bytes: Bytes of `max_cache_bytes` that something else takes.
 
     Raises:
-        ConfigError: The memory does not hold one.
+        ConfigError: The memory does not hold one sequence.
     """
     left = request.max_cache_bytes - used_bytes
     if sequences and left < slot_bytes:
@@ -83,7 +67,11 @@ def slots_at_once(
 
 
 def window_stride(overflow: str, block_size: int) -> int | None:
-    """How many tokens the window drops when it is full; None where it does not move."""
+    """Parses the option `overflow`: how many tokens a full window drops, None where it never moves.
+
+    Raises:
+        ConfigError: `overflow` is none of the values that `generate` lists.
+    """
     if overflow == "recompute":
         return 1
     if overflow in ("stop", "error"):
@@ -98,13 +86,13 @@ def window_stride(overflow: str, block_size: int) -> int | None:
 
 
 def check_dtype(dtype: str | None) -> None:
-    """Checks the name of a dtype to generate or score in."""
+    """Raises ConfigError where there is no such dtype to generate or score in."""
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype must be None or one of {list(DTYPES)}, got {dtype!r}")
 
 
 def check_tokenizer(tokenizer: CharTokenizer | None, config: GPTConfig) -> None:
-    """Checks that the model has all of the tokenizer's ids."""
+    """Raises ConfigError where the tokenizer has ids that the model does not have."""
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}: they"
@@ -115,7 +103,18 @@ def check_tokenizer(tokenizer: CharTokenizer | None, config: GPTConfig) -> None:
 def encode(
     name: str, texts: Sequence[Prompt], tokenizer: CharTokenizer | None, vocab_size: int
 ) -> list[list[int]]:
-    """The ids of texts, or of lists of ids, in the vocabulary; `name` is what one of them is."""
+    """Encodes texts, and checks lists of token ids.
+
+    Args:
+        name: What one of the texts is called in errors, "prompt" or "text".
+        texts: Texts or token lists.
+        tokenizer: Encodes the texts; None where all of them are token lists.
+        vocab_size: How many ids the model has.
+
+    Raises:
+        ConfigError: `texts` is no list of texts and token lists, or a text has no tokenizer.
+        DataError: A text is empty, or has an unknown character or token.
+    """
     if isinstance(texts, str):
         raise ConfigError(f"{name}s must be a list of {name}s, got one str; wrap it in a list")
     if not is_iterable(texts):
@@ -139,7 +138,7 @@ def encode(
 def _tokens(name: str, i: int, ids: Iterable[Any], vocab_size: int) -> list[int]:
     given = list(ids)
     if set(map(type, given)) == {int} and min(given) >= 0 and max(given) < vocab_size:
-        return given  # ten times quicker than one by one
+        return given  # ten times as fast as checking one by one
     found = []
     for token in given:
         value = whole(token)
@@ -150,7 +149,11 @@ def _tokens(name: str, i: int, ids: Iterable[Any], vocab_size: int) -> list[int]
 
 
 def stops_of(stop: Any, has_text: bool, vocab_size: int) -> tuple[list[int], list[str]]:
-    """The token ids and the strings that end a text."""
+    """Splits the option `stop` into token ids and strings.
+
+    Raises:
+        ConfigError: A stop is neither a token id nor, where there is a tokenizer, a string.
+    """
     if stop is None:
         return [], []
     one = isinstance(stop, str | bytes | bytearray) or not is_iterable(stop)
@@ -170,8 +173,8 @@ def stops_of(stop: Any, has_text: bool, vocab_size: int) -> tuple[list[int], lis
     return tokens, strings
 
 
-def written(tokenizer: CharTokenizer | None, vocab_size: int) -> list[str] | None:
-    """What each token writes; ids that the model has and the tokenizer has not write nothing."""
+def pieces_of(tokenizer: CharTokenizer | None, vocab_size: int) -> list[str] | None:
+    """Lists the text of each token id, "" for ids of the model that the tokenizer does not have."""
     if tokenizer is None:
         return None
     known = tokenizer.pieces
@@ -181,7 +184,13 @@ def written(tokenizer: CharTokenizer | None, vocab_size: int) -> list[str] | Non
 def seeds_of(
     seed: int | Sequence[int], prompts: int, num_samples: int
 ) -> tuple[list[int], list[int]]:
-    """Keys and numbers of the draws: with one seed for all, the place in the list is the number."""
+    """Returns the seeds and the ids of all sequences: `Request.seeds`, `Request.sequence_ids`.
+
+    With one seed, ids count all sequences; with a seed per prompt, they count a prompt's samples.
+
+    Raises:
+        ConfigError: `seed` is neither one int nor one per prompt, or a seed is out of range.
+    """
     if whole(seed) is not None:
         count = prompts * num_samples
         return [check_seed(seed)] * count, list(range(count))
@@ -193,5 +202,5 @@ def seeds_of(
         raise ConfigError(
             f"seed must be one int or one per prompt ({prompts}), got {len(given)} seeds"
         )
-    keys = [key for key in map(check_seed, given) for _ in range(num_samples)]
-    return keys, [*range(num_samples)] * prompts
+    seeds = [each for each in map(check_seed, given) for _ in range(num_samples)]
+    return seeds, [*range(num_samples)] * prompts

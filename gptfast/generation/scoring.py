@@ -1,4 +1,4 @@
-"""How likely a model finds given texts."""
+"""Scores how likely a model finds given texts."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -8,19 +8,19 @@ import torch
 
 from gptfast.checks import check_count
 from gptfast.generation.engine import PackedModel, packed_for
-from gptfast.generation.reference_loop import reference_model
 from gptfast.generation.request import (
     Prompt,
     check_dtype,
     check_tokenizer,
     encode,
     not_finite,
-    written,
+    pieces_of,
 )
+from gptfast.generation.snapshot import snapshot
 from gptfast.model import GPT
 from gptfast.tokenizer import CharTokenizer
 
-TOKENS_AT_ONCE = 2048  # bounds the memory; results do not depend on it
+TOKENS_AT_ONCE = 2048  # per call of the engine, bounds its memory; results do not depend on it
 
 
 @dataclass
@@ -28,37 +28,37 @@ class Score:
     """The log-probabilities, in nats, of a text's tokens after the first."""
 
     tokens: list[int]
-    logprobs: list[float]  # of tokens[1:], each given those before it in its window
-    characters: int | None  # that tokens[1:] write; None without a tokenizer
+    logprobs: list[float]  # of tokens[1:], each given the tokens before it in its window
+    characters: int | None  # how many tokens[1:] decode to; None without a tokenizer
 
     @property
     def logprob(self) -> float:
-        """Of all tokens but the first."""
+        """The log-probability, in nats, of all tokens but the first."""
         return math.fsum(self.logprobs)
 
     @property
     def bits_per_token(self) -> float | None:
-        """Mean surprise in bits; None where there is only one token."""
+        """Mean cross-entropy per token, in bits; None where there is only one token."""
         return -self.logprob / math.log(2) / len(self.logprobs) if self.logprobs else None
 
     @property
     def bits_per_character(self) -> float | None:
-        """Mean surprise in bits per character; None where there is none, or no tokenizer."""
+        """Mean cross-entropy per character, in bits; None without characters or a tokenizer."""
         return -self.logprob / math.log(2) / self.characters if self.characters else None
 
 
 @dataclass(frozen=True)
 class _Window:
-    """Tokens first .. last of a text predict first + 1 .. last + 1; the last `new` are wanted."""
+    """Tokens first to last - 1 of a text predict first + 1 to last; the last `new` count."""
 
-    text: int
+    text: int  # the text's place in the call
     first: int
     last: int
     new: int
 
     @property
     def length(self) -> int:
-        """How many tokens it has."""
+        """How many tokens it predicts."""
         return self.last - self.first
 
 
@@ -77,8 +77,9 @@ def score(
             `gptfast.pack` made of it.
         texts: Texts (with `tokenizer`) or token lists, of any mix of lengths, none of them empty.
         tokenizer: Encodes texts.
-        stride: How far the window moves along a text that is longer than `block_size`: a token has
-            at least block_size - stride tokens before it. Half of `block_size` when None.
+        stride: How many tokens the window moves along a text that is longer than `block_size`; a
+            token past the first window is scored given at least block_size - stride tokens before
+            it. Half of `block_size` when None.
         dtype: As for `generate`.
 
     Returns:
@@ -104,7 +105,7 @@ def score(
         if not all(map(math.isfinite, values)):
             raise not_finite("text", window.text)
         logprobs[window.text] += values[len(values) - window.new :]
-    pieces = written(tokenizer, model.config.vocab_size)
+    pieces = pieces_of(tokenizer, model.config.vocab_size)
     return [
         Score(tokens, own, None if pieces is None else sum(len(pieces[t]) for t in tokens[1:]))
         for tokens, own in zip(encoded, logprobs, strict=True)
@@ -123,11 +124,11 @@ def _windows(text: int, length: int, T: int, stride: int) -> list[_Window]:
 def _score(
     model: GPT | PackedModel, texts: list[list[int]], windows: list[_Window], dtype: str | None
 ) -> list[list[float]]:
-    """The log-probabilities that each window gives, of all its predictions."""
+    """Per window, the log-probabilities of all its predictions."""
     packed = packed_for("score", model, dtype)
     if packed is None:
         assert not isinstance(model, PackedModel)
-        reference = reference_model(model, dtype)
+        reference = snapshot(model, dtype)
         return [_reference_scores(reference, texts[w.text], w) for w in windows]
     results: list[list[float]] = [[] for _ in windows]
     for group in _groups(windows):
@@ -138,7 +139,7 @@ def _score(
 
 
 def _groups(windows: list[_Window]) -> Iterator[list[int]]:
-    """Numbers of windows of similar length, whose cache is one of TOKENS_AT_ONCE or of one row."""
+    """Groups windows of similar lengths, as their indices, by what fits into TOKENS_AT_ONCE."""
     group: list[int] = []
     for n in sorted(range(len(windows)), key=lambda n: windows[n].length):
         if group and (len(group) + 1) * windows[n].length > TOKENS_AT_ONCE:

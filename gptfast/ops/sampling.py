@@ -1,4 +1,7 @@
-"""From logits to tokens, in plain torch: the specification of csrc/kernels/layers/sampling.inl."""
+"""From logits to tokens, in plain torch: the specification of csrc/kernels/layers/sampling.inl.
+
+Letters: n sequences, V vocab_size.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,61 +14,66 @@ from gptfast.checks import whole
 from gptfast.errors import ConfigError
 from gptfast.ops.random import WORD, philox
 
-SAMPLING_STREAM = WORD  # apart from every dropout's stream
-# The engine computes in float32, where factors beyond these would leave its range.
+SAMPLING_STREAM = WORD  # no dropout has this Philox stream
+# The kernels compute in float32, which larger factors would overflow.
 MOST_TEMPERATURE, MOST_PENALTY = 1e6, 1e3
+MOST_TOP_K = 2**31 - 1  # no vocabulary is larger
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Sampling:
-    """How a token is chosen; `generate` says what the options mean.
+    """How a token is chosen; `generate` explains the options.
+
+    The fields are numbers, in the order of `Sampling` in csrc/kernels/kernels.h. The constructor
+    alone takes None, for the number that sets no limit.
 
     Raises:
         ConfigError: An option is out of its range.
     """
 
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
+    temperature: float  # 0: greedy
+    top_k: int  # 0: no limit
+    top_p: float  # 1: no limit
+    min_p: float  # 0: no limit
+    repetition_penalty: float  # 1: no penalty
 
-    def __post_init__(self) -> None:
-        if not _within(self.temperature, 0.0, MOST_TEMPERATURE):
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+    ) -> None:
+        if not _within(temperature, 0.0, MOST_TEMPERATURE):
             raise ConfigError(
                 f"temperature must be 0 (greedy) or positive, at most {MOST_TEMPERATURE:g},"
-                f" got {self.temperature!r}"
+                f" got {temperature!r}"
             )
-        if self.top_k is not None:
-            count = whole(self.top_k)
-            if count is None or count < 0:
-                raise ConfigError(
-                    "top_k must be None, 0 (from all tokens) or a positive whole number,"
-                    f" got {self.top_k!r}"
-                )
-            object.__setattr__(self, "top_k", count or None)
-        if self.top_p is not None and not (_within(self.top_p, 0.0, 1.0) and self.top_p > 0.0):
-            raise ConfigError(f"top_p must be None or in (0, 1], got {self.top_p!r}")
-        if self.min_p is not None and not _within(self.min_p, 0.0, 1.0):
-            raise ConfigError(f"min_p must be None or in [0, 1], got {self.min_p!r}")
-        if not _within(self.repetition_penalty, 1 / MOST_PENALTY, MOST_PENALTY):
+        count = 0 if top_k is None else whole(top_k)
+        if count is None or count < 0:
+            raise ConfigError(
+                f"top_k must be None, 0 (from all tokens) or a positive whole number, got {top_k!r}"
+            )
+        if top_p is not None and not (_within(top_p, 0.0, 1.0) and top_p > 0.0):
+            raise ConfigError(f"top_p must be None or in (0, 1], got {top_p!r}")
+        if min_p is not None and not _within(min_p, 0.0, 1.0):
+            raise ConfigError(f"min_p must be None or in [0, 1], got {min_p!r}")
+        if not _within(repetition_penalty, 1 / MOST_PENALTY, MOST_PENALTY):
             raise ConfigError(
                 f"repetition_penalty must be in [{1 / MOST_PENALTY:g}, {MOST_PENALTY:g}],"
-                f" got {self.repetition_penalty!r}"
+                f" got {repetition_penalty!r}"
             )
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
-            value = getattr(self, name)  # may be of any type of numbers, which torch does not take
-            object.__setattr__(self, name, None if value is None else float(value))
-
-    def as_numbers(self, vocab_size: int) -> tuple[float, int, float, float, float]:
-        """Temperature, top_k, top_p, min_p, penalty; what is None as the number of no limit."""
-        return (
-            self.temperature,
-            min(self.top_k or 0, vocab_size),
-            1.0 if self.top_p is None else self.top_p,
-            self.min_p or 0.0,
-            self.repetition_penalty,
-        )
+        # float() because torch and the extension do not take every type of number.
+        numbers = {
+            "temperature": float(temperature),
+            "top_k": min(count, MOST_TOP_K),
+            "top_p": 1.0 if top_p is None else float(top_p),
+            "min_p": 0.0 if min_p is None else float(min_p),
+            "repetition_penalty": float(repetition_penalty),
+        }
+        for name, number in numbers.items():
+            object.__setattr__(self, name, number)
 
 
 def _within(value: object, least: float, most: float) -> bool:
@@ -75,13 +83,13 @@ def _within(value: object, least: float, most: float) -> bool:
 def choose(
     how: Sampling, logits: Tensor, seen: Sequence[Sequence[int]], uniforms: Tensor
 ) -> Tensor:
-    """Chooses a token per row.
+    """Chooses a token per sequence.
 
     Args:
         how: The options.
-        logits: (n, V) float.
-        seen: The tokens that each row's penalty applies to.
-        uniforms: (n,) float64 in [0, 1), the draws.
+        logits: (n, V), any floating-point dtype; computed in float64.
+        seen: The tokens that each sequence's repetition penalty applies to.
+        uniforms: (n,) float64 in [0, 1), the draws; see `draws`.
 
     Returns:
         (n,) int64.
@@ -96,32 +104,59 @@ def choose(
             row[list(tokens)] = penalized
     if how.temperature == 0.0:
         return scores.argmax(-1)
-    # The first token whose cumulative probability exceeds the draw; one without probability never
-    # does.
+    # Inverse transform sampling: the first token whose cumulative probability exceeds the draw,
+    # which is never a token of probability 0.
     cumulative = probabilities(how, scores).cumsum(-1)
     return torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
 
 
 def probabilities(how: Sampling, scores: Tensor) -> Tensor:
-    """The distribution (n, V) to draw from, at a temperature above 0, up to a factor per row."""
+    """Computes the distribution to draw from, without its normalisation.
+
+    Args:
+        how: The options; the temperature is above 0.
+        scores: (n, V) float64, the logits after the repetition penalty.
+
+    Returns:
+        (n, V) float64, proportional to the probabilities of each row.
+    """
     weights = ((scores - scores.amax(-1, keepdim=True)) / how.temperature).exp()
-    if how.top_k is not None and how.top_k < scores.shape[-1]:
+    if 0 < how.top_k < scores.shape[-1]:
         weights = weights.where(scores >= scores.topk(how.top_k).values[:, -1:], 0.0)
-    if how.top_p is not None:
+    if how.top_p < 1.0:
         falling = weights.sort(descending=True).values
         mass = falling.cumsum(-1)
-        enough = (mass < how.top_p * mass[:, -1:]).sum(-1, keepdim=True)  # the last token needed
-        weights = weights.where(weights >= falling.gather(-1, enough), 0.0)
-    if how.min_p is not None:
+        last = (mass < how.top_p * mass[:, -1:]).sum(-1, keepdim=True)  # place of the last one kept
+        weights = weights.where(weights >= falling.gather(-1, last), 0.0)
+    if how.min_p > 0.0:
         weights = weights.where(weights >= how.min_p, 0.0)
     return weights
 
 
-def draws(seeds: Tensor, numbers: Tensor, steps: Tensor) -> Tensor:
-    """A number in [0, 1) of 53 bits for each sequence, (n,) float64.
+def draws(seeds: Tensor, sequence_ids: Tensor, steps: Tensor) -> Tensor:
+    """Draws a number of 53 random bits for each sequence.
 
-    It is a Philox number with key `seeds` and counter (steps, numbers), all (n,) int64: a sequence
-    gets the same draws alone and in any batch.
+    A sequence gets the same draws alone and in any batch: each is a Philox number of a key and a
+    counter of its own.
+
+    Args:
+        seeds: (n,) int64, the keys.
+        sequence_ids: (n,) int64, tell sequences with the same seed apart.
+        steps: (n,) int64, how many tokens each sequence has drawn before.
+
+    Returns:
+        (n,) float64 in [0, 1).
     """
-    high, low, _, _ = philox((steps, numbers, 0, SAMPLING_STREAM), seeds)
+    high, low, _, _ = philox((steps, sequence_ids, 0, SAMPLING_STREAM), seeds)
     return ((high << 21) + (low >> 11)).double() * 2.0**-53
+
+
+def top_logprobs(logprobs: Tensor, count: int) -> list[list[tuple[int, float]]]:
+    """Lists the `count` likeliest tokens of each row of (n, V), likeliest first, ties by token id.
+
+    Returns:
+        Per row, pairs of a token and its log-probability.
+    """
+    found = logprobs.sort(descending=True, stable=True)
+    rows = found.indices[:, :count].tolist(), found.values[:, :count].tolist()
+    return [list(zip(tokens, values, strict=True)) for tokens, values in zip(*rows, strict=True)]

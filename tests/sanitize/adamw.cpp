@@ -1,4 +1,4 @@
-// The optimiser's step: parameters of sizes about the vectors' and the chunks'.
+// The optimiser's step over parameters of sizes near those of vectors and chunks.
 #include <algorithm>
 #include <memory>
 
@@ -7,7 +7,7 @@
 namespace gptfast::sanitize {
 namespace {
 
-// A parameter with its gradient and its state, before the step.
+// A parameter with its gradient and optimiser state, before the step.
 struct Parameter {
   explicit Parameter(int64_t n)
       : weight(n, DType::f32, 1.0), grad(n, DType::f32, 1.0), mean(n, DType::f32, 1.0) {

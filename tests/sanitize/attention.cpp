@@ -1,4 +1,5 @@
-// Causal attention and its backward: head sizes, times, dropout, ways in which heads lie in memory.
+// Causal attention and its backward: head sizes, numbers of queries and keys, dropout, memory
+// layouts of heads.
 #include <cmath>
 
 #include "harness.h"
@@ -6,8 +7,8 @@
 namespace gptfast::sanitize {
 namespace {
 
-// (B, T, H, D) tensors of their own, thirds of one (B, T, 3, H, D), or (B, H, T, D) with a gap
-// behind each row.
+// How heads lie in memory: separate (B, T, H, D) tensors, thirds of one (B, T, 3, H, D) tensor, or
+// (B, H, T, D) tensors with a gap after each row.
 enum class Layout { separate, packed, gapped };
 constexpr Layout layouts[] = {Layout::separate, Layout::packed, Layout::gapped};
 constexpr const char* layout_names[] = {"separate", "packed", "gapped"};
@@ -20,7 +21,7 @@ struct Shape {
   Layout layout;
 };
 
-// The memory of `parts` tensors of T positions; one part unless packed.
+// Elements of `parts` tensors of T positions; `parts` is 1 unless packed.
 int64_t elements(const Shape& s, int64_t T, int64_t parts) {
   if (s.layout != Layout::gapped) return s.B * T * parts * s.H * s.D;
   return std::max<int64_t>(0, s.B * s.H * T * (s.D + gap) - gap);
@@ -32,7 +33,7 @@ Heads heads(const Shape& s, const Buffer& x, int64_t T, int64_t part, int64_t pa
   return {x.at(part * s.H * s.D), T * parts * s.H * s.D, s.D, parts * s.H * s.D};
 }
 
-// Results without the gaps, which must be as they were.
+// The values of a result without the gaps, which must not have been written to.
 std::vector<float> written(const Shape& s, const Buffer& x) {
   if (s.layout != Layout::gapped) return x.values();
   std::vector<float> values;
@@ -82,17 +83,17 @@ std::vector<Result> run(const Shape& s, const Triple& in, const Buffer& dout,
   kernels.attention(a, parallel);
   expect(same_bits(out, without_lse), "the result depends on whether lse is wanted");
 
-  AttentionGrad g = {};
+  AttentionBackward g = {};
   g.forward = a;
   g.dout = heads(s, dout, s.Tq, 0, 1);
   g.dq = grads.part(s, 0), g.dk = grads.part(s, 1), g.dv = grads.part(s, 2);
-  kernels.attention_grad(g, parallel);
-  const double most = std::sqrt(std::max(1.0, static_cast<double>(s.Tq)));
+  kernels.attention_backward(g, parallel);
+  const double max_scale = std::sqrt(std::max(1.0, static_cast<double>(s.Tq)));
   return {{"out", written(s, out)},
           {"lse", lse.values()},
           {"dq", written(s, grads.q)},
-          {"dk", written(s, grads.k), most},
-          {"dv", written(s, grads.v), most}};
+          {"dk", written(s, grads.k), max_scale},
+          {"dv", written(s, grads.v), max_scale}};
 }
 
 void attention_case(const Shape& s) {
@@ -115,10 +116,10 @@ void attention_cases() {
       {1, 129}, {5, 140}, {97, 193}, {17, 33}, {130, 40}, {3, 1},     {3, 0},
   };
   for (const DType dtype : dtypes) {
-    int64_t turn = 0;  // takes every layout with and without dropout to every other shape
+    int64_t turn = 0;  // cycles through the layouts, with and without dropout
     for (const int64_t D : {8, 12, 16, 33, 64, 128, 256})
       for (const auto& [Tq, Tk] : times) {
-        if (D > 64 && Tq * Tk > 97 * 97) continue;  // the time that it takes
+        if (D > 64 && Tq * Tk > 97 * 97) continue;  // takes too long
         const int repeats = Tq * Tk > 33 * 33 ? 1 : 2;
         for (int repeat = 0; repeat < repeats; ++repeat, ++turn) {
           Layout layout = layouts[turn % 3];
@@ -131,7 +132,7 @@ void attention_cases() {
       attention_case({dtype, 1, 3, 40, 40, 20, 65536, layout});
       attention_case({dtype, 61, 5, 9, 9, 12, 20000, layout});
     }
-    // As above, so many heads that a task has several; some rows see no key, some see more.
+    // So many heads that a task has several, as above; with Tq > Tk some rows see no key.
     attention_case({dtype, 61, 5, 7, 3, 12, 0, Layout::separate});
     attention_case({dtype, 61, 5, 3, 7, 12, 0, Layout::gapped});
   }

@@ -1,4 +1,4 @@
-// Final norm, output projection and loss, with and without gradients, with rows that do not count.
+// Final norm, output projection and loss, with and without gradients, with ignored rows.
 #include <cmath>
 
 #include "harness.h"
@@ -21,15 +21,15 @@ struct Shape {
 constexpr int64_t ignore_index = -100;
 
 struct Inputs {
-  Buffer x, norm_weight, norm_bias, weight, token_weights;
+  Buffer x, ln_w, ln_b, weight, token_weights;
   int64_t counted = 0;
   std::vector<int64_t> drawn;
   Indices targets;
 
   explicit Inputs(const Shape& s)
       : x(s.M * s.K, s.dtype, 1.0),
-        norm_weight(s.K, s.param, 1.0),
-        norm_bias(s.K, s.param, 1.0),
+        ln_w(s.K, s.param, 1.0),
+        ln_b(s.K, s.param, 1.0),
         weight(s.V * s.K, s.param, 1.0 / std::sqrt(static_cast<double>(s.K))),
         token_weights(s.weighted ? s.M : 0, DType::f32, 1.0),
         drawn(draw(s)),
@@ -50,16 +50,16 @@ struct Inputs {
 
 std::vector<Result> run(const Shape& s, const Inputs& in, const Kernels& kernels,
                         const Parallel& parallel) {
-  const bool norm = s.with != With::neither, norm_bias = s.with == With::norm_and_bias;
+  const bool norm = s.with != With::neither, ln_b = s.with == With::norm_and_bias;
   const int64_t losses = s.reduction == Reduction::none ? s.M : 1;
   Buffer loss(losses, DType::f32), loss_alone(losses, DType::f32);
-  Buffer dnorm_weight(norm ? s.K : 0, s.param), dnorm_bias(norm_bias ? s.K : 0, s.param);
+  Buffer dln_w(norm ? s.K : 0, s.param), dln_b(ln_b ? s.K : 0, s.param);
   Buffer dx(s.M * s.K, s.dtype), dweight(s.V * s.K, s.param);
   CrossEntropy a = {};
   a.dtype = s.dtype;
   a.M = s.M, a.K = s.K, a.V = s.V;
   a.x = in.x.data();
-  a.norm = {in.norm_weight.param(norm), in.norm_bias.param(norm_bias), nullptr, nullptr};
+  a.norm = {in.ln_w.param(norm), in.ln_b.param(ln_b), nullptr, nullptr};
   a.weight.param = in.weight.param();
   a.targets = in.targets.data();
   a.token_weights = s.weighted ? in.token_weights.floats() : nullptr;
@@ -70,7 +70,7 @@ std::vector<Result> run(const Shape& s, const Inputs& in, const Kernels& kernels
   const CrossEntropy none = a;
   a.loss = loss.floats();
   a.dx = dx.data();
-  a.dnorm = {dnorm_weight.grad(norm), dnorm_bias.grad(norm_bias)};
+  a.dnorm = {dln_w.grad(norm), dln_b.grad(ln_b)};
   a.dweight = dweight.grad();
   kernels.cross_entropy(a, parallel);
   expect(same_bits(loss, loss_alone), "the loss depends on whether gradients are wanted");
@@ -86,8 +86,8 @@ std::vector<Result> run(const Shape& s, const Inputs& in, const Kernels& kernels
   const double dn = each / std::sqrt(static_cast<double>(s.K));
   return {{"loss", loss.values(), each * counted},
           {"dx", dx.values(), dn},
-          {"dnorm_weight", dnorm_weight.values(), dn * std::sqrt(counted)},
-          {"dnorm_bias", dnorm_bias.values(), dn * std::sqrt(counted)},
+          {"dnorm_weight", dln_w.values(), dn * std::sqrt(counted)},
+          {"dnorm_bias", dln_b.values(), dn * std::sqrt(counted)},
           {"dweight", dweight.values(), each * std::sqrt(counted / static_cast<double>(s.V))}};
 }
 
@@ -131,14 +131,14 @@ void cross_entropy_cases() {
         }
       cross_entropy_case({dtype, param, 50, 12, 20, Ignored::all, With::norm_and_bias});
       cross_entropy_case({dtype, param, 50, 12, 20, Ignored::none, With::neither});
-      // More columns than are in work at a time, and a gradient that is summed up in place.
+      // More columns than one block of the vocabulary; in the second case dx is summed in place.
       cross_entropy_case({dtype, param, 50, 5, 2400, Ignored::some, With::norm_and_bias});
       cross_entropy_case({dtype, param, 50, 32, 1539, Ignored::some, With::neither});
     }
-    // So wide that the rows come in several chunks.
+    // Rows so wide that they come in several chunks.
     const int64_t rows = dtype == DType::f32 ? 385 : 769;
     cross_entropy_case({dtype, dtype, rows, 11003, 3, Ignored::some, With::norm});
-    // So many that they come in parts with a sum each.
+    // So many rows that they come in parts with a sum each.
     cross_entropy_case({dtype, dtype, 1601, 9, 21, Ignored::some, With::norm});
   }
 }

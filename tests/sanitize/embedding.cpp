@@ -1,4 +1,4 @@
-// Token and position embedding and its backward, and the forward at positions that are given.
+// Token and position embedding and its backward, and the forward at given positions.
 #include "harness.h"
 
 namespace gptfast::sanitize {
@@ -37,13 +37,13 @@ std::vector<Result> run(const Shape& s, const Buffer& wte, const Buffer& wpe, co
   a.position = nullptr;
   kernels.embedding(a, parallel);
 
-  EmbeddingGrad g = {};
+  EmbeddingBackward g = {};
   g.forward = a;
   g.dy = dy.data();
   g.padding_idx = s.padding_idx;
   g.block_size = s.T + spare_positions;
   g.dwte = dwte.grad(), g.dwpe = dwpe.grad();
-  kernels.embedding_grad(g, parallel);
+  kernels.embedding_backward(g, parallel);
   return {{"y", y.values()},
           {"y at given positions", placed.values()},
           {"dwte", dwte.values()},

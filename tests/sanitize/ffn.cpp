@@ -1,4 +1,4 @@
-// The feed-forward block and its backward: both GELUs, dropout, more and less than one block of
+// The feed-forward block and its backward: both GELUs, dropout, less and more than one block of
 // hidden columns.
 #include <cmath>
 
@@ -16,12 +16,12 @@ struct Shape {
 };
 
 struct Inputs {
-  Buffer x, norm_weight, norm_bias, w1, b1, w2, b2, dy;
+  Buffer x, ln_w, ln_b, w1, b1, w2, b2, dy;
 
   explicit Inputs(const Shape& s)
       : x(s.M * s.C, s.dtype, 1.0),
-        norm_weight(s.C, s.param, 1.0),
-        norm_bias(s.C, s.param, 1.0),
+        ln_w(s.C, s.param, 1.0),
+        ln_b(s.C, s.param, 1.0),
         w1(s.F * s.C, s.param, 1.0 / std::sqrt(static_cast<double>(s.C))),
         b1(s.F, s.param, 1.0),
         w2(s.C * s.F, s.param, 1.0 / std::sqrt(static_cast<double>(s.F))),
@@ -34,7 +34,7 @@ Ffn forward(const Shape& s, const Inputs& in) {
   a.dtype = s.dtype;
   a.M = s.M, a.C = s.C, a.F = s.F;
   a.x = in.x.data();
-  a.norm = {in.norm_weight.param(), in.norm_bias.param(s.bias), nullptr, nullptr};
+  a.norm = {in.ln_w.param(), in.ln_b.param(s.bias), nullptr, nullptr};
   a.w1.param = in.w1.param(), a.b1 = in.b1.param(s.bias);
   a.w2.param = in.w2.param(), a.b2 = in.b2.param(s.bias);
   a.gelu = s.gelu;
@@ -42,8 +42,8 @@ Ffn forward(const Shape& s, const Inputs& in) {
   return a;
 }
 
-// As in generation: from packed weights, nothing kept for a backward. Weights that are rounded to
-// what the packed ones are kept in must give the same.
+// As in generation: weights are packed, and nothing is kept for a backward. Weights rounded to the
+// dtype of the packed ones must give the same bits.
 void run_packed(Ffn a, const Inputs& in, const Kernels& kernels, const Parallel& parallel) {
   Buffer again(a.M * a.C, a.dtype), y(a.M * a.C, a.dtype);
   Buffer rounded1(a.F * a.C, a.dtype), rounded2(a.C * a.F, a.dtype);
@@ -66,8 +66,8 @@ void run_packed(Ffn a, const Inputs& in, const Kernels& kernels, const Parallel&
 std::vector<Result> run(const Shape& s, const Inputs& in, const Kernels& kernels,
                         const Parallel& parallel) {
   Buffer y(s.M * s.C, s.dtype), hidden(s.M * s.F, s.dtype), mean(s.M, DType::f32);
-  Buffer rstd(s.M, DType::f32), dx(s.M * s.C, s.dtype), dnorm_weight(s.C, s.param);
-  Buffer dw1(s.F * s.C, s.param), dw2(s.C * s.F, s.param), dnorm_bias(s.bias ? s.C : 0, s.param);
+  Buffer rstd(s.M, DType::f32), dx(s.M * s.C, s.dtype), dln_w(s.C, s.param);
+  Buffer dw1(s.F * s.C, s.param), dw2(s.C * s.F, s.param), dln_b(s.bias ? s.C : 0, s.param);
   Buffer db1(s.bias ? s.F : 0, s.param), db2(s.bias ? s.C : 0, s.param);
   Ffn a = forward(s, in);
   a.norm.mean = mean.floats(), a.norm.rstd = rstd.floats();
@@ -76,23 +76,23 @@ std::vector<Result> run(const Shape& s, const Inputs& in, const Kernels& kernels
   kernels.ffn(a, parallel);
   run_packed(a, in, kernels, parallel);
 
-  FfnGrad none = {};
+  FfnBackward none = {};
   none.forward = a;
   none.dy = in.dy.data();
-  FfnGrad g = none;
+  FfnBackward g = none;
   g.dx = dx.data();
-  g.dnorm = {dnorm_weight.grad(), dnorm_bias.grad(s.bias)};
+  g.dnorm = {dln_w.grad(), dln_b.grad(s.bias)};
   g.dw1 = dw1.grad(), g.db1 = db1.grad(s.bias);
   g.dw2 = dw2.grad(), g.db2 = db2.grad(s.bias);
-  kernels.ffn_grad(g, parallel);
+  kernels.ffn_backward(g, parallel);
   if (s.M < 97)
-    expect_same_alone<FfnGrad>(
-        none, kernels.ffn_grad, parallel,
-        {{dx, [](FfnGrad& grad, const Buffer& alone) { grad.dx = alone.data(); }},
-         {dw1, [](FfnGrad& grad, const Buffer& alone) { grad.dw1 = alone.grad(); }},
-         {db1, [](FfnGrad& grad, const Buffer& alone) { grad.db1 = alone.grad(); }},
-         {dw2, [](FfnGrad& grad, const Buffer& alone) { grad.dw2 = alone.grad(); }},
-         {db2, [](FfnGrad& grad, const Buffer& alone) { grad.db2 = alone.grad(); }}});
+    expect_same_alone<FfnBackward>(
+        none, kernels.ffn_backward, parallel,
+        {{dx, [](FfnBackward& grad, const Buffer& alone) { grad.dx = alone.data(); }},
+         {dw1, [](FfnBackward& grad, const Buffer& alone) { grad.dw1 = alone.grad(); }},
+         {db1, [](FfnBackward& grad, const Buffer& alone) { grad.db1 = alone.grad(); }},
+         {dw2, [](FfnBackward& grad, const Buffer& alone) { grad.dw2 = alone.grad(); }},
+         {db2, [](FfnBackward& grad, const Buffer& alone) { grad.db2 = alone.grad(); }}});
   const double rows = std::sqrt(static_cast<double>(s.M));
   const double du = std::sqrt(static_cast<double>(s.C) / static_cast<double>(s.F));
   return {{"y", y.values()},
@@ -100,8 +100,8 @@ std::vector<Result> run(const Shape& s, const Inputs& in, const Kernels& kernels
           {"mean", mean.values()},
           {"rstd", rstd.values()},
           {"dx", dx.values(), std::max(1.0, root_mean_square(rstd))},
-          {"dnorm_weight", dnorm_weight.values(), rows},
-          {"dnorm_bias", dnorm_bias.values(), rows},
+          {"dnorm_weight", dln_w.values(), rows},
+          {"dnorm_bias", dln_b.values(), rows},
           {"dw1", dw1.values(), rows * du},
           {"db1", db1.values(), rows * du},
           {"dw2", dw2.values(), rows},
@@ -133,13 +133,13 @@ void ffn_cases() {
     for (const int64_t M : {0, 1, 47, 49, 97, 200})
       for (const auto& [C, F] : sizes)
         for (const Gelu gelu : {Gelu::erf, Gelu::tanh}) {
-          if (M > 49 && C * F > 20000 && gelu == Gelu::tanh) continue;  // the time that it takes
-          const size_t mix = turn / 2 + turn;  // every pair of the choices below comes up
+          if (M > 49 && C * F > 20000 && gelu == Gelu::tanh) continue;  // takes too long
+          const size_t mix = turn / 2 + turn;  // combines the choices below in all pairs
           ffn_case({dtype, params[mix % params.size()], M, C, F, turn % 3 != 0, dropouts[mix % 3],
                     gelu});
           ++turn;
         }
-    // So wide that the rows of a weight's gradient come in several chunks.
+    // Weights so wide that the rows come in several chunks for their gradients.
     if (dtype == DType::f32) ffn_case({dtype, dtype, 385, 3, 5501, true, 10000, Gelu::erf});
     // So many rows that they come in parts with a sum each.
     ffn_case({dtype, params.back(), 1601, 9, 37, true, 10000, Gelu::erf});

@@ -1,5 +1,6 @@
-// A pass of the engine: ragged batches, cached and not, windows that slide; each logit has the bits
-// that the sequence's whole window gives alone. And scores.
+// Forward passes of the engine: ragged batches, with and without cached tokens, and windows that
+// slide. Each logit must have the same bits as when the sequence's whole window is computed alone.
+// Also scores.
 #include <cstring>
 
 #include "../../csrc/engine/forward.h"
@@ -9,7 +10,7 @@ namespace gptfast::sanitize {
 namespace {
 
 struct Window {
-  int64_t slot, length;  // of the cache, tokens in the next step's window
+  int64_t slot, length;  // slot of the cache; tokens in the next step's window
   int64_t first = 0, cached = 0;
   std::vector<int64_t> text;
 };
@@ -19,11 +20,11 @@ struct Passes {
   const Parallel& parallel;
   Cache cache;
 
-  // Logits after the windows of these sequences, of which `cached` tokens are known.
+  // Logits after the windows of these sequences, whose first `cached` tokens are in the cache.
   std::vector<float> step(const std::vector<Window>& batch, FirstLayerTable* table) {
     const int64_t V = model.config().vocab_size;
     std::vector<int64_t> tokens, starts = {0}, slot, cached;
-    std::vector<uint8_t> kept;  // as the session says: a full window moves
+    std::vector<uint8_t> kept;  // as the session decides: not if the window is full
     for (const Window& each : batch) {
       const auto from = each.text.begin() + each.first;
       tokens.insert(tokens.end(), from + each.cached, from + each.length);
@@ -58,7 +59,7 @@ struct Passes {
   }
 };
 
-// The next token of each: a window that is full drops its first token and is computed anew.
+// Prepares the step of the next token: a full window drops its first token and is recomputed.
 void advance(const ModelShape& s, std::vector<Window>& batch) {
   for (Window& each : batch) {
     each.cached = each.length;
@@ -101,7 +102,7 @@ std::vector<Result> run(const ModelShape& s, RandomParameters& parameters,
     all.insert(all.end(), logits.begin(), logits.end());
     advance(s, batch);
   }
-  // The activations are multiplied as fp32 or bf16, in VNNI as 15 bits.
+  // Activations are multiplied as fp32 or bf16, and by VNNI as 15 bits.
   const double deviation = s.packing == Packing::dense  ? 1.0
                            : s.packing == Packing::int8 ? 4.0
                                                         : 32.0;

@@ -16,13 +16,15 @@ namespace {
 
 enum class Order { forward, reversed, team };
 
+// How a case is run: the content of scratch memory, the order of tasks, the number of threads.
 struct Way {
   int fill;
   Order order;
   int threads;
 };
 
-// The first is what the others are compared with. Those on one thread have no race to show.
+// All others are compared with the first. The other ways on one thread show no race, so
+// ThreadSanitizer runs without them.
 constexpr Way ways[] = {
     {0xff, Order::forward, 1},
 #if !defined(__SANITIZE_THREAD__)
@@ -44,7 +46,7 @@ void reversed_order(void*, int64_t tasks, void (*body)(void*, int64_t), void* co
   for (int64_t task = tasks; task-- > 0;) body(context, task);
 }
 
-// Threads of their own; most members of the team never come.
+// Runs the case with a team of new threads, most of whose members never come.
 std::vector<Result> run_in_team(const Case& run, const Kernels& level, int members) {
   Team team(members);
   std::thread others[] = {std::thread([&] { team.follow(1); }),
@@ -60,7 +62,7 @@ std::vector<Result> run_in(const Way& way, const Case& run, const Kernels& level
   return run(level, {way.order == Order::reversed ? reversed_order : forward_order, way.threads});
 }
 
-// The root of the mean square of a - b; equal infinities do not differ.
+// The root mean square of a - b; equal infinities do not differ.
 double distance(const std::vector<float>& a, const std::vector<float>& b) {
   double squares = 0.0;
   for (size_t i = 0; i < a.size(); ++i) {
@@ -70,6 +72,7 @@ double distance(const std::vector<float>& a, const std::vector<float>& b) {
   return a.empty() ? 0.0 : std::sqrt(squares / static_cast<double>(a.size()));
 }
 
+// The root mean square of a, in which infinities count as 0.
 double size_of(const std::vector<float>& a) {
   std::vector<float> finite = a;
   for (float& x : finite) x = std::isinf(x) ? 0.0f : x;
@@ -97,7 +100,7 @@ bool same_bits(const Result& a, const Result& b) {
           std::memcmp(a.values.data(), b.values.data(), a.values.size() * sizeof(float)) == 0);
 }
 
-// One level's runs; returns the results of the first.
+// Runs the case at one level in every way; returns the results of the first.
 std::vector<Result> check_level(const std::string& name, const Case& run, const Kernels& level) {
   std::vector<Result> first;
   for (const Way& way : ways) {
@@ -129,7 +132,7 @@ const std::pair<const char*, void (*)()> groups[] = {
     {"session", session_cases},
 };
 
-// Prints the groups, and to the other stream what no group will run.
+// Prints the groups to stdout, and to stderr the levels that no group will run.
 int list() {
   for (const auto& [group, run] : groups) std::printf("%s\n", group);
   for (int i = 0; i < kIsaCount; ++i)
@@ -209,13 +212,13 @@ void copy_rounded(const Buffer& from, Buffer& to) {
 
 }  // namespace gptfast::sanitize
 
-// The sanitizers call these before their reports.
+// Functions that the sanitizers call: before a report, and for ThreadSanitizer's options.
 extern "C" void __asan_on_error() { gptfast::sanitize::expect(false, "AddressSanitizer:"); }
 extern "C" const char* __tsan_default_options() { return "halt_on_error=1"; }
 extern "C" void __tsan_on_report(void*) { gptfast::sanitize::expect(false, "ThreadSanitizer:"); }
 extern "C" void __ubsan_on_report() { gptfast::sanitize::expect(false, "UBSan:"); }
 
 int main(int argc, char** argv) {
-  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // failures before a sanitizer's report stay before it
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // keeps failures before the sanitizer's report
   return gptfast::sanitize::main_of(argc > 1 ? argv[1] : "");
 }

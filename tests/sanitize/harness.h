@@ -1,9 +1,8 @@
-// What the cases share: memory with guarded ends, and the runs whose results are held to each
-// other.
+// What the cases share: memory with guarded ends, and runs whose results are compared.
 //
 // A case calls kernels on buffers of its own and returns what they wrote. check() repeats it at
-// every instruction set for several contents of the scratch memory, orders of tasks and numbers of
-// threads. The sanitizers end the program at their first finding; everything else is a line each.
+// every instruction set with several contents of the scratch memory, orders of tasks and numbers of
+// threads. A sanitizer ends the program at its first finding; every other failure prints a line.
 #pragma once
 
 #include <cstdint>
@@ -16,12 +15,12 @@
 
 namespace gptfast::sanitize {
 
-// Memory between two margins that ASan forbids. g++ leaves the masked loads and stores of AVX-512
-// uninstrumented: hence the margins also hold NaN, for loads, and are compared at the end, for
-// stores.
+// Memory between two margins that ASan forbids. g++ does not instrument the masked loads and stores
+// of AVX-512, so the margins also hold NaN, which reveals loads, and are compared at the end, which
+// reveals stores.
 class Guarded {
  public:
-  // The address is a multiple of `alignment`, and of nothing larger below 64: a power of two.
+  // The address is a multiple of `alignment`, a power of two, but of no larger one up to 64.
   Guarded(size_t size, size_t alignment, int fill);
   ~Guarded();
   Guarded(const Guarded&) = delete;
@@ -33,12 +32,12 @@ class Guarded {
   char *base_, *data_;
 };
 
-// A tensor's memory, aligned to its elements alone.
+// A tensor's memory, aligned to its element size and no further.
 class Buffer {
  public:
-  // A result that is still to be written: all NaN.
+  // A result that is not written yet: all NaN.
   Buffer(int64_t count, DType dtype);
-  // An argument of normally distributed values, which must not change.
+  // An argument: normally distributed values, which must not change.
   Buffer(int64_t count, DType dtype, double deviation);
   ~Buffer();
 
@@ -75,18 +74,18 @@ class Indices {
 struct Result {
   const char* name;
   std::vector<float> values;
-  // The size of the terms that an element is a sum of: levels may differ by a fraction of that, and
-  // so by more than a fraction of a sum that comes out near zero.
+  // The size of the terms whose sum an element is. Levels may differ by a fraction of it, which is
+  // more than a fraction of a sum that comes out near zero.
   double terms = 1.0;
-  bool any_level = true;  // comparable between instruction sets
+  bool any_level = true;  // whether levels may be compared
 };
 
 using Case = std::function<std::vector<Result>(const Kernels&, const Parallel&)>;
 
-// Runs a case; `dtype`, that of its activations, chooses how far levels may lie apart.
+// Runs a case; `dtype`, that of its activations, decides how far levels may differ.
 void check(const std::string& name, DType dtype, const Case& run);
 
-// Reports a failure of the case that is running unless `condition` holds.
+// Reports a failure of the running case unless `condition` holds.
 void expect(bool condition, const std::string& what);
 
 // printf into a string.
@@ -96,14 +95,15 @@ const char* name(DType dtype);
 int64_t random_below(int64_t limit);
 bool same_bits(const Buffer& a, const Buffer& b);
 
-// A gradient as a backward wrote it among all, and how to ask for it in another buffer.
+// A gradient that a backward wrote together with all others, and how to request it in another
+// buffer.
 template <class Grad>
 struct Wanted {
   const Buffer& among_all;
   std::function<void(Grad&, const Buffer&)> ask;
 };
 
-// Repeats a backward for each of these gradients alone; `none` asks for none.
+// Repeats a backward for each of these gradients alone; `none` requests none of them.
 template <class Grad>
 void expect_same_alone(const Grad& none, void (*backward)(const Grad&, const Parallel&),
                        const Parallel& parallel, std::initializer_list<Wanted<Grad>> gradients) {
@@ -125,7 +125,7 @@ extern int scratch_fill;  // the byte that scratch memory is filled with
 
 constexpr DType dtypes[] = {DType::f32, DType::bf16};
 
-// The dtypes that parameters may have beside activations of `dtype`.
+// The dtypes that parameters may have with activations of `dtype`.
 inline std::vector<DType> param_dtypes(DType dtype) {
   return dtype == DType::f32 ? std::vector<DType>{DType::f32}
                              : std::vector<DType>{DType::f32, DType::bf16};

@@ -1,4 +1,4 @@
-// Linear layers and their backward, with every part that may be absent, and packed weights.
+// Linear layers and their backward, with and without each optional part, and packed weights.
 #include <cmath>
 
 #include "harness.h"
@@ -13,20 +13,20 @@ struct Shape {
 };
 
 struct Inputs {
-  Buffer x, norm_weight, norm_bias, weight, bias, residual, dy;
+  Buffer x, ln_w, ln_b, weight, bias, residual, dy;
 
   explicit Inputs(const Shape& s)
       : x(s.M * s.K, s.dtype, 1.0),
-        norm_weight(s.K, s.param, 1.0),
-        norm_bias(s.K, s.param, 1.0),
+        ln_w(s.K, s.param, 1.0),
+        ln_b(s.K, s.param, 1.0),
         weight(s.N * s.K, s.param, 1.0 / std::sqrt(static_cast<double>(s.K))),
         bias(s.N, s.param, 1.0),
         residual(s.M * s.N, s.dtype, 1.0),
         dy(s.M * s.N, s.dtype, 1.0) {}
 };
 
-// The forward from the weight's packed form, which has the activations' dtype, and from the weight
-// rounded to that, in each dtype of the result.
+// Compares the forward from a packed weight, which has the activations' dtype, with that from the
+// weight rounded to it. A result of another dtype must have no NaN.
 void run_packed(const Linear& from_weight, const Buffer& weight, const Buffer& packed,
                 DType y_dtype, const Kernels& kernels, const Parallel& parallel) {
   Linear a = from_weight;
@@ -48,17 +48,16 @@ void run_packed(const Linear& from_weight, const Buffer& weight, const Buffer& p
 
 std::vector<Result> run(const Shape& s, const Inputs& in, const Kernels& kernels,
                         const Parallel& parallel) {
-  const bool norm_bias = s.norm && s.bias;
+  const bool ln_b = s.norm && s.bias;
   Buffer y(s.M * s.N, s.dtype), mean(s.norm ? s.M : 0, DType::f32);
   Buffer rstd(mean.count(), DType::f32), dx(s.M * s.K, s.dtype), dweight(s.N * s.K, s.param);
-  Buffer dbias(s.bias ? s.N : 0, s.param), dnorm_weight(s.norm ? s.K : 0, s.param);
-  Buffer dnorm_bias(norm_bias ? s.K : 0, s.param);
+  Buffer dbias(s.bias ? s.N : 0, s.param), dln_w(s.norm ? s.K : 0, s.param);
+  Buffer dln_b(ln_b ? s.K : 0, s.param);
   Linear a = {};
   a.dtype = a.y_dtype = s.dtype;
   a.M = s.M, a.K = s.K, a.N = s.N;
   a.x = in.x.data();
-  if (s.norm)
-    a.norm = {in.norm_weight.param(), in.norm_bias.param(norm_bias), mean.floats(), rstd.floats()};
+  if (s.norm) a.norm = {in.ln_w.param(), in.ln_b.param(ln_b), mean.floats(), rstd.floats()};
   a.weight.param = in.weight.param();
   a.bias = in.bias.param(s.bias);
   a.residual = s.residual ? in.residual.data() : nullptr;
@@ -71,23 +70,23 @@ std::vector<Result> run(const Shape& s, const Inputs& in, const Kernels& kernels
   for (const DType y_dtype : param_dtypes(s.dtype))
     run_packed(a, in.weight, packed, y_dtype, kernels, parallel);
 
-  LinearGrad none = {};
+  LinearBackward none = {};
   none.forward = a;
   none.dy = in.dy.data();
   const bool add = s.residual && (s.norm || s.bias);
   none.add = add ? in.x.data() : nullptr;
-  LinearGrad g = none;
+  LinearBackward g = none;
   g.dx = dx.data();
-  g.dnorm = {dnorm_weight.grad(s.norm), dnorm_bias.grad(norm_bias)};
+  g.dnorm = {dln_w.grad(s.norm), dln_b.grad(ln_b)};
   g.dweight = dweight.grad();
   g.dbias = dbias.grad(s.bias);
-  kernels.linear_grad(g, parallel);
+  kernels.linear_backward(g, parallel);
   if (s.M < 97)
-    expect_same_alone<LinearGrad>(
-        none, kernels.linear_grad, parallel,
-        {{dx, [](LinearGrad& grad, const Buffer& alone) { grad.dx = alone.data(); }},
-         {dweight, [](LinearGrad& grad, const Buffer& alone) { grad.dweight = alone.grad(); }},
-         {dbias, [](LinearGrad& grad, const Buffer& alone) { grad.dbias = alone.grad(); }}});
+    expect_same_alone<LinearBackward>(
+        none, kernels.linear_backward, parallel,
+        {{dx, [](LinearBackward& grad, const Buffer& alone) { grad.dx = alone.data(); }},
+         {dweight, [](LinearBackward& grad, const Buffer& alone) { grad.dweight = alone.grad(); }},
+         {dbias, [](LinearBackward& grad, const Buffer& alone) { grad.dbias = alone.grad(); }}});
   const double M = static_cast<double>(s.M);
   const double dn = std::sqrt(static_cast<double>(s.N) / static_cast<double>(s.K));
   return {{"y", y.values()},
@@ -96,8 +95,8 @@ std::vector<Result> run(const Shape& s, const Inputs& in, const Kernels& kernels
           {"dx", dx.values(), (s.norm ? dn * root_mean_square(rstd) : dn) + (add ? 1 : 0)},
           {"dweight", dweight.values(), std::sqrt(M)},
           {"dbias", dbias.values(), std::sqrt(M)},
-          {"dnorm_weight", dnorm_weight.values(), dn * std::sqrt(M)},
-          {"dnorm_bias", dnorm_bias.values(), dn * std::sqrt(M)}};
+          {"dnorm_weight", dln_w.values(), dn * std::sqrt(M)},
+          {"dnorm_bias", dln_b.values(), dn * std::sqrt(M)}};
 }
 
 void linear_case(const Shape& s) {
@@ -128,7 +127,7 @@ void linear_cases() {
         linear_case({dtype, params[turn++ % params.size()], M, K, N, true, false, true});
         linear_case({dtype, params[turn++ % params.size()], M, K, N, false, N % 2 == 0, true});
       }
-    // So wide that the rows of a weight's gradient come in several chunks.
+    // A weight so wide that the rows come in several chunks for its gradient.
     linear_case({dtype, dtype, dtype == DType::f32 ? 385 : 769, 11003, 3, true, true, false});
     // So many rows that they come in parts with a sum each.
     linear_case({dtype, params.back(), 1601, 33, 17, true, true, false});

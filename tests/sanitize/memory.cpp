@@ -1,4 +1,4 @@
-// Guarded memory, the tensors made of it, and the kernels' scratch memory in its place.
+// Guarded memory, the tensors in it, and the kernels' scratch memory made of it.
 #include <sanitizer/asan_interface.h>
 
 #include <cmath>
@@ -125,17 +125,17 @@ double root_mean_square(const Buffer& x) {
 
 }  // namespace sanitize
 
-// In place of csrc/kernels/threads/scratch.cpp: each piece has margins of its own, and a known
-// content that no result may depend on.
+// Replaces csrc/kernels/threads/scratch.cpp: each allocation has margins of its own, and is filled
+// with scratch_fill, on which no result may depend.
 namespace {
 thread_local std::vector<std::unique_ptr<sanitize::Guarded>> pieces;
 }
 
-Frame::Frame() : block_(pieces.size()), used_(0) {}
-Frame::~Frame() {
+ScratchFrame::ScratchFrame() : block_(pieces.size()), used_(0) {}
+ScratchFrame::~ScratchFrame() {
   while (pieces.size() > block_) pieces.pop_back();
 }
-void* Frame::bytes(size_t size) {
+void* ScratchFrame::bytes(size_t size) {
   pieces.push_back(std::make_unique<sanitize::Guarded>(size, 64, sanitize::scratch_fill));
   return pieces.back()->data();
 }

@@ -1,5 +1,5 @@
-// A model of random parameters for the engine's cases.
-#pragma once
+// A model with random parameters for the engine's cases.
+#pragma temporary
 
 #include <cmath>
 #include <map>
@@ -19,28 +19,29 @@ struct ModelShape {
   Packing packing;
 };
 
-// The parameters of a model by their names, drawn where they are asked for first.
+// The parameters of a model by name, each drawn when it is first requested.
 class RandomParameters : public Parameters {
  public:
   explicit RandomParameters(const ModelShape& shape) : shape_(shape) {}
 
-  Param kept(const std::string& name, std::initializer_list<int64_t> shape) override {
+  Param persistent(const std::string& name, std::initializer_list<int64_t> shape) override {
     int64_t count = 1, columns = 1;
     for (const int64_t n : shape) count *= columns = n;
-    // Those of vectors and embeddings are of size 1, those of weights keep that of a row.
+    // Vectors and embeddings have deviation 1; weights are scaled so that products keep the size of
+    // their rows.
     const bool weight = shape.size() == 2 && name.find("wte") && name.find("wpe");
     const double deviation = weight ? 1.0 / std::sqrt(static_cast<double>(columns)) : 1.0;
     return memory_.try_emplace(name, count, DType::f32, deviation).first->second.param();
   }
-  Param kept_bias(const std::string& name, int64_t n) override {
+  Param persistent_bias(const std::string& name, int64_t n) override {
     const bool present = shape_.bias && name != "ln_f.bias";
-    return present ? kept(name, {n}) : Param{};
+    return present ? persistent(name, {n}) : Param{};
   }
-  Param once(const std::string& name, std::initializer_list<int64_t> shape) override {
-    return kept(name, shape);
+  Param temporary(const std::string& name, std::initializer_list<int64_t> shape) override {
+    return persistent(name, shape);
   }
 
-  // Packed for a level.
+  // The model packed for a level, by VNNI only where the level has it.
   std::shared_ptr<const Model> at(const Kernels& kernels, const Parallel& parallel) {
     const ModelShape& s = shape_;
     const ModelConfig config = {s.T, s.V, s.L, s.H, s.H * s.D, s.attention, s.gelu};

@@ -1,5 +1,5 @@
-// Whole generations: any number of slots of the cache, any number of steps per call, with and
-// without the table of the first layer give the same tokens; every option of sampling; stops.
+// Whole generations. The tokens must not depend on the number of slots of the cache, on the number
+// of steps per call or on the first layer's table. Covers every sampling option, and stops.
 #include "../../csrc/engine/session.h"
 
 #include "model.h"
@@ -28,7 +28,7 @@ std::vector<Prompt> prompts_for(const ModelShape& s) {
   return prompts;
 }
 
-// All that was generated: how each ended, tokens and log-probabilities.
+// All that was generated: each sequence's state, length, tokens and log-probabilities.
 std::vector<float> generate(std::shared_ptr<const Model> model, const std::vector<Prompt>& prompts,
                             const How& with, int64_t more, int64_t slots, bool tabulated,
                             double seconds, const Parallel& parallel) {
@@ -41,7 +41,8 @@ std::vector<float> generate(std::shared_ptr<const Model> model, const std::vecto
   options.slots = slots, options.capacity = c.block_size;
   options.first_layer_table = tabulated && c.n_layer > 1 && c.attention;
   if (with.stops) {
-    // Token t writes the letter a + t; the stop string is what tokens 1 and 0 write, a stop is 2.
+    // Token t writes the letter a + t, so that tokens 1 and 0 write the stop string; token 2 is a
+    // stop token.
     options.stop_tokens = {2};
     options.stop_strings = {"ba"};
     for (int64_t v = 0; v < c.vocab_size; ++v)
@@ -82,7 +83,7 @@ void session_case(const ModelShape& s, const How& with) {
   });
 }
 
-// How many tokens the passes computed.
+// Counts the tokens that forward passes compute.
 struct Counted {
   static inline int64_t tokens;
   static inline void (*embedding)(const Embedding&, const Parallel&);
@@ -99,8 +100,8 @@ struct Counted {
   }
 };
 
-// Sequences with one prompt compute it once, also where the first ends with its first token; and a
-// slot that comes free is taken at once.
+// Sequences with the same prompt compute it once, even if the first one ends with its first token;
+// and a slot that comes free is reused at once.
 void sharing_case(const ModelShape& s) {
   RandomParameters parameters(s);
   constexpr int64_t count = 7;
@@ -110,11 +111,12 @@ void sharing_case(const ModelShape& s) {
   check("session shares a prompt", s.dtype, [&](const Kernels& level, const Parallel& parallel) {
     const Kernels kernels = Counted::of(level);
     const auto model = parameters.at(kernels, parallel);
-    // The last ones fill the window, in a single slot: each copies from the one before.
+    // In the last case the sequences fill the window and share a single slot: each takes over the
+    // prompt of the one before.
     for (const auto& [more, slots] : {std::pair{1, 3}, {3, 3}, {7, 1}}) {
       Counted::tokens = 0;
       generate(model, prompts, {"drawn", {1.0f, 0, 1.0f, 0.0f, 1.0f}, 1, false}, more, slots, false,
-               1e9, in_turn);
+               1e9, sequential);
       expect(Counted::tokens == prompt - 1 + count * more,
              format("%lld tokens were computed", static_cast<long long>(Counted::tokens)));
     }

@@ -1,5 +1,5 @@
-// Loops of a team: each task runs once, whoever of its members comes and when, and failures end in
-// the caller's hands.
+// Loops of a thread team: each task runs once, whichever members come and whenever they do, and
+// exceptions reach the caller.
 #include "../../csrc/kernels/threads/team.h"
 
 #include <chrono>
@@ -23,7 +23,7 @@ void rest(int64_t microseconds) {
   std::this_thread::sleep_for(std::chrono::microseconds(microseconds));
 }
 
-// Calls f with a team of which `come` members follow, after so long.
+// Calls f with a team of which `come` members follow, member i after `after` * i microseconds.
 template <class F>
 void with_team(int64_t come, int64_t after, const F& f) {
   Team team(members);
@@ -42,7 +42,7 @@ void with_team(int64_t come, int64_t after, const F& f) {
   for (std::thread& other : others) other.join();
 }
 
-// How often each task ran.
+// How often each task ran, where a task takes this many microseconds.
 std::vector<float> counts(const Parallel& parallel, int64_t tasks, int64_t microseconds) {
   const auto runs = std::make_unique<std::atomic<int>[]>(static_cast<size_t>(tasks) + 1);
   run_tasks(parallel, tasks, [&](int64_t task) {

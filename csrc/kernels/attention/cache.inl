@@ -1,4 +1,5 @@
-// How the keys and values of a head lie in a layer's cache, whose heads are counted over its rows.
+// The two layouts of a head's keys and values in a layer's cache. Heads are numbered over all
+// slots: head h of a slot has the index slot * H + h.
 #pragma once
 
 #include "../kernels.h"
@@ -10,7 +11,8 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-// As they come, keys (capacity, D) and then values, of a model all of whose queries see few keys.
+// Keys (capacity, D) and then values (capacity, D), unpacked: for models whose context is so short
+// that small.inl computes their attention.
 template <class T>
 struct PlainHead {
   using Input = T;
@@ -27,7 +29,7 @@ struct PlainHead {
 
   static int64_t elements(int64_t capacity, int64_t D) { return 2 * capacity * D; }
 
-  // Tokens [from, from + count).
+  // Writes tokens [from, from + count); k and v hold these tokens alone.
   void append(const Head<T>& k, const Head<T>& v, int64_t from, int64_t count) const {
     for (int64_t t = 0; t < count; ++t) {
       copy(k.at(t), 1, keys + (from + t) * D);
@@ -46,8 +48,8 @@ struct PlainHead {
   }
 };
 
-// As blocked.inl packs them: K' (D, capacity), then V (capacity, D). The rows of V that padding
-// reads past the last token are zeros.
+// Packed as in blocked.inl: K' (D, capacity), then V (capacity, D). Rows of V past the last token
+// that the products read as padding are zeros.
 template <class T>
 struct PackedHead {
   using Input = T;
@@ -93,7 +95,8 @@ struct PackedHead {
   }
 
  private:
-  // A column of K', KU elements of it together; a row of V, beside its neighbour where KU is 2.
+  // Writes one token: a column of K', KU elements at a time, and a row of V, which shares its units
+  // with a neighbouring row where KU is 2.
   void append_token(const T* k, const T* v, int64_t t) const {
     P* column = keys + t / NR * packed_keys().panel + t % NR * KU;
     const int64_t whole = D / KU * KU;
@@ -114,7 +117,8 @@ struct PackedHead {
   static void copy_unit(const P* from, P* to) { __builtin_memcpy(to, from, KU * sizeof(P)); }
   static void put_row(VF x, int64_t, float* to) { store(to, x); }
 #if GPTFAST_BF16_DOT
-  // The upper halves of x's lanes become row t of a pair of rows.
+  // Writes the upper halves of x's lanes as row t of a pair of rows; the first row of a pair clears
+  // the second.
   static void put_row(VF x, int64_t t, bf16* to) {
     VU pair;
     __builtin_memcpy(&pair, to, sizeof pair);
@@ -129,7 +133,8 @@ struct PackedHead {
 #endif
 };
 
-// Calls f with the class of a cache's heads.
+// Calls f with the layout of a cache's heads. The model's context alone decides, so that results
+// have the same bits for any capacity.
 template <class H>
 struct HeadType {
   using type = H;
@@ -138,7 +143,7 @@ template <class F>
 auto with_head_type(const CacheShape& s, const F& f) {
   const auto of = [&](auto element) {
     using T = decltype(element);
-    if (s.context <= few_keys<T>) return f(HeadType<PlainHead<T>>{});
+    if (s.context <= max_small_keys<T>) return f(HeadType<PlainHead<T>>{});
     return f(HeadType<PackedHead<T>>{});
   };
   return s.dtype == DType::f32 ? of(float{}) : of(bf16{});

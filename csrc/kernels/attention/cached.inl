@@ -1,5 +1,6 @@
-// Attention of new tokens to themselves and to those whose keys and values a cache has. A query's
-// result has the same bits whichever of its keys are new.
+// Attention of new tokens to themselves and to earlier tokens, whose keys and values are cached. A
+// query's result has the same bits whichever of its keys are new. The layout of the cache, and with
+// it the model's context, decides between small.inl and blocked.inl.
 #pragma once
 
 #include "../kernels.h"
@@ -16,7 +17,8 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-// Of sequence i; the keys and values are the new tokens'.
+// The attention of sequence i. Tk counts its cached tokens too, but k and v hold the new ones
+// alone.
 template <class T>
 Attention of_sequence(const CachedAttention& s, int64_t i) {
   const int64_t H = s.shape.H, D = s.shape.D, count = s.starts[i + 1] - s.starts[i],
@@ -33,7 +35,7 @@ Attention of_sequence(const CachedAttention& s, int64_t i) {
   return a;
 }
 
-// Some heads of one sequence.
+// One sequence, of which a task computes some heads.
 template <class Cached>
 struct CachedTask {
   using T = typename Cached::Input;
@@ -44,13 +46,14 @@ struct CachedTask {
 
   CachedTask(const CachedAttention& s, int64_t i) : s(s), i(i), a(of_sequence<T>(s, i)) {}
 
-  Cached cached(int64_t h) const { return {s.shape, s.cache, s.row[i] * a.H + h}; }
+  Cached cached(int64_t h) const { return {s.shape, s.cache, s.slot[i] * a.H + h}; }
   void append(int64_t h) const {
     cached(h).append({a.k, 0, h}, {a.v, 0, h}, s.cached[i], a.Tk - s.cached[i]);
   }
 };
 
-// All queries see few keys: as they are in the cache, or in the projection if none is there yet.
+// For short contexts: keys and values are read in place, from the cache or, if it has none of this
+// sequence, from the new tokens' projection.
 template <class T>
 void attend_heads(CachedTask<PlainHead<T>>& task, int64_t first, int64_t last) {
   const bool has_others = task.s.cached[task.i] > 0;
@@ -61,14 +64,14 @@ void attend_heads(CachedTask<PlainHead<T>>& task, int64_t first, int64_t last) {
     const int64_t size = PlainHead<T>::elements(task.s.shape.capacity, a.D);
     a.k = {head.keys, 0, size, a.D}, a.v = {head.values, 0, size, a.D};
   }
-  FewKeys<T> few(a);
-  for (int64_t h = first; h < last; ++h) few.attend(h, 0, a.Tq);
+  SmallAttention<T> small(a);
+  for (int64_t h = first; h < last; ++h) small.attend(h, 0, a.Tq);
 }
 
-// Heads h .. of the one query of a sequence, whose keys are the cached ones: a row of `attention`
-// is a head, so that a row's sums need not wait for those of the one before.
+// Computes heads [h, h + rows) of a sequence's single query, whose own key is in the cache by now.
+// Each row of `attention` is one head, so that the rows' sums are independent and overlap.
 template <class T>
-void attend_token(const CachedTask<PackedHead<T>>& task, AttentionTask<T>& attention, int64_t h,
+void attend_token(const CachedTask<PackedHead<T>>& task, BlockedAttention<T>& attention, int64_t h,
                   int64_t rows) {
   using P = typename OperandOf<T>::type;
   const Attention& a = task.a;
@@ -80,7 +83,7 @@ void attend_token(const CachedTask<PackedHead<T>>& task, AttentionTask<T>& atten
     const int64_t width = min(KEYS, a.Tk - k0);
     for (int64_t i = 0; i < rows; ++i)
       gemm(1, width, a.D, queries.rows(i), task.cached(h + i).packed_keys().columns(k0),
-           attention.scores + i * SCORES, SCORES, false);
+           attention.scores + i * SCORES_STRIDE, SCORES_STRIDE, false);
     for_vectors(rows, [&](int64_t i, auto part) {
       attention.softmax_rows(0, i, min(W, rows - i), k0, width, part);
     });
@@ -89,12 +92,12 @@ void attend_token(const CachedTask<PackedHead<T>>& task, AttentionTask<T>& atten
            task.cached(h + i).packed_values().rows(k0), attention.o + i * attention.ld,
            attention.ld, k0 > 0);
   }
-  attention.finish_queries(0, 0, rows);
+  attention.finish_queries(0, rows);
 }
 
-// A part of a head's query blocks.
+// Computes part `part` of `parts` of a head's query blocks.
 template <class T>
-void attend_blocks(const CachedTask<PackedHead<T>>& task, AttentionTask<T>& attention, int64_t h,
+void attend_blocks(const CachedTask<PackedHead<T>>& task, BlockedAttention<T>& attention, int64_t h,
                    int64_t part, int64_t parts) {
   const int64_t blocks = divide_up(task.a.Tq, QUERIES);
   attention.start_head(h, task.cached(h).packed_keys(), task.cached(h).packed_values());
@@ -104,7 +107,7 @@ void attend_blocks(const CachedTask<PackedHead<T>>& task, AttentionTask<T>& atte
 
 template <class T>
 void attend_heads(const CachedTask<PackedHead<T>>& task, int64_t first, int64_t last) {
-  AttentionTask<T> attention(task.a, 0);
+  BlockedAttention<T> attention(task.a, 0);
   if (task.a.Tq == 1) {
     for (int64_t h = first; h < last; ++h) task.append(h);
     for (int64_t h = first; h < last; h += QUERIES)
@@ -121,13 +124,13 @@ template <class Cached>
 void attention_cached_in(const CachedAttention& s, const Parallel& parallel) {
   using Task = CachedTask<Cached>;
   const int64_t H = s.shape.H, heads = s.sequences * H;
-  int64_t work = 0;  // bytes of keys and values, once per query
+  int64_t work = 0;  // bytes of the keys and values that all queries read
   for (int64_t i = 0; i < s.sequences; ++i) {
     const Attention a = Task(s, i).a;
     work += 2 * a.Tq * a.Tk * H * a.D * static_cast<int64_t>(sizeof(typename Cached::Element));
   }
   const int64_t per_task =
-      max(heads / (16 * parallel.threads), tasks_worth_a_thread(heads, work, parallel));
+      max(heads / (16 * parallel.threads), min_tasks_per_thread(heads, work, parallel));
   if constexpr (Cached::packed) {
     if (heads < parallel.threads && per_task < heads) {
       const int64_t parts = 4 * parallel.threads;
@@ -135,7 +138,7 @@ void attention_cached_in(const CachedAttention& s, const Parallel& parallel) {
       return run_tasks(parallel, heads * parts, [&](int64_t n) {
         const int64_t head = n / parts;
         const Task task(s, head / H);
-        AttentionTask<typename Cached::Input> attention(task.a, 0);
+        BlockedAttention<typename Cached::Input> attention(task.a, 0);
         attend_blocks(task, attention, head % H, parts - 1 - n % parts, parts);
       });
     }

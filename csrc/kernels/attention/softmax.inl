@@ -1,5 +1,5 @@
-// The softmax of a query's scores: the powers that it sums up, and where a row's maximum m and sum
-// l lie.
+// Parts of the softmax that both attention algorithms share: the exponent of a probability, and
+// where each row's maximum m and sum l are stored.
 #pragma once
 
 #include "../kernels.h"
@@ -9,15 +9,15 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-// Of a score s and the maximum m of its row, the power of 2 that its probability is before it is
-// divided by the sum of them all: p = exp2(c (s - m)) / l, c = scale log2(e). The difference comes
-// first: it is exact near the maximum, and 0 at it, however large the scores are.
+// The exponent of 2 in the probability of a score s in a row of maximum m: p = exp2(c (s - m)) / l,
+// c = scale log2(e). The difference comes first: it is exact near the maximum, and 0 at it, however
+// large the scores are.
 template <class M>
 inline VF exponent(VF s, M m, float c) {
   return (s - m) * c;
 }
 
-// Where m and l of a head's queries lie.
+// m and l of a head's queries in lse (B, H, 2, Tq).
 struct RowSums {
   float *m, *l;
 

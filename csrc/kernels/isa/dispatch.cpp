@@ -1,4 +1,4 @@
-// Finds out which instruction sets the machine has and chooses the kernels once per process.
+// Detects which instruction-set levels the machine has and chooses the kernels once per process.
 
 #include <atomic>
 #include <cerrno>
@@ -25,7 +25,7 @@ using Table = const Kernels* (*)();
 
 constexpr const char* kNames[kIsaCount] = {"generic", "avx2", "avx512", "avx512_bf16", "amx"};
 
-// A static list, not globals that register themselves: a linker may drop those.
+// A static list, because a linker may drop globals that register themselves.
 constexpr Table kTables[kIsaCount] = {
 #ifdef GPTFAST_HAVE_GENERIC
     kernels_generic,
@@ -63,13 +63,14 @@ struct Cpuid {
   }
 };
 
+// A feature of the processor or the operating system that levels require.
 struct Need {
-  Isa isa;  // the lowest level that needs it
+  Isa isa;  // the lowest level that requires it
   bool present;
   const char* name;
 };
 
-// The register files that the operating system saves, by the XCR0 bits.
+// The register files that the operating system saves: the bits of XCR0.
 uint64_t saved_registers(bool osxsave) {
   if (!osxsave) return 0;
   uint32_t low, high;
@@ -77,7 +78,8 @@ uint64_t saved_registers(bool osxsave) {
   return uint64_t{high} << 32 | low;
 }
 
-// Linux gives the tile registers to a process only on request.
+// Requests the tile registers, which Linux grants a process only on request. Returns the reason for
+// a refusal, or an empty string.
 std::string amx_refusal() {
 #if GPTFAST_AMX_EMULATED
   return "";
@@ -92,12 +94,13 @@ std::string amx_refusal() {
 #endif
 }
 
-std::string machine_lacks(Isa isa) {
+// What the machine lacks for this level, as a sentence; empty if nothing.
+std::string missing_features(Isa isa) {
   const Cpuid base(1, 0), features(7, 0), more(7, 1);
   const auto bit = [](uint32_t word, int index) { return (word >> index & 1) != 0; };
   const uint64_t saved = saved_registers(bit(base.ecx, 27));
   const auto saves = [saved](uint64_t mask) { return (saved & mask) == mask; };
-  // Every feature that the compiler may use under the flags of the level in setup.py.
+  // Every feature that the compiler may use under the level's flags in setup.py.
   const Need needs[] = {
       {Isa::avx2, bit(base.ecx, 28), "AVX"},
       {Isa::avx2, bit(base.ecx, 23), "POPCNT"},
@@ -128,14 +131,15 @@ std::string machine_lacks(Isa isa) {
 
 #else
 
-std::string machine_lacks(Isa isa) {
+std::string missing_features(Isa isa) {
   return isa == Isa::generic ? "" : "this machine has no x86-64 processor";
 }
 
 #endif
 
-// Intel's vdpbf16ps takes as long as four fused multiply-adds, which do as much in float32 in half
-// the time (Emerald Rapids: 160 against 280 GFLOP/s on two cores); AMD's doubles the rate instead.
+// Whether the bf16 dot product is faster than float32. Intel's vdpbf16ps takes as long as four
+// fused multiply-adds, so that float32 does the same work in half the time (Emerald Rapids: 160
+// against 280 GFLOP/s on two cores); AMD's doubles the rate instead.
 bool bf16_dot_pays() {
 #if defined(__x86_64__)
   const Cpuid vendor(0, 0);
@@ -145,11 +149,12 @@ bool bf16_dot_pays() {
 #endif
 }
 
+// Why each level cannot run, found out once.
 struct Reasons {
   std::string text[kIsaCount];  // empty: the level can run
   Reasons() {
     for (int i = 0; i < kIsaCount; ++i) {
-      text[i] = machine_lacks(static_cast<Isa>(i));
+      text[i] = missing_features(static_cast<Isa>(i));
       if (text[i].empty() && kTables[i] == nullptr) text[i] = "this build has no kernels for it";
     }
   }
@@ -214,7 +219,7 @@ Isa isa_current() {
   if (isa < 0) {
     int nothing_chosen = -1;
     isa = static_cast<int>(choose());
-    // A thread that was faster, or isa_set, wins.
+    // If another thread or isa_set has chosen in the meantime, that choice stands.
     if (!current.compare_exchange_strong(nothing_chosen, isa)) isa = nothing_chosen;
   }
   return static_cast<Isa>(isa);
@@ -232,7 +237,7 @@ const Kernels& kernels() { return *kTables[static_cast<int>(isa_current())](); }
 bool isa_has_vnni(Isa isa) {
   const Table table = kTables[static_cast<int>(isa)];
 #if defined(__x86_64__)
-  // Asked at every call of the engine, and a virtual machine answers slowly.
+  // Static, because the engine asks in every call and cpuid is slow in a virtual machine.
   static const bool avx512_vnni = Cpuid(7, 0).ecx >> 11 & 1, avx_vnni = Cpuid(7, 1).eax >> 4 & 1;
   return table != nullptr && table()->vnni && (isa == Isa::avx2 ? avx_vnni : avx512_vnni);
 #else

@@ -1,9 +1,9 @@
 // Clipping by the gradients' norm and the step of AdamW (Loshchilov and Hutter, arXiv:1711.05101),
-// over all parameters in two passes: the norm, then everything else.
+// over all parameters in two passes: one computes the norm, the other does the rest.
 //
 //   g *= min(1, clip / (|g| + 1e-6)),  m' = b1 m + (1 - b1) g,  v' = b2 v + (1 - b2) g^2
-//   w' = decay w - rate m' / (sqrt(v') root + eps),
-//   decay = 1 - lr * weight decay, rate = lr / (1 - b1^t), root = 1 / sqrt(1 - b2^t)
+//   w' = decay w - rate m' / (sqrt(v') inv_sqrt_correction + eps),
+//   decay = 1 - lr * weight decay, rate = lr / (1 - b1^t), inv_sqrt_correction = 1 / sqrt(1 - b2^t)
 #pragma once
 
 #include "../kernels.h"
@@ -16,14 +16,17 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-// Elements per task; a fixed number, so that the norm is summed up in one order.
+// Elements per task. The number is fixed, so that the norm is summed in one order for any number of
+// threads.
 constexpr int64_t ADAMW_CHUNK = 1 << 14;
 
+// Elements [first, first + count) of one parameter: the work of a task.
 struct AdamWChunk {
   const AdamWParam* param;
   int64_t first, count;
 };
 
+// The sum of squares of n elements.
 inline double squares(const float* g, int64_t n) {
   VF total = splat(0.0f);
   for_vectors(n, [&](int64_t j, auto part) {
@@ -43,16 +46,16 @@ inline void adamw_chunk(const AdamW& s, const AdamWChunk& chunk, float factor) {
     const VF w = load(p.weight + j, part) * p.decay;
     store(p.mean + j, mean, part);
     store(p.square + j, square, part);
-    store(p.weight + j, w - p.rate * mean / (vsqrt(square) * p.root + s.eps), part);
+    store(p.weight + j, w - p.rate * mean / (vsqrt(square) * p.inv_sqrt_correction + s.eps), part);
   });
 }
 
 void adamw(const AdamW& s, const Parallel& parallel) {
   int64_t chunks = 0;
   for (int64_t i = 0; i < s.count; ++i) chunks += divide_up(s.params[i].n, ADAMW_CHUNK);
-  Frame frame;
-  AdamWChunk* chunk = take<AdamWChunk>(frame, chunks);
-  double* partial = take<double>(frame, chunks);
+  ScratchFrame frame;
+  AdamWChunk* chunk = alloc<AdamWChunk>(frame, chunks);
+  double* partial = alloc<double>(frame, chunks);
   int64_t next = 0;
   for (int64_t i = 0; i < s.count; ++i)
     for (int64_t at = 0; at < s.params[i].n; at += ADAMW_CHUNK)
@@ -63,7 +66,7 @@ void adamw(const AdamW& s, const Parallel& parallel) {
   double total = 0.0;
   for (int64_t i = 0; i < chunks; ++i) total += partial[i];
   *s.norm = static_cast<float>(__builtin_sqrt(total));
-  const float factor = s.clip / (*s.norm + 1e-6f);  // NaN stays NaN: the weights show it
+  const float factor = s.clip / (*s.norm + 1e-6f);  // a NaN stays and shows in the weights
   const float used = factor > 1.0f ? 1.0f : factor;
   run_tasks(parallel, chunks, [&](int64_t task) { adamw_chunk(s, chunk[task], used); });
 }

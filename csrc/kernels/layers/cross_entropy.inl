@@ -1,10 +1,10 @@
-// LayerNorm (optional), linear layer and cross-entropy without the (M, V) logits. Rows come in
-// chunks, whose logits are kept; the vocabulary comes in blocks, so that no copy of the whole
-// weight is made. For a chunk, one pass over the blocks sums up each row's exponentials, a second
-// one turns the logits into
+// LayerNorm (optional), linear layer and cross-entropy without the (M, V) logits in memory. Rows
+// are processed in chunks, whose logits are kept, and the vocabulary in blocks, so that no packed
+// copy of the whole weight is made. For each chunk, a first pass over the blocks sums each row's
+// exponentials, and a second one turns the logits into
 //   d loss / d logits = (softmax - onehot) share, share = w / sum of all w for a mean, else w
-// and multiplies them by the weight's and by the activations' rows. Each product is computed once;
-// so are exponentials, where the whole vocabulary is one block.
+// and multiplies them by the rows of the weight and by those of the activations. Each product is
+// computed once; so are the exponentials if the whole vocabulary is one block.
 #pragma once
 
 #include "../kernels.h"
@@ -24,13 +24,15 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-// Columns of the logits in work at a time: a multiple of KC, of every NR and of WeightGrad's
-// groups, so that sums over the vocabulary are the same with and without blocks.
-constexpr int64_t VOCAB = 1536;
-static_assert(VOCAB % Tile<float>::KC == 0 && VOCAB % Tile<bf16>::KC == 0 &&
-              VOCAB % WeightGrad<float>::GROUP == 0 && VOCAB % WeightGrad<bf16>::GROUP == 0);
-constexpr int64_t most_logits = int64_t{40} << 20;  // of a chunk: at V = 50,257 768 rows
+// Columns of the logits per block: a multiple of KC, of every NR and of WeightGrad's groups, so
+// that sums over the vocabulary are the same with and without blocks.
+constexpr int64_t VOCAB_BLOCK = 1536;
+static_assert(VOCAB_BLOCK % Tile<float>::KC == 0 && VOCAB_BLOCK % Tile<bf16>::KC == 0 &&
+              VOCAB_BLOCK % WeightGrad<float>::GROUP == 0 &&
+              VOCAB_BLOCK % WeightGrad<bf16>::GROUP == 0);
+constexpr int64_t max_logits = int64_t{40} << 20;  // floats per chunk: 768 rows at V = 50,257
 
+// One call of cross_entropy.
 template <class T>
 class CrossEntropyPass {
   using P = typename OperandOf<T>::type;
@@ -43,16 +45,16 @@ class CrossEntropyPass {
         with_dx_(s.dx != nullptr),
         with_dweight_(s.dweight.data != nullptr),
         with_grad_(with_dx_ || with_dweight_),
-        parts_(s.M, s.V * s.K, min(s.V, VOCAB) + s.K, parallel),
+        parts_(s.M, s.V * s.K, min(s.V, VOCAB_BLOCK) + s.K, parallel),
         k_ld_(padded_n<P>(s.K)),
         x_stride_(row_stride<P>(padded_k<P>(s.K))),
-        logits_ld_(padded_n<P>(with_grad_ ? s.V : min(s.V, VOCAB))),
-        losses_(take<float>(frame_, s.M)),
-        sums_(s.dweight, with_dweight_ ? s.V : 0, s.K, whole() ? parts_.count() : 1, frame_),
-        dnorm_weight_(parts_.blocks(), with_norm_grad(s) ? s.K : 0, frame_),
-        dnorm_bias_(parts_.blocks(), with_norm_grad(s) ? s.K : 0, frame_) {
-    norm_.mean = take<float>(frame_, s.M);
-    norm_.rstd = take<float>(frame_, s.M);
+        logits_ld_(padded_n<P>(with_grad_ ? s.V : min(s.V, VOCAB_BLOCK))),
+        losses_(alloc<float>(frame_, s.M)),
+        sums_(s.dweight, with_dweight_ ? s.V : 0, s.K, single_block() ? parts_.count() : 1, frame_),
+        dln_w_(parts_.blocks(), with_norm_grad(s) ? s.K : 0, frame_),
+        dln_b_(parts_.blocks(), with_norm_grad(s) ? s.K : 0, frame_) {
+    norm_.mean = alloc<float>(frame_, s.M);
+    norm_.rstd = alloc<float>(frame_, s.M);
     if (s.reduction != Reduction::mean) return;
     double total = 0.0;
     for (int64_t i = 0; i < s.M; ++i) total += weight_of(i);
@@ -60,7 +62,7 @@ class CrossEntropyPass {
   }
 
   void run() {
-    if (whole())
+    if (single_block())
       whole_vocabulary();
     else
       vocabulary_in_blocks();
@@ -68,51 +70,53 @@ class CrossEntropyPass {
   }
 
  private:
-  // A block of rows from its logits to its gradients.
+  // A block of rows: its logits, which become their gradients in place, and its sums.
   struct Rows {
     int64_t m0, count;
-    float *logits, *dn;  // dN is summed up in dx where it can be
+    float *logits, *dn;  // dN is summed in dx itself if dx_in_place()
     P* x_copy;
     Lhs<P> x;
     RowSum* sums;
 
-    Rows(const CrossEntropyPass& pass, int64_t block, Frame& frame)
+    Rows(const CrossEntropyPass& pass, int64_t block, ScratchFrame& frame)
         : m0(block * ROWS),
           count(min(ROWS, pass.s_.M - m0)),
-          logits(take<float>(frame, count * pass.logits_ld_)),
+          logits(alloc<float>(frame, count * pass.logits_ld_)),
           dn(pass.dx_in_place() ? static_cast<float*>(pass.s_.dx) + m0 * pass.k_ld_
-                                : take<float>(frame, pass.with_dx_ ? count * pass.k_ld_ : 0)),
-          x_copy(take<P>(frame, count * pass.x_stride_)),
-          sums(take<RowSum>(frame, count)) {}
+                                : alloc<float>(frame, pass.with_dx_ ? count * pass.k_ld_ : 0)),
+          x_copy(alloc<P>(frame, count * pass.x_stride_)),
+          sums(alloc<RowSum>(frame, count)) {}
   };
 
-  bool whole() const { return s_.V <= VOCAB; }
+  bool single_block() const { return s_.V <= VOCAB_BLOCK; }
   float* logits(const Rows& at, int64_t v0) const { return at.logits + (with_grad_ ? v0 : 0); }
   bool dx_in_place() const {
     return with_dx_ && sizeof(T) == sizeof(float) && !norm_.weight && k_ld_ == s_.K;
   }
-  // Also where there are no rows, and so no dx.
+  // True also if there are no rows and therefore dx is null: the gradients of the norm are then
+  // zeros.
   static bool with_norm_grad(const CrossEntropy& s) {
     return s.norm.weight.data && (s.dx || s.dnorm.weight.data || s.dnorm.bias.data);
   }
-  int64_t columns(int64_t v0) const { return min(VOCAB, s_.V - v0); }
+  int64_t columns(int64_t v0) const { return min(VOCAB_BLOCK, s_.V - v0); }
   Weight weight_rows(int64_t v0) const { return rows_from(s_.weight, v0, s_.K); }
   bool ignored(int64_t m) const { return s_.targets[m] == s_.ignore_index; }
   float weight_of(int64_t m) const {
     return ignored(m) ? 0.0f : s_.token_weights ? s_.token_weights[m] : 1.0f;
   }
 
-  // A row block has everything done to it while it is in the cache.
+  // The whole vocabulary is one block: each row block goes through all steps while it is in the
+  // cache.
   void whole_vocabulary() {
-    Frame frame;
-    const Rhs<P> w = weight_transposed<T>(s_.weight, s_.V, s_.K, frame, parallel_).dense;
+    ScratchFrame frame;
+    const Rhs<P> w = weight_transposed<T>(s_.weight, s_.V, s_.K, frame, parallel_).dense();
     const Rhs<P> w_rows =
         with_dx_ ? weight_straight<P>(s_.weight, s_.V, s_.K, frame, parallel_) : Rhs<P>{};
     parts_.for_each([&](const RowPart& part) {
-      Frame part_frame;
+      ScratchFrame part_frame;
       const WeightGrad<P> dweight(sums_, part.index, with_dweight_ ? part.chunk : 0, part_frame);
       const auto produce = [&](int64_t block, int64_t slot) {
-        Frame block_frame;
+        ScratchFrame block_frame;
         Rows rows(*this, block, block_frame);
         start(rows, slot, dweight);
         sum_rows(rows, 0, w);
@@ -127,45 +131,45 @@ class CrossEntropyPass {
     });
   }
 
-  // As many row blocks as the outer cache holds the operands of the weight's gradient for, since
-  // each chunk reads and writes the whole gradient; and of logits no more than most_logits, unless
-  // that were less than a whole KC of rows.
+  // Row blocks per chunk. Each chunk reads and writes the whole gradient of the weight, so a chunk
+  // is as large as the outer cache can hold its operands; but its logits are at most max_logits,
+  // unless that is less than KC rows.
   int64_t blocks_in_chunk() const {
-    const int64_t cached = blocks_per_chunk<P>(s_.M, VOCAB + s_.K, parallel_);
+    const int64_t cached = blocks_per_chunk<P>(s_.M, VOCAB_BLOCK + s_.K, parallel_);
     if (!with_grad_) return cached;
-    constexpr int64_t least = Tile<P>::KC / ROWS;
-    const int64_t fitting = most_logits / (ROWS * padded_n<P>(s_.V));
-    return min(cached, max(least, fitting / least * least));
+    constexpr int64_t min_blocks = Tile<P>::KC / ROWS;
+    const int64_t fitting = max_logits / (ROWS * padded_n<P>(s_.V));
+    return min(cached, max(min_blocks, fitting / min_blocks * min_blocks));
   }
 
   void vocabulary_in_blocks() {
-    Frame frame;
-    const int64_t most = blocks_in_chunk();
-    const WeightGrad<P> dweight(sums_, 0, with_dweight_ ? most : 0, frame, VOCAB);
-    for (int64_t first = 0; first < parts_.blocks(); first += most)
-      vocabulary_in_blocks(dweight, first, min(most, parts_.blocks() - first));
+    ScratchFrame frame;
+    const int64_t chunk = blocks_in_chunk();
+    const WeightGrad<P> dweight(sums_, 0, with_dweight_ ? chunk : 0, frame, VOCAB_BLOCK);
+    for (int64_t first = 0; first < parts_.blocks(); first += chunk)
+      vocabulary_in_blocks(dweight, first, min(chunk, parts_.blocks() - first));
   }
 
   void vocabulary_in_blocks(const WeightGrad<P>& dweight, int64_t first, int64_t slots) {
-    Frame chunk_frame;
-    Rows* chunk = take<Rows>(chunk_frame, slots);
+    ScratchFrame chunk_frame;
+    Rows* chunk = alloc<Rows>(chunk_frame, slots);
     for (int64_t slot = 0; slot < slots; ++slot)
       chunk[slot] = Rows(*this, first + slot, chunk_frame);
     const auto for_slots = [&](const auto& f) {
       run_tasks(parallel_, slots, [&](int64_t slot) { f(chunk[slot], slot); });
     };
     for_slots([&](Rows& rows, int64_t slot) { start(rows, slot, dweight); });
-    for (int64_t v0 = 0; v0 < s_.V; v0 += VOCAB) {
-      Frame frame;
+    for (int64_t v0 = 0; v0 < s_.V; v0 += VOCAB_BLOCK) {
+      ScratchFrame frame;
       const Rhs<P> w =
-          weight_transposed<T>(weight_rows(v0), columns(v0), s_.K, frame, parallel_).dense;
+          weight_transposed<T>(weight_rows(v0), columns(v0), s_.K, frame, parallel_).dense();
       for_slots([&](Rows& rows, int64_t) { sum_rows(rows, v0, w); });
     }
     for_slots([&](Rows& rows, int64_t) { finish_losses(rows); });
     if (!with_grad_) return;
     const int64_t rows_in_all = min(s_.M, (first + slots) * ROWS) - first * ROWS;
-    for (int64_t v0 = 0; v0 < s_.V; v0 += VOCAB) {
-      Frame frame;
+    for (int64_t v0 = 0; v0 < s_.V; v0 += VOCAB_BLOCK) {
+      ScratchFrame frame;
       const Rhs<P> w =
           with_dx_ ? weight_straight<P>(weight_rows(v0), columns(v0), s_.K, frame, parallel_)
                    : Rhs<P>{};
@@ -175,12 +179,14 @@ class CrossEntropyPass {
     for_slots([&](Rows& rows, int64_t) { finish_dx(rows); });
   }
 
+  // Normalises the rows, clears their sums, and packs them for dW.
   void start(Rows& at, int64_t slot, const WeightGrad<P>& dweight) const {
     at.x = norm_rows(static_cast<const T*>(s_.x), at.m0, at.count, s_.K, norm_, true, at.x_copy);
-    for (int64_t i = 0; i < at.count; ++i) at.sums[i] = {no_score, 0.0f, 0.0f};
+    for (int64_t i = 0; i < at.count; ++i) at.sums[i] = {neg_inf, 0.0f, 0.0f};
     if (with_dweight_) dweight.set_x(slot, at.x.data, at.x.row, at.count, 0, s_.K);
   }
 
+  // Computes the logits of the columns from v0 on and adds them to the sums of their rows.
   void sum_rows(const Rows& at, int64_t v0, Rhs<P> w) const {
     const int64_t n = columns(v0);
     float* scores = logits(at, v0);
@@ -190,7 +196,7 @@ class CrossEntropyPass {
       float* s = scores + i * logits_ld_;
       const int64_t target = s_.targets[at.m0 + i] - v0;
       if (!ignored(at.m0 + i) && target >= 0 && target < n) row.target = s[target];
-      add_logits(s, n, row, whole() && with_grad_ ? s : nullptr);
+      add_logits(s, n, row, single_block() && with_grad_ ? s : nullptr);
     }
   }
 
@@ -202,7 +208,7 @@ class CrossEntropyPass {
     }
   }
 
-  // dN += dS W for the columns from v0 on; dS is left for dW = dS' N.
+  // dN += dS W for the columns from v0 on; packs dS for dW = dS' N.
   void grad_rows(const Rows& at, int64_t v0, Rhs<P> w, int64_t slot,
                  const WeightGrad<P>& dweight) const {
     const int64_t n = columns(v0);
@@ -210,20 +216,21 @@ class CrossEntropyPass {
     for (int64_t i = 0; i < at.count; ++i)
       grad_row(at.m0 + i, at.sums[i], v0, n, ds + i * logits_ld_);
     if (with_dx_) {
-      Frame frame;
-      P* copy = take<P>(frame, at.count * row_stride<P>(padded_k<P>(n)));
+      ScratchFrame frame;
+      P* copy = alloc<P>(frame, at.count * row_stride<P>(padded_k<P>(n)));
       gemm(at.count, s_.K, n, lhs_rows(ds, logits_ld_, at.count, n, copy), w, at.dn, k_ld_, v0 > 0);
     }
     if (with_dweight_) dweight.set_dy(slot, ds, logits_ld_, at.count, 0, n);
   }
 
-  // ds: logits, or exp(s - m) where the whole vocabulary is one block, to their gradients.
+  // Turns ds from logits (or from exp(s - m), if the whole vocabulary is one block) into gradients.
   void grad_row(int64_t m, const RowSum& row, int64_t v0, int64_t n, float* ds) const {
     const float share = share_ * weight_of(m), each = share / row.l;
     const bool counts = share != 0.0f;
     for_vectors(n, [&](int64_t j, auto part) {
       VF p = splat(0.0f);
-      if (counts) p = (whole() ? load(ds + j, part) : exp(load(ds + j, part) - row.m)) * each;
+      if (counts)
+        p = (single_block() ? load(ds + j, part) : exp(load(ds + j, part) - row.m)) * each;
       store(ds + j, p, part);
     });
     const int64_t target = s_.targets[m] - v0;
@@ -239,8 +246,9 @@ class CrossEntropyPass {
       const T* x = static_cast<const T*>(s_.x) + m * s_.K;
       T* dx = static_cast<T*>(s_.dx) + m * s_.K;
       if (norm_.weight)
-        norm_grad_row(dn, x, static_cast<const T*>(nullptr), s_.K, {norm_.mean[m], norm_.rstd[m]},
-                      norm_, dnorm_weight_.block(block), dnorm_bias_.block(block), nullptr, dx);
+        norm_backward_row(dn, x, static_cast<const T*>(nullptr), s_.K,
+                          {norm_.mean[m], norm_.rstd[m]}, norm_, dln_w_.block(block),
+                          dln_b_.block(block), nullptr, dx);
       else
         copy_row(dn, s_.K, dx);
     }
@@ -253,22 +261,22 @@ class CrossEntropyPass {
       for (int64_t i = 0; i < s_.M; ++i) s_.loss[i] = losses_[i];
     else
       *s_.loss = static_cast<float>(total_loss * static_cast<double>(share_));
-    dnorm_weight_.finish(s_.dnorm.weight);
-    dnorm_bias_.finish(s_.dnorm.bias);
+    dln_w_.finish(s_.dnorm.weight);
+    dln_b_.finish(s_.dnorm.bias);
     if (with_dweight_) sums_.finish(s_.M == 0, parallel_);
   }
 
   const CrossEntropy& s_;
   const Parallel& parallel_;
-  Frame frame_;
+  ScratchFrame frame_;
   RowNorm norm_;
   bool with_dx_, with_dweight_, with_grad_;
   RowParts<P> parts_;
   int64_t k_ld_, x_stride_, logits_ld_;
-  float share_ = 1.0f;  // of one row of weight 1 in the mean
+  float share_ = 1.0f;  // of a row of weight 1 in the loss
   float* losses_;
   WeightSums<P> sums_;
-  ColumnSums dnorm_weight_, dnorm_bias_;
+  ColumnSums dln_w_, dln_b_;
 };
 
 void cross_entropy(const CrossEntropy& s, const Parallel& parallel) {

@@ -1,5 +1,5 @@
-// Linear layers with LayerNorm applied while the operand is read, and bias and residual while the
-// result is written.
+// Linear layers and their backward. The forward applies LayerNorm while it reads the left-hand
+// side, and adds bias and residual while it writes the result.
 #pragma once
 
 #include "../kernels.h"
@@ -25,17 +25,17 @@ void linear_typed(const Linear& s, const Parallel& parallel) {
   const T* x = static_cast<const T*>(s.x);
   const T* residual = static_cast<const T*>(s.residual);
   Y* y = static_cast<Y*>(s.y);
-  Frame frame;
+  ScratchFrame frame;
   const RowNorm norm(s.norm, s.K, frame);
   const float* bias = floats(s.bias, s.N, frame);
   const PackedWeight<P> w = weight_transposed<T>(s.weight, s.N, s.K, frame, parallel);
 
   for_blocks(s.M, s.N, s.K * w.element_bytes(), Tile<P>::NR, parallel,
              [&](int64_t m0, int64_t rows, int64_t n0, int64_t n, int64_t ld) {
-               Frame task_frame;
-               P* copy = take<P>(task_frame, rows * row_stride<P>(padded_k<P>(s.K)));
+               ScratchFrame task_frame;
+               P* copy = alloc<P>(task_frame, rows * row_stride<P>(padded_k<P>(s.K)));
                const Lhs<P> a = norm_rows(x, m0, rows, s.K, norm, n0 == 0, copy);
-               float* c = take<float>(task_frame, rows * ld);
+               float* c = alloc<float>(task_frame, rows * ld);
                const PackedWeight<P> columns = w.columns(n0);
                const int64_t at = m0 * s.N + n0;
                const auto fetch = [&](int64_t i, int64_t tile, int64_t j, int64_t width) {
@@ -56,7 +56,7 @@ void linear_typed(const Linear& s, const Parallel& parallel) {
 }
 
 template <class T>
-void linear_grad_typed(const LinearGrad& s, const Parallel& parallel) {
+void linear_backward_typed(const LinearBackward& s, const Parallel& parallel) {
   using P = typename OperandOf<T>::type;
   const Linear& f = s.forward;
   const int64_t M = f.M, N = f.N, K = f.K, ld = padded_n<P>(K);
@@ -65,24 +65,24 @@ void linear_grad_typed(const LinearGrad& s, const Parallel& parallel) {
   const T* add = static_cast<const T*>(s.add);
   T* dx = static_cast<T*>(s.dx);
   const bool with_dx = dx != nullptr, with_dweight = s.dweight.data != nullptr;
-  Frame frame;
+  ScratchFrame frame;
   const RowNorm norm(f.norm, K, frame);
   const Rhs<P> w = with_dx ? weight_straight<P>(f.weight, N, K, frame, parallel) : Rhs<P>{};
   const RowParts<P> parts(M, N * K, N + K, parallel);
   const WeightSums<P> sums(s.dweight, with_dweight ? N : 0, K, parts.count(), frame);
   const int64_t blocks = parts.blocks();
   const ColumnSums dbias(blocks, s.dbias.data ? N : 0, frame);
-  const ColumnSums dnorm_weight(blocks, norm.weight ? K : 0, frame),
-      dnorm_bias(blocks, norm.weight ? K : 0, frame);
+  const ColumnSums dln_w(blocks, norm.weight ? K : 0, frame),
+      dln_b(blocks, norm.weight ? K : 0, frame);
 
   parts.for_each([&](const RowPart& part) {
-    Frame part_frame;
+    ScratchFrame part_frame;
     const WeightGrad<P> dweight(sums, part.index, with_dweight ? part.chunk : 0, part_frame);
     const auto produce = [&](int64_t block, int64_t slot) {
       const int64_t m0 = block * ROWS, rows = min(ROWS, M - m0);
-      Frame task_frame;
-      P* copy = take<P>(task_frame, rows * row_stride<P>(padded_k<P>(N)));
-      float* dn = take<float>(task_frame, rows * ld);
+      ScratchFrame task_frame;
+      P* copy = alloc<P>(task_frame, rows * row_stride<P>(padded_k<P>(N)));
+      float* dn = alloc<float>(task_frame, rows * ld);
       // dN = dY W
       if (with_dx) gemm(rows, K, N, lhs_rows(dy + m0 * N, N, rows, N, copy), w, dn, ld, false);
       if (with_dweight) dweight.set_dy(slot, dy + m0 * N, N, rows, 0, N);
@@ -94,13 +94,13 @@ void linear_grad_typed(const LinearGrad& s, const Parallel& parallel) {
         if (with_dweight) dweight.set_x(slot, x + m0 * K, K, rows, 0, K);
         return;
       }
-      float* normalized = take<float>(task_frame, rows * ld);
+      float* normalized = alloc<float>(task_frame, rows * ld);
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t m = m0 + i;
         const Moments row = {norm.mean[m], norm.rstd[m]};
         if (with_dx)
-          norm_grad_row(dn + i * ld, x + m * K, added(m), K, row, norm, dnorm_weight.block(block),
-                        dnorm_bias.block(block), normalized + i * ld, dx + m * K);
+          norm_backward_row(dn + i * ld, x + m * K, added(m), K, row, norm, dln_w.block(block),
+                            dln_b.block(block), normalized + i * ld, dx + m * K);
         else if (with_dweight)
           normalize(x + m * K, K, row, norm, normalized + i * ld);
       }
@@ -112,8 +112,8 @@ void linear_grad_typed(const LinearGrad& s, const Parallel& parallel) {
   });
   if (with_dweight) sums.finish(M == 0, parallel);
   dbias.finish(s.dbias);
-  dnorm_weight.finish(s.dnorm.weight);
-  dnorm_bias.finish(s.dnorm.bias);
+  dln_w.finish(s.dnorm.weight);
+  dln_b.finish(s.dnorm.bias);
 }
 
 void linear(const Linear& s, const Parallel& parallel) {
@@ -122,9 +122,9 @@ void linear(const Linear& s, const Parallel& parallel) {
   linear_typed<bf16, bf16>(s, parallel);
 }
 
-void linear_grad(const LinearGrad& s, const Parallel& parallel) {
-  if (s.forward.dtype == DType::f32) return linear_grad_typed<float>(s, parallel);
-  linear_grad_typed<bf16>(s, parallel);
+void linear_backward(const LinearBackward& s, const Parallel& parallel) {
+  if (s.forward.dtype == DType::f32) return linear_backward_typed<float>(s, parallel);
+  linear_backward_typed<bf16>(s, parallel);
 }
 
 }  // namespace

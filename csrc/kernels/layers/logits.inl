@@ -1,5 +1,5 @@
-// The softmax of a row of logits, for a loss and for log-probabilities: its maximum and its sum, in
-// as many parts as the row comes in.
+// The softmax of a row of logits, for losses and log-probabilities: its running maximum and sum,
+// over as many parts as the row arrives in.
 #pragma once
 
 #include "../simd/math.inl"
@@ -8,34 +8,34 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-// The largest of n scores; no_score of none.
+// The largest of n scores; neg_inf if there are none.
 inline float highest_score(const float* s, int64_t n) {
-  VF highest = splat(no_score);
+  VF highest = splat(neg_inf);
   for_vectors(n, [&](int64_t j, auto part) {
-    highest = vmax(highest, only(load(s + j, part), part, no_score));
+    highest = vmax(highest, mask(load(s + j, part), part, neg_inf));
   });
   return max(highest);
 }
 
-// The running maximum m and l = sum_j exp(s_j - m) of a row of logits, and its target's logit. They
-// stay apart: m + ln l would be rounded to the digits of m.
+// The running maximum m and the sum l = sum_j exp(s_j - m) of a row of logits, and its target's
+// logit. m and l are kept apart: m + ln l would be rounded to the precision of m.
 struct RowSum {
   float m, l, target;
 
-  // Of a logit of the row.
+  // The log-probability of a token whose logit is `logit`.
   float logprob(float logit) const { return (logit - m) - __builtin_logf(l); }
 };
 
-// `exponentials`, unless null, receives exp(s_j - m).
+// Adds n more logits of the row. `exponentials`, unless null, receives exp(s_j - m).
 inline void add_logits(const float* s, int64_t n, RowSum& row, float* exponentials) {
   const float highest = highest_score(s, n), top = row.m > highest ? row.m : highest;
   VF total = splat(0.0f);
   for_vectors(n, [&](int64_t j, auto part) {
     const VF e = exp(load(s + j, part) - top);
     if (exponentials) store(exponentials + j, e, part);
-    total += only(e, part);
+    total += mask(e, part);
   });
-  row.l = row.l * (row.m == no_score ? 0.0f : exp(splat(row.m - top))[0]) + sum(total);
+  row.l = row.l * (row.m == neg_inf ? 0.0f : exp(splat(row.m - top))[0]) + sum(total);
   row.m = top;
 }
 

@@ -1,5 +1,5 @@
-// What the fused blocks do row by row: LayerNorm and its backward, column sums, the operands made
-// of rows, and what is added to rows of a result.
+// Steps of the layers that work row by row: LayerNorm and its backward, column sums, left-hand
+// sides made of rows, and the bias and residual added to rows of a result.
 #pragma once
 
 #include "../kernels.h"
@@ -12,26 +12,27 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-// A norm with its parameters as fp32 vectors; `weight` is null when there is none.
+// A norm with its parameters as fp32 vectors; `weight` is null if there is no norm.
 struct RowNorm {
   const float* weight;
   const float* bias;
   float* mean;
   float* rstd;
 
-  RowNorm(const Norm& norm, int64_t n, Frame& frame)
+  RowNorm(const Norm& norm, int64_t n, ScratchFrame& frame)
       : weight(floats(norm.weight, n, frame)),
         bias(floats(norm.bias, n, frame)),
         mean(norm.mean),
         rstd(norm.rstd) {}
 };
 
+// Mean and reciprocal standard deviation of one row.
 struct Moments {
   float mean, rstd;
 };
 
-// Those of `rows` rows of n columns, at most W of them, a row per lane. Two passes: the mean first,
-// then the mean square of what is left.
+// Mean and rstd of `rows` rows of n columns, at most W rows, one per lane. Two passes: the mean
+// first, then the mean of the squared differences from it.
 template <class T>
 inline void moments(const T* x, int64_t rows, int64_t n, VF& mean, VF& rstd) {
   VF of_row[W];
@@ -47,7 +48,7 @@ inline void moments(const T* x, int64_t rows, int64_t n, VF& mean, VF& rstd) {
   for (int64_t i = 0; i < rows; ++i) {
     VF squares = splat(0.0f);
     for_vectors(n, [&](int64_t j, auto part) {
-      const VF d = only(load(x + i * n + j, part) - mean_of[i], part);
+      const VF d = mask(load(x + i * n + j, part) - mean_of[i], part);
       squares += d * d;
     });
     of_row[i] = squares;
@@ -55,7 +56,8 @@ inline void moments(const T* x, int64_t rows, int64_t n, VF& mean, VF& rstd) {
   rstd = 1.0f / vsqrt(reduce_each(of_row, rows, Add{}) / static_cast<float>(n) + layer_norm_eps);
 }
 
-// xhat * weight + bias, rounded alike in the forward and where the backward repeats it.
+// xhat * weight + bias, rounded identically in the forward and in the backward, which recomputes
+// it.
 template <class Part>
 inline VF scale_and_shift(VF xhat, VF weight, const RowNorm& norm, int64_t j, Part part) {
   VF y = xhat * weight;
@@ -72,7 +74,9 @@ inline void normalize(const T* x, int64_t n, Moments row, const RowNorm& norm, P
   });
 }
 
-// Rows m0 .. of norm(x) (or of x itself) as a left-hand side, through `out` as for lhs_rows.
+// Rows [m0, m0 + rows) of norm(x), or of x itself if there is no norm, as a left-hand side; `out`
+// has memory for a copy, as for lhs_rows. With `keep_moments`, stores mean and rstd for the
+// backward.
 template <class P, class T>
 inline Lhs<P> norm_rows(const T* x, int64_t m0, int64_t rows, int64_t n, const RowNorm& norm,
                         bool keep_moments, P* out) {
@@ -97,14 +101,14 @@ inline Lhs<P> norm_rows(const T* x, int64_t m0, int64_t rows, int64_t n, const R
 }
 
 // The LayerNorm backward of one row, given dn, the gradient of its output:
-//   g = dn * weight, xhat = (x - mean) * rstd,  dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) +
-//   add
-// dweight += dn * xhat, dbias += dn; `normalized`, unless null, receives the row's forward output,
-// for the weight's gradient.
+//   g = dn * weight, xhat = (x - mean) * rstd,
+//   dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + add,
+//   dweight += dn * xhat, dbias += dn
+// `normalized`, unless null, receives the row's forward output, for the weight's gradient.
 template <class T>
-inline void norm_grad_row(const float* dn, const T* x, const T* add, int64_t n, Moments row,
-                          const RowNorm& norm, float* dweight, float* dbias, float* normalized,
-                          T* dx) {
+inline void norm_backward_row(const float* dn, const T* x, const T* add, int64_t n, Moments row,
+                              const RowNorm& norm, float* dweight, float* dbias, float* normalized,
+                              T* dx) {
   VF sum_g = splat(0.0f), sum_gx = splat(0.0f);
   for_vectors(n, [&](int64_t j, auto part) {
     const VF d = load(dn + j, part), weight = load(norm.weight + j, part);
@@ -126,14 +130,14 @@ inline void norm_grad_row(const float* dn, const T* x, const T* add, int64_t n, 
   });
 }
 
-// Sums over rows, one partial sum per block of rows, added up in the blocks' order: the bits do not
-// depend on which thread took which block.
+// Column sums over all rows: one partial sum per block of rows, added in the order of the blocks,
+// so that the bits do not depend on which thread computed which block.
 struct ColumnSums {
   int64_t blocks, n;
   float* partial;
 
-  ColumnSums(int64_t blocks, int64_t n, Frame& frame)
-      : blocks(max(1, blocks)), n(n), partial(take<float>(frame, this->blocks * n)) {
+  ColumnSums(int64_t blocks, int64_t n, ScratchFrame& frame)
+      : blocks(max(1, blocks)), n(n), partial(alloc<float>(frame, this->blocks * n)) {
     __builtin_memset(partial, 0, static_cast<size_t>(this->blocks * n) * sizeof(float));
   }
 
@@ -158,7 +162,7 @@ struct ColumnSums {
   }
 };
 
-// y = residual + c + bias for one row; columns [0, n).
+// y = c + bias + residual for one row of n columns; bias and residual may be null.
 template <class T, class Y>
 inline void finish_row(const float* c, const float* bias, const T* residual, int64_t n, Y* y) {
   for_vectors(n, [&](int64_t j, auto part) {

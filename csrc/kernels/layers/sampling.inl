@@ -1,9 +1,10 @@
-// From a row of logits to a token: repetition penalty (Keskar et al., "CTRL", arXiv:1909.05858),
-// temperature, top-k, top-p (Holtzman et al., arXiv:1904.09751), min-p (Nguyen et al.,
-// arXiv:2407.01082), and a draw from what is left.
+// Chooses a token from a row of logits: repetition penalty (Keskar et al., "CTRL",
+// arXiv:1909.05858), temperature, top-k, top-p (Holtzman et al., arXiv:1904.09751), min-p (Nguyen
+// et al., arXiv:2407.01082), and a draw from the tokens that are left.
 //
-// The filters keep every token that reaches a threshold, so tokens of equal probability stay or go
-// together. Thresholds are found by bisection over the floats in their own order, without sorting.
+// The filters keep every token that reaches a threshold, so tokens of equal probability are kept or
+// dropped together. Thresholds are found without sorting, by bisection over the bit patterns of
+// floats, which as integers have the order of the floats.
 #pragma once
 
 #include "../kernels.h"
@@ -18,7 +19,7 @@ namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
 inline RowSum sum_of_row(const float* s, int64_t n) {
-  RowSum row = {no_score, 0.0f, 0.0f};
+  RowSum row = {neg_inf, 0.0f, 0.0f};
   add_logits(s, n, row, nullptr);
   return row;
 }
@@ -32,12 +33,13 @@ inline int64_t first_index_of(float value, const float* s, int64_t n) {
   return i;
 }
 
-// A float as an integer of the same order, and back: its own inverse.
+// Maps the bits of floats to integers of the same order, and back: the function is its own inverse.
 inline VI ordered(VI bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
 
-// The largest t in [lowest, highest] with reaches(t), which falls with t and holds at the lowest.
+// The largest t in [lowest, highest] for which reaches(t) holds. It must hold for `lowest` and,
+// once it fails, fail for all larger t.
 template <class F>
-inline int32_t last_that_reaches(int32_t lowest, int32_t highest, const F& reaches) {
+inline int32_t bisect_last(int32_t lowest, int32_t highest, const F& reaches) {
   int64_t low = lowest, high = highest;
   while (low < high) {
     const int64_t middle = low + (high - low + 1) / 2;
@@ -49,16 +51,17 @@ inline int32_t last_that_reaches(int32_t lowest, int32_t highest, const F& reach
   return static_cast<int32_t>(low);
 }
 
-// A distribution over n tokens, in whole vectors: scores z (-inf past the end) and weights
-// p = exp((z - max z) / temperature), which no step normalises.
+// A distribution over n tokens, padded to whole vectors: scores z (-inf past the end) and weights
+//   p = exp((z - max z) / temperature),
+// which no step normalises.
 struct Distribution {
   int64_t width;
   float *z, *p;
 
-  Distribution(const float* logits, int64_t n, Frame& frame)
-      : width(round_up(n, W)), z(take<float>(frame, width)), p(take<float>(frame, width)) {
+  Distribution(const float* logits, int64_t n, ScratchFrame& frame)
+      : width(round_up(n, W)), z(alloc<float>(frame, width)), p(alloc<float>(frame, width)) {
     __builtin_memcpy(z, logits, static_cast<size_t>(n) * sizeof(float));
-    for (int64_t j = n; j < width; ++j) z[j] = no_score;
+    for (int64_t j = n; j < width; ++j) z[j] = neg_inf;
   }
 
   void penalize(const float* logits, const int64_t* tokens, int64_t count, float penalty) const {
@@ -68,10 +71,11 @@ struct Distribution {
     }
   }
 
-  void weigh(float temperature) const {
+  void compute_weights(float temperature) const {
     const float highest = highest_score(z, width), c = log2e / temperature;
     for (int64_t j = 0; j < width; j += W) {
-      const VF below = load(z + j) - highest;  // 0 / 0 stays out of a temperature near 0
+      // At a temperature near 0, c may be infinite: 0 * c would be NaN.
+      const VF below = load(z + j) - highest;
       store(p + j, below == 0.0f ? splat(1.0f) : exp2(below * c));
     }
   }
@@ -79,8 +83,8 @@ struct Distribution {
   void keep_top_k(int64_t k) const {
     const auto key = [&](int64_t j) { return ordered(bits(load(z + j))); };
     const int32_t highest = ordered(bits(splat(highest_score(z, width))))[0];
-    const int32_t lowest = ordered(bits(splat(no_score)))[0];
-    const int32_t threshold = last_that_reaches(lowest, highest, [&](int32_t t) {
+    const int32_t lowest = ordered(bits(splat(neg_inf)))[0];
+    const int32_t threshold = bisect_last(lowest, highest, [&](int32_t t) {
       VI count = {};
       for (int64_t j = 0; j < width; j += W) count -= key(j) >= t;
       int64_t total = 0;
@@ -91,6 +95,7 @@ struct Distribution {
       store(p + j, key(j) >= threshold ? load(p + j) : splat(0.0f));
   }
 
+  // The sum of the weights whose bits are at least t.
   float mass_from(int32_t t) const {
     VF total = splat(0.0f);
     for (int64_t j = 0; j < width; j += W) {
@@ -100,6 +105,7 @@ struct Distribution {
     return sum(total);
   }
 
+  // Sets weights whose bits are below the threshold to 0.
   void keep_from(int32_t threshold) const {
     for (int64_t j = 0; j < width; j += W) {
       const VF weight = load(p + j);
@@ -110,12 +116,12 @@ struct Distribution {
   void keep_top_p(float top_p) const {
     const float wanted = top_p * mass_from(0);
     const int32_t highest = bits(splat(1.0f))[0];
-    keep_from(last_that_reaches(0, highest, [&](int32_t t) { return mass_from(t) >= wanted; }));
+    keep_from(bisect_last(0, highest, [&](int32_t t) { return mass_from(t) >= wanted; }));
   }
 
   void keep_min_p(float min_p) const { keep_from(bits(splat(min_p))[0]); }
 
-  // The first token whose cumulative weight exceeds u of the whole, u in [0, 1).
+  // The first token whose cumulative weight exceeds u times the total weight, u in [0, 1).
   int64_t draw(double u) const {
     double whole = 0.0, reached = 0.0;
     for (int64_t j = 0; j < width; j += W) whole += static_cast<double>(sum(load(p + j)));
@@ -126,7 +132,7 @@ struct Distribution {
         reached += all;
         continue;
       }
-      int64_t last = j;  // with a weight: the draw, should rounding leave the target unreached
+      int64_t last = j;  // last token of weight > 0, drawn if rounding leaves the target unreached
       for (int64_t i = j; i < j + W; ++i) {
         reached += static_cast<double>(p[i]);
         if (p[i] > 0.0f) last = i;
@@ -134,11 +140,12 @@ struct Distribution {
       }
       return last;
     }
-    return 0;  // unreached: target < whole
+    return 0;  // never reached, as target < whole
   }
 };
 
-// 53 bits of the block with counter (step, sequence, 0, 2^32 - 1), a stream that no dropout has.
+// A uniform number in [0, 1) from 53 bits of the Philox block whose counter is (step, sequence, 0,
+// 2^32 - 1), a stream that no dropout uses.
 inline double uniform(uint64_t seed, uint32_t sequence, uint32_t step) {
   const Draws draws = philox(VU{} + step, sequence, 0, 0xffffffffu, seed);
   const uint64_t high = draws.word[0][0], low = draws.word[1][0];
@@ -146,23 +153,23 @@ inline double uniform(uint64_t seed, uint32_t sequence, uint32_t step) {
 }
 
 Sample sample(const Sampling& how, const SampleRow& s) {
-  Frame frame;
+  ScratchFrame frame;
   const RowSum row = sum_of_row(s.logits, s.V);
   const Distribution of(s.logits, s.V, frame);
-  for (int64_t i = 0; i < s.alternatives; ++i) {
+  for (int64_t i = 0; i < s.top_count; ++i) {
     const float logit = highest_score(of.z, s.V);
-    s.alternative[i] = first_index_of(logit, of.z, s.V);
-    s.alternative_logprob[i] = row.logprob(logit);
-    of.z[s.alternative[i]] = no_score;
+    s.top_tokens[i] = first_index_of(logit, of.z, s.V);
+    s.top_logprobs[i] = row.logprob(logit);
+    of.z[s.top_tokens[i]] = neg_inf;
   }
-  for (int64_t i = 0; i < s.alternatives; ++i) of.z[s.alternative[i]] = s.logits[s.alternative[i]];
+  for (int64_t i = 0; i < s.top_count; ++i) of.z[s.top_tokens[i]] = s.logits[s.top_tokens[i]];
   if (how.repetition_penalty != 1.0f)
     of.penalize(s.logits, s.seen, s.seen_count, how.repetition_penalty);
   int64_t token;
   if (how.temperature == 0.0f) {
     token = first_index_of(highest_score(of.z, s.V), of.z, s.V);
   } else {
-    of.weigh(how.temperature);
+    of.compute_weights(how.temperature);
     if (how.top_k > 0 && how.top_k < s.V) of.keep_top_k(how.top_k);
     if (how.top_p < 1.0f) of.keep_top_p(how.top_p);
     if (how.min_p > 0.0f) of.keep_min_p(how.min_p);

@@ -1,6 +1,6 @@
-// The bf16 product on AMX tiles (Intel SDM, TDPBF16PS): a 2 x 2 block of 16 x 16 fp32 tiles of C
-// takes, per step, two tiles of A (16 rows x 32 elements) and two of B (16 pairs x 16 columns).
-// Tiles 0-3 are C, 4-5 A, 6-7 B.
+// The bf16 product on AMX tiles (Intel SDM, TDPBF16PS). One step adds the products of two tiles of
+// A (16 rows x 32 elements) and two of B (16 pairs x 16 columns) to a 2 x 2 block of 16 x 16 fp32
+// tiles of C. Tile registers 0-3 hold C, 4-5 A and 6-7 B.
 #pragma once
 
 #include "../simd/vec.inl"
@@ -11,6 +11,7 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
+// The operand of ldtilecfg.
 struct alignas(64) TileConfig {
   uint8_t palette, start_row, reserved[14];
   uint16_t column_bytes[16];
@@ -18,7 +19,7 @@ struct alignas(64) TileConfig {
 };
 
 #if GPTFAST_AMX_EMULATED
-// Tiles in plain memory, for testing the code around them on a processor that has none.
+// Emulates the tiles in memory, to test the code around them on a processor without AMX.
 thread_local TileConfig emulated_config;
 thread_local float emulated_tile[8][16][16];
 
@@ -41,6 +42,7 @@ inline void tile_store(void* p, int64_t stride_bytes) {
     __builtin_memcpy(static_cast<char*>(p) + i * stride_bytes, emulated_tile[T][i],
                      emulated_config.column_bytes[T]);
 }
+// One of the two bf16 numbers in 32 bits, as fp32; half 0 is the lower one.
 inline float bf16_of(float pair, int half) {
   uint32_t u;
   __builtin_memcpy(&u, &pair, sizeof u);
@@ -59,8 +61,8 @@ inline void tile_dot() {
               bf16_of(emulated_tile[A][i][u], half) * bf16_of(emulated_tile[B][u][j], half);
 }
 #else
-// Own assembly instead of the intrinsics: those of g++ 12 want literal tile numbers, and declare
-// the configuration as 8 bytes that are read, so that stores to the rest of it can be dropped.
+// Inline assembly instead of intrinsics: those of g++ 12 require literal tile numbers and declare
+// that only 8 bytes of the configuration are read, so that g++ may drop the stores to its rest.
 inline void tile_configure(const TileConfig& config) {
   asm volatile("ldtilecfg %0" : : "m"(config) : "memory");
 }
@@ -83,8 +85,8 @@ inline void tile_dot() {
 }
 #endif
 
-// Tiles for 16 rows of A in the upper half and `lower` (0 to 16) in the lower one; or `upper` < 16
-// and none.
+// The configuration for a block of C with 16 rows in its upper tiles and `lower` (0 to 16) in its
+// lower ones, or with `upper` < 16 rows and no lower tiles (lower <= 0).
 inline TileConfig tile_config(int64_t upper, int64_t lower) {
   TileConfig config = {};
   config.palette = 1;
@@ -96,6 +98,7 @@ inline TileConfig tile_config(int64_t upper, int64_t lower) {
   return config;
 }
 
+// One block of C = or += A B: LOWER and RIGHT say whether it has lower and right tiles.
 template <bool LOWER, bool RIGHT>
 inline void tile_block(int64_t k, Lhs<bf16> a, const bf16* b, float* c, int64_t ldc, bool add) {
   constexpr int64_t b_stride = Tile<bf16>::NR * 2 * sizeof(bf16), right = W * 2;
@@ -128,7 +131,7 @@ inline void tile_block(int64_t k, Lhs<bf16> a, const bf16* b, float* c, int64_t 
   if (LOWER && RIGHT) tile_store<3>(c_lower + W, c_stride);
 }
 
-// Rows m0 .. m0 + rows (<= 32) of C, every panel.
+// Computes rows [m0, m0 + rows), rows <= 32, of C in every panel.
 template <class Done>
 inline void tile_rows(int64_t m0, int64_t rows, int64_t n, int64_t k, Lhs<bf16> a, Rhs<bf16> b,
                       float* c, int64_t ldc, bool add, const Done& done) {
@@ -143,10 +146,11 @@ inline void tile_rows(int64_t m0, int64_t rows, int64_t n, int64_t k, Lhs<bf16> 
   }
 }
 
-// Upcoming is for the loops of the other microkernels: nothing is fetched ahead here.
-template <class Done>
-inline void gemm(int64_t m, int64_t n, int64_t k, Lhs<bf16> a, Rhs<bf16> b, float* c, int64_t ldc,
-                 bool add, const Done& done, Upcoming* = nullptr) {
+// gemm() of gemm.inl on tiles. Its loops do not prefetch for later ones, so it ignores the
+// PrefetchQueue.
+template <class Done = NoEpilogue>
+inline void gemm(int64_t m, int64_t n, int64_t k, const Lhs<bf16>& a, Rhs<bf16> b, float* c,
+                 int64_t ldc, bool add, const Done& done = {}, PrefetchQueue* = nullptr) {
   constexpr int MR = Tile<bf16>::MR;
   const int64_t full = m / MR * MR, rest = m - full, padded = padded_k<bf16>(k);
   if (full > 0) {

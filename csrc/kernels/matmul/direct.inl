@@ -1,18 +1,18 @@
-// Products of so few rows that the right-hand side is read where it lies: to pack it for gemm.inl
-// would cost more than the product. Each element of C is one sum in the order of k, whatever else
-// is computed with it.
+// Products of so few rows that the right-hand side is read in place: packing it for gemm.inl would
+// cost more than the product. Each element of C is one sum in a fixed reduction order, whatever
+// else is computed along with it.
 #pragma once
 
 #include "../simd/vec.inl"
 #include "layout.inl"
-#include "microkernel.inl"
+#include "step.inl"
 
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-// What Step (microkernel.inl) reads of one row: W units of KU elements, or as many elements as
-// there are; and what it reads of a unit's rows below each other, as packed, zeros where one is
-// null.
+// Loads the operands of Step (step.inl) from unpacked matrices. units(): W units of KU elements of
+// one row, or the elements of a Tail. rows() (bf16): W columns of one unit, whose two elements are
+// in different rows, in packed order; a null row is read as zeros.
 template <class P>
 struct InPlace;
 
@@ -52,11 +52,11 @@ struct InPlace<bf16> {
 };
 #endif
 
-// A tile of C = A B' is one vector: the dot products of ROWS rows of A with COLUMNS of B, row by
-// row, each with the same bits in a tile of any shape.
+// A tile of C = A B' is one vector: the dot products of ROWS rows of A with COLUMNS rows of B, row
+// by row. Each dot product has the same bits in a tile of any shape.
 constexpr int DOT_ROWS = W / 4, DOT_COLUMNS = 4;
 
-// Of rows that are `a` and `b` elements after one another, by number.
+// One such tile. Row i of A begins at x + a(i), and row j of B at y + b(j).
 template <class P, int ROWS = DOT_ROWS, int COLUMNS = DOT_COLUMNS, class T, class A, class B>
 [[gnu::always_inline]] inline VF dot_tile(int64_t k, const T* x, const A& a, const T* y,
                                           const B& b) {
@@ -83,8 +83,8 @@ template <class P, int ROWS = DOT_ROWS, int COLUMNS = DOT_COLUMNS, class T, clas
   return reduce_each(acc, W, Add{});
 }
 
-// The first tiles of A (m, k) B (n, k)', m <= DOT_ROWS, side by side; rows past the end are the
-// last one again.
+// The first `tiles` tiles of A (m, k) B (n, k)', m <= DOT_ROWS, side by side. Rows past the end
+// repeat the last row.
 template <class P, class T>
 inline void dot_tiles(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b,
                       int64_t ldb, int64_t tiles, VF* to) {
@@ -99,8 +99,8 @@ inline void dot_tiles(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, 
   }
 }
 
-// The products of one row of A with n of B, W of them a vector; those past the end are the last
-// one's.
+// The dot products of one row of A with n rows of B, W per vector. Lanes past the end repeat the
+// last product.
 template <class P, class T>
 inline void dot_row(int64_t n, int64_t k, const T* a, const T* b, int64_t ldb, VF* to) {
   const auto row = [](int) { return 0; };
@@ -109,7 +109,7 @@ inline void dot_row(int64_t n, int64_t k, const T* a, const T* b, int64_t ldb, V
   if (n > 0) *to = dot_tile<P, 1, W>(k, a, row, b, [&](int j) { return min(j, n - 1) * ldb; });
 }
 
-// A tile's rows from and to a matrix.
+// Load and store a tile, a DOT_ROWS x DOT_COLUMNS block of a matrix.
 inline VF load_tile(const float* from, int64_t ld) {
 #if GPTFAST_VECTOR_BYTES == 64
   const __m512 two = _mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(from)),
@@ -131,18 +131,20 @@ inline void store_tile(P* to, int64_t ld, VF x) {
     __builtin_memcpy(to + i * ld, rows + i * DOT_COLUMNS, DOT_COLUMNS * sizeof *to);
 }
 
-// acc += A B for NV vectors of columns, of units of two terms of which a row may have one.
+// acc += A B for NV vectors of columns, where a unit has two terms, one of which may be masked in a
+// row.
 template <int M, int NV, class P, class T, class Part>
 [[gnu::always_inline]] inline void sum_units(const Terms& terms, const Lhs<P>& a, const T* b,
                                              int64_t ldb, VF (&acc)[M][NV], Part part) {
   using S = Step<P>;
   constexpr int KU = Tile<P>::KU;
+  // All rows have both terms of the units from all_from to all_to.
   int64_t t = terms.from(0) / KU * KU;
   const int64_t all_from = round_up(terms.from(M - 1), KU), all_to = terms.to(0) / KU * KU,
                 end = terms.to(M - 1);
   const P* unit = a.data + t / KU * a.step;
   b += t * ldb;
-  const auto terms_of_some = [&](int64_t until) __attribute__((always_inline)) {
+  const auto add_partly_masked_units = [&](int64_t until) __attribute__((always_inline)) {
     for (; t < until; t += KU, unit += a.step, b += KU * ldb)
 #pragma GCC unroll 4
       for (int i = 0; i < M; ++i) {
@@ -161,7 +163,7 @@ template <int M, int NV, class P, class T, class Part>
                                               has[KU - 1] ? b + ldb + v * W : nullptr, part));
       }
   };
-  terms_of_some(min(all_from, end));
+  add_partly_masked_units(min(all_from, end));
   for (; t < all_to; t += KU, unit += a.step, b += KU * ldb) {
     typename S::Vector column[NV];
 #pragma GCC unroll 4
@@ -173,10 +175,10 @@ template <int M, int NV, class P, class T, class Part>
       for (int v = 0; v < NV; ++v) acc[i][v] = S::add(acc[i][v], x, column[v]);
     }
   }
-  terms_of_some(end);
+  add_partly_masked_units(end);
 }
 
-// NV vectors of columns of C (M, n) = A (M, k) B (k, n), of the terms that each row has.
+// NV vectors of columns of C (M, n) = A (M, k) B (k, n), over the unmasked terms of each row.
 template <int M, int NV, class P, class T, class Part>
 [[gnu::always_inline]] inline void sum_tile(const Terms& terms, const Lhs<P>& a, const T* b,
                                             int64_t ldb, T* c, int64_t ldc, Part part) {
@@ -191,7 +193,7 @@ template <int M, int NV, class P, class T, class Part>
     int64_t t = terms.from(0);
     const P* unit = a.data + t * a.step;
     b += t * ldb;
-    // Term t of the rows FIRST .. LAST - 1, and on to the next one.
+    // Adds term t to rows FIRST .. LAST - 1, and advances t.
     const auto add_term = [&]<int FIRST, int LAST>() __attribute__((always_inline)) {
       typename S::Vector column[NV];
 #pragma GCC unroll 4
@@ -204,7 +206,8 @@ template <int M, int NV, class P, class T, class Part>
       }
       ++t, unit += a.step, b += ldb;
     };
-    // Row i starts, or ends, i terms after the first.
+    // Row i starts (if first_step) or ends (if last_step) i terms after row 0: start() adds the
+    // terms that not all rows have yet, end() those that not all rows have any more.
     const auto start = [&]<int I>(const auto& next) __attribute__((always_inline)) {
       if constexpr (I < M) {
         if (t == terms.first + I - 1 && t < terms.last) add_term.template operator()<0, I>();
@@ -229,8 +232,9 @@ template <int M, int NV, class P, class T, class Part>
     for (int v = 0; v < NV; ++v) store(c + i * ldc + v * W, acc[i][v], part);
 }
 
-constexpr int SUM_ROWS = 4, SUM_VECTORS = W == 16 ? 4 : 2;  // leave registers for B
+constexpr int SUM_ROWS = 4, SUM_VECTORS = W == 16 ? 4 : 2;  // accumulators; leave registers for B
 
+// All columns of C (M, n), over the unmasked terms of each row.
 template <int M, class P, class T>
 [[gnu::always_inline]] inline void sum_rows(int64_t n, const Terms& terms, const Lhs<P>& a,
                                             const T* b, int64_t ldb, T* c, int64_t ldc) {
@@ -242,7 +246,7 @@ template <int M, class P, class T>
   });
 }
 
-// C (m, n) = A (m, k) B (k, n) for m <= SUM_ROWS, of the terms that each row has.
+// C (m, n) = A (m, k) B (k, n) for m <= SUM_ROWS, over the unmasked terms of each row.
 template <class P, class T>
 [[gnu::always_inline]] inline void gemm_in_place(int64_t m, int64_t n, const Terms& terms,
                                                  const Lhs<P>& a, const T* b, int64_t ldb, T* c,

@@ -1,4 +1,4 @@
-// What is done to the tiles of a product while they are in the L1 cache.
+// Epilogues: work on the tiles of a product while they are in the L1 cache.
 #pragma once
 
 #include "../simd/vec.inl"
@@ -6,9 +6,10 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-// An epilogue is called for each tile of C, columns n0 .. of some panels, rows m0 .., when it is
-// complete and still in the L1 cache: done(m0, rows, n0, columns). One that reads or writes memory
-// of its own has it brought into the cache while the tile is computed, by `fetch`.
+// A product calls its epilogue as done(m0, rows, n0, columns) for each tile of C, of one or several
+// panels, when the tile is complete and still in the L1 cache. An epilogue that accesses further
+// memory is a Fetching: products may call `fetch` with the same arguments before they compute the
+// tile, so that the memory is prefetched in the meantime.
 template <class Fetch, class Done>
 struct Fetching {
   Fetch fetch;
@@ -21,6 +22,7 @@ struct Fetching {
 template <class Fetch, class Done>
 Fetching(Fetch, Done) -> Fetching<Fetch, Done>;
 
+// Calls the epilogue's `fetch`, if it has one.
 template <class Done>
 inline void fetch_for(const Done&, int64_t, int64_t, int64_t, int64_t) {}
 template <class Fetch, class Done>
@@ -32,7 +34,6 @@ inline void fetch_for(const Fetching<Fetch, Done>& epilogue, int64_t m0, int64_t
 struct NoEpilogue {
   void operator()(int64_t, int64_t, int64_t, int64_t) const {}
 };
-constexpr NoEpilogue no_epilogue;
 
 }  // namespace
 }  // namespace gptfast::GPTFAST_LEVEL

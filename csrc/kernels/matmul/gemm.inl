@@ -1,9 +1,9 @@
 // C (M, N) = or += A (M, K) B (K, N) in fp32 accumulators, on the operands of layout.inl.
 //
-// Each element of C is a sum over blocks of KC products, each block summed from zero in the order
-// of k, whatever M and N: a row of C has the same bits alone and in a batch. (On tiles it is one
-// sum over all of K, which starts from C where that is added to.) C holds whole panels (ldc >= N
-// rounded up to NR).
+// Each element of C is a sum over blocks of KC products, and each block is summed from zero in the
+// order of k, whatever M and N are: a row of C has the same bits alone and in a batch. (On AMX
+// tiles it is one sum over all of K, which starts from C if the product is added to C.) C holds
+// whole panels (ldc >= N rounded up to NR).
 #pragma once
 
 #include "../simd/vec.inl"
@@ -18,12 +18,13 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-// How many products are one sum: KC, or where the blocks that are widened are twice as large, half.
+// How many products are summed from zero, for panels of B: KC, or half of it where the levels that
+// multiply bf16 widen B block by block (packed.inl), as KC is twice as large there.
 template <class P, class B>
 constexpr int64_t sum_depth =
     GPTFAST_BF16_DOT && sizeof(B) < sizeof(P) ? Tile<P>::KC / 2 : Tile<P>::KC;
 
-// gemm() for one row; panels of B `panel` apart.
+// gemm() for one row of A. The panels of B are `panel` elements apart; B may be narrower than P.
 template <class P, class B, class Done>
 inline void gemm_row(int64_t n, int64_t k, const Lhs<P>& a, const B* b, int64_t panel, float* c,
                      bool add, const Done& done) {
@@ -52,9 +53,11 @@ inline void gemm_row(int64_t n, int64_t k, const Lhs<P>& a, const B* b, int64_t 
   }
 }
 
-template <class P, class Done>
+// C (m, n) = or (with `add`) += A B. Calls the epilogue `done` for each tile (epilogue.inl), and
+// prefetches the matrices of `queue`, if it has one, for the next task.
+template <class P, class Done = NoEpilogue>
 inline void gemm(int64_t m, int64_t n, int64_t k, const Lhs<P>& a, Rhs<P> b, float* c, int64_t ldc,
-                 bool add, const Done& done, Upcoming* upcoming = nullptr) {
+                 bool add, const Done& done = {}, PrefetchQueue* queue = nullptr) {
   constexpr int MR = Tile<P>::MR, NR = Tile<P>::NR, KU = Tile<P>::KU, KC = Tile<P>::KC;
   if (m == 1) return gemm_row(n, k, a, b.data, b.panel, c, add, done);
   const int64_t unit_bytes = NR * KU * static_cast<int64_t>(sizeof(P)),
@@ -63,26 +66,21 @@ inline void gemm(int64_t m, int64_t n, int64_t k, const Lhs<P>& a, Rhs<P> b, flo
     const int64_t units = padded_k<P>(min(KC, k - k0)) / KU;
     for (int64_t n0 = 0; n0 < n; n0 += NR) {
       const P* panel = b.rows(k0).columns(n0).data;
-      // The next panel, a part of it with each tile; after the last one, this one again.
-      Ahead ahead = {reinterpret_cast<const char*>(n0 + NR < n ? panel + b.panel : panel), part};
-      const int64_t columns = min(NR, n - n0), most = tile_rows_for<P>(columns);
-      for (int64_t m0 = 0; m0 < m; m0 += most, ahead.data += units * part) {
+      // Each tile prefetches its part of the next panel; in the last panel, of the same one again.
+      Prefetch prefetch = {reinterpret_cast<const char*>(n0 + NR < n ? panel + b.panel : panel),
+                           part};
+      const int64_t columns = min(NR, n - n0), max_tile = tile_rows_for<P>(columns);
+      for (int64_t m0 = 0; m0 < m; m0 += max_tile, prefetch.data += units * part) {
         const Lhs<P> rows = a.rows(m0).columns(k0);
-        const int64_t tile = min(most, m - m0);
+        const int64_t tile = min(max_tile, m - m0);
         const bool last = k0 + KC >= k;
         if (last) fetch_for(done, m0, tile, n0, columns);
         microkernel_of<P>(tile, columns)(units, rows, panel, c + m0 * ldc + n0, ldc, add || k0 > 0,
-                                         upcoming ? upcoming->next(units, ahead) : ahead);
+                                         queue ? queue->next(units, prefetch) : prefetch);
         if (last) done(m0, tile, n0, columns);
       }
     }
   }
-}
-
-template <class P>
-inline void gemm(int64_t m, int64_t n, int64_t k, const Lhs<P>& a, Rhs<P> b, float* c, int64_t ldc,
-                 bool add) {
-  gemm(m, n, k, a, b, c, ldc, add, no_epilogue);
 }
 
 }  // namespace

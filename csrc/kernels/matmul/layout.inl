@@ -1,9 +1,9 @@
-// Operands of the matrix products: how rows and columns are laid out for the microkernels.
+// The layout of the operands of the matrix products, as the microkernels read them.
 //
-// The right-hand side B (K, N) lies in panels of NR columns, [N / NR][K / KU][NR][KU], zero-padded
-// in both directions. KU elements of one column stand together: 1 for fp32, 2 for bf16 (what a dot
-// instruction consumes). The left-hand side A (M, K) is read in place, row by row, or through a
-// packed transpose.
+// The right-hand side B (K, N) is packed in panels of NR columns, [N / NR][K / KU][NR][KU],
+// zero-padded in both directions. A unit, KU elements of one column, is contiguous: KU is 1 for
+// fp32 and 2 for bf16 (what a dot instruction consumes). The left-hand side A (M, K) is read in
+// place, row by row, or through a packed transpose.
 #pragma once
 
 #include "../simd/vec.inl"
@@ -11,8 +11,8 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-// What a product of activations of type T is computed from: bf16 only where the processor
-// multiplies bf16.
+// The element type in which products read activations of type T: bf16 only where the processor
+// multiplies bf16, else float.
 template <class T>
 struct OperandOf {
   using type = float;
@@ -24,22 +24,24 @@ struct OperandOf<bf16> {
 };
 #endif
 
+// The sizes of a product of P: a tile has up to MR rows and NR columns.
 template <class P>
 struct Tile;
 
 template <>
 struct Tile<float> {
-  static constexpr int MR =
-      W == 16 ? 12 : 6;  // MR x 2 accumulators fill the register file but for the operands
-  static constexpr int TALL = W == 16 ? 16 : 8;  // rows where one vector of columns is left
+  // MR x 2 accumulators fill the register file except for what the operands need.
+  static constexpr int MR = W == 16 ? 12 : 6;
+  static constexpr int MR_NARROW = W == 16 ? 16 : 8;  // rows of a tile that is one vector wide
   static constexpr int NR = 2 * W;
   static constexpr int KU = 1;
   static constexpr int KPAD = 1;  // K is padded to a multiple of this
-  // Products are summed up in blocks of this many: short sums lose less to rounding than one long
-  // one, and the part of a panel in use (48 KB with 16 lanes) stays in the L2 cache. Shorter blocks
-  // add to C more often.
-  // Without products of bf16, weights of bf16 are widened a block at a time, which half of that
-  // keeps in the L1 cache; packed or not, they have the same sums.
+  // Sums over K are split into blocks of KC products. Short sums lose less to rounding than one
+  // long sum, and the part of a panel in use (48 KB for 384 products and 16 lanes) stays in the L2
+  // cache; shorter blocks would add to C more often.
+  // Where bf16 is multiplied as fp32, packed bf16 weights are widened one block at a time, and half
+  // the depth keeps that block in the L1 cache. KC is the same for weights that are not packed, so
+  // that the sums are the same.
   static constexpr int KC = GPTFAST_BF16_DOT ? 384 : 192;
 };
 
@@ -47,11 +49,11 @@ template <>
 struct Tile<bf16> {
 #if GPTFAST_AMX
   static constexpr int MR = 32;
-  static constexpr int TALL = 32;
+  static constexpr int MR_NARROW = 32;
   static constexpr int KPAD = 32;
 #else
   static constexpr int MR = 12;
-  static constexpr int TALL = 16;
+  static constexpr int MR_NARROW = 16;
   static constexpr int KPAD = 2;
 #endif
   static constexpr int NR = 2 * W;
@@ -59,6 +61,7 @@ struct Tile<bf16> {
   static constexpr int KC = 768;
 };
 
+// The left-hand side A (M, K); by rows, step is KU, and by columns, row is KU.
 template <class P>
 struct Lhs {
   const P* data;
@@ -68,6 +71,7 @@ struct Lhs {
   Lhs columns(int64_t k) const { return {data + k / Tile<P>::KU * step, row, step}; }
 };
 
+// The packed right-hand side B (K, N).
 template <class P>
 struct Rhs {
   const P* data;
@@ -94,7 +98,8 @@ inline int64_t rhs_elements(int64_t k, int64_t n) {
   return panel_elements<P>(k) * divide_up(n, Tile<P>::NR);
 }
 
-// W units (KU elements each) of a row, of which `count` elements exist, as 32-bit lanes.
+// Loads W units (KU elements each) of a row as 32-bit lanes. Only the first `count` elements exist;
+// the others are zero.
 template <class S>
 inline VF load_units(const S* p, int64_t count, float) {
   return load_count(p, count);
@@ -106,9 +111,9 @@ inline VF load_units(const S* p, int64_t count, bf16) {
 }
 #endif
 
-// One panel of B from the columns' own rows: column n of B is row n of src (K contiguous), n <
-// count <= NR. Zeros follow up to whole vectors; a vector of columns that do not exist is left as
-// it is, and the microkernels do not read it.
+// Packs one panel of B from its transpose: column n of B is row n of src (K contiguous), for
+// n < count <= NR. The last vector of columns is filled up with zeros. A vector without any column
+// is not written, and the microkernels do not read it.
 template <class P, class S>
 inline void pack_panel_transposed(const S* src, int64_t ld, int64_t k, int64_t count, P* dst) {
   constexpr int NR = Tile<P>::NR, KU = Tile<P>::KU;
@@ -125,6 +130,8 @@ inline void pack_panel_transposed(const S* src, int64_t ld, int64_t k, int64_t c
     }
 }
 
+// Packs W columns of one unit of rows: of `row`, and for bf16 also of `next` (null: zeros). Only
+// the first `count` columns exist.
 template <class S>
 inline void pack_row_pair(const S* row, const S*, int64_t count, float* dst) {
   store(dst, load_count(row, count));
@@ -137,8 +144,8 @@ inline void pack_row_pair(const S* row, const S* next, int64_t count, bf16* dst)
 }
 #endif
 
-// Columns [n0, n0 + width) of src (K, N), a multiple of W, as [K / KU][width][KU], zeros past the
-// ends of src.
+// Packs columns [n0, n0 + width) of src (K, N) as [K / KU][width][KU], with zeros past the ends of
+// src; width is a multiple of W.
 template <class P, class S>
 inline void pack_rows(const S* src, int64_t ld, int64_t k, int64_t n, int64_t n0, int64_t width,
                       P* dst) {
@@ -155,11 +162,12 @@ inline void pack_rows(const S* src, int64_t ld, int64_t k, int64_t n, int64_t n0
     }
 }
 
-// Which terms row i of C = A B has of its sums over k: from(i) to to(i). The others are not
-// products with 0, as 0 times what is not finite is not 0.
+// The unmasked terms of each row of C = A B: row i sums over k in [from(i), to(i)). The masked
+// terms must not contribute at all; to multiply them by 0 is not enough, as 0 times an infinity or
+// a NaN is not 0.
 struct Terms {
-  int64_t first, last;
-  int first_step = 0, last_step = 0;  // from one row to the next
+  int64_t first, last;                // those of row 0
+  int first_step = 0, last_step = 0;  // how much they grow from one row to the next
 
   int64_t from(int64_t i) const { return max(0, first + i * first_step); }
   int64_t to(int64_t i) const { return max(0, last + i * last_step); }
@@ -169,7 +177,7 @@ struct Terms {
   Terms columns(int64_t k) const { return {first - k, last - k, first_step, last_step}; }
 };
 
-// All panels of B whose columns are the rows of src (N, K).
+// Packs all panels of B = src', with src (N, K).
 template <class P, class S>
 inline Rhs<P> pack_transposed(const S* src, int64_t ld, int64_t k, int64_t n, P* dst) {
   const int64_t panel = panel_elements<P>(k);
@@ -178,7 +186,7 @@ inline Rhs<P> pack_transposed(const S* src, int64_t ld, int64_t k, int64_t n, P*
   return {dst, panel};
 }
 
-// All panels of B = src (K, N).
+// Packs all panels of B = src (K, N).
 template <class P, class S>
 inline Rhs<P> pack_straight(const S* src, int64_t ld, int64_t k, int64_t n, P* dst) {
   const int64_t panel = panel_elements<P>(k);
@@ -187,16 +195,16 @@ inline Rhs<P> pack_straight(const S* src, int64_t ld, int64_t k, int64_t n, P* d
   return {dst, panel};
 }
 
-// A distance between rows that fills whole vectors and does not map rows onto one set of the L1
-// cache.
+// The stride, in elements, for rows of `elements` elements: a multiple of 64 bytes that does not
+// map all rows onto the same few sets of the L1 cache.
 template <class P>
 constexpr int64_t row_stride(int64_t elements) {
   const int64_t bytes = round_up(elements * static_cast<int64_t>(sizeof(P)), 64);
   return (bytes % 2048 == 0 ? bytes + 64 : bytes) / static_cast<int64_t>(sizeof(P));
 }
 
-// Rows of x (m, k) as a left-hand side: in place where the type and the padding allow, else copied
-// to `copy`, which holds m * row_stride<P>(k) elements.
+// The rows of x (m, k) as a left-hand side: in place where the type and the padding allow, else
+// copied to `copy`, which has room for m * row_stride<P>(padded_k<P>(k)) elements.
 template <class P, class T>
 inline Lhs<P> lhs_rows(const T* x, int64_t ld, int64_t m, int64_t k, P* copy) {
   constexpr int KU = Tile<P>::KU;
@@ -211,15 +219,17 @@ inline Lhs<P> lhs_rows(const T* x, int64_t ld, int64_t m, int64_t k, P* copy) {
   return {copy, stride, KU};
 }
 
-// Whether a product that is added to C starts from it, and so is not what it is from zero, added.
+// Whether a product that is added to C starts its sums from C, so that it rounds differently from a
+// product that is summed from zero and then added.
 template <class P>
 constexpr bool starts_from_c = GPTFAST_AMX && sizeof(P) == sizeof(bf16);
 
-// Whether the left-hand side X' is packed as rows, with its K contiguous.
+// Whether a packed transpose X' is stored by rows, with K contiguous, as tile registers load it.
 template <class P>
 constexpr bool lhs_by_rows = GPTFAST_AMX && sizeof(P) == sizeof(bf16);
 
-// The width at which the columns of X (k, m) are packed to serve as rows of X' (m, k).
+// The width to which the m columns of X (k, m) are padded when they are packed as the rows of
+// X' (m, k); it does not map all units onto the same few sets of the L1 cache.
 template <class P>
 inline int64_t transposed_width(int64_t m) {
   const int64_t width = round_up(m, W);
@@ -231,7 +241,8 @@ inline int64_t lhs_transposed_elements(int64_t k, int64_t m) {
   return lhs_by_rows<P> ? 2 * packed : packed;
 }
 
-// A matrix of pairs (units, width) as rows of pairs: what a tile register wants of X'.
+// Transposes a matrix of pairs (units, width) into rows (width, units) of pairs, as tile registers
+// load X'.
 inline void transpose_pairs(const bf16* pairs, int64_t units, int64_t width, bf16* rows,
                             int64_t stride) {
   for (int64_t u0 = 0; u0 < units; u0 += W)
@@ -245,8 +256,8 @@ inline void transpose_pairs(const bf16* pairs, int64_t units, int64_t width, bf1
     }
 }
 
-// X (k, m) as the left-hand side X' (m, k): in place where the type allows, else through `copy`,
-// which holds lhs_transposed_elements<P>(k, m).
+// X (k, m) as the left-hand side X' (m, k): in place where the type allows, else packed into
+// `copy`, which has room for lhs_transposed_elements<P>(k, m) elements.
 template <class P, class S>
 inline Lhs<P> lhs_transposed(const S* x, int64_t ld, int64_t k, int64_t m, P* copy) {
   constexpr int KU = Tile<P>::KU;

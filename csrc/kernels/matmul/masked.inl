@@ -1,5 +1,6 @@
-// Products whose left-hand side is masked: what its rows do not see of the right-hand side, which
-// others do, is multiplied by zeros. Where that is not finite, each row is multiplied apart.
+// Products with a masked left-hand side A. Its masked elements are zeros, by which a tile
+// multiplies the rows of B that some rows of A see and others do not. If such a row of B is not
+// finite, each row of A is multiplied separately.
 #pragma once
 
 #include "../simd/elements.inl"
@@ -13,7 +14,7 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-// Whether rows [first, last) of B (k, n) are finite, and those that share their units.
+// Whether rows [first, last) of B (k, n), and the rows that share a unit with them, are finite.
 template <class P>
 inline bool finite_rows(Rhs<P> b, int64_t n, int64_t first, int64_t last) {
   constexpr int NR = Tile<P>::NR, KU = Tile<P>::KU;
@@ -30,9 +31,9 @@ inline bool finite_rows(Rhs<P> b, int64_t n, int64_t first, int64_t last) {
   return sum((zero[0] + zero[1]) + (zero[2] + zero[3])) == 0.0f;
 }
 
-// Rows [first, last) of B (k, n) in their places in `copy`, zeros in the others'.
+// A copy of B (k, n) in `copy`, with zeros in place of all rows but [first, last).
 template <class P>
-inline Rhs<P> rows_alone(Rhs<P> b, int64_t n, int64_t k, int64_t first, int64_t last, P* copy) {
+inline Rhs<P> with_only_rows(Rhs<P> b, int64_t n, int64_t k, int64_t first, int64_t last, P* copy) {
   constexpr int NR = Tile<P>::NR, KU = Tile<P>::KU;
   const Rhs<P> alone = {copy, panel_elements<P>(k)};
   for (int64_t n0 = 0; n0 < n; n0 += NR) {
@@ -46,17 +47,17 @@ inline Rhs<P> rows_alone(Rhs<P> b, int64_t n, int64_t k, int64_t first, int64_t 
   return alone;
 }
 
-// C (m, n) = or += A (m, k) B (k, n), with the bits of gemm(): of the terms that each row has,
-// whatever the others are unless they are known to be `finite`.
+// C (m, n) = or += A (m, k) B (k, n) over the unmasked terms of each row, with the bits of gemm().
+// `finite`: the rows of B that only some rows of A see are known to be finite.
 template <class P>
 inline void gemm_masked(bool finite, const Terms& terms, int64_t m, int64_t n, int64_t k,
                         const Lhs<P>& a, Rhs<P> b, float* c, int64_t ldc, bool add,
-                        Upcoming* upcoming) {
-  if (finite) return gemm(m, n, k, a, b, c, ldc, add, no_epilogue, upcoming);
-  Frame frame;
-  P* copy = take<P>(frame, rhs_elements<P>(k, n));
+                        PrefetchQueue* queue) {
+  if (finite) return gemm(m, n, k, a, b, c, ldc, add, NoEpilogue{}, queue);
+  ScratchFrame frame;
+  P* copy = alloc<P>(frame, rhs_elements<P>(k, n));
   for (int64_t i = 0; i < m; ++i)
-    gemm(1, n, k, a.rows(i), rows_alone(b, n, k, terms.from(i), terms.to(i), copy), c + i * ldc,
+    gemm(1, n, k, a.rows(i), with_only_rows(b, n, k, terms.from(i), terms.to(i), copy), c + i * ldc,
          ldc, add);
 }
 

@@ -1,13 +1,16 @@
-// The tiles of a product, as many sums as fit the registers, on the operands of layout.inl.
+// Microkernels: each computes one tile of a product, as many sums as fit in the registers, from the
+// operands of layout.inl.
 #pragma once
 
 #include "../simd/vec.inl"
 #include "layout.inl"
 #include "prefetch.inl"
+#include "step.inl"
 
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
+// C (M, NV vectors) = or += acc.
 template <int M, int NV>
 inline void write_tile(const VF (&acc)[M][NV], float* c, int64_t ldc, bool add) {
 #pragma GCC unroll 16
@@ -19,30 +22,33 @@ inline void write_tile(const VF (&acc)[M][NV], float* c, int64_t ldc, bool add) 
     }
 }
 
-// C (M, NV vectors) from one panel; A's rows are reached from a base pointer per three of them. All
-// loops over accumulators are unrolled by name: g++ keeps an array that a loop indexes in memory,
-// before and after the sums, which costs as much as 8 steps of them.
-template <int M, int NV>
-inline void microkernel(int64_t units, const Lhs<float>& a, const float* b, float* c, int64_t ldc,
-                        bool add, const Ahead& ahead) {
+// C (M, NV vectors) = or += A B with one panel of B, over `units` units of K. One base pointer per
+// three rows of A addresses them. All loops over accumulators have a pragma that unrolls them: g++
+// keeps an array that a loop indexes in memory before and after the sums, which costs as much as 8
+// steps of the sums.
+template <int M, int NV, class P>
+inline void microkernel(int64_t units, const Lhs<P>& a, const P* b, float* c, int64_t ldc, bool add,
+                        const Prefetch& prefetch) {
+  using S = Step<P>;
+  constexpr int KU = Tile<P>::KU;
   VF acc[M][NV];
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) acc[i][v] = splat(0.0f);
-  const float* base[(M + 2) / 3];
+  const P* base[(M + 2) / 3];
 #pragma GCC unroll 8
   for (int i = 0; i < (M + 2) / 3; ++i) base[i] = a.data + 3 * i * a.row;
-  for (int64_t u = 0; u < units; ++u, b += 2 * W) {
-    ahead.fetch(u);
-    VF column[NV];
+  for (int64_t u = 0; u < units; ++u, b += 2 * W * KU) {
+    prefetch.fetch(u);
+    typename S::Vector column[NV];
 #pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) column[v] = load(b + v * W);
+    for (int v = 0; v < NV; ++v) column[v] = S::read(b + v * W * KU);
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
-      const VF x = splat(base[i / 3][i % 3 * a.row]);
+      const typename S::Vector x = S::repeat(base[i / 3] + i % 3 * a.row);
 #pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) acc[i][v] += x * column[v];
+      for (int v = 0; v < NV; ++v) acc[i][v] = S::add(acc[i][v], x, column[v]);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < (M + 2) / 3; ++i) base[i] += a.step;
@@ -50,56 +56,23 @@ inline void microkernel(int64_t units, const Lhs<float>& a, const float* b, floa
   write_tile<M, NV>(acc, c, ldc, add);
 }
 
-#if GPTFAST_BF16_DOT && !GPTFAST_AMX
-// The same on pairs of bf16: c += a[2u] b[2u] + a[2u+1] b[2u+1].
-template <int M, int NV>
-inline void microkernel(int64_t units, const Lhs<bf16>& a, const bf16* b, float* c, int64_t ldc,
-                        bool add, const Ahead& ahead) {
-  VF acc[M][NV];
-#pragma GCC unroll 16
-  for (int i = 0; i < M; ++i)
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) acc[i][v] = splat(0.0f);
-  const bf16* base[(M + 2) / 3];
-#pragma GCC unroll 8
-  for (int i = 0; i < (M + 2) / 3; ++i) base[i] = a.data + 3 * i * a.row;
-  for (int64_t u = 0; u < units; ++u, b += 4 * W) {
-    ahead.fetch(u);
-    __m512bh column[NV];
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) column[v] = (__m512bh)_mm512_loadu_si512(b + v * 2 * W);
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i) {
-      int32_t pair;
-      __builtin_memcpy(&pair, base[i / 3] + i % 3 * a.row, sizeof pair);
-      const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v)
-        acc[i][v] = (VF)_mm512_dpbf16_ps((__m512)acc[i][v], x, column[v]);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < (M + 2) / 3; ++i) base[i] += a.step;
-  }
-  write_tile<M, NV>(acc, c, ldc, add);
-}
-#endif
-
-// By reference: to read at once what was just written in parts waits for all earlier writes to
-// reach the cache. g++ joins scalars into vectors that do so too, unless it is told not to
-// (setup.py).
+// Lhs and Prefetch are passed by reference. A copy would be written field by field and then read as
+// one vector, and such a load waits until all earlier stores have reached the cache. g++ also joins
+// scalars into vectors with that effect, unless -fno-tree-slp-vectorize (setup.py) forbids it.
 template <class P>
-using Microkernel = void (*)(int64_t, const Lhs<P>&, const P*, float*, int64_t, bool, const Ahead&);
+using Microkernel = void (*)(int64_t, const Lhs<P>&, const P*, float*, int64_t, bool,
+                             const Prefetch&);
 
-// Rows of a tile that is `n` columns wide, at most NR.
+// The maximum number of rows of a tile that is n <= NR columns wide.
 template <class P>
 constexpr int tile_rows_for(int64_t n) {
-  return n <= W ? Tile<P>::TALL : Tile<P>::MR;
+  return n <= W ? Tile<P>::MR_NARROW : Tile<P>::MR;
 }
 
-// The microkernels of 1 row and more.
+// The table of microkernels for tiles of NV vectors: rows[m] computes m >= 1 rows.
 template <class P, int NV, int M = tile_rows_for<P>(NV * W)>
 struct Microkernels : Microkernels<P, NV, M - 1> {
-  constexpr Microkernels() { this->rows[M] = microkernel<M, NV>; }
+  constexpr Microkernels() { this->rows[M] = microkernel<M, NV, P>; }
 };
 template <class P, int NV>
 struct Microkernels<P, NV, 0> {
@@ -108,46 +81,13 @@ struct Microkernels<P, NV, 0> {
 
 template <class P>
 inline Microkernel<P> microkernel_of(int64_t m, int64_t n) {
-  static constexpr Microkernels<P, 1> narrow_ones;
-  static constexpr Microkernels<P, 2> wide_ones;
-  return n <= W ? narrow_ones.rows[m] : wide_ones.rows[m];
+  static constexpr Microkernels<P, 1> one_vector;
+  static constexpr Microkernels<P, 2> two_vectors;
+  return n <= W ? one_vector.rows[m] : two_vectors.rows[m];
 }
 
-// The vectors that a product reads of B, dense or narrower (weights.inl), and the step
-//   acc += sum_e x_e b_e
-// of KU products that the microkernels do for each row.
-template <class P>
-struct Step;
-
-template <>
-struct Step<float> {
-  using Vector = VF;
-  static VF repeat(const float* x) { return splat(*x); }
-  static VF read(const float* b) { return load(b); }
-  static VF read(const bf16* b) { return load(b, Full{}); }
-  static VF read(const int8_t* b) { return widen_bytes(b); }
-  static VF add(VF acc, VF x, VF b) { return acc + x * b; }
-};
-
-#if GPTFAST_BF16_DOT
-template <>
-struct Step<bf16> {
-  using Vector = __m512bh;
-  static Vector repeat(const bf16* x) {
-    int32_t pair;
-    __builtin_memcpy(&pair, x, sizeof pair);
-    return (__m512bh)_mm512_set1_epi32(pair);
-  }
-  static Vector read(const bf16* b) { return (__m512bh)_mm512_loadu_si512(b); }
-  static Vector read(const int8_t* b) {
-    return _mm512_cvtne2ps_pbh((__m512)widen_bytes(b + W), (__m512)widen_bytes(b));
-  }
-  static VF add(VF acc, Vector x, Vector b) { return (VF)_mm512_dpbf16_ps((__m512)acc, x, b); }
-};
-#endif
-
-// One row of A times NV vectors of each of PANELS panels: a row alone needs several panels at once,
-// as every sum waits for its last step.
+// One row of A times NV vectors of each of PANELS panels, `panel` elements apart. A single row
+// needs several panels at once, because each step of a sum waits for the one before.
 template <int PANELS, int NV, class P, class B>
 inline void row_kernel(int64_t units, const Lhs<P>& a, const B* b, int64_t panel, float* c,
                        bool add) {

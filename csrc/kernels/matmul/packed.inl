@@ -1,19 +1,20 @@
-// Products with a PackedWeight. What is narrower is widened a block of one panel at a time, which
-// stays in the L1 cache for all rows; the sums are those of gemm.inl, so a row has the same bits in
-// any batch.
+// Products with a PackedWeight. Elements narrower than P are widened in blocks of one panel, each
+// of which stays in the L1 cache for all rows. The sums have the order of gemm.inl, so a row has
+// the same bits in any batch.
 #pragma once
 
 #include "../simd/vec.inl"
 #include "epilogue.inl"
 #include "gemm.inl"
 #include "layout.inl"
-#include "microkernel.inl"
+#include "step.inl"
 #include "vnni.inl"
 #include "weights.inl"
 
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
+// gemm() with elements of B that are narrower than P.
 template <class P, class S, class Done>
 inline void gemm_widened(int64_t m, int64_t n, int64_t k, const Lhs<P>& a, const S* b,
                          int64_t panel, float* c, int64_t ldc, bool add, const Done& done) {
@@ -36,26 +37,31 @@ inline void gemm_widened(int64_t m, int64_t n, int64_t k, const Lhs<P>& a, const
     }
 }
 
-template <class P, class Done>
+template <class P, class Done = NoEpilogue>
 inline void gemm(int64_t m, int64_t n, int64_t k, const Lhs<P>& a, const PackedWeight<P>& b,
-                 float* c, int64_t ldc, bool add, const Done& done) {
+                 float* c, int64_t ldc, bool add, const Done& done = {}) {
+  switch (b.format) {
+    case WeightFormat::dense:
+      return gemm(m, n, k, a, b.dense(), c, ldc, add, done);
+    case WeightFormat::bf16:
+      if constexpr (sizeof(P) > sizeof(bf16))
+        gemm_widened(m, n, k, a, static_cast<const bf16*>(b.data), b.panel, c, ldc, add, done);
+      return;
+    case WeightFormat::int8:
+      return gemm_widened(m, n, k, a, static_cast<const int8_t*>(b.data), b.panel, c, ldc, add,
+                          done);
+    case WeightFormat::int8_vnni:
 #if GPTFAST_VNNI
-  if (b.vnni) return gemm_vnni(m, n, k, a.data, a.row, b.bytes, b.dense.panel, c, ldc, add, done);
+      gemm_vnni(m, n, k, a.data, a.row, static_cast<const int8_t*>(b.data), b.panel, c, ldc, add,
+                done);
 #endif
-  if (b.bytes) return gemm_widened(m, n, k, a, b.bytes, b.dense.panel, c, ldc, add, done);
-  if constexpr (sizeof(P) > sizeof(bf16))
-    if (b.halves) return gemm_widened(m, n, k, a, b.halves, b.dense.panel, c, ldc, add, done);
-  gemm(m, n, k, a, b.dense, c, ldc, add, done);
+      return;
+  }
 }
 
-template <class P>
-inline void gemm(int64_t m, int64_t n, int64_t k, const Lhs<P>& a, const PackedWeight<P>& b,
-                 float* c, int64_t ldc, bool add) {
-  gemm(m, n, k, a, b, c, ldc, add, no_epilogue);
-}
-
-// Columns of c (rows, n) times their scales; nothing where the weight is dense. The products are
-// stored before anything is added, so that no compiler makes them one operation in one place alone.
+// Multiplies the columns of c (rows, n) by their scales, which are null for a dense weight. The
+// products are stored before anything is added to them, so that no compiler contracts both into
+// fused multiply-adds in some places only.
 inline void apply_scales(const float* scales, int64_t rows, int64_t n, float* c, int64_t ldc) {
   if (!scales) return;
   for (int64_t i = 0; i < rows; ++i)

@@ -1,4 +1,4 @@
-// What the loops of a product bring into the cache for later ones.
+// Prefetching: the loop of a microkernel brings memory into the cache that a later one reads.
 #pragma once
 
 #include "../simd/vec.inl"
@@ -6,27 +6,28 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-// What a microkernel brings into the cache for a later one, step by step of its own loop: large
-// weights come from the outer cache or from memory.
-struct Ahead {
-  const char* data;
-  int64_t step;  // bytes
+// What a microkernel prefetches for a later one, as large weights come from the outer cache or from
+// memory: one cache line in each step of its loop over the units of K.
+struct Prefetch {
+  const char* data;  // the address for unit 0
+  int64_t step;      // bytes from the address for one unit to that for the next
 
   void fetch(int64_t unit) const { __builtin_prefetch(data + unit * step, 0, 2); }
 };
 
-// Matrices of the next task: a product that is given them has each microkernel fetch lines of them,
-// one per step, where it would fetch the product's next panel.
-class Upcoming {
+// The matrices that the next task reads. In a product that is given a queue, each microkernel
+// prefetches lines of these matrices instead of the product's next panel, until the queue is empty.
+class PrefetchQueue {
  public:
   void clear() { count = at = row = line = 0, bytes = 0; }
 
-  // Rows of `length` elements; matrices beyond a part of the L2 cache are left out.
+  // Adds `rows` rows of `length` elements each. The matrix is left out if the queue is full or all
+  // matrices together exceed max_bytes, a part of the L2 cache.
   template <class T>
   void add(const T* data, int64_t ld, int64_t rows, int64_t length) {
-    constexpr int64_t element = sizeof(T), most = 512 << 10;
+    constexpr int64_t element = sizeof(T), max_bytes = 512 << 10;
     bytes += rows * length * element;
-    if (count == MOST || bytes > most) return;
+    if (count == MAX_MATRICES || bytes > max_bytes) return;
     if (ld == length)
       matrices[count++] = {reinterpret_cast<const char*>(data), 64,
                            divide_up(rows * length * element, 64), 1};
@@ -35,11 +36,12 @@ class Upcoming {
                            divide_up(length * element, 64)};
   }
 
-  // For a microkernel of so many steps.
-  Ahead next(int64_t units, const Ahead& otherwise) {
+  // The lines for a microkernel with a loop over `units` units: one per unit, at the same place of
+  // consecutive rows. `otherwise` if the queue is empty.
+  Prefetch next(int64_t units, const Prefetch& otherwise) {
     if (at == count) return otherwise;
     const Matrix& from = matrices[at];
-    const Ahead found = {from.data + row * from.step + line * 64, from.step};
+    const Prefetch found = {from.data + row * from.step + line * 64, from.step};
     row += units;
     if (row >= from.rows) row = 0, ++line;
     if (line == from.lines) line = 0, ++at;
@@ -49,15 +51,15 @@ class Upcoming {
  private:
   struct Matrix {
     const char* data;
-    int64_t step, rows, lines;  // bytes from row to row; lines of 64 bytes in each
+    int64_t step, rows, lines;  // step: bytes from row to row; lines: of 64 bytes, in each row
   };
-  static constexpr int MOST = 8;
-  Matrix matrices[MOST];
+  static constexpr int MAX_MATRICES = 8;
+  Matrix matrices[MAX_MATRICES];
   int count = 0, at = 0;
   int64_t row = 0, line = 0, bytes = 0;
 };
 
-// Brings a block of a matrix into the cache, to be read or, with WRITE, to be written.
+// Prefetches a block (rows, n) of a matrix, for reading or, with WRITE, for writing.
 template <bool WRITE, class T>
 inline void fetch_block(const T* p, int64_t ld, int64_t rows, int64_t n) {
   constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));

@@ -1,11 +1,11 @@
 // dW (N, K) = dY' X summed over all rows, for the backward of linear layers.
 //
-// Rows come in blocks of ROWS, blocks in parts with a sum of their own, and the blocks of a part in
-// chunks: the operands of a chunk are packed by what produces dY and X, then added to the part's
-// sum. Where there are parts enough, each is one thread's work, whose operands stay in that core's
-// cache; otherwise all threads share the chunks of one part after the other. Parts are a matter of
-// the shape and chunks are whole KC, so every element of dW is summed over the rows in one order,
-// whatever the number of threads.
+// The rows are divided into blocks of ROWS, the blocks into parts, each with a sum of its own, and
+// the blocks of a part into chunks. The code that produces dY and X packs the operands of a chunk,
+// whose product is then added to the part's sum. If there are enough parts, each is the work of
+// one thread, whose operands stay in that core's cache; otherwise all threads share the chunks of
+// one part after the other. The parts depend on the shape alone and chunks are multiples of KC
+// rows, so the reduction order of every element of dW does not depend on the number of threads.
 #pragma once
 
 #include "../kernels.h"
@@ -24,17 +24,19 @@ namespace {
 static_assert(Tile<float>::KC % ROWS == 0 && Tile<bf16>::KC % ROWS == 0 &&
               ROWS % DROPOUT_ROWS == 0);
 
-// Row blocks [first, first + blocks), worked on by the threads of `parallel`.
+// One part of the rows: row blocks [first, first + blocks), in chunks of `chunk` blocks, which the
+// threads of `parallel` share. rows_in_all counts the rows of all parts.
 struct RowPart {
   int64_t index, first, blocks, chunk, rows_in_all;
   Parallel parallel;
 
+  // Rows of this part from `block` on.
   int64_t rows_from(int64_t block) const {
     return min(rows_in_all, (first + blocks) * ROWS) - block * ROWS;
   }
 
-  // Calls produce(block, slot) for the blocks of each chunk, slot counting from 0 in it, and then
-  // accumulate(rows, add) for its rows; `add` from the second chunk on.
+  // For each chunk, calls produce(block, slot) for its blocks, where slot is the block's index in
+  // the chunk, and then accumulate(rows, add) for its rows; `add` is true from the second chunk on.
   template <class Produce, class Accumulate>
   void for_chunks(const Produce& produce, const Accumulate& accumulate) const {
     for (int64_t from = first; from < first + blocks; from += chunk) {
@@ -45,8 +47,8 @@ struct RowPart {
   }
 };
 
-// Row blocks per chunk that all threads share: one per thread at least, and otherwise as many as
-// the outer cache holds the operands of, rounded up to whole KC.
+// Row blocks per chunk if all threads share it: as many as have operands that fit in the outer
+// cache, but at least one per thread, rounded up to a multiple of KC rows.
 template <class P>
 inline int64_t blocks_per_chunk(int64_t rows, int64_t elements_per_row, const Parallel& parallel) {
   constexpr int64_t cache_bytes = int64_t{16} << 20;
@@ -54,7 +56,8 @@ inline int64_t blocks_per_chunk(int64_t rows, int64_t elements_per_row, const Pa
   return min(divide_up(rows, ROWS), round_up(max(fitting, parallel.threads), Tile<P>::KC / ROWS));
 }
 
-// The parts of `rows` rows, for weight gradients of `sum_floats` elements in all.
+// Divides `rows` rows into parts, for weight gradients of `sum_floats` elements in total: into
+// several parts only if their sums are small.
 template <class P>
 class RowParts {
  public:
@@ -64,20 +67,21 @@ class RowParts {
         count_(1),
         shared_chunk_(blocks_per_chunk<P>(rows, elements_per_row, parallel)),
         parallel_(parallel) {
-    constexpr int64_t most_parts = 8, blocks_worth_a_sum = 8,
-                      most_floats = int64_t{1} << 18;  // half of an L2 cache
-    while (sum_floats <= most_floats && count_ < most_parts &&
-           blocks_ >= 2 * count_ * blocks_worth_a_sum)
+    constexpr int64_t max_parts = 8, min_blocks_per_sum = 8,
+                      max_floats = int64_t{1} << 18;  // half of the L2 cache
+    while (sum_floats <= max_floats && count_ < max_parts &&
+           blocks_ >= 2 * count_ * min_blocks_per_sum)
       count_ *= 2;
   }
 
   int64_t blocks() const { return blocks_; }
   int64_t count() const { return count_; }
 
+  // Calls f(part) for each part: in parallel if the parts divide evenly among the threads.
   template <class F>
   void for_each(const F& f) const {
     if (count_ > 1 && count_ % parallel_.threads == 0) {
-      run_tasks(parallel_, count_, [&](int64_t i) { f(part(i, Tile<P>::KC / ROWS, in_turn)); });
+      run_tasks(parallel_, count_, [&](int64_t i) { f(part(i, Tile<P>::KC / ROWS, sequential)); });
     } else {
       for (int64_t i = 0; i < count_; ++i) f(part(i, shared_chunk_, parallel_));
     }
@@ -93,16 +97,16 @@ class RowParts {
   const Parallel& parallel_;
 };
 
-// The sums of all parts of the rows, and of them all.
+// The weight gradient's sum over each part of the rows, and their total.
 template <class P>
 class WeightSums {
  public:
-  WeightSums(const ParamGrad& grad, int64_t n, int64_t k, int64_t parts, Frame& frame)
+  WeightSums(const ParamGrad& grad, int64_t n, int64_t k, int64_t parts, ScratchFrame& frame)
       : grad_(grad), n_(n), k_(k), ld_(padded_n<P>(k)), parts_(parts) {
-    // The first part's sum is made where the caller wants the whole where it can be.
+    // The first part is summed directly in the caller's gradient if that has the same layout.
     const bool in_place = grad.dtype == DType::f32 && ld_ == k_;
-    first_ = in_place ? static_cast<float*>(grad.data) : take<float>(frame, n * ld_);
-    others_ = take<float>(frame, (parts - 1) * n * ld_);
+    first_ = in_place ? static_cast<float*>(grad.data) : alloc<float>(frame, n * ld_);
+    others_ = alloc<float>(frame, (parts - 1) * n * ld_);
   }
 
   int64_t n() const { return n_; }
@@ -110,7 +114,8 @@ class WeightSums {
   int64_t ld() const { return ld_; }
   float* part(int64_t i) const { return i == 0 ? first_ : others_ + (i - 1) * n_ * ld_; }
 
-  // `empty`: there were no rows, and the sums are not initialised.
+  // Writes the total to the caller's gradient. `empty`: there were no rows, so that the sums are
+  // not initialised.
   void finish(bool empty, const Parallel& parallel) const {
     if (empty) __builtin_memset(first_, 0, static_cast<size_t>(n_ * ld_) * sizeof(float));
     const bool in_place = first_ == grad_.data;
@@ -137,24 +142,24 @@ class WeightSums {
 
 constexpr int64_t no_limit = INT64_MAX;
 
-// The operands of a chunk, of `chunk` blocks, and their product.
+// The packed operands of a chunk of `chunk` blocks, and their product.
 template <class P>
 class WeightGrad {
  public:
-  static constexpr int64_t GROUP = lhs_by_rows<P> ? 64 : 48;
+  static constexpr int64_t GROUP = lhs_by_rows<P> ? 64 : 48;  // columns of dY packed together
 
-  // `most_rows` of the weight at a time are in work; all of them where it is left out.
-  WeightGrad(const WeightSums<P>& sums, int64_t part, int64_t chunk, Frame& frame,
-             int64_t most_rows = no_limit)
+  // `max_rows` limits how many rows of the weight (columns of dY) are packed at a time.
+  WeightGrad(const WeightSums<P>& sums, int64_t part, int64_t chunk, ScratchFrame& frame,
+             int64_t max_rows = no_limit)
       : k_(sums.k()),
         ld_(sums.ld()),
         chunk_rows_(chunk * ROWS),
         total_(sums.part(part)),
-        lhs_(take<P>(frame, chunk_rows_ * round_up(min(sums.n(), most_rows), GROUP))),
-        rhs_(take<P>(frame, rhs_elements<P>(chunk_rows_, k_))) {}
+        lhs_(alloc<P>(frame, chunk_rows_ * round_up(min(sums.n(), max_rows), GROUP))),
+        rhs_(alloc<P>(frame, rhs_elements<P>(chunk_rows_, k_))) {}
 
-  // Columns [first, first + n) of dY of one block of the chunk, (rows, n); `first` is a multiple of
-  // GROUP.
+  // Packs dy (rows, n), which is columns [first, first + n) of dY in one block of the chunk;
+  // `first` is a multiple of GROUP.
   template <class S>
   void set_dy(int64_t block, const S* dy, int64_t ld, int64_t rows, int64_t first,
               int64_t n) const {
@@ -170,7 +175,8 @@ class WeightGrad {
     }
   }
 
-  // Columns k0 .. k0 + columns of X of that block; k0 is a multiple of NR.
+  // Packs x (rows, columns), which is columns [k0, k0 + columns) of X in that block; k0 is a
+  // multiple of NR.
   template <class S>
   void set_x(int64_t block, const S* x, int64_t ld, int64_t rows, int64_t k0,
              int64_t columns) const {
@@ -180,7 +186,8 @@ class WeightGrad {
       pack_rows(x, ld, rows, columns, n0, NR, const_cast<P*>(to.columns(n0).data));
   }
 
-  // Rows [first, first + n) of dW = or += dY' X over the first `rows` rows of the chunk.
+  // Rows [first, first + n) of dW = or += dY' X over the first `rows` rows of the chunk, where dY
+  // is the first n packed columns.
   void accumulate(int64_t rows, bool add, int64_t first, int64_t n,
                   const Parallel& parallel) const {
     constexpr int KU = Tile<P>::KU, k_per_task = 2 * Tile<P>::NR;
@@ -196,8 +203,8 @@ class WeightGrad {
   }
 
  private:
-  // Columns of dY lie in groups, [N / GROUP][chunk rows / KU][GROUP][KU] (or [N][chunk rows], by
-  // rows), so that a task reads its group from one end to the other.
+  // The columns of dY are packed in groups, [N / GROUP][chunk rows / KU][GROUP][KU], or by rows of
+  // dY', [N][chunk rows] (lhs_by_rows), so that a task reads its group contiguously.
   static_assert(GROUP % Tile<P>::MR == 0 && GROUP % W == 0);
 
   Rhs<P> chunk_x() const { return {rhs_, panel_elements<P>(chunk_rows_)}; }

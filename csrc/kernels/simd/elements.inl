@@ -1,5 +1,4 @@
-// Vectors of parameters, gradients and results, which are fp32 or bf16 where the kernels compute in
-// fp32.
+// Parameters, gradients and results in memory: fp32 or bf16, while the kernels compute in fp32.
 #pragma once
 
 #include "../kernels.h"
@@ -9,23 +8,24 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-// Calls f with a pointer of the parameter's own element type.
+// Calls f with the parameter's data as a pointer of its element type.
 template <class F>
 inline auto with_elements(const Param& param, F&& f) {
   if (param.dtype == DType::f32) return f(static_cast<const float*>(param.data));
   return f(static_cast<const bf16*>(param.data));
 }
 
-// A parameter vector as fp32; null stays null.
-inline const float* floats(const Param& param, int64_t n, Frame& frame) {
+// A parameter of n elements as fp32, copied to scratch memory if it is bf16; null stays null.
+inline const float* floats(const Param& param, int64_t n, ScratchFrame& frame) {
   if (param.data == nullptr) return nullptr;
   if (param.dtype == DType::f32) return static_cast<const float*>(param.data);
-  float* copy = take<float>(frame, n);
+  float* copy = alloc<float>(frame, n);
   const bf16* data = static_cast<const bf16*>(param.data);
   for_vectors(n, [&](int64_t j, auto part) { store(copy + j, load(data + j, part), part); });
   return copy;
 }
 
+// Writes n values to elements [offset, offset + n) of a gradient.
 inline void write_grad(const ParamGrad& grad, int64_t offset, const float* values, int64_t n) {
   const auto write = [&](auto* out) {
     for_vectors(

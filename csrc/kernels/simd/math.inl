@@ -1,4 +1,4 @@
-// Functions of vectors: roots, exponentials and logarithms, and the normal distribution.
+// Functions of vectors: square root, exponential, logarithm, tanh and the normal distribution.
 #pragma once
 
 #include "vec.inl"
@@ -24,8 +24,9 @@ inline VF polynomial(VF x, const float (&c)[N]) {
   return sum;
 }
 
-// 2^x of x from -200 on, or with narrower vectors -127: n = round(x), 2^x = 2^n 2^f with |f| <= 1/2
-// and 2^f by the polynomial c; 0, or a denormal number, below -126; NaN of NaN.
+// 2^x for x >= -200, or x >= -127 with vectors narrower than 64 bytes. With n = round(x) and
+// f = x - n, 2^x = 2^n 2^f, |f| <= 1/2, and the polynomial c approximates 2^f. Below -126 the
+// result is 0 or a denormal number. NaN gives NaN.
 constexpr float lowest_power = GPTFAST_VECTOR_BYTES == 64 ? -200.0f : -127.0f;
 template <int N>
 [[gnu::always_inline]] inline VF exp2_by(VF x, const float (&c)[N]) {
@@ -40,19 +41,20 @@ template <int N>
 #endif
 }
 
-// Minimax polynomials of 2^f among those that are 1 at 0: relative errors of 1e-7 and 1.1e-4.
+// Minimax polynomials for 2^f, constrained to be 1 at 0: relative errors of 1e-7 and 1.1e-4.
 constexpr float power[] = {
     1.0f, 6.931469803e-01f, 2.402224154e-01f, 5.550734186e-02f, 9.671510198e-03f, 1.326472149e-03f};
 constexpr float power_for_bf16[] = {1.0f, 6.932829260e-01f, 2.422109604e-01f, 5.500893295e-02f};
 
-// 2^x, relative error below 3e-7 on [-126, 128); 0 of -inf; NaN of NaN.
+// 2^x with a relative error below 3e-7 on [-126, 128); -inf gives 0, NaN gives NaN.
 [[gnu::always_inline]] inline VF exp2(VF x) {
-  // In this order a NaN stays one.
+  // This order of the operands propagates a NaN.
   return exp2_by(vmin(splat(128.0f), vmax(splat(lowest_power), x)), power);
 }
 
-// 2^x of x <= 0, as a probability that products read as this type. x may be a product: as it goes
-// into a maximum, no compiler can join it to a sum, here and not there.
+// 2^x for x <= 0: a probability, to the precision of the type in which a matrix product reads it. x
+// may be a product: it passes through vmax before anything is subtracted from it, so no compiler
+// can contract it into a fused multiply-add in some places only.
 [[gnu::always_inline]] inline VF probability(VF x, float) {
   return exp2_by(vmax(splat(lowest_power), x), power);
 }
@@ -65,8 +67,8 @@ constexpr float log2e = static_cast<float>(log2e_exactly);
 
 inline VF exp(VF x) { return exp2(x * log2e); }
 
-// ln x of normal x > 0, error below 1e-8 before rounding; NaN of NaN and of infinity.
-// x = 2^e (1 + f) with 1 + f in [sqrt 1/2, sqrt 2), ln(1 + f) = f - f^2 / 2 + f^3 p(f).
+// ln x for normal x > 0, with an error below 1e-8 before rounding; NaN and infinity give NaN.
+// x = 2^e (1 + f) with 1 + f in [sqrt 1/2, sqrt 2), and ln(1 + f) = f - f^2 / 2 + f^3 p(f).
 inline VF log(VF x) {
   constexpr int32_t sqrt_half = 0x3f3504f3;
   const VI e = (bits(x) - sqrt_half) >> 23;
@@ -78,15 +80,16 @@ inline VF log(VF x) {
   return fraction + __builtin_convertvector(e, VF) * 0.693147181f + (x - x);
 }
 
-// The normal distribution's cumulative probability at x, and the derivative of x cdf(x).
+// The cumulative distribution function of the normal distribution at x, and the derivative of
+// x cdf(x).
 struct Normal {
   VF cdf, slope;
 };
 
-// As 1/2 + x N(x^2) / D(x^2) each, with one D, fitted to 2e-8 on |x| <= 5.5. Beyond, both keep
-// their values at the end, within 1e-6 of 0 and 1.
+// Both are 1/2 + x N(x^2) / D(x^2) with a common D, fitted to 2e-8 on |x| <= 5.5. Outside, both
+// keep their values at +-5.5, within 1e-6 of 0 and 1.
 inline Normal normal(VF x, float) {
-  const VF c = vmin(splat(5.5f), vmax(splat(-5.5f), x)), w = c * c;  // a NaN stays one
+  const VF c = vmin(splat(5.5f), vmax(splat(-5.5f), x)), w = c * c;  // propagates a NaN
   const VF scaled =
       c / polynomial(w, {1.0f, 2.774222195e-01f, 3.583860025e-02f, 2.803301206e-03f,
                          1.432866702e-04f, 4.674381216e-06f, 6.559169208e-08f, 1.237950159e-10f});
@@ -99,8 +102,8 @@ inline Normal normal(VF x, float) {
   return {0.5f + scaled * cdf, 0.5f + scaled * slope};
 }
 
-// For what is rounded to bf16 next, whose spacing at 1 is 8e-3: 1/2 + x P(x^2) each, within 5e-5
-// and 1.6e-4 on |x| <= 4.3, where both come to within 2e-5 of 0 and 1.
+// For results that are rounded to bf16 next, whose spacing at 1 is 8e-3: both are 1/2 + x P(x^2),
+// within 5e-5 and 1.6e-4 on |x| <= 4.3, at whose ends both are within 2e-5 of 0 and 1.
 inline Normal normal(VF x, bf16) {
   const VF c = vmin(splat(4.3f), vmax(splat(-4.3f), x)), w = c * c;
   const VF cdf =
@@ -114,8 +117,8 @@ inline Normal normal(VF x, bf16) {
 
 inline VF tanh(VF x) { return 1.0f - 2.0f / (exp2(x * (2.0f * log2e)) + 1.0f); }
 
-// The maximum of no scores.
-constexpr float no_score = -__builtin_inff();
+// The maximum of an empty set of scores.
+constexpr float neg_inf = -__builtin_inff();
 
 }  // namespace
 }  // namespace gptfast::GPTFAST_LEVEL

@@ -1,10 +1,11 @@
 // Random numbers by Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-// SC 2011), which dropout masks and sampling are made of.
+// SC 2011), for dropout masks and sampling.
 //
-// A mask's element (i, j) of matrix n takes 16 bits of the block with counter (j, i / 8, n, stream)
-// and key = seed: half i % 2 of word (i % 8) / 2. It is dropped when they are below the threshold,
-// round(65536 p), and otherwise kept times 1 / (1 - threshold / 65536). One block so serves 8 rows
-// of a column, W columns at a time.
+// Element (i, j) of the mask of matrix n takes 16 bits of the Philox block with counter
+// (j, i / 8, n, stream) and key = seed: half i % 2 of word (i % 8) / 2. The element is dropped if
+// these bits are below the threshold, round(65536 p), and otherwise multiplied by
+// 1 / (1 - threshold / 65536). Thus one block serves 8 rows of a column; W columns are computed at
+// a time.
 #pragma once
 
 #include "../kernels.h"
@@ -13,7 +14,7 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-constexpr int DROPOUT_ROWS = 8;
+constexpr int DROPOUT_ROWS = 8;  // rows of one column that a Philox block serves
 
 // The high and low words of the 64-bit products a * m.
 inline void multiply_wide(VU a, uint32_t m, VU& high, VU& low) {
@@ -38,10 +39,12 @@ inline void multiply_wide(VU a, uint32_t m, VU& high, VU& low) {
 #endif
 }
 
+// W Philox blocks: lane l of word[i] is word i of block l.
 struct Draws {
   VU word[4];
 };
 
+// The blocks with counters (c0[l], c1, c2, c3) and the key `seed`.
 inline Draws philox(VU c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t seed) {
   VU x0 = c0, x1 = VU{} + c1, x2 = VU{} + c2, x3 = VU{} + c3;
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
@@ -60,39 +63,39 @@ inline Draws philox(VU c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t seed)
   return {{x0, x1, x2, x3}};
 }
 
-struct Keep {
-  VF factor[DROPOUT_ROWS];  // 0 or 1 / (1 - p)
+struct DropoutFactors {
+  VF row[DROPOUT_ROWS];  // 0 or 1 / (1 - p)
 };
 
 // The factors of rows i .. i+7 (i a multiple of 8) and columns j .. j+W-1 of matrix n.
-inline Keep dropout_factors(const Dropout& d, int64_t n, int64_t i, int64_t j) {
+inline DropoutFactors dropout_factors(const Dropout& d, int64_t n, int64_t i, int64_t j) {
   const float scale =
       d.threshold < 65536 ? 65536.0f / static_cast<float>(65536 - d.threshold) : 0.0f;
   const Draws draws =
       philox((VU)lanes() + static_cast<uint32_t>(j), static_cast<uint32_t>(i / DROPOUT_ROWS),
              static_cast<uint32_t>(n), d.stream, d.seed);
-  Keep keep;
+  DropoutFactors factors;
 #pragma GCC unroll 8
   for (int row = 0; row < DROPOUT_ROWS; ++row) {
     const VU word = draws.word[row / 2];
     const VI draw = (VI)(row % 2 ? word >> 16 : word & 0xffffu);
-    keep.factor[row] = draw < d.threshold ? splat(0.0f) : splat(scale);
+    factors.row[row] = draw < d.threshold ? splat(0.0f) : splat(scale);
   }
-  return keep;
+  return factors;
 }
 
-// x (rows, n) *= the factors of rows i0 .. and columns j0 .. of matrix number `matrix`; i0 a
-// multiple of 8, whole vectors of x are writable.
+// Multiplies x (rows, n) by the factors of rows i0 .. and columns j0 .. of matrix `matrix`. i0 is a
+// multiple of 8, and each row of x is writable up to a whole vector.
 inline void apply_dropout(const Dropout& d, int64_t matrix, int64_t i0, int64_t j0, int64_t rows,
                           int64_t n, float* x, int64_t ld) {
   if (d.threshold == 0) return;
   for (int64_t i = 0; i < rows; i += DROPOUT_ROWS)
     for (int64_t j = 0; j < n; j += W) {
-      const Keep keep = dropout_factors(d, matrix, i0 + i, j0 + j);
+      const DropoutFactors factors = dropout_factors(d, matrix, i0 + i, j0 + j);
       const int64_t count = min(DROPOUT_ROWS, rows - i);
       for (int64_t row = 0; row < count; ++row) {
         float* p = x + (i + row) * ld + j;
-        store(p, load(p) * keep.factor[row]);
+        store(p, load(p) * factors.row[row]);
       }
     }
 }

@@ -1,6 +1,6 @@
-// Vectors of W floats in the compiler's vector extensions, so that one source serves every
-// instruction set: loads and stores of fp32, bf16 and bytes with a counted tail, lanes that change
-// places, reductions in a fixed order.
+// Vectors of W floats by the compiler's vector extensions, so that one source serves every
+// instruction-set level: loads and stores of fp32, bf16 and bytes, with tails of fewer than W
+// elements; permutations of lanes; and reductions in a fixed order.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +8,13 @@
 #include <immintrin.h>
 #endif
 
-// What isa/levels/<level>.cpp defines; a file that is opened alone, as in an editor, is read as for
-// the generic level.
+// Macros that isa/levels/<level>.cpp defines. The defaults, those of the generic level, are for
+// editors that parse a file alone.
 //
 //   GPTFAST_LEVEL          the level's name, as in kernels_<level>()
 //   GPTFAST_VECTOR_BYTES   16, 32 or 64
-//   GPTFAST_BF16_DOT       1 where bf16 is multiplied as bf16
-//   GPTFAST_AMX            1 where that is done on AMX tiles
+//   GPTFAST_BF16_DOT       1 if products of bf16 use bf16 instructions
+//   GPTFAST_AMX            1 if those are AMX tile instructions
 #ifndef GPTFAST_LEVEL
 #define GPTFAST_LEVEL generic
 #define GPTFAST_VECTOR_BYTES 16
@@ -36,8 +36,8 @@ struct bf16 {
   uint16_t bits;
 };
 
-// How many elements a load or store touches: Full reads W, Tail{n} the first n < W (the others are
-// zero).
+// How many elements a load or store accesses: Full, all W; Tail{n}, the first n < W, where a load
+// fills the other lanes with zeros.
 struct Full {};
 struct Tail {
   int count;
@@ -48,9 +48,9 @@ inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
-inline VF splat(float x) { return x - VF{}; }  // exact for -0 too, so it is a plain broadcast
+inline VF splat(float x) { return x - VF{}; }  // exact for -0 too, so it compiles to a broadcast
 inline VI bits(VF x) { return (VI)x; }
-#if GPTFAST_VECTOR_BYTES == 64  // one instruction each; of the second operand if one is a NaN
+#if GPTFAST_VECTOR_BYTES == 64  // one instruction each; the result is b if a or b is a NaN
 inline VF vmax(VF a, VF b) { return (VF)_mm512_max_ps((__m512)a, (__m512)b); }
 inline VF vmin(VF a, VF b) { return (VF)_mm512_min_ps((__m512)a, (__m512)b); }
 #else
@@ -65,8 +65,9 @@ inline VF load(const float* p, Full) {
 }
 inline void store(float* p, VF x, Full) { __builtin_memcpy(p, &x, sizeof x); }
 
-// 16 bits to 32 and back, of numbers that fit. Compilers make up to five shuffles of a conversion
-// between vectors of different length.
+// Unsigned integers of 16 bits to 32 bits and back; those of shorten() must fit 16 bits.
+// Intrinsics, because compilers turn a conversion between vectors of different lengths into up to
+// five shuffles.
 inline VU extend(VH h) {
 #if GPTFAST_VECTOR_BYTES == 64
   return (VU)_mm512_cvtepu16_epi32((__m256i)h);
@@ -87,10 +88,11 @@ inline VH shorten(VU x) {
 #endif
 }
 
+// bf16 to fp32.
 inline VF widen(VH h) { return (VF)(extend(h) << 16); }
 
-// Round to nearest, ties to even; a NaN stays one. The processor's own conversion, and its products
-// of bf16, take denormal numbers for zero.
+// fp32 to bf16, rounded to nearest, ties to even; a NaN stays a NaN. The processor's instructions
+// for this conversion and for products of bf16 treat denormal numbers as zero.
 inline VH narrow(VF x) {
 #if GPTFAST_BF16_DOT
   return (VH)_mm512_cvtneps_pbh((__m512)x);
@@ -102,14 +104,15 @@ inline VH narrow(VF x) {
 #endif
 }
 
-// x and then y as 2 W numbers of 16 bits; and those with x in the even places, y in the odd ones.
+// narrow_both: x followed by y, as 2 W numbers of 16 bits. interleave: the same numbers with x at
+// the even positions and y at the odd ones.
 #if GPTFAST_BF16_DOT
 inline VU narrow_both(VF x, VF y) { return (VU)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x); }
 inline VU narrow_both(VH x, VH y) {
   return (VU)_mm512_inserti64x4(_mm512_castsi256_si512((__m256i)x), (__m256i)y, 1);
 }
 inline VU interleave(VU both) {
-  VU place;  // of the numbers 2 l and 2 l + 1
+  VU place;  // lane l: the source positions of the numbers 2 l and 2 l + 1
   for (int l = 0; l < W; ++l) place[l] = static_cast<uint32_t>(l | (W + l) << 16);
   return (VU)_mm512_permutexvar_epi16((__m512i)place, (__m512i)both);
 }
@@ -154,7 +157,7 @@ inline void store(T* p, VF x, Tail t) {
 inline VF load(const float* p) { return load(p, Full{}); }
 inline void store(float* p, VF x) { store(p, x, Full{}); }
 
-// Calls f(i, Full) for whole vectors and f(i, Tail) for the rest of [0, n).
+// Calls f(i, Full) for the whole vectors of [0, n) and f(i, Tail) for the rest.
 template <class F>
 [[gnu::always_inline]] inline void for_vectors(int64_t n, F&& f) {
   int64_t i = 0;
@@ -162,6 +165,8 @@ template <class F>
   if (i < n) f(i, Tail{static_cast<int>(n - i)});
 }
 
+// AllLanes is Lanes<0, 1, ..., W - 1>, like std::make_integer_sequence of the standard library,
+// whose templates no kernel uses (kernels.inl).
 template <int... L>
 struct Lanes {};
 template <int N, int... L>
@@ -172,7 +177,7 @@ struct CountLanes<0, L...> {
 };
 using AllLanes = typename CountLanes<W>::type;
 
-// Lane l of the result is lane l + S of x, around the end.
+// Lane l of the result is lane (l + S) mod W of x.
 template <int S, int... L>
 inline VF rotate(VF x, Lanes<L...>) {
 #if __has_builtin(__builtin_shufflevector)
@@ -192,8 +197,7 @@ inline VF swap_lanes(VF x, Lanes<L...>) {
 #endif
 }
 
-// Blocks of S lanes change places: those of `a` that have bit S in their number, and those of b
-// that do not.
+// Swaps lane l + S of a with lane l of b, for each l whose bit S is 0.
 template <int S, int... L>
 inline void exchange(VF& a, VF& b, Lanes<L...>) {
 #if __has_builtin(__builtin_shufflevector)
@@ -207,7 +211,8 @@ inline void exchange(VF& a, VF& b, Lanes<L...>) {
   b = y;
 }
 
-// Lanes are combined in pairs, half onto half: the order is fixed by W alone.
+// Combines the upper half of the lanes with the lower half until one lane is left, so that the
+// reduction order depends on W alone.
 template <int S = W / 2, class F>
 inline float reduce(VF x, const F& combine) {
   if constexpr (S == 0) {
@@ -219,14 +224,14 @@ inline float reduce(VF x, const F& combine) {
 struct Add {
   VF operator()(VF a, VF b) const { return a + b; }
 };
-struct Higher {
+struct Max {
   VF operator()(VF a, VF b) const { return vmax(a, b); }
 };
 inline float sum(VF x) { return reduce(x, Add{}); }
-inline float max(VF x) { return reduce(x, Higher{}); }
+inline float max(VF x) { return reduce(x, Max{}); }
 
-// Lane i of the result is reduce(x[i]) for i < n <= W, with the same bits: two vectors that are
-// half reduced share one.
+// Lane i of the result is reduce(x[i]) for i < n <= W, with the same bits, in fewer operations: two
+// half-reduced vectors share one. Overwrites x.
 template <int S = W / 2, class F>
 [[gnu::always_inline]] inline VF reduce_each(VF (&x)[W], int64_t n, const F& combine) {
   if (S == W / 2 && n == 1) return splat(reduce(x[0], combine));
@@ -248,16 +253,17 @@ inline VI lanes() {
   return x;
 }
 
-// x with `other` in the lanes that a load of this part leaves out.
-inline VF only(VF x, Full, float = 0.0f) { return x; }
-inline VF only(VF x, Tail t, float other = 0.0f) { return lanes() < t.count ? x : splat(other); }
+// x, with `other` in the lanes past the end of a Tail.
+inline VF mask(VF x, Full, float = 0.0f) { return x; }
+inline VF mask(VF x, Tail t, float other = 0.0f) { return lanes() < t.count ? x : splat(other); }
 
-// The first W elements of a row, of which `count` exist; the rest is zero.
+// Loads W elements of a row, of which only the first `count` exist; the other lanes are zero.
 template <class S>
 inline VF load_count(const S* p, int64_t count) {
   if (count >= W) return load(p, Full{});
   return count > 0 ? load(p, Tail{static_cast<int>(count)}) : splat(0.0f);
 }
+// The same without widening bf16.
 inline VF load_raw(const float* p, int64_t count) { return load_count(p, count); }
 inline VH load_raw(const bf16* p, int64_t count) {
   VH x = {};
@@ -268,6 +274,7 @@ inline VH load_raw(const bf16* p, int64_t count) {
   return x;
 }
 
+// In each block of 2 S x 2 S elements, swaps the two off-diagonal blocks of S x S.
 template <int S>
 inline void transpose_stage(VF (&r)[W]) {
 #pragma GCC unroll 16
@@ -275,7 +282,7 @@ inline void transpose_stage(VF (&r)[W]) {
     if (!(i & S)) exchange<S>(r[i], r[i + S], AllLanes{});
 }
 
-// r[i][l] <-> r[l][i], by exchanging blocks of 1, 2, 4, ... lanes.
+// Transposes r: r[i][l] <-> r[l][i], by exchanging blocks of 1, 2, 4, ... lanes.
 inline void transpose(VF (&r)[W]) {
   transpose_stage<1>(r);
   transpose_stage<2>(r);
@@ -285,6 +292,7 @@ inline void transpose(VF (&r)[W]) {
 
 typedef int8_t Bytes __attribute__((vector_size(W)));
 
+// W 8-bit integers as floats.
 inline VF widen_bytes(const int8_t* from) {
 #if GPTFAST_VECTOR_BYTES == 64
   const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
@@ -299,6 +307,8 @@ inline VF widen_bytes(const int8_t* from) {
 #endif
 }
 
+// Converts floats that are 8-bit integers to bytes. Reads and writes whole vectors: `count` rounded
+// up to a multiple of W.
 template <class P>
 inline void narrow_bytes(const P* from, int64_t count, int8_t* to) {
   for (int64_t i = 0; i < count; i += W) {

@@ -21,14 +21,14 @@ Block allocate(size_t size) {
   return {data, size};
 }
 
-// Blocks are filled in turn. Once all are free, several are exchanged for one of their total size,
-// so that a call that is made again finds its memory in one piece.
+// A stack of blocks that are filled one after the other. When all are free again, several blocks
+// are replaced by one of their total size, so that the next such call needs only one block.
 struct Stack {
   std::vector<Block> blocks;
-  size_t block = 0;  // the one in use
-  size_t used = 0;   // of that block
+  size_t block = 0;  // index of the block in use
+  size_t used = 0;   // bytes used of that block
 
-  void* take(size_t size) {
+  void* alloc(size_t size) {
     size = (size + alignment - 1) / alignment * alignment;
     while (block < blocks.size() && blocks[block].size - used < size) {
       ++block;
@@ -38,9 +38,9 @@ struct Stack {
       const size_t last = blocks.empty() ? smallest_block / 2 : blocks.back().size;
       blocks.push_back(allocate(size > 2 * last ? size : 2 * last));
     }
-    void* taken = blocks[block].data + used;
+    void* allocated = blocks[block].data + used;
     used += size;
-    return taken;
+    return allocated;
   }
 
   void release(size_t to_block, size_t to_used) {
@@ -50,8 +50,8 @@ struct Stack {
       size_t total = 0;
       for (const Block& each : blocks) total += each.size;
       clear();
-      // Frames end in destructors: without memory for the single block, the next call simply starts
-      // anew.
+      // A destructor calls this, so it must not throw: if there is no memory for the single block,
+      // the stack stays empty and the next call allocates again.
       if (char* data = static_cast<char*>(std::aligned_alloc(alignment, total)))
         blocks.push_back({data, total});
     }
@@ -69,8 +69,8 @@ thread_local Stack stack;
 
 }  // namespace
 
-Frame::Frame() : block_(stack.block), used_(stack.used) {}
-Frame::~Frame() { stack.release(block_, used_); }
-void* Frame::bytes(size_t size) { return stack.take(size); }
+ScratchFrame::ScratchFrame() : block_(stack.block), used_(stack.used) {}
+ScratchFrame::~ScratchFrame() { stack.release(block_, used_); }
+void* ScratchFrame::bytes(size_t size) { return stack.alloc(size); }
 
 }  // namespace gptfast

@@ -11,16 +11,17 @@ inline void pause() {
 #endif
 }
 
-// Whether `state` is another than `value` within about 20 us.
-bool changes_at_once(const std::atomic<int>& state, int value) {
+// Whether `state` differs from `value` within about 20 us.
+bool changes_within_20us(const std::atomic<int>& state, int value) {
   for (int looks = 0; looks < 500; ++looks, pause())
     if (state.load(std::memory_order_acquire) != value) return true;
   return false;
 }
 
-// Within about a millisecond: loops follow one another quickly, and to wake a thread takes long.
+// The same within about a millisecond: the next loop usually follows soon, and waking a thread that
+// sleeps takes long.
 bool changes_soon(const std::atomic<int>& state, int value) {
-  if (changes_at_once(state, value)) return true;
+  if (changes_within_20us(state, value)) return true;
   for (int looks = 0; looks < 1500; ++looks, std::this_thread::yield())
     if (state.load(std::memory_order_acquire) != value) return true;
   return false;
@@ -35,21 +36,24 @@ void Team::run_loop(void* team, int64_t tasks, void (*body)(void*, int64_t), voi
 void Team::loop(int64_t tasks, void (*body)(void*, int64_t), void* context) {
   const auto count = static_cast<int64_t>(members_.size());
   if (tasks <= 1 || count == 1) return run_range({body, context, 0, tasks, false});
-  // A member's own tasks are the same part of each loop over the same operands, which it finds in
-  // its core's cache.
+  // Each member owns the same range of tasks in every loop of this size, so that it finds the
+  // operands of repeated loops in its core's cache.
   const bool shared = tasks > 2 * count;
   for (int64_t i = 0; i < count; ++i) {
     Member& member = members_[static_cast<size_t>(i)];
     member.loop = {body, context, i * tasks / count, (i + 1) * tasks / count, shared};
     member.takes_part = false;
     if (shared) member.next.store(member.loop.first, std::memory_order_relaxed);
-    // What is not shared cannot be joined later.
-    if (!begun_ && !shared && i > 0) changes_at_once(member.state, absent);
+    // A member cannot join an unshared loop while the leader works, so the team's first loop waits
+    // a little for the members to arrive.
+    if (!has_run_loop_ && !shared && i > 0) changes_within_20us(member.state, absent);
   }
-  // All read the line of this and of what follows: it is written where it changes.
-  if (!begun_) begun_ = true;
+  // All members read the cache line that holds has_run_loop_ and its neighbours, so it is written
+  // only when it changes.
+  if (!has_run_loop_) has_run_loop_ = true;
   offer_again();
   work(0);
+  // The leader itself does the tasks of members that still cannot take up an unshared loop.
   for (size_t i = 1; i < members_.size(); ++i) {
     Member& member = members_[i];
     if (!shared && has_tasks(member) && !member.takes_part && !(member.takes_part = offer(member)))
@@ -64,7 +68,8 @@ void Team::loop(int64_t tasks, void (*body)(void*, int64_t), void* context) {
   }
 }
 
-// Whether the member takes the loop up.
+// Offers the current loop to a member; returns whether the member takes part. Wakes an absent
+// member for later loops.
 bool Team::offer(Member& member) {
   int state = member.state.load(std::memory_order_relaxed);
   if (state == watching) return member.state.compare_exchange_strong(state, working);
@@ -73,7 +78,7 @@ bool Team::offer(Member& member) {
   return false;
 }
 
-// To all who do not take part yet.
+// Offers the loop to all members that do not take part yet.
 void Team::offer_again() {
   for (size_t i = 1; i < members_.size(); ++i) {
     Member& member = members_[i];
@@ -100,6 +105,7 @@ void Team::follow(int64_t index) {
   }
 }
 
+// Runs the tasks of member `index` and, in a shared loop, then steals tasks from the others.
 void Team::work(size_t index) {
   try {
     const Loop& own = members_[index].loop;
@@ -121,7 +127,7 @@ void Team::run_range(const Loop& loop) {
   for (int64_t task = loop.first; task < loop.last; ++task) loop.body(loop.context, task);
 }
 
-// Nobody works then.
+// Called when all members are idle.
 void Team::dismiss() {
   for (size_t i = 1; i < members_.size(); ++i) {
     members_[i].state.store(dismissed);

@@ -1,8 +1,8 @@
-// Threads that stay together for many loops.
+// A thread team: threads that stay together for many loops.
 //
-// A parallel region of a thread pool costs several microseconds, which is what a small model takes
-// for a layer of one token, and a kernel may have many loops. A team holds its threads in a single
-// region; each watches a cache line of its own for the next loop.
+// A parallel region of a thread pool costs several microseconds, as much as a layer of a small
+// model takes for one token, and a kernel may have many loops. A team keeps its threads in a single
+// region, where each member polls a cache line of its own for the next loop.
 #pragma once
 
 #include <atomic>
@@ -18,8 +18,8 @@ class Team {
  public:
   explicit Team(int64_t members) : members_(static_cast<size_t>(members)) {}
 
-  // For member 0: calls f(parallel), whose loops the others share as soon as they have come, and
-  // then dismisses them.
+  // Called by member 0, the leader: calls f(parallel), whose loops the other members share as soon
+  // as they have arrived, and then dismisses them.
   template <class F>
   void lead(const F& f) {
     struct Dismissal {
@@ -28,27 +28,29 @@ class Team {
     } at_the_end{*this};
     f(Parallel{run_loop, static_cast<int>(members_.size()), this});
   }
-  // For every other member: takes part in the loops until it is dismissed.
+  // Called by every other member: takes part in the loops until the leader dismisses it.
   void follow(int64_t index);
 
  private:
-  // A member that watches takes up what it is offered, and is then waited for. One that is absent
-  // has not come yet, or sleeps until it is called.
+  // A watching member polls its state. The leader offers it a loop by setting `working`, and then
+  // waits until the member has finished and is watching again. An absent member has not arrived
+  // yet, or sleeps until the leader sets `called`.
   enum State : int { absent, called, watching, working, dismissed };
 
   struct Loop {
     void (*body)(void*, int64_t);
     void* context;
     int64_t first, last;  // the member's own tasks
-    bool shared;          // who has done his own takes those of others
+    bool shared;          // members that finish early steal tasks from the others (work stealing)
   };
 
-  // All that passes between the leader and a member lies in one cache line.
+  // The leader and a member communicate through the first cache line; the second one changes with
+  // each task of a shared loop.
   struct alignas(64) Member {
     std::atomic<int> state{absent};
     Loop loop;
-    alignas(64) std::atomic<int64_t> next{0};  // of the tasks of a shared loop
-    bool takes_part = false;                   // for the leader
+    alignas(64) std::atomic<int64_t> next{0};  // the next of its own tasks in a shared loop
+    bool takes_part = false;                   // in the current loop; only the leader uses it
   };
 
   static void run_loop(void* team, int64_t tasks, void (*body)(void*, int64_t), void* context);
@@ -61,7 +63,7 @@ class Team {
   void dismiss();
 
   std::vector<Member> members_;
-  bool begun_ = false;  // has had a loop
+  bool has_run_loop_ = false;  // whether the team has run a loop of several tasks
   std::atomic<bool> failed_{false};
   std::exception_ptr failure_;
 };

@@ -1,9 +1,9 @@
-"""Attention of one new token per sequence to its cached keys and values.
+"""Attention of one new token per sequence to its cached keys and values (split-KV decoding).
 
-The keys of a sequence are cut into parts of a fixed length, which programs take at once and which
-are put together in their order: a sequence has the same bits whatever the others' lengths are.
+Programs take parts of a fixed number of keys in parallel, and a second kernel joins the parts in
+their order: a sequence has the same bits whatever the other sequences' lengths are.
 
-Letters: R sequences, H heads, D head_dim, P parts.
+Letters: S slots of the cache, H heads, D head_dim.
 """
 
 import math
@@ -15,24 +15,24 @@ from torch import Tensor
 
 from gptfast.ops.triton.launch import block_of
 
-PART, KEYS = 256, 64  # keys of a part, and of a step
+PART, KEYS = 256, 64  # keys of a part, and of one iteration of its loop
 
 
 @triton.jit
 def part_kernel(
-    q, cache, lengths, outs, tops, totals, H, capacity, parts, q_row, scale_log2,
+    q, cache, lengths, outs, tops, totals, H, capacity, parts, q_stride, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Unnormalised output, maximum and sum of a part's exponentials; nothing past the length."""
+    """A part's unnormalised output, maximum and sum of exponentials; nothing past the length."""
     index = tl.program_id(0).to(tl.int64)
     part, head = index % parts, index // parts
-    row, h = head // H, head % H
-    length = tl.load(lengths + row)
+    slot, h = head // H, head % H
+    length = tl.load(lengths + slot)
     first = part * PART
     last = tl.minimum(first + PART, length)
     d = tl.arange(0, BLOCK_D)
-    query = tl.load(q + row * q_row + h * D + d, mask=d < D, other=0.0).to(tl.float32)
-    keys = cache + (2 * row * H + h) * capacity * D
+    query = tl.load(q + slot * q_stride + h * D + d, mask=d < D, other=0.0).to(tl.float32)
+    keys = cache + (2 * slot * H + h) * capacity * D
     values = keys + H * capacity * D
     acc = tl.zeros([BLOCK_D], tl.float32)
     top, total = -float("inf"), 0.0
@@ -83,24 +83,25 @@ def decode_attention(q: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
     """softmax(q k' / sqrt(D)) v over each sequence's own keys and values.
 
     Args:
-        q: (R, H D), any stride between rows.
-        cache: (R, 2, H, capacity, D), contiguous: keys, then values, the new token's included.
-        lengths: (R,) int64, from 1 to capacity.
+        q: (S, H D), float32, float16 or bfloat16, any stride between slots.
+        cache: (S, 2, H, capacity, D) in q's dtype, contiguous: keys, then values; those of the new
+            token included.
+        lengths: (S,) int64, from 1 to capacity.
 
     Returns:
-        (R, H D) in q's dtype.
+        (S, H D) in q's dtype.
     """
-    R, _, H, capacity, D = cache.shape
+    S, _, H, capacity, D = cache.shape
     parts = triton.cdiv(capacity, PART)
-    outs = q.new_empty(R, H, parts, D, dtype=torch.float32)
-    tops, totals = (q.new_empty(R, H, parts, dtype=torch.float32) for _ in range(2))
-    out = q.new_empty(R, H * D)
+    outs = q.new_empty(S, H, parts, D, dtype=torch.float32)
+    tops, totals = (q.new_empty(S, H, parts, dtype=torch.float32) for _ in range(2))
+    out = q.new_empty(S, H * D)
     scale_log2 = 1 / math.sqrt(D) / math.log(2)
-    part_kernel[(R * H * parts,)](
+    part_kernel[(S * H * parts,)](
         q, cache, lengths, outs, tops, totals, H, capacity, parts, q.stride(0), scale_log2,
         D=D, BLOCK_D=block_of(D), PART=PART, KEYS=KEYS,
     )  # fmt: skip
-    join_kernel[(R * H,)](
+    join_kernel[(S * H,)](
         outs, tops, totals, lengths, out, H, parts, scale_log2, D=D, BLOCK_D=block_of(D), PART=PART
     )
     return out

@@ -1,10 +1,12 @@
-"""From logits to tokens: the draws of csrc/kernels/layers/sampling.inl, a program for each row.
+"""From logits to tokens, by the algorithm of csrc/kernels/layers/sampling.inl; one program per row.
 
-The filters keep every token that reaches a threshold, found by bisection over the floats in their
-own order, without sorting.
+Each filter keeps the tokens that reach a threshold. A bisection over the ordered bit patterns of
+floats finds it, which needs no sort.
 
-Letters: R rows, V vocab_size.
+Letters: R rows of logits, V vocab_size.
 """
+
+import math
 
 import triton
 import triton.language as tl
@@ -16,19 +18,19 @@ from gptfast.ops.triton.tiles import LN2, LOG2E
 
 BLOCK = 1024
 STREAM = tl.constexpr(SAMPLING_STREAM)
-LEAST_SCORE = tl.constexpr(-2139095041)  # -inf as _ordered has it
+LEAST_SCORE = tl.constexpr(-2139095041)  # _ordered of -inf
 ONE = tl.constexpr(0x3F800000)  # the bits of 1.0
 
 
 @triton.jit
 def _ordered(bits):
-    """A float's bits as an integer of the same order, and back."""
+    """Maps a float's bits to an integer of the same order; its own inverse."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _score(logits, seen, j, V, penalty):
-    """Logits j with the penalty for tokens that were there before; -inf past V."""
+    """Logits j after the repetition penalty; -inf past V."""
     z = tl.load(logits + j, mask=j < V, other=-float("inf"))
     if seen is not None:
         before = tl.load(seen + j, mask=j < V, other=0) != 0
@@ -38,14 +40,14 @@ def _score(logits, seen, j, V, penalty):
 
 @triton.jit
 def _weight(z, highest, sharpness):
-    """exp((z - highest) / temperature); 1 for the highest even at a temperature near 0."""
+    """exp((z - highest) / temperature), without 0 * inf at a temperature near 0."""
     below = z - highest
     return tl.where(below == 0.0, 1.0, tl.exp2(below * sharpness))
 
 
 @triton.jit
 def _kept(logits, seen, j, V, penalty, highest, sharpness, least_score, least_weight):
-    """The weights j that reach both thresholds, the others as 0."""
+    """The weights j that reach both thresholds; 0 for the other tokens."""
     z = _score(logits, seen, j, V, penalty)
     p = _weight(z, highest, sharpness)
     reaches = (_ordered(z.to(tl.int32, bitcast=True)) >= least_score) & (
@@ -56,16 +58,16 @@ def _kept(logits, seen, j, V, penalty, highest, sharpness, least_score, least_we
 
 @triton.jit
 def sample_kernel(
-    logits, seen, seeds, sequences, steps, tokens, logprobs, V,
+    logits, seen, seeds, sequence_ids, steps, tokens, logprobs, V,
     sharpness, top_k, top_p, min_p, penalty,
     GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A token of one row, and its log-probability under softmax(logits)."""
+    """Chooses a token of one row; also gives its log-probability under softmax(logits)."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * V
     if seen is not None:
         seen += row * V
-    # The highest score, the first token that has it, and ln sum exp of the logits themselves.
+    # One pass: the highest score, the first token that has it, and ln sum exp of the raw logits.
     lane = tl.arange(0, BLOCK)
     first, nothing = tl.cast(V, tl.int32), tl.cast(-float("inf"), tl.float32)
     highest, top, total = nothing, nothing, 0.0
@@ -102,7 +104,7 @@ def sample_kernel(
             for j0 in tl.range(0, V, BLOCK):
                 p = _kept(logits, seen, j0 + lane, V, penalty, highest, sharpness, least_score, 0)
                 whole += tl.sum(p, 0)
-            # The largest t with top_p of the mass in weights that reach it; 1.0 is the largest.
+            # The largest t such that weights of at least t hold top_p of the mass; at most 1.0.
             low, high = (first * 0).to(tl.int64), (first * 0).to(tl.int64) + ONE
             while low < high:
                 middle = low + (high - low + 1) // 2
@@ -118,10 +120,10 @@ def sample_kernel(
             least_weight = low.to(tl.int32)
         share = tl.cast(min_p, tl.float32)
         least_weight = tl.maximum(least_weight, share.to(tl.int32, bitcast=True))
-        # 53 bits of a Philox block, then the first token whose cumulative weight exceeds them.
+        # Inverse transform sampling by 53 bits of a Philox block, as in gptfast.ops.sampling.
         none = tl.zeros([1], tl.uint32)
         step = none + tl.load(steps + row).to(tl.uint32)
-        sequence = none + tl.load(sequences + row).to(tl.uint32)
+        sequence = none + tl.load(sequence_ids + row).to(tl.uint32)
         w0, w1, _, _ = tl.philox(tl.load(seeds + row), step, sequence, none, none + STREAM)
         bits = (w0.to(tl.uint64) << 21) + (w1.to(tl.uint64) >> 11)
         uniform = tl.sum(bits.to(tl.float64), 0) * 1.1102230246251565e-16
@@ -144,15 +146,15 @@ def sample_kernel(
             token = tl.minimum(token, place)
             last = tl.maximum(last, tl.max(tl.where(p > 0.0, j, 0), 0))
             reached += tl.sum(p, 0)
-        token = tl.where(token < V, token, last)  # should rounding leave the target unreached
+        token = tl.where(token < V, token, last)  # rounding may leave the target unreached
     tl.store(tokens + row, token.to(tl.int64))
     lse = top + tl.log2(total) * LN2
-    # No token is found among logits that are all NaN; the caller reports those.
+    # Logits that are all NaN give no token (V); the caller checks for logits that are not finite.
     tl.store(logprobs + row, tl.load(logits + token, mask=token < V, other=0.0) - lse)
 
 
 def sample(
-    how: Sampling, logits: Tensor, seen: Tensor | None, seeds: Tensor, sequences: Tensor,
+    how: Sampling, logits: Tensor, seen: Tensor | None, seeds: Tensor, sequence_ids: Tensor,
     steps: Tensor, tokens: Tensor, logprobs: Tensor,
 ) -> None:  # fmt: skip
     """Chooses a token of every row as gptfast.ops.sampling.choose does.
@@ -160,19 +162,21 @@ def sample(
     Args:
         how: The options.
         logits: (R, V) float32, contiguous.
-        seen: (R, V) uint8, 1 for the tokens that the penalty applies to; None without one.
-        seeds: (R,) int64, like the next two: which number each row draws.
-        sequences: (R,).
-        steps: (R,).
+        seen: (R, V) uint8, 1 for the tokens that the repetition penalty applies to; None without a
+            penalty.
+        seeds: (R,) int64; this and the next two say which number each row draws, as in
+            gptfast.ops.sampling.draws.
+        sequence_ids: (R,) int64.
+        steps: (R,) int64.
         tokens: (R,) int64, receives the tokens.
         logprobs: (R,) float32, receives their log-probabilities under softmax(logits).
     """
     R, V = logits.shape
-    top_k, top_p = min(how.top_k or V, V), float(how.top_p or 1.0)
-    greedy = bool(how.temperature == 0.0)
+    greedy = how.temperature == 0.0
     sample_kernel[(R,)](
-        logits, seen if how.repetition_penalty != 1.0 else None, seeds, sequences, steps, tokens,
-        logprobs, V, 0.0 if greedy else 1.4426950408889634 / float(how.temperature),
-        top_k, top_p, float(how.min_p or 0.0), float(how.repetition_penalty),
-        GREEDY=greedy, TOP_K=top_k < V, TOP_P=top_p < 1.0, BLOCK=min(BLOCK, block_of(V)),
+        logits, seen if how.repetition_penalty != 1.0 else None, seeds, sequence_ids, steps, tokens,
+        logprobs, V, 0.0 if greedy else math.log2(math.e) / how.temperature,
+        how.top_k, how.top_p, how.min_p, how.repetition_penalty,
+        GREEDY=greedy, TOP_K=0 < how.top_k < V, TOP_P=how.top_p < 1.0,
+        BLOCK=min(BLOCK, block_of(V)),
     )  # fmt: skip

@@ -1,5 +1,6 @@
-"""Generation for any mix of prompts: a KV-cache in the window, an exact sliding window past it."""
+"""What users call to generate: `generate`, `stream`, and the result `Generation`."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,18 +12,17 @@ from gptfast.generation.mergeable import engine_oddity
 from gptfast.generation.reference_loop import ReferenceLoop
 from gptfast.generation.request import (
     GIB,
-    Loop,
     Prompt,
     Request,
-    Update,
     check_dtype,
     check_tokenizer,
     encode,
+    pieces_of,
     seeds_of,
     stops_of,
     window_stride,
-    written,
 )
+from gptfast.generation.sequences import Loop, Update
 from gptfast.model import GPT
 from gptfast.ops import select
 from gptfast.ops.sampling import Sampling
@@ -30,8 +30,8 @@ from gptfast.tokenizer import CharTokenizer
 
 FinishReason = Literal["length", "stop", "window", "interrupted"]
 Piece = str | list[int]
-INTERRUPT_SECONDS = 0.1  # how long the engine may run before Python looks for Ctrl-C
-STREAM_SECONDS = 0.005  # what is generated in so long comes in one piece
+INTERRUPT_SECONDS = 0.1  # Python handles Ctrl-C between two runs of so long
+STREAM_SECONDS = 0.005  # a run of so long makes one piece of a stream
 
 
 @dataclass
@@ -40,10 +40,20 @@ class Generation:
 
     text: str | None  # None without a tokenizer
     tokens: list[int]
-    logprobs: list[float]  # of each token under the model, before temperature and filters
-    finish_reason: FinishReason  # "window": overflow="stop" met the end of the window
-    # per token, the likeliest ones and their log-probabilities; empty unless asked for
-    alternatives: list[list[tuple[int, float]]] = field(default_factory=list)
+    logprobs: list[float]  # of each token, in nats, before penalty, temperature and filters
+    finish_reason: FinishReason  # "window": the window is full, and overflow="stop"
+    # per token, the likeliest tokens and their log-probabilities; empty with logprobs=0
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+
+    @property
+    def alternatives(self) -> list[list[tuple[int, float]]]:
+        """The old name of `top_logprobs`, which the next release removes."""
+        warnings.warn(
+            "Generation.alternatives is deprecated: use Generation.top_logprobs",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.top_logprobs
 
 
 def generate(
@@ -66,48 +76,49 @@ def generate(
     max_cache_bytes: int = 4 * GIB,
     dtype: str | None = None,
 ) -> list[Generation]:
-    """Continues every prompt; by the kernels, its result has the same bits whatever the others.
+    """Continues every prompt; with the kernels, a result has the same bits in any batch.
 
-    Ctrl-C ends the call early: what there is comes back, with the finish reason "interrupted".
+    Ctrl-C ends the call early: unfinished results have the finish reason "interrupted".
 
     Args:
-        model: The GPT, whose `backend` chooses between the engine and the uncached plain torch
-            loop; or what `gptfast.pack` made of it. The engine knows plain layers alone: with
+        model: The GPT, whose `backend` chooses between the engine and the uncached loop in plain
+            torch; or what `gptfast.pack` made of it. The engine computes plain layers alone: with
             others (adapters, hooks), "auto" takes the uncached loop and warns.
         prompts: Texts (with `tokenizer`) or token lists, of any mix of lengths, none of them empty.
         tokenizer: Encodes prompts and decodes results.
         max_new_tokens: Tokens to generate per prompt.
         temperature: Divides the logits; 0 takes the likeliest token.
-        top_k: Draw from the k likeliest tokens only, from all when 0. This and the next two keep
-            tokens that tie with the last one kept.
-        top_p: Draw from the likeliest tokens only that together have this probability
-            (arXiv:1904.09751), after top_k.
-        min_p: Draw only tokens with at least this fraction of the likeliest one's probability
-            (arXiv:2407.01082).
+        top_k: Draws from the k likeliest tokens only; from all when 0 or None. This and the next
+            two keep tokens that tie with the last one kept.
+        top_p: Draws only from the fewest likeliest tokens that together have this probability
+            (arXiv:1904.09751), after top_k; from all when 1 or None.
+        min_p: Draws only tokens with at least this fraction of the likeliest one's probability
+            (arXiv:2407.01082); from all when 0 or None.
         repetition_penalty: Divides the positive logits, and multiplies the others, of tokens in the
             prompt or generated before (arXiv:1909.05858).
-        seed: One int in [0, 2**63) (a sample's draws then depend on its place in the result), or
-            one per prompt.
+        seed: An int in [0, 2**63), with which the draws of a result depend on its place in the
+            list; or one int per prompt.
         stop: Strings or token ids that end a text; they are not part of the result.
-        num_samples: Results per prompt, one after the other; they share the prompt's computation.
+        num_samples: Results per prompt, which follow one another; the engine computes the prompt
+            once for them.
         overflow: What happens past `block_size` tokens, positions being absolute: "recompute"
             slides the window by one and computes it again, exactly as without a cache; "stride:K"
             drops K tokens at a time, which computes less; "stop" ends the text; "error" refuses
             before any work.
-        logprobs: How many of the likeliest tokens to report beside each token that was taken.
-        max_batch: Texts in work at once; the others wait for one to end. Results do not depend on
-            it, nor on the next one.
-        max_cache_bytes: Memory for keys and values.
+        logprobs: How many of the likeliest tokens to report in `top_logprobs` for each token.
+        max_batch: Sequences that run at once; the others wait for one to end. Results depend on
+            neither this nor the next option.
+        max_cache_bytes: Bytes for keys and values.
         dtype: "fp32" or "bf16" for weights, activations and cache, "int8" for weights of 8 bits
             with a scale per output, whose activations are rounded to 16 bits where the processor
             multiplies bytes (VNNI); the model's own when None. With "int8", activations and cache
             are bf16 where the processor multiplies bf16, else float32.
 
     Returns:
-        `num_samples` Generations per prompt, in order; tokens and text are the new ones alone.
+        `num_samples` Generations per prompt, in order.
 
     Raises:
-        ConfigError: An option is wrong, or one text alone needs more cache than there may be.
+        ConfigError: An option is wrong, or one sequence alone needs more than `max_cache_bytes`.
         DataError: A prompt is empty, has an unknown character or token, or does not fit
             (overflow="error"); or the model's logits are not finite.
         BackendError: `model.backend` is "fused" and the kernels cannot run, or do not know one of
@@ -120,30 +131,32 @@ def generate(
         while loop.run(INTERRUPT_SECONDS):
             pass
     except KeyboardInterrupt:
-        pass  # what is unfinished says so
+        pass  # the loop still has what it generated
     return [_generation(update, request) for update in loop.updates()]
 
 
 def stream(
     model: GPT | PackedModel, prompt: Prompt | Sequence[Prompt], **options: Any
 ) -> Iterator[Piece] | Iterator[tuple[int, Piece]]:
-    """Continues one prompt or several and yields what is new, at the speed of `generate`.
+    """Continues one prompt or several, and yields the results in pieces while they grow.
 
-    A piece appears when it is sure not to be part of a stop; what is generated within a few
-    milliseconds is one piece. Changes of the model between two pieces do not reach the call.
+    A piece holds what a few milliseconds generate, apart from text that may become part of a stop:
+    the next piece has it if it does not. Changes of the model between two pieces have no effect.
 
     Args:
         model: As for `generate`.
-        prompt: A text (with `tokenizer`) or a token list; or a list of either, for which an empty
-            one yields nothing.
+        prompt: A text (with `tokenizer`) or a token list; or a list of either, which may be empty.
         **options: Those of `generate`.
 
     Yields:
-        For one prompt pieces of text with a tokenizer, else lists of tokens; together they are what
-        `generate` returns. For several, pairs of a place in what `generate` returns and a piece.
+        Pieces for one prompt: str with a tokenizer, else list[int]; joined, they are what
+        `generate` returns. For several prompts, pairs of an index into the list that `generate`
+        returns and a piece.
 
     Raises:
-        As `generate`, at the call.
+        TypeError: `generate` has no such option.
+        ConfigError, DataError, BackendError: As `generate`, before the first piece; DataError for
+            logits that are not finite when it happens.
     """
     known = generate.__kwdefaults__ or {}
     unknown = sorted(options.keys() - known.keys())
@@ -163,7 +176,7 @@ def stream(
 
 
 def make_request(model: GPT | PackedModel, prompts: Sequence[Prompt], **options: Any) -> Request:
-    """The checked request of a call of `generate` with these options."""
+    """Checks the options of a call of `generate`, which it takes and raises errors for alike."""
     return _request(model, prompts, **((generate.__kwdefaults__ or {}) | options))
 
 
@@ -202,19 +215,19 @@ def _request(
                 f" {max_new_tokens} more,"
                 f" but block_size is {config.block_size} (overflow='error')"
             )
-    seeds, numbers = seeds_of(seed, len(encoded), num_samples)
+    seeds, sequence_ids = seeds_of(seed, len(encoded), num_samples)
     return Request(
         prompts=[tokens for tokens in encoded for _ in range(num_samples)],
-        num_samples=num_samples,
         seeds=seeds,
-        numbers=numbers,
+        sequence_ids=sequence_ids,
+        num_samples=num_samples,
         sampling=Sampling(**sampling),
         max_new_tokens=max_new_tokens,
         stride=stride,
-        alternatives=min(logprobs, config.vocab_size),
+        top_logprobs=min(logprobs, config.vocab_size),
         stop_tokens=stop_tokens,
         stop_strings=stop_strings,
-        pieces=written(tokenizer, config.vocab_size),
+        pieces=pieces_of(tokenizer, config.vocab_size),
         max_batch=max_batch,
         max_cache_bytes=max_cache_bytes,
         dtype=dtype,
@@ -222,7 +235,7 @@ def _request(
 
 
 def _loop(model: GPT | PackedModel, request: Request, lasting: bool = False) -> Loop:
-    """What generates the request; `lasting`: by the model as it is now, whatever happens to it."""
+    """Chooses the loop; `lasting` says that the model may change before the loop is done."""
     packed = packed_for("generate", model, request.dtype, lasting)
     if packed is not None:
         return Engine(packed, request)
@@ -234,60 +247,60 @@ def _loop(model: GPT | PackedModel, request: Request, lasting: bool = False) -> 
         and not select.unavailable("cuda", weight.dtype, model.config.head_dim)
         and engine_oddity(model) is None
     ):
-        from gptfast.generation.device_loop import DeviceLoop  # needs Triton
+        from gptfast.generation.device_loop import DeviceLoop  # imports Triton
 
         return DeviceLoop(model, request, lasting)
     return ReferenceLoop(model, request)
 
 
-def _generation(own: Update, request: Request) -> Generation:
-    text = None
+def _generation(update: Update, request: Request) -> Generation:
+    tokens, text = update.tokens, None
     if request.pieces is not None:
-        text = "".join(request.pieces[token] for token in own.tokens)
-        end = _stop_place(text, own.state, request)
-        while len(text) > end:  # takes back what wrote the stop
-            text = text[: len(text) - len(request.pieces[own.tokens.pop()])]
-    kept = len(own.tokens)
-    reason: Any = "interrupted" if own.state in ("waiting", "running") else own.state
-    return Generation(text, own.tokens, own.logprobs[:kept], reason, own.alternatives[:kept])
+        text = "".join(request.pieces[token] for token in tokens)
+        end = _stop_start(text, update.state, request)
+        while len(text) > end:  # drops the tokens that wrote the stop
+            text = text[: len(text) - len(request.pieces[tokens.pop()])]
+    count = len(tokens)
+    reason: Any = "interrupted" if update.state in ("waiting", "running") else update.state
+    return Generation(text, tokens, update.logprobs[:count], reason, update.top_logprobs[:count])
 
 
-def _stop_place(text: str, state: str, request: Request) -> int:
+def _stop_start(text: str, state: str, request: Request) -> int:
     """Where the first stop string starts; the text's length where none ended it."""
     if state != "stop":
         return len(text)
-    places = (text.find(stop) for stop in request.stop_strings)
-    return min((place for place in places if place >= 0), default=len(text))
+    starts = (text.find(stop) for stop in request.stop_strings)
+    return min((start for start in starts if start >= 0), default=len(text))
 
 
-class _Shown:
-    """How much of one sequence has been yielded."""
+class _PendingText:
+    """The text of one sequence that was generated and has not been yielded yet."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
-        self._text = ""  # that has been read and not yielded
+        self._text = ""
 
-    def news(self, recent: Update) -> Piece:
-        """What is new; what may become a stop waits."""
+    def next_piece(self, update: Update) -> Piece:
+        """Returns what may be yielded; text that may become part of a stop waits."""
         request = self._request
         if request.pieces is None:
-            return recent.tokens
-        text = self._text + "".join(request.pieces[token] for token in recent.tokens)
-        end = _stop_place(text, recent.state, request)
-        if recent.state in ("waiting", "running"):
-            starts = (stop[:n] for stop in request.stop_strings for n in range(1, len(stop)))
-            end -= max((len(start) for start in starts if text.endswith(start)), default=0)
+            return update.tokens
+        text = self._text + "".join(request.pieces[token] for token in update.tokens)
+        end = _stop_start(text, update.state, request)
+        if update.state in ("waiting", "running"):
+            prefixes = (stop[:n] for stop in request.stop_strings for n in range(1, len(stop)))
+            end -= max((len(prefix) for prefix in prefixes if text.endswith(prefix)), default=0)
         self._text = text[end:]
         return text[:end]
 
 
 def _pieces(loop: Loop, request: Request) -> Iterator[tuple[int, Piece]]:
-    shown = [_Shown(request) for _ in request.prompts]
-    more, seconds = True, 0.0  # the first token comes alone
+    pending = [_PendingText(request) for _ in request.prompts]
+    more, seconds = True, 0.0  # one step: the first token comes at once
     while more:
         more = loop.run(seconds)
         seconds = STREAM_SECONDS
         for update in loop.updates():
-            piece = shown[update.sequence].news(update)
+            piece = pending[update.sequence].next_piece(update)
             if piece:
                 yield update.sequence, piece

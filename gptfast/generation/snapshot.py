@@ -1,0 +1,57 @@
+"""A model as it is now, in the dtype of a call: what the loops in plain torch compute with."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptfast.errors import ConfigError
+from gptfast.generation.mergeable import engine_oddity
+from gptfast.model import GPT
+
+
+def snapshot(model: GPT, dtype: str | None) -> GPT:
+    """Copies a model, in evaluation mode.
+
+    Args:
+        model: The GPT; later changes of it do not reach the copy, apart from its hooks.
+        dtype: "fp32" or "bf16"; "int8" for float32 with the weights rounded to 8 bits; the model's
+            own when None.
+
+    Raises:
+        ConfigError: The dtype is "int8" and the model has layers that are not plain.
+    """
+    oddity = engine_oddity(model) if dtype == "int8" else None
+    if oddity is not None:
+        raise ConfigError(f"dtype='int8' rounds the weights of plain layers, and {oddity}")
+    copied = _deep_copy(model).eval()
+    if dtype == "int8":
+        copied = copied.float()
+        for name, param in copied.named_parameters():
+            if param.dim() == 2 and not name.startswith(("wte", "wpe")):
+                param.data = rounded_to_int8(param.data)
+        if model.config.tie_weights:  # the head is rounded, the embedding is not
+            copied.lm_head.weight = torch.nn.Parameter(rounded_to_int8(copied.wte.weight.data))
+    elif dtype is not None:
+        copied = copied.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    return copied
+
+
+def _deep_copy(model: GPT) -> GPT:
+    """A deep copy that shares the hooks: the user would not see what a copied hook writes."""
+    shared: dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name.endswith(("_forward_hooks", "_pre_hooks", "_backward_hooks")):
+                shared |= {id(hook): hook for hook in value.values()}
+            # weight_norm and prune compute a weight, and torch does not copy computed tensors.
+            elif isinstance(value, Tensor) and not value.is_leaf:
+                shared[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, shared)
+
+
+def rounded_to_int8(weight: Tensor) -> Tensor:
+    """Rounds each row of a weight (N, K) to whole multiples of its max |w| / 127, as int8 does."""
+    unit = weight.abs().amax(1, keepdim=True) / 127  # (N, 1)
+    return torch.where(unit == 0, 0.0, (weight * (1 / unit)).round() * unit)
