@@ -1,6 +1,6 @@
 // A GPT's weights, packed for the kernels of one instruction set and checked once. Does not use
 // torch.
-#pragma temporary
+#pragma once
 
 #include <cstdint>
 #include <initializer_list>

@@ -1,5 +1,5 @@
 // A model with random parameters for the engine's cases.
-#pragma temporary
+#pragma once
 
 #include <cmath>
 #include <map>
