@@ -15,8 +15,9 @@ from command import main
 from common import DTYPES, OURS, Case, Row, Run, assert_same_work, compiled
 from torch import Tensor, nn
 
-from gptfast import GPT, GPTConfig, TrainConfig, Trainer, config
+from gptfast import GPT, GPTConfig, TrainConfig, Trainer
 from gptfast.config import Precision
+from gptfast.presets import PRESETS
 from gptfast.testing import GRADIENT_FACTOR, RESULT_FACTOR, Op, assert_budget, error
 
 # The weights hardly move: gradients of a model that knows its batch become denormal numbers, which
@@ -43,7 +44,7 @@ class Shape:
         return 3 * self.batch * (products + attention)
 
 
-SMALL = GPTConfig(block_size=256, n_layer=6, n_head=6, n_embd=384)
+SMALL = GPTConfig(block_size=256, vocab_size=66, n_layer=6, n_head=6, n_embd=384)
 GPT2 = GPTConfig(
     block_size=1024,
     vocab_size=50257,
@@ -56,8 +57,8 @@ GPT2 = GPTConfig(
     init="gpt2",
 )
 SHAPES = (
-    Shape("abc", config.abc(), 64),
-    Shape("shakespeare", config.shakespeare(), 64),
+    Shape("abc", replace(PRESETS["abc"].model, vocab_size=5), 64),
+    Shape("shakespeare", replace(PRESETS["shakespeare"].model, vocab_size=66), 64),
     Shape("small", SMALL, 16),
     Shape("gpt2", GPT2, 1, course=False),
     Shape("gpt2, dropout 0.2", replace(GPT2, dropout=0.2), 1, course=False),

@@ -29,7 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 
 from gptfast.config import GPTConfig
-from gptfast.errors import CheckpointError
+from gptfast.errors import CheckpointError, ConfigError
 from gptfast.integrity import digest, reading
 from gptfast.model import GPT, unwrapped
 from gptfast.ops.select import usable_device
@@ -163,6 +163,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Cha
     header, tensors = _read(Path(path), with_tensors=True)
     try:
         config = GPTConfig.from_dict(header["config"])
+        if config.vocab_size is None:
+            raise ConfigError("it has no vocab_size")
         stored = header["tokenizer"]
         tokenizer = None if stored is None else CharTokenizer.from_dict(stored)
     except (TypeError, ValueError) as error:

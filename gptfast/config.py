@@ -1,9 +1,9 @@
-"""The shape of a model, and how it is trained; the course's two models as ready-made shapes."""
+"""The shape of a model, and how it is trained."""
 
 import math
 from dataclasses import asdict, dataclass, fields
 from numbers import Real
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gptfast.checks import check_seed, whole
 from gptfast.errors import ConfigError
@@ -12,13 +12,22 @@ Precision = Literal["fp32", "bf16"]
 PRECISIONS = ("fp32", "bf16")
 COUNTS = ("batch_size", "steps", "epochs", "eval_every", "eval_tokens", "save_every", "threads")
 
+if TYPE_CHECKING:
+    VocabSize = Any  # a model's config always has an int: its readers need no check for None
+else:
+    VocabSize = int | None
+
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Sizes and switches of a GPT. Raises ConfigError where they contradict each other."""
+    """Sizes and switches of a GPT.
+
+    Raises:
+        ConfigError: A field has a wrong value, or two fields contradict each other.
+    """
 
     block_size: int = 64  # T, the longest context
-    vocab_size: int = 66  # V
+    vocab_size: VocabSize = None  # V; None: that of the text that the model is trained on
     n_layer: int = 2  # L
     n_head: int = 2  # H
     n_embd: int = 128  # C
@@ -32,11 +41,8 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            value = getattr(self, name)
-            count = whole(value)
-            if count is None or count < 1:
-                raise ConfigError(f"{name} must be a positive whole number, got {value!r}")
-            object.__setattr__(self, name, count)
+            if name != "vocab_size" or self.vocab_size is not None:
+                object.__setattr__(self, name, _positive(name, getattr(self, name)))
         if self.n_embd % self.n_head:
             raise ConfigError(
                 f"n_embd must be divisible by n_head, got n_embd={self.n_embd} and"
@@ -54,11 +60,11 @@ class GPTConfig:
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
         if self.padding_idx is not None:
-            token = whole(self.padding_idx)
-            if token is None or not 0 <= token < self.vocab_size:
+            token, limit = whole(self.padding_idx), self.vocab_size
+            if token is None or token < 0 or limit is not None and token >= limit:
+                end = "vocab_size" if limit is None else limit
                 raise ConfigError(
-                    f"padding_idx must be None or in [0, {self.vocab_size}),"
-                    f" got {self.padding_idx!r}"
+                    f"padding_idx must be None or in [0, {end}), got {self.padding_idx!r}"
                 )
             object.__setattr__(self, "padding_idx", token)
 
@@ -83,9 +89,12 @@ class GPTConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a run trains. Raises ConfigError where a field is wrong or contradicts another.
+    """How a run trains.
 
-    A run goes by `steps` or by `epochs`, never by both; `Trainer.step` alone needs neither.
+    A run lasts `steps` where that is set, else `epochs`; `Trainer.step` alone needs neither.
+
+    Raises:
+        ConfigError: A field has a wrong value.
     """
 
     lr: float = 1e-3  # AdamW's learning rate, the same in all steps
@@ -93,8 +102,8 @@ class TrainConfig:
     weight_decay: float = 0.01  # AdamW's, on all parameters
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW's
     batch_size: int = 64  # B, windows per step
-    steps: int | None = None  # this many steps on windows drawn at random
-    epochs: int | None = None  # this many times over all windows, in a new order each time
+    steps: int | None = None  # so many steps, on windows drawn at random; wins over epochs
+    epochs: int | None = None  # without steps: so many passes over all windows, each in a new order
     eval_every: int | None = None  # steps; None: after each epoch, or at the end where steps is set
     eval_tokens: int | None = None  # held-out tokens that all evaluations but the last read at most
     save_every: int | None = None  # steps; None: at evaluations, at the end and by save_minutes
@@ -107,18 +116,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in COUNTS:
-            value = getattr(self, name)
-            if value is None and name != "batch_size":
-                continue
-            count = whole(value)
-            if count is None or count < 1:
-                raise ConfigError(f"{name} must be a positive whole number, got {value!r}")
-            object.__setattr__(self, name, count)  # an int, as JSON wants it
-        if self.steps is not None and self.epochs is not None:
-            raise ConfigError(
-                "a run goes by steps or by epochs, not by both: "
-                f"got steps={self.steps} and epochs={self.epochs}"
-            )
+            if name == "batch_size" or getattr(self, name) is not None:
+                object.__setattr__(self, name, _positive(name, getattr(self, name)))
         _check_number("lr", self.lr, above=0.0)
         if self.clip is not None:
             _check_number("clip", self.clip, above=0.0)
@@ -137,6 +136,14 @@ class TrainConfig:
             raise ConfigError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
 
 
+def _positive(name: str, value: Any) -> int:
+    """The value as an int, which JSON takes where it does not take numpy's numbers."""
+    count = whole(value)
+    if count is None or count < 1:
+        raise ConfigError(f"{name} must be a positive whole number, got {value!r}")
+    return count
+
+
 def _check_number(
     name: str,
     value: Any,
@@ -152,13 +159,3 @@ def _check_number(
     high = f" and below {below:g}" if below < math.inf else f" and at most {most:g}"
     bounds = low if below == most == math.inf else low + high
     raise ConfigError(f"{name} must be a number {bounds}, got {value!r}")
-
-
-def abc(vocab_size: int = 5) -> GPTConfig:
-    """The course's model of the "ABC" language: 400,128 parameters with its 5 characters."""
-    return GPTConfig(block_size=16, vocab_size=vocab_size)
-
-
-def shakespeare(vocab_size: int = 66) -> GPTConfig:
-    """The course's model of Shakespeare's characters."""
-    return GPTConfig(block_size=64, vocab_size=vocab_size)

@@ -48,10 +48,13 @@ class GPT(nn.Module):
     module. Hooks on GPT and Block are called in any case and stop no kernel.
 
     Args:
-        config: the shape.
-        backend: how it computes.
-        generator: the source of the initial weights, which lie on its device. torch's default one
+        config: The shape, with a vocabulary's size.
+        backend: How it computes.
+        generator: The source of the initial weights, which lie on its device. torch's default one
             for None; they are the same where both were seeded alike.
+
+    Raises:
+        ConfigError: `config.vocab_size` is None, or `backend` is unknown.
     """
 
     def __init__(
@@ -62,6 +65,10 @@ class GPT(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        if config.vocab_size is None:
+            raise ConfigError(
+                "a GPT needs a number for vocab_size, got None: gptfast.train takes its text's"
+            )
         self.config = config
         self.backend = backend
         with ExitStack() as drawn:

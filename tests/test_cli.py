@@ -153,12 +153,33 @@ def test_train_resumes_and_plots(capsys, tmp_path, text_file):
     assert "\x1b" not in "".join(capsys.readouterr())
 
 
-def test_epochs_take_the_presets_steps_away(tmp_path, text_file):
+def test_epochs_without_the_presets_steps(tmp_path, text_file):
     out = tmp_path / "run"
-    arguments = ["--train.epochs=1", "--train.batch-size=64", "--model.n-embd=16"]
+    arguments = ["--train.epochs=1", "--train.steps=None", "--train.batch-size=64"]
+    arguments += ["--model.n-embd=16"]
     assert cli.main(["train", "abc", "--data", str(text_file), "--out", str(out), *arguments]) == 0
     train = checkpoint.read_config(out)["extra"]["train"]
     assert (train["epochs"], train["steps"]) == (1, None)
+
+
+def test_every_size_of_a_vocabulary_counts(capsys, tmp_path):
+    """66 is what Shakespeare has; it must not be taken for an option that was not given."""
+    file = tmp_path / "text.txt"
+    options = ["--data", str(file), *SMALL, "--train.text-fraction=1"]
+    for chars, given, expected in ((10, 66, 66), (10, 67, 67), (10, None, 11), (10, 11, 11)):
+        file.write_text("".join(chr(ord("A") + i % chars) for i in range(2000)))
+        size = [f"--model.vocab-size={given}"]
+        for arguments in [size] if given else [size, []]:
+            out = tmp_path / f"{given}{len(arguments)}"
+            command = ["train", "shakespeare", "--out", str(out), *options, *arguments]
+            assert cli.main(command) == 0
+            assert checkpoint.read_config(out)["config"]["vocab_size"] == expected
+    file.write_text("".join(chr(ord("A") + i % 80) for i in range(2000)))
+    capsys.readouterr()
+    for given in (66, 67):
+        command = ["train", "shakespeare", "--out", tmp_path / "x", *options]
+        error = refused(capsys, *command, f"--model.vocab-size={given}")
+        assert error == f"vocab_size must be at least the tokenizer's 81, got {given}"
 
 
 def test_eval_measures_the_held_out_part_or_a_file(capsys, run_path, text_file):
@@ -436,6 +457,10 @@ def test_a_run_starts_from_another_ones_model(capsys, tmp_path, run_path, text_f
     old, known = checkpoint.load(run_path)
     assert (model.config.dropout, tokenizer) == (0.5, known)
     assert replace(model.config, dropout=old.config.dropout) == old.config
+    resumed = ["train", "shakespeare", "--data", str(text_file), *options, "--resume"]
+    resumed += ["--train.steps=3", "--train.text-fraction=1"]
+    assert cli.main(resumed) == 0
+    assert checkpoint.load(tmp_path / "run")[0].config == model.config
     capsys.readouterr()
     # The preset's own value is another one than this model's.
     error = refused(capsys, *common, "--out", tmp_path / "x", "--model.block-size=64")

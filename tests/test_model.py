@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gptfast import GPT, BackendError, CheckpointError, ConfigError, GPTConfig
-from gptfast.config import abc
 from gptfast.model import unwrapped
+from gptfast.presets import PRESETS
 from gptfast.testing import assert_budget
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -39,7 +39,8 @@ def tokens(config: GPTConfig, B: int, T: int) -> tuple[Tensor, Tensor]:
 
 
 def test_course_model_has_400128_parameters() -> None:
-    assert sum(param.numel() for param in GPT(abc()).parameters()) == 400_128
+    config = PRESETS["abc"].override({"vocab_size": 5}).model
+    assert sum(param.numel() for param in GPT(config).parameters()) == 400_128
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -179,7 +180,7 @@ def test_attention_weights_are_those_of_multihead_attention() -> None:
     _, expected = course.MM[0](y, y, y, attn_mask=mask, average_attn_weights=False)
     assert torch.allclose(weights[0], expected, atol=1e-6)
     with pytest.raises(ConfigError, match="has no attention weights"):
-        GPT(GPTConfig(attention=False)).attention_weights(idx)
+        GPT(GPTConfig(vocab_size=66, attention=False)).attention_weights(idx)
 
 
 def test_initial_values_are_those_of_torch_modules() -> None:
@@ -317,8 +318,14 @@ def test_course_state_dict_that_does_not_fit_is_an_error() -> None:
         ({"dropout": "0"}, r"dropout must be in \[0, 1\), got '0'"),
         ({"bias": "no"}, "bias must be True or False, got 'no'"),
         ({"gelu": "relu"}, "gelu must be one of"),
-        ({"padding_idx": 66}, r"padding_idx must be None or in \[0, 66\), got 66"),
-        ({"padding_idx": 1.0}, r"padding_idx must be None or in \[0, 66\), got 1.0"),
+        (
+            {"vocab_size": 66, "padding_idx": 66},
+            r"padding_idx must be None or in \[0, 66\), got 66",
+        ),
+        (
+            {"vocab_size": 66, "padding_idx": 1.0},
+            r"padding_idx must be None or in \[0, 66\), got 1.0",
+        ),
     ),
 )
 def test_config_that_contradicts_itself_is_an_error(fields: dict, message: str) -> None:
@@ -332,6 +339,13 @@ def test_config_takes_numpys_numbers() -> None:
     config = GPTConfig(**fields, bias=np.bool_(False), padding_idx=np.uint8(1))
     assert json.dumps(config.to_dict()) == json.dumps(plain.to_dict())
     assert config == plain and config.head_dim == 32
+
+
+def test_a_model_needs_the_size_of_its_vocabulary() -> None:
+    with pytest.raises(ConfigError, match="a GPT needs a number for vocab_size, got None: gptfast"):
+        GPT(GPTConfig())
+    with pytest.raises(ConfigError, match=r"in \[0, vocab_size\), got -1"):
+        GPTConfig(padding_idx=-1)
 
 
 def test_config_survives_its_dict() -> None:

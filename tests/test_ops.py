@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gptfast import GPT, GPTConfig, ops
 from gptfast.ops import adamw, select
+from gptfast.ops.arguments import Argument, Kind, Table, activation, parameter
 
 if select.extension() is None:
     pytest.skip(f"{select.extension_error}", allow_module_level=True)
@@ -132,13 +133,43 @@ def test_what_has_no_dimensions_is_refused_by_name() -> None:
         ),
         f"linear_cross_entropy: weight {flat}": lambda: ops.linear_cross_entropy(x, scalar, none),
         f"embedding: wpe {flat}": lambda: ops.embedding(none[None], F, scalar),
-        r"causal_attention: k must have shape .*, got \(\)": lambda: ops.causal_attention(
+        r"causal_attention: k must have 4 dimensions, got shape \(\)": lambda: ops.causal_attention(
             heads_of, scalar, heads_of
         ),
     }
     for message, call in calls.items():
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_a_table_tells_what_it_expects() -> None:
+    table = Table(
+        "op",
+        x=activation("... C"),
+        w=parameter("3C C"),
+        b=parameter("3C", optional=True),
+        y=activation("..."),
+        i=Argument(Kind.INDICES, "N C"),
+    )
+    x, w, y, i = R(2, 5, 4), R(12, 4), R(2, 5), torch.zeros(7, 4, dtype=torch.int64)
+    sizes = table.check(x, w, None, y, i)
+    assert (sizes["C"], sizes["N"], tuple(sizes["..."])) == (4, 7, (2, 5))
+    wrong: dict[str, tuple[Any, ...]] = {
+        r"w must have shape \(12, 4\), got \(4, 4\)": (x, R(4, 4), None, y, i),
+        r"b must have shape \(12,\), got \(4,\)": (x, w, R(4), y, i),
+        r"y must have shape \(2, 5\), got \(5,\)": (x, w, None, R(5), i),
+        r"i must have shape \(7, 4\), got \(7, 3\)": (x, w, None, y, i[:, :3]),
+        r"i must have 2 dimensions, got shape \(7,\)": (x, w, None, y, i[:, 0]),
+        r"w must be contiguous, got strides \(1, 12\)": (x, R(4, 12).t(), None, y, i),
+        r"x must be a floating-point tensor, got torch.int64": (x.long(), w, None, y, i),
+        r"w must be torch.float32 or torch.bfloat16, got": (x.bfloat16(), w.double(), None, y, i),
+        r"y must be torch.float32, got torch.int64": (x, w, None, y.long(), i),
+        r"i must be torch.int64, got torch.float32": (x, w, None, y, R(7, 4)),
+        r"i must be on cpu, got meta": (x, w, None, y, i.to("meta")),
+    }
+    for message, tensors in wrong.items():
+        with pytest.raises((TypeError, ValueError), match=f"^op: {message}"):
+            table.check(*tensors)
 
 
 def test_what_is_no_tensor_is_refused_by_name() -> None:

@@ -18,9 +18,7 @@ OLD = Path(__file__).parent / "fixtures" / "checkpoint-v1"
 TEXT = data.abc_corpus()[:600]
 TINY = Preset(  # of the run in OLD, which was interrupted after three of its six steps
     name="tiny",
-    model=lambda vocab_size: GPTConfig(
-        block_size=8, vocab_size=vocab_size, n_layer=1, n_head=2, n_embd=8
-    ),
+    model=GPTConfig(block_size=8, n_layer=1, n_head=2, n_embd=8),
     train=TrainConfig(lr=1e-2, batch_size=4, steps=6, eval_every=2),
 )
 

@@ -42,12 +42,10 @@ from gptfast.training import (
 TEXT = data.abc_corpus()[:1200]
 TINY = Preset(
     name="tiny",
-    model=lambda vocab_size: GPTConfig(
-        block_size=8, vocab_size=vocab_size, n_layer=1, n_head=2, n_embd=16
-    ),
+    model=GPTConfig(block_size=8, n_layer=1, n_head=2, n_embd=16),
     train=TrainConfig(lr=1e-2, batch_size=8, steps=12, eval_every=4),
 )
-EPOCHS = {"epochs": 2, "batch_size": 256, "eval_every": 3}  # 5 batches an epoch
+EPOCHS = {"steps": None, "epochs": 2, "batch_size": 256, "eval_every": 3}  # 5 batches an epoch
 FUSED = pytest.mark.skipif(
     bool(select.unavailable("cpu", torch.float32)), reason="the compiled extension is not there"
 )
@@ -198,9 +196,10 @@ def test_more_threads_than_the_system_starts_are_refused_before_anything_is_writ
     assert not (tmp_path / "run").exists()
 
 
-def test_steps_and_epochs_exclude_each_other():
-    with pytest.raises(ConfigError, match="not by both"):
-        TrainConfig(steps=3, epochs=3)
+def test_steps_win_over_epochs():
+    history = quick(steps=3, epochs=2, eval_every=None).history
+    assert losses(history) == losses(quick(steps=3, eval_every=None).history)
+    assert [row["step"] for row in history] == [3]
 
 
 def test_a_whole_number_of_numpy_is_one():
@@ -211,7 +210,8 @@ def test_a_whole_number_of_numpy_is_one():
 
 def test_the_presets_are_the_courses_runs():
     abc, shakespeare = preset("abc"), preset("shakespeare")
-    assert abc.model(5).block_size == 16 and shakespeare.model(66).block_size == 64
+    assert (abc.model.block_size, shakespeare.model.block_size) == (16, 64)
+    assert (abc.model.vocab_size, shakespeare.model.vocab_size) == (None, None)
     assert (abc.train.steps, abc.train.epochs, abc.train.batch_size) == (400, None, 64)
     assert (abc.train.lr, abc.train.clip, abc.train.val_fraction) == (0.003, None, 0.2)
     assert (shakespeare.train.steps, shakespeare.train.epochs) == (None, 3)
@@ -226,13 +226,9 @@ def test_an_unknown_preset_is_answered_with_the_known_ones():
 
 
 def test_overrides_go_to_model_or_training_and_unknown_ones_are_named():
-    changed = preset("abc").override({"n_layer": 3, "lr": 0.5})
-    assert (changed.model(7).n_layer, changed.model(7).vocab_size, changed.train.lr) == (3, 7, 0.5)
-    assert changed.train.steps == 400
-    by_epochs = preset("abc").override({"epochs": 2}).train
-    assert (by_epochs.steps, by_epochs.epochs) == (None, 2)
-    by_steps = preset("shakespeare").override({"steps": 7}).train
-    assert (by_steps.steps, by_steps.epochs) == (7, None)
+    changed = preset("abc").override({"n_layer": 3, "vocab_size": 7, "lr": 0.5})
+    assert (changed.model.n_layer, changed.model.vocab_size, changed.train.lr) == (3, 7, 0.5)
+    assert (changed.model.block_size, changed.train.steps) == (16, 400)
     with pytest.raises(ConfigError, match=r"no option 'learning_rate'.*block_size.*weight_decay"):
         preset("abc").override({"learning_rate": 1.0})
     with pytest.raises(ConfigError, match="n_embd must be divisible by n_head"):
@@ -709,7 +705,7 @@ def test_a_finished_run_can_be_made_longer(tmp_path):
     [
         ({"lr": 0.5}, "started with lr=0.01 and cannot go on with lr=0.5"),
         ({"n_layer": 2}, "n_layer=1 and cannot go on with n_layer=2"),
-        ({"epochs": 1}, "steps=12 and cannot go on with steps=None"),
+        ({"steps": None, "epochs": 1}, "steps=12 and cannot go on with steps=None"),
         ({"text": TEXT[5:]}, "another text"),
     ],
 )
@@ -830,7 +826,7 @@ def test_what_does_not_fit_the_model_to_start_from_is_refused(tmp_path):
     checkpoint.save(checkpoint.load(path)[0].bfloat16(), None, bare)
     for options, error, message in (
         ({"n_layer": 2}, ConfigError, "the model has n_layer=1 and a run .* have n_layer=2"),
-        ({"n_layer": 0}, ConfigError, "the model has n_layer=1 and a run .* have n_layer=0"),
+        ({"n_layer": 0}, ConfigError, "n_layer must be a positive whole number, got 0"),
         ({"text": "abc" * 99}, DataError, "character 'a' at position 0"),
         ({"tokenizer": CharTokenizer(("A", "B"))}, ConfigError, "another tokenizer"),
         ({"init_from": tmp_path / "none"}, CheckpointError, "no such checkpoint"),

@@ -5,8 +5,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import tyro
 
@@ -14,8 +13,7 @@ from gptfast.cli import commands
 from gptfast.cli.commands import EXIT_INTERRUPTED, Command
 from gptfast.errors import ConfigError, GptfastError
 
-if TYPE_CHECKING:
-    from gptfast.config import GPTConfig
+Parsed = TypeVar("Parsed")
 
 EXIT_BAD_INPUT, EXIT_CLOSED_PIPE = 2, 141
 MISTAKES = (  # what one sentence explains
@@ -116,35 +114,27 @@ def _parse_train(arguments: list[str]) -> Command:
     name, options = arguments[0], arguments[1:]
     if name.startswith("-"):
         raise ConfigError(f"the preset comes first: gptfast train PRESET {name} ...")
-    chosen = preset(name)
-    given = {option.partition("=")[0].replace("_", "-") for option in options}
-    # A run goes by steps or by epochs: giving one takes away the other, which the preset may have.
-    for one, other in (("steps", "epochs"), ("epochs", "steps")):
-        if f"--train.{one}" in given and f"--train.{other}" not in given:
-            options += [f"--train.{other}", "None"]
-    # So that a shape that is asked for beside --init-from is seen to be another one.
-    shape = _shape_in(options)
-    return _parse(commands.train_preset(chosen, shape), f"gptfast train {name}", options)
+    chosen, prog = preset(name), f"gptfast train {name}"
+    source = None
+    if not {"-h", "--help"} & set(options):
+        # The defaults of the model's options depend on where its weights come from.
+        source = _parse(commands.Train, prog, options, ignore_unknown=True).source()
+    return _parse(commands.train_preset(chosen, source), prog, options)
 
 
-def _shape_in(options: Sequence[str]) -> "GPTConfig | None":
-    """The shape of the model that --init-from names, where the options have it."""
-    for option, following in zip(options, [*options[1:], ""], strict=False):
-        name, equals, value = option.partition("=")
-        path = value if equals else following
-        if name.replace("_", "-") == "--init-from" and path and path[0] != "-":
-            return commands.shape_of(Path(path))
-    return None
-
-
-def _parse(command: type[Command], prog: str, arguments: Sequence[str]) -> Command:
+def _parse(
+    command: type[Parsed], prog: str, arguments: Sequence[str], ignore_unknown: bool = False
+) -> Parsed:
     """Runs tyro; its boxes about mistakes become one sentence."""
     box = io.StringIO()
+    config = (tyro.conf.FlagCreatePairsOff,)
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(
-                command, prog=prog, args=arguments, config=(tyro.conf.FlagCreatePairsOff,)
-            )
+            if ignore_unknown:
+                return tyro.cli(
+                    command, prog=prog, args=arguments, config=config, return_unknown_args=True
+                )[0]
+            return tyro.cli(command, prog=prog, args=arguments, config=config)
     except SystemExit as error:
         if error.code != EXIT_BAD_INPUT:
             raise

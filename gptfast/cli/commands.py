@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
@@ -112,8 +112,21 @@ class Train:
     overwrite: bool = False  # replace the run in DIR
     plot: File = None  # draw the losses to this picture: .png, .svg or .pdf (needs matplotlib)
 
-    def fit(self, preset: "Preset", overrides: dict[str, Any]) -> int:
-        """Trains; 128 and the signal's number if one ended it, as 130 for Ctrl-C."""
+    def source(self) -> Path | None:
+        """Returns the checkpoint whose shape the model has, None for that of the preset."""
+        if self.init_from is None and not self.resume:
+            return None
+        from gptfast.training.training import source_of
+
+        path, _ = source_of(self.init_from, self.out if self.resume else None)
+        return None if path is None else Path(path)
+
+    def fit(self, preset: "Preset", fields: dict[str, Any]) -> int:
+        """Trains by a preset with these values in all fields of its configs.
+
+        Returns:
+            0, or 128 and the number of the signal that ended the run, as 130 after Ctrl-C.
+        """
         from gptfast.training import UnsavedError, plots, train
         from gptfast.training.progress import hears_ctrl_c
 
@@ -134,7 +147,7 @@ class Train:
                     device=self.compute.device,
                     resume=self.resume,
                     overwrite=self.overwrite,
-                    **overrides,
+                    **fields,
                 )
         except UnsavedError as error:
             raise _rescued(self.out, error) from error
@@ -158,28 +171,24 @@ def _rescued(out: Path, error: "UnsavedError") -> CheckpointError:
     return CheckpointError(f"{why}; the trained model is saved in {place}")
 
 
-def train_preset(preset: "Preset", shape: "GPTConfig | None" = None) -> type[Command]:
-    """Makes the command that trains a preset: its values are the defaults of the options.
+def train_preset(preset: "Preset", source: Path | None) -> type[Command]:
+    """Makes the command that trains a preset, whose configs are the defaults of the options.
 
     Args:
-        preset: the preset.
-        shape: the model's defaults, where they are not the preset's.
+        preset: The preset.
+        source: The checkpoint whose shape the model has, see `Train.source`; None: the preset's.
     """
     from gptfast.config import GPTConfig, TrainConfig
 
-    defaults = shape or preset.model(GPTConfig.vocab_size)
+    shape = preset.model if source is None else shape_of(source)
 
     @dataclass(frozen=True)
     class TrainPreset(Train):
-        # unless it is given, vocab_size is that of the text
-        model: GPTConfig = defaults
-        # giving steps takes the preset's epochs away, and the other way round
+        model: GPTConfig = shape
         train: TrainConfig = preset.train
 
         def run(self) -> int:
-            return self.fit(
-                preset, _changed(self.model, defaults) | _changed(self.train, preset.train)
-            )
+            return self.fit(preset, asdict(self.model) | asdict(self.train))
 
     TrainPreset.__doc__ = f"{Train.__doc__}\n\n{preset.name}: {preset.help}."
     return TrainPreset
@@ -354,12 +363,6 @@ def shape_of(path: Path) -> "GPTConfig":
     from gptfast.config import GPTConfig
 
     return GPTConfig.from_dict(checkpoint.read_config(path)["config"])
-
-
-def _changed(values: Any, defaults: Any) -> dict[str, Any]:
-    """The fields of a config that differ from those of another one."""
-    given = {each.name: getattr(values, each.name) for each in fields(values)}
-    return {name: value for name, value in given.items() if value != getattr(defaults, name)}
 
 
 def _write(pieces: Iterable[str]) -> None:

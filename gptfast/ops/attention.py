@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from gptfast.ops import select
+from gptfast.ops.arguments import Table, activation, check_dropout
 from gptfast.ops.autograd import Fused, backward_of, constant, needs_grad
-from gptfast.ops.common import check_dropout, check_floating, check_like, check_tensor
 from gptfast.ops.flops import of_attention
 from gptfast.ops.library import define
 from gptfast.ops.random import seed_tensor
@@ -74,6 +74,14 @@ class _Attention(Fused):
         return *found, None, None, None, None
 
 
+_TABLE = Table(
+    "causal_attention",
+    q=activation("B H Tq D"),
+    k=activation("B H Tk D"),
+    v=activation("B H Tk D"),
+)
+
+
 def causal_attention(
     q: Tensor,
     k: Tensor,
@@ -108,16 +116,12 @@ def causal_attention(
         ValueError, TypeError: Shapes or dtypes do not fit.
         BackendError: There are no fused kernels for the device or dtype.
     """
-    check_floating("causal_attention", "q", q, 4)
-    B, H, _, D = q.shape
+    D = _TABLE.check(q, k, v)["D"]
     if D == 0:
         raise ValueError(
             f"causal_attention: q must have at least 1 column per head, got shape {tuple(q.shape)}"
         )
     select.require_fused("causal_attention", q.device.type, q.dtype, head_dim=D)
-    check_tensor("causal_attention", "k", k)
-    check_like("causal_attention", "k", k, q, (B, H, k.shape[2] if k.dim() == 4 else 0, D))
-    check_like("causal_attention", "v", v, q, tuple(k.shape))
     dropout_p = check_dropout("causal_attention", dropout_p)
     scale = 1 / math.sqrt(D) if scale is None else constant("causal_attention", "scale", scale)
     if scale < 0.0:

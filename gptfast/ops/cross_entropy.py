@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptfast.ops import select
+from gptfast.ops.arguments import Argument, Kind, Table, activation, check_choice, parameter
 from gptfast.ops.autograd import (
     Fused,
     backward_of,
@@ -16,15 +18,6 @@ from gptfast.ops.autograd import (
     refuse,
     transformed,
     wanted,
-)
-from gptfast.ops.common import (
-    check_activation,
-    check_choice,
-    check_floating,
-    check_indices,
-    check_param,
-    check_shape,
-    check_tensor,
 )
 from gptfast.ops.flops import of_product, of_product_backward
 from gptfast.ops.library import define
@@ -148,6 +141,17 @@ def _refuse_token_weights(needed: bool) -> None:
         )
 
 
+_TABLE = Table(
+    "linear_cross_entropy",
+    x=activation("... K"),
+    weight=parameter("V K"),
+    ln_w=parameter("K", optional=True),
+    ln_b=parameter("K", optional=True),
+    targets=Argument(Kind.INDICES, "..."),
+    token_weights=Argument(Kind.FLOATING, "...", optional=True),
+)
+
+
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -186,18 +190,15 @@ def linear_cross_entropy(
         BackendError: There are no fused kernels for the device or dtype.
     """
     op = "linear_cross_entropy"
-    check_activation(op, "x", x)
-    check_tensor(op, "weight", weight, 2)
-    K = x.shape[-1]
-    check_param(op, "weight", weight, x, (weight.shape[0], K))
-    check_param(op, "ln_w", ln_w, x, (K,))
-    check_param(op, "ln_b", ln_b, x, (K,))
-    check_indices(op, "targets", targets, x, tuple(x.shape[:-1]))
+    _TABLE.check(x, weight, ln_w, ln_b, targets, token_weights)
+    select.require_fused(op, x.device.type, x.dtype)
     check_choice(op, "reduction", reduction, REDUCTIONS)
     if ln_w is None and ln_b is not None:
         raise ValueError(f"{op}: ln_b needs ln_w, got ln_b alone")
     if token_weights is not None:
-        token_weights = _checked_weights(op, token_weights, x)
+        if torch.is_grad_enabled() and not transformed():
+            _refuse_token_weights(token_weights.requires_grad)
+        token_weights = token_weights.float()
     inputs = (x, ln_w, ln_b, weight, targets, token_weights, ignore_index)
     if not needs_grad(x, ln_w, ln_b, weight):
         return _linear_cross_entropy(*inputs, reduction, 0)[0]
@@ -208,13 +209,3 @@ def linear_cross_entropy(
         t is not None and (t.requires_grad or transformed()) for t in (x, ln_w, ln_b, weight)
     )
     return _ReducedLoss.call(*inputs, reduction, wanted(grads))[0]
-
-
-def _checked_weights(op: str, token_weights: Tensor, x: Tensor) -> Tensor:
-    check_floating(op, "token_weights", token_weights)
-    check_shape(op, "token_weights", token_weights, tuple(x.shape[:-1]))
-    if token_weights.device != x.device:
-        raise TypeError(f"{op}: token_weights must be on {x.device}, got {token_weights.device}")
-    if torch.is_grad_enabled() and not transformed():
-        _refuse_token_weights(token_weights.requires_grad)
-    return token_weights.float()

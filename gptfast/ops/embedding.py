@@ -8,14 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptfast.ops import select
+from gptfast.ops.arguments import Argument, Kind, Table, check_dropout, parameter
 from gptfast.ops.autograd import Fused, backward_of, needs_grad, only_wanted, wanted
-from gptfast.ops.common import (
-    check_activation,
-    check_dropout,
-    check_indices,
-    check_param,
-    check_tensor,
-)
 from gptfast.ops.library import define
 from gptfast.ops.linear import fake_grad
 from gptfast.ops.random import seed_tensor
@@ -76,6 +71,14 @@ class _Embedding(Fused):
         return *only_wanted(found, needs), None, None, None, None, None, None
 
 
+_TABLE = Table(
+    "embedding",
+    wte=parameter("V C"),
+    idx=Argument(Kind.INDICES, "B T"),
+    wpe=parameter("block_size C"),
+)
+
+
 def embedding(
     idx: Tensor,
     wte: Tensor,
@@ -109,19 +112,15 @@ def embedding(
         BackendError: There are no fused kernels for the device or dtype.
     """
     op = "embedding"
-    check_activation(op, "wte", wte, 2)
-    check_param(op, "wte", wte, wte, tuple(wte.shape))
-    check_indices(op, "idx", idx, wte)
-    check_tensor(op, "wpe", wpe, 2)
-    if idx.dim() != 2 or idx.shape[1] > wpe.shape[0]:
+    sizes = _TABLE.check(wte, idx, wpe)
+    select.require_fused(op, wte.device.type, wte.dtype)
+    V, block_size = sizes["V"], sizes["block_size"]
+    if sizes["T"] > block_size:
         raise ValueError(
-            f"{op}: idx must be (B, T) with T at most {wpe.shape[0]}, got shape {tuple(idx.shape)}"
+            f"{op}: idx must be (B, T) with T at most {block_size}, got shape {tuple(idx.shape)}"
         )
-    check_param(op, "wpe", wpe, wte, (wpe.shape[0], wte.shape[1]))
-    if padding_idx is not None and not 0 <= padding_idx < wte.shape[0]:
-        raise ValueError(
-            f"{op}: padding_idx must be None or in [0, {wte.shape[0]}), got {padding_idx}"
-        )
+    if padding_idx is not None and not 0 <= padding_idx < V:
+        raise ValueError(f"{op}: padding_idx must be None or in [0, {V}), got {padding_idx}")
     dropout_p = check_dropout(op, dropout_p)
     key = seed_tensor(seed) if dropout_p > 0.0 else None
     dtype = dtype or wte.dtype

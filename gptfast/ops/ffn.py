@@ -9,14 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptfast.ops import select
+from gptfast.ops.arguments import Table, activation, check_choice, check_dropout, parameter
 from gptfast.ops.autograd import needs_grad
-from gptfast.ops.common import (
-    check_activation,
-    check_choice,
-    check_dropout,
-    check_param,
-    check_tensor,
-)
 from gptfast.ops.flops import of_product, of_product_backward
 from gptfast.ops.library import define
 from gptfast.ops.random import seed_tensor
@@ -64,6 +59,16 @@ _ffn_backward = define(
 
 
 _Ffn = sublayer("layer_norm_ffn", _ffn, _ffn_backward)
+_TABLE = Table(
+    "layer_norm_ffn",
+    x=activation("... C"),
+    ln_w=parameter("C"),
+    ln_b=parameter("C", optional=True),
+    w1=parameter("F C"),
+    b1=parameter("F", optional=True),
+    w2=parameter("C F"),
+    b2=parameter("C", optional=True),
+)
 
 
 def layer_norm_ffn(
@@ -105,19 +110,12 @@ def layer_norm_ffn(
         BackendError: There are no fused kernels for the device or dtype.
     """
     op = "layer_norm_ffn"
-    check_activation(op, "x", x)
-    check_tensor(op, "w1", w1, 2)
-    C, F = x.shape[-1], w1.shape[0]
-    check_param(op, "ln_w", ln_w, x, (C,))
-    check_param(op, "ln_b", ln_b, x, (C,))
-    check_param(op, "w1", w1, x, (F, C))
-    check_param(op, "b1", b1, x, (F,))
-    check_param(op, "w2", w2, x, (C, F))
-    check_param(op, "b2", b2, x, (C,))
+    params = (ln_w, ln_b, w1, b1, w2, b2)
+    _TABLE.check(x, *params)
+    select.require_fused(op, x.device.type, x.dtype)
     check_choice(op, "gelu", gelu, ("erf", "tanh"))
     dropout_p = check_dropout(op, dropout_p)
     key = seed_tensor(seed) if dropout_p > 0.0 else None
-    params = (ln_w, ln_b, w1, b1, w2, b2)
     if not needs_grad(x, *params):
         return _ffn(x, *params, gelu, dropout_p, key, stream, False)[0]
     return _Ffn.call(x, *params, gelu, dropout_p, key, stream)[0]

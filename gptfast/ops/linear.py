@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptfast.ops import select
+from gptfast.ops.arguments import Table, activation, parameter
 from gptfast.ops.autograd import Fused, backward_of, needs_grad, only_wanted, wanted
-from gptfast.ops.common import check_activation, check_like, check_param, check_tensor
 from gptfast.ops.flops import of_product, of_product_backward
 from gptfast.ops.library import define
 
@@ -119,6 +120,23 @@ class _LinearResidual(Fused):
         return dx, dweight, dbias, dy if need_residual else None
 
 
+_NORM_TABLE = Table(
+    "layer_norm_linear",
+    x=activation("... K"),
+    ln_w=parameter("K"),
+    ln_b=parameter("K", optional=True),
+    weight=parameter("N K"),
+    bias=parameter("N", optional=True),
+)
+_RESIDUAL_TABLE = Table(
+    "linear_residual",
+    x=activation("... K"),
+    weight=parameter("N K"),
+    bias=parameter("N", optional=True),
+    residual=activation("... N"),
+)
+
+
 def layer_norm_linear(
     x: Tensor, ln_w: Tensor, ln_b: Tensor | None, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
@@ -139,15 +157,9 @@ def layer_norm_linear(
         ValueError, TypeError: Shapes or dtypes do not fit.
         BackendError: There are no fused kernels for the device or dtype.
     """
-    op = "layer_norm_linear"
-    check_activation(op, "x", x)
-    check_tensor(op, "weight", weight, 2)
-    K, N = x.shape[-1], weight.shape[0]
-    check_param(op, "ln_w", ln_w, x, (K,))
-    check_param(op, "ln_b", ln_b, x, (K,))
-    check_param(op, "weight", weight, x, (N, K))
-    check_param(op, "bias", bias, x, (N,))
     params = (ln_w, ln_b, weight, bias)
+    _NORM_TABLE.check(x, *params)
+    select.require_fused("layer_norm_linear", x.device.type, x.dtype)
     if not needs_grad(x, *params):
         return _linear(x, *params, None)[0]
     return _LayerNormLinear.call(x, *params)[0]
@@ -164,14 +176,13 @@ def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
 
     Returns:
         (..., N) in x's dtype.
+
+    Raises:
+        ValueError, TypeError: Shapes or dtypes do not fit.
+        BackendError: There are no fused kernels for the device or dtype.
     """
-    op = "linear_residual"
-    check_activation(op, "x", x)
-    check_tensor(op, "weight", weight, 2)
-    N = weight.shape[0]
-    check_param(op, "weight", weight, x, (N, x.shape[-1]))
-    check_param(op, "bias", bias, x, (N,))
-    check_like(op, "residual", residual, x, (*x.shape[:-1], N))
+    _RESIDUAL_TABLE.check(x, weight, bias, residual)
+    select.require_fused("linear_residual", x.device.type, x.dtype)
     if not needs_grad(x, weight, bias, residual):
         return _linear(x, None, None, weight, bias, residual)[0]
     return _LinearResidual.call(x, weight, bias, residual)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gptfast.ops import select
+from gptfast.ops.arguments import Table, activation, check_dropout, parameter
 from gptfast.ops.autograd import needs_grad
-from gptfast.ops.common import check_dropout, check_floating, check_param
 from gptfast.ops.flops import of_attention, of_product, of_product_backward
 from gptfast.ops.library import define
 from gptfast.ops.random import seed_tensor
@@ -71,6 +71,16 @@ _self_attention_backward = define(
 
 
 _SelfAttention = sublayer("layer_norm_attention", _self_attention, _self_attention_backward)
+_TABLE = Table(
+    "layer_norm_attention",
+    x=activation("B T C"),
+    ln_w=parameter("C"),
+    ln_b=parameter("C", optional=True),
+    w_qkv=parameter("3C C"),
+    b_qkv=parameter("3C", optional=True),
+    w_proj=parameter("C C"),
+    b_proj=parameter("C", optional=True),
+)
 
 
 def layer_norm_attention(
@@ -115,22 +125,15 @@ def layer_norm_attention(
         BackendError: There are no fused kernels for the device or dtype.
     """
     op = "layer_norm_attention"
-    check_floating(op, "x", x, 3)
-    C = x.shape[2]
+    params = (ln_w, ln_b, w_qkv, b_qkv, w_proj, b_proj)
+    C = _TABLE.check(x, *params)["C"]
     if n_head < 1 or C == 0 or C % n_head:
         raise ValueError(
             f"{op}: x must have columns that n_head={n_head} divides, got shape {tuple(x.shape)}"
         )
     select.require_fused(op, x.device.type, x.dtype, head_dim=C // n_head)
-    check_param(op, "ln_w", ln_w, x, (C,))
-    check_param(op, "ln_b", ln_b, x, (C,))
-    check_param(op, "w_qkv", w_qkv, x, (3 * C, C))
-    check_param(op, "b_qkv", b_qkv, x, (3 * C,))
-    check_param(op, "w_proj", w_proj, x, (C, C))
-    check_param(op, "b_proj", b_proj, x, (C,))
     dropout_p = check_dropout(op, dropout_p)
     key = seed_tensor(seed) if dropout_p > 0.0 else None
-    params = (ln_w, ln_b, w_qkv, b_qkv, w_proj, b_proj)
     if not needs_grad(x, *params):
         return _self_attention(x, *params, n_head, dropout_p, key, stream, False)[0]
     return _SelfAttention.call(x, *params, n_head, dropout_p, key, stream)[0]

@@ -1,6 +1,5 @@
 """A whole run from a preset and a text: what `gptfast train` calls."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,8 +54,8 @@ def train(
         resume: go on with the interrupted run in `out`, with the text and options of its start.
         overwrite: replace the run in `out`.
         progress: show a progress bar and the evaluations on stderr.
-        **overrides: other values for fields of GPTConfig and TrainConfig; `steps` replaces `epochs`
-            and the other way round.
+        **overrides: other values for fields of GPTConfig and TrainConfig. A preset that has
+            `steps` goes by epochs with `steps=None, epochs=2`.
 
     Raises:
         ConfigError: an unknown preset or field, a wrong value, a device that is not there, an `out`
@@ -67,30 +66,27 @@ def train(
         UnsavedError: the last save failed; the error's `result` has the trained model.
         TrainError: the loss is no longer finite; the last checkpoint stays.
     """
-    recipe = (preset(chosen) if isinstance(chosen, str) else chosen).override(overrides)
+    recipe = preset(chosen) if isinstance(chosen, str) else chosen
     device = usable_device(device)
     run.check(out, resume, overwrite)
-    if text is not None and data is not None:
-        raise ConfigError("give the text or a file with it, not both")
-    # Where the text comes from, for `held_out`; a text that was given is not kept.
-    extra = {"preset": recipe.name, "data": None if data is None else str(Path(data).absolute())}
-    if text is None:
-        text = _text(recipe, data)
-    else:
-        extra = {"preset": None, "data": None}
     if init_from is not None and out is not None and not resume:
         if Path(init_from).resolve() == Path(out).resolve():
             raise ConfigError(f"{out}: a run cannot start from the run that it replaces")
-    source, extra["init_from"] = _source(init_from, out if resume else None)
-    if source is None:
+    source, noted = source_of(init_from, out if resume else None)
+    known = None if source is None else checkpoint.load(source)
+    if known is not None:
+        recipe = replace(recipe, model=known[0].config)
+    recipe = recipe.override(overrides)
+    text, origin = _text_of(recipe, text, data)
+    if known is None:
         tokenizer = tokenizer or CharTokenizer.from_text(text)
         model = GPT(
-            _config(recipe, tokenizer),
+            _with_vocabulary(recipe.model, tokenizer),
             backend,
             generator=torch.Generator().manual_seed(recipe.train.seed),
         )
     else:
-        model, tokenizer = _known_model(source, overrides, tokenizer)
+        model, tokenizer = _prepared(f"{source}", *known, recipe.model, tokenizer)
         model.backend = backend
     train_ids, val_ids = split(tokenizer.encode_tensor(text), recipe.train)
     check_lengths(model.config.block_size, train_ids, val_ids)
@@ -102,12 +98,26 @@ def train(
         resume=resume,
         overwrite=overwrite,
         progress=progress,
-        extra=extra,
+        extra={**origin, "init_from": noted},
     )
 
 
-def _config(recipe: Preset, tokenizer: CharTokenizer) -> GPTConfig:
-    config = recipe.model(tokenizer.vocab_size)
+def _text_of(
+    recipe: Preset, text: str | None, data: str | Path | None
+) -> tuple[str, dict[str, str | None]]:
+    """Returns the text, and where `held_out` finds it again: nowhere if it was given as such."""
+    if text is None:
+        path = None if data is None else str(Path(data).absolute())
+        return _read(recipe, data), {"preset": recipe.name, "data": path}
+    if data is not None:
+        raise ConfigError("give the text or a file with it, not both")
+    return text, {"preset": None, "data": None}
+
+
+def _with_vocabulary(config: GPTConfig, tokenizer: CharTokenizer) -> GPTConfig:
+    """Returns the config of a model for the tokenizer; sets vocab_size where it is None."""
+    if config.vocab_size is None:
+        return replace(config, vocab_size=tokenizer.vocab_size)
     if config.vocab_size < tokenizer.vocab_size:
         raise ConfigError(
             f"vocab_size must be at least the tokenizer's {tokenizer.vocab_size}, "
@@ -116,12 +126,23 @@ def _config(recipe: Preset, tokenizer: CharTokenizer) -> GPTConfig:
     return config
 
 
-def _source(
+def source_of(
     init_from: str | Path | None, resumed: str | Path | None
 ) -> tuple[str | Path | None, str | None]:
-    """The checkpoint that a run's model is made from, None for a new one, and what it notes of it.
+    """Finds the checkpoint whose shape and tokenizer a run's model takes.
 
-    A run to be resumed has noted what it was started from, and has its shape and tokenizer itself.
+    A run that started from another model has noted so, and its own checkpoint serves to resume it.
+
+    Args:
+        init_from: As for `train`.
+        resumed: The directory of the run that is to go on; None for a new run.
+
+    Returns:
+        The checkpoint's directory, None for a model with new weights; and the absolute path of
+        `init_from` as the run notes it.
+
+    Raises:
+        ConfigError: The run to resume was started from another model than `init_from`.
     """
     given = None if init_from is None else str(Path(init_from).absolute())
     if resumed is None:
@@ -139,25 +160,28 @@ def _source(
     return None if noted is None else resumed, noted
 
 
-def _known_model(
-    path: str | Path, overrides: Mapping[str, Any], tokenizer: CharTokenizer | None
+def _prepared(
+    path: str,
+    model: GPT,
+    stored: CharTokenizer | None,
+    wanted: GPTConfig,
+    tokenizer: CharTokenizer | None,
 ) -> tuple[GPT, CharTokenizer]:
-    """The model of a checkpoint, in float32 at least, and the tokenizer to train it with."""
-    model, stored = checkpoint.load(path)
-    config = model.config
+    """Returns a checkpoint's model, in float32 at least, and the tokenizer to train it with."""
     if tokenizer is None:
         tokenizer = stored
     if tokenizer is None:
         raise ConfigError(f"{path}: the checkpoint has no tokenizer: give the one of its model")
-    if stored not in (None, tokenizer) or tokenizer.vocab_size > config.vocab_size:
+    if stored not in (None, tokenizer) or tokenizer.vocab_size > model.config.vocab_size:
         raise ConfigError(f"{path}: the model was trained with another tokenizer")
-    for name, value in config.to_dict().items():
-        if name != "dropout" and overrides.get(name, value) != value:
+    for name, value in model.config.to_dict().items():
+        other = getattr(wanted, name)
+        if name != "dropout" and other != value:
             raise ConfigError(
                 f"{path}: the model has {name}={value!r} "
-                f"and a run from it cannot have {name}={overrides[name]!r}"
+                f"and a run from it cannot have {name}={other!r}"
             )
-    model.config = replace(config, dropout=overrides.get("dropout", config.dropout))
+    model.config = wanted
     for param in model.parameters():
         if param.dtype in (torch.bfloat16, torch.float16):
             param.data = param.data.float()  # exact, and what training needs
@@ -209,7 +233,7 @@ def held_out(path: str | Path) -> Tensor:
             f"{path}: it is not known which part of its text was held out "
             f"({type(error).__name__}: {error}): give a text"
         ) from error
-    text = _text(recipe, data)
+    text = _read(recipe, data)
     ids = CharTokenizer.from_dict(tokenizer).encode_tensor(text)
     train_ids, val_ids = split(ids, config)
     if run.fingerprint(train_ids, val_ids) != fingerprint:
@@ -220,7 +244,7 @@ def held_out(path: str | Path) -> Tensor:
     return val_ids
 
 
-def _text(recipe: Preset | None, path: str | Path | None) -> str:
+def _read(recipe: Preset | None, path: str | Path | None) -> str:
     if path is not None:
         return read_text(path)
     if recipe is None or recipe.text is None:
