@@ -31,7 +31,7 @@ PROMPT = "A"
 NEW_TOKENS = 700
 GOOD_LOSS = 0.275  # nats; the loss that 400 steps should reach
 COMPARED_BLOCKS, STEPS_PER_BLOCK = 5, 6
-LOSS_TOLERANCE = 1e-4  # the backends round differently; largest difference per compared step
+LOSS_TOLERANCE = 1e-4  # per step, between the backends, which round differently
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class DemoResult:
 
 
 def demo(seed: int = 1, console: Console | None = None) -> DemoResult:
-    """Trains the `abc` model, samples from it, and compares it with its source and the backends.
+    """Trains the `abc` model, samples, and compares: model and source, fused and reference.
 
     Args:
         seed: the seed of initial weights, windows, dropout and samples.

@@ -20,7 +20,7 @@ from gptfast.ops.triton.tiles import dropout_factors, own_head
 
 @triton.jit
 def head_rows(x, t, stride, T, d, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """Rows t of a head, (rows, BLOCK_D); columns from D on are 0, with MASKED rows from T on too."""
+    """Rows t of a head, (rows, BLOCK_D); columns from D on and, if MASKED, rows from T on are 0."""
     at = x + t.to(tl.int64)[:, None] * stride + d[None, :]
     if MASKED:
         tile = tl.load(at, mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
@@ -102,7 +102,7 @@ def _attend(
 
 
 def head_kind(args: Any) -> tuple[int, int]:
-    """Returns the kind of a call for `tuned`: bytes per element, and D rounded up to 64, 128, 256."""
+    """Returns the kind of a call for `tuned`: bytes per element, D rounded up to 64, 128 or 256."""
     return args["q"].element_size(), max(64, block_of(args["D"]))
 
 
