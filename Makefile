@@ -33,8 +33,8 @@ test-amx:
 test-torch-range: build
 	$(PYTHON) tests/torch_range.py
 
-# Runs kernels and engine under AddressSanitizer and UBSan, on shapes that are not multiples of the
-# blocks, and under ThreadSanitizer. Each group of cases (CASES; default: all) runs in its own process.
+# Runs kernels and engine under AddressSanitizer and UBSan, on shapes at which they could overrun a
+# buffer, and under ThreadSanitizer. Each group of cases (CASES; default: all) is a process.
 asan: SANITIZERS = address,undefined
 tsan: SANITIZERS = thread
 asan tsan:
@@ -43,7 +43,7 @@ asan tsan:
 	echo $(or $(CASES),$$(cat build/$@/groups)) | \
 		xargs -n 1 -P $${MAX_JOBS:-$$(nproc)} build/$@/harness
 
-# Each script runs in its own process. The plots are for inspection and are not committed. TEXT names
+# Each script runs in its own process. The plots are for inspection, not to be committed. TEXT names
 # a file with Shakespeare, if it cannot be downloaded.
 benchmark = PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/$(1).py $(3) \
 	--out benchmarks/results/$(2).json --plot benchmarks/results/$(2).png

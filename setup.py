@@ -28,7 +28,7 @@ FLAGS = "-O0 -g -UNDEBUG" if os.environ.get("DEBUG") == "1" else "-O3 -g0"
 FLAGS += " -fvisibility=hidden -Wall"
 STANDARD = "-std=c++20"  # torch before 2.12 would select an older standard
 KERNEL_FLAGS = f"{STANDARD} -fPIC -ffp-contract=fast -fno-math-errno -fno-trapping-math"
-# g++'s SLP vectorizer makes slow code (microkernel.inl); its own headers trigger the two warnings.
+# g++'s SLP vectorizer causes stalls (microkernel.inl); its own headers trigger the two warnings.
 KERNEL_FLAGS += " -fno-tree-slp-vectorize -Wno-maybe-uninitialized -Wno-uninitialized"
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = AVX2 + " -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
