@@ -1,23 +1,24 @@
-# The developer's commands; PYTHON names the environment to use.
+# Commands for developers; PYTHON selects the environment.
 PYTHON ?= python
 CLANG_FORMAT = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('scripts'))")/clang-format
 CSRC = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
 .PHONY: build test test-isa test-amx test-torch-range asan tsan bench lint format clean
 
-build:  ## compile what has changed and put gptfast/_C*.so in place
+build:  ## compile what has changed and write gptfast/_C*.so
 	$(PYTHON) setup.py --quiet build_ext --inplace
 
 test: build
 	$(PYTHON) -m pytest
 
-# The linker keeps one of all weak symbols of a name: code for one instruction set could then run at
-# another level. Hence no kernel object may have any; the one of exception handling is an address.
+# Of weak symbols of the same name the linker keeps only one, so code for one instruction set could
+# run at another level. No kernel object may therefore have weak symbols; the exception, that of
+# exception handling, is only an address.
 test-isa: build
 	nm -A build/temp/isa_*.o > build/temp/isa.symbols
 	! grep ' [WVu] ' build/temp/isa.symbols | grep -v ' V DW.ref.__gxx_personality_v0'
 
-# The AMX kernels on a processor without AMX, their tiles emulated, in a copy of the tree.
+# Tests the AMX kernels on a processor without AMX: emulates the tiles, in a copy of the tree.
 EMULATED = build/emulated
 test-amx:
 	mkdir -p $(EMULATED)
@@ -27,13 +28,13 @@ test-amx:
 	cd $(EMULATED) && GPTFAST_AMX_EMULATED=1 $(PYTHON) setup.py --quiet build_ext --inplace
 	cd $(EMULATED) && $(PYTHON) -m pytest -k amx tests
 
-# Every version of torch that pip has, from the oldest of pyproject.toml on: its headers, and tests on
-# the extension of the newest. Some 3 GB are downloaded, and up to 3 GB of disk taken, for a while.
+# Compiles against the headers of every torch that pip offers, from the oldest in pyproject.toml on,
+# and tests the extension of the newest with some. Downloads some 3 GB; uses up to 3 GB of disk.
 test-torch-range: build
 	$(PYTHON) tests/torch_range.py
 
-# Kernels and engine under AddressSanitizer and UBSan, on shapes where they could miss an end, and
-# under ThreadSanitizer; each group of cases, all or those named in CASES, is a process of its own.
+# Runs kernels and engine under AddressSanitizer and UBSan, on shapes at which they could overrun a
+# buffer, and under ThreadSanitizer. Each group of cases (CASES; default: all) is a process.
 asan: SANITIZERS = address,undefined
 tsan: SANITIZERS = thread
 asan tsan:
@@ -42,8 +43,8 @@ asan tsan:
 	echo $(or $(CASES),$$(cat build/$@/groups)) | \
 		xargs -n 1 -P $${MAX_JOBS:-$$(nproc)} build/$@/harness
 
-# Each script in a process of its own. The pictures are to be looked at, not committed. TEXT is
-# Shakespeare as a file, where it cannot be downloaded.
+# Each script runs in its own process. The plots are for inspection, not to be committed. TEXT names
+# a file with Shakespeare, if it cannot be downloaded.
 benchmark = PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/$(1).py $(3) \
 	--out benchmarks/results/$(2).json --plot benchmarks/results/$(2).png
 bench: build

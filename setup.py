@@ -26,14 +26,14 @@ SOURCES = [path for path in ROOT.glob("csrc/**/*.cpp") if path.parent.name != "l
 CXX = os.environ.get("CXX") or "c++"
 FLAGS = "-O0 -g -UNDEBUG" if os.environ.get("DEBUG") == "1" else "-O3 -g0"
 FLAGS += " -fvisibility=hidden -Wall"
-STANDARD = "-std=c++20"  # torch before 2.12 would take an older one
+STANDARD = "-std=c++20"  # torch before 2.12 would select an older standard
 KERNEL_FLAGS = f"{STANDARD} -fPIC -ffp-contract=fast -fno-math-errno -fno-trapping-math"
-# g++'s own vectors stall (microkernel.inl); it takes undefined operands in its headers as mistakes.
+# g++'s SLP vectorizer causes stalls (microkernel.inl); its own headers trigger the two warnings.
 KERNEL_FLAGS += " -fno-tree-slp-vectorize -Wno-maybe-uninitialized -Wno-uninitialized"
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = AVX2 + " -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 AVX512_BF16 = AVX512 + " -mavx512bf16"
-# For tests of the AMX kernels on a processor without AMX: its tiles in plain memory (amx.inl).
+# Emulates AMX tiles in memory (amx.inl), to test the AMX kernels on a processor without AMX.
 EMULATED = os.environ.get("GPTFAST_AMX_EMULATED") == "1"
 MACROS = {"TORCH_TARGET_VERSION": "0x020a000000000000", "GPTFAST_AMX_EMULATED": f"{EMULATED:d}"}
 AMX = AVX512_BF16 + (" -DGPTFAST_AMX_EMULATED=1" if EMULATED else " -mamx-tile -mamx-bf16")
@@ -41,7 +41,7 @@ ISA_FLAGS = {"generic": "", "avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX51
 
 
 def problem(header: str, flags: str) -> str | None:
-    """Returns why the compiler cannot translate `header` with `flags`; None if it can."""
+    """Returns why the compiler cannot compile `header` with `flags`, or None if it can."""
     command = f"echo '#include <{header}>' | {CXX} -x c++ -c - -o {os.devnull} {flags}"
     status, text = subprocess.getstatusoutput(command)
     return text.partition("\n")[0] if status else None
@@ -54,13 +54,13 @@ def no_extension_reason() -> str | None:
     return line and f"no working C++ compiler with the headers of Python ({line})"
 
 
-def digest(folder: Path) -> str:  # gptfast/cli/info.py hashes csrc in the same way
+def digest(folder: Path) -> str:  # gptfast/cli/info.py computes the same hash of csrc
     files = sorted(folder.rglob("*.[chi]*"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def compile_isa(isa: str) -> str:
-    """Compiles isa/levels/<isa>.cpp unless its object has these flags and kernel files."""
+    """Compiles isa/levels/<isa>.cpp unless its object is up to date (same flags, same kernels)."""
     target, stamp = TEMP / f"isa_{isa}.o", TEMP / f"isa_{isa}.stamp"
     command = f"{CXX} {FLAGS} {KERNEL_FLAGS} {ISA_FLAGS[isa]} "
     command += f"-c {quote(str(KERNELS / f'isa/levels/{isa}.cpp'))} -o {quote(str(target))}"
@@ -73,11 +73,11 @@ def compile_isa(isa: str) -> str:
 
 
 class BuildExt(BuildExtension):
-    """Compiles the kernels of each instruction set apart; records what was built, or why not."""
+    """Compiles the kernels once per instruction set; records what was built, or why nothing was."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        self.build_temp = str(TEMP)  # pip's own is new each time and would recompile everything
+        self.build_temp = str(TEMP)  # pip's folder is always new, so everything would be recompiled
 
     def run(self) -> None:
         reason = no_extension_reason()
@@ -114,7 +114,7 @@ extension = CppExtension(
     define_macros=[*MACROS.items()],
     extra_compile_args=[*FLAGS.split(), STANDARD],
 )
-extension.libraries = ["torch_cpu"]  # the stable ABI asks for nothing else
-# `python setup.py` of a virtual environment that is not activated finds its ninja beside python.
+extension.libraries = ["torch_cpu"]  # the stable ABI needs no other library
+# Finds ninja beside python, also if the virtual environment is not activated.
 os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
 setup(ext_modules=[extension], cmdclass={"build_ext": BuildExt})

@@ -34,24 +34,24 @@ SHAPES = (
     *((1, 12, 4096, 64), (1, 1, 4096, 64)),
 )
 MODES = ("forward", "forward+backward", "forward+backward, dropout 0.2")
-VERIFIED_SCORES = 2**24  # what float64 computes at once: the first heads, where there are more
+VERIFIED_SCORES = 2**24  # scores that are verified in float64; with more, the first heads only
 
 
 def flops(shape: tuple[int, ...], backward: bool) -> float:
-    """2 products of T (T + 1) / 2 scores each, and 4 in the backward pass."""
+    """FLOPs: 2 products of T (T + 1) / 2 scores each, and 4 more in the backward pass."""
     B, H, T, D = shape
     return (3 if backward else 1) * 2 * 2 * B * H * D * T * (T + 1) / 2
 
 
 def first_heads(shape: tuple[int, ...]) -> tuple[slice, slice]:
-    """The batches and heads that are verified; dropout numbers heads in this order as well."""
+    """Returns the batches and heads to verify: the first in the order of dropout's numbers."""
     B, H, T, _ = shape
     heads = max(1, VERIFIED_SCORES // T**2)
     return (slice(heads // H), slice(H)) if heads >= H else (slice(1), slice(heads))
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """FlexAttention, compiled, as it is meant to be used."""
+    """FlexAttention under torch.compile, as its documentation recommends."""
     attend, mask = _flex(q.shape[2])
     return attend(q, k, v, block_mask=mask)
 
@@ -66,7 +66,7 @@ def _flex(T: int) -> tuple[Any, Any]:
 
 
 def attention(shape: tuple[int, ...], mode: str, dtype: str) -> Case:
-    """One shape in one mode."""
+    """Makes the case of one shape, mode and dtype."""
     *inputs, grad = random_tensors(*(4 * [shape]), dtype=dtype)
     backward = grad if mode != "forward" else None
     p = 0.2 if "dropout" in mode else 0.0
@@ -84,7 +84,7 @@ def attention(shape: tuple[int, ...], mode: str, dtype: str) -> Case:
     part = first_heads(shape)
     parts = [x[part] for x in inputs]
     part_grad = None if backward is None else grad[part]
-    # SDPA draws a dropout mask of its own; with ours, the same is written in torch's operators.
+    # SDPA draws its own dropout mask, so peers.attention, with our mask, is verified in its place.
     checked = {
         "gptfast": contender(ops.causal_attention, **masked),
         "SDPA": work(functools.partial(peers.attention, **masked), parts, part_grad),
@@ -100,14 +100,14 @@ def attention(shape: tuple[int, ...], mode: str, dtype: str) -> Case:
         flops(shape, backward is not None),
         dtype,
         checked=checked if p else None,
-        part=lambda x: x[part],  # of a part it is the part itself
+        part=lambda x: x[part],  # has no effect on a result that is already a part
         one_scale=backward is not None,
         compiles=("FlexAttention",) if backward is None else (),
     )
 
 
 def sub_block(dtype: str) -> Case:
-    """x + attention(LN(x)) with its projections, by nn.MultiheadAttention and by gptfast."""
+    """Makes the case of x + attention(LN(x)), with projections: nn.MultiheadAttention, gptfast."""
     B, T, C, H = 64, 64, 128, 2
     norm, module = nn.LayerNorm(C), nn.MultiheadAttention(C, H, batch_first=True)
     norm, module = norm.to(DTYPES[dtype]), module.to(DTYPES[dtype])
@@ -140,7 +140,7 @@ def sub_block(dtype: str) -> Case:
 
 
 def rows() -> Iterator[Row]:
-    """All rows of the script."""
+    """Yields all rows of the script."""
     for shape in SHAPES:
         for mode in MODES:
             for dtype in DTYPES:

@@ -1,4 +1,6 @@
-"""The output projection and its cross-entropy, forward and backward: against torch's whole logits.
+"""Output projection and cross-entropy, forward and backward: gptfast against torch.
+
+torch stores all logits; gptfast does not.
 
 Letters: M rows, K columns, V vocab_size.
 """
@@ -19,7 +21,7 @@ SHAPES = ((1024, 128, 5), (4096, 128, 66), (4096, 384, 66), (1024, 768, 50257))
 
 
 def cross_entropy(M: int, K: int, V: int, dtype: str) -> Case:
-    """One shape; logits have a variance of 1."""
+    """Makes the case of one shape; the logits have a variance of 1."""
     x, weight = random_tensors((M, K), (V, K), dtype=dtype, scale=K**-0.25)
     generator = torch.Generator().manual_seed(2)
     targets = torch.randint(V, (M,), generator=generator, device="cpu").to(x.device)
@@ -34,7 +36,7 @@ def cross_entropy(M: int, K: int, V: int, dtype: str) -> Case:
 
 
 def rows() -> Iterator[Row]:
-    """All rows of the script."""
+    """Yields all rows of the script."""
     for shape in SHAPES:
         for dtype in DTYPES:
             build = functools.partial(cross_entropy, *shape, dtype)

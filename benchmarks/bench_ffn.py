@@ -1,6 +1,6 @@
-"""The feed-forward block, LN + FFN + residual, and a matrix product alone: against torch.
+"""The feed-forward sublayer (LN + FFN + residual) and a matrix product: gptfast against torch.
 
-Letters: M rows, C n_embd, F 4C, K and N columns of a product.
+Letters: M rows, C n_embd, F 4C, K inner and N outer columns of a product.
 """
 
 import functools
@@ -31,7 +31,7 @@ GEMM = (4096, 512, 128)
 
 
 def ffn(M: int, C: int, dtype: str) -> Case:
-    """Forward and backward of the block, without dropout."""
+    """Makes the case of the sublayer, forward and backward, without dropout."""
     F = 4 * C
     x, grad, ln_w, ln_b, b1, b2 = random_tensors(
         (M, C), (M, C), (C,), (C,), (F,), (C,), dtype=dtype
@@ -49,7 +49,7 @@ def ffn(M: int, C: int, dtype: str) -> Case:
 
 
 def gemm(M: int, K: int, N: int, dtype: str) -> Case:
-    """A linear layer without anything around it, forward alone."""
+    """Makes the case of a linear layer without bias, forward only."""
     inputs = random_tensors((M, K), (N, K), dtype=dtype)
     contenders = {
         OURS: work(plain_linear, inputs, None),
@@ -60,7 +60,7 @@ def gemm(M: int, K: int, N: int, dtype: str) -> Case:
 
 
 def rows() -> Iterator[Row]:
-    """All rows of the script."""
+    """Yields all rows of the script."""
     for M, C in SHAPES:
         for dtype in DTYPES:
             build = functools.partial(ffn, M, C, dtype)

@@ -1,8 +1,8 @@
 """Greedy generation: gptfast against the course's loop, torch with a cache, and other engines.
 
-Past the window everyone who can do it slides it by one token and computes it again; others do not
-run there. transformers, CTranslate2 and llama.cpp take part where they are installed. All have
-their weights ready.
+Past the window, the window slides by one token and is recomputed; contenders that cannot do this
+are left out. transformers, CTranslate2 and llama.cpp are included where they are installed.
+Conversion and packing of the weights are not timed.
 Letters: B batch, T time, C n_embd, V vocab_size, L layers.
 """
 
@@ -29,8 +29,8 @@ from gptfast.generation import make_request
 from gptfast.generation.engine import Engine, PackedModel
 from gptfast.generation.snapshot import snapshot
 
-# How far below the largest logit of the float64 model a token's may lie, relative to the size of
-# the logits, to be the likeliest token but for rounding.
+# A generated token counts as the most probable one up to rounding if its logit in the float64 model
+# is at most this far below the largest one, relative to the size of the logits.
 NEARLY_LIKELIEST = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.15}
 VERIFIED_TEXTS, LATENCY_STEPS, LATENCY_SECONDS = 2, 200, 3.0
 BANDWIDTH_BYTES = 1 << 29
@@ -38,35 +38,35 @@ BANDWIDTH_BYTES = 1 << 29
 
 @dataclass(frozen=True)
 class Shape:
-    """A model, and how much is generated with it."""
+    """A model, and the sizes of prompt, continuation and batch."""
 
     name: str
     model: GPTConfig
     prompt: int
     new: int
     batch: int
-    past: bool = False  # the prompt fills the window
+    past: bool = False  # past the window: the prompt fills it
 
     def __str__(self) -> str:
         return f"{self.name}, batch {self.batch}{', past the window' if self.past else ''}"
 
     @property
     def flops(self) -> float:
-        """Useful ones: of a token once where it may be kept, of the window where it slides."""
+        """Useful FLOPs: each token once within the window, the whole window for each slide."""
         m, T = self.model, self.model.block_size
         C, V, L = m.n_embd, m.vocab_size, m.n_layer
         seen = range(1, self.prompt + self.new)
         prefill = sum(L * (24 * C * C + 4 * C * t) for t in seen if t <= T) + self.new * 2 * C * V
         if not self.past:
             return self.batch * prefill
-        # A slide: no projection to q, k, v in the first layer, k and v alone in the last one.
+        # Per slide: no projection to q, k, v in the first layer, only k and v in the last one.
         layers = T * (L * 24 - 6 - 20) * C * C + 20 * C * C
         attention = (L - 1) * 2 * C * T * (T + 1) + 4 * C * T
         return self.batch * (prefill + (self.new - 1) * (layers + attention))
 
     @property
     def weight_bytes(self) -> int:
-        """Of the matrices that a step reads, in float32."""
+        """Bytes of the matrices that a step reads, in float32."""
         m = self.model
         return 4 * m.n_embd * (12 * m.n_layer * m.n_embd + m.vocab_size)
 
@@ -88,7 +88,7 @@ SHAPES = (
 
 @functools.lru_cache(maxsize=1)
 def model_of(config: GPTConfig) -> GPT:
-    """A model of random weights that is sure enough of its tokens for rounding to change few."""
+    """Makes a random model whose logits differ enough for rounding to change few tokens."""
     torch.manual_seed(0)
     model = GPT(config, backend="fused").eval()
     for param in model.parameters():
@@ -98,7 +98,7 @@ def model_of(config: GPTConfig) -> GPT:
 
 
 def prompt_of(shape: Shape) -> Tensor:
-    """Random tokens, (B, T)."""
+    """Returns random tokens, (B, T)."""
     generator = torch.Generator().manual_seed(5)
     size = (shape.batch, shape.prompt)
     prompt = torch.randint(1, shape.model.vocab_size, size, generator=generator, device="cpu")
@@ -106,7 +106,7 @@ def prompt_of(shape: Shape) -> Tensor:
 
 
 def options_of(shape: Shape, dtype: str) -> dict[str, Any]:
-    """Those of generate()."""
+    """Returns the options of generate()."""
     return {
         "max_new_tokens": shape.new,
         "temperature": 0.0,
@@ -116,27 +116,27 @@ def options_of(shape: Shape, dtype: str) -> dict[str, Any]:
 
 
 def ready(shape: Shape, dtype: str) -> GPT | PackedModel:
-    """The model as many calls are best given it."""
+    """Returns the model in the form that is fastest for repeated calls: packed on the CPU."""
     model = model_of(shape.model)
     return model if model.wte.weight.is_cuda else gptfast.pack(model, dtype)
 
 
 def ours(shape: Shape, dtype: str) -> Generate:
-    """gptfast.generate."""
+    """Makes gptfast's contender, gptfast.generate."""
     model, prompts = ready(shape, dtype), prompt_of(shape).tolist()
     options = options_of(shape, dtype)
     return lambda: [each.tokens for each in gptfast.generate(model, prompts, **options)]
 
 
 def makers(shape: Shape, dtype: str) -> dict[str, Callable[[], Generate]]:
-    """Builds each contender; `dtype` is fp32, bf16 or int8."""
+    """Returns a builder of each contender; `dtype` is fp32, bf16 or int8."""
     model, prompt, new = model_of(shape.model), prompt_of(shape), shape.new
     found: dict[str, Callable[[], Generate]] = {OURS: lambda: ours(shape, dtype)}
     torch_dtype = "fp32" if dtype == "fp32" else "bf16"
     if shape.name != "L":
         name = "course" if dtype == "fp32" else "course fp32"
         found[name] = lambda: generation_peers.course_loop(model, prompt, new)
-    if dtype != "int8" and not (shape.name == "L" and shape.batch > 8):  # minutes each
+    if dtype != "int8" and not (shape.name == "L" and shape.batch > 8):  # minutes per call
         found["SDPA loop"] = lambda: generation_peers.sdpa_loop(model, dtype, prompt, new)
     if shape.past:
         return found
@@ -146,9 +146,9 @@ def makers(shape: Shape, dtype: str) -> dict[str, Callable[[], Generate]]:
         found["transformers"] = lambda: generation_peers.transformers_generate(
             model, torch_dtype, prompt, new
         )
-    # It has no bfloat16 on processors without AMX. On GPUs it is another build.
+    # CTranslate2 has no bfloat16 on processors without AMX, and needs another build for GPUs.
     on_cpu = model.wte.weight.is_cpu
-    # One thread may be faster where the model is small.
+    # A small model may be faster on one thread.
     most = torch.get_num_threads()
     counts = (1, most) if shape.name == "S" else (most,)
     if on_cpu and dtype != "bf16" and generation_peers.installed("ctranslate2"):
@@ -169,21 +169,21 @@ def makers(shape: Shape, dtype: str) -> dict[str, Callable[[], Generate]]:
 
 
 def step(shape: Shape, dtype: str) -> Case:
-    """A row: one model, batch and dtype."""
+    """Makes the case of one model, batch and dtype."""
     contenders = {name: make() for name, make in makers(shape, dtype).items()}
     return Case(
         dict(contenders),
         shape.flops,
         functools.partial(verify, shape, dtype, contenders),
         other_dtype=("course fp32",) if dtype != "fp32" else (),
-        # Its OpenMP keeps its threads awake for 0.2 seconds.
+        # Its OpenMP threads spin for 0.2 seconds after a call.
         rests={"CTranslate2": 0.3},
         details=functools.partial(details, shape, dtype),
     )
 
 
 def verify(shape: Shape, dtype: str, contenders: dict[str, Generate]) -> None:
-    """Asserts that each contender's tokens are the likeliest ones but for rounding."""
+    """Asserts that each contender's tokens are the most probable ones up to rounding."""
     exact = oracle_of(shape.model, None)
     rounded = oracle_of(shape.model, "int8") if dtype == "int8" else exact
     prompt, rows = prompt_of(shape).tolist(), range(min(VERIFIED_TEXTS, shape.batch))
@@ -201,7 +201,7 @@ def verify(shape: Shape, dtype: str, contenders: dict[str, Generate]) -> None:
 
 @functools.lru_cache(maxsize=2)
 def oracle_of(config: GPTConfig, dtype: str | None) -> peers.SdpaGPT:
-    """The model in float64, its weights rounded as `dtype` says."""
+    """Returns the model in float64, its weights rounded to `dtype` first."""
     model = snapshot(model_of(config), dtype)
     untied = peers.SdpaGPT(replace(config, tie_weights=False))
     untied.load_state_dict(model.state_dict())
@@ -210,7 +210,7 @@ def oracle_of(config: GPTConfig, dtype: str | None) -> peers.SdpaGPT:
 
 @torch.no_grad()
 def largest_gap(oracle: peers.SdpaGPT, prompt: list[int], new: list[int], shape: Shape) -> float:
-    """How far the logit of a new token lies below the largest one, relative to their size."""
+    """Returns the largest gap between maximal and chosen logit, relative to the logits' size."""
     text, T = torch.tensor([*prompt, *new]), shape.model.block_size
     if shape.past:
         windows = [text[i - T : i] for i in range(len(prompt), len(text))]
@@ -223,7 +223,7 @@ def largest_gap(oracle: peers.SdpaGPT, prompt: list[int], new: list[int], shape:
 
 
 def details(shape: Shape, dtype: str, seconds: float) -> dict[str, float]:
-    """What is told of our own run besides its time."""
+    """Measures gptfast's tokens/s, cache size, latencies and fraction of memory bandwidth."""
     packed = ready(shape, dtype)
     if not isinstance(packed, PackedModel):
         return {"tokens/s": shape.batch * shape.new / seconds}
@@ -255,7 +255,7 @@ def details(shape: Shape, dtype: str, seconds: float) -> dict[str, float]:
 
 
 def one_step(engine: Engine, texts: int) -> float:
-    """Seconds of the engine's passes until each text has a new token more."""
+    """Runs the engine until each text has another token; returns the seconds of its passes."""
     seconds, advanced = 0.0, set[int]()
     while len(advanced) < texts:
         start = time.perf_counter()
@@ -267,7 +267,7 @@ def one_step(engine: Engine, texts: int) -> float:
 
 @functools.cache
 def bandwidth() -> float:
-    """Bytes per second that torch reads from memory, the best of some tries."""
+    """Measures the bytes per second that torch reads from memory, the best of 5 tries."""
     x = torch.ones(BANDWIDTH_BYTES // 4)
     tries = []
     for _ in range(5):
@@ -278,7 +278,7 @@ def bandwidth() -> float:
 
 
 def rows() -> Iterator[Row]:
-    """All rows of the script; weights of 8 bits have activations in bfloat16 where that is fast."""
+    """Yields all rows; int8 ones count as bf16, the dtype of their activations where it is fast."""
     for shape in SHAPES:
         for dtype in ("fp32", "bf16", "int8"):
             name = f"{shape}, int8" if dtype == "int8" else str(shape)

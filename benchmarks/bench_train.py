@@ -1,6 +1,6 @@
 """A whole training step (forward, backward, clip 1.0, AdamW): gptfast against torch's models.
 
-The course's model runs in float32 in the rows of bfloat16 as well: that is what it is used in.
+The course's model runs in float32 in the bfloat16 rows too, because that is how the course uses it.
 Letters: B batch, T time, C n_embd, H heads, V vocab_size, L layers.
 """
 
@@ -20,15 +20,15 @@ from gptfast.config import Precision
 from gptfast.presets import PRESETS
 from gptfast.testing import GRADIENT_FACTOR, RESULT_FACTOR, Op, assert_budget, error
 
-# The weights hardly move: gradients of a model that knows its batch become denormal numbers, which
+# LR is tiny so that the model does not learn its batch: its gradients would become denormals, which
 # some processors multiply slowly.
 LR, CLIP = 1e-9, 1.0
-COURSE, COURSE_FP32 = "course", "course fp32"  # the second in rows of another dtype
+COURSE, COURSE_FP32 = "course", "course fp32"  # COURSE_FP32 in rows of another dtype
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and the windows of a step."""
+    """A model and the batch size of a step."""
 
     name: str
     model: GPTConfig
@@ -37,7 +37,7 @@ class Shape:
 
     @property
     def flops(self) -> float:
-        """3 times the forward pass: its matrix products, and the unmasked half of attention."""
+        """FLOPs: 3 times the forward pass's matrix products and unmasked half of attention."""
         m, T = self.model, self.model.block_size
         products = 2 * T * m.n_embd * (12 * m.n_layer * m.n_embd + m.vocab_size)
         attention = m.n_layer * 2 * 2 * m.n_embd * T * (T + 1) / 2
@@ -66,7 +66,7 @@ SHAPES = (
 
 
 def batch_of(shape: Shape) -> tuple[Tensor, Tensor]:
-    """Random tokens and the ones after them, (B, T) each."""
+    """Returns random inputs and targets, (B, T) each."""
     generator = torch.Generator().manual_seed(3)
     size = (shape.batch, shape.model.block_size + 1)
     idx = torch.randint(1, shape.model.vocab_size, size, generator=generator, device="cpu")
@@ -75,7 +75,7 @@ def batch_of(shape: Shape) -> tuple[Tensor, Tensor]:
 
 
 def our_step(shape: Shape, dtype: str) -> Run:
-    """gptfast's trainer."""
+    """Makes gptfast's contender: a step of its trainer."""
     precision: Precision = "bf16" if dtype == "bf16" else "fp32"
     train = TrainConfig(lr=LR, clip=CLIP, precision=precision, batch_size=shape.batch)
     trainer = Trainer(GPT(shape.model, backend="fused"), train)
@@ -86,7 +86,7 @@ def our_step(shape: Shape, dtype: str) -> Run:
 def torch_step(
     shape: Shape, dtype: str, make: Callable[[GPTConfig], nn.Module], loss_of: Op = peers.loss
 ) -> Run:
-    """The same step of a torch model, its activations in `dtype`."""
+    """Makes the contender that does the same step with a torch model, activations in `dtype`."""
     x, y = batch_of(shape)
     model = make(shape.model)
     parameters = list(model.parameters())
@@ -105,7 +105,7 @@ def torch_step(
 
 
 def makers(shape: Shape, dtype: str) -> dict[str, Callable[[], Run]]:
-    """Builds each contender alone."""
+    """Returns a builder of each contender."""
     found: dict[str, Callable[[], Run]] = {
         OURS: lambda: our_step(shape, dtype),
         "SDPA": lambda: torch_step(shape, dtype, peers.SdpaGPT),
@@ -120,25 +120,25 @@ def makers(shape: Shape, dtype: str) -> dict[str, Callable[[], Run]]:
 
 
 def loss_and_gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
-    """The loss, and the gradient of every parameter."""
+    """Returns the loss, and the gradient of every parameter."""
     return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
 
 def course_results(model: nn.Module, x: Tensor, y: Tensor, n_head: int) -> list[Tensor]:
-    """The loss and the gradients of the course's model, in the order of gptfast's parameters."""
+    """Returns loss and gradients of the course's model, in the order of gptfast's parameters."""
     loss, *grads = loss_and_gradients(peers.loss(model, x, y), model)
     names = [name for name, _ in model.named_parameters()]
-    # A model of the gradients is the shortest way to our order of them.
+    # A GPT that holds the gradients as weights has them in our order.
     renamed = GPT.from_course_state_dict(dict(zip(names, grads, strict=True)), n_head)
     return [loss, *(grad.detach() for grad in renamed.parameters())]
 
 
 def verify(shape: Shape, dtype: str) -> None:
-    """Compares loss and gradients of the models from equal weights.
+    """Compares loss and gradients of the models, with equal weights.
 
-    The budget is that of the torch model which the row times: under autocast in bfloat16. torch
-    draws dropout masks of its own, so that dropout is off there; with it, ours is compared with the
-    reference's, which draws the same.
+    The error budget is that of the SDPA model in the row's dtype (under autocast for bfloat16).
+    torch draws other dropout masks, so dropout is off here; with dropout, `verify_dropout` compares
+    gptfast with the reference, which draws the same masks.
     """
     sizes = replace(shape.model, dropout=0.0)
     torch.manual_seed(0)
@@ -160,7 +160,7 @@ def verify(shape: Shape, dtype: str) -> None:
     assert_same_work("SDPA", own, oracle, dtype)
     if shape.course:
         assert_same_work("course", course_results(course, x, y, sizes.n_head), oracle, "fp32")
-    # Errors of tokens cancel in the mean by chance, so torch's is taken before it.
+    # Errors of tokens can cancel in the mean by chance, so torch's error is the mean of theirs.
     own_error = (own_losses.detach().double() - losses.detach()).abs().mean().item()
     budget = RESULT_FACTOR * (own_error + torch.finfo(torch.float32).eps * oracle[0].item())
     assert error(actual[0], oracle[0]) <= budget, f"loss: error above {budget:.3g}"
@@ -171,7 +171,7 @@ def verify(shape: Shape, dtype: str) -> None:
 
 
 def verify_dropout(shape: Shape, dtype: str) -> None:
-    """Compares loss and gradients with those of the reference in float64, masks being equal."""
+    """Compares loss and gradients with the reference in float64, with equal dropout masks."""
     torch.manual_seed(0)
     ours, reference, (x, y) = (
         GPT(shape.model, backend="fused"), GPT(shape.model, backend="reference"), batch_of(shape)
@@ -188,7 +188,7 @@ def verify_dropout(shape: Shape, dtype: str) -> None:
 
 
 def step(shape: Shape, dtype: str) -> Case:
-    """A row: one model in one dtype."""
+    """Makes the case of one model in one dtype."""
     return Case(
         {name: make() for name, make in makers(shape, dtype).items()},
         shape.flops,
@@ -199,7 +199,7 @@ def step(shape: Shape, dtype: str) -> Case:
 
 
 def rows() -> Iterator[Row]:
-    """All rows of the script."""
+    """Yields all rows of the script."""
     for shape in SHAPES:
         for dtype in DTYPES:
             build = functools.partial(step, shape, dtype)

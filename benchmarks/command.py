@@ -1,6 +1,6 @@
 """The command line of every benchmark: options, the run over the rows, exit codes.
 
-0: all rows are verified and timed; 1: a row is not; 2: a mistake in the options.
+Exit codes: 0: all rows were verified and timed; 1: a row was not; 2: invalid options.
 """
 
 import argparse
@@ -41,9 +41,9 @@ def main(
 
     Args:
         script: its name without `bench_`.
-        about: what it measures, for --help.
-        rows: its rows; they are built one at a time.
-        argv: the options; None takes the process's own.
+        about: the description for --help.
+        rows: its rows; their cases are built one at a time.
+        argv: the options; None uses those of the process.
         with_memory: whether the script has the option --memory.
 
     Returns:
@@ -71,7 +71,7 @@ def main(
 
 
 def sentence(error: Exception) -> str:
-    """What is wrong, in one line."""
+    """Returns an error's message in one line."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: cannot be written ({error.strerror})"
     return str(error)
@@ -80,7 +80,7 @@ def sentence(error: Exception) -> str:
 def parse(
     script: str, about: str, argv: Sequence[str] | None, with_memory: bool
 ) -> argparse.Namespace:
-    """Reads and checks the options. Raises ConfigError or OSError before anything is timed."""
+    """Parses and checks the options. Raises ConfigError or OSError before anything is timed."""
     parser = _Parser(prog=f"bench_{script}.py", description=about, allow_abbrev=False)
     parser.add_argument(
         "--dtype", nargs="+", choices=tuple(DTYPES), default=list(DTYPES), help="default: all"
@@ -113,7 +113,7 @@ def parse(
 
 
 def check_outputs(out: Path | None, plot: Path | None) -> None:
-    """Raises ConfigError or OSError where --out or --plot could not be written at the end."""
+    """Raises ConfigError or OSError if --out or --plot could not be written at the end."""
     if plot and plot.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"--plot: the name must end in {', '.join(SUFFIXES)}, got {plot}")
     if plot:
@@ -137,7 +137,7 @@ def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def _check_writable(path: Path) -> None:
-    """Raises OSError where the file cannot be written; leaves what is there as it is."""
+    """Raises OSError if the file cannot be written; does not change an existing file."""
     existed = path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a"):
@@ -147,7 +147,7 @@ def _check_writable(path: Path) -> None:
 
 
 def choose(rows: list[Row], options: argparse.Namespace) -> list[Row]:
-    """The rows that the options ask for. Raises ConfigError where that is none."""
+    """Returns the rows that the options select. Raises ConfigError if there are none."""
     named = [row for row in rows if options.only in row.name]
     if not named:
         names = ", ".join(dict.fromkeys(row.name for row in rows))
@@ -161,7 +161,7 @@ def choose(rows: list[Row], options: argparse.Namespace) -> list[Row]:
 
 
 def run(script: str, rows: list[Row], options: argparse.Namespace) -> dict[str, Any]:
-    """Verifies and times the rows; see `show` for what is in the result."""
+    """Verifies and times the rows; `show` describes the result."""
     dtypes = list(dict.fromkeys(row.dtype for row in rows))
     with building_on(options.device):
         peaks = {dtype: peak(dtype, options.quick) for dtype in dtypes}
@@ -177,7 +177,7 @@ def run(script: str, rows: list[Row], options: argparse.Namespace) -> dict[str, 
         if options.out and (result["rows"] or result["failed"]):
             show.write_json(partial(options.out), result)
         if not options.quick:
-            torch.compiler.reset()  # or the rows before would use up the limit of recompilations
+            torch.compiler.reset()  # earlier rows would exhaust the limit of recompilations
         gc.collect()
         torch.manual_seed(0)
         try:
@@ -192,21 +192,21 @@ def run(script: str, rows: list[Row], options: argparse.Namespace) -> dict[str, 
 
 
 def partial(out: Path) -> Path:
-    """Where the rows are that a run has so far; they outlive one that is stopped."""
+    """Returns the file for the rows so far, which remains if a run is interrupted."""
     return out.with_name(f"{out.name}.partial")
 
 
 def building_on(device: str) -> contextlib.AbstractContextManager[Any]:
-    """Has tensors made on the device by default.
+    """Makes `device` the default for new tensors.
 
-    torch does so by a mode that every call passes through, which costs an operator several
-    microseconds: it must be off when something small is timed.
+    torch implements this by a mode that intercepts every call and costs several microseconds per
+    operator, so it must be off while rows are timed.
     """
     return contextlib.nullcontext() if device == "cpu" else torch.device(device)
 
 
 def run_row(row: Row, options: argparse.Namespace, peak_gflops: float) -> dict[str, Any]:
-    """Builds, verifies and times one row. Raises AssertionError where it cannot be trusted."""
+    """Builds, verifies and times one row. Raises AssertionError if the verification fails."""
     with building_on(options.device):
         case = row.build()
         if options.quick:
@@ -228,10 +228,10 @@ def run_row(row: Row, options: argparse.Namespace, peak_gflops: float) -> dict[s
 
 
 def leave_out_what_does_not_run(case: Case) -> dict[str, str]:
-    """Calls every contender once; those that raise leave the case, and the reasons are returned.
+    """Calls every contender once, removes those that raise, and returns the reasons by name.
 
     Raises:
-        AssertionError: ours is one of them.
+        AssertionError: gptfast raises.
     """
     notes = {}
     for name, contender in list(case.contenders.items()):

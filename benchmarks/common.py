@@ -1,4 +1,4 @@
-"""What all benchmarks share: rows, their verification, and how they are timed.
+"""Shared by all benchmarks: rows, their verification and timing.
 
 A script describes its rows; `command.main` runs them. A row is verified before it is timed.
 """
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from gptfast.testing import Op, assert_budget, check_results, error
 
-Run = Callable[[], Any]  # a contender: does the whole work once
-Results = Callable[[], list[Tensor]]  # one whose results can be compared: the output, gradients
+Run = Callable[[], Any]  # a contender: does the work once
+Results = Callable[[], list[Tensor]]  # a contender that returns its results: output, gradients
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OURS = "gptfast"
-# How far a contender may be from the float64 result, relative to its largest value, to count as
-# having done the same work; ours is held to the error budget besides. In bfloat16, torch's
-# LayerNorm sums its parameters' gradients in that type and is 15 % off at 4096 rows.
+# The largest difference from the float64 result, relative to its largest value, of a contender that
+# does the same work; gptfast must also meet the error budget. In bfloat16, torch's LayerNorm sums
+# its parameters' gradients in bfloat16 and is 15 % off at 4096 rows.
 SAME_WORK = {"fp32": 1e-3, "bf16": 0.3}
 LEAST_ROUNDS, LEAST_SLOW_ROUNDS, MOST_ROUNDS = 5, 3, 1000
 WAKE_SECONDS = 0.02
@@ -32,28 +32,28 @@ PEAK_REPETITIONS = 10
 
 @dataclass
 class Case:
-    """A row with its tensors: what is timed, and how it is verified."""
+    """A row with its tensors: the contenders to time, and their verification."""
 
-    contenders: dict[str, Run]  # gptfast is the first
-    flops: float  # useful ones: what the mask leaves out or a backward computes again is not
-    verify: Callable[[], None]  # raises AssertionError
+    contenders: dict[str, Run]  # gptfast comes first
+    flops: float  # useful FLOPs: without masked scores and without recomputation in a backward
+    verify: Callable[[], None]  # raises AssertionError if results differ
     compiles: tuple[str, ...] = ()  # contenders whose first call compiles
-    other_dtype: tuple[str, ...] = ()  # contenders that do not compute in the row's dtype
-    # seconds after a contender's call, until the threads that it left spinning have gone to sleep
+    other_dtype: tuple[str, ...] = ()  # contenders that compute in another dtype than the row's
+    # seconds to wait after a contender's call until its spinning threads sleep, by name
     rests: Mapping[str, float] = field(default_factory=dict)
-    # what else there is to say of ours, given its median in seconds
+    # further measurements of gptfast by name, given its median in seconds
     details: Callable[[float], dict[str, float]] | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a script's table, before its tensors exist."""
+    """A row of a script's table; `build` makes its tensors."""
 
     name: str
     dtype: str  # a key of DTYPES
     build: Callable[[], Case]
     quick: bool = False  # small enough for --quick
-    alone: dict[str, Callable[[], Run]] = field(default_factory=dict)  # builds single contenders
+    alone: dict[str, Callable[[], Run]] = field(default_factory=dict)  # builder per contender
 
     def __str__(self) -> str:
         return f"{self.name}, {self.dtype}"
@@ -61,14 +61,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Timing:
-    """The medians over the rounds, in seconds, by contender."""
+    """The number of rounds, and the median seconds per contender."""
 
     rounds: int
     seconds: dict[str, float]
 
 
 def random_tensors(*shapes: tuple[int, ...], dtype: str, scale: float = 1.0) -> list[Tensor]:
-    """Normally distributed tensors of these shapes, always the same ones."""
+    """Makes normally distributed tensors of these shapes, from a fixed seed."""
     generator = torch.Generator().manual_seed(1)
     made = [torch.randn(shape, generator=generator, device="cpu") * scale for shape in shapes]
     return [x.to(torch.get_default_device(), DTYPES[dtype]) for x in made]
@@ -77,7 +77,7 @@ def random_tensors(*shapes: tuple[int, ...], dtype: str, scale: float = 1.0) -> 
 def forward_backward(
     forward: Callable[[], Tensor], leaves: Sequence[Tensor], grad: Tensor
 ) -> Results:
-    """The work of a forward and a backward pass; its results are the output and the gradients."""
+    """Makes a contender of a forward and a backward pass; returns output and gradients."""
 
     def run() -> list[Tensor]:
         out = forward()
@@ -87,7 +87,7 @@ def forward_backward(
 
 
 def work(op: Op, inputs: Sequence[Tensor], grad: Tensor | None) -> Results:
-    """The op's work on `inputs`: forward and backward, forward alone where `grad` is None."""
+    """Makes a contender that calls `op`: forward and, unless `grad` is None, backward."""
     if grad is None:
 
         def run() -> list[Tensor]:
@@ -101,7 +101,7 @@ def work(op: Op, inputs: Sequence[Tensor], grad: Tensor | None) -> Results:
 
 
 def wide(x: Tensor) -> Tensor:
-    """In float64, where it is a floating-point tensor."""
+    """Converts a floating-point tensor to float64; returns others unchanged."""
     return x.detach().double() if x.dtype.is_floating_point else x
 
 
@@ -119,14 +119,14 @@ def compare(
     """Makes the case of contenders that do the same work on the same tensors.
 
     Args:
-        contenders: ours, then torch's own that the budget is measured by, then others.
+        contenders: gptfast, then torch's version, whose error defines the budget, then others.
         oracle: the same work in float64.
         flops: see `Case`.
         dtype: see `Row`.
-        checked: what is verified in place of the contenders, of the same names: where those draw
-            dropout masks of their own, the same work with equal masks.
-        part: of each result, what the oracle computes.
-        one_scale: the gradients are held to a rounding of the largest one of them all.
+        checked: contenders to verify instead, by the same names. With dropout they do the same work
+            with equal masks, because the timed ones draw their own.
+        part: selects the part of each result that the oracle computes.
+        one_scale: the rounding in the budget of every gradient is that of the largest gradient.
         compiles: see `Case`.
     """
 
@@ -148,14 +148,14 @@ def compare(
 def assert_same_work(
     name: str, results: Sequence[Tensor], oracle: Sequence[Tensor], dtype: str
 ) -> None:
-    """Asserts that a contender which computes in `dtype` does what it should, however it rounds."""
+    """Asserts that the results of a contender in `dtype` are the oracle's within SAME_WORK."""
     for i, (x, expected) in enumerate(zip(results, oracle, strict=True)):
         bound = SAME_WORK[dtype] * expected.abs().max().item()
         assert error(x, expected) <= bound, f"{name} does other work: result {i} is not the same"
 
 
 def compiled(op: Op) -> Op:
-    """The op through torch.compile, which is loaded and called when it first runs."""
+    """Wraps `op` in torch.compile, which is first called when the result is."""
 
     @functools.cache
     def get() -> Op:
@@ -176,9 +176,9 @@ def measure(
 
     Args:
         contenders: by name.
-        seconds: how long the rounds should take together; see `count_rounds`.
-        rests: seconds that the processors are left alone after a call of the contender, by name;
-            they are awake again for the next one.
+        seconds: the intended total time of the rounds; see `count_rounds`.
+        rests: seconds of sleep after a call of a contender, by name; all threads are woken up
+            before the next call.
     """
     names = list(contenders)
     first = [_seconds(contenders[name]) for name in names]
@@ -197,23 +197,23 @@ def measure(
 
 
 def _wake_processors() -> None:
-    """Keeps all threads busy for a moment: the first loop after a rest takes milliseconds."""
+    """Keeps all threads busy briefly, because the first loop after a sleep takes milliseconds."""
     x, start = torch.ones(1 << 20), time.perf_counter()
     while time.perf_counter() - start < WAKE_SECONDS:
         x.neg_()
 
 
 def count_rounds(seconds: float, one_round: float) -> int:
-    """How many rounds fit: at least 5, or 3 where a single one takes all the time there is."""
+    """Returns how many rounds fit: at least 5, or 3 if a single round exceeds the time."""
     least = LEAST_SLOW_ROUNDS if one_round > seconds else LEAST_ROUNDS
     return max(least, min(int(seconds / one_round), MOST_ROUNDS))
 
 
 def ordered(names: Sequence[str], round_: int) -> list[str]:
-    """The names from another one on every second round, backwards in between.
+    """Returns the order of a round: rotated every second round, reversed in odd rounds.
 
-    What ran before a contender decides what it finds in the caches: of three, each follows either
-    of the others equally often.
+    The previous contender determines the contents of the caches; of three contenders, each follows
+    either of the others equally often.
     """
     start = round_ // 2 % len(names)
     order = [*names[start:], *names[:start]]
@@ -233,13 +233,13 @@ def peak(dtype: str, quick: bool = False) -> dict[str, Any]:
 
     Args:
         dtype: a key of DTYPES.
-        quick: the smallest size alone.
+        quick: measure only the smallest size.
 
     Returns:
-        `gflops`, `by` (who reached it) and `size`.
+        `gflops`, `by` (the name of the faster one) and `size`.
 
     Raises:
-        AssertionError: gptfast's product is wrong.
+        AssertionError: gptfast's product exceeds the error budget.
     """
     found: dict[str, Any] = {"gflops": 0.0}
     for M, K, N in PEAK_SIZES[:1] if quick else PEAK_SIZES:

@@ -1,7 +1,8 @@
-"""How others generate greedily from the weights of a gptfast model, each as its users call it.
+"""Greedy generation by other engines from the weights of a gptfast model, as users call them.
 
-Every function here makes a contender: a call without arguments that returns the new tokens,
-(B, new) as lists. Letters: B batch, T time, C n_embd, H heads, D head_dim, V vocab_size, L layers.
+Every `*_loop`, `*_cache` and `*_generate` makes a contender: a function without arguments that
+returns the new tokens, (B, new) as lists. Letters: B batch, T time, C n_embd, H heads, D head_dim,
+V vocab_size, L layers.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ Generate = Callable[[], Tokens]
 
 
 def course_model(model: GPT) -> peers.CourseGPT:
-    """The course's model with these weights."""
+    """Makes the course's model with these weights."""
     course_gpt, weights = peers.CourseGPT(model.config), model.state_dict()
     with torch.no_grad():
         for name, param in course_gpt.named_parameters():
@@ -42,14 +43,14 @@ def course_model(model: GPT) -> peers.CourseGPT:
 
 
 def sdpa_model(model: GPT, dtype: str) -> peers.SdpaGPT:
-    """The model by torch's fused attention, in this dtype."""
+    """Makes the SDPA model with these weights, in this dtype."""
     sdpa = peers.SdpaGPT(model.config)
     sdpa.load_state_dict(model.state_dict())
     return sdpa.to(DTYPES[dtype]).eval()
 
 
 def course_loop(model: GPT, prompt: Tensor, new: int) -> Generate:
-    """The course's loop: the whole window, all logits, at every step."""
+    """The course's loop: every step computes the whole window and all its logits."""
     course, T = course_model(model), model.config.block_size
 
     @torch.no_grad()
@@ -64,7 +65,7 @@ def course_loop(model: GPT, prompt: Tensor, new: int) -> Generate:
 
 
 def sdpa_loop(model: GPT, dtype: str, prompt: Tensor, new: int) -> Generate:
-    """The loop of nanoGPT: the whole window at every step, logits of its last token."""
+    """nanoGPT's loop: every step computes the whole window, but only the last token's logits."""
     sdpa, T = sdpa_model(model, dtype), model.config.block_size
 
     @torch.no_grad()
@@ -79,7 +80,7 @@ def sdpa_loop(model: GPT, dtype: str, prompt: Tensor, new: int) -> Generate:
 
 
 def sdpa_cache(model: GPT, dtype: str, prompt: Tensor, new: int) -> Generate:
-    """Eager torch with keys and values kept in tensors of their final size."""
+    """Eager torch with a cache of keys and values, allocated at its final size."""
     sdpa: Any = sdpa_model(model, dtype)
     config = model.config
     B, length = prompt.shape
@@ -115,12 +116,12 @@ def sdpa_cache(model: GPT, dtype: str, prompt: Tensor, new: int) -> Generate:
 
 
 def installed(*modules: str) -> bool:
-    """Whether a peer can be imported: `pip install -e .[peers]` brings them."""
+    """Whether these packages can be imported; `pip install -e .[peers]` installs all."""
     return all(importlib.util.find_spec(module) is not None for module in modules)
 
 
 def transformers_model(model: GPT) -> nn.Module:
-    """GPT2LMHeadModel with these weights."""
+    """Makes transformers' GPT2LMHeadModel with these weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     c = model.config
@@ -139,7 +140,7 @@ def transformers_model(model: GPT) -> nn.Module:
     other = GPT2LMHeadModel(config).eval()
     weights = {}
     for name, weight in model.state_dict().items():
-        transposed = name.endswith("weight") and (".c_" in name)  # Conv1D keeps (K, N)
+        transposed = name.endswith("weight") and (".c_" in name)  # Conv1D stores (K, N)
         place = name if name.startswith("lm_head") else f"transformer.{name}"
         weights[place] = weight.t().contiguous() if transposed else weight
     missing, unexpected = other.load_state_dict(weights, strict=False)
@@ -148,7 +149,7 @@ def transformers_model(model: GPT) -> nn.Module:
 
 
 def transformers_generate(model: GPT, dtype: str, prompt: Tensor, new: int) -> Generate:
-    """transformers' generate, which keeps a cache."""
+    """transformers' generate, with its cache."""
     other: Any = transformers_model(model).to(DTYPES[dtype])
     mask = torch.ones_like(prompt)
 
@@ -168,14 +169,14 @@ def transformers_generate(model: GPT, dtype: str, prompt: Tensor, new: int) -> G
 
 
 def apart(make: Callable[..., Generate], model: GPT, *arguments: Any) -> Generate:
-    """The contender that `make` builds, in a process of its own.
+    """Runs the contender that `make` builds in a separate process.
 
-    OpenMP's threads of two pools in one process are more than there are processors, and it then
-    waits at no barrier: all others would run at half their speed while the other pool exists.
+    Two OpenMP pools in one process have more threads than there are processors. OpenMP then stops
+    spinning at barriers, and all contenders would run at half speed while both pools exist.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    copied = copy.deepcopy(model)  # or its weights would move to shared memory
+    copied = copy.deepcopy(model)  # pickling moves the weights to shared memory
     arguments = (there, torch.get_num_threads(), make, copied, *arguments)
     process = context.Process(target=_serve, args=arguments, daemon=True)
     process.start()
@@ -201,7 +202,7 @@ def _serve(
 ) -> None:
     torch.set_num_threads(threads)
     run: Generate | None = None
-    with contextlib.suppress(EOFError):  # the other end is closed
+    with contextlib.suppress(EOFError):  # the parent closed the pipe
         while True:
             there.recv()
             try:
@@ -212,7 +213,7 @@ def _serve(
 
 
 def fastest(make: Callable[[int], Generate], thread_counts: Sequence[int]) -> Generate:
-    """The contender with the number of threads that serves it best; the others are given up."""
+    """Returns the fastest of the contenders made with these numbers of threads."""
     if len(thread_counts) == 1:
         return make(thread_counts[0])
 
@@ -225,7 +226,7 @@ def fastest(make: Callable[[int], Generate], thread_counts: Sequence[int]) -> Ge
 def ctranslate2_generate(
     model: GPT, compute_type: str, prompt: Tensor, new: int, threads: int
 ) -> Generate:
-    """CTranslate2, all threads on one batch."""
+    """CTranslate2, with all threads on one batch."""
     import ctranslate2
     from ctranslate2.specs import transformer_spec
 
@@ -270,7 +271,7 @@ def ctranslate2_generate(
 
 
 def _fill_ctranslate2(spec: Any, original: GPT) -> None:
-    decoder, model = spec.decoder, copy.deepcopy(original)  # it quantises in place
+    decoder, model = spec.decoder, copy.deepcopy(original)  # the conversion quantises in place
 
     def linear(to: Any, source: nn.Linear) -> None:
         to.weight = source.weight.detach()
@@ -296,11 +297,11 @@ def _fill_ctranslate2(spec: Any, original: GPT) -> None:
 
 
 def llama_cpp_generate(model: GPT, kind: str, prompt: Tensor, new: int, threads: int) -> Generate:
-    """llama.cpp, a sequence per text.
+    """llama.cpp, with one sequence per text.
 
-    `kind` is that of the matrices: F32, BF16 or Q8_0. Keys and values are in float16, its default
-    and its fastest. Its GELU is always that by tanh, from a table in float16, which moves the
-    logits by 5e-4 of their size.
+    `kind` is the type of the matrices: F32, BF16 or Q8_0. Keys and values are float16, the default
+    and the fastest. Its GELU is always the tanh approximation, from a float16 table, which changes
+    the logits by 5e-4 of their size.
     """
     import llama_cpp
 
@@ -327,7 +328,7 @@ def llama_cpp_generate(model: GPT, kind: str, prompt: Tensor, new: int, threads:
         code = llama_cpp.llama_decode(context, batch)
         assert code == 0, f"llama_decode returns {code}"
 
-    decode(prefill)  # the logits stay where they are from now on
+    decode(prefill)  # from now on the logits' address is fixed
     logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), (B, V))
 
     def run() -> Tokens:
@@ -338,7 +339,7 @@ def llama_cpp_generate(model: GPT, kind: str, prompt: Tensor, new: int, threads:
             if i > 0:
                 tokens[:], positions[:] = out[i - 1], T + i - 1
                 decode(step)
-            llama_cpp.llama_get_logits(context)  # waits, and puts the rows in their order
+            llama_cpp.llama_get_logits(context)  # synchronises and sorts the rows
             logits.argmax(1, out=row)
         return out.T.tolist()
 
@@ -353,7 +354,7 @@ def llama_cpp_generate(model: GPT, kind: str, prompt: Tensor, new: int, threads:
 
 
 def _llama_batch(B: int, T: int) -> Any:
-    """T tokens of each of B sequences from position 0 on, logits of the last ones."""
+    """Makes a batch of T tokens of each of B sequences from position 0, with the last's logits."""
     import llama_cpp
 
     batch = llama_cpp.llama_batch_init(B * T, 0, 1)

@@ -1,10 +1,10 @@
-"""What the Triton kernels compile to for GPUs, without one: resources, instructions, best times.
+"""Compiles the Triton kernels for GPUs without a GPU: resources, instructions, best times.
 
-Every operator is called on tensors without data, and every configuration that a chip's shared
-memory allows is compiled instead of launched. A kernel fails where it spills registers, needs more
-shared memory than there is, multiplies without the matrix units that its dtype has, or nowhere
-loads 16 bytes at once. The best time is what the useful FLOPs and the least bytes would take at the
-chip's published peaks. Exit code 1: a kernel fails; 2: a mistake in the options.
+Every operator is called on tensors without data, and every configuration that fits in a chip's
+shared memory is compiled instead of launched. A kernel fails if it spills registers, needs more
+shared memory than the chip has, multiplies matrices without matrix instructions, or has no 16-byte
+load in any configuration. The best time is that of the useful FLOPs or of the least bytes at the
+chip's published peaks, whichever is longer. Exit code 1: a kernel fails; 2: invalid options.
 
 Letters: B batch, T time, C n_embd, H heads, D head_dim, F 4C, V vocab_size, M B T.
 """
@@ -49,14 +49,14 @@ from gptfast.ops.triton import sampling as device_sampling
 
 @dataclass(frozen=True)
 class Chip:
-    """A GPU's limits, as its maker publishes them."""
+    """The limits of a GPU that its maker publishes."""
 
     name: str
     target: GPUTarget
-    shared: int  # bytes that a block may have
+    shared: int  # bytes of shared memory per block
     matrix: float  # dense TFLOP/s in bfloat16 and float16
     vector: float  # TFLOP/s in float32, without tf32
-    bandwidth: float  # GB/s of its memory
+    bandwidth: float  # memory bandwidth, GB/s
 
 
 CHIPS = {
@@ -77,21 +77,21 @@ PRODUCTS = (
     "forward_kernel", "query_grad_kernel", "key_grads_kernel", "linear_kernel",
     "hidden_grad_kernel", "weight_grad_kernel", "partial_sums_kernel", "logits_grad_kernel",
 )  # fmt: skip
-SMALL = ("join_kernel", "losses_kernel")  # they read a number or two per thread
+SMALL = ("join_kernel", "losses_kernel")  # they read only one or two numbers per thread
 B, T, C, H, F, V = 8, 1024, 768, 12, 3072, 50257  # GPT-2
 
 
 @dataclass(frozen=True)
 class Case:
-    """A call of an operator in one dtype: useful FLOPs, and bytes read or written once."""
+    """A call of an operator: useful FLOPs, and data read or written at least once."""
 
     name: str
     run: Callable[[torch.dtype], Any]
     flops: float
-    elements: float  # of activations and weights, in the dtype
+    elements: float  # number of elements in the dtype: activations and weights
     fixed_bytes: float = 0.0
     dtypes: tuple[str, ...] = ("bf16", "fp32")
-    wide: bool = True  # rows are long enough for loads of 16 bytes
+    wide: bool = True  # whether rows are long enough for 16-byte loads
 
 
 @dataclass(frozen=True)
@@ -102,23 +102,23 @@ class Compiled:
     config: str
     shared: int  # bytes
     registers: int
-    spills: int  # registers or bytes of stack
+    spills: int  # spilled registers (HIP) or bytes of stack and local memory (CUDA)
     matrix: bool  # whether it has matrix instructions
-    wide: bool  # whether it has loads of 16 bytes
+    wide: bool  # whether it has 16-byte loads
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor without data."""
+    """Makes a tensor without data."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def long(*shape: int) -> Tensor:
-    """Indices without data."""
+    """Makes an int64 tensor without data."""
     return empty(*shape, dtype=torch.int64)
 
 
 def attention_case(D: int, dropout_p: float, backward: bool) -> Case:
-    """Attention with C / D heads of a packed projection."""
+    """Makes the case of attention with C / D heads on a packed projection."""
     heads, scale = C // D, D**-0.5
     seed = long() if dropout_p else None
 
@@ -141,7 +141,7 @@ def attention_case(D: int, dropout_p: float, backward: bool) -> Case:
 
 
 def cases() -> list[Case]:
-    """All kernels at the sizes of GPT-2 124M, the heads' width and dropout varied."""
+    """Returns the cases of all kernels at the sizes of GPT-2 124M, with several D and dropout."""
     M, norm = B * T, (empty(C), empty(C))
     moments = empty(M), empty(M)
 
@@ -229,27 +229,27 @@ def cases() -> list[Case]:
 
 
 class NoDevice:
-    """What Triton asks of a GPU's driver to compile for it."""
+    """A stand-in for a GPU's driver, with what Triton needs for compilation."""
 
     def __init__(self, chip: Chip) -> None:
         self._target = chip.target
 
     def get_current_target(self) -> GPUTarget:
-        """What to compile for."""
+        """Returns the target of the compilation."""
         return self._target
 
     def get_current_device(self) -> str:
-        """The key of Triton's cache."""
+        """Returns a key for Triton's cache."""
         return str(self._target)
 
     def get_current_stream(self, device: str) -> int:
-        """Nothing is launched."""
+        """Returns a dummy: nothing is launched."""
         return 0
 
 
 @contextlib.contextmanager
 def compiling_for(chip: Chip) -> Iterator[list[tuple[str, Any, Any]]]:
-    """Compiles where a kernel would be launched; yields (config, kernel, compiled) as they come."""
+    """Compiles kernels instead of launching them; yields a growing list of the results."""
     found: list[tuple[str, Any, Any]] = []
     jit_run, tuned_run, limit = JITFunction.run, Autotuner.run, launch.shared_limit
 
@@ -275,7 +275,7 @@ def compiling_for(chip: Chip) -> Iterator[list[tuple[str, Any, Any]]]:
 
 
 def examine(config: str, kernel: Any, compiled: Any) -> Compiled:
-    """What the compiler says of a kernel's resources, and what its assembly shows."""
+    """Collects a kernel's resources from the compiler and its instructions from the assembly."""
     backend = compiled.metadata.target.backend
     text = compiled.asm["ptx" if backend == "cuda" else "amdgcn"]
     registers, spills = (_cuda_resources if backend == "cuda" else _hip_resources)(compiled)
@@ -305,7 +305,7 @@ def _cuda_resources(compiled: Any) -> tuple[int, int]:
 
 def _hip_resources(compiled: Any) -> tuple[int, int]:
     text = compiled.asm["amdgcn"]
-    # Scalar registers spill to lanes of vector ones, not to memory.
+    # Spills of scalar registers do not count: they go to vector registers, not to memory.
     names = "vgpr_count", "vgpr_spill_count"
     registers, spills = (_number(rf"\.{name}: +(\d+)", text) for name in names)
     return registers, spills
@@ -318,14 +318,14 @@ def _number(pattern: str, text: str) -> int:
 
 
 def compile_case(arch: str, name: str, dtype: str) -> list[dict[str, Any]]:
-    """The rows of one case: a kernel in one configuration each."""
+    """Returns the rows of one case, one per kernel and configuration."""
     chip, (case,) = CHIPS[arch], [case for case in cases() if case.name == name]
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
     with compiling_for(chip) as found:
         case.run(DTYPES[dtype])
     size = case.elements * DTYPES[dtype].itemsize + case.fixed_bytes
-    # tf32 has half the matrix units' rate of bfloat16, float32 a third of that again; AMD's units
-    # have float32 itself.
+    # tf32 has half of bfloat16's rate; float32 takes three tf32 products, except on AMD, which
+    # multiplies it directly.
     tf32 = chip.matrix / 2
     exact = chip.vector if chip.target.backend == "hip" else tf32 / 3
     peak = {"fp32": exact, "tf32": tf32}.get(dtype, chip.matrix)
@@ -344,7 +344,7 @@ def compile_case(arch: str, name: str, dtype: str) -> list[dict[str, Any]]:
 
 
 def fails(kernel: Compiled, chip: Chip) -> list[str]:
-    """What is wrong with a kernel's resources; empty where nothing is."""
+    """Returns the problems of a kernel; [] if there are none."""
     found = []
     if kernel.shared > chip.shared:
         found.append(f"{kernel.shared} bytes of shared memory")
@@ -356,7 +356,7 @@ def fails(kernel: Compiled, chip: Chip) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compiles, prints what fails, and writes the table."""
+    """Compiles the kernels, prints failures, and writes the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--chip", nargs="+", choices=tuple(CHIPS), default=list(CHIPS))
     parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))

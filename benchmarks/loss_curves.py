@@ -1,9 +1,10 @@
-"""Whether training in bfloat16 reaches the loss of float32: both on the Shakespeare preset.
+"""Compares the loss of training in bfloat16 and in float32, on the Shakespeare preset.
 
-Runs of several seeds in each precision, the same initial weights, windows and dropout masks in
-both. The difference of the mean held-out losses is held to what another seed changes. What the
-models trained in float32 lose when the engine keeps their weights in fewer bits is held to half a
-percent. The last line is JSON. Exit code 1: a difference is larger; 2: a mistake in the options.
+Trains with several seeds in each precision; a seed gives both the same initial weights, windows and
+dropout masks. The difference of the mean held-out losses must not exceed the spread of float32 over
+the seeds. The engine's bf16 and int8 weights must not increase the mean loss of the float32 models
+by more than half a percent. The last line is JSON. Exit code 1: a limit is exceeded; 2: invalid
+options.
 """
 
 import argparse
@@ -24,11 +25,11 @@ from gptfast.training.plots import COLOURS
 
 PRECISIONS = ("fp32", "bf16")
 WEIGHTS = ("fp32", "bf16", "int8")  # the engine's dtypes
-MOST_LOST = 0.005  # of the loss
+MOST_LOST = 0.005  # largest relative increase of the loss
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Trains, prints the curves, and compares where they end."""
+    """Trains, prints the curves, and compares the final losses; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--data", type=Path, help="the text; default: Shakespeare, downloaded")
     parser.add_argument("--steps", type=int, default=1000)
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(precision: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """The held-out loss over the steps, in nats; after a run in float32 by the engine too."""
+    """Trains one model; returns its held-out losses in nats, for fp32 the engine's as well."""
     print(f"{precision}, seed {seed}", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         done = gptfast.train(
@@ -81,16 +82,16 @@ def train(precision: str, seed: int, options: argparse.Namespace) -> dict[str, A
 
 
 def engine_loss(model: gptfast.GPT, text: list[int], dtype: str) -> float:
-    """The mean loss of a text in nats, in windows that do not overlap."""
+    """Returns the mean loss of a text in nats per token, in disjoint windows."""
     (scored,) = gptfast.score(model, [text], stride=model.config.block_size, dtype=dtype)
     return -scored.logprob / len(scored.logprobs)
 
 
 def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The last losses by precision and seed; the difference of the means; the spread of fp32.
+    """Compares the final losses: by precision and seed, difference of the means, spread of fp32.
 
-    `engine` has the engine's losses by dtype and seed, `lost` how many times larger than in float32
-    the mean is, less 1.
+    `engine` has the engine's losses by dtype and seed; `lost` has the relative increase of their
+    mean over fp32.
     """
     last = {
         precision: [run["curve"][-1][1] for run in runs if run["precision"] == precision]
@@ -135,7 +136,7 @@ def print_result(result: dict[str, Any]) -> None:
 
 
 def plot(path: Path, result: dict[str, Any]) -> None:
-    """Draws all curves, a colour for each precision."""
+    """Draws all curves, one colour per precision."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")

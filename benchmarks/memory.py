@@ -1,7 +1,7 @@
-"""Peak memory of a training step: each contender in a process of its own.
+"""Peak memory of a training step, each contender in a separate process.
 
-What counts is the resident memory above that before the model was built, at its highest over three
-steps; for a compiled model that includes the compilation inside the process.
+This is the increase of the peak resident memory from before the model is built to after three
+steps. For a compiled model it includes the compilation inside the process.
 
 `python memory.py MODULE ROW DTYPE CONTENDER THREADS` prints it in MiB.
 """
@@ -19,22 +19,22 @@ from common import Row
 import gptfast
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_PEAK = "5"  # to clear_refs: the peak starts again from what is resident now
+RESET_PEAK = "5"  # written to clear_refs, resets the peak (VmHWM) to the current VmRSS
 STEPS = 3
 
 
 def of_contenders(
     module: str, row: Row, names: list[str]
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Measures some contenders of a row, one process after the other.
+    """Measures contenders of a row, one process after the other.
 
     Args:
-        module: the script that has the row.
-        row: whose `alone` builds the contenders.
-        names: of the contenders.
+        module: the script that defines the row.
+        row: a row whose `alone` builds the contenders.
+        names: names of the contenders.
 
     Returns:
-        MiB by contender, and notes on those that cannot be measured.
+        MiB by contender, and notes on contenders that could not be measured.
     """
     if not CLEAR_REFS.exists():
         return {}, {"memory": f"not measured: this system has no {CLEAR_REFS}"}
@@ -54,7 +54,7 @@ def of_contenders(
 
 
 def status_mib(name: str) -> float:
-    """A field of this process's status, such as VmRSS, in MiB."""
+    """Returns a field of this process's status, such as VmRSS, in MiB."""
     found = re.search(rf"^{name}:\s+(\d+) kB", STATUS.read_text(), re.M)
     assert found is not None, f"{STATUS} has no {name}"
     return int(found[1]) / 1024

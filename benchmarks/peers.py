@@ -1,7 +1,7 @@
-"""What gptfast is compared with: torch as its users write it.
+"""The torch models and functions that gptfast is compared with, as torch users write them.
 
-`CourseGPT` is the course's model, `SdpaGPT` the same one by someone who knows torch well; the
-functions are the operators in torch's own. Letters: B batch, T time, C n_embd, H heads, D head_dim,
+`CourseGPT` is the course's model, `SdpaGPT` the same model with torch's fused attention; the
+functions are gptfast's operators in torch. Letters: B batch, T time, C n_embd, H heads, D head_dim,
 V vocab_size.
 """
 
@@ -16,7 +16,7 @@ from gptfast.ops import random
 
 
 class CourseGPT(nn.Module):
-    """Pre-norm GPT on nn.MultiheadAttention; its weights have the course's names."""
+    """Pre-norm GPT with nn.MultiheadAttention and the course's parameter names."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class CourseGPT(nn.Module):
 
 
 class SdpaAttention(nn.Module):
-    """Attention by scaled_dot_product_attention on one packed projection."""
+    """Attention by scaled_dot_product_attention, with one packed projection to q, k and v."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class SdpaBlock(nn.Module):
 
 
 class SdpaGPT(nn.Module):
-    """GPT-2 as a torch user writes it; names and dropout are those of `gptfast.GPT`."""
+    """GPT-2 as a torch user writes it, with parameter names and dropout of `gptfast.GPT`."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class SdpaGPT(nn.Module):
         return self.lm_head(self.hidden(idx))
 
     def hidden(self, idx: Tensor) -> Tensor:
-        """(B, T) int64 -> (B, T, C), what the logits are made of."""
+        """(B, T) int64 -> (B, T, C), the input of lm_head."""
         positions = torch.arange(idx.shape[1], device=idx.device)
         x = self.drop(self.wte(idx) + self.wpe(positions))
         for block in self.h:
@@ -133,12 +133,12 @@ class SdpaGPT(nn.Module):
 
 
 def token_losses(model: nn.Module, idx: Tensor, targets: Tensor) -> Tensor:
-    """The cross-entropy of each token, (B T,), from whole logits; idx and targets are (B, T)."""
+    """Cross-entropy per token, (B T,), with all logits stored; idx and targets are (B, T)."""
     return F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), reduction="none")
 
 
 def loss(model: nn.Module, idx: Tensor, targets: Tensor) -> Tensor:
-    """The mean cross-entropy, (), from whole logits; idx and targets are (B, T)."""
+    """Mean cross-entropy, (), with all logits stored; idx and targets are (B, T)."""
     return F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
 
 
@@ -178,7 +178,7 @@ def ffn(
     dropout_p: float = 0.0,
     seed: int = 0,
 ) -> Tensor:
-    """The feed-forward block of (..., C) in torch ops, with gptfast's dropout mask."""
+    """The feed-forward sublayer of (..., C) in torch ops, with gptfast's dropout mask."""
     hidden = F.linear(F.layer_norm(x, x.shape[-1:], ln_w, ln_b), w1, b1)
     y = F.linear(F.gelu(hidden, approximate="none" if gelu == "erf" else "tanh"), w2, b2)
     if dropout_p:
@@ -188,5 +188,5 @@ def ffn(
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The mean cross-entropy of (M, V) logits, which exist as a whole."""
+    """Mean cross-entropy of (M, V) logits, all of which are stored."""
     return F.cross_entropy(F.linear(x, weight).float(), targets)

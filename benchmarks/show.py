@@ -1,10 +1,10 @@
-"""What a benchmark shows: the card of the machine, the table, the JSON, the picture.
+"""The output of a benchmark: the machine's card, the table, the JSON, the plot.
 
 A result is a dict: `script`, `card`, `peak` (by dtype: `gflops`, `by`, `size`), `rows` and `failed`
 (`name`, `dtype`, `why`). Its rows have `name`, `dtype`, `rounds`, `gflop`, `ms` (medians by
-contender), `ratio` (how many times faster gptfast is, by contender), `best` (the fastest of the
-others in the row's dtype, None without one), `gflops`, `of_peak`, `notes`, and `memory_mib` and
-`details` (numbers by name) where there are any.
+contender), `ratio` (how many times faster gptfast is, by contender), `best` (the fastest other
+contender in the row's dtype, None if there is none), `gflops`, `of_peak`, `notes`, and optionally
+`memory_mib` and `details` (numbers by name).
 """
 
 import datetime
@@ -22,11 +22,11 @@ from gptfast.cli.info import info
 from gptfast.errors import ConfigError
 from gptfast.training.plots import COLOURS, GREY
 
-WIDTH = 200  # where the output is no terminal
+WIDTH = 200  # columns, if the output is not a terminal
 
 
 def card() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Returns the machine, the build and the versions that the numbers belong to."""
     facts = info()
     return {
         "cpu": facts["cpu"],
@@ -45,7 +45,7 @@ def card() -> dict[str, Any]:
 def line(
     row: Row, case: Case, timing: Timing, peak_gflops: float, notes: dict[str, str]
 ) -> dict[str, Any]:
-    """The result's entry for a row."""
+    """Returns the result's entry for a row."""
     ours = timing.seconds[OURS]
     others = {name: s for name, s in timing.seconds.items() if name != OURS}
     alike = {name: s for name, s in others.items() if name not in case.other_dtype}
@@ -111,7 +111,7 @@ def _versions(card: dict[str, Any]) -> str:
 
 
 def contenders(rows: list[dict[str, Any]]) -> list[str]:
-    """The names of all contenders but gptfast, in the order in which they come."""
+    """Returns the names of all contenders but gptfast, in order of appearance."""
     return list(dict.fromkeys(name for row in rows for name in row["ratio"]))
 
 
@@ -167,12 +167,12 @@ def print_json(result: dict[str, Any]) -> None:
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Writes the result for people to read, and for `report.py`."""
+    """Writes the result as indented JSON, which `report.py` reads."""
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def need_matplotlib() -> None:
-    """Raises ConfigError where there is no matplotlib."""
+    """Raises ConfigError if matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -180,7 +180,7 @@ def need_matplotlib() -> None:
 
 
 def plot(path: Path, result: dict[str, Any]) -> None:
-    """Draws how many times faster gptfast is than each contender, a group of bars per row."""
+    """Plots how many times faster gptfast is than each contender, one group of bars per row."""
     from matplotlib.figure import Figure
 
     rows, names = result["rows"], contenders(result["rows"])
@@ -203,7 +203,7 @@ def plot(path: Path, result: dict[str, Any]) -> None:
                 va="center",
                 fontsize=8,
                 color=GREY,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # over the line at 1
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # hides the line at 1
             )
             y += 1
         y += 0.8

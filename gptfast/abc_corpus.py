@@ -1,9 +1,9 @@
-"""The `abc` corpus and the best possible prediction of it.
+"""The `abc` corpus, its true next-character distribution and its entropy.
 
-The text is a sequence of words drawn independently, so its source is a hidden Markov chain: the
-state is (word, place in the word), the character there is emitted with certainty, and after a
-word's last character a new word is drawn. That makes the true next-character distribution, and the
-entropy that no model can beat, computable exactly.
+The words of the text are drawn independently, so the source is a hidden Markov model: the state is
+(word, position in the word), it emits its character with probability 1, and after a word's last
+character a new word is drawn. The true next-character distribution and the entropy, a lower bound
+on the loss of any model, can therefore be computed exactly.
 """
 
 from functools import cache
@@ -22,7 +22,7 @@ _MASK_32 = 0xFFFFFFFF
 
 
 def _r_uniforms(seed: int, n: int) -> np.ndarray:
-    """First `n` values of R's `runif` after `set.seed(seed)`: float64, shape (n,)."""
+    """Returns the first `n` values of R's `runif` after `set.seed(seed)`, (n,) float64."""
     x = seed & _MASK_32
     for _ in range(50):
         x = (69069 * x + 1) & _MASK_32
@@ -31,16 +31,16 @@ def _r_uniforms(seed: int, n: int) -> np.ndarray:
         x = (69069 * x + 1) & _MASK_32
         state[i] = x
     generator = np.random.RandomState()
-    # The first of the 625 is R's position, which R sets to 624 here: all words are used up.
+    # The first of the 625 is R's position in the state; R sets it to 624, so all words are used.
     generator.set_state(("MT19937", state[1:], 624, 0, 0.0))
     return generator.randint(0, 2**32, size=n, dtype=np.uint32) * 2.3283064365386963e-10
 
 
 def abc_corpus(seed: int = 1) -> str:
-    """Draw the corpus: 150,000 words and a final newline, as R's `sample(prob=)` draws them.
+    """Draws the corpus as R's `sample(prob=)` does: 150,000 words and a final newline.
 
     Args:
-        seed: R's seed, a 32-bit integer with or without sign; 1 gives the registered corpus.
+        seed: R's seed, a signed or unsigned 32-bit integer; 1 gives the corpus in `CORPORA`.
 
     Raises:
         DataError: if `seed` is not a 32-bit integer.
@@ -48,7 +48,7 @@ def abc_corpus(seed: int = 1) -> str:
     key = whole(seed)
     if key is None or not -(2**31) <= key < 2**32:
         raise DataError(f"seed must be a 32-bit integer, got {seed!r}")
-    # R's revsort leaves these equal probabilities swapped: it reads word 2, word 1, word 3.
+    # R's revsort is not stable: it puts these probabilities in the order word 2, word 1, word 3.
     order = (1, 0, 2)
     cumulative = np.cumsum([PROBABILITIES[i] for i in order])
     words = np.array([WORDS[i] for i in order], dtype=object)
@@ -58,10 +58,10 @@ def abc_corpus(seed: int = 1) -> str:
 
 @cache
 def _chain() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The hidden chain with S states and A characters, float64.
+    """Returns the hidden Markov model with S states and A characters, float64.
 
     Returns:
-        stationary weights (S,), transition probabilities (S, S), emission probabilities (S, A).
+        stationary distribution (S,), transition matrix (S, S), emission matrix (S, A).
     """
     lengths = [len(word) for word in WORDS]
     first = np.cumsum([0, *lengths[:-1]])
@@ -77,23 +77,23 @@ def _chain() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def abc_next_distribution(context: str) -> dict[str, float]:
-    """True distribution of the character after `context`, by the forward algorithm.
+    """Computes the true distribution of the character after `context` by the forward algorithm.
 
     The context may begin anywhere in the text (stationary start), as a training window does.
 
     Args:
-        context: characters that precede; an empty one gives the marginal distribution.
+        context: the preceding characters; an empty context gives the marginal distribution.
 
     Returns:
-        Probability of each of the corpus's four characters (newline, A, B, C), zeros included.
+        The probability of each of the corpus's four characters (newline, A, B, C), zeros included.
 
     Raises:
-        DataError: if the source cannot produce `context`; names the first impossible place.
+        DataError: if the source cannot produce `context`; names the first impossible position.
     """
     belief, transition, emission = _chain()
     for i, char in enumerate(context):
         column = _ALPHABET.find(char)
-        # belief = P(state of this character | characters before it)
+        # belief = P(state at this character | characters before it)
         joint = belief * emission[:, column] if column >= 0 else np.zeros_like(belief)
         if not joint.any():
             raise DataError(f"the abc source cannot give {char!r} at position {i} of the context")
@@ -102,10 +102,10 @@ def abc_next_distribution(context: str) -> dict[str, float]:
 
 
 def abc_entropy(max_context: int = 16) -> float:
-    """Lowest mean loss that any model can reach, over contexts of 1 to `max_context` characters.
+    """Computes the lowest possible mean loss for contexts of 1 to `max_context` characters.
 
-    The mean over context lengths of H(next character | context of that length) in nats, exact: all
-    contexts that the source can produce are enumerated with their probabilities.
+    This is the mean over context lengths of H(next character | context of that length), in nats. It
+    is exact: all contexts that the source can produce are enumerated with their probabilities.
 
     Raises:
         DataError: if `max_context` is below 1.
@@ -114,7 +114,7 @@ def abc_entropy(max_context: int = 16) -> float:
     if count is None or count < 1:
         raise DataError(f"max_context must be a whole number, at least 1, got {max_context!r}")
     stationary, transition, emission = _chain()
-    # Row n: P(context n, state of the next character); the sum of a row is P(context n).
+    # Row n is P(context n, state of the next character); its sum is P(context n).
     joint = stationary[None, :]
     entropies = []
     for length in range(count + 1):

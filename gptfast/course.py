@@ -1,4 +1,4 @@
-"""The names of the weights in the course's models."""
+"""Translates the parameter names of the course's models to gptfast's."""
 
 _COURSE_BLOCK_NAMES = {
     "MM.in_proj_weight": "attn.c_attn.weight",
@@ -22,7 +22,7 @@ _COURSE_NAMES = {
 
 
 def from_course_name(name: str) -> str:
-    """`MM.0.in_proj_weight` -> `h.0.attn.c_attn.weight`; a name that is not the course's stays."""
+    """Maps `MM.0.in_proj_weight` to `h.0.attn.c_attn.weight`; returns unknown names unchanged."""
     head, _, rest = name.partition(".")
     layer, _, tail = rest.partition(".")
     if layer.isdigit() and f"{head}.{tail}" in _COURSE_BLOCK_NAMES:

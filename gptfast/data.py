@@ -1,6 +1,6 @@
-"""Corpora by name and hash, text files, and training windows gathered as tensors.
+"""Named corpora, text files, and batches of training windows.
 
-B batch, T = block_size, N number of tokens of the text.
+Letters: B batch, T block_size, N tokens of a text.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Corpus:
-    """One known corpus: what its bytes are, and where they can be had (no URL: it is generated)."""
+    """A known corpus: the hash of its file and its download URLs (none if it is generated)."""
 
     name: str
     file_name: str
@@ -63,7 +63,7 @@ CORPORA = {
 
 
 def data_dir() -> Path:
-    """Folder of downloaded corpora: `GPTFAST_DATA_DIR`, or gptfast's folder in the user's cache."""
+    """Returns the folder of downloads: `GPTFAST_DATA_DIR`, or a folder in the user's cache."""
     chosen = os.environ.get("GPTFAST_DATA_DIR")
     return Path(chosen).expanduser() if chosen else Path(pooch.os_cache("gptfast"))
 
@@ -75,7 +75,7 @@ def _read_bytes(path: Path) -> bytes:
         raise DataError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise DataError(f"{path}: expected a text file, got a directory") from None
-    except (OSError, ValueError) as error:  # the latter for names that no file can have
+    except (OSError, ValueError) as error:  # ValueError: not a possible file name
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{path}: cannot be read ({reason})") from error
     if not data:
@@ -84,7 +84,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: str | Path) -> str:
-    """Read a UTF-8 text file as it is: line ends are kept, a byte order mark is no part of it.
+    """Reads a UTF-8 text file: keeps line ends as they are, removes a byte order mark.
 
     Raises:
         DataError: if the file is missing, a directory, unreadable, empty or not UTF-8.
@@ -102,18 +102,18 @@ def read_text(path: str | Path) -> str:
 
 
 def without_mark(text: str) -> str:
-    """A text that was read, without the byte order mark that some editors put at its start."""
+    """Removes the byte order mark that some editors write at the start of a file."""
     return text.removeprefix("\ufeff")
 
 
 def shakespeare(source: str | Path | None = None) -> str:
-    """Tiny Shakespeare, from a file or downloaded once into `data_dir()`; its hash is checked.
+    """Returns Tiny Shakespeare, downloaded once or read from a file; checks its SHA-256.
 
     Args:
-        source: a file that holds it; None takes it from `data_dir()`, fetched if it is missing.
+        source: a file with the text; None reads it from `data_dir()`, after a download if needed.
 
     Raises:
-        DataError: if the file is another text, or if it can be neither found nor downloaded.
+        DataError: if the file's hash is wrong, it cannot be read, or the download fails.
     """
     corpus = CORPORA["shakespeare"]
     if source is not None:
@@ -143,7 +143,7 @@ def _download(corpus: Corpus, path: Path) -> None:
                 url, known_hash=f"sha256:{corpus.sha256}", fname=path.name, path=path.parent
             )
         except (OSError, ValueError) as error:
-            # pooch reports the network by OSError (requests), a wrong hash by ValueError.
+            # pooch raises OSError (from requests) for network errors, ValueError for a wrong hash.
             reasons.append(f"{url.split('/')[2]}: {type(error).__name__}")
         else:
             return
@@ -184,16 +184,16 @@ def _gather(ids: torch.Tensor, starts: torch.Tensor, T: int) -> tuple[torch.Tens
 def random_windows(
     ids: torch.Tensor, block_size: int, batch_size: int, generator: torch.Generator | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw `batch_size` windows with independent, uniform starts.
+    """Draws `batch_size` windows whose starts are independent and uniformly distributed.
 
     Args:
         ids: tokens of the text, (N,) int64.
-        block_size: T, the window's length.
+        block_size: T, the length of a window.
         batch_size: B.
-        generator: source of the starts; torch's own if None.
+        generator: the source of the starts; torch's default generator if None.
 
     Returns:
-        inputs and targets (the inputs one place further), each (B, T) int64 on the device of `ids`.
+        inputs and targets (the inputs shifted by one), each (B, T) int64 on the device of `ids`.
 
     Raises:
         DataError: if the text is shorter than T + 1, a size is below 1, or `ids` is not 1-D int64.
@@ -206,14 +206,14 @@ def random_windows(
 
 
 class EpochWindows:
-    """Every window of a text once, in batches; each iteration is one epoch with a new order.
+    """Iterates over all windows of a text in batches; each iteration is one epoch in a new order.
 
     Args:
         ids: tokens of the text, (N,) int64.
-        block_size: T, the window's length.
-        batch_size: B; the last batch of an epoch holds what is left and may be smaller.
-        generator: source of the order, drawn per epoch; None keeps the order of the text.
-        stride: distance of the starts; 1 gives all N - T windows, T disjoint targets.
+        block_size: T, the length of a window.
+        batch_size: B; the last batch of an epoch may be smaller.
+        generator: the source of a new random order per epoch; None keeps the order of the text.
+        stride: distance between starts; 1 gives all N - T windows, T gives disjoint targets.
 
     Raises:
         DataError: if the text is shorter than T + 1, a size is below 1, or `ids` is not 1-D int64.
@@ -235,11 +235,11 @@ class EpochWindows:
         self.num_windows = -(-_num_windows(ids, self.block_size) // self.stride)
 
     def __len__(self) -> int:
-        """Number of batches of one epoch."""
+        """The number of batches in an epoch."""
         return (self.num_windows + self.batch_size - 1) // self.batch_size
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield inputs and targets, each (B, T) int64 on the device of `ids`."""
+        """Yields inputs and targets, each (B, T) int64 on the device of `ids`."""
         if self.generator is None:
             order = torch.arange(self.num_windows)
         else:
@@ -253,5 +253,5 @@ class EpochWindows:
 def epoch_windows(
     ids: torch.Tensor, block_size: int, batch_size: int, generator: torch.Generator | None = None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """One epoch over all windows in shuffled order: an iterator of `EpochWindows`."""
+    """Returns an iterator over one epoch of `EpochWindows`; without generator in text order."""
     return iter(EpochWindows(ids, block_size, batch_size, generator))

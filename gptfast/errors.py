@@ -1,12 +1,12 @@
-"""Errors that one sentence explains; the command line prints that sentence without a traceback."""
+"""Expected errors with a one-sentence message, which the command line prints without traceback."""
 
 
 class GptfastError(Exception):
-    """A mistake in the input, or a refusal of the machine, that its message explains."""
+    """Invalid input, or something that this machine or build cannot do."""
 
 
 class ConfigError(GptfastError, ValueError):
-    """A model, training or generation option that is unknown or does not fit the others."""
+    """A model, training or generation option that is unknown, invalid or conflicts with another."""
 
 
 class DataError(GptfastError, ValueError):
@@ -14,8 +14,8 @@ class DataError(GptfastError, ValueError):
 
 
 class CheckpointError(GptfastError, RuntimeError):
-    """A checkpoint that cannot be written, or is missing, damaged, foreign or of another shape."""
+    """A checkpoint that cannot be written, or is missing, damaged, of another format or shape."""
 
 
 class BackendError(GptfastError, RuntimeError):
-    """A backend or instruction set that was asked for and that this build or machine lacks."""
+    """A requested backend or instruction set that this build or machine does not support."""

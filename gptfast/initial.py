@@ -1,4 +1,4 @@
-"""Where initial weights come from."""
+"""Draws the initial weights from a given random generator."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +9,12 @@ from torch.overrides import TorchFunctionMode
 
 
 class InitialDraws(TorchFunctionMode):
-    """Has the initialisers of torch.nn, within this thread, draw from a generator.
+    """Makes the initialisers of torch.nn draw from a generator, in this thread.
 
     Args:
-        generator: None leaves tensors as they are, for a model whose weights are replaced at once,
-            or that has no memory (where torch would load its compiler, for seconds, to fill it).
+        generator: the source of the random numbers. None skips the initialisation, for a model
+            whose weights are replaced afterwards or that is on the meta device (where torch would
+            spend seconds loading its compiler).
     """
 
     DRAWING = frozenset({

@@ -1,12 +1,13 @@
-"""Which modules are the plain layers that the kernels stand in for; any other is called instead.
+"""Checks whether a module is a plain torch layer, which the fused kernels can replace.
 
-A check gives None for a plain layer, else what it is, in words that follow its name. Every forward
-pass asks for every layer, so what is plain is known in half a microsecond: a check reads instance
-dictionaries, which nn.Module's own attribute access takes three times as long for. torch.compile
-traces it too, and writes no number into a text.
+A check returns None for a plain layer. Otherwise it returns the difference as the end of a sentence
+that begins with the layer's name, and the module itself is called. Every forward pass checks every
+layer, so a check must take about half a microsecond: it reads the instance's dictionary, because
+nn.Module's attribute access takes three times as long. torch.compile traces the checks too and
+cannot format numbers, so no message contains a module's numbers.
 
-Hooks for all modules (torch.nn.modules.module.register_module_forward_hook) see those that are
-called and change nothing here: profilers and FLOP counters set them, to watch the kernels too.
+Global hooks (torch.nn.modules.module.register_module_forward_hook) do not make a layer count as
+modified: profilers and FLOP counters set them, also to observe the kernels.
 """
 
 from collections.abc import Callable, Iterable
@@ -24,17 +25,17 @@ Layer = tuple[str, nn.Module, Check]
 
 
 def linear(module: nn.Module) -> str | None:
-    """Why a module is no plain nn.Linear; None where it is one."""
+    """Returns why a module is not a plain nn.Linear, or None if it is."""
     return untouched(module, Linear) or _weight(module)
 
 
 def head(module: nn.Module) -> str | None:
-    """Why a module is no plain nn.Linear without a bias; None where it is one."""
+    """Returns why a module is not a plain nn.Linear without bias, or None if it is."""
     return linear(module) or (None if module.bias is None else "has a bias")
 
 
 def norm(module: nn.Module) -> str | None:
-    """Why a module is no plain nn.LayerNorm over the last dimension; None where it is one."""
+    """Returns why a module is not a plain nn.LayerNorm of the last dimension, or None if it is."""
     found = untouched(module, LayerNorm)
     if found is not None:
         return found
@@ -47,7 +48,7 @@ def norm(module: nn.Module) -> str | None:
 
 
 def embedding(module: nn.Module) -> str | None:
-    """Why a module is no plain nn.Embedding; None where it is one."""
+    """Returns why a module is not a plain nn.Embedding, or None if it is."""
     found = untouched(module, Embedding)
     if found is not None:
         return found
@@ -61,7 +62,7 @@ def embedding(module: nn.Module) -> str | None:
 
 
 def positions(module: nn.Module) -> str | None:
-    """Why a module is no plain nn.Embedding that trains every row; None where it is one."""
+    """Returns why a module is not a plain nn.Embedding without padding_idx, or None if it is."""
     found = embedding(module)
     if found is not None or module.__dict__["padding_idx"] is None:
         return found
@@ -69,7 +70,7 @@ def positions(module: nn.Module) -> str | None:
 
 
 def untouched(module: nn.Module, kind: type[nn.Module]) -> str | None:
-    """Why calling a module does not call `kind.forward` alone; None where it does."""
+    """Returns why calling a module differs from `kind.forward`, or None if it does not."""
     own = module.__dict__
     if type(module) is not kind:
         return f"is a {type(module).__module__}.{type(module).__qualname__}"
@@ -84,7 +85,7 @@ def untouched(module: nn.Module, kind: type[nn.Module]) -> str | None:
 
 
 def overridden(module: nn.Module, kind: type[nn.Module]) -> str | None:
-    """What a subclass of `kind` has in place of a member of it; None where that is nothing."""
+    """Returns which member of `kind` the module's class overrides, or None if it overrides none."""
     for own in type(module).__mro__[: type(module).__mro__.index(kind)]:
         for name in vars(own):
             if name in vars(kind) and not name.startswith("__"):
@@ -93,9 +94,9 @@ def overridden(module: nn.Module, kind: type[nn.Module]) -> str | None:
 
 
 def called(module: nn.Module) -> str | None:
-    """Why it matters that a module is called, where no gradient is wanted; None where it does not.
+    """Returns why a module must be called in inference, or None if its parts can be used directly.
 
-    For those whose forward pass is known, as that of GPT and Block.
+    For modules whose forward pass is known, such as GPT and Block.
     """
     own = module.__dict__
     if own["_forward_hooks"] or own["_forward_pre_hooks"]:
@@ -104,7 +105,7 @@ def called(module: nn.Module) -> str | None:
 
 
 def params(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a plain layer."""
+    """Returns weight and bias of a plain layer."""
     own = module.__dict__["_parameters"]
     if "weight" in own and "bias" in own:
         return own["weight"], own["bias"]
@@ -113,7 +114,7 @@ def params(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def first_oddity(layers: Iterable[Layer]) -> str | None:
-    """The first of these layers that is not plain, its name and what it is; None where all are."""
+    """Returns the name of the first layer that is not plain and why, or None if all are plain."""
     for name, module, check in layers:
         found = check(module)
         if found is not None:
@@ -125,7 +126,7 @@ def _weight(module: nn.Module) -> str | None:
     if type(module.__dict__["_parameters"].get("weight")) is Parameter:
         return None
     weight = module.weight
-    # FSDP and functional_call put a Tensor in a parameter's place; the other two only trace.
+    # FSDP and functional_call replace the Parameter by a Tensor; the other two occur in tracing.
     if type(weight) is Tensor or isinstance(weight, FakeTensor | FunctionalTensor):
         return None
     return "has no weight" if weight is None else f"has a weight that is a {type(weight).__name__}"

@@ -1,8 +1,8 @@
-"""What of a model a checkpoint holds, and whether that is the whole model.
+"""Selects what a checkpoint stores of a model, and checks that this describes the whole model.
 
-A checkpoint is a configuration and tensors, and loads as the GPT that these two describe. A model
-that computes otherwise (with LoRA layers, parametrizations, another eps) would load as another one,
-so it is refused. Hooks are not stored, and not refused: most of them only watch.
+A checkpoint holds a configuration and tensors, and is loaded as the GPT that they describe. A model
+that computes something else (LoRA layers, parametrizations, another eps) would load as a different
+model, so it is rejected. Hooks are neither stored nor rejected: most of them only observe.
 """
 
 from dataclasses import replace
@@ -23,15 +23,15 @@ EMBEDDING = "wte.weight"
 
 
 def empty(config: GPTConfig) -> GPT:
-    """A GPT whose tensors have shapes but no memory; draws no random numbers."""
+    """Makes a GPT on the meta device: its tensors have no storage. Draws no random numbers."""
     with torch.device("meta"), InitialDraws(None):
         return GPT(config)
 
 
 def stored_config(model: GPT) -> GPTConfig:
-    """The model's configuration, in which `tie_weights` says what is the case now.
+    """Returns the model's configuration, with `tie_weights` as the weights are now.
 
-    A tie can be made or undone by hand, by an assignment or by `load_state_dict(assign=True)`.
+    The user can tie or untie them by assignment or by `load_state_dict(assign=True)`.
     """
     head, embedding = model.lm_head.weight, model.wte.weight
     tied = head is embedding or (
@@ -43,7 +43,7 @@ def stored_config(model: GPT) -> GPTConfig:
 
 
 def stored_tensors(model: GPT) -> dict[str, Tensor]:
-    """The model's tensors, without gradients, each in memory of its own, a tied head left out."""
+    """Returns the model's tensors on the CPU, detached, unshared, and without a tied head."""
     tied = stored_config(model).tie_weights
     tensors = {}
     seen = set()
@@ -52,17 +52,17 @@ def stored_tensors(model: GPT) -> dict[str, Tensor]:
             continue
         storage = tensor.untyped_storage().data_ptr()
         tensor = tensor.detach().cpu().contiguous()
-        # Weights that were shared by hand are written as often as the configuration has them.
+        # Weights that the user shares between layers are stored once per layer.
         tensors[name] = tensor.clone() if storage in seen else tensor
         seen.add(storage)
     return tensors
 
 
 def check_storable(model: GPT) -> None:
-    """Checks that a checkpoint of the model loads as this model.
+    """Checks that a checkpoint of the model would load as the same model.
 
     Raises:
-        CheckpointError: It would not; names the module or tensor that is to blame.
+        CheckpointError: It would not; names the module or tensor that differs.
     """
     plain = empty(model.config)
     problem = _foreign_module(model, plain) or mismatch(model.state_dict(), plain.state_dict())
@@ -108,9 +108,9 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 
 
 def mismatch(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str | None:
-    """How tensors differ from those of a configuration in names, shapes or kind; None if not.
+    """Returns how tensors differ from the expected names, shapes or kind, or None if they do not.
 
-    Dtypes are free among floating-point ones.
+    Any dtype of DTYPES is accepted.
     """
     for names, problem in (
         (sorted(found.keys() - expected.keys()), "has unexpected"),

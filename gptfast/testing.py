@@ -1,7 +1,7 @@
-"""The error budget: a kernel errs at most 2 times (gradients: 3) as much as torch in its dtype.
+"""The error budget: a kernel's error is at most 2 times (gradients: 3) torch's in the same dtype.
 
-The oracle is the reference in float64. One rounding of the largest value is added to torch's own
-error, so that a case that torch happens to get exactly right does not ask for exactness.
+Errors are measured against the oracle, the reference in float64. One rounding of the largest value
+is added to torch's error, so that the budget is not 0 where torch happens to be exact.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ RESULT_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
 
 
 def error(actual: Tensor, oracle: Tensor) -> float:
-    """The largest absolute difference, in float64."""
+    """Returns the largest absolute difference, computed in float64."""
     return (actual.double() - oracle).abs().max().item() if oracle.numel() else 0.0
 
 
@@ -28,9 +28,9 @@ def assert_budget(
     factor: float,
     scale: float | None = None,
 ) -> None:
-    """Asserts shape, dtype and an error within `factor` times (torch's error + one rounding).
+    """Asserts shape, dtype and an error of at most `factor` times (torch's error + one rounding).
 
-    `scale` is the value that is rounded, the oracle's largest when None.
+    The rounding is that of a value of size `scale`, or of the oracle's largest value if None.
     """
     assert actual.shape == oracle.shape, name
     assert actual.dtype == torch_own.dtype, name
@@ -46,7 +46,7 @@ def assert_budget(
 
 
 def autocast(op: Op) -> Op:
-    """`op` as torch computes it in bfloat16 on parameters in float32."""
+    """Wraps `op` in torch's CPU autocast to bfloat16."""
 
     def call(*args: Any, **options: Any) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -61,7 +61,7 @@ def check_results(
     oracle: Sequence[Tensor],
     gradient_scale: float | None = None,
 ) -> None:
-    """Holds a result, the first of each list, and the gradients that follow it to the budget."""
+    """Asserts the budget for a result, the first item of each list, and for its gradients."""
     for i, (a, t, o) in enumerate(zip(actual, torch_own, oracle, strict=True)):
         if i == 0:
             assert_budget("result", a, t, o, RESULT_FACTOR)
@@ -76,9 +76,9 @@ def run(
     grad: Tensor,
     **options: Any,
 ) -> list[Tensor]:
-    """The op's result and the gradients of all floating inputs, in `dtype`, strides preserved.
+    """Returns the op's result and the gradients of all floating-point inputs.
 
-    Each input stays in its own dtype when `dtype` is None.
+    Inputs are converted to `dtype` first, unless it is None; their strides are kept.
     """
 
     def leaf(x: Tensor | None) -> Tensor | None:
@@ -101,9 +101,9 @@ def check_op(
     activations: Sequence[int] | None = None,
     **options: Any,
 ) -> None:
-    """Holds `fused` and its gradients to the budget; `inputs` are rounded to `dtype` first.
+    """Asserts the budget for `fused` and its gradients; `inputs` are rounded to `dtype` first.
 
-    Where `activations` says which of the inputs are some, the others stay as they are.
+    If `activations` is given, only the inputs at these indices are rounded.
     """
     chosen = range(len(inputs)) if activations is None else activations
     rounded = [

@@ -1,7 +1,7 @@
-"""How many threads are worth using: torch's number, unless the process has fewer CPUs than that.
+"""Finds how many threads can run at once: torch's number, or fewer if a CPU limit is lower.
 
-torch counts the processors that it sees. A container's CPU quota is no part of that count, and
-threads beyond it only wait for each other at every barrier.
+torch counts processors but ignores a container's CPU quota. Threads in excess of the quota only add
+waiting time at every barrier.
 """
 
 import os
@@ -19,12 +19,12 @@ _MEMBERSHIP = Path("/proc/self/cgroup")
 
 @dataclass(frozen=True)
 class ThreadLimits:
-    """What bounds the number of threads.
+    """The limits on the number of threads.
 
     Attributes:
         torch: size of torch's thread pool, which the kernels use.
-        affinity: processors that the process may run on.
-        quota: processors' worth of time that its control group gets; None without a quota.
+        affinity: number of processors that the process may run on.
+        quota: CPU time limit of its control group, in processors; None if there is no limit.
     """
 
     torch: int
@@ -39,7 +39,7 @@ class ThreadLimits:
 
 
 def limits() -> ThreadLimits:
-    """Returns the bounds of this process as they are now."""
+    """Returns the current limits of this process."""
     if hasattr(os, "sched_getaffinity"):
         affinity = len(os.sched_getaffinity(0))
     else:
@@ -48,19 +48,23 @@ def limits() -> ThreadLimits:
 
 
 def use_usable_threads() -> None:
-    """Lowers torch's thread count to the usable one; a program calls it once, at its start."""
+    """Lowers torch's thread count to the usable number; a program calls this once, at its start."""
     found = limits()
     if found.usable < found.torch:
         torch.set_num_threads(found.usable)
 
 
 def check_threads(name: str, value: int) -> int:
-    """A number of threads that torch's pool may be given, as an int.
+    """Checks a number of threads for torch's pool and returns it as an int.
 
-    More threads than the system starts end the process: the OpenMP library knows no error.
+    The limit exists because the OpenMP library ends the process when a thread cannot be started.
+
+    Args:
+        name: the option's name, for the error message.
+        value: the number of threads.
 
     Raises:
-        ConfigError: it is below 1 or far above the number of processors; `name` is the option's.
+        ConfigError: `value` is not an integer from 1 to max(256, 4 times the processors).
     """
     count, most = whole(value), max(256, 4 * (os.cpu_count() or 1))
     if count is None or not 1 <= count <= most:
@@ -74,11 +78,11 @@ def cgroup_quota(root: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> float
     """Returns the CPU quota of the process's control group, in processors.
 
     Args:
-        root: where the control groups are mounted.
-        membership: the file that names the groups of the process, one `id:controllers:path` a line.
+        root: the directory in which the control groups are mounted.
+        membership: the file that lists the process's groups, one `id:controllers:path` per line.
 
     Returns:
-        The smallest quota of the group and the groups around it; None when none has one.
+        The smallest quota of the group and its ancestors; None if none of them has a quota.
     """
     try:
         lines = membership.read_text().splitlines()
@@ -87,7 +91,7 @@ def cgroup_quota(root: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> float
     quotas = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers == "":  # version 2: one tree for all controllers
+        if controllers == "":  # cgroup v2: one hierarchy for all controllers
             mounts = [root]
         elif "cpu" in controllers.split(","):
             mounts = [root / controllers, root / "cpu"]
@@ -108,6 +112,6 @@ def _folder_quota(folder: Path) -> float | None:
             limit = (folder / "cpu.cfs_quota_us").read_text()
             period = (folder / "cpu.cfs_period_us").read_text()
         quota = int(limit) / int(period)
-    except (OSError, ValueError):  # no such file, or "max" for no limit
+    except (OSError, ValueError):  # no such file, or "max", which means no limit
         return None
     return quota if quota > 0 else None

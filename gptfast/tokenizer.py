@@ -1,4 +1,4 @@
-"""Character tokenizer: id 0 is padding, the sorted distinct characters of a text follow."""
+"""Character tokenizer: id 0 is padding, ids from 1 on are the text's characters, sorted."""
 
 import sys
 from collections.abc import Iterable
@@ -19,13 +19,13 @@ Unknown = Literal["error", "skip"]
 
 @dataclass(frozen=True)
 class CharTokenizer:
-    """Characters to ids and back; `chars[i]` has id `i + 1`, and id 0 is `<PAD>`.
+    """Maps characters to ids and back: `chars[i]` has id `i + 1`, and id 0 is `<PAD>`.
 
     Args:
         chars: distinct single characters in the order of their ids, at least one.
 
     Raises:
-        DataError: if `chars` is empty, repeats one, or holds anything but single characters.
+        DataError: if `chars` is empty, has duplicates or an item that is not one character.
     """
 
     chars: tuple[str, ...]
@@ -46,7 +46,7 @@ class CharTokenizer:
 
     @classmethod
     def from_text(cls, text: str) -> "CharTokenizer":
-        """Make the vocabulary of `text`: its distinct characters, sorted by code point.
+        """Makes a tokenizer from the distinct characters of `text`, sorted by code point.
 
         Raises:
             DataError: if `text` is empty.
@@ -57,12 +57,12 @@ class CharTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, padding included."""
+        """The number of ids, including padding."""
         return len(self.chars) + 1
 
     @cached_property
     def _id_of_code(self) -> np.ndarray:
-        # One row past the last known code point: every larger one is clipped to it and is unknown.
+        # The table has one more entry, PAD_ID, to which `_ids` clips all larger code points.
         codes = [ord(char) for char in self.chars]
         table = np.zeros(max(codes) + 2, dtype=np.int64)
         table[codes] = np.arange(1, self.vocab_size)
@@ -73,7 +73,7 @@ class CharTokenizer:
             raise ValueError(f"encode: unknown must be 'error' or 'skip', got {unknown!r}")
         if not isinstance(text, str):
             raise TypeError(f"encode: text must be a str, got {type(text).__name__}")
-        # surrogatepass: command-line arguments that are not UTF-8 reach Python as lone surrogates.
+        # surrogatepass: Python decodes arguments that are not UTF-8 to lone surrogates.
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
         table = self._id_of_code
         ids = table[np.minimum(codes, len(table) - 1)]
@@ -85,23 +85,23 @@ class CharTokenizer:
         raise DataError(_unknown_message(text, int(np.argmin(known)), self.vocab_size))
 
     def encode(self, text: str, unknown: Unknown = "error") -> list[int]:
-        """Ids of the characters of `text`.
+        """Returns the ids of the characters of `text`.
 
         Args:
             text: any string; an empty one gives an empty list.
-            unknown: "error", or "skip" to leave characters outside the vocabulary out.
+            unknown: what to do with characters outside the vocabulary: "error" or "skip".
 
         Raises:
-            DataError: if a character is not in the vocabulary; names it and its place.
+            DataError: if a character is not in the vocabulary; names it and its position.
         """
         return self._ids(text, unknown).tolist()
 
     def encode_tensor(self, text: str, unknown: Unknown = "error") -> torch.Tensor:
-        """Like `encode`, as an int64 tensor of shape (number of characters,); made for a corpus."""
+        """Like `encode`, but returns a 1-D int64 tensor; faster, for a whole corpus."""
         return torch.from_numpy(self._ids(text, unknown))
 
     def decode(self, ids: Iterable[int] | torch.Tensor) -> str:
-        """Text of `ids`, a flat sequence or 1-D tensor of integers; padding gives no character.
+        """Returns the text of `ids`, a flat sequence or 1-D tensor of integers; skips padding.
 
         Raises:
             DataError: if an id is negative or not below `vocab_size`.
@@ -117,22 +117,22 @@ class CharTokenizer:
 
     @property
     def pieces(self) -> list[str]:
-        """What each id writes; padding writes nothing."""
+        """The text of each id; that of padding is empty."""
         return ["", *self.chars]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form, read back by `from_dict`: code points in the order of their ids.
+        """Returns a JSON-serialisable dict for `from_dict`: the code points in order of their ids.
 
-        One joined string would not do: JSON makes one character of two halves of a surrogate pair.
+        A single string would not survive: JSON joins two lone surrogates into one character.
         """
         return {"kind": "char", "code_points": [ord(char) for char in self.chars]}
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> "CharTokenizer":
-        """Rebuild a tokenizer from `to_dict`, or from the joined `chars` that it gave before.
+        """Rebuilds a tokenizer from `to_dict`, or from the string `chars` of earlier versions.
 
         Raises:
-            DataError: if `d` is not the form that `to_dict` gives.
+            DataError: if `d` has neither form.
         """
         form = d if isinstance(d, dict) and d.get("kind") == "char" else {}
         points, chars = form.get("code_points"), form.get("chars")

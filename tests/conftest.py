@@ -1,4 +1,4 @@
-"""Shared fixtures: the texts that tests read, the instruction sets that kernels run at."""
+"""Shared fixtures: texts, instruction sets, thread counts."""
 
 import os
 from collections.abc import Iterator
@@ -10,14 +10,14 @@ import torch
 from gptfast.ops import select
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel's module is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # must be set before a module with a kernel is imported
 
 SHAKESPEARE = Path(__file__).resolve().parents[2] / "shared" / "data" / "shakespeare.txt"
 
 
 @pytest.fixture(scope="session")
 def shakespeare_path() -> Path:
-    """File with Tiny Shakespeare; it is not committed, so tests that need it skip without it."""
+    """The file with Tiny Shakespeare, which is not committed; tests are skipped without it."""
     if not SHAKESPEARE.is_file():
         pytest.skip("Tiny Shakespeare is not at ../shared/data/shakespeare.txt")
     return SHAKESPEARE
@@ -25,13 +25,13 @@ def shakespeare_path() -> Path:
 
 @pytest.fixture(scope="session")
 def shakespeare_text(shakespeare_path: Path) -> str:
-    """Tiny Shakespeare as one string."""
+    """The text of Tiny Shakespeare."""
     return shakespeare_path.read_bytes().decode("utf-8")
 
 
 @pytest.fixture(params=["generic", "avx2", "avx512", "avx512_bf16", "amx"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test at each instruction set that this machine and build have."""
+    """Runs the test at each instruction set that machine and build support."""
     extension = select.extension()
     if extension is None:
         pytest.skip(f"{select.extension_error}")
@@ -46,7 +46,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def any_threads() -> Iterator[None]:
-    """For tests that change torch's number of threads: it is what it was afterwards."""
+    """Restores torch's number of threads after a test that changes it."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

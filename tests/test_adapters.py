@@ -1,4 +1,4 @@
-"""Modules that are no plain layers: hooks, other layers, parametrisations, adapters of `peft`."""
+"""Models with modules that are not plain layers: hooks, parametrisations, `peft` adapters."""
 
 import copy
 import warnings
@@ -24,7 +24,7 @@ TARGETS = IDX.roll(-1, 1)
 
 
 class RmsNorm(nn.Module):
-    """A norm of the user's own."""
+    """A custom norm."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -35,21 +35,21 @@ class RmsNorm(nn.Module):
 
 
 class Gate(nn.Linear):
-    """A layer that is a Linear by its name and weights alone."""
+    """A subclass of Linear with another forward."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).tanh()
 
 
 class Attention(nn.Module):
-    """A sub-block of the user's own, which takes the norm's result alone."""
+    """A custom sublayer, which receives only the norm's output."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.cumsum(1) / 7
 
 
 class TableWithoutWeight(nn.Module):
-    """An embedding of the user's own."""
+    """A custom embedding without `weight`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def own_forward(layer: nn.Module) -> None:
 
 def normed(layer: nn.Module) -> None:
     parametrizations.weight_norm(layer)
-    layer.parametrizations.weight.original0.data *= 3  # another weight than before
+    layer.parametrizations.weight.original0.data *= 3  # changes the weight
 
 
 def reinit(layer: nn.Module, **values: Any) -> None:
@@ -92,7 +92,7 @@ def padded() -> nn.Embedding:
     return nn.Embedding(12, 32, padding_idx=3)
 
 
-# What a user does to a model, the module that is then named and what is said of it.
+# Changes that users make to a model, with a pattern of the message that names the module.
 ODD: dict[str, tuple[Callable[[GPT], None], str]] = {
     "rms norm": (replace("h.0.ln_1", lambda: RmsNorm(32)), "h.0.ln_1 is a .*RmsNorm"),
     "rms norm 2": (replace("h.1.ln_2", lambda: RmsNorm(32)), "h.1.ln_2 is a .*RmsNorm"),
@@ -154,7 +154,7 @@ def make(backend: str = "auto", config: GPTConfig = CONFIG) -> GPT:
 
 
 def plain_torch(model: GPT, idx: Tensor, key: Tensor | None = None, p: float = 0.0) -> Tensor:
-    """The logits by the model's modules and torch's own attention; `key` is the dropout's."""
+    """Logits by the model's modules and attention in plain torch; `key` is the dropout key."""
 
     def dropped(x: Tensor, stream: int, matrices: int = 1) -> Tensor:
         if key is None:
@@ -226,7 +226,7 @@ def assert_equals_plain_torch(model: GPT, **dropout: Any) -> None:
 def test_what_is_no_plain_layer_is_called(name: str, backend: str) -> None:
     model, before = make(backend), make(backend)(IDX)
     ODD[name][0](model)
-    if name not in ("padded positions", "sparse"):  # these change no forward pass, or all of it
+    if name not in ("padded positions", "sparse"):  # these do not change the logits
         assert not torch.allclose(model(IDX), before, atol=1e-3)
     assert_equals_plain_torch(model)
 
@@ -257,7 +257,7 @@ GENERATED = ("rms norm", "eps f", "head bias", "weight_norm", "prune", "own embe
 def test_generate_and_score_call_it_and_warn(name: str) -> None:
     model = make().eval()
     ODD[name][0](model)
-    model(IDX)  # weight_norm and prune leave a result of autograd in the module
+    model(IDX)  # weight_norm and prune store a non-leaf tensor in the module
     with pytest.warns(UserWarning, match=f"generate: .*{ODD[name][1]}.*without a cache") as caught:
         (result,) = gptfast.generate(model, [[1, 2]], max_new_tokens=15, temperature=0)
     assert len(caught) == 1 and caught[0].filename == __file__
@@ -312,7 +312,7 @@ def test_hooks_on_blocks_and_model_are_called_and_stop_no_kernel(
         module.register_forward_pre_hook(lambda module, args: seen.append(type(module).__name__))
         module.register_full_backward_hook(lambda *args: seen.append("backward"))
     for kind in (nn.Linear, nn.LayerNorm, nn.Embedding):
-        monkeypatch.setattr(kind, "forward", None)  # none is called
+        monkeypatch.setattr(kind, "forward", None)  # fails if any is called
     model(IDX).sum().backward()
     assert seen == ["GPT", "Block", "Block"] + 3 * ["backward"]
 
@@ -377,7 +377,7 @@ def test_dropout_has_the_masks_of_the_kernels(name: str, backend: str) -> None:
     model = make(backend, GPTConfig(**CONFIG.to_dict() | {"dropout": 0.3}))
     ODD[name][0](model)
     torch.manual_seed(5)
-    key = torch.randint(2**62, (), dtype=torch.int64)  # as the model draws it
+    key = torch.randint(2**62, (), dtype=torch.int64)  # the same draw as in the model
     assert_equals_plain_torch(model, key=key, p=0.3)
 
 
@@ -510,7 +510,7 @@ def test_hooks_for_all_modules_watch_the_kernels() -> None:
 
 @pytest.fixture
 def peft() -> Any:
-    """The package, which its users install."""
+    """The package peft; skips the test if it is not installed."""
     return pytest.importorskip("peft", reason="pip install 'gptfast-kernels[adapters]'")
 
 
@@ -544,7 +544,7 @@ def test_lora_trains_and_its_base_stays(peft: Any, backend: str) -> None:
     with adapted.disable_adapter():
         torch.testing.assert_close(model(IDX), before, atol=1e-5, rtol=1e-5)
     merged = adapted.merge_and_unload()
-    merged.backend = "fused"  # plain layers again
+    merged.backend = "fused"  # merged: the layers are plain again
     torch.testing.assert_close(merged(IDX), logits, atol=1e-4, rtol=1e-4)
     gptfast.pack(merged)
 
@@ -560,7 +560,7 @@ def test_lora_in_the_embedding_and_a_trained_head(peft: Any) -> None:
 
 
 class SilentGPT(GPT):
-    """Overrides a method that no forward pass of the engine calls."""
+    """Overrides a method that the engine does not use."""
 
     def embed(self, idx: Tensor, step: Any) -> Tensor:
         return super().embed(idx, step) * 0

@@ -23,10 +23,10 @@ def heads(*shape: int, seed: int = 0) -> Tensor:
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, **options: Any) -> None:
-    """The budget for the result and for dq, dk, dv.
+    """Asserts the error budget for the result and for dq, dk, dv.
 
-    dS = p (dP - delta) is a difference of like terms that a fused kernel rounds apart, so a
-    gradient is held to one rounding of the largest gradient of the three.
+    dS = p (dP - delta) is a difference of similar terms that a fused kernel rounds separately, so
+    the rounding in the budget is that of the largest of the three gradients.
     """
     inputs = [x.to(dtype) for x in (q, k, v)]
     grad = heads(*q.shape, seed=9).to(q.device, dtype)
@@ -52,8 +52,8 @@ def test_budget(isa: str, T: int, D: int, dtype: torch.dtype, dropout_p: float) 
 @pytest.mark.parametrize("D", (8, 33, 128))
 @pytest.mark.parametrize("T", (1, 2))
 def test_one_and_two_positions(isa: str, T: int, D: int, dtype: torch.dtype) -> None:
-    # A weight of (almost) 1 has a gradient of (almost) 0, the difference of two dot products of D
-    # terms: torch's order of summation makes them equal, so the bound is the rounding of the terms.
+    # If a weight is (almost) 1, its gradient is (almost) 0, the difference of two dot products of D
+    # terms. In torch's summation order they are equal, so the bound is the rounding of the terms.
     q, k, v = (heads(2, 3, T, D, seed=i).to(dtype) for i in range(3))
     grad = heads(2, 3, T, D, seed=9).to(dtype)
     oracle = run(reference.causal_attention, (q, k, v), torch.float64, grad)
@@ -85,7 +85,7 @@ def test_mask_is_aligned_bottom_right(
 
 @pytest.mark.parametrize(("T", "factor"), ((16, 0.75), (150, 1.3)))
 def test_gradients_are_as_exact_as_torchs(isa: str, T: int, factor: float) -> None:
-    # Probabilities from an lse in float32 have its rounding, which few keys are spared.
+    # Probabilities from a float32 log-sum-exp have its rounding, except with few keys.
     inputs = [heads(30, 4, T, 8, seed=i) * 2 for i in range(3)]
     grad = heads(30, 4, T, 8, seed=9)
     torch_own = partial(F.scaled_dot_product_attention, is_causal=True)
@@ -117,7 +117,7 @@ def test_strided_inputs(isa: str, dtype: torch.dtype) -> None:
 
 
 def test_a_gradient_lies_as_its_input() -> None:
-    """Nothing is left to copy where a gradient is kept, or goes back into a projection's."""
+    """A gradient has its input's strides, so that autograd need not copy it."""
     apart = [heads(2, 4, 50, 32, seed=i).requires_grad_() for i in range(3)]
     together = [x.requires_grad_() for x in heads(2, 50, 3, 4, 32).permute(2, 0, 3, 1, 4)]
     for inputs in (apart, together):
@@ -127,16 +127,17 @@ def test_a_gradient_lies_as_its_input() -> None:
 
 
 @pytest.mark.parametrize("scale", (0.3, 0.0, -0.5))
-@pytest.mark.parametrize("T", (40, 257))  # of two blocks of keys, the second hidden from most rows
+@pytest.mark.parametrize("T", (40, 257))  # 257: two blocks of keys, most rows mask the second
 def test_scale(isa: str, scale: float, T: int) -> None:
     q, k, v = (heads(1, 2, T, 24, seed=i) for i in range(3))
     check_attention(q, k, v, torch.float32, scale=scale)
 
 
 def check_large_scores(size: float, T: int, dtype: torch.dtype, where: Any = "cpu") -> None:
-    """Scores of this size, of which the largest takes all: the budget, dq and dk against SDPA's.
+    """Asserts the budget for scores so large that one key per query has all the weight.
 
-    These two are 0 but for the rounding of dP - delta, times large keys and queries.
+    dq and dk are 0 except for the rounding of dP - delta times large keys and queries, so their
+    budget is that of SDPA.
     """
     q, k, v = (heads(1, 2, T, 16, seed=i) for i in range(3))
     inputs = [x.to(where, dtype) for x in (q * size**0.5, k * size**0.5, v)]
@@ -163,7 +164,7 @@ def test_scores_of_any_size(isa: str, T: int, size: float, dtype: torch.dtype) -
 
 
 def offset_inputs(T: int, dtype: torch.dtype, offset: float) -> list[Tensor]:
-    """Scores that are whole numbers, exact in any order of their sums, plus offset^2."""
+    """Inputs whose scores are integers, exact in any summation order, plus offset^2."""
     q, k, v = (heads(2, 2, T, 16, seed=i).mul(2).round() for i in range(3))
     q[..., 0] = k[..., 0] = offset
     return [x.to(dtype) for x in (q, k, v)]
@@ -183,7 +184,7 @@ def test_an_offset_of_all_scores_changes_no_bit(
 
 
 def overflowing_inputs(T: int, signs: tuple[int, int]) -> list[Tensor]:
-    """Some of the first half's scores, and then one of the second half's, overflow."""
+    """Inputs with overflowing scores: the first half of the keys, and one of the last."""
     q, k, v = (heads(1, 2, T, 8, seed=i) for i in range(3))
     q[..., 0] = 1e25
     k[..., 0] = 0.0
@@ -202,26 +203,27 @@ def check_overflow(T: int, signs: tuple[int, int], dtype: torch.dtype, where: An
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("signs", ((-1, 0), (-1, 1), (1, 0), (-1, -1)))
-@pytest.mark.parametrize("T", (9, 40, 300))  # of 300 keys the first 128 are a block
+@pytest.mark.parametrize("T", (9, 40, 300))  # 300 keys are several blocks, the first of 128
 def test_scores_that_overflow_are_those_of_the_reference(
     isa: str, T: int, signs: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    """A row that sees +inf, or nothing but -inf, is nan; -inf beside others has no weight."""
+    """A row with a score of +inf, or with only -inf, is nan; -inf among others has no weight."""
     check_overflow(T, signs, dtype)
 
 
 def check_unseen(
     Tq: int, Tk: int, at: int, dtype: torch.dtype, where: Any = "cpu", **options: Any
 ) -> None:
-    """What key `at` and those after it hold has no part in the queries before, in any bit; nor
+    """Asserts that nan and inf behind the mask change no bit.
 
-    what queries up to one hold, and the gradients of their results, in later keys' gradients.
+    Keys from `at` on must not affect the results and gradients of queries that mask them, and those
+    queries must not affect the gradients of these keys.
     """
     shapes = ((1, 2, Tq, 20), (1, 2, Tk, 20), (1, 2, Tk, 20))
     inputs = [heads(*shape, seed=i).to(where, dtype) for i, shape in enumerate(shapes)]
     grad = heads(1, 2, Tq, 20, seed=9).to(where, dtype)
     clean = run(ops.causal_attention, inputs, dtype, grad, **options)
-    before = at - (Tk - Tq)  # queries that do not see the key
+    before = at - (Tk - Tq)  # queries that mask key `at`
     for value in (math.nan, math.inf):
         for i in (1, 2):
             changed = [x.clone() for x in inputs]
@@ -276,7 +278,7 @@ def test_large_scores_do_not_overflow(isa: str) -> None:
 def test_rows_of_a_batch_have_the_bits_they_have_alone(
     isa: str, dtype: torch.dtype, any_threads: None
 ) -> None:
-    # Several blocks of keys, which share a head's dQ where there are few heads.
+    # Several blocks of keys, which add to the same dQ if there are few heads.
     q, k, v = (heads(5, 3, 300, 40, seed=i).to(dtype).requires_grad_() for i in range(3))
     grad = heads(5, 3, 300, 40, seed=4).to(dtype)
     out = ops.causal_attention(q, k, v)

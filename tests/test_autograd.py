@@ -1,4 +1,4 @@
-"""The operators in autograd, torch.func and torch.utils.flop_counter, beside the reference."""
+"""The operators in autograd, torch.func and torch.utils.flop_counter against the reference."""
 
 import subprocess
 import sys
@@ -68,14 +68,14 @@ CASES: dict[str, tuple[Call, list[Tensor]]] = {
 
 @pytest.fixture(autouse=True)
 def no_warning() -> Iterator[None]:
-    """torch warns where it has no rule of an operator for a transform."""
+    """Makes warnings errors: torch warns if an operator lacks a rule for a transform."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         yield
 
 
 def transforms(call: Call, inputs: list[Tensor], n: int) -> dict[str, Callable[[ModuleType], Any]]:
-    """What torch.func makes of an operator for its input number n."""
+    """Transforms of an operator by torch.func, with respect to its input n."""
     before, own, after = inputs[:n], inputs[n], inputs[n + 1 :]
 
     def result(o: ModuleType, x: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def test_vmap_over_no_slice_at_all() -> None:
 def test_second_derivatives_and_forward_mode_name_the_reference(name: str) -> None:
     call, inputs = CASES[name]
     op = name.split()[0]
-    # The residual's gradient is the incoming one, which has all derivatives.
+    # The residual's gradient is the incoming gradient, which can be differentiated.
     for n in range(3 if op == "linear_residual" else len(inputs)):
 
         def total(x: Tensor, n: int = n) -> Tensor:
@@ -144,7 +144,7 @@ def test_second_derivatives_and_forward_mode_name_the_reference(name: str) -> No
 def test_a_gradient_of_gradients_is_refused_by_autograd(name: str) -> None:
     call, inputs = CASES[name]
     leaves = [x.clone().requires_grad_() for x in inputs]
-    # The incoming gradient of this sum is a constant: nothing but the leaves can tell.
+    # The incoming gradient of a sum is constant; only the leaves require a gradient.
     grads = torch.autograd.grad(call(ops, *leaves).sum(), leaves, create_graph=True)
     for found in grads[:3] if name == "linear_residual" else grads:
         with pytest.raises(BackendError, match=f"{name.split()[0]}: .*second derivatives"):
@@ -253,7 +253,7 @@ print(counter.get_total_flops())
      ("h.", "wte", "wpe", "ln_f")),
 )  # fmt: skip
 def test_operations_are_counted_as_those_of_the_reference(frozen: tuple[str, ...]) -> None:
-    """Also those that frozen weights save, which the kernels do not compute."""
+    """Also with frozen weights, whose gradients the kernels do not compute."""
     whole, counted = count("fused", ()), count("fused", frozen)
     assert counted == count("reference", frozen)
     assert counted < whole or frozen in ((), ("wte", "wpe"))

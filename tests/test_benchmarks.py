@@ -54,7 +54,7 @@ TIMED = [(name, contender) for name, case in CASES.items() for contender in case
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """Every script with --quick, all of them at once, and the folder that they write to."""
+    """Processes that run every script with --quick in parallel, and their output folder."""
     folder = tmp_path_factory.mktemp("results")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     started = {}
@@ -76,7 +76,7 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, An
 
 @pytest.fixture
 def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes it an error to time anything."""
+    """Makes timing an error."""
 
     def fail(*_: Any) -> None:
         raise RuntimeError("something was timed")
@@ -211,7 +211,7 @@ def test_no_mode_slows_what_is_timed() -> None:
     row = Row("row", "fp32", lambda: Case({OURS: contender}, 1.0, lambda: None), False, {})
     options = argparse.Namespace(device="meta", quick=False, seconds=0.01, memory=False)
     line = command.run_row(row, options, 1.0)
-    assert devices[0] == "meta"  # built and tried there
+    assert devices[0] == "meta"  # built and called there
     assert devices[-line["rounds"] :] == ["cpu"] * line["rounds"]
 
 
@@ -283,7 +283,7 @@ def test_compiled_contender(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--only", "1024x128x5", "--dtype", "fp32", "--seconds", "0.1"]
     assert bench_cross_entropy.run(options) == 0
     (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    # Without a compiler, the row says so.
+    # Without a compiler, a note in the row reports it.
     assert ("torch.compile" in row["ms"]) != ("torch.compile" in row["notes"])
 
 
@@ -300,7 +300,7 @@ def test_rounds_take_turns_and_give_medians(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
     timing = common.measure({name: contender(name) for name in costs}, seconds=20.0)
-    # The first round warms up: its times do not count.
+    # The first round is a warm-up and not counted.
     assert timing == common.Timing(5, {"a": 1.0, "b": 4.0})
     assert "".join(calls) == "ab" + "abbabaabab"
 
@@ -394,7 +394,7 @@ def write_result(folder: Path, **changes: Any) -> None:
 
 
 def documents(root: Path) -> list[str]:
-    """Arguments for report.py with documents that have nothing but the markers."""
+    """Arguments for report.py with documents that contain only the markers."""
     (root / "docs").mkdir()
     for name in (report.README, report.PAGE):
         (root / name).write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")

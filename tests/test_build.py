@@ -1,4 +1,4 @@
-"""The build: what the extension links to, how it picks the instruction set, doing without it."""
+"""The build: linked libraries, choice of the instruction set, and use without the extension."""
 
 import json
 import os
@@ -28,7 +28,7 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads what Lin
 
 
 def run(*arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs this Python; variables in `env` are added to the environment, empty ones removed."""
+    """Runs this Python with `env` added to the environment; empty variables are removed."""
     full = {**os.environ, "OMP_NUM_THREADS": "2", **env}
     full = {name: value for name, value in full.items() if value}
     command = [sys.executable, *arguments]
@@ -130,7 +130,7 @@ def test_isa_request_is_obeyed():
 def test_isa_default_is_the_fastest_level():
     available = [level for level, reason in EXTENSION.isa_levels().items() if reason is None]
     if available[-1] == "avx512_bf16" and "Intel" in cpu_name():
-        available.pop()  # its products of bfloat16 have half of float32's rate
+        available.pop()  # not the default: its bfloat16 products have half of float32's rate
     found = run("-c", ASK, GPTFAST_CPU_ISA="", ATEN_CPU_CAPABILITY="").stdout.strip()
     assert found == available[-1]
 
@@ -167,12 +167,12 @@ def test_threads_are_those_of_torch():
     assert run("-c", code).stdout.strip() == "3"
 
 
-# Installing without the extension, or failing to
+# Installation without the extension
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of what setup.py reads, without anything built."""
+    """A copy of the files that setup.py reads, without build results."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     ignore = shutil.ignore_patterns("_C*.so", "_build_info.json", "__pycache__")
@@ -196,7 +196,7 @@ def test_install_without_the_extension_runs_the_reference(tree):
     assert build_record(tree)["reason"] == "installed with GPTFAST_BUILD_EXT=0"
     assert not stale.exists()
 
-    # The finder of an editable install would find the extension of this tree for the copy, too.
+    # The finder of an editable install would load this tree's extension for the copy.
     code = """
 import sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in finder.__module__]
@@ -233,11 +233,11 @@ def test_mistake_in_the_sources_fails_the_install(tree):
     assert not (tree / "gptfast" / "_build_info.json").exists()
 
 
-# What the build is told
+# Options and requirements of the build
 
 
 def test_range_of_torch_is_one():
-    """Where it is named: to build, to run, for developers, and as the oldest ABI."""
+    """The range is named for build, run time and developers, and as the oldest ABI."""
     named = {
         place: re.findall(r'"(torch[<>=][^"]+)"', (ROOT / place).read_text())
         for place in ("pyproject.toml", "CONTRIBUTING.md")
@@ -250,7 +250,7 @@ def test_range_of_torch_is_one():
 
 
 def test_readme_installs_all_but_torch_beside_a_torch():
-    """The line gives pip no dependency to resolve, so it names each: to build, and to run."""
+    """pip must not resolve dependencies there, so the line names all, for build and run time."""
     readme, project = ((ROOT / name).read_text() for name in ("README.md", "pyproject.toml"))
     (line,) = re.findall(
         r"`pip install (.+) && pip install --no-build-isolation --no-deps -e \.`", readme
@@ -261,7 +261,7 @@ def test_readme_installs_all_but_torch_beside_a_torch():
 
 
 def test_bindings_survive_the_pybind11_of_torch(tmp_path):
-    """The copy in torch 2.10 to 2.12 refuses a target version, and can come first on the path."""
+    """The pybind11 of torch 2.10 to 2.12 rejects a target version and can be first on the path."""
     compiler = os.environ.get("CXX") or "c++"
     if shutil.which(compiler) is None:
         pytest.skip("there is no C++ compiler")

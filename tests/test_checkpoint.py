@@ -50,12 +50,12 @@ def names_in(path):
 
 @pytest.fixture
 def saved(tmp_path):
-    """A good checkpoint to be damaged."""
+    """A valid checkpoint, which tests damage."""
     save(make_model(), TOKENIZER, tmp_path / "run")
     return tmp_path / "run"
 
 
-# ---- what is saved comes back
+# ---- save and load
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_layers_that_share_their_weights_are_written_out(tmp_path):
     model.h[1] = model.h[0]
     model.h[1].ln_2.weight = model.h[1].ln_1.weight
     with pytest.raises(CheckpointError, match="h.1 has layer=0, expected 1"):
-        save(model, None, tmp_path)  # its dropout masks would be others
+        save(model, None, tmp_path)  # its dropout masks would differ
     model = make_model()
     model.h[1].mlp = model.h[0].mlp
     save(model, None, tmp_path)
@@ -244,7 +244,7 @@ def test_layers_that_share_their_weights_are_written_out(tmp_path):
     assert torch.equal(logits_of(loaded), logits_of(model))
 
 
-# ---- wrapped models, and models that are none of a configuration
+# ---- wrapped models, and models that no configuration describes
 
 
 def test_a_wrapped_model_is_saved_as_what_it_wraps(tmp_path, saved):
@@ -294,7 +294,7 @@ def weight_norm(model):
 
 
 def set_to(name, make):
-    """A change that replaces the attribute of this name."""
+    """Returns a change that sets the attribute of this name."""
 
     def change(model):
         owner, _, last = name.rpartition(".")
@@ -369,7 +369,7 @@ def assert_is_old(path):
 
 
 def fail_on_call(monkeypatch, name, call, error):
-    """Let the given call (1, 2, …) of `os.<name>` fail, and do the others."""
+    """Makes the given call (1, 2, …) of `os.<name>` fail; the others work."""
     real, calls = getattr(os, name), []
 
     def failing(*args, **kwargs):
@@ -457,7 +457,7 @@ def test_path_that_cannot_be_a_directory(tmp_path):
 
 
 OLD = Path(__file__).parent / "fixtures" / "checkpoint-v1"
-OLD_SUM = 26.694151530396994  # of its weights; this and the logits by the code that wrote it
+OLD_SUM = 26.694151530396994  # sum of its weights, by the code that wrote it, as the logits
 OLD_LOGITS = [-0.0107631, -0.3599181, 0.3200006, 0.5957331, 1.2662663]
 
 
@@ -474,7 +474,7 @@ def test_a_checkpoint_of_version_1_still_loads():
 def test_a_changed_byte_is_found(saved):
     file = saved / WEIGHTS_NAME
     content = bytearray(file.read_bytes())
-    text = content.index(b"n_layer")  # a name and a value of the header, the data's first and last
+    text = content.index(b"n_layer")  # a name and a value of the header, two bytes of the data
     for place in (text, content.index(b"2", text), content.index(b"}}", text) + 40, -1):
         content[place] ^= 1
         file.write_bytes(content)
@@ -483,7 +483,7 @@ def test_a_changed_byte_is_found(saved):
         content[place] ^= 1
 
 
-# ---- what is not a checkpoint, or no longer one
+# ---- files that are not valid checkpoints
 
 
 def assert_refused(path, message):
@@ -494,7 +494,7 @@ def assert_refused(path, message):
 
 
 def rewrite(path, change_header=lambda header: None, change_tensors=lambda tensors: None):
-    """Rewrite the weights file with another header or tensors and right checksums, without copy."""
+    """Rewrites the weights file with other metadata or tensors, correct checksums, and no copy."""
     (path / CONFIG_NAME).unlink()
     with safe_open(path / WEIGHTS_NAME, framework="pt") as opened:
         header = json.loads(opened.metadata()["gptfast"])
@@ -620,7 +620,7 @@ def test_neither_saving_nor_loading_loads_torchs_compiler(tmp_path, init):
 
 
 def test_a_save_while_a_checkpoint_is_read_is_no_error(tmp_path, monkeypatch):
-    """As of a run in training: the configuration beside older weights is read with the newer."""
+    """A run in training may replace both files after the configuration was read."""
     save(make_model(), TOKENIZER, tmp_path, {"step": 1})
     newer, check = make_model(seed=3), checkpoint._check_copy
 

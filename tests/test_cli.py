@@ -1,4 +1,4 @@
-"""The command line: what it writes, its exit codes, and one sentence for every mistake."""
+"""The command line: output, exit codes, and one-sentence error messages."""
 
 import errno
 import json
@@ -32,7 +32,7 @@ SMALL = ["--train.steps=3", "--train.batch-size=2", "--model.n-embd=16", "--mode
 
 @pytest.fixture(autouse=True)
 def keep_threads():
-    """Commands set torch's number of threads; each test leaves it as it was."""
+    """Restores torch's number of threads, which commands set."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -54,7 +54,7 @@ def run_path(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line that a mistake gives, without the program's name."""
+    """Returns the one-line error message, without the program's name."""
     assert cli.main([str(argument) for argument in arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -79,7 +79,7 @@ def test_every_option_has_a_help_text(capsys, name):
     assert cli.main([*name.split(), "--help"]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out
-    own = out.split("model options")[0]  # the configs' fields are documented where they are
+    own = out.split("model options")[0]  # the fields of configs have their own documentation
     options = re.findall(r"^[│ ] (--\w.*?)(?=^[│ ] --|^ *$|^╰|\Z)", own, re.M | re.S)
     assert options
     for option in options:
@@ -278,7 +278,7 @@ def test_inspect_shows_the_parts_and_the_attention(capsys, run_path):
     assert re.search(rf"^total +{total:,}$", out, re.M)
     assert re.search(r"^h\.\*\.attn\.c_attn +48 x 16 +48 +1 +816$", out, re.M)
     assert "n_embd: 16" in out and repr("".join(tokenizer.chars)) in out
-    # The first character can only attend to itself; a row has a digit for each it may see.
+    # The first character attends only to itself; a row has one digit per unmasked key.
     assert re.search(r"layer 0, head 1: .*\n    to be\n  t 9\n  o \d\d\n    \d{3}\n", out)
 
 
@@ -428,7 +428,7 @@ def test_a_signal_saves_the_run(tmp_path, text_file, name):
     out, number = tmp_path / "run", getattr(signal, name.split()[0])
     options = ["--data", text_file, "--out", out, *SMALL, "--train.steps=1000000"]
     command = [sys.executable, "-m", "gptfast.cli", "train", "abc", "--train.eval-every=5"]
-    # A shell that starts this suite in the background has its children ignore Ctrl-C.
+    # If a shell started the tests in the background, child processes ignore SIGINT.
     at_start = signal.SIG_IGN if "ignored" in name else signal.SIG_DFL
     process = subprocess.Popen(
         [*command, *map(str, options)],
@@ -462,7 +462,7 @@ def test_a_run_starts_from_another_ones_model(capsys, tmp_path, run_path, text_f
     assert cli.main(resumed) == 0
     assert checkpoint.load(tmp_path / "run")[0].config == model.config
     capsys.readouterr()
-    # The preset's own value is another one than this model's.
+    # The preset's value differs from the model's.
     error = refused(capsys, *common, "--out", tmp_path / "x", "--model.block-size=64")
     assert "the model has block_size=16 and a run from it cannot have block_size=64" in error
     error = refused(capsys, *common[:-1], tmp_path / "none", "--out", tmp_path / "x")
@@ -548,7 +548,7 @@ def test_a_closed_pipe_is_quiet(run_path):
 
 
 def documented_tree() -> list[str]:
-    """The paths of docs/architecture.md's tree; a folder's own line is not among them."""
+    """Returns the paths in docs/architecture.md's tree, without folders whose contents follow."""
     page = README.parent / "docs" / "architecture.md"
     block = re.search(r"## The tree\n\n```\n(.*?)```", page.read_text(), re.S)
     assert block is not None
@@ -557,7 +557,7 @@ def documented_tree() -> list[str]:
         name = line.split()[0]
         depth = (len(line) - len(line.lstrip())) // 2
         del folders[depth + 1 :]
-        if len(line.split()) == 1:  # a folder, whose parts follow
+        if len(line.split()) == 1:  # a folder; its contents follow
             folders.append(folders[depth] + name)
         else:
             paths.append(folders[depth] + name)
@@ -605,7 +605,7 @@ def test_readmes_example_runs(tmp_path):
     for line in done.stdout.splitlines()[-2:]:
         found = re.search(r"(-\d+\.\d+) (\d+\.\d+)$", line)
         assert found is not None
-        logprob, bits = map(float, found.groups())  # of four characters, the first is given
+        logprob, bits = map(float, found.groups())  # of 4 characters, the first is context
         assert bits == pytest.approx(-logprob / math.log(2) / 3)
     original, copy = (tmp_path / "runs" / name for name in ("example", "copy"))
     weights = [(path / "model.safetensors").read_bytes()[-1000:] for path in (original, copy)]

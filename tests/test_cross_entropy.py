@@ -21,7 +21,7 @@ def case(M: int, K: int, V: int) -> list[Tensor]:
 
 
 def norm_case(M: int, K: int, V: int) -> list[Tensor]:
-    """The same with a norm's weight and bias."""
+    """Like `case`, with weight and bias of a norm."""
     generator = torch.Generator().manual_seed(M)
     return [*case(M, K, V), *(1 + torch.randn(2, K, generator=generator) * 0.3).unbind()]
 
@@ -33,7 +33,7 @@ def torch_linear_cross_entropy(
 
 
 def with_norm(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`op` with the norm's parameters behind the targets."""
+    """Wraps `op`: the norm's parameters follow the targets."""
 
     def call(x: Tensor, weight: Tensor, targets: Tensor, ln_w: Tensor, ln_b: Tensor) -> Tensor:
         return op(x, weight, targets, ln_w=ln_w, ln_b=ln_b)
@@ -47,7 +47,7 @@ def torch_norm_linear_cross_entropy(
     return torch_linear_cross_entropy(F.layer_norm(x, x.shape[-1:], ln_w, ln_b), weight, targets)
 
 
-# Less than a block of 1536 columns, one, and more; 1700 rows are summed up in parts.
+# Below, at and above a block of 1536 columns; the gradients of 1700 rows are summed in parts.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("M", "K", "V"),
@@ -98,7 +98,7 @@ def test_norm_without_bias_and_without_grad(isa: str, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_chunks_of_rows(isa: str, dtype: torch.dtype) -> None:
-    """32 million logits at a time: here that is 1536 of 1700 rows."""
+    """A chunk has at most 32 million logits, here 1536 of the 1700 rows."""
     args = (ops.linear_cross_entropy, reference.linear_cross_entropy, torch_linear_cross_entropy)
     check_op(*args, case(1700, 8, 22000), dtype)
 
@@ -166,7 +166,7 @@ def test_errors_name_argument_expected_and_got() -> None:
 
 
 def token_weights(M: int) -> Tensor:
-    """Of each token: none, more and less than 1, below 0."""
+    """A weight per token: zero, above and below 1, negative."""
     return torch.linspace(-0.5, 2.0, M).where(torch.arange(M) % 5 > 0, 0.0)
 
 
@@ -260,14 +260,14 @@ def test_errors_of_reductions_and_token_weights() -> None:
 @pytest.mark.parametrize("V", (50, 1600))
 @pytest.mark.parametrize("offset", (1e4, 1e8))
 def test_a_common_offset_of_the_logits_costs_no_digits(isa: str, V: int, offset: float) -> None:
-    """The sum of exponentials stays apart from the maximum, which has no digits left for it."""
+    """The sum of exponentials is kept apart: added to the maximum it would be rounded away."""
     x, weight, targets = case(40, 8, V)
     x[:, 0], weight[:, 0] = 1.0, offset
-    weight = weight.round()  # so that the logits, too, are whole numbers but for x
+    weight = weight.round()  # with x rounded as well, the logits are integers
     x = x.round()
     found = run(ops.linear_cross_entropy, [x, weight, targets], torch.float32, torch.ones(()))
     wide = [x.double(), weight.double(), targets]
-    logits = F.linear(x, weight)  # exact to float32's digits at this size, as the kernel's are
+    logits = F.linear(x, weight)  # rounded to float32, as the kernel's are
     loss = F.cross_entropy(logits.double(), targets)
     assert found[0].item() == pytest.approx(loss.item(), rel=1e-5)
     probability = logits.double().softmax(-1)

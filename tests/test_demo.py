@@ -1,4 +1,4 @@
-"""`gptfast demo`: one whole run of the course's lesson, and small ones for its other ways."""
+"""`gptfast demo`: one complete run, and small ones for the other branches."""
 
 import io
 import math
@@ -17,7 +17,7 @@ from gptfast.ops import select
 
 
 def printed(seed: int = 1) -> SimpleNamespace:
-    """A run's `result`, its `text` on a terminal of 80 columns, its `seconds`, and the load."""
+    """Runs the demo; returns `result`, `text` at 80 columns, `seconds`, and the load average."""
     console = Console(file=io.StringIO(), width=80, highlight=False)
     start = time.perf_counter()
     result = demo.demo(seed, console)
@@ -33,7 +33,7 @@ def whole() -> SimpleNamespace:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes a demo of seconds: a small model, few steps and few tokens."""
+    """Makes the demo take seconds: a small model, few steps and few tokens."""
     options = {"steps": 4, "n_embd": 16, "n_layer": 1, "batch_size": 4, "eval_tokens": 200}
     preset = demo.PRESETS["abc"].override(options)
     monkeypatch.setattr(demo, "PRESETS", {"abc": preset})
@@ -45,7 +45,7 @@ def test_the_model_comes_near_the_best_possible(whole):
     result = whole.result
     assert result.passed
     assert result.entropy == abc_entropy(16)
-    # Nothing beats the source but by the luck of 216,000 held-out characters.
+    # On a sample of 216,000 held-out characters the loss may fall below the entropy by chance.
     assert result.entropy - 0.002 < result.loss <= 0.275
     true = abc_next_distribution("A")
     for char, probability in result.next_after_a.items():
@@ -140,7 +140,7 @@ def test_no_ratio_where_the_paths_differ():
         ("BBCBCABCCACAAACB\n\nAA", (2, 15)),
         ("CAAACB\n", (0, 0)),
         ("", (0, 0)),
-        # The first whole word that fits is not always part of the best cover.
+        # A greedy choice of words does not always give the best cover.
         ("BCABCCABCABCCA", (2, 14)),
     ],
 )

@@ -73,7 +73,7 @@ def test_indices_out_of_range_are_an_error(isa: str) -> None:
 
 @pytest.mark.parametrize("bad", (-1, 6))
 def test_a_padding_row_that_there_is_not(bad: int) -> None:
-    """-1 would be no row for the kernel, and the last one for torch."""
+    """-1 is rejected: to the kernel it means no padding row, to torch the last row."""
     wte, wpe = tables(6, 12, 24)
     for op in (ops, reference):
         with pytest.raises(

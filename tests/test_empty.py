@@ -1,4 +1,4 @@
-"""Dimensions that may be 0: zero results and zero gradients, of inputs in any layout."""
+"""Empty inputs in any layout: empty or zero results, and zero gradients."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from gptfast.ops import reference
 R = torch.randn
 C, F, V = 8, 12, 5
 
-# Of each operator: the shape of its first input, where None may be 0, and how it is called.
+# A call of an operator: the module that has it, its first input, its parameters.
 Call = Callable[[Any, Tensor], Tensor]
 PARAMS = {name: R(*shape) for name, shape in {
     "ln": (C,), "w": (F, C), "b": (F,), "back": (C, F), "qkv": (3 * C, C), "proj": (C, C),
@@ -62,7 +62,7 @@ OPERATORS: dict[str, tuple[tuple[int, ...], Callable[..., Tensor]]] = {
 
 
 def empty_inputs(shape: tuple[int, ...]) -> list[Tensor]:
-    """Each of the leading dimensions 0, and each layout: dense, transposed, sliced."""
+    """Inputs with one leading dimension 0 each, in every layout: dense, transposed, sliced."""
     found = []
     for i in range(len(shape) - 1):
         sizes = [0 if j == i else size for j, size in enumerate(shape)]

@@ -1,4 +1,4 @@
-"""The compiled engine refuses what would leave its memory, whoever calls it."""
+"""The compiled engine rejects arguments that would lead to accesses out of bounds."""
 
 from typing import Any
 
@@ -163,6 +163,6 @@ def test_a_model_packed_for_another_level_is_refused() -> None:
 def test_a_session_keeps_its_model_alive() -> None:
     model = packed()
     expected = session(model, [[1, 2]])
-    own = session(packed(), [[1, 2]])  # nobody else has this one
+    own = session(packed(), [[1, 2]])  # only the session refers to this model
     expected.run(60.0), own.run(60.0)
     assert own.updates() == expected.updates()

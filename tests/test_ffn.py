@@ -54,8 +54,8 @@ def test_mixed_precision_keeps_to_the_budget(isa: str, M: int, C: int, hidden: i
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gelu", ("erf", "tanh"))
 def test_gelu_over_its_whole_range(isa: str, gelu: str, dtype: torch.dtype) -> None:
-    # Rows of +-1 stay so when normalised: the norm's weight is the hidden value, -14 to 14.
-    # The second bias takes the residual away, next to which small values would not show.
+    # LayerNorm leaves rows of +-1 unchanged, so its weight sets the input of GELU, -14 to 14.
+    # The second bias cancels the residual, which would hide small values.
     C = 512
     weight, eye = torch.linspace(0, 14, C).to(dtype), torch.eye(C, dtype=dtype)
     precision = 4e-7 if dtype == torch.float32 else 7e-5
@@ -83,7 +83,7 @@ def test_rows_have_the_bits_they_have_alone(isa: str, dtype: torch.dtype) -> Non
         assert torch.equal(torch.autograd.grad(part, x, dy[rows])[0][rows], dx[rows])
 
 
-@pytest.mark.parametrize("rows", [400, 1700])  # the latter in parts
+@pytest.mark.parametrize("rows", [400, 1700])  # 1700: summed in parts
 def test_gradients_do_not_depend_on_the_number_of_threads(
     isa: str, rows: int, any_threads: None
 ) -> None:

@@ -42,7 +42,7 @@ WIDE = GPTConfig(block_size=8, vocab_size=70, n_layer=2, n_head=4, n_embd=640)
 
 
 def make(name: str) -> GPT:
-    """A model that is sure enough of its tokens for rounding not to change them."""
+    """Makes a model whose logits differ enough for rounding not to change the tokens."""
     torch.manual_seed(0)
     model = GPT(MODELS[name])
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_a_prompt_has_the_bits_it_has_alone(isa: str, dtype: str, any_threads: N
 
 @pytest.mark.parametrize("dtype", ("fp32", "bf16", "int8"))
 def test_bits_of_sums_longer_than_a_block(isa: str, dtype: str, any_threads: None) -> None:
-    """The wide model's products sum over 640 and 2560 values, kernels over up to 768 at a time."""
+    """The model's products sum over 640 and 2560 values, in blocks of at most 768."""
     torch.manual_seed(0)
     model = gptfast.pack(GPT(WIDE), dtype)
     prompts = [torch.randint(1, 70, (1 + i % 9,)).tolist() for i in range(64)]
@@ -150,7 +150,7 @@ def test_samples_share_the_prompt_and_differ() -> None:
     samples = gptfast.generate(model, prompts, num_samples=3, max_new_tokens=20, seed=[3, 4, 5])
     assert len(samples) == 9 and samples[0] != samples[1] != samples[2]
     singles = gptfast.generate(model, prompts, max_new_tokens=20, seed=[3, 4, 5])
-    assert samples[::3] == singles  # the first sample of each
+    assert samples[::3] == singles  # the first sample of each prompt
     together = gptfast.generate(model, prompts, num_samples=3, max_new_tokens=20, seed=8)
     alone = gptfast.generate(
         model, [p for p in prompts for _ in range(3)], max_new_tokens=20, seed=8
@@ -180,7 +180,7 @@ def test_the_cache_stays_within_its_budget(budget: int, overflow: str) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_peak_memory_is_the_budget_and_what_the_texts_take() -> None:
-    """In a process of its own, whose memory nothing else has grown before."""
+    """Runs in a separate process, so that nothing else has raised the peak."""
     program = """
         from pathlib import Path
         import gptfast
@@ -200,8 +200,8 @@ def test_peak_memory_is_the_budget_and_what_the_texts_take() -> None:
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True
     )
-    # A token's place takes 24 bytes in the engine and some 100 as a result; a pass's activations
-    # are those of 128 rows.
+    # A token takes 24 bytes in the engine and some 100 in the result; a pass needs activations of
+    # 128 rows.
     assert 16 < int(done.stdout) / 1024 < 16 + 2000 * 61 * 124 / 2**20 + 12
 
 
@@ -239,9 +239,9 @@ def test_logits_that_are_not_finite_end_the_call() -> None:
 
 
 def interrupted_soon(call: Callable[[], Any], seconds: float) -> Any:
-    """What a call returns that gets Ctrl-C after so long.
+    """Returns the result of a call that receives Ctrl-C after some seconds.
 
-    A shell starts what runs in its background with the signal ignored.
+    Installs Python's handler first, because shells start background jobs with SIGINT ignored.
     """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(seconds, lambda: signal.raise_signal(signal.SIGINT))
@@ -339,7 +339,7 @@ def test_other_python_threads_run_meanwhile() -> None:
     seconds = time.perf_counter() - start
     done.set()
     ticker.join()
-    assert ticks > 100 * seconds  # of 1,000 a second; a call that keeps the GIL allows 10
+    assert ticks > 100 * seconds  # of 1,000 a second; 10 if the call held the GIL
 
 
 def test_seed_decides_the_draws() -> None:
@@ -365,7 +365,7 @@ FILTERS = (
 
 
 def constant_model(logits: list[float]) -> GPT:
-    """A model that gives these logits whatever it reads."""
+    """Makes a model that returns these logits for any input."""
     V = len(logits)
     model = GPT(GPTConfig(block_size=2, vocab_size=V, n_embd=8, n_layer=1, n_head=1))
     for param in model.parameters():
@@ -387,7 +387,7 @@ def test_draws_follow_the_distribution(isa: str, backend: Any, options: dict[str
     n = 20_000
     model = constant_model(LOGITS)
     model.backend = backend
-    prompt = [2, 4]  # what the penalty applies to
+    prompt = [2, 4]  # the tokens that the penalty applies to
     results = gptfast.generate(
         model, [prompt], num_samples=n, max_new_tokens=1, seed=11, max_batch=4096, **options
     )
@@ -397,7 +397,7 @@ def test_draws_follow_the_distribution(isa: str, backend: Any, options: dict[str
     for token in prompt:
         scores[0, token] *= penalty if scores[0, token] < 0 else 1 / penalty
     weights = probabilities(Sampling(**options), scores)[0]
-    # 5 degrees of freedom exceed it once in 2,000
+    # chi-square with 5 degrees of freedom exceeds 22 once in 2,000
     assert chi_square(observed, weights / weights.sum() * n) < 22.0
 
 
@@ -447,7 +447,7 @@ def test_engine_draws_what_the_reference_draws(
     uniforms = draws(keys, torch.arange(n), zero)
     rows = logits.expand(n, -1)
     expected = choose(Sampling(**options), rows, [prompt] * n, uniforms)
-    # A draw, or a threshold, may fall between two roundings of the same sum.
+    # Backends round sums differently, and a draw or threshold may lie between the two results.
     nearby = [
         choose(Sampling(**options), rows, [prompt] * n, (uniforms + d).clamp(0, 1 - 1e-9))
         for d in (-1e-5, 1e-5)
@@ -479,7 +479,7 @@ def test_the_old_name_of_top_logprobs_warns() -> None:
 
 
 def nearly_chosen(model: GPT, request: Request, i: int, generated: list[int], token: int) -> bool:
-    """Whether the reference may take this token next where its sums are rounded otherwise."""
+    """Whether the reference could choose this token next if it rounded differently."""
     text = request.prompts[i] + generated
     stride = request.stride or 1
     start = -(-max(0, len(text) - model.config.block_size) // stride) * stride
@@ -522,14 +522,14 @@ def test_any_configuration_equals_the_uncached_loop(data: st.DataObject) -> None
         "seed": draw(st.integers(0, 2**62)),
         "max_batch": draw(st.integers(1, 8)),
     }
-    if select.extension() is not None:  # memory for so many sequences at least
+    if select.extension() is not None:  # memory for at least as many sequences
         row = gptfast.pack(model).compiled.cache_bytes(config.block_size)
         options["max_cache_bytes"] = row * draw(st.sampled_from((1, 2, 5, 1000)))
     request = make_request(model, prompts, **options)
     fused = gptfast.generate(model, prompts, **options)
     model.backend = "reference"
     plain = gptfast.generate(model, prompts, **options)
-    # Between two nearly equal columns a norm multiplies a rounding by up to 1 / sqrt(eps) = 316.
+    # If a row's values are nearly equal, a norm amplifies rounding by up to 1 / sqrt(eps) = 316.
     tolerance = 1e-4 if config.n_embd > 2 else 1e-3
     for i, (a, b) in enumerate(zip(fused, plain, strict=True)):
         assert a.finish_reason == b.finish_reason and len(a.tokens) == len(b.tokens)
@@ -559,7 +559,7 @@ def test_the_steps_of_a_call_do_not_change_the_bits(
     prompts = prompts_for(model.config)
     whole = gptfast.generate(model, prompts, max_new_tokens=50, **options)
     for name in ("INTERRUPT_SECONDS", "STREAM_SECONDS"):
-        monkeypatch.setattr(f"gptfast.generation.api.{name}", 0.0)  # a step at a time
+        monkeypatch.setattr(f"gptfast.generation.api.{name}", 0.0)  # one step per call
     assert gptfast.generate(model, prompts, max_new_tokens=50, **options) == whole
     streamed: list[list[int]] = [[] for _ in whole]
     for i, piece in gptfast.stream(model, prompts, max_new_tokens=50, **options):
@@ -568,7 +568,7 @@ def test_the_steps_of_a_call_do_not_change_the_bits(
 
 
 def address_space() -> int:
-    """Bytes that this process has asked for."""
+    """Returns the size of this process's address space in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
 
 
@@ -645,9 +645,9 @@ def test_a_text_that_waits_takes_the_place_of_one_that_ends_at_once() -> None:
     options: dict[str, Any] = {"max_new_tokens": 40, "seed": 1}
     prompts = [[1], [2], [3], [4]]
     free = [result.tokens for result in gptfast.generate(model, prompts, **options)]
-    stop = free[0][5]  # the steps of each, with the one that meets the stop
+    stop = free[0][5]  # the steps of each sequence, including that of the stop token
     steps = [tokens.index(stop) + 1 if stop in tokens else 40 for tokens in free]
-    places = [0, 0]  # when each of the two is free
+    places = [0, 0]  # the step at which each of the two slots becomes free
     for own in steps:
         places[places.index(min(places))] += own
     packed = gptfast.pack(model)
@@ -780,7 +780,7 @@ def test_the_numbers_of_no_limit_are_none(backend: Any) -> None:
 
 def test_stream_starts_before_all_is_generated() -> None:
     model = make("course")
-    pieces = gptfast.stream(model, [1], max_new_tokens=10**6)  # all would take a minute
+    pieces = gptfast.stream(model, [1], max_new_tokens=10**6)  # the whole call would take a minute
     assert len(next(pieces)) == 1 and len(next(pieces)) < 10_000
 
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels compile to for GPUs that are not here: the script, and its table."""
+"""Compilation of the Triton kernels without a GPU: the script and its table."""
 
 import json
 import os
@@ -14,7 +14,7 @@ TABLE = ROOT / "benchmarks" / "results" / "gpu_static.json"
 
 
 def gpu_static(*options: str) -> subprocess.CompletedProcess[str]:
-    """Runs the script where Triton compiles, which the tests' own process has it not do."""
+    """Runs the script with Triton's compiler; the process of the tests uses the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_static.py"), *options]
@@ -22,7 +22,7 @@ def gpu_static(*options: str) -> subprocess.CompletedProcess[str]:
 
 
 def compiled(calls: str) -> int:
-    """How many kernels these calls compile, for sm_80."""
+    """Returns how many kernels these calls compile for sm_80."""
     script = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "benchmarks")!r}]
@@ -86,7 +86,7 @@ print(len(found))
     return int(process.stdout.splitlines()[-1])
 
 
-def test_sizes_of_one_compile() -> None:  # they are constants to the compiler
+def test_sizes_of_one_compile() -> None:  # the compiler treats an argument of 1 as a constant
     layers = "layer(1, 1, 1); heads(1, 1, 1, 1); attention_block(1, 1, 1, 1); block(1, 1, 1)"
     ends = "loss(1, 1, 1); tables(1, 1, 1, 1)"
     decoding = "decoded(1, 1, 1, 1); drawn(1, 1, top_k=1, top_p=1, min_p=1)"

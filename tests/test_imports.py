@@ -1,4 +1,4 @@
-"""Who imports whom in the package: knowledge flows one way, and `import gptfast` loads little."""
+"""Imports within the package: they go one way, and `import gptfast` loads little."""
 
 import ast
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Each room's modules (with those below them), and the rooms that it may import beside itself.
+# For each room (layer): its modules and packages, and the other rooms that it may import.
 BELOW_TRAINING = "errors config ops data model checkpoint"
 ROOMS = {
     "errors": ("errors checks", ""),
@@ -38,9 +38,9 @@ def modules(root: Path = ROOT) -> dict[str, Path]:
 
 
 def imported(file: Path, known: set[str], types: bool = True) -> Iterator[tuple[int, str]]:
-    """The modules of the package that a file imports, also inside functions, and in which lines.
+    """Yields line and name of the package's modules that a file imports, also inside functions.
 
-    Without `types`, those imports are left out that only a type checker makes.
+    `types=False` skips imports under `if TYPE_CHECKING`.
     """
     pending: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
     while pending:
@@ -70,7 +70,7 @@ def room_of(module: str) -> str:
 
 
 def forbidden(root: Path = ROOT) -> list[str]:
-    """The imports that ROOMS does not allow, each with its place."""
+    """Returns the imports that ROOMS does not allow, with file and line."""
     found = []
     files = modules(root)
     for module, file in files.items():
@@ -84,14 +84,14 @@ def forbidden(root: Path = ROOT) -> list[str]:
 
 
 def cycle(root: Path = ROOT) -> list[str]:
-    """A circle of modules that import each other, also inside functions; [] where there is none."""
+    """Returns a cycle of imports, including those inside functions; [] if there is none."""
     files = modules(root)
     graph: dict[str, set[str]] = {}
     for module, file in files.items():
         graph[module] = set()
         for _, name in imported(file, set(files), types=False):
             parts = name.split(".")
-            for i in range(1, len(parts) + 1):  # importing a module runs the packages around it
+            for i in range(1, len(parts) + 1):  # an import also runs the parent packages
                 outer = ".".join(parts[:i])
                 if outer in files and not f"{module}.".startswith(f"{outer}."):
                     graph[module].add(outer)
@@ -141,7 +141,7 @@ def test_a_circle_is_found(tmp_path: Path, inside: str) -> None:
     assert set(cycle(tmp_path)) == {"gptfast.model", "gptfast.modules"}
 
 
-# What statements load of the package, and of what takes long or is only for some.
+# The modules that a statement loads: of the package, and expensive or optional ones.
 SLOW = {"torch", "triton", "matplotlib", "rich.progress", "safetensors"}
 LOADED = {
     "import gptfast": "",

@@ -13,7 +13,7 @@ from gptfast.ops import select
 
 
 def fake_extension(chosen: str | Exception = "avx2") -> SimpleNamespace:
-    """An extension with two levels that can run and one that cannot."""
+    """A fake extension with two levels that can run and one that cannot."""
 
     def isa_current() -> str:
         if isinstance(chosen, Exception):
@@ -26,7 +26,7 @@ def fake_extension(chosen: str | Exception = "avx2") -> SimpleNamespace:
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a package that has no record of a build yet."""
+    """A package folder without a build record."""
     folder = tmp_path / "gptfast"
     folder.mkdir()
     monkeypatch.setattr(info, "_PACKAGE", folder)

@@ -1,4 +1,4 @@
-"""The kernel files: each includes what it uses, of rooms below its own, and can be opened alone."""
+"""The kernel files: each includes what it uses, from lower folders, and compiles alone."""
 
 import os
 import re
@@ -16,7 +16,7 @@ import setuptools
 KERNELS = Path(__file__).resolve().parents[1] / "csrc" / "kernels"
 FILES = sorted(KERNELS.glob("*/*.inl"))
 
-# What the files of a room may include, besides kernels.h and those of their own.
+# The folders whose files a folder's files may include, besides kernels.h and their own folder.
 ROOMS = {
     "simd": {"threads"},
     "matmul": {"simd", "threads"},
@@ -32,15 +32,15 @@ def included(path: Path) -> list[Path]:
 
 
 def compile_text(command: str, text: str) -> str:
-    """What the compiler has against the text."""
+    """Compiles the text; returns the compiler's errors."""
     done = subprocess.run(shlex.split(command), input=text, capture_output=True, text=True)
     return done.stderr if done.returncode else ""
 
 
 def parse(path: Path, level: str, command: str, intrinsics: Path) -> str:
-    """What the compiler has against `path` when a file of the level includes it alone."""
+    """Returns the compiler's errors for a file of this level that includes only `path`."""
     macros = re.findall(r"^#define .+\n", (KERNELS / f"isa/levels/{level}.cpp").read_text(), re.M)
-    if path.stem != "vec":  # which includes them for all; they take most of the time
+    if path.stem != "vec":  # precompiled; vec.inl must include them itself
         command += f" -include {shlex.quote(str(intrinsics))}"
     return compile_text(
         f"{command} -fsyntax-only -x c++ -", f'{"".join(macros)}#include "{path}"\n'
@@ -69,7 +69,7 @@ def test_files_include_each_other_in_no_circle():
 
 def test_each_file_can_be_opened_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
-    monkeypatch.setenv("PATH", os.environ["PATH"])  # to which setup.py adds
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # setup.py changes it
     facts = runpy.run_path(str(KERNELS.parents[1] / "setup.py"))
     compiler = facts["CXX"]
     if shutil.which(shlex.split(compiler)[0]) is None:

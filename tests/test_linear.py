@@ -105,7 +105,7 @@ def test_rows_have_the_bits_they_have_alone(isa: str, dtype: torch.dtype) -> Non
         assert torch.equal(torch.autograd.grad(part, x, dy[rows])[0][rows], dx[rows])
 
 
-@pytest.mark.parametrize("rows", [500, 1700])  # the latter in parts
+@pytest.mark.parametrize("rows", [500, 1700])  # 1700: summed in parts
 def test_gradients_do_not_depend_on_the_number_of_threads(
     isa: str, rows: int, any_threads: None
 ) -> None:

@@ -1,8 +1,8 @@
-"""No operator touches memory beside its tensors, which lie against a page that is forbidden.
+"""No operator accesses memory out of bounds: its tensors lie next to a protected page.
 
-All arguments, results and what the backward keeps: forbidden behind the last element, or before
-the first. A violation ends the process; hence the operators run in one of their own, which is this
-file as a script: with a level, or with a side, to violate on purpose.
+All arguments, results and saved tensors have a protected page behind the last element or before the
+first. A violation ends the process, so the operators run in a child process, which executes this
+file as a script. Its argument is a level, or a side, for a deliberate violation.
 """
 
 import ctypes
@@ -29,12 +29,12 @@ from gptfast.training.optimizer import AdamW
 
 SIDES = ("behind", "before")
 DTYPES = (torch.float32, torch.bfloat16)
-PROT_NONE = 0  # of POSIX; mmap has names for the others alone
+PROT_NONE = 0  # from POSIX; Python's mmap lacks this constant
 EMPTY = torch.ops.aten.empty.memory_format
 
 
 def no_guard_reason() -> str | None:
-    """Why pages cannot be guarded here; None where they can."""
+    """Returns why pages cannot be protected here, or None if they can."""
     try:
         ctypes.CDLL(None).mprotect  # noqa: B018
     except (AttributeError, TypeError, OSError) as error:
@@ -43,7 +43,7 @@ def no_guard_reason() -> str | None:
 
 
 def guarded(like: Tensor, side: str) -> Tensor:
-    """An uninitialised tensor of this shape, strides and dtype, a forbidden page at one side."""
+    """Makes an uninitialised tensor like this one, with a protected page on one side."""
     if not like.numel():
         return torch.empty(like.shape, dtype=like.dtype)
     extent = 1 + sum((n - 1) * step for n, step in zip(like.shape, like.stride(), strict=True))
@@ -56,12 +56,12 @@ def guarded(like: Tensor, side: str) -> Tensor:
     protect = ctypes.CDLL(None, use_errno=True).mprotect
     if protect(ctypes.c_void_p(address), ctypes.c_size_t(page), PROT_NONE):
         raise OSError(ctypes.get_errno(), "mprotect failed")
-    flat = torch.frombuffer(buffer, dtype=like.dtype)  # it keeps the memory
+    flat = torch.frombuffer(buffer, dtype=like.dtype)  # keeps the memory alive
     return flat.as_strided(like.shape, like.stride())
 
 
 class Guard(TorchDispatchMode):
-    """Gives gptfast's operators copies of their arguments, and new tensors, in guarded memory."""
+    """Runs gptfast's operators on copies of their arguments, and allocates, in guarded memory."""
 
     def __init__(self, side: str) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Guard(TorchDispatchMode):
         copies = tree_map_only(Tensor, lambda x: guarded(x, self.side).copy_(x), args)
         cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
         self.inside = True
-        with self:  # what the kernel allocates comes here too
+        with self:  # intercepts the kernel's allocations too
             result = func.redispatch(cpu, *copies)
         self.inside = False
         for declared, original, copy in zip(func._schema.arguments, args, copies, strict=False):
@@ -170,13 +170,13 @@ def all_cases() -> Iterator[tuple]:
 
 
 def run_op(op: Any, args: tuple, options: dict) -> None:
-    """Forward and backward, and the forward that keeps nothing for a backward."""
+    """Runs the forward that saves nothing, then forward and backward."""
     with torch.no_grad():
         op(*args, **options)
     out = op(*args, **options)
     inputs = (*args, *options.values())
     leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-    # In another layout than an attention's result, which is a transposed view.
+    # Contiguous, unlike attention's result, which is a transposed view.
     grad = torch.ones_like(out, memory_format=torch.contiguous_format)
     torch.autograd.grad(out, leaves, grad)
 
@@ -192,7 +192,7 @@ def models() -> list[gptfast.GPT]:
 
 
 def generate(model: gptfast.GPT, dtype: str) -> None:
-    """A ragged batch, inside the window and past it, with every option of sampling; then scores."""
+    """Generates for prompts within and past the window, with all sampling options; then scores."""
     prompts = [[1], [2, 3, 4, 5, 6], list(range(11))]
     options: dict[str, Any] = {"max_new_tokens": 9, "dtype": dtype, "stop": [3], "logprobs": 2}
     gptfast.generate(model, prompts, **options)
@@ -218,14 +218,14 @@ def described(op: Any, args: tuple, options: dict) -> str:
 
 
 def run_all(level: str) -> None:
-    """Runs the cases, each announced by a line; the last line names the operators called."""
+    """Runs the cases and prints a line before each; the last line names the operators called."""
     extension = select.extension()
     assert extension is not None
     extension.isa_set(level)
     cases, seen = list(all_cases()), set()
     for side in SIDES:
         with Guard(side) as guard:
-            # Access before the start is the rarer mistake, and the time is short.
+            # Accesses before the start are rarer; every fifth case is enough, to save time.
             for op, args, options in cases if side == "behind" else cases[::5]:
                 print(side, described(op, args, options), flush=True)
                 run_op(op, args, options)
@@ -240,7 +240,7 @@ def run_all(level: str) -> None:
 
 
 def violate(side: str) -> None:
-    """Uses a guarded tensor, then a byte beside it."""
+    """Uses a guarded tensor, then accesses a byte next to it."""
     x = guarded(torch.zeros(3, 5), side)
     print(f"{x.fill_(1.0).sum():g}", flush=True)
     ctypes.string_at(x.data_ptr() + (60 if side == "behind" else -1), 1)

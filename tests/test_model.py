@@ -21,14 +21,14 @@ SMALL = GPTConfig(block_size=20, vocab_size=11, n_layer=2, n_head=2, n_embd=32, 
 
 
 def course_pair(config: GPTConfig) -> tuple[CourseGPT, GPT]:
-    """The course's model with weights from a fixed seed, and ours with the same ones."""
+    """Makes the course's model from a fixed seed, and ours with the same weights."""
     torch.manual_seed(1)
     course = CourseGPT(config)
-    with torch.no_grad():  # biases that torch starts at zero are to count too
+    with torch.no_grad():  # nonzero, because torch initialises biases to zero
         for name, param in course.named_parameters():
             if name.endswith("bias"):
                 param.normal_(std=0.2)
-    # The weights do not tell the dropout, so both are compared without.
+    # A state dict does not contain the dropout, so both models are compared without.
     return course.eval(), GPT.from_course_state_dict(course.state_dict(), config.n_head).eval()
 
 
@@ -72,13 +72,13 @@ def test_logits_loss_and_gradients_equal_the_course_model(
     names = GPT.from_course_state_dict(course.state_dict(), n_head).state_dict().keys()
 
     def torch_results(module: CourseGPT) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Logits, the loss of each token, and the gradients of the mean in the order of `names`."""
+        """Returns logits, loss per token, and gradients of the mean in the order of `names`."""
         logits = module(idx)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none")
         params = dict(module.named_parameters())
         grads = torch.autograd.grad(losses.mean(), list(params.values()))
-        # A model of the gradients is the shortest way to our names for them.
+        # A GPT that holds the gradients as weights has them under our names.
         renamed = GPT.from_course_state_dict(dict(zip(params, grads, strict=True)), n_head)
         return logits.detach(), losses.detach(), [renamed.state_dict()[name] for name in names]
 
@@ -86,7 +86,7 @@ def test_logits_loss_and_gradients_equal_the_course_model(
     grads = torch.autograd.grad(loss, [model.get_parameter(name) for name in names])
     own, oracle = torch_results(course), torch_results(oracle_model)
     assert_budget("logits", logits, own[0], oracle[0], 2.0)
-    # The errors of the tokens cancel in the mean by chance: torch's is taken before it.
+    # Errors of tokens can cancel in the mean by chance, so torch's error is the mean of theirs.
     own_error = (own[1].double() - oracle[1]).abs().mean().item()
     rounding = torch.finfo(torch.float32).eps * oracle[1].mean().item()
     assert abs(loss.item() - oracle[1].mean().item()) <= 2 * (own_error + rounding)
@@ -267,7 +267,7 @@ def test_compiled_loss_has_the_same_gradients() -> None:
 def test_explicit_backend_never_falls_back() -> None:
     model = GPT(SMALL).double()
     idx, _ = tokens(SMALL, 2, 5)
-    assert model(idx).dtype == torch.float64  # auto takes the reference
+    assert model(idx).dtype == torch.float64  # auto selects the reference
     model.backend = "fused"
     with pytest.raises(BackendError, match="float32 and bfloat16, not float64"):
         model(idx)
@@ -355,7 +355,7 @@ def test_config_survives_its_dict() -> None:
         GPTConfig.from_dict({"n_heads": 2})
 
 
-# ---- what is inside a wrapper
+# ---- models inside wrappers
 
 
 def test_a_model_is_found_inside_its_wrappers():

@@ -1,4 +1,4 @@
-"""A thousand damaged runs: each gives the model that was saved, or one sentence, never another."""
+"""A thousand damaged runs: each loads as the saved model or fails with a one-sentence error."""
 
 import pickle
 import random
@@ -19,7 +19,7 @@ TEXT = data.abc_corpus()[:100]
 TOKENIZER = CharTokenizer.from_text(TEXT)
 IDS = TOKENIZER.encode_tensor(TEXT)
 SHAPE = GPTConfig(block_size=4, vocab_size=5, n_layer=1, n_head=1, n_embd=4)
-OTHER = ("seed", "earlier", "shape")  # how other runs differ from the one called "own"
+OTHER = ("seed", "earlier", "shape")  # other runs, by their difference from "own"
 WEIGHTS, CONFIG = checkpoint.WEIGHTS_NAME, checkpoint.CONFIG_NAME
 FOREIGN = {
     "nothing": b"",
@@ -66,7 +66,7 @@ def is_same(a, b):
 
 
 def sentence_or(call, *args, **options):
-    """What a call gives, or the one sentence with which it refuses."""
+    """Returns the result of a call, or its one-sentence error message."""
     try:
         return call(*args, **options)
     except GptfastError as error:
@@ -75,10 +75,10 @@ def sentence_or(call, *args, **options):
 
 
 def resume(path, number):
-    """Model and history with which a run goes on; every tenth goes on in truth, and is saved."""
+    """Returns model and history of a resumed run; only every tenth is really trained and saved."""
     if number % 10 == 0:
         result = train(path, resume=True)
-        assert is_same(checkpoint.load(path)[0], result.model)  # what was damaged is whole again
+        assert is_same(checkpoint.load(path)[0], result.model)  # the save replaced the damage
         return result.model, result.history
     model = GPT(SHAPE)
     state, _ = run.RunDirectory(path).load(model, config_of())
@@ -86,7 +86,7 @@ def resume(path, number):
 
 
 def damage(draw, content, run_files):
-    """Changes the bytes of a file in one of many ways; gives what was done and the new bytes."""
+    """Damages the bytes of a file in one of many ways; returns the kind and the new bytes."""
     kind = draw.choice(
         ["byte", "byte", "byte", "bit", "bit", "cut", "more", "gap", "swap", "foreign"]
     )
@@ -157,7 +157,7 @@ def test_files_of_two_runs_give_one_of_them_whole_or_a_sentence(tmp_path, runs):
         else:
             assert WEIGHTS in loaded, what
         state = of[run.STATE_NAME]
-        # A run's own files, also where a crash left the state of the save before; or none but it.
+        # Files of one run (after a crash the state may be of the save before) or the state alone.
         whole = not of[WEIGHTS] or of[CONFIG] in (of[WEIGHTS], None)
         whole &= of[WEIGHTS] in (None, "own", state)
         result = sentence_or(resume, path, number) if state else "not to be resumed"

@@ -1,4 +1,4 @@
-"""The operators as torch sees them: schemas, fakes, mutation; and the package without its parts."""
+"""The operators' schemas, fakes and mutation, and the package without optional parts."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from gptfast.ops.arguments import Argument, Kind, Table, activation, parameter
 if select.extension() is None:
     pytest.skip(f"{select.extension_error}", allow_module_level=True)
 
-INTERNAL = (adamw.adamw_,)  # no public operation calls it: its module's import defines it
+INTERNAL = (adamw.adamw_,)  # no public operation calls it; the import defines it
 
 R = torch.randn
 SEED = torch.tensor(7)
@@ -27,7 +27,7 @@ def heads(T: int) -> Tensor:
 
 
 def cases() -> dict[str, tuple[Any, ...]]:
-    """Arguments for every operator in the namespace."""
+    """Returns arguments for every operator in the namespace."""
     q, k, v = heads(9), heads(9), heads(9)
     out, lse = torch.ops.gptfast.attention(q, k, v, 0.25, 0.1, SEED, 1)
     x, ln_w, ln_b, weight, bias = R(2, 9, 32), R(32), R(32), R(20, 32), R(20)
@@ -261,7 +261,7 @@ except gptfast.BackendError as error:
 
 
 def test_python_threads_share_the_processors(any_threads: None) -> None:
-    torch.set_num_threads(8)  # more than most machines have, and twice that at once
+    torch.set_num_threads(8)  # more than most machines have, for each Python thread
     model = GPT(GPTConfig(block_size=48, vocab_size=30, n_layer=2, n_head=2, n_embd=64)).eval()
     idx = torch.randint(1, 30, (9, 48))
 

@@ -1,4 +1,4 @@
-"""Pictures of runs: the curves that are drawn, the files, and the errors."""
+"""Plots of runs: curves, files and errors."""
 
 import builtins
 import json
@@ -23,7 +23,7 @@ pytest.importorskip("matplotlib")
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The curves of the last picture: label -> (x values, y values, colour)."""
+    """The curves of the last plot: label -> (x values, y values, colour)."""
     curves = {}
     draw = plots._draw
 

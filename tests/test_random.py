@@ -13,7 +13,7 @@ from gptfast.ops.random import dropout_factors, philox, seed_tensor
 @pytest.mark.parametrize(
     ("counter", "key", "words"),
     (
-        # The known answers that come with the Philox-4x32-10 paper's own code.
+        # Known answers from the code of the Philox-4x32-10 paper.
         ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
         (
             (0xFFFFFFFF,) * 4,
@@ -79,6 +79,6 @@ def test_what_is_no_seed_is_refused(seed: Any) -> None:
 
 def test_seeds_can_be_compiled() -> None:
     compiled = torch.compile(seed_tensor, backend="eager", fullgraph=True)
-    for seed in (1, 2, 3, 2**63 - 1):  # the second makes it a variable of the graph
+    for seed in (1, 2, 3, 2**63 - 1):  # a second value makes it a graph input
         assert compiled(seed).item() == seed
     assert compiled(torch.tensor(4)).item() == 4

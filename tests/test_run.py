@@ -1,4 +1,4 @@
-"""The files of a run: the training state, its checksum, its version, and what belongs to it."""
+"""The files of a run: training state, checksum, version, and which files belong together."""
 
 import shutil
 from pathlib import Path
@@ -16,7 +16,7 @@ from gptfast.training import Trainer, held_out, run, train
 
 OLD = Path(__file__).parent / "fixtures" / "checkpoint-v1"
 TEXT = data.abc_corpus()[:600]
-TINY = Preset(  # of the run in OLD, which was interrupted after three of its six steps
+TINY = Preset(  # the preset of the run in OLD, which was interrupted after 3 of 6 steps
     name="tiny",
     model=GPTConfig(block_size=8, n_layer=1, n_head=2, n_embd=8),
     train=TrainConfig(lr=1e-2, batch_size=4, steps=6, eval_every=2),
@@ -34,7 +34,7 @@ def old(tmp_path):
 
 
 def rewrite_state(path, change):
-    """Changes what the state holds; without a checksum it must be one of version 1."""
+    """Changes the training state and writes it without a checksum, as version 1 did."""
     file = path / run.STATE_NAME
     content = torch.load(file, weights_only=True)
     change(content)
@@ -52,7 +52,7 @@ def test_a_run_of_version_1_goes_on_to_the_losses_it_would_have_had(old):
         assert row["train_loss"] == pytest.approx(train_loss, rel=1e-4)
         assert row["val_loss"] == pytest.approx(val_loss, rel=1e-4)
     assert checkpoint.read_config(old)["version"] == checkpoint.VERSION
-    assert quick(old, resume=True).history == result.history  # by now of the newest version
+    assert quick(old, resume=True).history == result.history  # now saved in the newest version
 
 
 def test_a_newer_state_gets_a_sentence(old):
@@ -148,12 +148,12 @@ def test_a_state_that_lacks_something_is_one_sentence(old, change):
     assert "\n" not in str(error.value)
 
 
-# ---- what belongs together
+# ---- files of different saves
 
 
 @pytest.fixture
 def two(tmp_path):
-    """The directory of a run at step 2, and of the same one at step 4."""
+    """The directories of the same run at step 2 and at step 4."""
     quick(tmp_path / "early", steps=2)
     shutil.copytree(tmp_path / "early", tmp_path / "late")
     quick(tmp_path / "late", steps=4, resume=True)
@@ -178,7 +178,7 @@ def test_a_crash_between_the_two_files_of_a_save_does_no_harm(two):
 def test_files_of_two_saves_are_refused_and_the_state_alone_goes_on(two, tmp_path):
     early, late = two
     quick(tmp_path / "other", steps=4)
-    for source in (early, tmp_path / "other"):  # an earlier save, and another run alike
+    for source in (early, tmp_path / "other"):  # an earlier save, and another run
         copy([checkpoint.WEIGHTS_NAME, checkpoint.CONFIG_NAME], source, late)
         with pytest.raises(CheckpointError, match=r"model.safetensors: .*without .* alone"):
             quick(late, steps=6, resume=True)
@@ -194,7 +194,7 @@ def test_a_damaged_checkpoint_beside_a_whole_state_says_how_to_go_on(two):
         quick(late, steps=6, resume=True)
 
 
-# ---- what a run stores beside its model
+# ---- what a run stores besides its model
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_the_engine_keeps_to_the_budget(isa: str, name: str, dtype: str) -> None
     model = (GPT(WIDE) if name == "wide" else make(name)).eval()
     config = model.config
     texts = torch.randint(1, config.vocab_size, (6, config.block_size + 1))
-    rounded = snapshot(model, dtype)  # to what the weights count as
+    rounded = snapshot(model, dtype)  # to the values that quantized weights represent
 
     def logprobs(module: torch.nn.Module) -> torch.Tensor:
         logits = module(texts[:, :-1]).detach()
@@ -45,7 +45,7 @@ def test_the_engine_keeps_to_the_budget(isa: str, name: str, dtype: str) -> None
     own = own.to(torch.float32 if dtype == "fp32" else torch.bfloat16)
     packed = gptfast.pack(model, dtype)
     actual = torch.tensor([each.logprobs for each in gptfast.score(packed, texts.tolist())])
-    # Weights of 8 bits with activations of 16 bits or more are far from bfloat16's errors.
+    # 8-bit weights with activations of at least 16 bits have much smaller errors than bfloat16.
     few_bits = dtype != "int8" or packed.dtype == torch.bfloat16
     oracle = logprobs(copy.deepcopy(rounded).double())
     factor = RESULT_FACTOR if few_bits else 0.05
@@ -82,7 +82,7 @@ def test_weights_of_8_bits_change_a_trained_models_loss_little() -> None:
         -sum(each.logprob for each in gptfast.score(model, held_out, dtype=dtype))
         for dtype in ("fp32", "int8")
     ]
-    assert losses[0] / len(held_out) / 16 < 0.8  # of ln 4 = 1.39 nats: it has learnt
+    assert losses[0] / len(held_out) / 16 < 0.8  # below ln 4 = 1.39 nats: it has learnt
     assert losses[1] == pytest.approx(losses[0], rel=0.005) and losses[1] != losses[0]
 
 
@@ -93,7 +93,7 @@ def test_generated_tokens_have_the_scores_that_generate_gave(isa: str, dtype: st
     results = gptfast.generate(model, prompts, max_new_tokens=20, dtype=dtype)
     texts = [prompt + result.tokens for prompt, result in zip(prompts, results, strict=True)]
     for result, scored in zip(results, gptfast.score(model, texts, dtype=dtype), strict=True):
-        assert scored.logprobs[-20:] == result.logprobs  # to the bit
+        assert scored.logprobs[-20:] == result.logprobs  # bitwise equal
 
 
 @pytest.mark.parametrize("stride", (None, 1, 5, 37, 100))

@@ -74,7 +74,7 @@ def by_parts(
 
 def assert_bits_of_parts(whole: list[Tensor], parts: list[Tensor]) -> None:
     for i, (a, b) in enumerate(zip(whole, parts, strict=True)):
-        if i == 1:  # the gradients of x are added up before they are rounded
+        if i == 1:  # the kernel sums the gradients of x before it rounds
             bound = 2 * torch.finfo(a.dtype).eps * b.abs().max().item()
             torch.testing.assert_close(a, b, rtol=0, atol=bound)
         else:

@@ -87,7 +87,7 @@ def test_json_form_comes_back_equal(text):
 
 
 def test_halves_of_surrogate_pairs_stay_two_characters():
-    tokenizer = CharTokenizer.from_text("ab\ud83d\ude00")  # JSON joins the two within one string
+    tokenizer = CharTokenizer.from_text("ab\ud83d\ude00")  # in a string, JSON would join the two
     assert tokenizer.vocab_size == 5
     assert CharTokenizer.from_dict(json.loads(json.dumps(tokenizer.to_dict()))) == tokenizer
 

@@ -58,7 +58,7 @@ SIGNALS = [
 
 @pytest.fixture
 def after_step(monkeypatch):
-    """A function that sets what is done after which of the following steps."""
+    """Returns a function that schedules an action after some of the following steps."""
     step = Trainer.step
 
     def set_action(action, *numbers):
@@ -78,7 +78,7 @@ def after_step(monkeypatch):
 
 @pytest.fixture
 def press(after_step):
-    """A function that sets after which steps a signal comes; restores the handlers."""
+    """Returns a function that sends a signal after given steps; restores the handlers."""
     usual = {number: signal.SIG_DFL for number in SIGNALS}
     usual[signal.SIGINT] = signal.default_int_handler
     before = {number: signal.signal(number, handler) for number, handler in usual.items()}
@@ -89,7 +89,7 @@ def press(after_step):
 
 @pytest.fixture
 def ctrl_c(press):
-    """A function that sets in which steps Ctrl-C is pressed; restores the handler."""
+    """Returns a function that sends SIGINT in given steps; restores the handler."""
     return lambda *steps: press(signal.SIGINT, *steps)
 
 
@@ -187,7 +187,7 @@ def test_counts_may_be_numpys():
 
 
 def test_more_threads_than_the_system_starts_are_refused_before_anything_is_written(tmp_path):
-    config = TrainConfig(steps=1, threads=100_000)  # may be another machine's
+    config = TrainConfig(steps=1, threads=100_000)  # may be valid on another machine
     model = GPT(GPTConfig(block_size=4, vocab_size=5, n_layer=1, n_embd=8))
     with pytest.raises(
         ConfigError, match="threads must be a whole number from 1 to .*, got 100000"
@@ -249,7 +249,7 @@ def test_the_text_is_cut_as_the_course_cuts_it():
 
 
 def test_a_step_is_torchs_adamw_on_the_models_loss():
-    # In float64: AdamW divides a gradient that is zero but for rounding by its own size.
+    # In float64, because AdamW normalises even gradients that consist only of rounding errors.
     model, other = make_model(dropout=0.0).double(), make_model(dropout=0.0).double()
     trainer = Trainer(model, TrainConfig(lr=1e-2, clip=0.1, weight_decay=0.5, betas=(0.8, 0.9)))
     adamw = torch.optim.AdamW(other.parameters(), lr=1e-2, weight_decay=0.5, betas=(0.8, 0.9))
@@ -270,7 +270,7 @@ def test_a_step_is_torchs_adamw_on_the_models_loss():
 
 
 class CountOps(TorchDispatchMode):
-    """Counts the operators that torch runs, views of a tensor as it is (detach) left out."""
+    """Counts the operators that torch runs, except detach."""
 
     def __init__(self):
         super().__init__()
@@ -285,10 +285,10 @@ class CountOps(TorchDispatchMode):
 @FUSED
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_runs_few_operators(precision):
-    """Each costs a small model some microseconds: an added one is to be seen here."""
+    """An operator costs microseconds, which matter for small models; new ones must fail here."""
     trainer = Trainer(make_model(n_layer=2), TrainConfig(precision=precision, clip=1.0))
     idx = torch.ones(4, 8, dtype=torch.int64)
-    trainer.step(idx, idx)  # makes AdamW's state
+    trainer.step(idx, idx)  # creates AdamW's state
     with CountOps() as mode:
         trainer.step(idx, idx)
     once = ["embedding", "embedding_backward", "linear_cross_entropy", "adamw_"]
@@ -300,7 +300,7 @@ def test_a_step_runs_few_operators(precision):
         {
             "aten::randint.generator": 1,  # the dropout's key
             "aten::ones_like": 1,  # the gradient of the loss
-            "aten::_local_scalar_dense": 1,  # is that gradient 1?
+            "aten::_local_scalar_dense": 1,  # checks whether that gradient is 1
         }
     )
     assert mode.counts["gptfast::adamw_"] == 1
@@ -319,7 +319,7 @@ def test_evaluation_is_the_mean_over_all_tokens_of_disjoint_windows(tokens, monk
     model = make_model(dropout=0.5)
     ids = torch.randint(1, 5, (tokens,), generator=torch.Generator().manual_seed(1))
     result = evaluate(model, ids)
-    assert model.training  # given back as it was
+    assert model.training  # the mode is restored
     model.eval()
     total = 0.0
     for start in range(0, tokens - 1, 8):
@@ -375,7 +375,7 @@ def test_a_loss_takes_the_key_of_its_dropout():
     assert torch.equal(model(idx, targets=idx, seed=5), losses[0])
     assert torch.equal(model(idx, seed=5), model(idx, seed=5))
     torch.manual_seed(1)
-    drawn = model.loss(idx, idx)  # of torch's stream
+    drawn = model.loss(idx, idx)  # from torch's default generator
     torch.manual_seed(1)
     assert model.loss(idx, idx) == drawn != model.loss(idx, idx)
 
@@ -410,7 +410,7 @@ def test_runs_in_several_threads_are_those_of_each_alone(backend):
 
 
 class CountedForwards(torch.nn.DataParallel):
-    """Counts the calls of its `forward`, which without a GPU calls the model and nothing else."""
+    """Counts calls of `forward`, which without a GPU only calls the model."""
 
     def __init__(self, module):
         super().__init__(module)
@@ -557,7 +557,7 @@ def test_threads_are_set_for_the_run_alone(monkeypatch):
 @FUSED
 @pytest.mark.parametrize("precision", ("fp32", "bf16"))
 def test_any_number_of_threads_trains_to_the_same_bits(precision):
-    # One head of several blocks of keys, two parts of rows in a weight's gradient.
+    # One head with several blocks of keys, and weight gradients of two parts of rows.
     options = {"block_size": 300, "n_head": 1, "batch_size": 3, "steps": 2, "eval_every": 2}
     options["text"] = data.abc_corpus()[:8000]
     one, *others = (quick(threads=n, precision=precision, **options) for n in (1, 2, 3))
@@ -749,12 +749,12 @@ def test_saves_between_evaluations_change_nothing_and_lose_nothing(
 def test_without_an_interval_only_evaluations_save(monkeypatch, tmp_path):
     saved = []
     monkeypatch.setattr(run.RunDirectory, "save", lambda self, *args: saved.append(args[3].step))
-    clock = iter(range(0, 10**6, 7 * 60))  # seven minutes pass between two looks at it
+    clock = iter(range(0, 10**6, 7 * 60))  # seven minutes pass between two readings
     monkeypatch.setattr("gptfast.training.loop.time.monotonic", lambda: next(clock))
     quick(tmp_path / "none", save_minutes=None, eval_every=12)
     assert saved == [12]
     saved.clear()
-    quick(tmp_path / "ten", eval_every=12)  # seven are too few, fourteen are not
+    quick(tmp_path / "ten", eval_every=12)  # a save is due after fourteen minutes, not after seven
     assert saved == [2, 4, 6, 8, 10, 12]
 
 
@@ -881,7 +881,7 @@ def test_an_unwritable_place_is_found_before_training(tmp_path, monkeypatch):
     for out in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(CheckpointError, match="file is not a directory"):
             quick(out)
-    if os.path.isdir("/proc/self"):  # where even root cannot make a directory
+    if os.path.isdir("/proc/self"):  # even root cannot make a directory there
         with pytest.raises(CheckpointError, match="cannot be written there"):
             quick("/proc/self/run")
 
@@ -923,7 +923,7 @@ def test_a_failed_save_costs_nothing(tmp_path, monkeypatch):
     assert isinstance(caught.value, CheckpointError) and "\n" not in str(caught.value)
     assert losses(result.history) == losses(whole.history) and not result.model.training
     assert_same_weights(result.model, whole.model)
-    # History and checkpoint are those of step 4, from which the run goes on.
+    # History and checkpoint are of step 4, from which the run continues.
     assert [row["step"] for row in rows_in(tmp_path / "run")] == [4]
     assert checkpoint.read_config(tmp_path / "run")["extra"]["step"] == 4
     failing[:] = []
@@ -941,7 +941,7 @@ def test_a_save_after_a_failed_one_has_all_rows(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(torch, "save", full)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # the terminal has it
+        warnings.simplefilter("error")  # the warning goes to the terminal instead
         quick(tmp_path / "run", progress=True)
     assert "warning: the save at step 4 failed, training goes on: " in capsys.readouterr().err
     assert [row["step"] for row in rows_in(tmp_path / "run")] == [4, 8, 12]
@@ -967,7 +967,7 @@ def test_two_runs_do_not_share_a_directory(tmp_path, after_step):
             with pytest.raises(ConfigError, match=r"run: another run is being trained there$"):
                 quick(path, **options)
             refused.append(1)
-        model, _ = checkpoint.load(path)  # reading is free
+        model, _ = checkpoint.load(path)  # reading needs no lock
         assert model.config.n_embd == 16 and len(rows_in(path)) == 1
 
     after_step(second, 6)
@@ -1014,7 +1014,7 @@ def test_a_dead_process_keeps_no_lock(tmp_path):
                 quick(tmp_path)
             process.kill()
         process.communicate()
-        assert path.exists()  # and holds no run
+        assert path.exists()  # it exists but contains no run
     quick(tmp_path, steps=1)
 
 

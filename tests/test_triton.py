@@ -1,8 +1,8 @@
-"""The Triton kernels against the float64 oracle, in Triton's interpreter where there is no GPU.
+"""The Triton kernels against the float64 oracle, in Triton's interpreter if there is no GPU.
 
 In the interpreter they run on CPU tensors in place of the compiled kernels, so that the public
-functions are what is tested. A process has the interpreter or the compiler: with a GPU, the cases
-marked `cuda` run, and the others are skipped.
+functions are tested. A process can use either the interpreter or the compiler: with a GPU, the
+cases marked `cuda` run and the others are skipped.
 """
 
 import contextlib
@@ -69,7 +69,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @pytest.fixture(autouse=True, params=("interpreter", pytest.param("cuda", marks=pytest.mark.cuda)))
 def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Runs the kernels on CPU tensors in the interpreter, and on a GPU."""
+    """Runs the kernels on CPU tensors in the interpreter, or on a GPU."""
     if (request.param == "cuda") != CUDA:
         pytest.skip("Triton compiles on this machine" if CUDA else "torch finds no CUDA device")
     if CUDA:
@@ -105,7 +105,7 @@ def test_masks_have_the_bits_of_the_reference() -> None:
 @pytest.mark.parametrize(("T", "D"), ((1, 16), (5, 8), (17, 33), (70, 64), (129, 100), (200, 256)))
 def test_attention(T: int, D: int, dropout_p: float, dtype: torch.dtype) -> None:
     q, k, v = (heads(2, 2, T, D, seed=i).to(DEVICE) for i in range(3))
-    if T == 1:  # its weight is 1 and has no gradient: test_attention.py bounds what is left
+    if T == 1:  # the only weight is 1, with gradient 0; test_attention.py bounds the rounding
         out = ops.causal_attention(q.to(dtype), k.to(dtype), v.to(dtype))
         assert torch.equal(out, v.to(dtype))
         return
@@ -160,7 +160,7 @@ def test_layer_norm_attention_of_nothing(shape: tuple[int, ...]) -> None:
 
 
 def configurations(module: Any, *names: str) -> list[Any]:
-    """Every configuration that these tables of a module have, once."""
+    """Returns every configuration in these tables of a module, once."""
     found = [each for name in names for kind in getattr(module, name).values() for each in kind]
     return list({str(each): each for each in found}.values())
 
@@ -194,7 +194,7 @@ def test_heads_are_as_wide_as_the_tables_of_configurations(
     assert reason == "head_dim is at most 256 there, not 257"
     monkeypatch.setitem(select.MOST_HEAD_DIM, DEVICE.type, SMALL.head_dim - 1)
     idx = torch.ones(1, 5, dtype=torch.int64, device=DEVICE)
-    GPT(SMALL).to(DEVICE)(idx)  # auto takes the reference
+    GPT(SMALL).to(DEVICE)(idx)  # auto selects the reference
     with pytest.raises(BackendError, match="head_dim is at most 15 there, not 16"):
         GPT(SMALL, backend="fused").to(DEVICE)(idx)
     with pytest.raises(BackendError, match="causal_attention: .* head_dim is at most 15"):
@@ -204,7 +204,7 @@ def test_heads_are_as_wide_as_the_tables_of_configurations(
 @pytest.mark.parametrize("T", (16, 70))
 def test_attention_of_scores_of_any_size(T: int) -> None:
     for size in (2e5, 1e10):
-        if T == 16:  # tiles of one shape: the interpreter's products have other bits in another
+        if T == 16:  # with other shapes of tiles, the interpreter's products round differently
             check_large_scores(size, T, torch.float32, DEVICE)
         q, k, v = (heads(1, 2, T, 16, seed=i).to(DEVICE) for i in range(3))
         large = q * size**0.5, k * size**0.5, v
@@ -223,8 +223,8 @@ def test_decode_attention_of_scores_of_any_size() -> None:
 
 
 def test_a_row_of_a_batch_has_the_bits_it_has_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Only the interpreter's products are numpy's, and a BLAS may add up the rows at a tile's edge
-    # in another order than those within.
+    # The interpreter multiplies with numpy, whose BLAS may sum the rows at the edge of a tile in
+    # another order than the others.
     monkeypatch.setattr(np, "matmul", lambda a, b, dtype: np.einsum("ik,kj->ij", a, b, dtype=dtype))
     leaves = [heads(5, 3, 90, 40, seed=i).to(DEVICE).requires_grad_() for i in range(3)]
     grad = heads(5, 3, 90, 40, seed=4).to(DEVICE)
@@ -378,7 +378,7 @@ def test_decode_attention(H: int, D: int, capacity: int, dtype: torch.dtype) -> 
         expected = reference.causal_attention(one, k, v).flatten()
         assert (got[row].double() - expected).abs().max() <= 3 * torch.finfo(dtype).eps
         cut = cache[row : row + 1].clone()
-        cut[:, :, :, length:] = math.nan  # what is past the length is not read
+        cut[:, :, :, length:] = math.nan  # the cache past the length must not be read
         alone = decode.decode_attention(q[row : row + 1], cut, lengths[row : row + 1])
         assert torch.equal(alone[0], got[row])
 
@@ -409,7 +409,7 @@ def test_the_cpu_draws_the_same_tokens(V: int, how: Sampling) -> None:
     arguments = logits, seen.byte(), seeds, sequence_ids, steps, tokens, logprobs
     on_device = [x.to(DEVICE) for x in arguments]
     sample(how, *on_device)
-    # Columns without a chance, which a row may end with, change nothing.
+    # Trailing columns of probability 0 change nothing.
     padded = [x.clone() for x in on_device]
     for i, nothing in enumerate((-math.inf, 0)):
         padded[i] = torch.nn.functional.pad(padded[i], (0, 7), value=nothing)
@@ -448,7 +448,7 @@ def test_compiled_loss_is_one_graph_with_the_same_gradients() -> None:
     idx = torch.randint(11, (3, 17), generator=torch.Generator().manual_seed(2)).to(DEVICE)
 
     def loss(idx: Tensor, targets: Tensor) -> Tensor:
-        assert not select.unavailable("cuda", torch.float32)  # what a model on a GPU asks
+        assert not select.unavailable("cuda", torch.float32)  # the check of a model on a GPU
         return model.loss(idx, targets)
 
     found = []
@@ -540,7 +540,7 @@ def test_a_step_is_captured_where_it_warmed_up(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream=None: on(stream))
     device_loop.Decoder(GPT(SMALL).to(DEVICE), 2, 4, Sampling())._capture()
-    assert streams == [stream, stream]  # else on a stream of the first device that ever captured
+    assert streams == [stream, stream]  # not on a stream of the first device that captured a graph
 
 
 @pytest.mark.parametrize(
@@ -548,7 +548,7 @@ def test_a_step_is_captured_where_it_warmed_up(monkeypatch: pytest.MonkeyPatch) 
     (
         (("cuda", 80), "tf32x3", "tf32"),
         (("hip", "gfx942"), "ieee", "tf32"),
-        (("hip", "gfx90a"), "ieee", "ieee"),  # has no tf32, and Triton refuses it
+        (("hip", "gfx90a"), "ieee", "ieee"),  # has no tf32, and Triton rejects it
         (("hip", "gfx950"), "ieee", "ieee"),
     ),
 )

@@ -1,14 +1,14 @@
-"""Whether one source and one build serve each torch that pyproject.toml admits, and newer ones.
+"""Checks that one source and one build work with every torch of pyproject.toml's range and newer.
 
     python tests/torch_range.py            `make test-torch-range`: all of them
     python tests/torch_range.py 2.10 2.15  these alone, with tests
     python tests/torch_range.py --cached   no download: the oldest's headers, if kept from before
 
-It takes each version's wheel without its dependencies, and compiles what csrc knows of torch
-against the wheel's headers, which it keeps. Under the oldest version, and those newer than the
-range, a part of the tests runs on the extension in the tree, built with the range's newest.
-A torch for CUDA does not load without gigabytes of NVIDIA's libraries, none of which the CPU
-needs: stand-ins take their place, in which every function says that there is no device.
+It downloads each version's wheel without dependencies, compiles the sources that include torch
+against the wheel's headers, and keeps the headers. With the oldest version, and with versions newer
+than the range, some of the tests run on the extension in the tree, built with the range's newest.
+A torch for CUDA does not load without gigabytes of NVIDIA's libraries, which the CPU does not need.
+Stubs replace them, in which every function returns the error "no device".
 """
 
 import itertools
@@ -41,11 +41,11 @@ HEADERS = ("torch/csrc/stable", "torch/csrc/inductor/aoti_torch", "torch/headero
 
 
 class Failure(Exception):
-    """What does not work with a version, in one sentence."""
+    """Something does not work with a version; the message is one sentence."""
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code: 1 for a version that fails, 2 for a build that cannot tell."""
+    """Returns the exit code: 1 if a version fails, 2 if the build is stale or of another torch."""
     if arguments == ["--cached"]:
         if not headers(OLDEST).is_dir():
             print(f"left out: `make test-torch-range` has kept no headers of {name(OLDEST)} here")
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
         with tempfile.TemporaryDirectory(dir=ROOT / "build") as folder:
             if not passes(unpack, version, Path(folder)):
                 if version > NEWEST and not asked:
-                    break  # nobody promised that there is one
+                    break  # there is no newer version
                 failed.append(version)
                 continue
             good = passes(compile_sources, version)
@@ -82,7 +82,7 @@ def headers(version: Version) -> Path:
 
 
 def passes(step: Callable[..., str], *arguments: Any) -> bool:
-    """Carries out a step for the version that its arguments begin with; prints how it ended."""
+    """Runs a step for a version, its first argument; prints the result, returns the success."""
     try:
         print(f"{name(arguments[0])}: {step(*arguments)}", flush=True)
     except Failure as failure:
@@ -92,7 +92,7 @@ def passes(step: Callable[..., str], *arguments: Any) -> bool:
 
 
 def unpack(version: Version, folder: Path) -> str:
-    """Downloads a version's wheel and lays its content into `folder`."""
+    """Downloads a version's wheel and unpacks it into `folder`."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
     done = run(*command, "torch=={}.{}.*".format(*version))
     if done.returncode != 0:
@@ -133,7 +133,7 @@ def run_tests(version: Version, folder: Path) -> str:
     if not found.stdout.startswith("{}.{}.".format(*version)):
         raise Failure(f"the extension does not load ({last_line(found.stderr)})")
     tests = [f"tests/test_{name}.py" for name in TESTS]
-    # The same random cases for every version.
+    # A fixed seed, so that every version runs the same random cases.
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
     done = run(*pytest, *tests, PYTHONPATH=path)
     if done.returncode != 0:
@@ -143,7 +143,7 @@ def run_tests(version: Version, folder: Path) -> str:
 
 
 def stand_in_for_nvidia(folder: Path) -> None:
-    """Makes one library of what torch's own want of NVIDIA's, and gives it the names of all."""
+    """Builds one stub of all NVIDIA functions that torch needs; links all library names to it."""
     libraries = list(folder.glob("*.so*"))
     imports = run("nm", "-D", "--undefined-only", "--with-symbol-versions", *libraries).stdout
     functions = dict(re.findall(r" U ((?:__cuda|cu|nccl|nv)\w+)(?:@(\S+))?", imports))

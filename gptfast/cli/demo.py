@@ -1,6 +1,6 @@
-"""`gptfast demo`: the course's lesson in one run, and how far it is from the best possible.
+"""`gptfast demo`: trains the course's model, and compares it with the best possible prediction.
 
-T block_size, V vocab_size.
+Letters: B batch, T block_size, N tokens of the text.
 """
 
 import copy
@@ -29,54 +29,54 @@ from gptfast.training import Trainer, split
 
 PROMPT = "A"
 NEW_TOKENS = 700
-GOOD_LOSS = 0.275  # nats; 400 steps come this near to the source's entropy
+GOOD_LOSS = 0.275  # nats; the loss that 400 steps should reach
 COMPARED_BLOCKS, STEPS_PER_BLOCK = 5, 6
-LOSS_TOLERANCE = 1e-4  # of two paths that round differently, over the compared steps
+LOSS_TOLERANCE = 1e-4  # per step, between the backends, which round differently
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of the reference path and of the fused one for the same work."""
+    """Seconds that the reference backend and the fused one take for the same work."""
 
     reference: float
     fused: float
-    equal: bool  # the two did the same: equal tokens, or equal losses within LOSS_TOLERANCE
+    equal: bool  # whether tokens are equal, or losses within LOSS_TOLERANCE
 
     @property
     def ratio(self) -> float:
-        """How many times faster the fused path was."""
+        """How many times faster the fused backend was."""
         return self.reference / self.fused
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found; losses in nats per character."""
+    """The results of the demo; losses in nats per character."""
 
     parameters: int
     initial_loss: float
-    loss: float  # on the held-out part, after training
-    entropy: float  # the lowest that any model can reach
+    loss: float  # on the held-out text, after training
+    entropy: float  # the lowest possible loss
     next_after_a: dict[str, float]
-    greedy: str  # what NEW_TOKENS tokens after the prompt say
+    greedy: str  # the text of NEW_TOKENS tokens after the prompt
     sampled: str
     training: Speed | None  # None without the compiled kernels
     generation: Speed | None
 
     @property
     def passed(self) -> bool:
-        """Whether the model came as near to the best possible as it should."""
+        """Whether the held-out loss is at most GOOD_LOSS."""
         return self.loss <= GOOD_LOSS
 
 
 def demo(seed: int = 1, console: Console | None = None) -> DemoResult:
-    """Trains the `abc` model, samples from it, and compares it with its source and the reference.
+    """Trains the `abc` model, samples, and compares: model and source, fused and reference.
 
     Args:
-        seed: of the initial weights, the windows, the dropout and the samples.
+        seed: the seed of initial weights, windows, dropout and samples.
         console: where to print; None prints to the standard output.
 
     Returns:
-        what was found; the times in it are this machine's.
+        the results; the times depend on the machine.
 
     Raises:
         ConfigError: `seed` is not in [0, 2**63).
@@ -139,7 +139,7 @@ def _show_corpus(console: Console, text: str, tokenizer: CharTokenizer) -> None:
 
 
 def visible(text: str) -> str:
-    """The text on one line, with a sign for each line end."""
+    """Returns the text on one line, with `⏎` for each line end."""
     return text.replace("\n", "⏎")
 
 
@@ -166,7 +166,7 @@ def _train(
     val_ids: Tensor | None,
     tokenizer: CharTokenizer,
 ) -> float:
-    """Trains the model in place and returns its held-out loss."""
+    """Trains the model in place; returns its held-out loss."""
     result = Trainer(model, train_config).fit(
         train_ids, val_ids, tokenizer=tokenizer, progress=console.is_terminal
     )
@@ -220,15 +220,15 @@ def _show_text(console: Console, title: str, text: str) -> None:
 
 
 def covered_by_words(text: str) -> tuple[int, int]:
-    """How much of a text whole words of the language cover, at best.
+    """Finds the largest number of characters that complete words of the language can cover.
 
     Args:
-        text: any text; its first and last word may be cut.
+        text: any text; its first and last word may be incomplete.
 
     Returns:
-        the number of words and of the characters that they cover.
+        the number of words, and of the characters that they cover.
     """
-    best = [(0, 0)]  # of each prefix: characters covered, words
+    best = [(0, 0)]  # for each prefix: characters covered, words
     for end in range(1, len(text) + 1):
         options = [best[-1]]
         for word in WORDS:
@@ -261,7 +261,7 @@ def _sample(
 def _generate_greedy(
     model: GPT, tokenizer: CharTokenizer, comparable: bool
 ) -> tuple[str, Speed | None]:
-    """Generates greedily; where both paths can run, by both in turn, and takes the times."""
+    """Generates greedily; if both backends can run, alternates between them and times both."""
 
     def timed(backend: Backend) -> tuple[float, Generation]:
         model.backend = backend
@@ -281,7 +281,7 @@ def _generate_greedy(
 
 
 def _compare_training(untrained: GPT, train_config: TrainConfig, ids: Tensor) -> Speed:
-    """Trains two copies from the same start on the same windows, one by each path, in turn."""
+    """Trains and times two copies on the same windows, one per backend, in alternating blocks."""
     trainers = {}
     for backend in ("reference", "fused"):
         model = copy.deepcopy(untrained)
@@ -295,11 +295,11 @@ def _compare_training(untrained: GPT, train_config: TrainConfig, ids: Tensor) ->
             random_windows(ids, untrained.config.block_size, train_config.batch_size, windows)
             for _ in range(STEPS_PER_BLOCK)
         ]
-        for backend, trainer in trainers.items():  # of equal seeds, so of equal dropout
+        for backend, trainer in trainers.items():  # equal seeds, hence equal dropout masks
             for x, y in batches:
                 start = time.perf_counter()
                 losses[backend].append(trainer.step(x, y).item())
-                if block > 0:  # the first one warms up
+                if block > 0:  # the first block is a warm-up
                     seconds[backend].append(time.perf_counter() - start)
     pairs = zip(losses["reference"], losses["fused"], strict=True)
     return Speed(

@@ -1,4 +1,4 @@
-"""What this installation is and what it runs on: `gptfast info`."""
+"""Facts about the installation and the machine: `gptfast info`."""
 
 import hashlib
 import importlib.metadata
@@ -26,11 +26,11 @@ def info() -> dict[str, Any]:
 
     Returns:
         `gptfast`, `torch`, `python`, `cpu`, `gpu`: names and versions. `torch_range`: the oldest
-        and the newest torch that gptfast is tested with, None if not known. `fused`: None when the
-        compiled kernels are there, else the reason. `isa`: the `chosen` level (None without one),
-        and `levels`, which maps each level to None or the reason why it cannot run. `threads`: the
-        fields of `ThreadLimits` and `usable`. `build`: what setup.py recorded. `openmp`: the OpenMP
-        libraries in the process. `warnings`: sentences about what should be put right.
+        and the newest torch that gptfast is tested with, None if unknown. `fused`: None if the
+        compiled kernels are available, else the reason. `isa`: the `chosen` level (None if there is
+        none), and `levels`, which maps each level to None or the reason why it cannot run.
+        `threads`: the fields of `ThreadLimits` and `usable`. `build`: the record of setup.py.
+        `openmp`: the OpenMP libraries in the process. `warnings`: problems, one sentence each.
     """
     build = build_info()
     warnings = []
@@ -71,7 +71,7 @@ def info() -> dict[str, Any]:
 
 
 def build_info() -> dict[str, Any]:
-    """Returns what setup.py recorded when it built this package; {} without a record."""
+    """Returns the record that setup.py wrote when it built this package; {} without a record."""
     try:
         return json.loads((_PACKAGE / "_build_info.json").read_text())
     except (OSError, ValueError):
@@ -79,7 +79,7 @@ def build_info() -> dict[str, Any]:
 
 
 def stale_build() -> bool:
-    """Returns whether the C++ sources beside the package differ from those that were compiled."""
+    """Whether the C++ sources in the tree differ from those that were compiled."""
     sources = _PACKAGE.parent / "csrc"
     recorded = build_info()
     if not sources.is_dir() or not recorded or recorded["reason"] is not None:
@@ -89,7 +89,7 @@ def stale_build() -> bool:
 
 
 def tested_torch() -> tuple[Version, Version] | None:
-    """Returns the oldest and the newest torch of `torch_range`; None where nothing is installed."""
+    """Returns `torch_range` of the installed package; None if it is not installed."""
     try:
         requirements = importlib.metadata.requires("gptfast-kernels") or []
     except importlib.metadata.PackageNotFoundError:
@@ -98,14 +98,14 @@ def tested_torch() -> tuple[Version, Version] | None:
 
 
 def torch_range(requirement: str) -> tuple[Version, Version]:
-    """Returns the oldest and the newest torch that "torch>=2.10,<2.14" admits: (2, 10), (2, 13)."""
+    """Returns the oldest and newest torch that "torch>=2.10,<2.14" allows: (2, 10), (2, 13)."""
     pattern = r"torch[\d.,<>=]*?{}(\d+)\.(\d+)"
     oldest, end = (re.findall(pattern.format(sign), requirement)[0] for sign in (">=", "<"))
     return (int(oldest[0]), int(oldest[1])), (int(end[0]), int(end[1]) - 1)
 
 
 def openmp_runtimes() -> list[str]:
-    """Returns the paths of the OpenMP libraries that are mapped into this process (on Linux)."""
+    """Returns the paths of the OpenMP libraries loaded into this process (on Linux)."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
@@ -114,7 +114,7 @@ def openmp_runtimes() -> list[str]:
 
 
 def cpu_name() -> str:
-    """Returns the processor's name as the system gives it."""
+    """Returns the processor's name as the system reports it."""
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
     except OSError:
@@ -123,7 +123,7 @@ def cpu_name() -> str:
 
 
 def print_info() -> None:
-    """Prints the facts of `info` as a table, and the warnings below it."""
+    """Prints the facts of `info` as a table, followed by the warnings."""
     facts = info()
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
@@ -177,7 +177,7 @@ def _dotted(version: Version) -> str:
 
 
 def _outside(tested: tuple[Version, Version]) -> str | None:
-    """Returns what a torch outside the tested range means; None for one within it."""
+    """Returns a warning if torch is outside the tested range, else None."""
     major, minor = torch.__version__.split(".")[:2]
     oldest, newest = map(_dotted, tested)
     if (int(major), int(minor)) < tested[0]:
@@ -199,7 +199,7 @@ def _fused_reason(build: dict[str, Any]) -> str | None:
 
 
 def _isa(build: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """Returns the `isa` entry of `info`, and what is wrong with the level that was asked for."""
+    """Returns the `isa` entry of `info`, and the error of GPTFAST_CPU_ISA or None."""
     extension = select.extension()
     if extension is None:
         return {"chosen": None, "levels": {}}, None

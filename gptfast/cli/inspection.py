@@ -1,4 +1,4 @@
-"""What `gptfast inspect` shows of a checkpoint."""
+"""Formats what `gptfast inspect` prints about a checkpoint."""
 
 import re
 from typing import Any
@@ -11,8 +11,8 @@ from gptfast.tokenizer import CharTokenizer
 
 
 def parameter_table(model: GPT) -> Table:
-    """The parameters with their shapes: a row per module, equal ones of the layers together."""
-    shapes: dict[str, dict[str, str]] = {}  # of the parameters of a module
+    """Returns a table of parameter shapes, one row per module; the layers share their rows."""
+    shapes: dict[str, dict[str, str]] = {}  # module -> parameter -> shape
     numbers: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         module, _, kind = re.sub(r"^h\.\d+", "h.*", name).rpartition(".")
@@ -31,7 +31,7 @@ def parameter_table(model: GPT) -> Table:
 
 
 def attention_maps(model: GPT, tokenizer: CharTokenizer | None, text: str) -> str:
-    """Writes the attention weights of each head in tenths, a row per character that attends."""
+    """Returns the attention weights of each head as digits (tenths), one row per query."""
     if tokenizer is None or not text:
         raise ConfigError("--attention needs at least one character, and a model with a tokenizer")
     if len(text) > model.config.block_size:
@@ -53,8 +53,6 @@ def attention_maps(model: GPT, tokenizer: CharTokenizer | None, text: str) -> st
 
 
 def lines_of(values: Any) -> list[str]:
-    """A line per value of whatever is stored; half a surrogate pair, which no terminal takes, is
-    escaped.
-    """
+    """Formats stored values, one line each; escapes lone surrogates, which UTF-8 cannot encode."""
     lines = [f"{k}: {v}" for k, v in values.items()] if isinstance(values, dict) else [str(values)]
     return [line.encode("utf-8", "backslashreplace").decode("utf-8") for line in lines]

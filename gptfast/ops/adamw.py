@@ -1,4 +1,4 @@
-"""Clipping and AdamW over all parameters in one operator."""
+"""Gradient clipping and AdamW over all parameters in one operator."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,9 +13,9 @@ def _fake(weights: Sequence[Tensor], *_: Any) -> Tensor:
     return weights[0].new_empty(()) if weights else torch.empty(())
 
 
-# Scales the gradients (as it reads them; they stay as they are) to a norm of at most `clip` over
-# all of them, then moves weights, running means and counts of steps as torch.optim.AdamW does.
-# All are contiguous float32. Returns the norm before, () float32.
+# Scales the gradients to a joint norm of at most `clip` as it reads them, without changing them in
+# memory, and updates weights, moments and step counts in place as torch.optim.AdamW does. All
+# tensors are contiguous float32. Returns the norm before clipping, () float32.
 adamw_ = define(
     """
     adamw_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] means, Tensor(c!)[] squares,

@@ -1,8 +1,8 @@
-"""How the operators take part in autograd, in torch.func's transforms and in torch.compile.
+"""Connects the operators to autograd, to torch.func's transforms and to torch.compile.
 
-An operator and its backward are two torch operators. A `Fused` function joins them: it keeps what
-the backward reads, and refuses what the kernels do not have. Those are derivatives of a backward
-(second derivatives) and forward mode, which the reference has.
+An operator and its backward are two torch operators. A `Fused` function joins them: it saves what
+the backward reads, and raises BackendError for second derivatives and forward-mode differentiation,
+which the kernels do not support and the reference does.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ from gptfast.errors import BackendError
 
 
 def transformed() -> bool:
-    """Whether torch.func, or forward-mode differentiation, sees the tensors of this call.
+    """Whether a torch.func transform or forward-mode differentiation is active.
 
-    What torch.compile traces has its transforms traced as well.
+    False while torch.compile traces, because it traces the transforms as well.
     """
     if torch.compiler.is_compiling():
         return False
@@ -27,9 +27,9 @@ def transformed() -> bool:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether the gradient of one of them may be asked for, by autograd or by a transform.
+    """Whether autograd or a transform may need the gradient of one of these tensors.
 
-    A tensor inside `vmap` does not tell what the transforms around it want.
+    True inside any transform: a tensor inside `vmap` does not show what outer transforms need.
     """
     if transformed():
         return True
@@ -37,10 +37,10 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def constant(op: str, name: str, value: Any) -> float:
-    """An argument that is a number for the kernels, given as a number or as a tensor of one.
+    """Converts an argument that the kernels need as a number; a tensor must have one element.
 
     Raises:
-        TypeError: It is a tensor whose gradient would be lost.
+        TypeError: `value` is a tensor that may need a gradient, which the kernels do not compute.
     """
     if isinstance(value, Tensor):
         if needs_grad(value):
@@ -53,15 +53,15 @@ def constant(op: str, name: str, value: Any) -> float:
 
 
 class Fused(torch.autograd.Function):
-    """An operator with its backward; `op` is its public name.
+    """An autograd function that joins an operator and its backward; `op` is its public name.
 
-    `forward` returns what the backward reads besides the result, since torch.func differentiates
-    outputs alone; `setup_context` saves it.
+    `forward` returns the result and the tensors that the backward reads, because torch.func
+    requires that saved tensors are inputs or outputs; `setup_context` saves them.
     """
 
     op = ""
     generate_vmap_rule = True
-    _in_transforms: type["Fused"]  # the same with a `jvp`, which torch.compile does not take
+    _in_transforms: type["Fused"]  # a subclass with `jvp`, which torch.compile does not support
 
     def __init_subclass__(cls) -> None:
         if "jvp" not in vars(cls):
@@ -72,7 +72,7 @@ class Fused(torch.autograd.Function):
 
     @classmethod
     def call(cls, *args: Any) -> Any:
-        """`apply`, without reading the signature of `forward` (10 us) for torch.func in vain."""
+        """Like `apply`, but if possible does not inspect `forward`'s signature (10 us)."""
         if torch.compiler.is_compiling():
             return cls.apply(*args)
         if transformed():
@@ -82,7 +82,7 @@ class Fused(torch.autograd.Function):
 
 
 class _Backward(torch.autograd.Function):
-    """The call of a backward whose results may be differentiated, which is refused."""
+    """Calls a backward, and raises BackendError if its results are differentiated."""
 
     generate_vmap_rule = True
 
@@ -104,10 +104,10 @@ class _Backward(torch.autograd.Function):
 
 
 def backward_of(op: str, operator: Callable[..., Any], *args: Any) -> Any:
-    """Calls a backward; where its results may be differentiated, that will be refused.
+    """Calls a backward such that differentiating its results raises BackendError.
 
-    (torch's own `once_differentiable` refuses only where the incoming gradient is a variable, which
-    that of a loss is not.)
+    (torch's `once_differentiable` raises only if the incoming gradient requires a gradient, which
+    that of a loss does not.)
     """
     if transformed() or (torch.is_grad_enabled() and not torch.compiler.is_compiling()):
         return _Backward.apply(op, operator, *args)
@@ -115,7 +115,7 @@ def backward_of(op: str, operator: Callable[..., Any], *args: Any) -> Any:
 
 
 def refuse(op: str) -> Any:
-    """Raises the error that the kernels have no such derivative."""
+    """Raises BackendError: the kernels do not support this derivative."""
     raise BackendError(
         f"{op}: the fused kernels have neither second derivatives nor forward mode;"
         f" gptfast.ops.reference.{op} (a model with backend='reference') has both"
@@ -123,17 +123,17 @@ def refuse(op: str) -> Any:
 
 
 def wanted(needs: tuple[bool, ...]) -> int:
-    """The gradients that a backward is to compute, as bits: bit i stands for its i-th result."""
+    """Encodes which gradients a backward must compute: bit i is set if result i is needed."""
     return sum(1 << i for i, need in enumerate(needs) if need)
 
 
 def only_wanted(grads: tuple[Tensor, ...], needs: tuple[bool, ...]) -> list[Tensor | None]:
-    """The gradients that are wanted; a backward returns an empty tensor for each of the others."""
+    """Replaces the gradients that are not needed, empty tensors from the backward, by None."""
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
 def one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator's rule for `torch.vmap`: a call for each slice, the results stacked."""
+    """Makes the operator's rule for `torch.vmap`: one call per slice, with stacked results."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         pairs = list(zip(args, in_dims, strict=True))
@@ -142,7 +142,7 @@ def one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
             own = (arg if dim is None else at(arg, dim) for arg, dim in pairs)
             return operator(*own)
 
-        if info.batch_size == 0:  # the shapes are those of any slice
+        if info.batch_size == 0:  # a call on zeros finds the shapes
             found = call(lambda x, dim: x.new_zeros(x.shape[:dim] + x.shape[dim + 1 :]))
             empty = lambda x: x.new_empty(0, *x.shape)  # noqa: E731
             stacked: Any = empty(found) if isinstance(found, Tensor) else tuple(map(empty, found))

@@ -1,7 +1,7 @@
-"""The operators' formulas for `torch.utils.flop_counter`: what the reference's products take.
+"""The operators' FLOP formulas for `torch.utils.flop_counter`: the reference's matrix products.
 
-Each formula has an operator's arguments, shapes in place of tensors. A multiplication and an
-addition count as two; the half of attention that the mask hides counts as well, as it does there.
+A formula receives an operator's arguments, with shapes in place of tensors. A multiply-add counts
+as two FLOPs. Masked scores of attention count too, as in torch's own formulas.
 """
 
 import importlib.abc
@@ -19,24 +19,24 @@ FORMULAS: dict[str, Callable[..., int]] = {}
 
 
 def of_product(x: Shape, weight: Shape) -> int:
-    """Of x W'."""
+    """FLOPs of x W'."""
     return 2 * math.prod(x[:-1]) * math.prod(weight)
 
 
 def of_product_backward(x: Shape, weight: Shape, wants_input: int, wants_weight: int) -> int:
-    """Of the gradients of x W' for x and for W, where they are wanted."""
+    """FLOPs of the gradients of x W' for x and for W, for those that are wanted."""
     return of_product(x, weight) * (bool(wants_input) + bool(wants_weight))
 
 
 def of_attention(q: Shape, k: Shape) -> int:
-    """Of q k' and of the weights' product with v; q (B, H, Tq, D), k (B, H, Tk, D)."""
+    """FLOPs of q k' and of the weights' product with v; q (B, H, Tq, D), k (B, H, Tk, D)."""
     return 4 * math.prod(q) * k[2]
 
 
 def register() -> None:
-    """Makes the formulas known to torch's counter, at once or when that module is imported.
+    """Registers the formulas with torch's counter, now or when its module is imported.
 
-    Importing it here would import Triton as well, which nothing else of this package needs.
+    Importing that module here would import Triton too, which the package does not need on a CPU.
     """
     if MODULE in sys.modules:
         _add_to(sys.modules[MODULE])
@@ -53,7 +53,7 @@ def _add_to(module: Any) -> None:
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):
-    """Finds torch's counter as it is found without this, and adds the formulas once it is there."""
+    """Import hook: adds the formulas to torch's counter after its normal import."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
         if fullname != MODULE:
@@ -62,7 +62,7 @@ class _WhenImported(importlib.abc.MetaPathFinder):
         try:
             spec = importlib.util.find_spec(fullname)
         finally:
-            sys.meta_path.insert(0, self)  # who asks for the spec need not import it
+            sys.meta_path.insert(0, self)  # find_spec does not always lead to an import
         loader: Any = None if spec is None else spec.loader
         if loader is not None:
             execute = loader.exec_module

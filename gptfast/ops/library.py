@@ -1,4 +1,4 @@
-"""The library that the operators' schemas are defined in, and their kernels registered in."""
+"""The torch library in which the operators are defined and their kernels registered."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,15 +12,15 @@ LIBRARY = torch.library.Library("gptfast", "DEF")
 
 
 def define(schema: str, fake: Callable[..., Any], flops: Callable[..., int] | None = None) -> Any:
-    """Defines gptfast::<schema>; returns the operator.
+    """Defines the operator gptfast::<schema> and returns it.
 
-    Kernels are added elsewhere: by the compiled extension for the CPU, by gptfast.ops.triton for
-    CUDA.
+    Kernels are registered elsewhere: for the CPU by the compiled extension, for CUDA by
+    gptfast.ops.triton.
 
     Args:
-        schema: In torch's notation.
-        fake: Makes results of the right shapes and dtypes.
-        flops: The operator's formula, see gptfast.ops.flops.
+        schema: The schema in torch's notation.
+        fake: A function that returns results of the right shapes and dtypes, without computing.
+        flops: The operator's FLOP formula; see gptfast.ops.flops.
     """
     name = schema.partition("(")[0].strip()
     LIBRARY.define(" ".join(schema.split()))

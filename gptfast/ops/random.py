@@ -1,6 +1,6 @@
-"""Random numbers from counters: the same draw for any batch, thread count or device.
+"""Counter-based random numbers: independent of the batch, the thread count and the device.
 
-The kernels draw the same ones (csrc/kernels/simd/philox.inl).
+The kernels compute the same numbers (csrc/kernels/simd/philox.inl).
 """
 
 import torch
@@ -15,12 +15,17 @@ WORD = 0xFFFFFFFF
 
 
 def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None = None) -> Tensor:
-    """The key of the random stream, int64 (); None draws one, by default from torch's generator.
+    """Returns the key of a random stream as an int64 tensor; None draws a random key.
 
-    A tensor's value is not read, which would wait for a GPU; a negative one equals no other seed.
+    A tensor's value is not checked, because reading it would synchronise with a GPU. A negative
+    value is a key different from all others.
+
+    Args:
+        seed: an integer, an int64 tensor with one element, which is returned as it is, or None.
+        generator: the source of the random key; None uses torch's default generator.
 
     Raises:
-        ConfigError: An int is not in [0, 2**63), or a tensor is not one of one int64.
+        ConfigError: An int is not in [0, 2**63), or a tensor is not int64 with one element.
     """
     if seed is None:
         return torch.randint(2**62, (), dtype=torch.int64, generator=generator)
@@ -35,7 +40,7 @@ def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None = N
 
 
 def philox(counter: tuple[Tensor | int, ...], seed: Tensor) -> tuple[Tensor, ...]:
-    """Four 32-bit words (as int64) of Philox-4x32-10 (Salmon et al., SC 2011) per counter."""
+    """Computes Philox-4x32-10 (Salmon et al., SC 2011): four 32-bit words (int64) per counter."""
     x0, x1, x2, x3 = torch.broadcast_tensors(*(torch.as_tensor(word) for word in counter))
     k0, k1 = seed & WORD, seed >> 32 & WORD
     for _ in range(10):
@@ -49,10 +54,11 @@ def philox(counter: tuple[Tensor | int, ...], seed: Tensor) -> tuple[Tensor, ...
 def dropout_factors(
     p: float, seed: Tensor, stream: int, matrices: int, rows: int, columns: int
 ) -> Tensor:
-    """The factors, 0 or 1 / (1 - p), of (matrices, rows, columns) elements, float64.
+    """Computes the dropout factors, 0 or 1 / (1 - p), as (matrices, rows, columns) float64.
 
-    Element (i, j) of matrix n takes 16 bits of the block with counter (j, i // 8, n, stream): half
-    i % 2 of word (i % 8) // 2. It is dropped where they are below round(65536 p).
+    p is rounded to a multiple of 1 / 65536. Element (i, j) of matrix n uses 16 bits of the Philox
+    block with counter (j, i // 8, n, stream): half i % 2 of word (i % 8) // 2. It is dropped if
+    their value is below round(65536 p).
     """
     i, j = torch.arange((rows + 7) // 8), torch.arange(columns)
     words = philox(

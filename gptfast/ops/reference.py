@@ -1,8 +1,8 @@
 """Every operation in plain torch: the specification that the kernels are tested and timed against.
 
-Letters: B batch, T time, C n_embd, H heads, D head_dim, F 4C, V vocab_size. Maths is done in
-float32 for bfloat16 inputs and in the inputs' dtype otherwise (float64 serves as the oracle),
-whatever autocast says.
+Letters: B batch, T time, C n_embd, H heads, D head_dim, F 4C, V vocab_size. Half-precision inputs
+are computed in float32, others in their own dtype (float64 serves as the oracle). Autocast has no
+effect.
 """
 
 import math
@@ -41,7 +41,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def attention_weights(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
-    """softmax(scale q k' + causal mask), (B, H, Tq, Tk); zero rows where a query sees no key."""
+    """softmax(scale q k' + causal mask), (B, H, Tq, Tk); fully masked rows are 0."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     wide = _wide(q)
     scores = q.to(wide) @ k.to(wide).transpose(-2, -1) * scale  # (B, H, Tq, Tk)
@@ -51,9 +51,9 @@ def attention_weights(q: Tensor, k: Tensor, scale: float | None = None) -> Tenso
 
 
 def _weighted_sum(weights: Tensor, v: Tensor) -> Tensor:
-    """weights @ v over the keys that a query sees: 0 times a later value's nan is no term of it."""
+    """weights @ v over unmasked keys only, so that nan or inf in masked values has no effect."""
     finite = v.isfinite()
-    others = v.detach().masked_fill(finite, 0.0).cumsum(-2)  # of the keys up to each
+    others = v.detach().masked_fill(finite, 0.0).cumsum(-2)  # sum over the keys up to each one
     Tq, Tk = weights.shape[-2:]
     seen = F.pad(others, (0, 0, max(0, Tq - Tk), 0))[..., max(0, Tk - Tq) :, :]
     return weights @ v.masked_fill(~finite, 0.0) + seen
@@ -180,7 +180,7 @@ def embedding(
     V = wte.shape[0]
     if padding_idx is not None and not 0 <= padding_idx < V:
         raise ValueError(f"embedding: padding_idx must be None or in [0, {V}), got {padding_idx}")
-    # A compiled graph or a transform cannot branch on values; there the lookup itself reports them.
+    # A compiled graph or a transform cannot branch on values; there F.embedding checks the range.
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     known = traced or not idx.numel()
     if not known and not (0 <= int(idx.min()) and int(idx.max()) < V):

@@ -1,4 +1,4 @@
-"""Which backend can run: loads the kernels, and says why where there are none."""
+"""Loads the fused kernels, and reports why they cannot run where that is so."""
 
 import importlib
 from types import ModuleType
@@ -11,7 +11,7 @@ FUSED_DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
-MOST_HEAD_DIM = {"cuda": 256}  # columns that a tile of a head may have
+MOST_HEAD_DIM = {"cuda": 256}  # the largest head_dim that a tile can hold
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -25,13 +25,13 @@ _extension, extension_error = _load()
 
 
 def extension() -> ModuleType | None:
-    """The compiled module, or None; `extension_error` then says why."""
+    """Returns the compiled module, or None; `extension_error` then contains the reason."""
     return _extension
 
 
 def triton_error() -> str | None:
-    """Registers the kernels for CUDA and ROCm, where that can be done; else why not."""
-    try:  # a statement, which torch.compile follows, as it does no call of importlib nor a cache
+    """Registers the kernels for CUDA and ROCm; returns None, or the reason why it cannot."""
+    try:  # torch.compile can trace the import statement, but not importlib or functools.cache
         import gptfast.ops.triton  # noqa: F401
     except ImportError as error:
         return f"they need Triton, pip install 'gptfast-kernels[gpu]' ({error})"
@@ -39,7 +39,7 @@ def triton_error() -> str | None:
 
 
 def unavailable(device: str, dtype: torch.dtype, head_dim: int = 0) -> tuple[str, ...]:
-    """Why the fused kernels cannot run on this device type and so on; empty when they can."""
+    """Returns the reasons why the fused kernels cannot run with these arguments; () if they can."""
     if device not in FUSED_DTYPES:
         return (f"there are none for device type {device!r}",)
     reasons = []
@@ -62,7 +62,7 @@ def _name(dtype: torch.dtype) -> str:
 def require_fused(
     op: str, device: str, dtype: torch.dtype, instead: str | None = None, head_dim: int = 0
 ) -> None:
-    """Raises BackendError with every reason, and what can run, where the fused kernels cannot."""
+    """Raises BackendError if the fused kernels cannot run, with all reasons and an alternative."""
     reasons = unavailable(device, dtype, head_dim)
     if reasons:
         raise BackendError(
@@ -72,7 +72,7 @@ def require_fused(
 
 
 def usable_device(name: str | torch.device) -> torch.device:
-    """The device of this name. Raises ConfigError where there is none that holds numbers."""
+    """Returns the device of this name. Raises ConfigError if torch cannot store data on it here."""
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError):
@@ -87,6 +87,6 @@ def usable_device(name: str | torch.device) -> torch.device:
         raise ConfigError("device 'meta' keeps no numbers; 'cpu' and 'cuda' do")
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ImportError):  # as torch says that it cannot, by device
+    except (RuntimeError, AssertionError, ImportError):  # depends on the device type
         raise ConfigError(f"device {given!r}: torch cannot use it here") from None
     return device

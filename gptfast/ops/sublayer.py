@@ -1,4 +1,4 @@
-"""What attention and FFN, the two halves of a block, share: seven tensors in, x + f(LN(x)) out."""
+"""Autograd shared by the sublayers, attention and FFN: x + f(LN(x)) of seven tensors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,18 +10,18 @@ from gptfast.ops.linear import fake_grads
 
 
 def fake_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """The shapes of a sublayer's gradients."""
+    """Returns fake gradients of a sublayer, for shape inference."""
     return fake_grads(x, args[:6], args[-1])
 
 
 def sublayer(
     name: str, operator: Callable[..., Any], operator_backward: Callable[..., Any]
 ) -> type[Fused]:
-    """The function that joins a sublayer's operator and its backward.
+    """Makes the autograd function that joins a sublayer's operator and its backward.
 
-    Its inputs are x, the norm's two parameters, those of two linear layers, then an option of the
-    sublayer's own, dropout_p, seed and stream. The operator takes `keep` after them, whether it
-    also returns what its backward reads.
+    Its inputs are x, weight and bias of the norm and of two linear layers, one option specific to
+    the sublayer, dropout_p, seed and stream. The operator has a further argument `keep`: whether it
+    also returns the tensors that its backward reads.
     """
 
     class Sublayer(Fused):

@@ -1,4 +1,4 @@
-"""A file that one process at a time has locked."""
+"""A lock file that one process at a time can hold."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ except ImportError:  # Windows
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Locks a file, which is there for that time only. Raises BlockingIOError where another did."""
+    """Creates, locks and finally removes a file. Raises BlockingIOError if it is locked already."""
     if fcntl is None:
         yield
         return
@@ -22,12 +22,12 @@ def locked(path: Path) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock(descriptor)
-            # One that the owner before has removed since it was opened keeps no one out.
+            # If the owner removed the file after it was opened here, this lock excludes nobody.
             if _is_at(descriptor, path):
                 try:
                     yield
                 finally:
-                    with suppress(OSError):  # a run that is done does not fail by this
+                    with suppress(OSError):  # a failure must not spoil a finished run
                         path.unlink()
                 return
         finally:
@@ -38,7 +38,7 @@ def _lock(descriptor: int) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # no locks there
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # no lock support
             raise
 
 

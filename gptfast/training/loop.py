@@ -1,4 +1,4 @@
-"""The loop of a training run: steps, evaluations and saves, from its start or from where it was."""
+"""The loop of a training run: steps, evaluations and saves, for a new or a resumed run."""
 
 import math
 import time
@@ -25,22 +25,22 @@ REPORTS_PER_SECOND = 10
 
 
 class TrainError(GptfastError):
-    """A run that cannot go on: its loss or its weights are no longer finite."""
+    """Training cannot continue: the loss or a weight is not finite."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A run that has ended, or was interrupted."""
+    """The result of a run that is finished or was interrupted."""
 
     model: GPT  # in evaluation mode
     tokenizer: CharTokenizer | None
-    history: list[Row]  # what history.jsonl holds
-    interrupted: bool  # by a signal: there are steps left
-    signal: int | None = None  # the one that asked for the end, if only in the last step
+    history: list[Row]  # the rows of history.jsonl
+    interrupted: bool  # a signal ended the run before its last step
+    signal: int | None = None  # the signal that was received, also if during the last step
 
 
 class UnsavedError(CheckpointError):
-    """The last save of a run failed. The files of the save before, if there are any, are kept.
+    """The last save of a run failed. The files of the previous save, if any, are kept.
 
     Attributes:
         result: what `fit` would have returned, with the trained model.
@@ -52,7 +52,7 @@ class UnsavedError(CheckpointError):
 
 
 class Loop:
-    """One call of `Trainer.fit`: the run's state, and what moves it on."""
+    """One call of `Trainer.fit`: the state of the run and the code that advances it."""
 
     def __init__(
         self,
@@ -76,19 +76,19 @@ class Loop:
             self.generator,
         )
         self.state = RunState()
-        self.kept = False  # whether the directory has a checkpoint of this run
-        self.ended: Callable[[], int | None] = lambda: None  # the signal that asked for the end
+        self.kept = False  # whether the directory contains a checkpoint of this run
+        self.ended: Callable[[], int | None] = lambda: None  # returns the signal received, if any
         per_epoch = len(self.windows)
         self.total = config.steps or per_epoch * (config.epochs or 0)
         self.eval_every = config.eval_every or (self.total if config.steps else per_epoch)
 
     def result(self) -> TrainResult:
-        """What `Trainer.fit` returns."""
+        """Returns the result of `Trainer.fit`."""
         state, left = self.state, self.state.step < self.total
         return TrainResult(self.trainer.gpt, self.tokenizer, state.history, left, self.ended())
 
     def go(self, report: progress.Report) -> None:
-        """Runs to the end, or to the end of the step in which a signal asked for it."""
+        """Trains until the last step, or until the end of the step in which a signal arrives."""
         state, config, reported = self.state, self.config, 0.0
         batches = self._batches()
         saved_at = time.monotonic()
@@ -116,7 +116,7 @@ class Loop:
                 reported = now
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches from the state's step on, without an end."""
+        """Yields the batches from the current step on, endlessly."""
         windows = self.windows
         while self.config.steps is not None:
             yield data.random_windows(
@@ -129,7 +129,7 @@ class Loop:
             done = 0
 
     def _evaluate(self) -> Row:
-        """Ends the history's row of the steps since the last one."""
+        """Evaluates, and appends a row on the steps since the previous one to the history."""
         state, config = self.state, self.config
         self._check_weights()
         result = None
@@ -162,7 +162,7 @@ class Loop:
         )
 
     def _save(self, last: bool, report: progress.Report) -> None:
-        """Saves; whatever stops that must not cost what is trained."""
+        """Saves. A failure is reported and training continues, except after the last step."""
         if self.directory.path is None:
             return
         self._check_weights()
@@ -180,8 +180,9 @@ class Loop:
             self.kept = True
 
     def save(self) -> None:
-        """Writes checkpoint and training state."""
-        # Windows at random have no epochs; between two, the generator is where the next one starts.
+        """Writes the checkpoint and the training state."""
+        # `load` draws the order of the epoch again, so it needs the state before that draw. The
+        # current state is the right one between two epochs and for random windows.
         between = self.config.steps is not None or self.state.step % len(self.windows) == 0
         resumable = {
             "text": self.text,
@@ -200,13 +201,13 @@ class Loop:
         )
 
     def load(self) -> None:
-        """Goes to where `save` was called."""
+        """Restores the state at the time of the last `save`."""
         trainer, path = self.trainer, self.directory.path
         with self.directory.reading_state():
             self.state, resumable = self.directory.load(trainer.gpt, self.config)
             if resumable["text"] != self.text:
                 raise ConfigError(f"{path}: the run was started with another text")
-            # Earlier versions did not note the names.
+            # Earlier versions did not store the names.
             if resumable.get("trained", trainer.names) != trainer.names:
                 raise ConfigError(f"{path}: the run was started with other parameters frozen")
             trainer.optimizer.load_state_dict(resumable["optimizer"])
@@ -216,6 +217,6 @@ class Loop:
 
 
 def _is_due(config: TrainConfig, step: int, waited: float) -> bool:
-    """Whether a save is due that no evaluation brings, after `waited` seconds without one."""
+    """Whether save_every or save_minutes requires a save; the last was `waited` seconds ago."""
     by_steps = config.save_every is not None and step % config.save_every == 0
     return by_steps or config.save_minutes is not None and waited >= 60 * config.save_minutes

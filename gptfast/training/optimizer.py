@@ -1,4 +1,4 @@
-"""AdamW with clipping: torch's, or the kernel that does the same in two passes over memory."""
+"""AdamW with gradient clipping, by torch or by the kernel, which reads memory in two passes."""
 
 import math
 from typing import Any
@@ -11,16 +11,16 @@ from gptfast.ops.adamw import adamw_
 
 
 class AdamW(torch.optim.AdamW):
-    """torch.optim.AdamW, whose `clipped_step` clips the gradients' norm as well.
+    """torch.optim.AdamW with `clipped_step`, which also clips the norm of the gradients.
 
-    Where the kernels can run, all parameters move in one operator call. They take one group of
-    contiguous float32 tensors, without `amsgrad` and `maximize`; torch's own step does the rest.
-    The state is torch's own: checkpoints of either serve both.
+    On the CPU, one operator call updates all parameters. The kernel supports one parameter group of
+    contiguous float32 tensors, without `amsgrad` and `maximize`; torch's step does everything else.
+    Both use torch's state, so a checkpoint of one can be loaded by the other.
 
     Args:
-        params: Parameters, or groups of them as torch has them, whose "params" are lists.
-        fused_kernel: False has torch do it, as with what the kernel does not take.
-        options: Those of torch.optim.AdamW.
+        params: Parameters, or torch's parameter groups, in which "params" must be a list.
+        fused_kernel: False uses torch's step even where the kernel could run.
+        options: Options of torch.optim.AdamW.
     """
 
     def __init__(
@@ -32,17 +32,17 @@ class AdamW(torch.optim.AdamW):
         tensors: list[Tensor] = []
         for each in params:
             tensors += each["params"] if isinstance(each, dict) else [each]
-        device = tensors[0].device.type if tensors else "cpu"  # torch refuses to have none
+        device = tensors[0].device.type if tensors else "cpu"  # torch rejects an empty list
         super().__init__(params, fused=device in ("cpu", "cuda"), **options)
         plain = all(p.dtype == torch.float32 and p.is_contiguous() for p in tensors)
         unavailable = device != "cpu" or select.unavailable(device, torch.float32)
-        self._kernel = fused_kernel and plain and not unavailable  # torch's is as fused on a GPU
+        self._kernel = fused_kernel and plain and not unavailable  # on a GPU torch's is fused
 
     @torch.no_grad()
     def clipped_step(self, clip: float | None) -> None:
-        """Scales the gradients to a norm of at most `clip` (None: any), then moves the parameters.
+        """Clips the gradients to a norm of at most `clip` (None: no limit), then steps.
 
-        What the gradients hold afterwards is not defined.
+        Afterwards the values of the gradients are undefined: torch's path scales them in place.
         """
         group = self.param_groups[0]
         alone = len(self.param_groups) == 1 and not (group["amsgrad"] or group["maximize"])

@@ -1,4 +1,4 @@
-"""Pictures of training runs. Needs matplotlib, the extra `plot`."""
+"""Plots of training runs. Requires matplotlib (the extra `plot`)."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from gptfast.training.run import HISTORY_NAME, Row
 Run = str | Path | Sequence[Row]
 
 SUFFIXES = (".png", ".svg", ".pdf")
-# Told apart by colour-blind readers too (Okabe and Ito, "Color Universal Design", 2008).
+# A palette for colour-blind readers (Okabe and Ito, "Color Universal Design", 2008).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#555555"
 
@@ -22,23 +22,23 @@ def plot_history(
     *,
     title: str | None = None,
 ) -> Path:
-    """Draws the loss over the training steps: held-out solid, training dashed, a colour per run.
+    """Plots loss against step: held-out solid, training dashed, one colour per run.
 
-    A training loss is the mean over the steps since the evaluation before, with dropout on; it is
-    drawn in the middle of those steps.
+    A training loss is the mean over the steps since the previous evaluation, with dropout; it is
+    drawn at the middle of those steps.
 
     Args:
         runs: one run, or several to compare. A run is its directory, its `history.jsonl`, or its
             history (rows with `step`, `train_loss`, `val_loss`); a mapping gives runs names.
-        path: the picture, PNG, SVG or PDF by its suffix; its directory is made if missing.
-        title: above the picture.
+        path: the file, PNG, SVG or PDF by its suffix; its directory is created if missing.
+        title: the title of the plot.
 
     Returns:
-        The path of the picture.
+        The path of the file.
 
     Raises:
-        ConfigError: an unknown suffix, no runs or too many to tell apart, or matplotlib is missing.
-        DataError: a run without a history, or one that cannot be read.
+        ConfigError: unknown suffix, no runs or more runs than colours, or matplotlib is missing.
+        DataError: a history is missing, empty or invalid, or the file cannot be written.
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
@@ -62,10 +62,10 @@ def read_history(path: str | Path) -> list[Row]:
         path: the run's directory, or its `history.jsonl`.
 
     Returns:
-        One row per evaluation, see `Trainer.fit`.
+        One row per evaluation; see `Trainer.fit`.
 
     Raises:
-        DataError: the file is missing, or is not a history.
+        DataError: the file is missing, cannot be read or is not a history.
     """
     file = Path(path)
     if file.is_dir():
@@ -95,7 +95,7 @@ def _histories(runs: Any) -> dict[str, list[Row]]:
         named = {_name(runs): runs}
     elif runs and all(isinstance(run, str | Path) for run in runs):
         named = {_name(run): run for run in runs}
-        if len(named) < len(runs):  # equal last parts: only whole paths tell them apart
+        if len(named) < len(runs):  # equal names: use the whole paths
             named = {str(run): run for run in runs}
     else:
         named = {"": runs}
@@ -119,7 +119,7 @@ def _draw(histories: Mapping[str, list[Row]], title: str | None) -> Any:
         from matplotlib.ticker import MaxNLocator, StrMethodFormatter
     except ImportError:
         raise ConfigError("pictures need matplotlib: pip install 'gptfast-kernels[plot]'") from None
-    # A Figure of its own, without pyplot: no window, no backend, no global state.
+    # Use Figure directly, because pyplot would need a backend and global state.
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for colour, (name, rows) in zip(COLOURS, histories.items(), strict=False):
@@ -138,7 +138,7 @@ def _draw(histories: Mapping[str, list[Row]], title: str | None) -> Any:
                 marker="o",
                 markersize=size,
             )
-        # A training loss is a mean since the row before: it belongs to the middle of those steps.
+        # A training loss is a mean over the steps since the previous row: draw it at their middle.
         middles = [(a + b) / 2 for a, b in zip([0, *steps], steps, strict=False)]
         axes.plot(
             middles,

@@ -1,4 +1,4 @@
-"""What a run shows on the terminal, and how signals end it."""
+"""The progress display of a run, and the signals that end it."""
 
 import math
 import signal
@@ -16,8 +16,8 @@ from gptfast.training.run import Row, RunState
 
 Report = Callable[[Row | str | None], None]
 
-# What asks a process to end, with the handler that a program has which does not handle it itself.
-# (Windows has no SIGHUP: the terminal is gone.)
+# Signals that ask a process to end, with the default handler of each. (SIGHUP reports that the
+# terminal was closed; Windows lacks it.)
 ENDING: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 if hasattr(signal, "SIGHUP"):
     ENDING[signal.SIGHUP] = signal.SIG_DFL
@@ -28,14 +28,14 @@ def bar(state: RunState, total: int, where: Path | None, shown: bool) -> Iterato
     """Shows a progress bar on stderr.
 
     Args:
-        state: where the run is; it is read at each report.
-        total: the run's steps.
+        state: the state of the run, read at each report.
+        total: the number of steps of the run.
         where: the run's directory, for the message after an interrupt.
         shown: False shows nothing.
 
     Yields:
-        a function that brings the bar up to date, and prints a line for the row of an evaluation,
-        or the warning that it is given. Without a bar a warning is one of Python's.
+        a function that updates the bar. Given an evaluation's row or a warning, it prints a line;
+        if nothing is shown, it issues warnings by Python's `warnings` module.
     """
     if not shown:
         yield lambda event: warnings.warn(event, stacklevel=2) if isinstance(event, str) else None
@@ -83,14 +83,13 @@ def _sentence(row: Row) -> str:
 
 @contextmanager
 def first_interrupt() -> Iterator[Callable[[], int | None]]:
-    """Turns the first signal that asks for the end into a request; a second one acts at once.
+    """Records the first signal of ENDING; a second one has its default effect.
 
-    An exception in the middle of a step would leave weights and optimizer half moved on. A signal
-    that the program handles itself, or ignores, keeps its own way; so do all of them where training
-    is outside the main thread.
+    An exception within a step could leave weights and optimizer state partly updated. Signals that
+    the program handles or ignores keep their handlers; outside the main thread all signals do.
 
     Yields:
-        a function that tells which signal came, None before.
+        a function that returns the signal received, or None.
     """
     came: int | None = None
     usual = [number for number in ENDING if signal.getsignal(number) == ENDING[number]]
@@ -115,7 +114,7 @@ def first_interrupt() -> Iterator[Callable[[], int | None]]:
 
 @contextmanager
 def hears_ctrl_c() -> Iterator[None]:
-    """Has SIGINT interrupt, which a script's shell has its jobs in the background ignore."""
+    """Enables SIGINT if it is ignored, as in background jobs of a shell script."""
     ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN and _in_main_thread()
     if ignored:
         signal.signal(signal.SIGINT, signal.default_int_handler)

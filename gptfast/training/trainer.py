@@ -1,6 +1,6 @@
-"""One training step, the evaluation on held-out text, and whole runs.
+"""The trainer: one training step, evaluation on held-out text, and whole runs.
 
-Letters: B batch, T time, N tokens of a text. What a run's directory holds is described in `run.py`.
+Letters: B batch, T time, N tokens of a text. `run.py` describes the files of a run's directory.
 """
 
 import json
@@ -26,7 +26,7 @@ from gptfast.training.loop import Loop, TrainResult
 from gptfast.training.optimizer import AdamW
 from gptfast.training.run import RunDirectory
 
-EVAL_TOKENS_AT_ONCE = 8192  # bounds the memory of an evaluation
+EVAL_TOKENS_AT_ONCE = 8192  # limits the memory of an evaluation
 
 
 @dataclass(frozen=True)
@@ -35,21 +35,24 @@ class Evaluation:
 
     loss: float  # mean over the tokens, nats
     perplexity: float  # exp(loss)
-    tokens: int  # predicted ones: all but the text's first
+    tokens: int  # number of predicted tokens: all but the first of the text
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, ids: Tensor, precision: Precision = "fp32") -> Evaluation:
-    """Computes the mean loss over a text, cut into disjoint windows, without dropout.
+    """Computes the mean loss over a text in disjoint windows, without dropout.
 
     Args:
-        model: a GPT, also one inside torch.compile or DistributedDataParallel. It is in the mode it
-            was in, training or evaluation, afterwards.
-        ids: (N,) int64, at least 2 tokens. Windows are block_size long, the last may be shorter.
+        model: a GPT, which torch.compile or DistributedDataParallel may wrap. Its modules are
+            switched to evaluation mode and back to their previous mode.
+        ids: (N,) int64, at least 2 tokens. Windows have block_size tokens; the last may be shorter.
         precision: "fp32", or "bf16" for activations in bfloat16.
 
+    Returns:
+        The mean loss in nats per token, the perplexity, and the number of predicted tokens.
+
     Raises:
-        ConfigError: an unknown precision.
+        ConfigError: `precision` is unknown.
         DataError: `ids` is not 1-D int64, or has fewer than 2 tokens.
     """
     if precision not in PRECISIONS:
@@ -80,7 +83,7 @@ def evaluate(model: nn.Module, ids: Tensor, precision: Precision = "fp32") -> Ev
         for module, training in modes:
             module.training = training
     loss = total / tokens
-    # Bounded where the exponential leaves a double: a diverged run can still be written down.
+    # The exponent is clamped, because math.exp raises OverflowError when a run has diverged.
     return Evaluation(loss, math.exp(min(loss, 700.0)), tokens)
 
 
@@ -89,7 +92,7 @@ def _autocast(device: torch.device, precision: Precision) -> torch.autocast:
 
 
 def check_lengths(block_size: int, train_ids: Tensor, val_ids: Tensor | None) -> None:
-    """Raises DataError where one of a run's two texts is shorter than a window."""
+    """Raises DataError if the training or the held-out text is shorter than a window."""
     for part, ids in (("training", train_ids), ("held-out", val_ids)):
         if ids is not None and len(ids) <= block_size:
             raise DataError(
@@ -99,20 +102,20 @@ def check_lengths(block_size: int, train_ids: Tensor, val_ids: Tensor | None) ->
 
 
 class Trainer:
-    """Trains a model by AdamW.
+    """Trains a model with AdamW.
 
-    Random numbers: `step` draws the keys of its dropout from a generator of the trainer's own,
-    seeded by `config.seed`. A run depends on its arguments alone, beside whatever other threads do,
-    and leaves torch's generators alone. (Modules put into the model that draw from torch's default
-    generator go on doing so.) Equal seeds and thread counts give the same bits.
+    Random numbers: the trainer has its own generator, seeded by `config.seed`, from which `step`
+    draws its dropout keys. A run therefore depends only on its arguments and neither uses nor
+    changes torch's global generators. (Custom modules in the model may still draw from torch's
+    default generator.) Equal seeds and thread counts give bitwise equal results.
 
     Args:
-        model: with float32 weights, which "bf16" keeps as master weights. It may be wrapped by
-            torch.compile or DistributedDataParallel, which `step` then calls.
-        config: how to train.
+        model: a GPT with float32 weights, which remain the master weights with "bf16". `step` calls
+            a wrapper of torch.compile or DistributedDataParallel, if there is one.
+        config: the training options.
 
     Raises:
-        ConfigError: the weights are in half precision, or all of them are frozen.
+        ConfigError: a trained weight is neither float32 nor float64, or all weights are frozen.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
@@ -143,14 +146,14 @@ class Trainer:
         )
 
     def step(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """Trains on one batch: forward, backward, clip, AdamW.
+        """Trains on one batch: forward pass, backward pass, gradient clipping, AdamW.
 
         Args:
             idx: (B, T) int64.
             targets: (B, T) int64, the token after each position.
 
         Returns:
-            () float32, the loss before the update, without gradient.
+            () float32, the loss before the update, detached.
         """
         if not self.gpt.training:
             self.model.train()
@@ -163,11 +166,11 @@ class Trainer:
         loss.backward()
         self.optimizer.clipped_step(self.config.clip)
         for param in self.parameters:
-            param.grad = None  # torch's zero_grad takes as long as a small model's whole update
+            param.grad = None  # faster: torch's zero_grad takes as long as a small model's update
         return loss.detach()
 
     def evaluate(self, ids: Tensor) -> Evaluation:
-        """Computes the mean loss over the text `ids` in the run's precision; see `evaluate`."""
+        """Computes the mean loss over the text `ids` in `config.precision`; see `evaluate`."""
         return evaluate(self.gpt, ids, self.config.precision)
 
     def fit(
@@ -182,44 +185,45 @@ class Trainer:
         progress: bool = False,
         extra: dict[str, Any] | None = None,
     ) -> TrainResult:
-        """Trains for `config.steps` or `config.epochs`, evaluating and saving on the way.
+        """Trains for `config.steps` or `config.epochs`, with evaluations and checkpoints.
 
-        The directory `out` holds the last checkpoint (not the best), written at each evaluation, in
-        the intervals of `config.save_every` and `config.save_minutes`, and at the end. A save that
-        fails gives a warning and the run goes on, but for the last one. No other run can write to
-        `out` meanwhile; of several processes that train one model, give it to one.
+        The directory `out` holds the last checkpoint (not the best). It is written at each
+        evaluation, at the intervals `config.save_every` and `config.save_minutes`, and at the end.
+        If a save fails, training continues with a warning, except after the last step. `out` is
+        locked against other runs; if several processes train one model, pass it to only one.
 
-        The first Ctrl-C, SIGTERM or SIGHUP ends the run after the step that is being computed; a
-        second one acts at once and saves nothing. Signals that the program handles itself or
-        ignores are left alone, and so are all of them outside the main thread.
+        The first Ctrl-C, SIGTERM or SIGHUP ends the run after the current step; a second one takes
+        effect at once, without a save. Signals that the program handles or ignores keep their
+        handlers; outside the main thread, all signals do.
 
         Args:
             train_ids: (N,) int64, more than block_size tokens.
-            val_ids: (M,) int64, the held-out text; None evaluates nothing.
+            val_ids: (M,) int64, the held-out text, more than block_size tokens, or None.
             tokenizer: stored in the checkpoint.
             out: directory of the run; None writes nothing.
-            resume: go on with the interrupted run in `out`, to the bits it would have had.
+            resume: continue the interrupted run in `out`; the results are bitwise those of an
+                uninterrupted run.
             overwrite: replace the run in `out`.
             progress: show a progress bar and the evaluations on stderr.
-            extra: JSON-able, stored in the checkpoint beside what training stores there.
+            extra: JSON-serialisable values, stored in the checkpoint with those of training.
 
         Returns:
             The model and the history, one row per evaluation: `step`, `epoch` (passes over the
-            windows so far), `train_loss` (mean over the steps since the row before), `val_loss`,
+            windows so far), `train_loss` (mean over the steps since the previous row), `val_loss`,
             `perplexity`, `tokens_per_s`, `seconds` (of training, without evaluations), `lr`.
 
         Raises:
             ConfigError: neither steps nor epochs are set, another run is being trained in `out`, or
                 see `gptfast.training.run.check`.
-            DataError: a text is shorter than a window.
+            DataError: a text is not longer than block_size.
             CheckpointError: `out` cannot be written or read, or a checkpoint cannot hold the model.
             UnsavedError: the last save failed; the error's `result` has the trained model.
-            TrainError: the loss is no longer finite; the last checkpoint stays.
-            TypeError: `extra` is not JSON-able.
+            TrainError: the loss or a weight is not finite; the last checkpoint is kept.
+            TypeError: `extra` is not JSON-serialisable.
         """
         if self.config.steps is None and self.config.epochs is None:
             raise ConfigError("a run needs a number of steps or of epochs, got neither")
-        json.dumps(extra)  # what would fail after the training fails before it
+        json.dumps(extra)  # raises TypeError now rather than at the first save
         if out is not None:
             check_storable(self.gpt)
         check_lengths(self.gpt.config.block_size, train_ids, val_ids)

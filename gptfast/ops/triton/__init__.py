@@ -1,6 +1,6 @@
-"""The operators' kernels for CUDA and ROCm, in Triton; importing this registers them.
+"""The operators' Triton kernels for CUDA and ROCm; importing this package registers them.
 
-Nothing imports it before an operator meets a tensor on such a device (gptfast.ops.select).
+gptfast.ops.select imports it when an operator is first used on such a device.
 """
 
 import functools
@@ -35,7 +35,7 @@ KERNELS: dict[str, Any] = {
 
 
 def on_device(kernel: Any) -> Any:
-    """The kernel, launched on the device of its first argument."""
+    """Wraps a kernel's launcher: it runs on the device of its first argument."""
 
     @functools.wraps(kernel)
     def launch(first: torch.Tensor, *args: Any) -> Any:

@@ -1,7 +1,7 @@
 """Causal attention in blocks with an online softmax (FlashAttention-2, arXiv:2307.08691).
 
-Query i sees the keys j <= i + Tk - Tq. Blocks of keys that every query of a program sees need no
-mask; those on the diagonal come after them.
+Query i attends to the keys j <= i + Tk - Tq. The blocks of keys that no query of a program masks
+come first; the blocks on the diagonal, which need a mask, follow.
 
 Letters: B batch, T time (Tq queries, Tk keys), H heads, D head_dim.
 """
@@ -20,7 +20,7 @@ from gptfast.ops.triton.tiles import dropout_factors, own_head
 
 @triton.jit
 def head_rows(x, t, stride, T, d, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """Rows t of a head, (rows, BLOCK_D); 0 past T, which only MASKED looks at, and past D."""
+    """Rows t of a head, (rows, BLOCK_D); columns from D on and, if MASKED, rows from T on are 0."""
     at = x + t.to(tl.int64)[:, None] * stride + d[None, :]
     if MASKED:
         tile = tl.load(at, mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
@@ -36,7 +36,7 @@ def held_rows(
     x, t, stride, T, d, D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Rows t of a head as `row_products` takes them: a tile; their address where PART < BLOCK_D."""
+    """Rows t of a head for `row_products`: a loaded tile, or just the address if PART < BLOCK_D."""
     if PART == BLOCK_D:
         rows = head_rows(x, t, stride, T, d, D, BLOCK_D, MASKED)
     else:
@@ -49,7 +49,7 @@ def row_products(
     x, i, x_row, Tx, y, j, y_row, Ty,
     PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """x y' of rows i of one head and rows j of another, PART columns at a time."""
+    """x y' for rows i of x and rows j of y, PART columns at a time."""
     if PART == BLOCK_D:
         products = tl.dot(x, tl.trans(y), input_precision=PRECISION)
     else:
@@ -69,12 +69,12 @@ def _attend(
     MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PART: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Takes keys [first, last) into the running maximum m, sum and output acc of a block.
+    """Updates running maximum m, sum and output acc of a block of queries by keys [first, last).
 
     s = q k',  m' = max(m, max_j s_j),  sum' = sum 2^(c (m - m')) + sum_j 2^(c (s_j - m')),
     acc' = acc 2^(c (m - m')) + dropout(2^(c (s - m'))) v,  with c = scale log2(e) >= 0.
 
-    The difference comes first: it is exact near the maximum, and 0 at it, however large s is.
+    s - m' is computed before scaling: it is exact near the maximum, however large s is.
     """
     d = tl.arange(0, BLOCK_D)
     for j0 in tl.range(first, last, BN):
@@ -85,7 +85,7 @@ def _attend(
             seen = (j[None, :] <= i[:, None] + offset) & (j < Tk)[None, :]
             s = tl.where(seen, s, -float("inf"))
         top = tl.maximum(m, tl.max(s, 1))
-        finite = tl.where(top == -float("inf"), 0.0, top)  # a row may have seen no key yet
+        finite = tl.where(top == -float("inf"), 0.0, top)  # all keys so far may be masked
         p = tl.exp2((s - finite[:, None]) * scale_log2)
         if MASKED:
             p = tl.where(seen, p, 0.0)
@@ -102,14 +102,14 @@ def _attend(
 
 
 def head_kind(args: Any) -> tuple[int, int]:
-    """Bytes of an element, and columns of a head: the next of 64, 128 and 256."""
+    """Returns the kind of a call for `tuned`: bytes per element, D rounded up to 64, 128 or 256."""
     return args["q"].element_size(), max(64, block_of(args["D"]))
 
 
 def parts_of(x: Tensor) -> dict[str, int]:
-    """D, the columns of a block of a head, and those that are multiplied at a time.
+    """Returns D, D padded to a power of 2, and the number of columns that are multiplied at once.
 
-    All 256 columns of float32 rows at once, split for three products, do not stay in registers.
+    256 columns of float32 at once, each split for three tf32 products, would spill registers.
     """
     columns = block_of(x.shape[-1])
     wide = columns == 256 and x.element_size() == 4
@@ -117,12 +117,12 @@ def parts_of(x: Tensor) -> dict[str, int]:
 
 
 def head_shared(staying: int, passing: int, args: Any) -> int:
-    """Bytes of rows of a head: some stay, others pass by in stages."""
+    """Returns bytes of `staying` resident rows of a head and `passing` rows per pipeline stage."""
     rows = staying + args["num_stages"] * passing
     return rows * block_of(args["D"]) * args["q"].element_size()
 
 
-# Queries and keys of a tile.
+# Tile sizes: BM queries, BN keys.
 FORWARD = {
     (2, 64): [config(8, 3, BM=128, BN=64), config(8, 2, BM=64, BN=32)],
     (2, 128): [config(8, 3, BM=128, BN=64), config(8, 2, BM=64, BN=32)],
@@ -147,7 +147,7 @@ def forward_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """A block of BM queries of one head; the longest rows start first."""
+    """A block of BM queries of one head; the blocks with the most keys start first."""
     head, b, h, i0 = own_head(H, Tq, BM, True)
     q += b * q_b + h * q_h
     k += b * k_b + h * k_h
@@ -159,7 +159,7 @@ def forward_kernel(
     acc = tl.zeros([BM, BLOCK_D], tl.float32)
     m = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
-    # Every query sees the keys before `whole`, none those from `last` on.
+    # No query masks a key before `whole`; every query masks the keys from `last` on.
     whole = tl.maximum(i0 + 1 + offset, 0) // BN * BN
     last = tl.minimum(Tk, i0 + BM + offset)
     acc, m, total = _attend(
@@ -172,7 +172,7 @@ def forward_kernel(
         scale_log2, head, seed, substream, threshold, keep_scale,
         True, PRECISION, D, BLOCK_D, PART, BM, BN,
     )  # fmt: skip
-    some = i + offset >= 0  # keys that the row sees; where all scores are -inf it is 0 / 0
+    some = i + offset >= 0  # some key is unmasked; if all its scores are -inf, the row is 0 / 0
     acc = tl.where(some[:, None], acc / tl.where(some, total, 1.0)[:, None], 0.0)
     at = out + i.to(tl.int64)[:, None] * out_row + d[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), mask=(i < Tq)[:, None] & (d < D)[None, :])

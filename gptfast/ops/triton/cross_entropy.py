@@ -1,8 +1,8 @@
 """Final norm, output projection and cross-entropy in blocks of the vocabulary.
 
-The forward keeps, of a tile of logits, each row's maximum and sum of exponentials; the (M, V)
-logits never exist. The backward computes a block of them once more, as their gradient, which it
-multiplies into those of the activations and of the weight.
+The (M, V) logits are never stored: the loss needs only each row's maximum and sum of exponentials
+per tile. For the gradients, a block of logits is recomputed and turned into its gradient, which is
+multiplied by the weight and by the activations.
 
 Letters: M rows (all leading dimensions), K columns, V vocab_size.
 """
@@ -26,9 +26,9 @@ from gptfast.ops.triton.linear import (
 from gptfast.ops.triton.rows import moments, norm_grad
 from gptfast.ops.triton.tiles import LN2, LOG2E, own_tile, product
 
-BLOCK_BYTES = 1 << 26  # of a block of the logits' gradient
-LEAST_BLOCK = 1024  # columns of it at least
-PART = 128  # columns that a row's partial maximum and sum are of
+BLOCK_BYTES = 1 << 26  # bytes of a block of the logits' gradient
+LEAST_BLOCK = 1024  # minimum number of columns of such a block
+PART = 128  # columns per partial maximum and sum of a row
 
 PRODUCT = {
     2: [config(8, 3, BM=128, BK=32, GROUP=8), config(4, 2, BM=64, BK=32, GROUP=8)],
@@ -43,7 +43,7 @@ def partial_sums_kernel(
     PRECISION: tl.constexpr, BN: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile of logits: max_j s_j and sum_j exp(s_j - max) of each row, and its target's."""
+    """For each row of a tile of logits: max_j s_j, sum_j exp(s_j - max), and the target's logit."""
     m, n, _, n0 = own_tile(M, V, BM, BN, GROUP)
     s = product(
         a, b, mean, rstd, norm_weight, norm_bias, m, n, M, V, K, 1, K, PRECISION, BM, BN, BK
@@ -64,9 +64,9 @@ def losses_kernel(
     tops, totals, target_logits, targets, sums, losses, ignore_index, M, parts,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """From the parts in their order max_j s_j and sum_j exp(s_j - max); loss, or 0.
+    """Merges the parts in order to max_j s_j and sum_j exp(s_j - max); losses, 0 if ignored.
 
-    They stay apart: max + ln sum would be rounded to the digits of max.
+    Maximum and sum are stored separately: max + ln sum would be rounded to the precision of max.
     """
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = m < M
@@ -94,7 +94,7 @@ def logits_grad_kernel(
     M, V, K, v0, PRECISION: tl.constexpr, BN: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """dS_j = (exp(s_j - max) / sum - [j = target]) share, V columns from v0 on; 0 if share is."""
+    """dS_j = (exp(s_j - max) / sum - [j = target]) share for V columns from v0; 0 if share is 0."""
     m, n, _, _ = own_tile(M, V, BM, BN, GROUP)
     s = product(
         a, b, mean, rstd, norm_weight, norm_bias, m, n, M, V, K, 1, K, PRECISION, BM, BN, BK
@@ -165,7 +165,7 @@ def _grid(M: int, V: int) -> Any:
 def _losses(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, norm: Norm | None
 ) -> tuple[Tensor, Tensor]:
-    """Maximum and sum of exponentials of each row's logits, (2, M), and its loss, (M,); float32."""
+    """Returns maxima and sums of exponentials of the logits, (2, M), and losses, (M,); float32."""
     (V, K), M = weight.shape, targets.numel()
     parts = triton.cdiv(V, PART)
     losses, target_logits = (x.new_empty(M, dtype=torch.float32) for _ in range(2))

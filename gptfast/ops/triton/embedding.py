@@ -1,4 +1,4 @@
-"""Token plus position embedding, and its backward as sums over the rows of each token.
+"""Token plus position embedding; the backward sums the gradient rows of each token.
 
 Letters: B batch, T time, M = B T, C n_embd, V vocab_size.
 """
@@ -40,7 +40,7 @@ def embedding_kernel(
 def gather_sum_kernel(x, order, starts, out, C, skipped, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """out_v = sum of rows order[starts[v]] .. order[starts[v + 1] - 1] of x, in that order.
 
-    Row `skipped` is 0.
+    Row `skipped` of the result is 0.
     """
     v = tl.program_id(0)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -1,4 +1,4 @@
-"""The feed-forward block: two products with what is around them, and its backward.
+"""The feed-forward sublayer as two fused linear layers, and its backward.
 
 Letters: C n_embd, F hidden columns, M rows (all leading dimensions).
 """
@@ -19,7 +19,7 @@ from gptfast.ops.triton.linear import (
 from gptfast.ops.triton.rows import dropped, moments, norm_grad
 from gptfast.ops.triton.tiles import gelu, gelu_slope, own_tile, product
 
-# The largest tiles would not stay in registers beside U.
+# Without PRODUCT's largest tiles: together with a tile of U they would spill registers.
 HIDDEN_GRAD = {2: PRODUCT[2][1:], 4: PRODUCT[4]}
 
 
@@ -29,9 +29,9 @@ def hidden_grad_kernel(
     a, b, before, dhidden, hidden, M, N, K, GELU: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """A tile of dU = (A B) gelu'(U), with U in `before`, and of gelu(U) again.
+    """A tile of dU = (A B) gelu'(U), and of gelu(U), which is recomputed; `before` holds U.
 
-    A (M, K) is the gradient of the block's output, B (K, N) the second layer's weight.
+    A (M, K) is the gradient of the second layer's output, B (K, N) that layer's weight.
     """
     m, n, _, _ = own_tile(M, N, BM, BN, GROUP)
     acc = product(a, b, None, None, None, None, m, n, M, N, K, N, 1, PRECISION, BM, BN, BK)

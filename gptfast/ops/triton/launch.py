@@ -1,4 +1,4 @@
-"""How the kernels are launched: which configurations there are, and what a launch is told."""
+"""What the launchers share: autotuning, device limits, float32 precision, dropout arguments."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,9 +8,9 @@ import triton
 from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret
-# Bytes of shared memory that a block may have; the smallest of the chips that are checked.
+# Bytes of shared memory per block: the smallest limit of the chips in benchmarks/gpu_static.py.
 LEAST_SHARED = 65536
-INTERPRETED_PROGRAMS = 3  # of a kernel whose programs take several tiles, in the interpreter
+INTERPRETED_PROGRAMS = 3  # `programs` in Triton's interpreter
 
 Args = Mapping[str, Any]
 
@@ -21,17 +21,17 @@ def tuned(
     shared: Callable[[Args], int],
     key: list[str],
 ) -> Any:
-    """Has a kernel's configuration chosen by time, once per `key` and dtypes, and remembered.
+    """Decorates a kernel: autotunes its configuration once per `key` and dtypes; caches the result.
 
-    A key never has the batch in it, nor is a kernel that makes rows of an activation compiled for a
-    number of them: a row's bits are the same whatever else there is.
+    No key contains the batch size, and kernels that compute rows of an activation are not
+    specialised for the number of rows, so a row's bits do not depend on the other rows.
 
     Args:
-        configs: The candidates of each kind of call: those that stay in registers on the chips of
-            benchmarks/gpu_static.py, the one that fits everywhere last.
-        which: The kind, given the arguments.
-        shared: Bytes of the operands that are in shared memory at once, given the arguments; what
-            a chip cannot hold is left out before.
+        configs: The candidates per kind of call: configurations that do not spill registers on the
+            chips of benchmarks/gpu_static.py, the one that fits every chip last.
+        which: Returns the kind of a call from its arguments.
+        shared: Returns the bytes of operands in shared memory from the arguments; configurations
+            above the device's limit are not tried.
         key: Names of the arguments that the choice may depend on.
     """
 
@@ -53,12 +53,12 @@ def tuned(
 
 
 def config(warps: int, stages: int, **tile: int) -> triton.Config:
-    """A configuration: the sides of its tiles by name."""
+    """Makes a configuration; `tile` has the sizes of its tiles by name."""
     return triton.Config(tile, num_warps=warps, num_stages=stages)
 
 
 def shared_limit() -> int:
-    """Bytes of shared memory that a block of the current device may have."""
+    """Returns the limit of shared memory per block of the current device, in bytes."""
     if not torch.cuda.is_available():
         return LEAST_SHARED
     return triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())[
@@ -67,19 +67,19 @@ def shared_limit() -> int:
 
 
 def programs(device: torch.device) -> int:
-    """How many programs a kernel has whose programs take several tiles each."""
+    """Returns the number of programs of a kernel whose programs loop over tiles."""
     if device.type != "cuda":
         return INTERPRETED_PROGRAMS
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def precision() -> str:
-    """How float32 is multiplied: as torch.backends.cuda.matmul.fp32_precision says.
+    """Returns tl.dot's precision for float32, as torch.backends.cuda.matmul.fp32_precision demands.
 
-    By default as three products of tf32, whose sum has float32's digits (Ootomo and Yokota,
-    arXiv:2203.03341); AMD's units multiply float32 itself, and only gfx942's multiply tf32.
+    On NVIDIA the default is three tf32 products, whose sum has float32's accuracy (Ootomo and
+    Yokota, arXiv:2203.03341). AMD's matrix units multiply float32 directly; only gfx942 has tf32.
     """
-    # torch.set_float32_matmul_precision sets it, too, but cannot be asked where both were used.
+    # torch.set_float32_matmul_precision sets it too, but its getter raises if both APIs were used.
     short = torch.backends.cuda.matmul.fp32_precision == "tf32"
     target = None if INTERPRETED else triton.runtime.driver.active.get_current_target()
     if target is not None and target.backend == "cuda":
@@ -88,7 +88,7 @@ def precision() -> str:
 
 
 def dropout_args(p: float, seed: Tensor | None, stream: int, device: Any) -> dict[str, Any]:
-    """What `tiles.dropout_factors` is told, as gptfast.ops.random.dropout_factors has it."""
+    """Returns the arguments of `tiles.dropout_factors`; see gptfast.ops.random."""
     threshold = int(p * 65536 + 0.5) if seed is not None else 0
     return {
         "seed": None if seed is None else seed.to(device),
@@ -99,15 +99,15 @@ def dropout_args(p: float, seed: Tensor | None, stream: int, device: Any) -> dic
 
 
 def block_of(n: int, least: int = 16) -> int:
-    """The smallest power of 2 that holds n, and that a product of tiles takes."""
+    """Returns the smallest power of 2 >= n and `least`; tl.dot needs at least 16."""
     return max(least, triton.next_power_of_2(n))
 
 
 def absent(like: Tensor) -> Tensor:
-    """What an operator returns for a tensor that there is not."""
+    """Returns the empty tensor that stands for an absent result of an operator."""
     return like.new_empty(0, dtype=torch.float32)
 
 
 def wants(wanted: int, first: int, last: int | None = None) -> bool:
-    """Whether result number `first` (to `last`) of a backward is wanted; see ops.autograd."""
+    """Whether any of the results `first` to `last` of a backward is wanted; see ops.autograd."""
     return any(wanted >> i & 1 for i in range(first, (first if last is None else last) + 1))

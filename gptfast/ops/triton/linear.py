@@ -1,8 +1,8 @@
-"""Linear layers: LayerNorm before, or bias, GELU, dropout and residual after the product.
+"""Linear layers, fused with a preceding LayerNorm and with bias, GELU, dropout and residual.
 
-The statistics of LayerNorm are a pass of their own over x, 1 / N of the product's work; they are
-applied as the product's operand is read. The gradient of a weight is summed over parts of the rows
-by programs that take several tiles each, then over the parts in their order.
+A separate pass over x computes LayerNorm's statistics, at 1 / N of the product's work; x is
+normalised while the product reads it. The gradient of a weight is summed over each part of the rows
+by programs that loop over tiles, then over the parts in order.
 
 Letters: M rows of an activation (all leading dimensions), K its columns, N columns of the result.
 """
@@ -28,16 +28,16 @@ from gptfast.ops.triton.tiles import dropout_factors, gelu, normalized, own_tile
 
 Norm = tuple[Tensor, Tensor, Tensor, Tensor | None]  # mean, rstd, weight and bias of a LayerNorm
 NO_NORM = (None, None, None, None)
-LEAST_PART = 512  # rows that a part of a weight's gradient has at least
+LEAST_PART = 512  # minimum number of rows per part of a weight's gradient
 
 
 def product_kind(args: Any) -> int:
-    """Bytes of an element."""
+    """Returns the kind of a product for `tuned`: bytes per element."""
     return args["a"].element_size()
 
 
 def product_shared(args: Any) -> int:
-    """Bytes of the operands' tiles that `tiles.product` has in shared memory."""
+    """Returns the bytes of operand tiles that `tiles.product` keeps in shared memory."""
     tiles = (args["BM"] + args["BN"]) * args["BK"]
     return args["num_stages"] * tiles * args["a"].element_size()
 
@@ -59,9 +59,9 @@ def linear_kernel(
     GELU: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """A tile of Y = residual + dropout(gelu(norm(A) B + bias)), each part but A B optional.
+    """A tile of Y = residual + dropout(gelu(norm(A) B + bias)); everything but A B is optional.
 
-    `before`, where given, receives what GELU is applied to.
+    `before`, if given, receives the input of GELU.
     """
     m, n, m0, n0 = own_tile(M, N, BM, BN, GROUP)
     acc = product(
@@ -92,16 +92,21 @@ def multiply(
     dropout: dict[str, Any] = NO_DROPOUT, residual: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """residual + dropout(gelu(norm(a) b + bias)), as `linear_kernel` says.
+    """Computes residual + dropout(gelu(norm(a) b + bias)); see `linear_kernel`.
 
     Args:
         a: (..., K), contiguous.
-        b: (K, N), any strides; converted to a's dtype where it has another.
-        norm: The LayerNorm before.
-        before: (..., N), receives what GELU is applied to.
+        b: (K, N), any strides and dtype; converted to a's dtype.
+        norm: The LayerNorm to apply to a.
+        bias: (N,).
+        gelu: "erf", "tanh", or None for no GELU.
+        before: (..., N), receives the input of GELU.
+        dropout: What `dropout_args` returns.
+        residual: (..., N), contiguous.
+        dtype: The dtype of the result; None uses a's.
 
     Returns:
-        (..., N) in `dtype`, a's where that is None.
+        (..., N).
     """
     (K, N), b = b.shape, b.to(a.dtype)
     M, y = a.numel() // K, a.new_empty(*a.shape[:-1], N, dtype=dtype)
@@ -138,7 +143,7 @@ def weight_grad_kernel(
 ):  # fmt: skip
     """dW = dY' norm(X), and db = column sums of dY, over each part of `rows` rows.
 
-    Programs stay and take every num_programs-th tile of every part.
+    Persistent programs: each takes every num_programs-th tile of all parts.
     """
     across, down = tl.cdiv(K, BK), tl.cdiv(N, BN)
     for tile in tl.range(tl.program_id(0), across * down * parts, tl.num_programs(0)):
@@ -179,17 +184,18 @@ def weight_grads(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
     norm: Norm | None = None, out: Tensor | None = None, wanted: int = 0b11,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of weight (N, K) and bias (N,) of a layer on norm(x), from that of its output.
+    """Computes the gradients of weight (N, K) and bias (N,) of a linear layer on norm(x).
 
     Args:
-        dy: (..., N), contiguous.
+        dy: (..., N), contiguous, the gradient of the output.
         x: (..., K), contiguous.
-        weight: Tells the gradient's dtype, as `bias` does; an absent one has an empty gradient.
-        norm: The LayerNorm before.
-        out: Receives the weight's gradient, where given.
-        wanted: Bit 0 stands for the weight's, bit 1 for the bias's; the others are empty.
+        weight: Determines shape and dtype of its gradient.
+        bias: Likewise; the gradient of an absent bias is empty.
+        norm: The LayerNorm applied to x.
+        out: Receives the weight's gradient, if given.
+        wanted: Bit 0 requests the weight's gradient, bit 1 the bias's; others are empty.
     """
-    if not wants(wanted, 0):  # a sum over the rows alone
+    if not wants(wanted, 0):  # only the sum over the rows
         if bias is None or not wants(wanted, 1):
             return absent(x), absent(x)
         return absent(x), dy.flatten(0, -2).sum(0, dtype=torch.float32).to(bias.dtype)

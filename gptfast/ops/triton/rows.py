@@ -1,6 +1,6 @@
-"""What is done row by row: LayerNorm's statistics and backward, dropout, sums over rows.
+"""Row-wise kernels: LayerNorm's statistics and backward, dropout, sums of partial results.
 
-Letters: M rows of an activation, K its columns, P parts that a sum over rows is made of.
+Letters: M rows of an activation, K its columns, P parts (partial sums over rows).
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from gptfast.ops.reference import LAYER_NORM_EPS
 from gptfast.ops.triton.launch import absent, block_of, programs, wants
 from gptfast.ops.triton.tiles import dropout_factors
 
-ELEMENTS = 4096  # of a program's tile, unless a row is longer
+ELEMENTS = 4096  # elements of a program's tile, unless a row is longer
 
 
 def _tile(columns: int) -> dict[str, int]:
@@ -24,7 +24,7 @@ def _tile(columns: int) -> dict[str, int]:
 
 @triton.jit(do_not_specialize=["M"])
 def moments_kernel(x, mean, rstd, M, K, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The mean of a row and 1 / sqrt(variance + eps), the variance from what the mean leaves."""
+    """Mean and rstd = 1 / sqrt(variance + eps) of rows; the variance is two-pass."""
     m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, BLOCK)
     inside = (m < M)[:, None] & (k < K)[None, :]
@@ -37,7 +37,7 @@ def moments_kernel(x, mean, rstd, M, K, eps, ROWS: tl.constexpr, BLOCK: tl.const
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / sqrt(variance + eps) of the rows of a contiguous x (..., K), float32 (M,)."""
+    """Returns mean and rstd of the rows of x (..., K), which is contiguous; each (M,) float32."""
     K = x.shape[-1]
     M = x.numel() // K
     mean, rstd = (x.new_empty(M, dtype=torch.float32) for _ in range(2))
@@ -54,7 +54,7 @@ def norm_grad_kernel(
     dn, x, add, mean, rstd, weight, dx, dweight, dbias, M, K,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dx of LayerNorm plus `add`, and this program's part of the parameters' gradients.
+    """dx of LayerNorm plus `add`, and this program's partial gradients of the parameters.
 
     g = dn w,  xhat = (x - mean) rstd,  dx = rstd (g - mean(g) - xhat mean(g xhat)) + add,
     dw += dn xhat,  db += dn.
@@ -90,10 +90,10 @@ def norm_grad(
     dn: Tensor, x: Tensor, add: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor,
     bias: Tensor | None, wanted: int = 0b111,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of a LayerNorm's input (plus `add`), weight and bias, from that of its output.
+    """Computes the gradients of a LayerNorm's input (plus `add`), weight and bias.
 
-    All activations are contiguous (..., K). Parameters that are absent, or whose bit 1 or 2 of
-    `wanted` is not set, have an empty gradient.
+    dn is the gradient of its output. All activations are contiguous (..., K). The gradient of an
+    absent parameter, or of one whose bit in `wanted` (1 weight, 2 bias) is not set, is empty.
     """
     K = x.shape[-1]
     M, tile = x.numel() // K, _tile(K)
@@ -123,7 +123,7 @@ def sum_kernel(parts, out, P, n, BLOCK: tl.constexpr):
 
 
 def add_parts(parts: Tensor, out: Tensor) -> Tensor:
-    """Writes the sum of float32 parts (P, ...) in their order to `out` (...), and returns it."""
+    """Adds up float32 parts (P, ...) in order, writes the sum to `out` (...) and returns it."""
     if out.numel():
         block = min(1024, block_of(out.numel()))
         sum_kernel[(triton.cdiv(out.numel(), block),)](
@@ -136,7 +136,7 @@ def add_parts(parts: Tensor, out: Tensor) -> Tensor:
 def dropout_kernel(
     x, y, M, K, seed, substream, threshold, keep_scale, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """y = x times the factors of its dropout."""
+    """y = x times its dropout factors."""
     m0, k0 = tl.program_id(0) * ROWS, tl.program_id(1) * BLOCK
     m, k = m0 + tl.arange(0, ROWS), k0 + tl.arange(0, BLOCK)
     at = m.to(tl.int64)[:, None] * K + k[None, :]
@@ -149,7 +149,7 @@ def dropout_kernel(
 
 
 def dropped(x: Tensor, dropout: dict[str, Any]) -> Tensor:
-    """x (..., K), contiguous, times the factors of its dropout; x itself where there is none."""
+    """Returns a contiguous x (..., K) times its dropout factors; x itself without dropout."""
     if dropout["seed"] is None or not x.numel():
         return x
     K, y = x.shape[-1], torch.empty_like(x)

@@ -1,4 +1,4 @@
-"""The attention block, by the kernels of its parts.
+"""The attention sublayer, composed of the kernels for linear layers and attention.
 
 Letters: B batch, T time, C n_embd, H heads, D head_dim.
 """
@@ -59,11 +59,11 @@ def self_attention_backward(
 
 
 def _unpacked(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Views (B, H, T, D) of the packed (B, T, 3 C)."""
+    """Returns q, k, v as (B, H, T, D) views of the packed qkv (B, T, 3 C)."""
     q, k, v = qkv.unflatten(-1, (3, n_head, -1)).permute(2, 0, 3, 1, 4)
     return q, k, v
 
 
 def _heads(x: Tensor, n_head: int) -> Tensor:
-    """A view (B, H, T, D) of (B, T, C)."""
+    """Returns x (B, T, C) as a view (B, H, T, D)."""
     return x.unflatten(-1, (n_head, -1)).transpose(1, 2)

@@ -1,6 +1,6 @@
-"""What the kernels share on the device: a tile of a product, of a dropout mask, and of GELU.
+"""Device functions that the kernels share: a tile of a product, of dropout factors, and GELU.
 
-Letters: M rows of an activation, K columns that a product sums over, N columns of its result.
+Letters: M rows of an activation, K its columns (summed over by a product), N columns of a result.
 """
 
 import triton
@@ -15,9 +15,9 @@ DROPOUT_ROWS = tl.constexpr(8)
 def dropout_factors(
     seed, substream, matrix, i0, j0, threshold, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """The factors, 0 or `scale`, of rows i0 .. and columns j0 .., as gptfast.ops.random has them.
+    """The dropout factors, 0 or `scale`, of rows from i0 and columns from j0; see ops.random.
 
-    i0 and ROWS are multiples of 8: a Philox block serves 8 rows of a column, 16 bits each.
+    i0 and ROWS must be multiples of 8: a Philox block has 16 bits for each of 8 rows of a column.
     """
     GROUPS: tl.constexpr = ROWS // DROPOUT_ROWS
     group = (tl.arange(0, GROUPS) + i0 // DROPOUT_ROWS)[:, None]
@@ -35,7 +35,7 @@ def dropout_factors(
 
 @triton.jit
 def gelu(u, GELU: tl.constexpr):
-    """u Phi(u), or its approximation by tanh (Hendrycks and Gimpel, arXiv:1606.08415)."""
+    """GELU: u Phi(u), or its tanh approximation (Hendrycks and Gimpel, arXiv:1606.08415)."""
     if GELU == "erf":
         value = 0.5 * u * (1.0 + tl.erf(u * 0.7071067811865476))
     else:  # (1 + tanh x) / 2 = sigmoid(2 x)
@@ -58,7 +58,7 @@ def gelu_slope(u, GELU: tl.constexpr):
 
 @triton.jit
 def normalized(x, mean, rstd, weight, bias, k, inside):
-    """Columns k of LayerNorm(x), x (rows, columns) in float32; 0 where a column is not `inside`."""
+    """Columns k of LayerNorm(x), x (rows, columns) in float32; columns not `inside` are 0."""
     w = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
     y = (x - mean[:, None]) * rstd[:, None] * w[None, :]
     if bias is not None:
@@ -68,10 +68,10 @@ def normalized(x, mean, rstd, weight, bias, k, inside):
 
 @triton.jit
 def own_tile(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """Rows m and columns n of this program's tile of an (M, N) matrix, and the first of each.
+    """Row and column indices of this program's tile of an (M, N) matrix, and the first of each.
 
-    GROUP tiles below one another come first, then those beside them: programs that run together
-    share tiles of both operands in the L2 cache.
+    Programs are ordered by groups of GROUP rows of tiles, column by column within a group, so that
+    concurrent programs share operand tiles in the L2 cache.
     """
     columns = tl.cdiv(N, BN)
     first = tl.program_id(0) // (GROUP * columns) * GROUP
@@ -83,7 +83,7 @@ def own_tile(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def own_head(H, T, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """This program's head, its place (b, h) among (B, H), and the first of its BLOCK of T rows."""
+    """This program's head, the head's indices b and h, and the first of its BLOCK rows."""
     blocks = tl.cdiv(T, BLOCK)
     head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     if LAST_FIRST:
@@ -96,10 +96,10 @@ def product(
     a, b, mean, rstd, norm_weight, norm_bias, m, n, M, N, K, b_row, b_column,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Rows m and columns n of A B, or of LayerNorm(A) B where `mean` is given, in float32.
+    """Rows m and columns n of A B, or of LayerNorm(A) B if `mean` is given, in float32.
 
-    A (M, K) is contiguous; element (k, n) of B is at k b_row + n b_column. Rows past M repeat
-    others, columns past N are 0.
+    A (M, K) is contiguous; element (k, n) of B has the offset k b_row + n b_column. Rows from M on
+    wrap around, columns from N on are 0.
     """
     row = (m % M).to(tl.int64)
     if mean is not None:
