@@ -5,21 +5,15 @@ version, model configuration, tokenizer, extra, and the sha256 of the weights an
 save takes effect in one step, the atomic replacement of that file, and weights are never read with
 the configuration of another save. `config.json` is the readable copy.
 
-Both files are first written aside and flushed to the disk: whatever fails there (a full disk, a
-killed process) leaves the old checkpoint untouched. Then, in this order, the old `config.json` is
-removed, the weights are replaced, the new `config.json` is put in place. A crash between these
-steps leaves the old or the new weights, at worst without their readable copy, and they load. Two
-files that disagree therefore come from an edit or a copy by hand, and are refused.
-
-The files aside have fixed names: what a killed process leaves is overwritten by the next save. One
-process at a time may save to a directory.
+`write_atomic` replaces both, the weights first. A crash in between leaves the old or the new
+weights, at worst without their readable copy, and they load. Two files that disagree therefore come
+from an edit or a copy by hand, and are refused. One process at a time may save to a directory.
 
 Version 2 added the checksums and the tokenizer's code points. Version 1 is still read.
 """
 
 import hashlib
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +24,7 @@ from safetensors.torch import save as to_safetensors
 
 from gptfast.config import GPTConfig
 from gptfast.errors import CheckpointError, ConfigError
+from gptfast.files import write_atomic
 from gptfast.integrity import digest, reading
 from gptfast.model import GPT, unwrapped
 from gptfast.ops.select import usable_device
@@ -97,7 +92,8 @@ def save(
     weights = to_safetensors(tensors, metadata={_METADATA_KEY: text})
     try:
         path.mkdir(parents=True, exist_ok=True)
-        _replace_pair(path, weights, text.encode("utf-8"))
+        files = {path / WEIGHTS_NAME: weights, path / CONFIG_NAME: text.encode("utf-8")}
+        write_atomic(files, durable=True)
     except OSError as error:
         raise CheckpointError(
             f"{path}: the checkpoint could not be saved ({error.strerror or error}); "
@@ -109,37 +105,6 @@ def _sum(header: dict[str, Any]) -> str:
     """The sha256 of a header but for this checksum itself, however it is laid out."""
     covered = {name: value for name, value in header.items() if name != _SUM}
     return hashlib.sha256(json.dumps(covered, sort_keys=True).encode("ascii")).hexdigest()
-
-
-def _replace_pair(path: Path, weights: bytes, config: bytes) -> None:
-    new_weights, new_config = path / f"{WEIGHTS_NAME}.tmp", path / f"{CONFIG_NAME}.tmp"
-    try:
-        _write_synced(new_weights, weights)
-        _write_synced(new_config, config)
-        (path / CONFIG_NAME).unlink(missing_ok=True)
-        os.replace(new_weights, path / WEIGHTS_NAME)
-        os.replace(new_config, path / CONFIG_NAME)
-    finally:
-        new_weights.unlink(missing_ok=True)
-        new_config.unlink(missing_ok=True)
-    _sync_directory(path)
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    # Renames are durable only when the directory is; Windows has no such call.
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, CharTokenizer | None]:

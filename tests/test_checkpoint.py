@@ -378,7 +378,7 @@ def fail_on_call(monkeypatch, name, call, error):
             raise error
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(checkpoint.os, name, failing)
+    monkeypatch.setattr(os, name, failing)
 
 
 @pytest.mark.parametrize("call", [1, 2])

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptfast import checkpoint, cli
+from gptfast import checkpoint, cli, files
 from gptfast.config import GPTConfig
 from gptfast.generation.engine import Engine
 from gptfast.generation.reference_loop import ReferenceLoop
@@ -475,14 +475,14 @@ def test_a_run_starts_from_another_ones_model(capsys, tmp_path, run_path, text_f
 def test_the_model_of_a_failed_last_save_is_saved_elsewhere(
     capsys, tmp_path, text_file, monkeypatch, elsewhere
 ):
-    write, out = checkpoint._write_synced, tmp_path / "run"
+    write, out = files._write, tmp_path / "run"
 
-    def full(path, data):
-        if path.parent == out or not elsewhere:
+    def full(path, content, durable):
+        if durable and (path.parent == out or not elsewhere):
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(path, data)
+        write(path, content, durable)
 
-    monkeypatch.setattr(checkpoint, "_write_synced", full)
+    monkeypatch.setattr(files, "_write", full)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     arguments = ["train", "abc", "--data", str(text_file), "--out", str(out), *SMALL]
     assert cli.main(arguments) == 2

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # For each room (layer): its modules and packages, and the other rooms that it may import.
 BELOW_TRAINING = "errors config ops data model checkpoint"
 ROOMS = {
-    "errors": ("errors checks", ""),
+    "errors": ("errors checks files", ""),
     "config": ("config threads", "errors"),
     "ops": ("ops", "errors"),
     "data": ("abc_corpus data presets tokenizer", "errors config"),
@@ -145,7 +145,7 @@ def test_a_circle_is_found(tmp_path: Path, inside: str) -> None:
 SLOW = {"torch", "triton", "matplotlib", "rich.progress", "safetensors"}
 LOADED = {
     "import gptfast": "",
-    "import gptfast.cli": "cli cli.cli cli.commands errors",
+    "import gptfast.cli": "cli cli.cli cli.commands errors files",
     "from gptfast import GPTConfig, TrainConfig": "checks config errors",
     "import gptfast.presets": "abc_corpus checks config data errors presets torch",
 }

@@ -20,7 +20,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gptfast import checkpoint, data
+from gptfast import checkpoint, data, files
 from gptfast.config import GPTConfig, TrainConfig
 from gptfast.errors import CheckpointError, ConfigError, DataError
 from gptfast.model import GPT
@@ -902,16 +902,16 @@ def test_a_full_disk_keeps_the_state_before(tmp_path, monkeypatch):
 
 
 def test_a_failed_save_costs_nothing(tmp_path, monkeypatch):
-    write, failing = checkpoint._write_synced, [2, 3]  # of the saves at steps 4, 8, 12
+    write, failing = files._write, [2, 3]  # of the saves at steps 4, 8, 12
 
-    def full(path, data):
+    def full(path, content, durable):
         if path.name.startswith(checkpoint.WEIGHTS_NAME):
             saves.append(1)
             if len(saves) in failing:
                 raise OSError(errno.ENOSPC, "No space left on device")
-        write(path, data)
+        write(path, content, durable)
 
-    monkeypatch.setattr(checkpoint, "_write_synced", full)
+    monkeypatch.setattr(files, "_write", full)
     saves = []
     whole = quick()
     with (

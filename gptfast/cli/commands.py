@@ -6,7 +6,6 @@ Nothing that loads torch is imported before a command runs, so that help comes a
 import hashlib
 import importlib.util
 import math
-import os
 import signal
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 import tyro
 
 from gptfast.errors import CheckpointError, ConfigError, DataError
+from gptfast.files import write_atomic
 
 if TYPE_CHECKING:
     from gptfast.config import GPTConfig
@@ -378,10 +378,5 @@ def _write_new(path: Path, content: bytes) -> str:
             return "was there already"
         raise DataError(f"{path} exists with another content: remove it, or give another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.tmp")
-    try:
-        aside.write_bytes(content)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_atomic({path: content})
     return "written"

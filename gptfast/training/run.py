@@ -25,6 +25,7 @@ import torch
 from gptfast import checkpoint
 from gptfast.config import GPTConfig, TrainConfig
 from gptfast.errors import CheckpointError, ConfigError
+from gptfast.files import write_atomic
 from gptfast.integrity import load_sealed, reading, save_sealed
 from gptfast.model import GPT
 from gptfast.storable import mismatch, stored_config
@@ -171,9 +172,7 @@ class RunDirectory:
 
     def _write_history(self, history: list[Row]) -> None:
         assert self.path is not None
-        text = _lines(history)
-        with _replaced(self.path / HISTORY_NAME) as aside:
-            aside.write_text(text, encoding="utf-8")
+        write_atomic({self.path / HISTORY_NAME: _lines(history).encode("utf-8")})
 
     def save(
         self,
@@ -212,10 +211,7 @@ class RunDirectory:
         }
         file = self.path / STATE_NAME
         try:
-            with _replaced(file) as aside, open(aside, "wb") as opened:
-                save_sealed(content, opened)
-                opened.flush()
-                os.fsync(opened.fileno())
+            write_atomic({file: lambda opened: save_sealed(content, opened)}, durable=True)
             file = self.path / HISTORY_NAME
             self._write_history(state.history)
         except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into the latter
@@ -338,17 +334,6 @@ def fingerprint(*parts: torch.Tensor | None) -> str:
         tokens = b"" if part is None else part.cpu().numpy().tobytes()
         sha.update(len(tokens).to_bytes(8, "little") + tokens)
     return sha.hexdigest()
-
-
-@contextmanager
-def _replaced(file: Path) -> Iterator[Path]:
-    """Gives the path of a file aside, which takes the place of `file` once it is written."""
-    aside = file.with_name(f"{file.name}.tmp")
-    try:
-        yield aside
-        os.replace(aside, file)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _check_same(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
