@@ -26,6 +26,7 @@ import loss_curves
 import memory
 import pytest
 import report
+import show
 import torch
 from common import OURS, Case, Row
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -375,6 +376,16 @@ def test_results_have_every_row_and_no_step_takes_more_memory_than_sdpa(name: st
     for row in rows:
         if mib := row.get("memory_mib"):
             assert mib[OURS] <= mib["SDPA"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=str)
+def test_results_have_a_line_per_row(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    result = json.loads(text)
+    assert text == show.to_text(result)
+    lines = [line.strip().rstrip(",") for line in text.splitlines()]
+    for row in result.get("rows") or result["runs"]:
+        assert json.dumps(row) in lines
 
 
 def write_result(folder: Path, **changes: Any) -> None:

@@ -27,7 +27,8 @@ def compiled(calls: str) -> int:
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "benchmarks")!r}]
 import numpy, torch
-from gpu_static import CHIPS, compiling_for, empty, long
+from gpu_cases import empty, long
+from gpu_static import CHIPS, compiling_for
 from gptfast.ops.triton import attention, attention_grad, decode, embedding, ffn, linear
 from gptfast.ops.triton import self_attention
 from gptfast.ops.triton.cross_entropy import linear_cross_entropy
