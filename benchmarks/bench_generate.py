@@ -31,7 +31,7 @@ from gptfast.generation.snapshot import snapshot
 
 # A generated token counts as the most probable one up to rounding if its logit in the float64 model
 # is at most this far below the largest one, relative to the size of the logits.
-NEARLY_LIKELIEST = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.15}
+NEARLY_MOST_PROBABLE = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.15}
 VERIFIED_TEXTS, LATENCY_STEPS, LATENCY_SECONDS = 2, 200, 3.0
 BANDWIDTH_BYTES = 1 << 29
 
@@ -194,7 +194,7 @@ def verify(shape: Shape, dtype: str, contenders: dict[str, Generate]) -> None:
         assert [len(row) for row in tokens] == [shape.new] * shape.batch, f"{name}: other lengths"
         for row in rows:
             gap = largest_gap(oracle, prompt[row], tokens[row], shape)
-            assert gap <= NEARLY_LIKELIEST[kind], (
+            assert gap <= NEARLY_MOST_PROBABLE[kind], (
                 f"{name} takes unlikely tokens: an error of {gap:.3g} in text {row}"
             )
 

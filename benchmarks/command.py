@@ -212,7 +212,7 @@ def run_row(row: Row, options: argparse.Namespace, peak_gflops: float) -> dict[s
         if options.quick:
             for name in case.compiles:
                 del case.contenders[name]
-        notes = leave_out_what_does_not_run(case)
+        notes = drop_contenders_that_fail(case)
         case.verify()
     timing = measure(case.contenders, options.seconds, case.rests)
     line = show.line(row, case, timing, peak_gflops, notes)
@@ -227,7 +227,7 @@ def run_row(row: Row, options: argparse.Namespace, peak_gflops: float) -> dict[s
     return line
 
 
-def leave_out_what_does_not_run(case: Case) -> dict[str, str]:
+def drop_contenders_that_fail(case: Case) -> dict[str, str]:
     """Calls every contender once, removes those that raise, and returns the reasons by name.
 
     Raises:

@@ -24,7 +24,7 @@ OURS = "gptfast"
 # does the same work; gptfast must also meet the error budget. In bfloat16, torch's LayerNorm sums
 # its parameters' gradients in bfloat16 and is 15 % off at 4096 rows.
 SAME_WORK = {"fp32": 1e-3, "bf16": 0.3}
-LEAST_ROUNDS, LEAST_SLOW_ROUNDS, MOST_ROUNDS = 5, 3, 1000
+MIN_ROUNDS, MIN_SLOW_ROUNDS, MAX_ROUNDS = 5, 3, 1000
 WAKE_SECONDS = 0.02
 PEAK_SIZES = ((512, 512, 512), (1024, 1024, 1024), (4096, 512, 128), (2048, 768, 3072))
 PEAK_REPETITIONS = 10
@@ -205,8 +205,8 @@ def _wake_processors() -> None:
 
 def count_rounds(seconds: float, one_round: float) -> int:
     """Returns how many rounds fit: at least 5, or 3 if a single round exceeds the time."""
-    least = LEAST_SLOW_ROUNDS if one_round > seconds else LEAST_ROUNDS
-    return max(least, min(int(seconds / one_round), MOST_ROUNDS))
+    least = MIN_SLOW_ROUNDS if one_round > seconds else MIN_ROUNDS
+    return max(least, min(int(seconds / one_round), MAX_ROUNDS))
 
 
 def ordered(names: Sequence[str], round_: int) -> list[str]:

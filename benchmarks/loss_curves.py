@@ -25,7 +25,7 @@ from gptfast.training.plots import COLOURS
 
 PRECISIONS = ("fp32", "bf16")
 WEIGHTS = ("fp32", "bf16", "int8")  # the engine's dtypes
-MOST_LOST = 0.005  # largest relative increase of the loss
+MAX_LOSS_INCREASE = 0.005  # largest relative increase of the loss
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,7 +105,7 @@ def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
         for dtype in WEIGHTS
     }
     lost = {dtype: sum(engine[dtype]) / sum(engine["fp32"]) - 1 for dtype in WEIGHTS[1:]}
-    within = abs(difference) <= spread and max(lost.values()) <= MOST_LOST
+    within = abs(difference) <= spread and max(lost.values()) <= MAX_LOSS_INCREASE
     return {
         "last": last,
         "difference": difference,

@@ -167,8 +167,21 @@ def print_json(result: dict[str, Any]) -> None:
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Writes the result as indented JSON, which `report.py` reads."""
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    """Writes the result for people to read, and for `report.py`."""
+    path.write_text(to_text(result), encoding="utf-8")
+
+
+def to_text(result: dict[str, Any]) -> str:
+    """Returns a result as JSON with a line per row, so that a diff shows which rows changed."""
+    fields = [f"  {json.dumps(name)}: {_field(value)}" for name, value in result.items()]
+    return "{\n" + ",\n".join(fields) + "\n}\n"
+
+
+def _field(value: Any) -> str:
+    if not (isinstance(value, list) and value and all(isinstance(row, dict) for row in value)):
+        return json.dumps(value, indent=2).replace("\n", "\n  ")
+    rows = ",\n".join(f"    {json.dumps(row)}" for row in value)
+    return f"[\n{rows}\n  ]"
 
 
 def need_matplotlib() -> None:

@@ -10,7 +10,7 @@ from functools import cache
 
 import numpy as np
 
-from gptfast.checks import whole
+from gptfast.checks import as_int
 from gptfast.errors import DataError
 
 WORDS = ("AABCBBC", "BCABCCA", "CAAACB\n\n")
@@ -45,7 +45,7 @@ def abc_corpus(seed: int = 1) -> str:
     Raises:
         DataError: if `seed` is not a 32-bit integer.
     """
-    key = whole(seed)
+    key = as_int(seed)
     if key is None or not -(2**31) <= key < 2**32:
         raise DataError(f"seed must be a 32-bit integer, got {seed!r}")
     # R's revsort is not stable: it puts these probabilities in the order word 2, word 1, word 3.
@@ -110,7 +110,7 @@ def abc_entropy(max_context: int = 16) -> float:
     Raises:
         DataError: if `max_context` is below 1.
     """
-    count = whole(max_context)
+    count = as_int(max_context)
     if count is None or count < 1:
         raise DataError(f"max_context must be a whole number, at least 1, got {max_context!r}")
     stationary, transition, emission = _chain()

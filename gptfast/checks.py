@@ -10,7 +10,7 @@ MOST = 2**31 - 1  # that an option may count
 SEEDS = 2**63  # how many keys of random numbers there are
 
 
-def whole(x: Any) -> int | None:
+def as_int(x: Any) -> int | None:
     """A whole number of any type as an int; None where it is none, as an array or a bool is."""
     if type(x) is int:  # torch.compile follows no more than this
         return x
@@ -37,7 +37,7 @@ def is_iterable(x: Any) -> TypeGuard[Iterable[Any]]:
 
 def check_count(name: str, value: Any, least: int, most: int = MOST) -> int:
     """An option that counts something as an int. Raises ConfigError where it does not."""
-    count = whole(value)
+    count = as_int(value)
     if count is None or not least <= count <= most:
         raise ConfigError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
     return count
@@ -45,7 +45,7 @@ def check_count(name: str, value: Any, least: int, most: int = MOST) -> int:
 
 def check_seed(value: Any) -> int:
     """A key of random numbers as an int. Raises ConfigError where it is none."""
-    seed = whole(value)
+    seed = as_int(value)
     if seed is None or not 0 <= seed < SEEDS:
         raise ConfigError(f"seed must be a whole number in [0, 2**63), got {value!r}")
     return seed

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
-from gptfast.checks import check_seed, whole
+from gptfast.checks import as_int, check_seed
 from gptfast.errors import ConfigError
 
 Precision = Literal["fp32", "bf16"]
@@ -60,7 +60,7 @@ class GPTConfig:
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
         if self.padding_idx is not None:
-            token, limit = whole(self.padding_idx), self.vocab_size
+            token, limit = as_int(self.padding_idx), self.vocab_size
             if token is None or token < 0 or limit is not None and token >= limit:
                 end = "vocab_size" if limit is None else limit
                 raise ConfigError(
@@ -138,7 +138,7 @@ class TrainConfig:
 
 def _positive(name: str, value: Any) -> int:
     """The value as an int, which JSON takes where it does not take numpy's numbers."""
-    count = whole(value)
+    count = as_int(value)
     if count is None or count < 1:
         raise ConfigError(f"{name} must be a positive whole number, got {value!r}")
     return count

@@ -13,7 +13,7 @@ import pooch
 import torch
 
 from gptfast.abc_corpus import abc_corpus, abc_entropy, abc_next_distribution
-from gptfast.checks import whole
+from gptfast.checks import as_int
 from gptfast.errors import DataError
 
 __all__ = [
@@ -91,7 +91,7 @@ def read_text(path: str | Path) -> str:
     """
     data = _read_bytes(Path(path))
     try:
-        text = without_mark(data.decode("utf-8"))
+        text = without_byte_order_mark(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: expected UTF-8, got byte 0x{data[error.start]:02x} at offset {error.start}"
@@ -101,7 +101,7 @@ def read_text(path: str | Path) -> str:
     return text
 
 
-def without_mark(text: str) -> str:
+def without_byte_order_mark(text: str) -> str:
     """Removes the byte order mark that some editors write at the start of a file."""
     return text.removeprefix("\ufeff")
 
@@ -169,7 +169,7 @@ def _num_windows(ids: torch.Tensor, block_size: int) -> int:
 
 
 def _size(name: str, value: int) -> int:
-    count = whole(value)
+    count = as_int(value)
     if count is None or count < 1:
         raise DataError(f"windows: {name} must be a whole number, at least 1, got {value!r}")
     return count

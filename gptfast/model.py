@@ -18,7 +18,7 @@ from gptfast.config import GPTConfig
 from gptfast.course import from_course_name
 from gptfast.errors import CheckpointError, ConfigError
 from gptfast.initial import InitialDraws
-from gptfast.modules import Block, Step, packed_attention
+from gptfast.modules import Block, ForwardContext, packed_attention
 from gptfast.ops import reference, select
 from gptfast.ops.random import seed_tensor
 
@@ -125,9 +125,9 @@ class GPT(nn.Module):
         """
         if targets is not None:
             return self.loss(idx, targets, seed=seed)
-        x, step = self._trunk(idx, seed)
-        if step.fuses(plain.first_oddity(self.head_layers())):
-            logits = step.ops.layer_norm_linear(
+        x, context = self._trunk(idx, seed)
+        if context.fuses(plain.first_replaced(self.head_layers())):
+            logits = context.ops.layer_norm_linear(
                 x, self.ln_f.weight, self.ln_f.bias, self.lm_head.weight, None
             )
             hidden = self._final_norm(x) if return_intermediates else x
@@ -162,14 +162,14 @@ class GPT(nn.Module):
         Returns:
             () float32.
         """
-        x, step = self._trunk(idx, seed)
+        x, context = self._trunk(idx, seed)
         head, norm = self.lm_head, {}
-        if step.fuses(plain.first_oddity(self.head_layers())):
+        if context.fuses(plain.first_replaced(self.head_layers())):
             norm = {"ln_w": self.ln_f.weight, "ln_b": self.ln_f.bias}
         else:
             x = self.ln_f(x).to(x.dtype)
         if plain.head(head) is None:
-            return step.ops.linear_cross_entropy(
+            return context.ops.linear_cross_entropy(
                 x, head.weight, targets, ignore_index=ignore_index, **norm
             )
         logits = head(x).flatten(0, 1)  # (B T, V)
@@ -206,10 +206,10 @@ class GPT(nn.Module):
         def attend(qkv: Tensor, n_head: int) -> Tensor:
             return packed_attention(attention, qkv, n_head)
 
-        step = Step(reference, 0.0, None)
-        x = self.embed(idx, step)
+        context = ForwardContext(reference, 0.0, None)
+        x = self.embed(idx, context)
         for layer, block in enumerate(self.blocks):
-            x = block.forward_with(attend, x, step)
+            x = block.forward_with(attend, x, context)
             if len(weights) == layer:
                 raise ConfigError(
                     f"attention_weights: h.{layer}.attn must be a CausalSelfAttention, got"
@@ -261,17 +261,17 @@ class GPT(nn.Module):
         model.load_state_dict(renamed)
         return model
 
-    def _trunk(self, idx: Tensor, seed: int | Tensor | None) -> tuple[Tensor, Step]:
+    def _trunk(self, idx: Tensor, seed: int | Tensor | None) -> tuple[Tensor, ForwardContext]:
         """The blocks' output, (B, T, C), before the final norm."""
         self._check_idx(idx)
         dropout_p = self.config.dropout if self.training else 0.0
         # Drawn on the CPU: masks are the same on every device, which is not waited for.
         key = seed_tensor(seed).to(idx.device, non_blocking=True) if dropout_p > 0.0 else None
-        step = Step(self._ops(), dropout_p, key, strict=self.backend == "fused")
-        x = self.embed(idx, step)
+        context = ForwardContext(self._ops(), dropout_p, key, strict=self.backend == "fused")
+        x = self.embed(idx, context)
         for block in self.blocks:
-            x = block(x, step)
-        return x, step
+            x = block(x, context)
+        return x, context
 
     def _check_idx(self, idx: Tensor) -> None:
         if idx.dim() != 2 or idx.dtype != torch.int64:
@@ -306,20 +306,22 @@ class GPT(nn.Module):
             return reference if select.unavailable(device, self._dtype(), head_dim) else ops
         return ops if self.backend == "fused" else reference
 
-    def embed(self, idx: Tensor, step: Step) -> Tensor:
+    def embed(self, idx: Tensor, context: ForwardContext) -> Tensor:
         """Token and position embedding, (B, T, C)."""
-        if step.fuses(plain.first_oddity(self.embedding_layers())):
-            return step.ops.embedding(
+        if context.fuses(plain.first_replaced(self.embedding_layers())):
+            return context.ops.embedding(
                 idx,
                 self.wte.weight,
                 self.wpe.weight,
                 padding_idx=self.wte.padding_idx,
-                dropout_p=step.dropout_p,
-                seed=step.seed,
+                dropout_p=context.dropout_p,
+                seed=context.seed,
                 dtype=self._dtype(),
             )
         x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))
-        return step.dropped(x.to(torch.promote_types(x.dtype, torch.float32)), 0).to(self._dtype())
+        return context.dropped(x.to(torch.promote_types(x.dtype, torch.float32)), 0).to(
+            self._dtype()
+        )
 
     def embedding_layers(self) -> Iterator[plain.Layer]:
         """The layers that `embed` computes."""

@@ -21,7 +21,7 @@ from gptfast.ops.random import dropout_factors
 Attend = Callable[[Tensor, int], Tensor]
 
 
-class Step(NamedTuple):
+class ForwardContext(NamedTuple):
     """How one forward pass computes: which operators, and the dropout's probability and key."""
 
     ops: ModuleType
@@ -125,43 +125,43 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=reference.LAYER_NORM_EPS, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         if "attn" in self._modules:
-            if step.fuses(self.oddity(self.attention_layers())):
+            if context.fuses(self.oddity(self.attention_layers())):
                 own: Any = self._modules
                 attn = own["attn"]
-                x = step.ops.layer_norm_attention(
+                x = context.ops.layer_norm_attention(
                     x, *_params(own["ln_1"], attn, "c_attn"), n_head=attn.__dict__["n_head"],
-                    dropout_p=step.dropout_p, seed=step.seed, stream=self.stream,
+                    dropout_p=context.dropout_p, seed=context.seed, stream=self.stream,
                 )  # fmt: skip
             else:
-                x = self._called_attention(self._attend(x.dtype, step), x)
-        return self.feed_forward(x, step)
+                x = self._called_attention(self._attend(x.dtype, context), x)
+        return self.feed_forward(x, context)
 
-    def forward_with(self, attend: Attend, x: Tensor, step: Step) -> Tensor:
+    def forward_with(self, attend: Attend, x: Tensor, context: ForwardContext) -> Tensor:
         """`forward` with `attend` for attention, as where keys of earlier tokens are kept."""
         if "attn" in self._modules:
-            if step.fuses(self.oddity(self.attention_layers())):
+            if context.fuses(self.oddity(self.attention_layers())):
                 *qkv, proj_w, proj_b = _params(self.ln_1, self.attn, "c_attn")
-                y = attend(step.ops.layer_norm_linear(x, *qkv), self.attn.n_head)
-                x = step.ops.linear_residual(y, proj_w, proj_b, x)
+                y = attend(context.ops.layer_norm_linear(x, *qkv), self.attn.n_head)
+                x = context.ops.linear_residual(y, proj_w, proj_b, x)
             else:
                 x = self._called_attention(attend, x)
-        return self.feed_forward(x, step)
+        return self.feed_forward(x, context)
 
-    def feed_forward(self, x: Tensor, step: Step) -> Tensor:
+    def feed_forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         """The second half, (B, T, C) -> (B, T, C)."""
-        if step.fuses(self.oddity(self.feed_forward_layers())):
+        if context.fuses(self.oddity(self.feed_forward_layers())):
             own: Any = self._modules
             mlp = own["mlp"]
-            return step.ops.layer_norm_ffn(
+            return context.ops.layer_norm_ffn(
                 x, *_params(own["ln_2"], mlp, "c_fc"), gelu=mlp.__dict__["gelu"],
-                dropout_p=step.dropout_p, seed=step.seed, stream=self.stream + 1,
+                dropout_p=context.dropout_p, seed=context.seed, stream=self.stream + 1,
             )  # fmt: skip
         wide = torch.promote_types(x.dtype, torch.float32)
         y = self.mlp(self.ln_2(x).to(x.dtype)).to(wide)
-        return (x.to(wide) + step.dropped(y, self.stream + 1)).to(x.dtype)
+        return (x.to(wide) + context.dropped(y, self.stream + 1)).to(x.dtype)
 
     def attention_layers(self) -> Iterator[plain.Layer]:
         """The layers of the first half; those inside a foreign `attn` are not reached."""
@@ -189,13 +189,13 @@ class Block(nn.Module):
 
     def oddity(self, layers: Iterator[plain.Layer]) -> str | None:
         """The first of these layers that is not plain, and what it is; None where all are."""
-        found = plain.first_oddity(layers)
+        found = plain.first_replaced(layers)
         return None if found is None else f"h.{self.layer}.{found}"
 
-    def _attend(self, dtype: torch.dtype, step: Step) -> Attend:
+    def _attend(self, dtype: torch.dtype, context: ForwardContext) -> Attend:
         def attention(*qkv: Tensor) -> Tensor:
-            return step.ops.causal_attention(
-                *qkv, dropout_p=step.dropout_p, seed=step.seed, stream=self.stream
+            return context.ops.causal_attention(
+                *qkv, dropout_p=context.dropout_p, seed=context.seed, stream=self.stream
             )
 
         # A layer of the user's may give another dtype than the residual stream has.

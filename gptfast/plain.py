@@ -113,7 +113,7 @@ def params(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     return layer.weight, layer.bias
 
 
-def first_oddity(layers: Iterable[Layer]) -> str | None:
+def first_replaced(layers: Iterable[Layer]) -> str | None:
     """Returns the name of the first layer that is not plain and why, or None if all are plain."""
     for name, module, check in layers:
         found = check(module)

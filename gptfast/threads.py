@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from gptfast.checks import whole
+from gptfast.checks import as_int
 from gptfast.errors import ConfigError
 
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -66,7 +66,7 @@ def check_threads(name: str, value: int) -> int:
     Raises:
         ConfigError: `value` is not an integer from 1 to max(256, 4 times the processors).
     """
-    count, most = whole(value), max(256, 4 * (os.cpu_count() or 1))
+    count, most = as_int(value), max(256, 4 * (os.cpu_count() or 1))
     if count is None or not 1 <= count <= most:
         raise ConfigError(
             f"{name} must be a whole number from 1 to {most} on this machine, got {value!r}"

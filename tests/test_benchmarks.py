@@ -26,6 +26,7 @@ import loss_curves
 import memory
 import pytest
 import report
+import show
 import torch
 from common import OURS, Case, Row
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -126,7 +127,7 @@ def test_script_prints_table_and_json(processes: dict[str, Any], name: str) -> N
             assert ratio == pytest.approx(row["ms"][contender] / row["ms"][OURS])
             shown = f"{row['ms'][contender]:.3f} ({ratio:.2f}x)"
             assert any(line.startswith(row["name"]) and shown in line for line in table)
-        assert row["rounds"] >= common.LEAST_SLOW_ROUNDS
+        assert row["rounds"] >= common.MIN_SLOW_ROUNDS
 
 
 @pytest.mark.skipif(
@@ -336,11 +337,11 @@ def test_contender_that_does_not_run_is_noted() -> None:
         raise NotImplementedError("not on this device\nand more")
 
     case = Case({OURS: lambda: None, "other": fail}, 1.0, lambda: None)
-    notes = command.leave_out_what_does_not_run(case)
+    notes = command.drop_contenders_that_fail(case)
     assert notes == {"other": "does not run: NotImplementedError: not on this device"}
     assert list(case.contenders) == [OURS]
     with pytest.raises(AssertionError, match="gptfast does not run: NotImplementedError"):
-        command.leave_out_what_does_not_run(Case({OURS: fail}, 1.0, lambda: None))
+        command.drop_contenders_that_fail(Case({OURS: fail}, 1.0, lambda: None))
 
 
 def abc_row() -> Row:
@@ -375,6 +376,16 @@ def test_results_have_every_row_and_no_step_takes_more_memory_than_sdpa(name: st
     for row in rows:
         if mib := row.get("memory_mib"):
             assert mib[OURS] <= mib["SDPA"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=str)
+def test_results_have_a_line_per_row(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    result = json.loads(text)
+    assert text == show.to_text(result)
+    lines = [line.strip().rstrip(",") for line in text.splitlines()]
+    for row in result.get("rows") or result["runs"]:
+        assert json.dumps(row) in lines
 
 
 def write_result(folder: Path, **changes: Any) -> None:

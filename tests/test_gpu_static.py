@@ -27,8 +27,9 @@ def compiled(calls: str) -> int:
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "benchmarks")!r}]
 import numpy, torch
-from gpu_static import CHIPS, compiling_for, empty, long
-from gptfast.ops.triton import attention, attention_grad, decode, embedding, ffn, linear
+from gpu_cases import empty, long
+from gpu_static import CHIPS, compiling_for
+from gptfast.ops.triton import attention, attention_backward, decode, embedding, ffn, linear
 from gptfast.ops.triton import self_attention
 from gptfast.ops.triton.cross_entropy import linear_cross_entropy
 from gptfast.ops.triton.sampling import sample
@@ -42,7 +43,7 @@ def layer(M, K, N):
 def heads(B, T, H, D):
     q, out = empty(B, H, T, D), empty(B, T, H, D)
     attention.attention(q, q, q, 0.3, 0.1, long(), 2**32 - 1)
-    attention_grad.attention_backward(
+    attention_backward.attention_backward(
         out, q, q, q, out, empty(B, H, 2, T), 0.3, 0.1, long(), 1
     )
 

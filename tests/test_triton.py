@@ -52,7 +52,7 @@ from gptfast.generation import device_loop  # noqa: E402
 from gptfast.ops import triton as kernels  # noqa: E402
 from gptfast.ops.triton import (  # noqa: E402
     attention,
-    attention_grad,
+    attention_backward,
     cross_entropy,
     decode,
     ffn,
@@ -169,14 +169,14 @@ ATTENTION = {
     str(config): config
     for config in (
         *configurations(attention, "FORWARD"),
-        *configurations(attention_grad, "QUERY_GRAD", "KEY_GRADS"),
+        *configurations(attention_backward, "QUERY_GRAD", "KEY_GRADS"),
     )
 }
 
 
 @pytest.mark.parametrize("config", ATTENTION.values(), ids=str)
 def test_attention_in_every_configuration(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    grads = attention_grad.query_grad_kernel, attention_grad.key_grads_kernel
+    grads = attention_backward.query_grad_kernel, attention_backward.key_grads_kernel
     for kernel in (attention.forward_kernel, *grads):
         monkeypatch.setattr(kernel, "configs", [config])
     q, k, v = (heads(1, 2, 150, 48, seed=i).to(DEVICE) for i in range(3))
@@ -186,13 +186,13 @@ def test_attention_in_every_configuration(config: Any, monkeypatch: pytest.Monke
 def test_heads_are_as_wide_as_the_tables_of_configurations(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    most = select.MOST_HEAD_DIM["cuda"]
-    for table in (attention.FORWARD, attention_grad.QUERY_GRAD, attention_grad.KEY_GRADS):
+    most = select.MAX_HEAD_DIM["cuda"]
+    for table in (attention.FORWARD, attention_backward.QUERY_GRAD, attention_backward.KEY_GRADS):
         for D, dtype in itertools.product((1, 65, most), DTYPES):
             assert attention.head_kind({"q": torch.empty(0, dtype=dtype), "D": D}) in table
     (reason,) = select.unavailable("cuda", torch.float32, most + 1)
     assert reason == "head_dim is at most 256 there, not 257"
-    monkeypatch.setitem(select.MOST_HEAD_DIM, DEVICE.type, SMALL.head_dim - 1)
+    monkeypatch.setitem(select.MAX_HEAD_DIM, DEVICE.type, SMALL.head_dim - 1)
     idx = torch.ones(1, 5, dtype=torch.int64, device=DEVICE)
     GPT(SMALL).to(DEVICE)(idx)  # auto selects the reference
     with pytest.raises(BackendError, match="head_dim is at most 15 there, not 16"):
@@ -269,7 +269,7 @@ def test_linear_residual(M: int, K: int, N: int, dtype: torch.dtype) -> None:
 
 
 def test_gradient_of_a_weight_in_several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "LEAST_PART", 50)
+    monkeypatch.setattr(linear, "MIN_PART", 50)
     args = (ops.layer_norm_linear, reference.layer_norm_linear, torch_layer_norm_linear)
     inputs = there(normal(170, 40), normal(40, seed=3), None, normal(24, 40), normal(24, seed=2))
     check_op(*args, inputs, torch.float32)
@@ -326,7 +326,7 @@ def test_cross_entropy(M: int, K: int, V: int, dtype: torch.dtype) -> None:
 def test_cross_entropy_with_norm_in_several_blocks(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cross_entropy, "LEAST_BLOCK", 128)
+    monkeypatch.setattr(cross_entropy, "MIN_BLOCK", 128)
     monkeypatch.setattr(cross_entropy, "BLOCK_BYTES", 0)
     args = with_norm(ops.linear_cross_entropy), with_norm(reference.linear_cross_entropy)
     check_op(*args, torch_norm_linear_cross_entropy, there(*norm_case(60, 48, 300)), dtype)

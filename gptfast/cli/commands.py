@@ -128,7 +128,7 @@ class Train:
             0, or 128 and the number of the signal that ended the run, as 130 after Ctrl-C.
         """
         from gptfast.training import UnsavedError, plots, train
-        from gptfast.training.progress import hears_ctrl_c
+        from gptfast.training.progress import handles_ctrl_c
 
         if self.plot is not None:  # what would fail after the training fails before it
             if self.plot.suffix.lower() not in plots.SUFFIXES:
@@ -137,7 +137,7 @@ class Train:
                 raise ConfigError("--plot needs matplotlib: pip install matplotlib")
         use_threads(self.compute.threads)
         try:
-            with hears_ctrl_c():
+            with handles_ctrl_c():
                 result = train(
                     preset,
                     self.out,
@@ -278,9 +278,12 @@ class Generate:
         return EXIT_INTERRUPTED if interrupted else 0
 
     def _prompts(self) -> list[str]:
-        from gptfast.data import read_text, without_mark
+        from gptfast.data import read_text, without_byte_order_mark
 
-        prompts = [without_mark(sys.stdin.read()) if text == "-" else text for text in self.prompt]
+        prompts = [
+            without_byte_order_mark(sys.stdin.read()) if text == "-" else text
+            for text in self.prompt
+        ]
         if self.prompt_file is not None:
             prompts.append(read_text(self.prompt_file))
         if not prompts:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gptfast.checks import check_count, is_iterable, whole
+from gptfast.checks import as_int, check_count, is_iterable
 from gptfast.errors import ConfigError, DataError
 from gptfast.generation.engine import Engine, PackedModel, packed_for
 from gptfast.generation.mergeable import engine_oddity
@@ -164,7 +164,7 @@ def stream(
         raise TypeError(f"stream() has no option {unknown[0]!r}; it has {', '.join(known)}")
     listed = not isinstance(prompt, str) and is_iterable(prompt)
     given: Any = list(prompt) if listed else prompt
-    several = listed and (not given or any(whole(each) is None for each in given))
+    several = listed and (not given or any(as_int(each) is None for each in given))
     count = options.get("num_samples", 1)
     if not several and count != 1:
         raise ConfigError(

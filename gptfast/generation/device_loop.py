@@ -16,13 +16,13 @@ from gptfast.generation.request import Request, slots_at_once
 from gptfast.generation.sequences import Sequence, Sequences, Update, by_window_length
 from gptfast.generation.snapshot import snapshot
 from gptfast.model import GPT
-from gptfast.modules import Attend, Step
+from gptfast.modules import Attend, ForwardContext
 from gptfast.ops.sampling import Sampling, top_logprobs
 from gptfast.ops.triton.decode import decode_attention
 from gptfast.ops.triton.sampling import sample
 
 WARM_UPS = 3  # decode steps before the capture: they compile, choose configurations, allocate
-INFERENCE = Step(ops, dropout_p=0.0, seed=None)
+INFERENCE = ForwardContext(ops, dropout_p=0.0, seed=None)
 
 
 class DeviceLoop:

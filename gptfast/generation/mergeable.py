@@ -19,7 +19,7 @@ def engine_oddity(model: GPT) -> str | None:
     found = plain.overridden(model, GPT)
     if found is not None:
         return f"of the model, {found}"
-    found = plain.first_oddity(_layers(model))
+    found = plain.first_replaced(_layers(model))
     if found is not None:
         return found
     if len(model.h) != model.config.n_layer:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from gptfast.checks import check_seed, is_iterable, whole
+from gptfast.checks import as_int, check_seed, is_iterable
 from gptfast.config import GPTConfig
 from gptfast.errors import ConfigError, DataError
 from gptfast.ops.sampling import Sampling
@@ -141,7 +141,7 @@ def _tokens(name: str, i: int, ids: Iterable[Any], vocab_size: int) -> list[int]
         return given  # ten times as fast as checking one by one
     found = []
     for token in given:
-        value = whole(token)
+        value = as_int(token)
         if value is None or not 0 <= value < vocab_size:
             raise DataError(f"{name} {i} has token id {token!r}, which is not in [0, {vocab_size})")
         found.append(value)
@@ -160,7 +160,7 @@ def stops_of(stop: Any, has_text: bool, vocab_size: int) -> tuple[list[int], lis
     stops = [stop] if one else list(stop)
     tokens, strings = [], []
     for each in stops:
-        token = whole(each)
+        token = as_int(each)
         if isinstance(each, str) and each and has_text:
             strings.append(each)
         elif token is not None and 0 <= token < vocab_size:
@@ -191,11 +191,11 @@ def seeds_of(
     Raises:
         ConfigError: `seed` is neither one int nor one per prompt, or a seed is out of range.
     """
-    if whole(seed) is not None:
+    if as_int(seed) is not None:
         count = prompts * num_samples
         return [check_seed(seed)] * count, list(range(count))
     given: list[Any] = list(seed) if is_iterable(seed) else [seed]
-    wrong = [each for each in given if whole(each) is None]
+    wrong = [each for each in given if as_int(each) is None]
     if wrong:
         raise ConfigError(f"seed must be one int or one per prompt ({prompts}), got {wrong[0]!r}")
     if len(given) != prompts:

@@ -132,7 +132,7 @@ def only_wanted(grads: tuple[Tensor, ...], needs: tuple[bool, ...]) -> list[Tens
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
-def one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
+def vmap_in_a_loop(operator: Callable[..., Any]) -> Callable[..., Any]:
     """Makes the operator's rule for `torch.vmap`: one call per slice, with stacked results."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:

@@ -28,8 +28,8 @@ REDUCTIONS = ("mean", "sum", "none")
 
 def _fake(
     x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
+    ln_w: Tensor | None,
+    ln_b: Tensor | None,
     weight: Tensor,
     targets: Tensor,
     token_weights: Tensor | None,
@@ -38,10 +38,10 @@ def _fake(
     wanted: int,
 ) -> tuple[Tensor, ...]:
     loss = x.new_empty(targets.shape if reduction == "none" else (), dtype=torch.float32)
-    return loss, *fake_grads(x, (norm_weight, norm_bias, weight), wanted)
+    return loss, *fake_grads(x, (ln_w, ln_b, weight), wanted)
 
 
-def _flops(x: Any, norm_weight: Any, norm_bias: Any, weight: Any, *args: Any) -> int:
+def _flops(x: Any, ln_w: Any, ln_b: Any, weight: Any, *args: Any) -> int:
     *_, wanted = args
     grads = of_product_backward(x, weight, wanted & 0b111, wanted & 0b1000)
     return of_product(x, weight) + grads
@@ -50,9 +50,9 @@ def _flops(x: Any, norm_weight: Any, norm_bias: Any, weight: Any, *args: Any) ->
 # The gradients are those of the reduced loss; with "none" they are those of the sum.
 _linear_cross_entropy = define(
     """
-    linear_cross_entropy(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor weight,
+    linear_cross_entropy(Tensor x, Tensor? ln_w, Tensor? ln_b, Tensor weight,
         Tensor targets, Tensor? token_weights, int ignore_index, str reduction, int wanted)
-        -> (Tensor loss, Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dweight)
+        -> (Tensor loss, Tensor dx, Tensor dln_w, Tensor dln_b, Tensor dweight)
     """,
     _fake,
     _flops,

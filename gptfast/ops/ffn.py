@@ -19,7 +19,7 @@ from gptfast.ops.sublayer import fake_backward, sublayer
 
 
 def _fake_ffn(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor, *args: Any
+    x: Tensor, ln_w: Tensor, ln_b: Tensor | None, w1: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
     *_, keep = args
     rows = math.prod(x.shape[:-1]) if keep else 0
@@ -38,19 +38,19 @@ def _ffn_backward_flops(dy: Any, x: Any, *args: Any) -> int:
 
 _ffn = define(
     """
-    ffn(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor w1, Tensor? b1, Tensor w2,
+    ffn(Tensor x, Tensor ln_w, Tensor? ln_b, Tensor w1, Tensor? b1, Tensor w2,
         Tensor? b2, str gelu, float dropout_p, Tensor? seed, int stream, bool keep)
         -> (Tensor y, Tensor mean, Tensor rstd, Tensor hidden)
     """,
     _fake_ffn,
-    lambda x, norm_weight, norm_bias, w1, *_: 2 * of_product(x, w1),
+    lambda x, ln_w, ln_b, w1, *_: 2 * of_product(x, w1),
 )
 _ffn_backward = define(
     """
-    ffn_backward(Tensor dy, Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor w1, Tensor? b1,
+    ffn_backward(Tensor dy, Tensor x, Tensor ln_w, Tensor? ln_b, Tensor w1, Tensor? b1,
         Tensor w2, Tensor? b2, Tensor mean, Tensor rstd, Tensor hidden, str gelu, float dropout_p,
         Tensor? seed, int stream, int wanted)
-        -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dw1, Tensor db1, Tensor dw2,
+        -> (Tensor dx, Tensor dln_w, Tensor dln_b, Tensor dw1, Tensor db1, Tensor dw2,
             Tensor db2)
     """,
     fake_backward,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from gptfast.ops import flops as formulas
-from gptfast.ops.autograd import one_by_one
+from gptfast.ops.autograd import vmap_in_a_loop
 
 LIBRARY = torch.library.Library("gptfast", "DEF")
 
@@ -26,7 +26,7 @@ def define(schema: str, fake: Callable[..., Any], flops: Callable[..., int] | No
     LIBRARY.define(" ".join(schema.split()))
     torch.library.register_fake(f"gptfast::{name}", fake, lib=LIBRARY)
     operator = getattr(torch.ops.gptfast, name).default
-    torch.library.register_vmap(f"gptfast::{name}", one_by_one(operator), lib=LIBRARY)
+    torch.library.register_vmap(f"gptfast::{name}", vmap_in_a_loop(operator), lib=LIBRARY)
     if flops is not None:
         formulas.FORMULAS[name] = flops
     return operator

@@ -30,16 +30,16 @@ def fake_grads(x: Tensor, params: tuple[Tensor | None, ...], wanted: int) -> tup
 
 
 def _fake_linear(
-    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor, *_: Any
+    x: Tensor, ln_w: Tensor | None, ln_b: Tensor | None, weight: Tensor, *_: Any
 ) -> tuple[Tensor, ...]:
-    rows = 0 if norm_weight is None else math.prod(x.shape[:-1])
+    rows = 0 if ln_w is None else math.prod(x.shape[:-1])
     moments = [x.new_empty(rows, dtype=torch.float32) for _ in range(2)]
     return x.new_empty(*x.shape[:-1], weight.shape[0]), *moments
 
 
 def _fake_linear_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    norm_weight, norm_bias, _, _, weight, bias, wanted = args
-    return fake_grads(x, (norm_weight, norm_bias, weight, bias), wanted)
+    ln_w, ln_b, _, _, weight, bias, wanted = args
+    return fake_grads(x, (ln_w, ln_b, weight, bias), wanted)
 
 
 def _linear_backward_flops(dy: Any, x: Any, *args: Any) -> int:
@@ -49,18 +49,18 @@ def _linear_backward_flops(dy: Any, x: Any, *args: Any) -> int:
 
 _linear = define(
     """
-    linear(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias,
+    linear(Tensor x, Tensor? ln_w, Tensor? ln_b, Tensor weight, Tensor? bias,
         Tensor? residual) -> (Tensor y, Tensor mean, Tensor rstd)
     """,
     _fake_linear,
-    lambda x, norm_weight, norm_bias, weight, *_: of_product(x, weight),
+    lambda x, ln_w, ln_b, weight, *_: of_product(x, weight),
 )
 # wanted: see gptfast.ops.autograd.wanted; the results are in the order of its bits.
 _linear_backward = define(
     """
-    linear_backward(Tensor dy, Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor mean,
+    linear_backward(Tensor dy, Tensor x, Tensor? ln_w, Tensor? ln_b, Tensor mean,
         Tensor rstd, Tensor weight, Tensor? bias, int wanted)
-        -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dweight, Tensor dbias)
+        -> (Tensor dx, Tensor dln_w, Tensor dln_b, Tensor dweight, Tensor dbias)
     """,
     _fake_linear_backward,
     _linear_backward_flops,
@@ -76,11 +76,11 @@ class _LayerNormLinear(Fused):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, norm_weight, norm_bias, weight, bias = inputs
+        x, ln_w, ln_b, weight, bias = inputs
         _, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, norm_weight, norm_bias, mean, rstd, weight, bias)
+        ctx.save_for_backward(x, ln_w, ln_b, mean, rstd, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

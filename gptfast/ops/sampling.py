@@ -10,14 +10,14 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from gptfast.checks import whole
+from gptfast.checks import as_int
 from gptfast.errors import ConfigError
 from gptfast.ops.random import WORD, philox
 
 SAMPLING_STREAM = WORD  # no dropout has this Philox stream
 # The kernels compute in float32, which larger factors would overflow.
-MOST_TEMPERATURE, MOST_PENALTY = 1e6, 1e3
-MOST_TOP_K = 2**31 - 1  # no vocabulary is larger
+MAX_TEMPERATURE, MAX_PENALTY = 1e6, 1e3
+MAX_TOP_K = 2**31 - 1  # no vocabulary is larger
 
 
 @dataclass(frozen=True, init=False)
@@ -45,12 +45,12 @@ class Sampling:
         min_p: float | None = None,
         repetition_penalty: float = 1.0,
     ) -> None:
-        if not _within(temperature, 0.0, MOST_TEMPERATURE):
+        if not _within(temperature, 0.0, MAX_TEMPERATURE):
             raise ConfigError(
-                f"temperature must be 0 (greedy) or positive, at most {MOST_TEMPERATURE:g},"
+                f"temperature must be 0 (greedy) or positive, at most {MAX_TEMPERATURE:g},"
                 f" got {temperature!r}"
             )
-        count = 0 if top_k is None else whole(top_k)
+        count = 0 if top_k is None else as_int(top_k)
         if count is None or count < 0:
             raise ConfigError(
                 f"top_k must be None, 0 (from all tokens) or a positive whole number, got {top_k!r}"
@@ -59,15 +59,15 @@ class Sampling:
             raise ConfigError(f"top_p must be None or in (0, 1], got {top_p!r}")
         if min_p is not None and not _within(min_p, 0.0, 1.0):
             raise ConfigError(f"min_p must be None or in [0, 1], got {min_p!r}")
-        if not _within(repetition_penalty, 1 / MOST_PENALTY, MOST_PENALTY):
+        if not _within(repetition_penalty, 1 / MAX_PENALTY, MAX_PENALTY):
             raise ConfigError(
-                f"repetition_penalty must be in [{1 / MOST_PENALTY:g}, {MOST_PENALTY:g}],"
+                f"repetition_penalty must be in [{1 / MAX_PENALTY:g}, {MAX_PENALTY:g}],"
                 f" got {repetition_penalty!r}"
             )
         # float() because torch and the extension do not take every type of number.
         numbers = {
             "temperature": float(temperature),
-            "top_k": min(count, MOST_TOP_K),
+            "top_k": min(count, MAX_TOP_K),
             "top_p": 1.0 if top_p is None else float(top_p),
             "min_p": 0.0 if min_p is None else float(min_p),
             "repetition_penalty": float(repetition_penalty),

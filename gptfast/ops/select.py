@@ -11,7 +11,7 @@ FUSED_DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
-MOST_HEAD_DIM = {"cuda": 256}  # the largest head_dim that a tile can hold
+MAX_HEAD_DIM = {"cuda": 256}  # the largest head_dim that a tile can hold
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -46,7 +46,7 @@ def unavailable(device: str, dtype: torch.dtype, head_dim: int = 0) -> tuple[str
     if dtype not in FUSED_DTYPES[device]:
         known, got = ([_name(x) for x in dtypes] for dtypes in (FUSED_DTYPES[device], (dtype,)))
         reasons.append(f"they compute in {' and '.join(known)}, not {got[0]}")
-    most = MOST_HEAD_DIM.get(device, head_dim)
+    most = MAX_HEAD_DIM.get(device, head_dim)
     if head_dim > most:
         reasons.append(f"head_dim is at most {most} there, not {head_dim}")
     error = extension_error if device == "cpu" else triton_error()

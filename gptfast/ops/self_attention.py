@@ -26,7 +26,7 @@ def _fake_self_attention(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return x.new_empty(B, T, C), *moments, qkv, out, moments[0].new_empty(kept, n_head, 2, T)
 
 
-def _flops(x: Any, norm_weight: Any, norm_bias: Any, w_qkv: Any, *args: Any) -> int:
+def _flops(x: Any, ln_w: Any, ln_b: Any, w_qkv: Any, *args: Any) -> int:
     _, w_proj, _, n_head, *_ = args
     return of_product(x, w_qkv) + of_attention(*_heads(x, n_head)) + of_product(x, w_proj)
 
@@ -48,7 +48,7 @@ def _heads(x: tuple[int, ...], n_head: int) -> tuple[tuple[int, ...], tuple[int,
 
 _self_attention = define(
     """
-    self_attention(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor w_qkv, Tensor? b_qkv,
+    self_attention(Tensor x, Tensor ln_w, Tensor? ln_b, Tensor w_qkv, Tensor? b_qkv,
         Tensor w_proj, Tensor? b_proj, int n_head, float dropout_p, Tensor? seed, int stream,
         bool keep)
         -> (Tensor y, Tensor mean, Tensor rstd, Tensor qkv, Tensor out, Tensor lse)
@@ -58,11 +58,11 @@ _self_attention = define(
 )
 _self_attention_backward = define(
     """
-    self_attention_backward(Tensor dy, Tensor x, Tensor norm_weight, Tensor? norm_bias,
+    self_attention_backward(Tensor dy, Tensor x, Tensor ln_w, Tensor? ln_b,
         Tensor w_qkv, Tensor? b_qkv, Tensor w_proj, Tensor? b_proj, Tensor mean, Tensor rstd,
         Tensor qkv, Tensor out, Tensor lse, int n_head, float dropout_p, Tensor? seed, int stream,
         int wanted)
-        -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dw_qkv, Tensor db_qkv,
+        -> (Tensor dx, Tensor dln_w, Tensor dln_b, Tensor dw_qkv, Tensor db_qkv,
             Tensor dw_proj, Tensor db_proj)
     """,
     fake_backward,

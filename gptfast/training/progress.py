@@ -113,7 +113,7 @@ def first_interrupt() -> Iterator[Callable[[], int | None]]:
 
 
 @contextmanager
-def hears_ctrl_c() -> Iterator[None]:
+def handles_ctrl_c() -> Iterator[None]:
     """Enables SIGINT if it is ignored, as in background jobs of a shell script."""
     ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN and _in_main_thread()
     if ignored:

@@ -11,7 +11,7 @@ import torch
 from gptfast.ops.library import LIBRARY
 from gptfast.ops.triton import (
     attention,
-    attention_grad,
+    attention_backward,
     cross_entropy,
     embedding,
     ffn,
@@ -21,7 +21,7 @@ from gptfast.ops.triton import (
 
 KERNELS: dict[str, Any] = {
     "attention": attention.attention,
-    "attention_backward": attention_grad.attention_backward,
+    "attention_backward": attention_backward.attention_backward,
     "self_attention": self_attention.self_attention,
     "self_attention_backward": self_attention.self_attention_backward,
     "linear": linear.linear,

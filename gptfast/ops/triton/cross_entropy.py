@@ -23,11 +23,11 @@ from gptfast.ops.triton.linear import (
     product_shared,
     weight_grads,
 )
-from gptfast.ops.triton.rows import moments, norm_grad
+from gptfast.ops.triton.rows import moments, norm_backward
 from gptfast.ops.triton.tiles import LN2, LOG2E, own_tile, product
 
 BLOCK_BYTES = 1 << 26  # bytes of a block of the logits' gradient
-LEAST_BLOCK = 1024  # minimum number of columns of such a block
+MIN_BLOCK = 1024  # minimum number of columns of such a block
 PART = 128  # columns per partial maximum and sum of a row
 
 PRODUCT = {
@@ -39,15 +39,13 @@ PRODUCT = {
 @tuned(PRODUCT, product_kind, product_shared, ["V", "K", "PRECISION"])
 @triton.jit
 def partial_sums_kernel(
-    a, b, targets, tops, totals, target_logits, mean, rstd, norm_weight, norm_bias, M, V, K,
+    a, b, targets, tops, totals, target_logits, mean, rstd, ln_w, ln_b, M, V, K,
     PRECISION: tl.constexpr, BN: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """For each row of a tile of logits: max_j s_j, sum_j exp(s_j - max), and the target's logit."""
     m, n, _, n0 = own_tile(M, V, BM, BN, GROUP)
-    s = product(
-        a, b, mean, rstd, norm_weight, norm_bias, m, n, M, V, K, 1, K, PRECISION, BM, BN, BK
-    )
+    s = product(a, b, mean, rstd, ln_w, ln_b, m, n, M, V, K, 1, K, PRECISION, BM, BN, BK)
     s = tl.where((n < V)[None, :], s, -float("inf"))
     top = tl.max(s, 1)
     at = (n0 // BN).to(tl.int64) * M + m
@@ -90,15 +88,13 @@ def losses_kernel(
 @tuned(PRODUCT, product_kind, product_shared, ["V", "K", "PRECISION"])
 @triton.jit(do_not_specialize=["v0"])
 def logits_grad_kernel(
-    a, b, targets, sums, shares, dlogits, mean, rstd, norm_weight, norm_bias,
+    a, b, targets, sums, shares, dlogits, mean, rstd, ln_w, ln_b,
     M, V, K, v0, PRECISION: tl.constexpr, BN: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """dS_j = (exp(s_j - max) / sum - [j = target]) share for V columns from v0; 0 if share is 0."""
     m, n, _, _ = own_tile(M, V, BM, BN, GROUP)
-    s = product(
-        a, b, mean, rstd, norm_weight, norm_bias, m, n, M, V, K, 1, K, PRECISION, BM, BN, BK
-    )
+    s = product(a, b, mean, rstd, ln_w, ln_b, m, n, M, V, K, 1, K, PRECISION, BM, BN, BK)
     target = tl.load(targets + m, mask=m < M, other=0)
     value = tl.exp2((s - tl.load(sums + m, mask=m < M, other=0.0)[:, None]) * LOG2E)
     value *= 1.0 / tl.load(sums + M + m, mask=m < M, other=1.0)[:, None]
@@ -110,7 +106,7 @@ def logits_grad_kernel(
 
 
 def linear_cross_entropy(
-    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor,
+    x: Tensor, ln_w: Tensor | None, ln_b: Tensor | None, weight: Tensor,
     targets: Tensor, token_weights: Tensor | None, ignore_index: int, reduction: str, wanted: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """gptfast::linear_cross_entropy."""
@@ -121,7 +117,7 @@ def linear_cross_entropy(
         f"linear_cross_entropy: targets must be in [0, {V}) or {ignore_index}",
     )
     own = weight.to(x.dtype)
-    norm = None if norm_weight is None else (*moments(x), norm_weight, norm_bias)
+    norm = None if ln_w is None else (*moments(x), ln_w, ln_b)
     sums, losses = _losses(x, own, targets, ignore_index, norm)
     shares = counted.float()
     if token_weights is not None:
@@ -139,7 +135,7 @@ def linear_cross_entropy(
     dx = x.new_zeros(x.shape if with_dx else 0, dtype=torch.float32)
     dweight = torch.empty_like(weight) if with_dweight else absent(x)
     M = losses.numel()
-    width = max(LEAST_BLOCK, BLOCK_BYTES // max(1, M * x.element_size()) // PART * PART)
+    width = max(MIN_BLOCK, BLOCK_BYTES // max(1, M * x.element_size()) // PART * PART)
     for v0 in range(0, V if M else 0, width):
         block = own[v0 : v0 + width]
         dlogits = x.new_empty(*x.shape[:-1], block.shape[0])
@@ -155,7 +151,7 @@ def linear_cross_entropy(
         dweight.zero_()
     if norm is None or not with_dx:
         return loss, dx.to(x.dtype), absent(x), absent(x), dweight
-    return loss, *norm_grad(dx, x, None, *norm, wanted=wanted), dweight
+    return loss, *norm_backward(dx, x, None, *norm, wanted=wanted), dweight
 
 
 def _grid(M: int, V: int) -> Any:

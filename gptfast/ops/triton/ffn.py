@@ -16,7 +16,7 @@ from gptfast.ops.triton.linear import (
     product_shared,
     weight_grads,
 )
-from gptfast.ops.triton.rows import dropped, moments, norm_grad
+from gptfast.ops.triton.rows import dropped, moments, norm_backward
 from gptfast.ops.triton.tiles import gelu, gelu_slope, own_tile, product
 
 # Without PRODUCT's largest tiles: together with a tile of U they would spill registers.
@@ -43,7 +43,7 @@ def hidden_grad_kernel(
 
 
 def ffn(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor, b1: Tensor | None,
+    x: Tensor, ln_w: Tensor, ln_b: Tensor | None, w1: Tensor, b1: Tensor | None,
     w2: Tensor, b2: Tensor | None, gelu: str, dropout_p: float, seed: Tensor | None, stream: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -53,7 +53,7 @@ def ffn(
     rows = x.numel() // x.shape[-1] if keep else 0
     before = x.new_empty(rows, w1.shape[0])
     hidden = multiply(
-        x, w1.t(), norm=(mean, rstd, norm_weight, norm_bias), bias=b1, gelu=gelu,
+        x, w1.t(), norm=(mean, rstd, ln_w, ln_b), bias=b1, gelu=gelu,
         before=before if keep else None,
     )  # fmt: skip
     dropout = dropout_args(dropout_p, seed, stream, x.device)
@@ -62,7 +62,7 @@ def ffn(
 
 
 def ffn_backward(
-    dy: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor,
+    dy: Tensor, x: Tensor, ln_w: Tensor, ln_b: Tensor | None, w1: Tensor,
     b1: Tensor | None, w2: Tensor, b2: Tensor | None, mean: Tensor, rstd: Tensor, before: Tensor,
     gelu: str, dropout_p: float, seed: Tensor | None, stream: int, wanted: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -76,7 +76,7 @@ def ffn_backward(
         hidden_grad_kernel[grid](
             d, w2.to(x.dtype), before, dhidden, hidden, M, N, K, GELU=gelu, PRECISION=precision()
         )
-    norm = mean, rstd, norm_weight, norm_bias
+    norm = mean, rstd, ln_w, ln_b
     params = (
         *weight_grads(dhidden, x, w1, b1, norm, wanted=wanted >> 3),
         *weight_grads(d, hidden, w2, b2, wanted=wanted >> 5),
@@ -84,4 +84,4 @@ def ffn_backward(
     if not wants(wanted, 0, 2):
         return x.new_empty(0), absent(x), absent(x), *params
     dn = multiply(dhidden, w1).view_as(x)
-    return *norm_grad(dn, x, dy, *norm, wanted=wanted), *params
+    return *norm_backward(dn, x, dy, *norm, wanted=wanted), *params

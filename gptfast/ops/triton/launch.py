@@ -9,7 +9,7 @@ from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret
 # Bytes of shared memory per block: the smallest limit of the chips in benchmarks/gpu_static.py.
-LEAST_SHARED = 65536
+MIN_SHARED = 65536
 INTERPRETED_PROGRAMS = 3  # `programs` in Triton's interpreter
 
 Args = Mapping[str, Any]
@@ -60,7 +60,7 @@ def config(warps: int, stages: int, **tile: int) -> triton.Config:
 def shared_limit() -> int:
     """Returns the limit of shared memory per block of the current device, in bytes."""
     if not torch.cuda.is_available():
-        return LEAST_SHARED
+        return MIN_SHARED
     return triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())[
         "max_shared_mem"
     ]

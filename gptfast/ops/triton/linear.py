@@ -23,12 +23,12 @@ from gptfast.ops.triton.launch import (
     tuned,
     wants,
 )
-from gptfast.ops.triton.rows import add_parts, moments, norm_grad
+from gptfast.ops.triton.rows import add_parts, moments, norm_backward
 from gptfast.ops.triton.tiles import dropout_factors, gelu, normalized, own_tile, product
 
 Norm = tuple[Tensor, Tensor, Tensor, Tensor | None]  # mean, rstd, weight and bias of a LayerNorm
 NO_NORM = (None, None, None, None)
-LEAST_PART = 512  # minimum number of rows per part of a weight's gradient
+MIN_PART = 512  # minimum number of rows per part of a weight's gradient
 
 
 def product_kind(args: Any) -> int:
@@ -54,7 +54,7 @@ PRODUCT = {
 @tuned(PRODUCT, product_kind, product_shared, ["N", "K", "PRECISION"])
 @triton.jit(do_not_specialize=["M", "substream", "threshold"])
 def linear_kernel(
-    a, b, y, before, bias, residual, mean, rstd, norm_weight, norm_bias, M, N, K,
+    a, b, y, before, bias, residual, mean, rstd, ln_w, ln_b, M, N, K,
     b_row, b_column, seed, substream, threshold, keep_scale,
     GELU: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -65,7 +65,7 @@ def linear_kernel(
     """
     m, n, m0, n0 = own_tile(M, N, BM, BN, GROUP)
     acc = product(
-        a, b, mean, rstd, norm_weight, norm_bias, m, n, M, N, K, b_row, b_column,
+        a, b, mean, rstd, ln_w, ln_b, m, n, M, N, K, b_row, b_column,
         PRECISION, BM, BN, BK,
     )  # fmt: skip
     at = m.to(tl.int64)[:, None] * N + n[None, :]
@@ -138,7 +138,7 @@ WEIGHT_GRAD = {
 )
 @triton.jit
 def weight_grad_kernel(
-    dy, x, dweight, dbias, mean, rstd, norm_weight, norm_bias, M, N, K, rows, parts,
+    dy, x, dweight, dbias, mean, rstd, ln_w, ln_b, M, N, K, rows, parts,
     PRECISION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """dW = dY' norm(X), and db = column sums of dY, over each part of `rows` rows.
@@ -166,9 +166,7 @@ def weight_grad_kernel(
             if mean is not None:
                 row_mean = tl.load(mean + m, mask=m < last, other=0.0)
                 row_rstd = tl.load(rstd + m, mask=m < last, other=0.0)
-                y = normalized(
-                    value.to(tl.float32), row_mean, row_rstd, norm_weight, norm_bias, k, k < K
-                )
+                y = normalized(value.to(tl.float32), row_mean, row_rstd, ln_w, ln_b, k, k < K)
                 value = y.to(value.dtype)
             acc = tl.dot(tl.trans(d), value, acc, input_precision=PRECISION)
             if dbias is not None:
@@ -203,7 +201,7 @@ def weight_grads(
     M = x.numel() // K
     workers = programs(x.device)
     tiles = triton.cdiv(N, 128) * triton.cdiv(K, 64)
-    parts = max(1, min(triton.cdiv(workers, tiles), M // LEAST_PART))
+    parts = max(1, min(triton.cdiv(workers, tiles), M // MIN_PART))
     out = torch.empty_like(weight) if out is None else out
     dweight = out if parts == 1 else dy.new_empty(parts, N, K, dtype=torch.float32)
     with_bias = bias is not None and wants(wanted, 1)
@@ -220,28 +218,28 @@ def weight_grads(
 
 
 def linear(
-    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor,
+    x: Tensor, ln_w: Tensor | None, ln_b: Tensor | None, weight: Tensor,
     bias: Tensor | None, residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """gptfast::linear."""
     x = x.contiguous()
-    mean, rstd = (absent(x), absent(x)) if norm_weight is None else moments(x)
-    norm = None if norm_weight is None else (mean, rstd, norm_weight, norm_bias)
+    mean, rstd = (absent(x), absent(x)) if ln_w is None else moments(x)
+    norm = None if ln_w is None else (mean, rstd, ln_w, ln_b)
     residual = None if residual is None else residual.contiguous()
     return multiply(x, weight.t(), norm=norm, bias=bias, residual=residual), mean, rstd
 
 
 def linear_backward(
-    dy: Tensor, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, mean: Tensor,
+    dy: Tensor, x: Tensor, ln_w: Tensor | None, ln_b: Tensor | None, mean: Tensor,
     rstd: Tensor, weight: Tensor, bias: Tensor | None, wanted: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """gptfast::linear_backward."""
     x, dy = x.contiguous(), dy.contiguous()
-    norm = None if norm_weight is None else (mean, rstd, norm_weight, norm_bias)
+    norm = None if ln_w is None else (mean, rstd, ln_w, ln_b)
     params = weight_grads(dy, x, weight, bias, norm, wanted=wanted >> 3)
     if not wants(wanted, 0, 2):
         return x.new_empty(0), absent(x), absent(x), *params
     dx = multiply(dy, weight)
     if norm is None:
         return dx, absent(x), absent(x), *params
-    return *norm_grad(dx, x, None, *norm, wanted=wanted), *params
+    return *norm_backward(dx, x, None, *norm, wanted=wanted), *params

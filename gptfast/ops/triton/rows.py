@@ -86,7 +86,7 @@ def norm_grad_kernel(
     tl.store(dbias + part * K + k, bias_total, mask=k < K)
 
 
-def norm_grad(
+def norm_backward(
     dn: Tensor, x: Tensor, add: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor,
     bias: Tensor | None, wanted: int = 0b111,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip

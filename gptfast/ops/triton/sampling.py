@@ -18,7 +18,7 @@ from gptfast.ops.triton.tiles import LN2, LOG2E
 
 BLOCK = 1024
 STREAM = tl.constexpr(SAMPLING_STREAM)
-LEAST_SCORE = tl.constexpr(-2139095041)  # _ordered of -inf
+MIN_SCORE = tl.constexpr(-2139095041)  # _ordered of -inf
 ONE = tl.constexpr(0x3F800000)  # the bits of 1.0
 
 
@@ -46,12 +46,12 @@ def _weight(z, highest, sharpness):
 
 
 @triton.jit
-def _kept(logits, seen, j, V, penalty, highest, sharpness, least_score, least_weight):
+def _kept(logits, seen, j, V, penalty, highest, sharpness, min_score, min_weight):
     """The weights j that reach both thresholds; 0 for the other tokens."""
     z = _score(logits, seen, j, V, penalty)
     p = _weight(z, highest, sharpness)
-    reaches = (_ordered(z.to(tl.int32, bitcast=True)) >= least_score) & (
-        p.to(tl.int32, bitcast=True) >= least_weight
+    reaches = (_ordered(z.to(tl.int32, bitcast=True)) >= min_score) & (
+        p.to(tl.int32, bitcast=True) >= min_weight
     )
     return tl.where(reaches & (j < V), p, 0.0)
 
@@ -84,10 +84,10 @@ def sample_kernel(
         top = both
     token = first
     if not GREEDY:
-        least_score, least_weight = LEAST_SCORE, 0
+        min_score, min_weight = MIN_SCORE, 0
         if TOP_K:
             # The largest t that at least top_k scores reach.
-            low = (first * 0).to(tl.int64) + LEAST_SCORE
+            low = (first * 0).to(tl.int64) + MIN_SCORE
             high = _ordered(highest.to(tl.int32, bitcast=True)).to(tl.int64)
             while low < high:
                 middle = low + (high - low + 1) // 2
@@ -98,11 +98,11 @@ def sample_kernel(
                     count += tl.sum((reaches & (j0 + lane < V)).to(tl.int32), 0)
                 low = tl.where(count >= top_k, middle, low)
                 high = tl.where(count >= top_k, high, middle - 1)
-            least_score = low.to(tl.int32)
+            min_score = low.to(tl.int32)
         whole = 0.0
         if TOP_P:
             for j0 in tl.range(0, V, BLOCK):
-                p = _kept(logits, seen, j0 + lane, V, penalty, highest, sharpness, least_score, 0)
+                p = _kept(logits, seen, j0 + lane, V, penalty, highest, sharpness, min_score, 0)
                 whole += tl.sum(p, 0)
             # The largest t such that weights of at least t hold top_p of the mass; at most 1.0.
             low, high = (first * 0).to(tl.int64), (first * 0).to(tl.int64) + ONE
@@ -111,15 +111,15 @@ def sample_kernel(
                 mass = 0.0
                 for j0 in tl.range(0, V, BLOCK):
                     p = _kept(
-                        logits, seen, j0 + lane, V, penalty, highest, sharpness, least_score,
+                        logits, seen, j0 + lane, V, penalty, highest, sharpness, min_score,
                         middle.to(tl.int32),
                     )  # fmt: skip
                     mass += tl.sum(p, 0)
                 low = tl.where(mass >= top_p * whole, middle, low)
                 high = tl.where(mass >= top_p * whole, high, middle - 1)
-            least_weight = low.to(tl.int32)
+            min_weight = low.to(tl.int32)
         share = tl.cast(min_p, tl.float32)
-        least_weight = tl.maximum(least_weight, share.to(tl.int32, bitcast=True))
+        min_weight = tl.maximum(min_weight, share.to(tl.int32, bitcast=True))
         # Inverse transform sampling by 53 bits of a Philox block, as in gptfast.ops.sampling.
         none = tl.zeros([1], tl.uint32)
         step = none + tl.load(steps + row).to(tl.uint32)
@@ -130,7 +130,7 @@ def sample_kernel(
         mass = tl.sum(tl.zeros([1], tl.float64), 0)
         for j0 in tl.range(0, V, BLOCK):
             p = _kept(
-                logits, seen, j0 + lane, V, penalty, highest, sharpness, least_score, least_weight
+                logits, seen, j0 + lane, V, penalty, highest, sharpness, min_score, min_weight
             )
             mass += tl.sum(p.to(tl.float64), 0)
         target = uniform * mass
@@ -138,9 +138,9 @@ def sample_kernel(
         token, last = V, 0
         for j0 in tl.range(0, V, BLOCK):
             j = j0 + lane
-            p = _kept(
-                logits, seen, j, V, penalty, highest, sharpness, least_score, least_weight
-            ).to(tl.float64)
+            p = _kept(logits, seen, j, V, penalty, highest, sharpness, min_score, min_weight).to(
+                tl.float64
+            )
             sums = reached + tl.cumsum(p, 0)
             place = tl.min(tl.where((sums > target) & (p > 0.0), j, V), 0)
             token = tl.minimum(token, place)

@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from gptfast.ops.triton.attention import attention
-from gptfast.ops.triton.attention_grad import write_grads
+from gptfast.ops.triton.attention_backward import write_grads
 from gptfast.ops.triton.launch import absent, dropout_args, wants
 from gptfast.ops.triton.linear import linear, multiply, weight_grads
-from gptfast.ops.triton.rows import norm_grad
+from gptfast.ops.triton.rows import norm_backward
 
 
 def self_attention(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w_qkv: Tensor, b_qkv: Tensor | None,
+    x: Tensor, ln_w: Tensor, ln_b: Tensor | None, w_qkv: Tensor, b_qkv: Tensor | None,
     w_proj: Tensor, b_proj: Tensor | None, n_head: int, dropout_p: float, seed: Tensor | None,
     stream: int, keep: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """gptfast::self_attention."""
     x = x.contiguous()
-    qkv, mean, rstd = linear(x, norm_weight, norm_bias, w_qkv, b_qkv, None)
+    qkv, mean, rstd = linear(x, ln_w, ln_b, w_qkv, b_qkv, None)
     q, k, v = _unpacked(qkv, n_head)
     out, lse = attention(q, k, v, 1 / math.sqrt(q.shape[-1]), dropout_p, seed, stream)
     out = out.flatten(2)
@@ -33,7 +33,7 @@ def self_attention(
 
 
 def self_attention_backward(
-    dy: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w_qkv: Tensor,
+    dy: Tensor, x: Tensor, ln_w: Tensor, ln_b: Tensor | None, w_qkv: Tensor,
     b_qkv: Tensor | None, w_proj: Tensor, b_proj: Tensor | None, mean: Tensor, rstd: Tensor,
     qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, dropout_p: float, seed: Tensor | None,
     stream: int, wanted: int,
@@ -50,12 +50,12 @@ def self_attention_backward(
         _unpacked(dqkv, n_head), 1 / math.sqrt(q.shape[-1]),
         dropout_args(dropout_p, seed, stream, x.device),
     )  # fmt: skip
-    norm = mean, rstd, norm_weight, norm_bias
+    norm = mean, rstd, ln_w, ln_b
     of_qkv = weight_grads(dqkv, x, w_qkv, b_qkv, norm, wanted=wanted >> 3)
     if not wants(wanted, 0, 2):
         return x.new_empty(0), none, none, *of_qkv, *of_proj
     dn = multiply(dqkv, w_qkv)
-    return *norm_grad(dn, x, dy, *norm, wanted=wanted), *of_qkv, *of_proj
+    return *norm_backward(dn, x, dy, *norm, wanted=wanted), *of_qkv, *of_proj
 
 
 def _unpacked(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:

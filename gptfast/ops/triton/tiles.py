@@ -93,7 +93,7 @@ def own_head(H, T, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
 
 @triton.jit
 def product(
-    a, b, mean, rstd, norm_weight, norm_bias, m, n, M, N, K, b_row, b_column,
+    a, b, mean, rstd, ln_w, ln_b, m, n, M, N, K, b_row, b_column,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Rows m and columns n of A B, or of LayerNorm(A) B if `mean` is given, in float32.
@@ -109,7 +109,7 @@ def product(
         k = k0 + tl.arange(0, BK)
         x = tl.load(a + row[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
         if mean is not None:
-            y = normalized(x.to(tl.float32), row_mean, row_rstd, norm_weight, norm_bias, k, k < K)
+            y = normalized(x.to(tl.float32), row_mean, row_rstd, ln_w, ln_b, k, k < K)
             x = y.to(x.dtype)
         w = tl.load(
             b + k.to(tl.int64)[:, None] * b_row + n.to(tl.int64)[None, :] * b_column,

@@ -1,0 +1,165 @@
+"""The calls that `gpu_static.py` compiles: every operator on tensors without data.
+
+Letters: B batch, T time, C n_embd, H heads, D head_dim, F 4C, V vocab_size, M B T.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptfast.generation.device_loop import logits_columns
+from gptfast.ops.sampling import Sampling
+from gptfast.ops.triton import (
+    attention,
+    attention_backward,
+    cross_entropy,
+    decode,
+    embedding,
+    ffn,
+    launch,
+    linear,
+)
+from gptfast.ops.triton import sampling as device_sampling
+
+DTYPES = {
+    "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32,
+}  # fmt: skip
+B, T, C, H, F, V = 8, 1024, 768, 12, 3072, 50257  # GPT-2
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of an operator in one dtype: useful FLOPs, and bytes read or written once."""
+
+    name: str
+    run: Callable[[torch.dtype], Any]
+    flops: float
+    elements: float  # of activations and weights, in the dtype
+    fixed_bytes: float = 0.0
+    dtypes: tuple[str, ...] = ("bf16", "fp32")
+    wide: bool = True  # rows are long enough for loads of 16 bytes
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor without data."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def long(*shape: int) -> Tensor:
+    """Indices without data."""
+    return empty(*shape, dtype=torch.int64)
+
+
+def attention_case(D: int, dropout_p: float, backward: bool) -> Case:
+    """Attention with C / D heads of a packed projection."""
+    heads, scale = C // D, D**-0.5
+    seed = long() if dropout_p else None
+
+    def run(dtype: torch.dtype) -> None:
+        q, k, v = empty(B, T, 3, heads, D, dtype=dtype).permute(2, 0, 3, 1, 4)
+        if not backward:
+            attention.attention(q, k, v, scale, dropout_p, seed, 1)
+            return
+        out, lse = empty(B, T, heads, D, dtype=dtype).transpose(1, 2), empty(B, heads, 2, T)
+        dropout = launch.dropout_args(dropout_p, seed, 1, lse.device)
+        dq, dk, dv = empty(B, T, 3, heads, D, dtype=dtype).permute(2, 0, 3, 1, 4)
+        attention_backward.write_grads(out, q, k, v, out, lse, (dq, dk, dv), scale, dropout)
+
+    products = 5 if backward else 2
+    name = f"attention{' backward' if backward else ''}, D {D}{', dropout' if dropout_p else ''}"
+    return Case(
+        name, run, products * B * C * T * (T + 1), B * T * C * (8 if backward else 4),
+        4.0 * B * heads * T, tuple(DTYPES) if D == 64 else ("bf16", "fp32"), D >= 64,
+    )  # fmt: skip
+
+
+def cases() -> list[Case]:
+    """All kernels at the sizes of GPT-2 124M, the heads' width and dropout varied."""
+    M, norm = B * T, (empty(C), empty(C))
+    moments = empty(M), empty(M)
+
+    def linear_forward(dtype: torch.dtype) -> None:
+        x, w = empty(M, C, dtype=dtype), empty(3 * C, C)
+        linear.linear(x, *norm, w, empty(3 * C), None)
+
+    def linear_backward(dtype: torch.dtype) -> None:
+        x, dy, w = (empty(*size, dtype=dtype) for size in ((M, C), (M, 3 * C), (3 * C, C)))
+        linear.linear_backward(dy, x, *norm, *moments, w, empty(3 * C), 0b11111)
+
+    def projection(dtype: torch.dtype) -> None:
+        x, w = empty(M, C, dtype=dtype), empty(C, C)
+        linear.linear(x, None, None, w, empty(C), x)
+
+    def ffn_params() -> Any:
+        return *norm, empty(F, C), empty(F), empty(C, F), empty(C)
+
+    def ffn_forward(gelu: str, dropout_p: float, dtype: torch.dtype) -> None:
+        x, seed = empty(M, C, dtype=dtype), long() if dropout_p else None
+        options: Any = gelu, dropout_p, seed, 2, True
+        ffn.ffn(x, *ffn_params(), *options)
+
+    def ffn_backward(gelu: str, dropout_p: float, dtype: torch.dtype) -> None:
+        x, seed = empty(M, C, dtype=dtype), long() if dropout_p else None
+        hidden = empty(M, F, dtype=dtype)
+        rest: Any = *ffn_params(), *moments, hidden, gelu, dropout_p, seed, 2, 0b1111111
+        ffn.ffn_backward(x, x, *rest)
+
+    def loss(with_grad: bool, dtype: torch.dtype) -> None:
+        x = empty(M, C, dtype=dtype)
+        options: Any = None, -100, "mean", 0b1111 if with_grad else 0
+        cross_entropy.linear_cross_entropy(x, *norm, empty(V, C), long(M), *options)
+
+    def embed(dtype: torch.dtype) -> None:
+        tables = empty(V, C), empty(T, C)
+        embedding.embedding(long(B, T), *tables, 0.1, long(), 0, dtype)
+
+    def embed_backward(dtype: torch.dtype) -> None:
+        tables = empty(V, C), empty(T, C)
+        dy = empty(B, T, C, dtype=dtype)
+        embedding.embedding_backward(dy, long(B, T), *tables, 0, 0.1, long(), 0, 0b11)
+
+    def decode_step(rows: int, D: int, dtype: torch.dtype) -> None:
+        cache = empty(rows, 2, C // D, T, D, dtype=dtype)
+        decode.decode_attention(empty(rows, C, dtype=dtype), cache, long(rows))
+
+    def sample(how: Sampling, _: torch.dtype) -> None:
+        columns = logits_columns(V)
+        seen, each = empty(64, columns, dtype=torch.uint8), long(64)
+        device_sampling.sample(how, empty(64, columns), seen, each, each, each, each, empty(64))
+
+    weights = 8 * C * C
+    everything = Sampling(temperature=0.8, top_k=50, top_p=0.9, repetition_penalty=1.1)
+    found = [
+        attention_case(D, dropout_p, backward)
+        for D, dropout_p in ((16, 0.0), (32, 0.0), (64, 0.0), (64, 0.1), (128, 0.0), (256, 0.1))
+        for backward in (False, True)
+    ]
+    for name, gelu, p in (("ffn", "tanh", 0.0), ("ffn, erf, dropout", "erf", 0.1)):
+        found += [
+            Case(name, functools.partial(ffn_forward, gelu, p), 4.0 * M * C * F,
+                 M * (2 * C + F) + weights),
+            Case(f"{name}, backward", functools.partial(ffn_backward, gelu, p), 8.0 * M * C * F,
+                 M * (3 * C + F) + 2 * weights),
+        ]  # fmt: skip
+    return [
+        *found,
+        Case("norm and linear", linear_forward, 6.0 * M * C * C, 4 * M * C + 3 * C * C),
+        Case("norm and linear, backward", linear_backward, 12.0 * M * C * C,
+             5 * M * C + 6 * C * C),
+        Case("linear and residual", projection, 2.0 * M * C * C, 3 * M * C + C * C),
+        Case("loss", functools.partial(loss, False), 2.0 * M * C * V, M * C + V * C),
+        Case("loss and gradients", functools.partial(loss, True), 6.0 * M * C * V,
+             2 * M * C + 2 * V * C),
+        Case("embedding", embed, 0.0, 2 * M * C),
+        Case("embedding, backward", embed_backward, 0.0, 2 * M * C + V * C),
+        *(Case(f"decode attention, D {D}", functools.partial(decode_step, 64, D),
+               4.0 * 64 * T * C, 2 * 64 * T * C) for D in (64, 128)),
+        Case("sampling", functools.partial(sample, everything), 0.0, 0.0, 4.0 * 64 * V,
+             ("fp32",)),
+        Case("sampling, greedy", functools.partial(sample, Sampling(temperature=0.0)), 0.0, 0.0,
+             4.0 * 64 * V, ("fp32",)),
+    ]  # fmt: skip
