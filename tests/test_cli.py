@@ -280,7 +280,7 @@ def test_inspect_shows_the_parts_and_the_attention(capsys, run_path):
         (["train", "abc", "--out", "x", "--data", "empty"], r"empty: the file is empty"),
         (["train", "abc", "--out", "x", "--data", "short"], r"shorter than a window.*needs 17"),
         (["train", "abc", "--out", "x", "--data", "latin"], r"expected UTF-8, got byte 0xe9"),
-        (["train", "abc", "--out", "x", "--plot", "x.txt"], r"x.txt: expected a name in .png"),
+        (["train", "abc", "--out", "x", "--plot", "x.txt"], r"x.txt: a picture's name must"),
         (["train", "abc", "--out", "x", "--resume"], r"there is no run to resume"),
         (["train", "abc", "--out", "empty/x", "--data", "short"], r"empty is not a directory"),
         (

@@ -12,9 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Each room's modules (with those below them), and the rooms that it may import beside itself.
-BELOW_TRAINING = "errors config ops data model checkpoint"
+BELOW_TRAINING = "errors pictures config ops data model checkpoint"
 ROOMS = {
     "errors": ("errors checks", ""),
+    "pictures": ("pictures", "errors"),
     "config": ("config threads", "errors"),
     "ops": ("ops", "errors"),
     "data": ("abc_corpus data presets tokenizer", "errors config"),

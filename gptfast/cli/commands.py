@@ -4,7 +4,6 @@ Nothing that loads torch is imported before a command runs, so that help comes a
 """
 
 import hashlib
-import importlib.util
 import math
 import os
 import signal
@@ -114,14 +113,12 @@ class Train:
 
     def fit(self, preset: "Preset", overrides: dict[str, Any]) -> int:
         """Trains; 128 and the signal's number if one ended it, as 130 for Ctrl-C."""
+        from gptfast.pictures import check_picture
         from gptfast.training import UnsavedError, plots, train
         from gptfast.training.progress import hears_ctrl_c
 
         if self.plot is not None:  # what would fail after the training fails before it
-            if self.plot.suffix.lower() not in plots.SUFFIXES:
-                raise ConfigError(f"{self.plot}: expected a name in {', '.join(plots.SUFFIXES)}")
-            if importlib.util.find_spec("matplotlib") is None:
-                raise ConfigError("--plot needs matplotlib: pip install matplotlib")
+            check_picture(self.plot)
         use_threads(self.compute.threads)
         try:
             with hears_ctrl_c():
