@@ -19,7 +19,7 @@ ROOMS = {
     "config": ("config threads", "errors"),
     "ops": ("ops", "errors"),
     "data": ("abc_corpus data presets tokenizer", "errors config"),
-    "model": ("course initial model modules plain", "errors config ops"),
+    "model": ("course heads initial model modules plain", "errors config ops"),
     "checkpoint": ("checkpoint integrity storable", "errors config ops data model"),
     "generation": ("generation", "errors config ops data model"),
     "training": ("training", BELOW_TRAINING),
