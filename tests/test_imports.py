@@ -21,10 +21,11 @@ ROOMS = {
     "data": ("abc_corpus data presets tokenizer", "errors config"),
     "model": ("course heads initial model modules plain", "errors config ops"),
     "checkpoint": ("checkpoint integrity storable", "errors config ops data model"),
+    "attention_plots": ("attention_plots", "errors pictures model"),
     "generation": ("generation", "errors config ops data model"),
     "training": ("training", BELOW_TRAINING),
     "public": ("gptfast", f"{BELOW_TRAINING} generation training"),  # the names of gptfast itself
-    "cli": ("cli", f"{BELOW_TRAINING} generation training public"),
+    "cli": ("cli", f"{BELOW_TRAINING} attention_plots generation training public"),
     "testing": ("testing", ""),  # for tests and benchmarks
 }
 
