@@ -19,7 +19,7 @@ from common import DTYPES, OURS, Case, Row, measure, peak
 from gptfast import threads
 from gptfast.errors import ConfigError
 from gptfast.ops import select
-from gptfast.training.plots import SUFFIXES
+from gptfast.pictures import SUFFIXES
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 QUICK_SECONDS = 0.05

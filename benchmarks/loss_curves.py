@@ -21,7 +21,7 @@ from rich.table import Table
 import gptfast
 from gptfast import threads, training
 from gptfast.errors import GptfastError
-from gptfast.training.plots import COLOURS
+from gptfast.pictures import COLOURS
 
 PRECISIONS = ("fp32", "bf16")
 WEIGHTS = ("fp32", "bf16", "int8")  # the engine's dtypes

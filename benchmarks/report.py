@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gptfast.training.plots import COLOURS, GREY
+from gptfast.pictures import COLOURS, GREY
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS, ROOT = FOLDER / "results", FOLDER.parent

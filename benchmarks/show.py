@@ -20,7 +20,7 @@ from rich.text import Text
 import gptfast
 from gptfast.cli.info import info
 from gptfast.errors import ConfigError
-from gptfast.training.plots import COLOURS, GREY
+from gptfast.pictures import COLOURS, GREY
 
 WIDTH = 200  # columns, if the output is not a terminal
 

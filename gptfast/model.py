@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gptfast import ops, plain
+from gptfast import heads, ops, plain
 from gptfast.config import GPTConfig
 from gptfast.course import from_course_name
 from gptfast.errors import CheckpointError, ConfigError
 from gptfast.initial import InitialDraws
-from gptfast.modules import Block, ForwardContext, packed_attention
+from gptfast.modules import Block, ForwardContext
 from gptfast.ops import reference, select
 from gptfast.ops.random import seed_tensor
 
@@ -181,7 +181,6 @@ class GPT(nn.Module):
         )
         return total / (targets != ignore_index).sum().clamp(min=1)
 
-    @torch.no_grad()
     def attention_weights(self, idx: Tensor) -> Tensor:
         """Computes the attention weights of every layer, without dropout, by the reference.
 
@@ -194,28 +193,26 @@ class GPT(nn.Module):
         Raises:
             ConfigError: The model has no attention, or one of the user's own.
         """
-        if not self.config.attention:
-            raise ConfigError("a model with attention=False has no attention weights")
-        self._check_idx(idx)
-        weights: list[Tensor] = []
+        return heads.attention_weights(self, idx)
 
-        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            weights.append(reference.attention_weights(q, k))
-            return reference.causal_attention(q, k, v)
+    def attention_contributions(self, idx: Tensor) -> Tensor:
+        """Computes what each head adds to the residual stream, without dropout, by the reference.
 
-        def attend(qkv: Tensor, n_head: int) -> Tensor:
-            return packed_attention(attention, qkv, n_head)
+        With x the block's input after its LayerNorm and w the attention weights, head h adds at
+        position i the sum over j of w_ij (x_j U_V(h) + b_V(h)) U_O(h), where U_V and b_V are its
+        part of c_attn, and U_O its part of c_proj. The sum over h, with c_proj's bias, is the
+        attention's output. Modules of the user's own are called with each head alone.
 
-        context = ForwardContext(reference, 0.0, None)
-        x = self.embed(idx, context)
-        for layer, block in enumerate(self.blocks):
-            x = block.forward_with(attend, x, context)
-            if len(weights) == layer:
-                raise ConfigError(
-                    f"attention_weights: h.{layer}.attn must be a CausalSelfAttention, got"
-                    f" {type(block.attn).__name__}, which does not show its weights"
-                )
-        return torch.stack(weights)
+        Args:
+            idx: (B, T) int64.
+
+        Returns:
+            (L, B, H, T, C), float32 or the activations' wider dtype.
+
+        Raises:
+            ConfigError: As of `attention_weights`; or what replaces c_proj is not linear.
+        """
+        return heads.attention_terms(self, idx).heads
 
     @classmethod
     def from_course_state_dict(
@@ -263,7 +260,7 @@ class GPT(nn.Module):
 
     def _trunk(self, idx: Tensor, seed: int | Tensor | None) -> tuple[Tensor, ForwardContext]:
         """The blocks' output, (B, T, C), before the final norm."""
-        self._check_idx(idx)
+        self.check_idx(idx)
         dropout_p = self.config.dropout if self.training else 0.0
         # Drawn on the CPU: masks are the same on every device, which is not waited for.
         key = seed_tensor(seed).to(idx.device, non_blocking=True) if dropout_p > 0.0 else None
@@ -273,7 +270,8 @@ class GPT(nn.Module):
             x = block(x, context)
         return x, context
 
-    def _check_idx(self, idx: Tensor) -> None:
+    def check_idx(self, idx: Tensor) -> None:
+        """Raises ValueError unless `idx` is (B, T) int64 with T at most block_size."""
         if idx.dim() != 2 or idx.dtype != torch.int64:
             raise ValueError(
                 f"idx must be a (B, T) int64 tensor, got {tuple(idx.shape)} of {idx.dtype}"

@@ -278,8 +278,58 @@ def test_inspect_shows_the_parts_and_the_attention(capsys, run_path):
     assert re.search(rf"^total +{total:,}$", out, re.M)
     assert re.search(r"^h\.\*\.attn\.c_attn +48 x 16 +48 +1 +816$", out, re.M)
     assert "n_embd: 16" in out and repr("".join(tokenizer.chars)) in out
-    # The first character attends only to itself; a row has one digit per unmasked key.
-    assert re.search(r"layer 0, head 1: .*\n    to be\n  t 9\n  o \d\d\n    \d{3}\n", out)
+    # The first character can only attend to itself; a row has a digit for each it may see.
+    nats = r" {2,}\d\.\d\d\n"
+    rows = rf"  t 9 {{4}}  0.00\n  o \d\d{nats}    \d{{3}}{nats}  b \d{{4}}{nats}  e \d{{5}}{nats}"
+    assert re.search(rf"layer 0, head 1: .* entropy in nats\n    to be\n{rows}", out)
+
+
+def test_inspect_draws_the_attention(capsys, run_path, tmp_path):
+    pytest.importorskip("matplotlib")
+    command = ["inspect", str(run_path), "--attention", "to be"]
+    assert cli.main(command) == 0
+    wanted = capsys.readouterr().out
+    pictures = []
+    for options in ([], ["--contributions=1"], ["--contributions", "-4"]):
+        path = tmp_path / "new" / f"{len(pictures)}.png"
+        assert cli.main([*command, *options, "--plot", str(path)]) == 0
+        assert capsys.readouterr().out == wanted
+        pictures.append(path.read_bytes())
+        assert pictures[-1][:4] == b"\x89PNG"
+    assert pictures[0] != pictures[1] == pictures[2]
+
+
+def test_inspect_shows_what_heads_add(capsys, run_path):
+    command = ["inspect", str(run_path), "--attention", "to be", "--contributions"]
+    assert cli.main([*command, "-1"]) == 0
+    out = capsys.readouterr().out.rpartition("what each head adds to the attention's output at ")[2]
+    assert out.startswith("position 4, 'e':\n\nlayer 0 ")
+    rows = re.findall(r"^  (head \d|bias|sum) +(\S+) +(\S+)$", out, re.M)
+    assert [row[0] for row in rows] == ["head 0", "head 1", "bias", "sum"]
+    *projections, total = (float(row[2]) for row in rows)
+    assert total == float(rows[-1][1]) == pytest.approx(sum(projections), abs=1e-3)
+    difference = re.search(r"The terms sum to the output \(largest difference (.+)\)\.\n$", out)
+    assert float(difference[1]) < 1e-5
+    assert cli.main([*command, "4"]) == 0
+    assert capsys.readouterr().out.endswith(out)
+
+
+def test_inspect_of_a_model_without_attention(capsys, tmp_path):
+    config = GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=1, n_embd=8, attention=False)
+    checkpoint.save(GPT(config), CharTokenizer.from_text("ABCD"), tmp_path / "model")
+    options = [[], ["--contributions=0"], ["--plot", str(tmp_path / "a.png")]]
+    for each in options:
+        error = refused(capsys, "inspect", tmp_path / "model", "--attention", "AB", *each)
+        assert error == "a model with attention=False has no attention weights"
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_inspect_asks_for_matplotlib_before_any_work(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    options = ["--attention", "A", "--plot", "a.png"]
+    assert "pictures need matplotlib" in refused(capsys, "inspect", "missing", *options)
+    options = ["--out", "x", "--data", "missing", "--plot", "a.png"]
+    assert "pictures need matplotlib" in refused(capsys, "train", "abc", *options)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +351,7 @@ def test_inspect_shows_the_parts_and_the_attention(capsys, run_path):
         (["train", "abc", "--out", "x", "--data", "empty"], r"empty: the file is empty"),
         (["train", "abc", "--out", "x", "--data", "short"], r"shorter than a window.*needs 17"),
         (["train", "abc", "--out", "x", "--data", "latin"], r"expected UTF-8, got byte 0xe9"),
-        (["train", "abc", "--out", "x", "--plot", "x.txt"], r"x.txt: expected a name in .png"),
+        (["train", "abc", "--out", "x", "--plot", "x.txt"], r"x.txt: a picture's name must"),
         (["train", "abc", "--out", "x", "--resume"], r"there is no run to resume"),
         (["train", "abc", "--out", "empty/x", "--data", "short"], r"empty is not a directory"),
         (
@@ -332,6 +382,12 @@ def test_inspect_shows_the_parts_and_the_attention(capsys, run_path):
         (["eval", "RUN", "--data", "short", "--unknown", "skip"], r"at least 2 tokens"),
         (["inspect", "RUN", "--attention", "to be or not to be"], r"at most block_size=16"),
         (["inspect", "RUN", "--attention", ""], r"needs at least one character"),
+        (["inspect", "missing", "--plot", "a.png"], r"^--plot needs --attention TEXT$"),
+        (["inspect", "missing", "--contributions", "0"], r"^--contributions needs --attention"),
+        (["inspect", "missing", "--attention=t", "--plot=a.txt"], r"a.txt: a picture's name must"),
+        (["inspect", "RUN", "--attention=to", "--contributions=2"], r"0 to 1, or from -2 .* got 2"),
+        (["inspect", "RUN", "--attention=to", "--contributions=-3"], r"0 to 1, or .* got -3"),
+        (["inspect", "RUN", "--attention=to", "--plot", "empty/a.png"], r"cannot be written"),
     ],
 )
 def test_a_mistake_gives_one_sentence(capsys, tmp_path, monkeypatch, run_path, arguments, expected):

@@ -12,18 +12,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # For each room (layer): its modules and packages, and the other rooms that it may import.
-BELOW_TRAINING = "errors config ops data model checkpoint"
+BELOW_TRAINING = "errors pictures config ops data model checkpoint"
 ROOMS = {
     "errors": ("errors checks files", ""),
+    "pictures": ("pictures", "errors"),
     "config": ("config threads", "errors"),
     "ops": ("ops", "errors"),
     "data": ("abc_corpus data presets tokenizer", "errors config"),
-    "model": ("course initial model modules plain", "errors config ops"),
+    "model": ("course heads initial model modules plain", "errors config ops"),
     "checkpoint": ("checkpoint integrity storable", "errors config ops data model"),
+    "attention_plots": ("attention_plots", "errors pictures model"),
     "generation": ("generation", "errors config ops data model"),
     "training": ("training", BELOW_TRAINING),
     "public": ("gptfast", f"{BELOW_TRAINING} generation training"),  # the names of gptfast itself
-    "cli": ("cli", f"{BELOW_TRAINING} generation training public"),
+    "cli": ("cli", f"{BELOW_TRAINING} attention_plots generation training public"),
     "testing": ("testing", ""),  # for tests and benchmarks
 }
 

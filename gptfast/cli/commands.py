@@ -4,7 +4,6 @@ Nothing that loads torch is imported before a command runs, so that help comes a
 """
 
 import hashlib
-import importlib.util
 import math
 import signal
 import sys
@@ -127,14 +126,12 @@ class Train:
         Returns:
             0, or 128 and the number of the signal that ended the run, as 130 after Ctrl-C.
         """
+        from gptfast.pictures import check_picture
         from gptfast.training import UnsavedError, plots, train
         from gptfast.training.progress import handles_ctrl_c
 
         if self.plot is not None:  # what would fail after the training fails before it
-            if self.plot.suffix.lower() not in plots.SUFFIXES:
-                raise ConfigError(f"{self.plot}: expected a name in {', '.join(plots.SUFFIXES)}")
-            if importlib.util.find_spec("matplotlib") is None:
-                raise ConfigError("--plot needs matplotlib: pip install matplotlib")
+            check_picture(self.plot)
         use_threads(self.compute.threads)
         try:
             with handles_ctrl_c():
@@ -296,18 +293,35 @@ class Inspect:
     """Show what is in a checkpoint: parameters, tokenizer, configuration."""
 
     run_path: Run  # a run of `gptfast train`, or any checkpoint directory
-    # show, in tenths, what each character of TEXT attends to
+    # show, in tenths, what each character of TEXT attends to, and the entropy of that
     attention: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
+    # show what each head adds at character N of TEXT: 0 is the first one, -1 the last
+    contributions: Count = None
+    # draw the attention, or the contributions where they are asked for, to this picture: .png, .svg
+    # or .pdf (needs matplotlib)
+    plot: File = None
 
     def run(self) -> int:
         """Prints the tables."""
+        if self.attention is None:
+            for option in ("contributions", "plot"):
+                if getattr(self, option) is not None:
+                    raise ConfigError(f"--{option} needs --attention TEXT")
+        if self.plot is not None:
+            from gptfast.pictures import check_picture
+
+            check_picture(self.plot)
         from rich.console import Console
 
         from gptfast import checkpoint
-        from gptfast.cli.inspection import attention_maps, lines_of, parameter_table
+        from gptfast.cli.inspection import attention_report, lines_of, parameter_table
 
         model, tokenizer = checkpoint.load(self.run_path)
-        maps = "" if self.attention is None else attention_maps(model, tokenizer, self.attention)
+        attention = ""
+        if self.attention is not None:
+            attention = attention_report(
+                model, tokenizer, self.attention, self.contributions, self.plot
+            )
         Console().print(parameter_table(model))
         header = checkpoint.read_config(self.run_path)
         chars = "none"
@@ -319,7 +333,7 @@ class Inspect:
             print(f"\n{title}:")
             for line in lines_of(values):
                 print(f"  {line}")
-        print(maps, end="")
+        print(attention, end="")
         return 0
 
 

@@ -1,11 +1,15 @@
 """Formats what `gptfast inspect` prints about a checkpoint."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from torch import Tensor
 
+from gptfast.attention_plots import plot_attention, plot_contributions, visible
 from gptfast.errors import ConfigError, DataError
+from gptfast.heads import Shares, attention_terms, entropy, shares
 from gptfast.model import GPT
 from gptfast.tokenizer import CharTokenizer
 
@@ -30,25 +34,74 @@ def parameter_table(model: GPT) -> Table:
     return table
 
 
-def attention_maps(model: GPT, tokenizer: CharTokenizer | None, text: str) -> str:
-    """Returns the attention weights of each head as digits (tenths), one row per query."""
+def attention_report(
+    model: GPT,
+    tokenizer: CharTokenizer | None,
+    text: str,
+    position: int | None = None,
+    plot: Path | None = None,
+) -> str:
+    """Writes what each head attends to and, given a position, adds there; or draws the latter.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        text: what it reads.
+        position: the character at which contributions are shown; negative ones count from the end.
+        plot: a picture: of the contributions, or of the attention where no position is given.
+    """
     if tokenizer is None or not text:
         raise ConfigError("--attention needs at least one character, and a model with a tokenizer")
-    if len(text) > model.config.block_size:
+    T = len(text)
+    if model.config.block_size < T:
         raise DataError(
-            f"--attention takes at most block_size={model.config.block_size} characters, "
-            f"got {len(text)}"
+            f"--attention takes at most block_size={model.config.block_size} characters, got {T}"
         )
-    weights = model.attention_weights(tokenizer.encode_tensor(text)[None])[:, 0]  # (L, H, T, T)
-    shown = [char if char.isprintable() else "⏎" for char in text]
+    if position is not None and not -T <= position < T:
+        raise ConfigError(
+            f"--contributions takes a position from 0 to {T - 1}, or from {-T} to -1, counted from"
+            f" the end, got {position}"
+        )
+    idx = tokenizer.encode_tensor(text)[None]  # (1, T)
+    weights = model.attention_weights(idx)[:, 0]  # (L, H, T, T)
+    report = _attention_maps(weights, text)
+    if position is not None:
+        found = shares(attention_terms(model, idx), 0, position)
+        where = f"position {position % T}, {text[position]!r}"
+        if plot is None:
+            return report + _contribution_table(found, where)
+        plot_contributions(found, where, plot)
+    elif plot is not None:
+        plot_attention(weights, text, plot)
+    return report
+
+
+def _attention_maps(weights: Tensor, text: str) -> str:
+    """The attention weights (L, H, T, T) in tenths, with entropies, a row per character."""
+    shown = [visible(char) for char in text]
+    entropies = entropy(weights).tolist()
     lines = []
     for layer, heads in enumerate(weights.tolist()):
         for head, rows in enumerate(heads):
-            lines += ["", f"layer {layer}, head {head}: tenths of the attention"]
+            lines += ["", f"layer {layer}, head {head}: tenths of the attention, entropy in nats"]
             lines.append(f"    {''.join(shown)}")
             for i, row in enumerate(rows):
                 tenths = "".join(str(min(9, int(10 * weight))) for weight in row[: i + 1])
-                lines.append(f"  {shown[i]} {tenths}")
+                nats = entropies[layer][head][i]
+                lines.append(f"  {shown[i]} {tenths:<{len(text)}}  {nats:.2f}")
+    return "\n".join([*lines, ""])
+
+
+def _contribution_table(found: Shares, where: str) -> str:
+    """The norm and the projection of each term, and of their sum."""
+    lines = ["", f"what each head adds to the attention's output at {where}:"]
+    for layer, output in enumerate(found.output.tolist()):
+        lines += ["", f"layer {layer:<3} {'norm':>10} {'projection on the output':>26}"]
+        norms, projections = found.norms[layer].tolist(), found.projections[layer].tolist()
+        names = [f"head {name}" if name.isdigit() else name for name in found.names]
+        rows = zip([*names, "sum"], [*norms, output], [*projections, sum(projections)], strict=True)
+        lines += [f"  {name:<7} {norm:#10.4g} {along:#26.4g}" for name, norm, along in rows]
+    lines += ["", f"The terms sum to the output (largest difference {found.difference:.1e})."]
     return "\n".join([*lines, ""])
 
 

@@ -6,14 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from gptfast.errors import ConfigError, DataError
+from gptfast.pictures import COLOURS, GREY, check_picture, save_picture
 from gptfast.training.run import HISTORY_NAME, Row
 
 Run = str | Path | Sequence[Row]
-
-SUFFIXES = (".png", ".svg", ".pdf")
-# A palette for colour-blind readers (Okabe and Ito, "Color Universal Design", 2008).
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-GREY = "#555555"
 
 
 def plot_history(
@@ -41,18 +37,11 @@ def plot_history(
         DataError: a history is missing, empty or invalid, or the file cannot be written.
     """
     path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"{path}: a picture's name must end in {', '.join(SUFFIXES)}")
+    check_picture(path)
     histories = _histories(runs)
     if not 1 <= len(histories) <= len(COLOURS):
         raise ConfigError(f"a picture shows 1 to {len(COLOURS)} runs, got {len(histories)}")
-    figure = _draw(histories, title)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
-    return path
+    return save_picture(_draw(histories, title), path)
 
 
 def read_history(path: str | Path) -> list[Row]:
@@ -114,11 +103,9 @@ def _name(run: str | Path) -> str:
 
 
 def _draw(histories: Mapping[str, list[Row]], title: str | None) -> Any:
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator, StrMethodFormatter
-    except ImportError:
-        raise ConfigError("pictures need matplotlib: pip install 'gptfast-kernels[plot]'") from None
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
     # Use Figure directly, because pyplot would need a backend and global state.
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
