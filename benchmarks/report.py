@@ -233,8 +233,8 @@ def draw(path: Path, rows: list[dict[str, Any]], card: str) -> None:
         axes.set_xlabel("times as fast as the fastest other")
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-        axes.legend(loc="lower right", frameon=False)
-        axes.set_title(card, loc="left", fontsize=8)
+        axes.legend(loc="upper right", frameon=False)
+        figure.suptitle(card, x=0.01, ha="left", fontsize=8)
         figure.savefig(path, metadata={"Date": None, "Description": _description(rows)})
 
 
@@ -276,7 +276,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         results = read_results(options.results)
         rows = summary(results)
-        tables = {README: "\n".join(summary_table(rows)) if rows else NOTHING}
+        machine = describe(results[0]["card"]) if results else ""
+        tables = {README: "\n".join([machine, "", *summary_table(rows)]) if rows else NOTHING}
         tables[PAGE] = report(results)
         old = {name: (options.root / name).read_text(encoding="utf-8") for name in tables}
         new = {name: insert(name, old[name], tables[name]) for name in tables}
@@ -294,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, text in new.items():
         (options.root / name).write_text(text, encoding="utf-8")
     if rows:
-        draw(picture, rows, describe(results[0]["card"]))
+        draw(picture, rows, machine)
     return 0
 
 
