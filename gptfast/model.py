@@ -26,10 +26,10 @@ Backend = Literal["auto", "fused", "reference"]
 
 
 class Intermediates(NamedTuple):
-    """What a forward pass computes on its way, for teaching and for tests."""
+    """The intermediate results of a forward pass, for teaching and tests."""
 
     positions: Tensor  # (T,) int64
-    mask: Tensor  # (T, T) bool, True where a query (row) sees a key (column)
+    mask: Tensor  # (T, T) bool, True where a query (row) attends to a key (column)
     hidden: Tensor  # (B, T, C) after the final norm
     logits: Tensor  # (B, T, V)
 
@@ -37,21 +37,21 @@ class Intermediates(NamedTuple):
 class GPT(nn.Module):
     """A GPT language model.
 
-    `backend` chooses how it computes: "fused" by the kernels (an error where they cannot run),
-    "reference" by plain torch, "auto" by the kernels where they can run. Dropout masks come from
-    the same counters in both, so equal seeds of torch's default generator give equal results up to
-    rounding. (torch.compile draws from a generator of its own: other masks, of the same kind.)
+    `backend` chooses how it computes: "fused" uses the kernels and raises an error if they cannot
+    run, "reference" uses plain torch, "auto" uses the kernels if they can run. Both take dropout
+    masks from the same counters, so equal seeds of torch's default generator give equal results up
+    to rounding. (torch.compile has a generator of its own, which gives other masks.)
 
-    The kernels stand in for plain layers. Where a layer is anything else (of another type, with
-    hooks, a parametrisation, a forward or an eps of its own), that part of the model is computed by
-    calling its modules, with "auto" and "reference" alike; "fused" then refuses and names the
-    module. Hooks on GPT and Block are called in any case and stop no kernel.
+    The kernels compute plain layers. If a layer is anything else (of another type, with hooks, a
+    parametrisation, a forward or an eps of its own), "auto" and "reference" compute that part of
+    the model by calling its modules, and "fused" refuses and names the module. Hooks on GPT and
+    Block are always called and do not prevent the use of the kernels.
 
     Args:
         config: The shape, with a vocabulary's size.
         backend: How it computes.
-        generator: The source of the initial weights, which lie on its device. torch's default one
-            for None; they are the same where both were seeded alike.
+        generator: The source of the initial weights, which are made on its device. None stands for
+            torch's default generator, which gives the same weights for the same seed.
 
     Raises:
         ConfigError: `config.vocab_size` is None, or `backend` is unknown.
@@ -116,8 +116,8 @@ class GPT(nn.Module):
         Args:
             idx: (B, T) int64, T at most block_size.
             return_intermediates: Also return positions, mask and final hidden states.
-            targets: Compute `loss` instead: what wraps a model, as DistributedDataParallel and
-                torch.compile do, follows this method alone.
+            targets: Compute `loss` instead, because wrappers such as DistributedDataParallel and
+                torch.compile only follow this method.
             seed: See `loss`.
 
         Returns:

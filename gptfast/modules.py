@@ -1,4 +1,4 @@
-"""A GPT block and its parts: fused where their layers are plain, else by calling these.
+"""A GPT block and its parts. Plain layers run as fused operators; any other layer is called.
 
 Letters: B batch, T time, C n_embd, H heads. Modules have GPT-2's names.
 """
@@ -17,30 +17,33 @@ from gptfast.errors import BackendError
 from gptfast.ops import reference
 from gptfast.ops.random import dropout_factors
 
-# A packed projection (B, T, 3 C) and the number of its heads -> (B, T, C).
+# Attention as a function: the packed projection (B, T, 3 C) and the number of heads -> (B, T, C).
 Attend = Callable[[Tensor, int], Tensor]
 
 
 class ForwardContext(NamedTuple):
-    """How one forward pass computes: which operators, and the dropout's probability and key."""
+    """What one forward pass computes with: the operators, and dropout's probability and seed."""
 
     ops: ModuleType
     dropout_p: float
     seed: Tensor | None
-    strict: bool = False  # the kernels or an error, whatever the modules are
+    strict: bool = False  # whether a layer that is not plain is an error
 
     def fuses(self, oddity: str | None) -> bool:
-        """Whether an operator does the part with this first layer that is not plain, if any.
+        """Returns whether a fused operator computes a part of the model.
+
+        Args:
+            oddity: The first layer of the part that is not plain; None if all are.
 
         Raises:
-            BackendError: There is one, and the kernels are asked for.
+            BackendError: A layer is not plain, and the context is strict.
         """
         if oddity is not None and self.strict:
             raise BackendError(f"model: {not_fused(oddity)}; backend='auto' calls it")
         return oddity is None
 
     def dropped(self, x: Tensor, stream: int) -> Tensor:
-        """Dropout of an activation, (B, T, C), by the mask that the kernels have for it."""
+        """Applies dropout to an activation (B, T, C), with the same mask as the kernels."""
         if self.seed is None:
             return x
         rows = x.shape[:-1].numel()
@@ -49,12 +52,12 @@ class ForwardContext(NamedTuple):
 
 
 def not_fused(oddity: str) -> str:
-    """The sentence that a layer stops the kernels."""
+    """Returns the sentence which says that a layer prevents the use of the kernels."""
     return f"the fused kernels compute plain layers, and {oddity}"
 
 
 def packed_attention(causal_attention: Callable[..., Tensor], qkv: Tensor, n_head: int) -> Tensor:
-    """Attention of the packed projection (B, T, 3 C) -> (B, T, C)."""
+    """Applies attention to a packed projection, (B, T, 3 C) -> (B, T, C)."""
     q, k, v = qkv.unflatten(-1, (3, n_head, -1)).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
     return causal_attention(q, k, v).transpose(1, 2).flatten(2)
 
@@ -69,7 +72,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor, *, attend: Attend | None = None) -> Tensor:
-        """(B, T, C) -> (B, T, C); `attend` in place of causal attention without dropout."""
+        """(B, T, C) -> (B, T, C). `attend` replaces causal attention without dropout."""
         qkv = self.c_attn(x)
         if attend is None:
             return self.c_proj(packed_attention(reference.causal_attention, qkv, self.n_head))
@@ -100,7 +103,7 @@ def _is_mlp(module: nn.Module) -> str | None:
 
 
 def _params(ln: nn.Module, half: nn.Module, first: str) -> tuple[Tensor | None, ...]:
-    """The parameters of a norm and of the two layers of the half of a block that follows it."""
+    """Returns the parameters of a norm and of the two linear layers after it."""
     layers: Any = half._modules
     return (
         *plain.params(ln), *plain.params(layers[first]), *plain.params(layers["c_proj"])
@@ -108,17 +111,18 @@ def _params(ln: nn.Module, half: nn.Module, first: str) -> tuple[Tensor | None, 
 
 
 class Block(nn.Module):
-    """x + attention(LN(x)), then x + FFN(LN(x)); the first is left out where the config says so.
+    """Computes x + attention(LN(x)), then x + FFN(LN(x)); without attention only the second.
 
-    Each half is one operator where its layers are plain. Else its norm is called, then `attn` or
-    `mlp` with the result; a CausalSelfAttention, or what wraps one, also gets the attention itself
-    as `attend`. The sum and the dropout of `mlp`'s result are the block's.
+    A half is one fused operator if all of its layers are plain. Otherwise the block calls its norm,
+    then `attn` or `mlp` with the result. A CausalSelfAttention, or a module that contains one, also
+    receives the attention function as `attend`. The block itself adds the residual and applies
+    dropout to the result of `mlp`.
     """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.stream = 1 + 2 * layer  # of the attention weights' dropout; the FFN has the next
+        self.stream = 1 + 2 * layer  # of the attention weights' dropout; the FFN has the next one
         if config.attention:
             self.ln_1 = nn.LayerNorm(config.n_embd, eps=reference.LAYER_NORM_EPS, bias=config.bias)
             self.attn = CausalSelfAttention(config)
@@ -140,7 +144,7 @@ class Block(nn.Module):
         return self.feed_forward(x, context)
 
     def forward_with(self, attend: Attend, x: Tensor, context: ForwardContext) -> Tensor:
-        """`forward` with `attend` for attention, as where keys of earlier tokens are kept."""
+        """Computes `forward` with `attend` as its attention, for example attention with a cache."""
         if "attn" in self._modules:
             if context.fuses(self.oddity(self.attention_layers())):
                 *qkv, proj_w, proj_b = _params(self.ln_1, self.attn, "c_attn")
@@ -151,7 +155,7 @@ class Block(nn.Module):
         return self.feed_forward(x, context)
 
     def feed_forward(self, x: Tensor, context: ForwardContext) -> Tensor:
-        """The second half, (B, T, C) -> (B, T, C)."""
+        """Computes the second half, (B, T, C) -> (B, T, C)."""
         if context.fuses(self.oddity(self.feed_forward_layers())):
             own: Any = self._modules
             mlp = own["mlp"]
@@ -164,7 +168,7 @@ class Block(nn.Module):
         return (x.to(wide) + context.dropped(y, self.stream + 1)).to(x.dtype)
 
     def attention_layers(self) -> Iterator[plain.Layer]:
-        """The layers of the first half; those inside a foreign `attn` are not reached."""
+        """Yields the layers of the first half. `attn` comes before those inside it."""
         own: Any = self._modules  # three times as quick as nn.Module's attributes
         yield "ln_1", own["ln_1"], plain.norm
         yield "attn", own["attn"], _is_attention
@@ -173,7 +177,7 @@ class Block(nn.Module):
         yield "attn.c_proj", own["c_proj"], plain.linear
 
     def feed_forward_layers(self) -> Iterator[plain.Layer]:
-        """The layers of the second half; those inside a foreign `mlp` are not reached."""
+        """Yields the layers of the second half. `mlp` comes before those inside it."""
         own: Any = self._modules
         yield "ln_2", own["ln_2"], plain.norm
         yield "mlp", own["mlp"], _is_mlp
@@ -182,13 +186,13 @@ class Block(nn.Module):
         yield "mlp.c_proj", own["c_proj"], plain.linear
 
     def layers(self) -> Iterator[plain.Layer]:
-        """All that the kernels must find plain."""
+        """Yields all layers that must be plain for the kernels."""
         if "attn" in self._modules:
             yield from self.attention_layers()
         yield from self.feed_forward_layers()
 
     def oddity(self, layers: Iterator[plain.Layer]) -> str | None:
-        """The first of these layers that is not plain, and what it is; None where all are."""
+        """Describes the first of these layers that is not plain; None if all are."""
         found = plain.first_replaced(layers)
         return None if found is None else f"h.{self.layer}.{found}"
 
@@ -198,7 +202,7 @@ class Block(nn.Module):
                 *qkv, dropout_p=context.dropout_p, seed=context.seed, stream=self.stream
             )
 
-        # A layer of the user's may give another dtype than the residual stream has.
+        # A user's layer may return another dtype than that of the residual stream.
         return lambda qkv, n_head: packed_attention(attention, qkv.to(dtype), n_head)
 
     def _called_attention(self, attend: Attend, x: Tensor) -> Tensor:
