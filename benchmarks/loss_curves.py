@@ -153,8 +153,7 @@ def plot(path: Path, result: dict[str, Any]) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel("held-out loss, nats per character")
     axes.legend(frameon=False)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
 

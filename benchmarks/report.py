@@ -150,9 +150,12 @@ def _cells(row: dict[str, Any] | None, course: bool) -> list[str]:
     against = [ratio for name, ratio in row["ratio"].items() if name.startswith("course")]
     course_cell = [f"{against[0]:.2f}" if against else "-"]
     best = f"{row['ratio'][row['best']]:.2f} ({row['best']})" if row["best"] else "-"
-    speed = row.get("details", {}).get("tokens/s")
-    shown = _number(row["ms"]["gptfast"] if speed is None else speed)
-    return [shown, *(course_cell if course else []), best, f"{row['of_peak']:.0%}"]
+    return [
+        _number(_speed(row)[0]),
+        *(course_cell if course else []),
+        best,
+        f"{row['of_peak']:.0%}",
+    ]
 
 
 def memory_table(result: dict[str, Any]) -> list[str]:
@@ -183,9 +186,7 @@ def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for (script, name), text in SUMMARY.items():
         speed, best = {}, {}
         for row in scripts.get(script, {}).get(name, {}).values():
-            tokens = row.get("details", {}).get("tokens/s")
-            value = (row["ms"]["gptfast"], "ms") if tokens is None else (tokens, "tokens/s")
-            speed[row["dtype"]] = value
+            speed[row["dtype"]] = _speed(row)
             if row["best"]:
                 best[row["dtype"]] = (row["ratio"][row["best"]], row["best"])
         if speed:
@@ -231,8 +232,7 @@ def draw(path: Path, rows: list[dict[str, Any]], card: str) -> None:
         axes.margins(x=0.22)
         axes.set_xlim(left=0)
         axes.set_xlabel("times as fast as the fastest other")
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(loc="upper right", frameon=False)
         figure.suptitle(card, x=0.01, ha="left", fontsize=8)
         figure.savefig(path, metadata={"Date": None, "Description": _description(rows)})
@@ -245,6 +245,11 @@ def drawn(path: Path, rows: list[dict[str, Any]]) -> bool:
 
 def _description(rows: list[dict[str, Any]]) -> str:
     return json.dumps([[row["text"], row["best"]] for row in rows])
+
+
+def _speed(row: dict[str, Any]) -> tuple[float, str]:
+    tokens = row.get("details", {}).get("tokens/s")
+    return (row["ms"]["gptfast"], "ms") if tokens is None else (tokens, "tokens/s")
 
 
 def _number(value: float) -> str:

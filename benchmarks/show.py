@@ -226,8 +226,7 @@ def plot(path: Path, result: dict[str, Any]) -> None:
     axes.set_xlim(left=0)
     axes.margins(x=0.08, y=0.01)
     axes.set_xlabel("times faster than ... (1: equally fast)")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
     handles = [
         axes.barh(0, 0, color=COLOURS[i % len(COLOURS)], label=name) for i, name in enumerate(names)
     ]

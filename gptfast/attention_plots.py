@@ -11,19 +11,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from gptfast.heads import Shares, entropy
-from gptfast.pictures import COLOURS, GREY, check_picture, save_picture
+from gptfast.pictures import COLOURS, GREY, save_picture, visible
 
 BLUE, ORANGE = COLOURS[:2]
 LIGHT_ORANGE = "#EBA675"
 UNSEEN = "#eeeeee"  # keys that the causal mask hides
 FONT = 7  # points
 POINTS = 72  # per inch
-VISIBLE = {"\n": "⏎", "\t": "⇥"}
-
-
-def visible(char: str) -> str:
-    """A character that can be seen in the place of any; a space stays one."""
-    return char if char.isprintable() else VISIBLE.get(char, "\N{REPLACEMENT CHARACTER}")
 
 
 def plot_attention(weights: Tensor, text: str, path: str | Path) -> Path:
@@ -41,9 +35,7 @@ def plot_attention(weights: Tensor, text: str, path: str | Path) -> Path:
         ConfigError: an unknown suffix, or matplotlib is missing.
         DataError: the picture cannot be written.
     """
-    path = Path(path)
-    check_picture(path)
-    return save_picture(_draw_maps(weights.float().cpu(), text), path)
+    return save_picture(path, lambda: _draw_maps(weights.float().cpu(), text))
 
 
 def plot_contributions(shares: Shares, where: str, path: str | Path) -> Path:
@@ -61,9 +53,7 @@ def plot_contributions(shares: Shares, where: str, path: str | Path) -> Path:
         ConfigError: an unknown suffix, or matplotlib is missing.
         DataError: the picture cannot be written.
     """
-    path = Path(path)
-    check_picture(path)
-    return save_picture(_draw_bars(shares, where), path)
+    return save_picture(path, lambda: _draw_bars(shares, where))
 
 
 class _Grid(NamedTuple):
@@ -229,8 +219,7 @@ def _draw_bars(shares: Shares, where: str) -> Any:
         axes.yaxis.set_label_coords(-0.55 / width, 0.5)
         axes.grid(axis="y", color="#dddddd", linewidth=0.7)
         axes.set_axisbelow(True)
-        for side in ("top", "right", "bottom"):
-            axes.spines[side].set_visible(False)
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
         _soften(axes)
         axes.tick_params(axis="x", length=0)
     names = [f"head {name}" if N <= 6 and name.isdigit() else name for name in shares.names]

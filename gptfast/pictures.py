@@ -1,9 +1,10 @@
 """What all pictures share: their formats, their colours, how they are written.
 
-Needs matplotlib, the extra `plot`.
+Drawing needs matplotlib, the extra `plot`.
 """
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,13 @@ SUFFIXES = (".png", ".svg", ".pdf")
 # Told apart by colour-blind readers too (Okabe and Ito, "Color Universal Design", 2008).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#555555"
+VISIBLE = {"\n": "⏎", "\t": "⇥"}
+
+
+def visible(text: str) -> str:
+    """Returns the text with a visible character for each that is not printable."""
+    replaced = (VISIBLE.get(char, "\N{REPLACEMENT CHARACTER}") for char in text)
+    return "".join(a if a.isprintable() else b for a, b in zip(text, replaced, strict=True))
 
 
 def check_picture(path: Path) -> None:
@@ -25,15 +33,23 @@ def check_picture(path: Path) -> None:
         raise ConfigError("pictures need matplotlib: pip install 'gptfast-kernels[plot]'") from None
 
 
-def save_picture(figure: Any, path: Path) -> Path:
-    """Writes a figure of matplotlib's to a file, whose directory is made if missing.
+def save_picture(path: str | Path, draw: Callable[[], Any]) -> Path:
+    """Draws a picture and writes it to a file, whose directory is created if missing.
+
+    Args:
+        path: The file, PNG, SVG or PDF by its suffix.
+        draw: Returns a matplotlib figure; called if a picture of this name can be drawn.
 
     Returns:
         The path.
 
     Raises:
-        DataError: it cannot be written.
+        ConfigError: The suffix is unknown, or matplotlib is missing.
+        DataError: The file cannot be written.
     """
+    path = Path(path)
+    check_picture(path)
+    figure = draw()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():  # a character that the font lacks becomes a box

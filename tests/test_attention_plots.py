@@ -20,9 +20,8 @@ def figures(monkeypatch):
     """The figures that are drawn, which are saved as ever."""
     drawn, save = [], attention_plots.save_picture
 
-    def note(figure, path):
-        drawn.append(figure)
-        return save(figure, path)
+    def note(path, draw):
+        return save(path, lambda: drawn.append(draw()) or drawn[-1])
 
     monkeypatch.setattr(attention_plots, "save_picture", note)
     return drawn

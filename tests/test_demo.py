@@ -14,6 +14,7 @@ from gptfast import cli
 from gptfast.abc_corpus import abc_entropy, abc_next_distribution
 from gptfast.cli import demo
 from gptfast.ops import select
+from gptfast.pictures import visible
 
 
 def printed(seed: int = 1) -> SimpleNamespace:
@@ -84,7 +85,7 @@ def test_the_page_can_be_read(whole):
     assert f"{whole.result.loss:.4f}" in whole.text and f"{whole.result.entropy:.4f}" in whole.text
     shown = "".join(whole.text.split())
     for text in (whole.result.greedy, whole.result.sampled):
-        assert demo.visible(text) in shown
+        assert visible(text) in shown
 
 
 def test_it_ends_within_a_minute(whole):

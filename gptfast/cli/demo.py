@@ -23,6 +23,7 @@ from gptfast.data import abc_corpus, random_windows
 from gptfast.generation import Generation, generate
 from gptfast.model import GPT, Backend
 from gptfast.ops import select
+from gptfast.pictures import visible
 from gptfast.presets import PRESETS
 from gptfast.tokenizer import CharTokenizer
 from gptfast.training import Trainer, split
@@ -136,11 +137,6 @@ def _show_corpus(console: Console, text: str, tokenizer: CharTokenizer) -> None:
     console.print(Text(visible(text[:70]) + " ..."))
     vocabulary = ", ".join(f"{i + 1} {char!r}" for i, char in enumerate(tokenizer.chars))
     console.print(f"vocabulary: {tokenizer.vocab_size} ids: 0 <PAD>, {vocabulary}")
-
-
-def visible(text: str) -> str:
-    """Returns the text on one line, with `⏎` for each line end."""
-    return text.replace("\n", "⏎")
 
 
 @torch.no_grad()

@@ -7,10 +7,11 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor
 
-from gptfast.attention_plots import plot_attention, plot_contributions, visible
+from gptfast.attention_plots import plot_attention, plot_contributions
 from gptfast.errors import ConfigError, DataError
 from gptfast.heads import Shares, attention_terms, entropy, shares
 from gptfast.model import GPT
+from gptfast.pictures import visible
 from gptfast.tokenizer import CharTokenizer
 
 
@@ -78,13 +79,13 @@ def attention_report(
 
 def _attention_maps(weights: Tensor, text: str) -> str:
     """The attention weights (L, H, T, T) in tenths, with entropies, a row per character."""
-    shown = [visible(char) for char in text]
+    shown = visible(text)
     entropies = entropy(weights).tolist()
     lines = []
     for layer, heads in enumerate(weights.tolist()):
         for head, rows in enumerate(heads):
             lines += ["", f"layer {layer}, head {head}: tenths of the attention, entropy in nats"]
-            lines.append(f"    {''.join(shown)}")
+            lines.append(f"    {shown}")
             for i, row in enumerate(rows):
                 tenths = "".join(str(min(9, int(10 * weight))) for weight in row[: i + 1])
                 nats = entropies[layer][head][i]

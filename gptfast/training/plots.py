@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gptfast.errors import ConfigError, DataError
-from gptfast.pictures import COLOURS, GREY, check_picture, save_picture
+from gptfast.pictures import COLOURS, GREY, save_picture
 from gptfast.training.run import HISTORY_NAME, Row
 
 Run = str | Path | Sequence[Row]
@@ -36,12 +36,7 @@ def plot_history(
         ConfigError: unknown suffix, no runs or more runs than colours, or matplotlib is missing.
         DataError: a history is missing, empty or invalid, or the file cannot be written.
     """
-    path = Path(path)
-    check_picture(path)
-    histories = _histories(runs)
-    if not 1 <= len(histories) <= len(COLOURS):
-        raise ConfigError(f"a picture shows 1 to {len(COLOURS)} runs, got {len(histories)}")
-    return save_picture(_draw(histories, title), path)
+    return save_picture(path, lambda: _draw(_histories(runs), title))
 
 
 def read_history(path: str | Path) -> list[Row]:
@@ -94,6 +89,8 @@ def _histories(runs: Any) -> dict[str, list[Row]]:
         if not rows:
             raise DataError(f"{name or 'the run'}: its history is empty")
         histories[name] = rows
+    if not 1 <= len(histories) <= len(COLOURS):
+        raise ConfigError(f"a picture shows 1 to {len(COLOURS)} runs, got {len(histories)}")
     return histories
 
 
@@ -144,10 +141,8 @@ def _draw(histories: Mapping[str, list[Row]], title: str | None) -> Any:
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.grid(axis="y", color="#dddddd", linewidth=0.7)
     axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("bottom", "left"):
-        axes.spines[side].set_color(GREY)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["bottom", "left"]].set_color(GREY)
     axes.tick_params(colors=GREY)
     axes.legend(frameon=False)
     if title:
