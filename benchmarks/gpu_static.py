@@ -52,7 +52,7 @@ CHIPS = {
 }
 MATRIX = {"cuda": r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", "hip": r"v_mfma"}
 WIDE_LOAD = {
-    "cuda": r"ld\.global[.\w:]*\.v4\.b32|cp\.async\.cg\.shared\.global|ld\.global[.\w:]*\.v2\.b64",
+    "cuda": r"ld\.global[.\w:]*\.v4\.b32|cp\.async\.cg\.shared\.global|ld\.global[.\w:]*\.v2\.b64|cp\.async\.bulk\.tensor",
     "hip": r"(global|buffer)_load_dwordx4",
 }
 PRODUCTS = (

@@ -55,9 +55,7 @@ from gptfast.ops.triton import (  # noqa: E402
     attention_backward,
     cross_entropy,
     decode,
-    ffn,
     launch,
-    linear,
     rows,
 )
 from gptfast.ops.triton.sampling import sample  # noqa: E402
@@ -266,29 +264,6 @@ def test_layer_norm_linear(M: int, K: int, N: int, bias: bool, dtype: torch.dtyp
 def test_linear_residual(M: int, K: int, N: int, dtype: torch.dtype) -> None:
     inputs = there(normal(M, K), normal(N, K), normal(N, seed=2), normal(M, N, seed=3))
     check_op(ops.linear_residual, reference.linear_residual, torch_linear_residual, inputs, dtype)
-
-
-def test_gradient_of_a_weight_in_several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "MIN_PART", 50)
-    args = (ops.layer_norm_linear, reference.layer_norm_linear, torch_layer_norm_linear)
-    inputs = there(normal(170, 40), normal(40, seed=3), None, normal(24, 40), normal(24, seed=2))
-    check_op(*args, inputs, torch.float32)
-
-
-@pytest.mark.parametrize("config", configurations(linear, "PRODUCT"), ids=str)
-def test_ffn_in_every_configuration(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for kernel in (linear.linear_kernel, ffn.hidden_grad_kernel):
-        monkeypatch.setattr(kernel, "configs", [config])
-    args = (ops.layer_norm_ffn, reference.layer_norm_ffn, torch_ffn)
-    check_op(*args, there(*block(150, 40, 200)), torch.float32, dropout_p=0.3, seed=7)
-
-
-@pytest.mark.parametrize("config", configurations(linear, "WEIGHT_GRAD"), ids=str)
-def test_weight_grads_in_every_configuration(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear.weight_grad_kernel, "configs", [config])
-    args = (ops.linear_residual, reference.linear_residual, torch_linear_residual)
-    inputs = there(normal(150, 70), normal(140, 70), normal(140, seed=2), normal(150, 140, seed=3))
-    check_op(*args, inputs, torch.float32)
 
 
 @pytest.mark.parametrize("config", configurations(cross_entropy, "PRODUCT"), ids=str)

@@ -15,20 +15,25 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.ops.triton.launch import absent, config, precision, tuned, wants
-from gptfast.ops.triton.linear import (
-    NO_NORM,
-    Norm,
-    multiply,
-    product_kind,
-    product_shared,
-    weight_grads,
-)
-from gptfast.ops.triton.rows import moments, norm_backward
+from gptfast.ops.triton.matmul import matmul
+from gptfast.ops.triton.rows import Sums, layer_norm, norm_backward
 from gptfast.ops.triton.tiles import LN2, LOG2E, own_tile, product
 
 BLOCK_BYTES = 1 << 26  # bytes of a block of the logits' gradient
 MIN_BLOCK = 1024  # minimum number of columns of such a block
 PART = 128  # columns per partial maximum and sum of a row
+
+
+def product_kind(args: Any) -> int:
+    """Returns the kind of a product for `tuned`: bytes per element."""
+    return args["a"].element_size()
+
+
+def product_shared(args: Any) -> int:
+    """Returns the bytes of operand tiles that `tiles.product` keeps in shared memory."""
+    tiles = (args["BM"] + args["BN"]) * args["BK"]
+    return args["num_stages"] * tiles * args["a"].element_size()
+
 
 PRODUCT = {
     2: [config(8, 3, BM=128, BK=32, GROUP=8), config(4, 2, BM=64, BK=32, GROUP=8)],
@@ -39,13 +44,13 @@ PRODUCT = {
 @tuned(PRODUCT, product_kind, product_shared, ["V", "K", "PRECISION"])
 @triton.jit
 def partial_sums_kernel(
-    a, b, targets, tops, totals, target_logits, mean, rstd, ln_w, ln_b, M, V, K,
+    a, b, targets, tops, totals, target_logits, M, V, K,
     PRECISION: tl.constexpr, BN: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """For each row of a tile of logits: max_j s_j, sum_j exp(s_j - max), and the target's logit."""
-    m, n, _, n0 = own_tile(M, V, BM, BN, GROUP)
-    s = product(a, b, mean, rstd, ln_w, ln_b, m, n, M, V, K, 1, K, PRECISION, BM, BN, BK)
+    m, n, m0, n0 = own_tile(M, V, BM, BN, GROUP)
+    s = product(a, b, m0, n0, M, V, K, 1, K, None, PRECISION, BM, BN, BK)
     s = tl.where((n < V)[None, :], s, -float("inf"))
     top = tl.max(s, 1)
     at = (n0 // BN).to(tl.int64) * M + m
@@ -88,13 +93,13 @@ def losses_kernel(
 @tuned(PRODUCT, product_kind, product_shared, ["V", "K", "PRECISION"])
 @triton.jit(do_not_specialize=["v0"])
 def logits_grad_kernel(
-    a, b, targets, sums, shares, dlogits, mean, rstd, ln_w, ln_b,
+    a, b, targets, sums, shares, dlogits, 
     M, V, K, v0, PRECISION: tl.constexpr, BN: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """dS_j = (exp(s_j - max) / sum - [j = target]) share for V columns from v0; 0 if share is 0."""
-    m, n, _, _ = own_tile(M, V, BM, BN, GROUP)
-    s = product(a, b, mean, rstd, ln_w, ln_b, m, n, M, V, K, 1, K, PRECISION, BM, BN, BK)
+    m, n, m0, n0 = own_tile(M, V, BM, BN, GROUP)
+    s = product(a, b, m0, n0, M, V, K, 1, K, None, PRECISION, BM, BN, BK)
     target = tl.load(targets + m, mask=m < M, other=0)
     value = tl.exp2((s - tl.load(sums + m, mask=m < M, other=0.0)[:, None]) * LOG2E)
     value *= 1.0 / tl.load(sums + M + m, mask=m < M, other=1.0)[:, None]
@@ -117,8 +122,8 @@ def linear_cross_entropy(
         f"linear_cross_entropy: targets must be in [0, {V}) or {ignore_index}",
     )
     own = weight.to(x.dtype)
-    norm = None if ln_w is None else (*moments(x), ln_w, ln_b)
-    sums, losses = _losses(x, own, targets, ignore_index, norm)
+    n, mean, rstd = (x, x, x) if ln_w is None else layer_norm(x, ln_w, ln_b)
+    sums, losses = _losses(n, own, targets, ignore_index)
     shares = counted.float()
     if token_weights is not None:
         shares = torch.where(counted, token_weights, 0.0)
@@ -140,27 +145,30 @@ def linear_cross_entropy(
         block = own[v0 : v0 + width]
         dlogits = x.new_empty(*x.shape[:-1], block.shape[0])
         logits_grad_kernel[_grid(M, block.shape[0])](
-            x, block, targets, sums, shares, dlogits, *(norm or NO_NORM), M, block.shape[0], K, v0,
+            n, block, targets, sums, shares, dlogits, M, block.shape[0], K, v0,
             PRECISION=precision(), BN=PART,
         )  # fmt: skip
         if with_dx:
-            dx = multiply(dlogits, block, residual=dx, dtype=torch.float32)
+            of_n = dx.view(-1, K)
+            matmul(dlogits.view(M, -1), block, torch.float32, of_n, accumulate=True)
         if with_dweight:
-            weight_grads(dlogits, x, block, None, norm, out=dweight[v0 : v0 + width])
+            part = matmul(dlogits.view(M, -1).t(), n.view(M, K), torch.float32)
+            dweight[v0 : v0 + width] = part
     if not M:
         dweight.zero_()
-    if norm is None or not with_dx:
+    if ln_w is None or not with_dx:
         return loss, dx.to(x.dtype), absent(x), absent(x), dweight
-    return loss, *norm_backward(dx, x, None, *norm, wanted=wanted), dweight
+    grads, of_params = norm_backward(dx, x, None, mean, rstd, ln_w, ln_b, False), Sums()
+    params = of_params.of_norm(grads, ln_w, ln_b, wanted)
+    of_params.add()
+    return loss, grads.dx, *params, dweight
 
 
 def _grid(M: int, V: int) -> Any:
     return lambda meta: (triton.cdiv(M, meta["BM"]) * triton.cdiv(V, meta["BN"]),)
 
 
-def _losses(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, norm: Norm | None
-) -> tuple[Tensor, Tensor]:
+def _losses(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Returns maxima and sums of exponentials of the logits, (2, M), and losses, (M,); float32."""
     (V, K), M = weight.shape, targets.numel()
     parts = triton.cdiv(V, PART)
@@ -169,7 +177,7 @@ def _losses(
     tops, totals = (x.new_empty(parts, M, dtype=torch.float32) for _ in range(2))
     if M:
         partial_sums_kernel[_grid(M, V)](
-            x, weight, targets, tops, totals, target_logits, *(norm or NO_NORM), M, V, K,
+            x, weight, targets, tops, totals, target_logits, M, V, K,
             PRECISION=precision(), BN=PART,
         )  # fmt: skip
         losses_kernel[(triton.cdiv(M, 128),)](

@@ -8,38 +8,76 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptfast.ops.triton.launch import absent, dropout_args, precision, tuned, wants
-from gptfast.ops.triton.linear import (
-    PRODUCT,
-    multiply,
-    product_kind,
-    product_shared,
-    weight_grads,
+from gptfast.ops.triton.launch import dropout_args, or_absent, wants
+from gptfast.ops.triton.linear import input_grad, multiply, operands, weight_grad
+from gptfast.ops.triton.rows import (
+    Sums,
+    column_sums,
+    dropped_and_sums,
+    layer_norm,
+    norm_backward,
 )
-from gptfast.ops.triton.rows import dropped, moments, norm_backward
-from gptfast.ops.triton.tiles import gelu, gelu_slope, own_tile, product
+from gptfast.ops.triton.tiles import (
+    gelu,
+    gelu_slope,
+    halves,
+    load_tile,
+    product,
+    store_tile,
+    tile_at,
+)
 
-# Without PRODUCT's largest tiles: together with a tile of U they would spill registers.
-HIDDEN_GRAD = {2: PRODUCT[2][1:], 4: PRODUCT[4]}
 
-
-@tuned(HIDDEN_GRAD, product_kind, product_shared, ["N", "K", "PRECISION"])
 @triton.jit(do_not_specialize=["M"])
 def hidden_grad_kernel(
-    a, b, before, dhidden, hidden, M, N, K, GELU: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    a, b, M, N, K, b_row, b_column, before, dhidden, hidden, sums, GELU: tl.constexpr,
+    DESCRIBED: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """A tile of dU = (A B) gelu'(U), and of gelu(U), which is recomputed; `before` holds U.
+    """dU = (A B) gelu'(U); gelu(U), which is recomputed; each tile's sum of dU over its rows.
 
-    A (M, K) is the gradient of the second layer's output, B (K, N) that layer's weight.
+    A (M, K) is the gradient of the second layer's output, B (K, N) that layer's weight, `before`
+    holds U. `hidden` and `sums` are optional.
     """
-    m, n, _, _ = own_tile(M, N, BM, BN, GROUP)
-    acc = product(a, b, None, None, None, None, m, n, M, N, K, N, 1, PRECISION, BM, BN, BK)
-    at = m.to(tl.int64)[:, None] * N + n[None, :]
-    inside = (m < M)[:, None] & (n < N)[None, :]
-    u = tl.load(before + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(dhidden + at, (acc * gelu_slope(u, GELU)).to(dhidden.dtype.element_ty), mask=inside)
-    tl.store(hidden + at, gelu(u, GELU).to(hidden.dtype.element_ty), mask=inside)
+    tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
+    done = tl.program_id(0)  # see linear_kernel
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        m0, n0 = tile_at(tile, M, N, BM, BN, GROUP)
+        acc = product(a, b, m0, n0, M, N, K, b_row, b_column, DESCRIBED, PRECISION, BM, BN, BK)
+        m0, n0 = tile_at(done, M, N, BM, BN, GROUP)
+        done += tl.num_programs(0)
+        _finish(acc, m0, n0, M, N, before, dhidden, hidden, sums, GELU, BM, BN, PART)
+
+
+@triton.jit
+def _finish(
+    acc, m0, n0, M, N, before, dhidden, hidden, sums, GELU: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """What `hidden_grad_kernel` does to a tile of A B, PART columns at a time."""
+    if COLUMNS > PART:
+        HALF: tl.constexpr = COLUMNS // 2
+        left, right = halves(acc, ROWS, COLUMNS)
+        _finish(left, m0, n0, M, N, before, dhidden, hidden, sums, GELU, ROWS, HALF, PART)
+        _finish(right, m0, n0 + HALF, M, N, before, dhidden, hidden, sums, GELU, ROWS, HALF, PART)
+    else:
+        _finish_part(acc, m0, n0, M, N, before, dhidden, hidden, sums, GELU, ROWS, COLUMNS)
+
+
+@triton.jit
+def _finish_part(
+    acc, m0, n0, M, N, before, dhidden, hidden, sums, GELU: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    u = load_tile(before, m0, n0, M, N, False, ROWS, COLUMNS)
+    if hidden is not None:
+        store_tile(hidden, gelu(u, GELU), m0, n0, M, N, False, ROWS, COLUMNS)
+    du = acc * gelu_slope(u, GELU)
+    store_tile(dhidden, du, m0, n0, M, N, False, ROWS, COLUMNS)
+    if sums is not None:
+        m, n = m0 + tl.arange(0, ROWS), n0 + tl.arange(0, COLUMNS)
+        total = tl.sum(tl.where((m < M)[:, None], du, 0.0), 0)
+        tl.store(sums + (m0 // ROWS).to(tl.int64) * N + n, total, mask=n < N)
 
 
 def ffn(
@@ -49,13 +87,10 @@ def ffn(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """gptfast::ffn."""
     x = x.contiguous()
-    mean, rstd = moments(x)
+    n, mean, rstd = layer_norm(x, ln_w, ln_b)
     rows = x.numel() // x.shape[-1] if keep else 0
     before = x.new_empty(rows, w1.shape[0])
-    hidden = multiply(
-        x, w1.t(), norm=(mean, rstd, ln_w, ln_b), bias=b1, gelu=gelu,
-        before=before if keep else None,
-    )  # fmt: skip
+    hidden = multiply(n, w1.t(), bias=b1, gelu=gelu, before=before if keep else None)
     dropout = dropout_args(dropout_p, seed, stream, x.device)
     y = multiply(hidden, w2.t(), bias=b2, dropout=dropout, residual=x)
     return y, mean[:rows], rstd[:rows], before
@@ -67,21 +102,50 @@ def ffn_backward(
     gelu: str, dropout_p: float, seed: Tensor | None, stream: int, wanted: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """gptfast::ffn_backward."""
-    x, dy = x.contiguous(), dy.contiguous()
-    d = dropped(dy, dropout_args(dropout_p, seed, stream, x.device))
-    dhidden, hidden = torch.empty_like(before), torch.empty_like(before)
-    (M, N), K = before.shape, d.shape[-1]
-    if before.numel():
-        grid = lambda meta: (triton.cdiv(M, meta["BM"]) * triton.cdiv(N, meta["BN"]),)  # noqa: E731
-        hidden_grad_kernel[grid](
-            d, w2.to(x.dtype), before, dhidden, hidden, M, N, K, GELU=gelu, PRECISION=precision()
-        )
-    norm = mean, rstd, ln_w, ln_b
-    params = (
-        *weight_grads(dhidden, x, w1, b1, norm, wanted=wanted >> 3),
-        *weight_grads(d, hidden, w2, b2, wanted=wanted >> 5),
+    x, dy, sums = x.contiguous(), dy.contiguous(), Sums()
+    n = dx = x.new_empty(0)
+    dln_w = dln_b = dw1 = db1 = dw2 = db2 = None
+    dropout = dropout_args(dropout_p, seed, stream, x.device)
+    d, of_d = dy, None
+    if dropout["seed"] is not None:
+        d, of_d = dropped_and_sums(dy, dropout)
+    du, hidden, of_du = _hidden_grad(
+        d, w2, before, gelu, wants(wanted, 5), b1 is not None and wants(wanted, 4)
     )
-    if not wants(wanted, 0, 2):
-        return x.new_empty(0), absent(x), absent(x), *params
-    dn = multiply(dhidden, w1).view_as(x)
-    return *norm_backward(dn, x, dy, *norm, wanted=wanted), *params
+    if wants(wanted, 5):
+        dw2 = weight_grad(d, hidden, w2)
+    del hidden
+    if wants(wanted, 0, 2):
+        dn = input_grad(du, w1)
+        back = norm_backward(dn, x, dy, mean, rstd, ln_w, ln_b, wants(wanted, 3))
+        dx, n = back.dx, back.n
+        dln_w, dln_b = sums.of_norm(back, ln_w, ln_b, wanted)
+        of_d = back.sums[:, 2] if of_d is None else of_d
+    elif wants(wanted, 3):
+        n, _, _ = layer_norm(x, ln_w, ln_b)
+    if wants(wanted, 3):
+        dw1 = weight_grad(du, n, w1)
+    if b1 is not None and wants(wanted, 4):
+        db1 = sums.of(of_du, b1)
+    if b2 is not None and wants(wanted, 6):
+        db2 = sums.of(column_sums(dy) if of_d is None else of_d, b2)
+    sums.add()
+    return dx, *or_absent(x, dln_w, dln_b, dw1, db1, dw2, db2)
+
+
+def _hidden_grad(
+    d: Tensor, w2: Tensor, before: Tensor, gelu: str, with_hidden: bool, with_sums: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns dU, gelu(U) or nothing, and parts (P, N) of dU's sum over the rows or nothing."""
+    M, N = before.shape
+    du, hidden = torch.empty_like(before), torch.empty_like(before if with_hidden else before[:0])
+    if not before.numel():
+        return du, hidden, d.new_empty(0, N, dtype=torch.float32)
+    these = operands(d.view(M, -1), w2.to(d.dtype))
+    parts = triton.cdiv(M, these.how["BM"]) if with_sums else 0
+    sums = d.new_empty(parts, N, dtype=torch.float32)
+    hidden_grad_kernel[these.grid](
+        *these.args, before, du, hidden if with_hidden else None, sums if with_sums else None,
+        GELU=gelu, **these.how,
+    )  # fmt: skip
+    return du, hidden, sums

@@ -66,11 +66,16 @@ def shared_limit() -> int:
     ]
 
 
-def programs(device: torch.device) -> int:
-    """Returns the number of programs of a kernel whose programs loop over tiles."""
+def processors(device: torch.device) -> int:
+    """Returns the number of multiprocessors of a device."""
     if device.type != "cuda":
         return INTERPRETED_PROGRAMS
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def programs(device: torch.device) -> int:
+    """Returns the number of programs of a kernel whose programs loop over tiles."""
+    return processors(device) if device.type != "cuda" else 2 * processors(device)
 
 
 def precision() -> str:
@@ -106,6 +111,11 @@ def block_of(n: int, least: int = 16) -> int:
 def absent(like: Tensor) -> Tensor:
     """Returns the empty tensor that stands for an absent result of an operator."""
     return like.new_empty(0, dtype=torch.float32)
+
+
+def or_absent(like: Tensor, *results: Tensor | None) -> tuple[Tensor, ...]:
+    """Returns an operator's results, each None replaced by an empty tensor of its own."""
+    return tuple(absent(like) if each is None else each for each in results)
 
 
 def wants(wanted: int, first: int, last: int | None = None) -> bool:

@@ -1,232 +1,269 @@
-"""Linear layers, fused with a preceding LayerNorm and with bias, GELU, dropout and residual.
+"""Linear layers, fused with bias, GELU, dropout and residual; what their backwards share.
 
-A separate pass over x computes LayerNorm's statistics, at 1 / N of the product's work; x is
-normalised while the product reads it. The gradient of a weight is summed over each part of the rows
-by programs that loop over tiles, then over the parts in order.
+A product with something around it is one persistent kernel: as many programs as the device has
+multiprocessors take tile after tile, and while one tile is finished the operands of the next are on
+their way. Tensor descriptors (Hopper's TMA) read the operands where the rule of `described` allows,
+pointers elsewhere. Products with nothing around them are torch's (`matmul`).
 
 Letters: M rows of an activation (all leading dimensions), K its columns, N columns of the result.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gptfast.ops.triton.launch import (
-    absent,
-    config,
-    dropout_args,
+    INTERPRETED,
+    or_absent,
     precision,
-    programs,
-    tuned,
+    processors,
     wants,
 )
-from gptfast.ops.triton.rows import add_parts, moments, norm_backward
-from gptfast.ops.triton.tiles import dropout_factors, gelu, normalized, own_tile, product
+from gptfast.ops.triton.matmul import matmul
+from gptfast.ops.triton.rows import NO_DROPOUT, Sums, column_sums, layer_norm, norm_backward
+from gptfast.ops.triton.tiles import (
+    dropout_factors,
+    gelu,
+    halves,
+    load_tile,
+    product,
+    store_tile,
+    tile_at,
+)
 
-Norm = tuple[Tensor, Tensor, Tensor, Tensor | None]  # mean, rstd, weight and bias of a LayerNorm
-NO_NORM = (None, None, None, None)
-MIN_PART = 512  # minimum number of rows per part of a weight's gradient
-
-
-def product_kind(args: Any) -> int:
-    """Returns the kind of a product for `tuned`: bytes per element."""
-    return args["a"].element_size()
-
-
-def product_shared(args: Any) -> int:
-    """Returns the bytes of operand tiles that `tiles.product` keeps in shared memory."""
-    tiles = (args["BM"] + args["BN"]) * args["BK"]
-    return args["num_stages"] * tiles * args["a"].element_size()
+GROUP = 8  # rows of tiles that are computed together; see tiles.tile_at
 
 
-PRODUCT = {
-    2: [
-        config(8, 3, BM=128, BN=128, BK=32, GROUP=8),
-        config(8, 3, BM=64, BN=64, BK=64, GROUP=8),
-    ],
-    4: [config(8, 2, BM=64, BN=64, BK=32, GROUP=8)],
+class Tile(NamedTuple):
+    """A configuration of a product's kernel.
+
+    K is summed in blocks of BK one after the other, and BK is the same in all tiles for a dtype, so
+    a row has the same bits whichever is chosen.
+    """
+
+    BM: int
+    BN: int
+    BK: int
+    warps: int
+    stages: int
+    part: int  # columns of the tile that are finished at a time, so that registers suffice
+    cost: float  # time per element of the tile, relative to that of the fastest
+
+
+# With descriptors: 2-byte elements.
+DESCRIBED_TILES = (
+    Tile(128, 256, 64, 8, 3, 64, 1.0),
+    Tile(128, 128, 64, 4, 4, 32, 1.08),
+    Tile(64, 64, 64, 4, 4, 64, 1.8),
+)
+# With pointers, by bytes per element.
+POINTER_TILES = {
+    2: (Tile(128, 128, 32, 8, 3, 64, 1.0), Tile(64, 64, 32, 4, 3, 64, 1.6)),
+    4: (Tile(64, 64, 32, 8, 2, 64, 1.0),),
 }
 
 
-@tuned(PRODUCT, product_kind, product_shared, ["N", "K", "PRECISION"])
+def choose_tile(tiles: tuple[Tile, ...], M: int, N: int, at_once: int) -> Tile:
+    """Returns the tile with which `at_once` processors need the least time for an (M, N) result."""
+
+    def time(tile: Tile) -> float:
+        rounds = triton.cdiv(triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN), at_once)
+        return rounds * tile.BM * tile.BN * tile.cost
+
+    return min(tiles, key=time)
+
+
+def has_descriptors(dtype: torch.dtype) -> bool:
+    """Whether products of this dtype read their operands by tensor descriptors, if aligned.
+
+    They do on NVIDIA's chips from Hopper on, and in the interpreter. float32 is split in registers.
+    """
+    if dtype.itemsize != 2 or INTERPRETED:
+        return dtype.itemsize == 2
+    target = triton.runtime.driver.active.get_current_target()
+    return bool(target.backend == "cuda" and target.arch >= 90)
+
+
+def described(a: Tensor, b: Tensor) -> str | None:
+    """Returns how tensor descriptors read the operands a (M, K) and b (K, N); None if they cannot.
+
+    "rows" if the rows of b are contiguous, "columns" if its columns are. A descriptor's rows start
+    at multiples of 16 bytes. The rule looks at K, N, strides and dtype alone, never at M.
+    """
+    if not has_descriptors(a.dtype):
+        return None
+    (K, N), size = b.shape, a.dtype.itemsize
+    if K * size % 16:
+        return None
+    if b.stride(0) == 1 and b.stride(1) == K:
+        return "columns"
+    return "rows" if b.stride() == (N, 1) and N * size % 16 == 0 else None
+
+
+def descriptor(x: Tensor, rows: int, columns: int) -> Any:
+    """Describes a contiguous matrix by blocks of rows x columns; copies it if misaligned."""
+    x = x if x.data_ptr() % 16 == 0 else x.clone()
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
+
+
+class Operands(NamedTuple):
+    """What the kernels of products get: operands a and b and how they are read, tile and grid."""
+
+    args: tuple[Any, ...]
+    how: dict[str, Any]  # constants and launch options
+    grid: tuple[int]
+
+
+def operands(a: Tensor, b: Tensor) -> Operands:
+    """Prepares the product of a (M, K), contiguous, and b (K, N) of a's dtype, neither empty."""
+    (M, K), N = a.shape, b.shape[1]
+    how, at_once = described(a, b), processors(a.device)
+    tiles = POINTER_TILES[a.element_size()] if how is None else DESCRIBED_TILES
+    tile = choose_tile(tiles, M, N, at_once)
+    strides = b.stride()
+    if how is not None:
+        a = descriptor(a, tile.BM, tile.BK)
+        b = (
+            descriptor(b, tile.BK, tile.BN)
+            if how == "rows"
+            else descriptor(b.t(), tile.BN, tile.BK)
+        )
+    constants = {
+        "DESCRIBED": how, "PRECISION": precision(), "GROUP": GROUP, "BM": tile.BM, "BN": tile.BN,
+        "BK": tile.BK, "PART": tile.part, "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    count = triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN)
+    return Operands((a, b, M, N, K, *strides), constants, (min(count, at_once),))
+
+
 @triton.jit(do_not_specialize=["M", "substream", "threshold"])
 def linear_kernel(
-    a, b, y, before, bias, residual, mean, rstd, ln_w, ln_b, M, N, K,
-    b_row, b_column, seed, substream, threshold, keep_scale,
-    GELU: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    a, b, M, N, K, b_row, b_column, y, before, bias, residual,
+    seed, substream, threshold, keep_scale,
+    GELU: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """A tile of Y = residual + dropout(gelu(norm(A) B + bias)); everything but A B is optional.
+    """Y = residual + dropout(gelu(A B + bias)); everything but A B is optional.
 
     `before`, if given, receives the input of GELU.
     """
-    m, n, m0, n0 = own_tile(M, N, BM, BN, GROUP)
-    acc = product(
-        a, b, mean, rstd, ln_w, ln_b, m, n, M, N, K, b_row, b_column,
-        PRECISION, BM, BN, BK,
-    )  # fmt: skip
-    at = m.to(tl.int64)[:, None] * N + n[None, :]
-    inside = (m < M)[:, None] & (n < N)[None, :]
+    tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
+    done = tl.program_id(0)  # a second count: loads of the next tile need not wait for its end
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        m0, n0 = tile_at(tile, M, N, BM, BN, GROUP)
+        acc = product(a, b, m0, n0, M, N, K, b_row, b_column, DESCRIBED, PRECISION, BM, BN, BK)
+        m0, n0 = tile_at(done, M, N, BM, BN, GROUP)
+        done += tl.num_programs(0)
+        _finish(
+            acc, m0, n0, M, N, y, before, bias, residual,
+            seed, substream, threshold, keep_scale, GELU, BM, BN, PART,
+        )  # fmt: skip
+
+
+@triton.jit
+def _finish(
+    acc, m0, n0, M, N, y, before, bias, residual, seed, substream, threshold, keep_scale,
+    GELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """What `linear_kernel` does to a tile of A B, PART columns at a time."""
+    if COLUMNS > PART:
+        HALF: tl.constexpr = COLUMNS // 2
+        left, right = halves(acc, ROWS, COLUMNS)
+        _finish(
+            left, m0, n0, M, N, y, before, bias, residual,
+            seed, substream, threshold, keep_scale, GELU, ROWS, HALF, PART,
+        )  # fmt: skip
+        _finish(
+            right, m0, n0 + HALF, M, N, y, before, bias, residual,
+            seed, substream, threshold, keep_scale, GELU, ROWS, HALF, PART,
+        )  # fmt: skip
+    else:
+        _finish_part(
+            acc, m0, n0, M, N, y, before, bias, residual,
+            seed, substream, threshold, keep_scale, GELU, ROWS, COLUMNS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _finish_part(
+    acc, m0, n0, M, N, y, before, bias, residual, seed, substream, threshold, keep_scale,
+    GELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     if bias is not None:
+        n = n0 + tl.arange(0, COLUMNS)
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if before is not None:
-        tl.store(before + at, acc.to(before.dtype.element_ty), mask=inside)
+        store_tile(before, acc, m0, n0, M, N, False, ROWS, COLUMNS)
     if GELU is not None:
         acc = gelu(acc, GELU)
     if seed is not None:
-        acc *= dropout_factors(tl.load(seed), substream, 0, m0, n0, threshold, keep_scale, BM, BN)
+        acc *= dropout_factors(
+            tl.load(seed), substream, 0, m0, n0, threshold, keep_scale, ROWS, COLUMNS
+        )
     if residual is not None:
-        acc += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + at, acc.to(y.dtype.element_ty), mask=inside)
-
-
-NO_DROPOUT: dict[str, Any] = dropout_args(0.0, None, 0, None)
+        acc += load_tile(residual, m0, n0, M, N, False, ROWS, COLUMNS)
+    store_tile(y, acc, m0, n0, M, N, False, ROWS, COLUMNS)
 
 
 def multiply(
-    a: Tensor, b: Tensor, *, norm: Norm | None = None,
-    bias: Tensor | None = None, gelu: str | None = None, before: Tensor | None = None,
-    dropout: dict[str, Any] = NO_DROPOUT, residual: Tensor | None = None,
-    dtype: torch.dtype | None = None,
+    a: Tensor, b: Tensor, *, bias: Tensor | None = None, gelu: str | None = None,
+    before: Tensor | None = None, dropout: dict[str, Any] = NO_DROPOUT,
+    residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Computes residual + dropout(gelu(norm(a) b + bias)); see `linear_kernel`.
+    """Computes residual + dropout(gelu(a b + bias)); see `linear_kernel`.
 
     Args:
         a: (..., K), contiguous.
         b: (K, N), any strides and dtype; converted to a's dtype.
-        norm: The LayerNorm to apply to a.
         bias: (N,).
         gelu: "erf", "tanh", or None for no GELU.
         before: (..., N), receives the input of GELU.
         dropout: What `dropout_args` returns.
         residual: (..., N), contiguous.
-        dtype: The dtype of the result; None uses a's.
 
     Returns:
-        (..., N).
+        (..., N) in a's dtype.
     """
-    (K, N), b = b.shape, b.to(a.dtype)
-    M, y = a.numel() // K, a.new_empty(*a.shape[:-1], N, dtype=dtype)
+    y = a.new_empty(*a.shape[:-1], b.shape[1])
     if y.numel():
-        grid = lambda meta: (triton.cdiv(M, meta["BM"]) * triton.cdiv(N, meta["BN"]),)  # noqa: E731
-        linear_kernel[grid](
-            a, b, y, before, bias, residual, *(norm or NO_NORM), M, N, K, *b.stride(),
-            **dropout, GELU=gelu, PRECISION=precision(),
-        )  # fmt: skip
+        these = operands(a.view(-1, a.shape[-1]), b.to(a.dtype))
+        linear_kernel[these.grid](
+            *these.args, y, before, bias, residual, **dropout, GELU=gelu, **these.how
+        )
     return y
 
 
-def _weight_grad_shared(args: Any) -> int:
-    tiles = (args["BN"] + args["BK"]) * args["BM"]
-    return args["num_stages"] * tiles * args["dy"].element_size()
+def weight_grad(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Computes the gradient of a linear layer's weight, dW = dY' X, in the weight's dtype.
 
-
-WEIGHT_GRAD = {
-    2: [config(8, 3, BN=128, BK=64, BM=32), config(8, 2, BN=64, BK=64, BM=32)],
-    4: [config(8, 2, BN=64, BK=64, BM=32)],
-}
-
-
-@tuned(
-    WEIGHT_GRAD,
-    lambda args: args["dy"].element_size(),
-    _weight_grad_shared,
-    ["N", "K", "PRECISION"],
-)
-@triton.jit
-def weight_grad_kernel(
-    dy, x, dweight, dbias, mean, rstd, ln_w, ln_b, M, N, K, rows, parts,
-    PRECISION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
-    """dW = dY' norm(X), and db = column sums of dY, over each part of `rows` rows.
-
-    Persistent programs: each takes every num_programs-th tile of all parts.
+    dy (..., N) and x (..., K) are contiguous and of one dtype.
     """
-    across, down = tl.cdiv(K, BK), tl.cdiv(N, BN)
-    for tile in tl.range(tl.program_id(0), across * down * parts, tl.num_programs(0)):
-        part = tile // (across * down)
-        n0, k0 = tile % (across * down) // across * BN, tile % across * BK
-        n, k = n0 + tl.arange(0, BN), k0 + tl.arange(0, BK)
-        first = part * rows
-        last = tl.minimum(first + rows, M)
-        acc = tl.zeros([BN, BK], tl.float32)
-        sums = tl.zeros([BN], tl.float32)
-        for m0 in tl.range(first, last, BM):
-            m = m0 + tl.arange(0, BM)
-            row = m.to(tl.int64)[:, None]
-            d = tl.load(
-                dy + row * N + n[None, :], mask=(m < last)[:, None] & (n < N)[None, :], other=0.0
-            )
-            value = tl.load(
-                x + row * K + k[None, :], mask=(m < last)[:, None] & (k < K)[None, :], other=0.0
-            )
-            if mean is not None:
-                row_mean = tl.load(mean + m, mask=m < last, other=0.0)
-                row_rstd = tl.load(rstd + m, mask=m < last, other=0.0)
-                y = normalized(value.to(tl.float32), row_mean, row_rstd, ln_w, ln_b, k, k < K)
-                value = y.to(value.dtype)
-            acc = tl.dot(tl.trans(d), value, acc, input_precision=PRECISION)
-            if dbias is not None:
-                sums += tl.sum(d.to(tl.float32), 0)
-        at = tl.cast(part, tl.int64) * N * K + n.to(tl.int64)[:, None] * K + k[None, :]
-        inside = (n < N)[:, None] & (k < K)[None, :]
-        tl.store(dweight + at, acc.to(dweight.dtype.element_ty), mask=inside)
-        if dbias is not None:
-            tl.store(dbias + part * N + n, sums, mask=n < tl.where(k0 == 0, N, 0))
+    dtype = weight.dtype if weight.dtype in (dy.dtype, torch.float32) else dy.dtype
+    return matmul(dy.flatten(0, -2).t(), x.flatten(0, -2), dtype).to(weight.dtype)
 
 
-def weight_grads(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
-    norm: Norm | None = None, out: Tensor | None = None, wanted: int = 0b11,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Computes the gradients of weight (N, K) and bias (N,) of a linear layer on norm(x).
-
-    Args:
-        dy: (..., N), contiguous, the gradient of the output.
-        x: (..., K), contiguous.
-        weight: Determines shape and dtype of its gradient.
-        bias: Likewise; the gradient of an absent bias is empty.
-        norm: The LayerNorm applied to x.
-        out: Receives the weight's gradient, if given.
-        wanted: Bit 0 requests the weight's gradient, bit 1 the bias's; others are empty.
-    """
-    if not wants(wanted, 0):  # only the sum over the rows
-        if bias is None or not wants(wanted, 1):
-            return absent(x), absent(x)
-        return absent(x), dy.flatten(0, -2).sum(0, dtype=torch.float32).to(bias.dtype)
-    N, K = weight.shape
-    M = x.numel() // K
-    workers = programs(x.device)
-    tiles = triton.cdiv(N, 128) * triton.cdiv(K, 64)
-    parts = max(1, min(triton.cdiv(workers, tiles), M // MIN_PART))
-    out = torch.empty_like(weight) if out is None else out
-    dweight = out if parts == 1 else dy.new_empty(parts, N, K, dtype=torch.float32)
-    with_bias = bias is not None and wants(wanted, 1)
-    dbias = dy.new_empty(parts, N, dtype=torch.float32) if with_bias else None
-    weight_grad_kernel[(workers,)](
-        dy, x, dweight, dbias, *(norm or NO_NORM), M, N, K, max(1, triton.cdiv(M, parts)),
-        parts, PRECISION=precision(),
-    )  # fmt: skip
-    if parts > 1:
-        add_parts(dweight, out)
-    if bias is None or dbias is None:
-        return out, absent(x)
-    return out, add_parts(dbias, torch.empty_like(bias))
+def input_grad(dy: Tensor, weight: Tensor) -> Tensor:
+    """Computes the gradient of a linear layer's input, dX = dY W, (..., K) in dy's dtype."""
+    dx = matmul(dy.flatten(0, -2), weight.to(dy.dtype))
+    return dx.view(*dy.shape[:-1], weight.shape[1])
 
 
 def linear(
     x: Tensor, ln_w: Tensor | None, ln_b: Tensor | None, weight: Tensor,
     bias: Tensor | None, residual: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     """gptfast::linear."""
-    x = x.contiguous()
-    mean, rstd = (absent(x), absent(x)) if ln_w is None else moments(x)
-    norm = None if ln_w is None else (mean, rstd, ln_w, ln_b)
+    n = x = x.contiguous()
+    mean = rstd = None
+    if ln_w is not None:
+        n, mean, rstd = layer_norm(x, ln_w, ln_b)
     residual = None if residual is None else residual.contiguous()
-    return multiply(x, weight.t(), norm=norm, bias=bias, residual=residual), mean, rstd
+    y = multiply(n, weight.t(), bias=bias, residual=residual)
+    return y, *or_absent(x, mean, rstd)
 
 
 def linear_backward(
@@ -234,12 +271,20 @@ def linear_backward(
     rstd: Tensor, weight: Tensor, bias: Tensor | None, wanted: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """gptfast::linear_backward."""
-    x, dy = x.contiguous(), dy.contiguous()
-    norm = None if ln_w is None else (mean, rstd, ln_w, ln_b)
-    params = weight_grads(dy, x, weight, bias, norm, wanted=wanted >> 3)
-    if not wants(wanted, 0, 2):
-        return x.new_empty(0), absent(x), absent(x), *params
-    dx = multiply(dy, weight)
-    if norm is None:
-        return dx, absent(x), absent(x), *params
-    return *norm_backward(dx, x, None, *norm, wanted=wanted), *params
+    x, dy, sums = x.contiguous(), dy.contiguous(), Sums()
+    n, dx = x, x.new_empty(0)
+    dln_w = dln_b = dweight = dbias = None
+    if wants(wanted, 0, 2):
+        dx = input_grad(dy, weight)
+        if ln_w is not None:
+            back = norm_backward(dx, x, None, mean, rstd, ln_w, ln_b, wants(wanted, 3))
+            dx, n = back.dx, back.n
+            dln_w, dln_b = sums.of_norm(back, ln_w, ln_b, wanted)
+    elif ln_w is not None and wants(wanted, 3):
+        n, _, _ = layer_norm(x, ln_w, ln_b)
+    if wants(wanted, 3):
+        dweight = weight_grad(dy, n, weight)
+    if bias is not None and wants(wanted, 4):
+        dbias = sums.of(column_sums(dy), bias)
+    sums.add()
+    return dx, *or_absent(x, dln_w, dln_b, dweight, dbias)

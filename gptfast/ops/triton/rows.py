@@ -1,9 +1,13 @@
-"""Row-wise kernels: LayerNorm's statistics and backward, dropout, sums of partial results.
+"""Row-wise kernels: LayerNorm and its backward, dropout, sums over the rows.
+
+A sum over the rows of an activation is the gradient of a parameter: of LayerNorm's, or of a bias.
+The kernels that read the activation anyway write partial sums of it, one per program; one more
+kernel per backward adds all parts in order (`Sums`). Nothing is added atomically.
 
 Letters: M rows of an activation, K its columns, P parts (partial sums over rows).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -11,10 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.ops.reference import LAYER_NORM_EPS
-from gptfast.ops.triton.launch import absent, block_of, programs, wants
+from gptfast.ops.triton.launch import block_of, dropout_args, programs, wants
 from gptfast.ops.triton.tiles import dropout_factors
 
 ELEMENTS = 4096  # elements of a program's tile, unless a row is longer
+NO_DROPOUT: dict[str, Any] = dropout_args(0.0, None, 0, None)
 
 
 def _tile(columns: int) -> dict[str, int]:
@@ -78,20 +83,21 @@ def _layer_norm(
 
 @triton.jit(do_not_specialize=["M"])
 def norm_grad_kernel(
-    dn, x, add, mean, rstd, weight, dx, dweight, dbias, M, K,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    dn, x, add, mean, rstd, weight, bias, dx, n, sums, M, K,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dx of LayerNorm plus `add`, and this program's partial gradients of the parameters.
+    """dx of LayerNorm plus `add`, its output n if given, and this program's sums over rows.
 
     g = dn w,  xhat = (x - mean) rstd,  dx = rstd (g - mean(g) - xhat mean(g xhat)) + add,
-    dw += dn xhat,  db += dn.
+    n = xhat w + b;  the sums are those of dn xhat (dw), dn (db) and add.
     """
     part, parts = tl.program_id(0), tl.num_programs(0)
     k = tl.arange(0, BLOCK)
     w = tl.load(weight + k, mask=k < K, other=0.0).to(tl.float32)
-    weight_total = tl.zeros([BLOCK], tl.float32)
-    bias_total = tl.zeros([BLOCK], tl.float32)
-    for m0 in tl.range(part * ROWS, M, parts * ROWS):
+    weight_total = tl.zeros([ROWS, BLOCK], tl.float32)
+    bias_total = tl.zeros([ROWS, BLOCK], tl.float32)
+    add_total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for m0 in tl.range(part * ROWS, M, parts * ROWS, num_stages=STAGES):
         m = m0 + tl.arange(0, ROWS)
         inside = (m < M)[:, None] & (k < K)[None, :]
         at = m.to(tl.int64)[:, None] * K + k[None, :]
@@ -100,88 +106,190 @@ def norm_grad_kernel(
         row_mean = tl.load(mean + m, mask=m < M, other=0.0)
         row_rstd = tl.load(rstd + m, mask=m < M, other=0.0)
         xhat = tl.where(inside, (value - row_mean[:, None]) * row_rstd[:, None], 0.0)
+        if n is not None:
+            normalized = xhat * w[None, :]
+            if bias is not None:
+                normalized += tl.load(bias + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+            tl.store(n + at, normalized.to(n.dtype.element_ty), mask=inside)
         g = d * w[None, :]
         mean_g = tl.sum(g, 1) / K
         mean_gx = tl.sum(g * xhat, 1) / K
         result = (g - mean_g[:, None] - xhat * mean_gx[:, None]) * row_rstd[:, None]
         if add is not None:
-            result += tl.load(add + at, mask=inside, other=0.0).to(tl.float32)
+            other = tl.load(add + at, mask=inside, other=0.0).to(tl.float32)
+            result += other
+            add_total += other
         tl.store(dx + at, result.to(dx.dtype.element_ty), mask=inside)
-        weight_total += tl.sum(d * xhat, 0)
-        bias_total += tl.sum(d, 0)
-    tl.store(dweight + part * K + k, weight_total, mask=k < K)
-    tl.store(dbias + part * K + k, bias_total, mask=k < K)
+        weight_total += d * xhat
+        bias_total += d
+    sums += part * 3 * K + k
+    tl.store(sums, tl.sum(weight_total, 0), mask=k < K)
+    tl.store(sums + K, tl.sum(bias_total, 0), mask=k < K)
+    if add is not None:
+        tl.store(sums + 2 * K, tl.sum(add_total, 0), mask=k < K)
+
+
+class NormGrads(NamedTuple):
+    """What `norm_backward` computes."""
+
+    dx: Tensor  # that of the input, plus `add`
+    n: Tensor  # the LayerNorm's output; empty unless asked for
+    sums: Tensor  # (P, 3, K) parts of the gradients of weight and bias, and of the sum of `add`
 
 
 def norm_backward(
     dn: Tensor, x: Tensor, add: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor,
-    bias: Tensor | None, wanted: int = 0b111,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Computes the gradients of a LayerNorm's input (plus `add`), weight and bias.
+    bias: Tensor | None, with_n: bool,
+) -> NormGrads:  # fmt: skip
+    """Computes the backward of n = LayerNorm(x), and n itself again, which is not kept.
 
-    dn is the gradient of its output. All activations are contiguous (..., K). The gradient of an
-    absent parameter, or of one whose bit in `wanted` (1 weight, 2 bias) is not set, is empty.
+    Args:
+        dn: The gradient of n; like all activations contiguous (..., K).
+        x: The input.
+        add: Added to the gradient of x, and its sum over the rows computed: dy of a residual.
+        mean: Those of the rows of x, (M,); rstd likewise.
+        rstd: See mean.
+        weight: (K,).
+        bias: (K,) or None.
+        with_n: Whether to write n.
     """
     K = x.shape[-1]
     M, tile = x.numel() // K, _tile(K)
     parts = max(1, min(programs(x.device), triton.cdiv(M, tile["ROWS"])))
-    dx = torch.empty_like(x)
-    dweight, dbias = (x.new_empty(parts, K, dtype=torch.float32) for _ in range(2))
+    dx, sums = torch.empty_like(x), x.new_empty(parts, 3, K, dtype=torch.float32)
+    n = torch.empty_like(x) if with_n else None
     norm_grad_kernel[(parts,)](
-        dn, x, add, mean, rstd, weight, dx, dweight, dbias, M, K, **tile, num_warps=8
+        dn, x, add, mean, rstd, weight, bias, dx, n, sums, M, K, **tile, STAGES=2, num_warps=8
     )
-    return (
-        dx,
-        add_parts(dweight, torch.empty_like(weight)) if wants(wanted, 1) else absent(x),
-        absent(x)
-        if bias is None or not wants(wanted, 2)
-        else add_parts(dbias, torch.empty_like(bias)),
-    )
+    return NormGrads(dx, x.new_empty(0) if n is None else n, sums)
 
 
 @triton.jit
-def sum_kernel(parts, out, P, n, BLOCK: tl.constexpr):
-    """out_i = parts_0i + parts_1i + .., in this order."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for p in tl.range(0, P):
-        total += tl.load(parts + tl.cast(p, tl.int64) * n + i, mask=i < n, other=0.0)
-    tl.store(out + i, total.to(out.dtype.element_ty), mask=i < n)
+def _add_parts(parts, stride, P, out, n, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for p0 in tl.range(0, P, ROWS):
+        p = p0 + tl.arange(0, ROWS)
+        at = p.to(tl.int64)[:, None] * stride + i[None, :]
+        total += tl.load(parts + at, mask=(p < P)[:, None] & (i < n)[None, :], other=0.0)
+    tl.store(out + i, tl.sum(total, 0).to(out.dtype.element_ty), mask=i < n)
 
 
-def add_parts(parts: Tensor, out: Tensor) -> Tensor:
-    """Adds up float32 parts (P, ...) in order, writes the sum to `out` (...) and returns it."""
-    if out.numel():
-        block = min(1024, block_of(out.numel()))
-        sum_kernel[(triton.cdiv(out.numel(), block),)](
-            parts, out, parts.shape[0], out.numel(), BLOCK=block
+@triton.jit(do_not_specialize=["P0", "P1", "P2", "P3"])
+def add_parts_kernel(
+    parts0, stride0, P0, out0, n0, parts1, stride1, P1, out1, n1,
+    parts2, stride2, P2, out2, n2, parts3, stride3, P3, out3, n3,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out_i = parts_0i + parts_1i + .., in a fixed order, for up to four sums of P parts each."""
+    which = tl.program_id(1)
+    if which == 0:
+        _add_parts(parts0, stride0, P0, out0, n0, ROWS, BLOCK)
+    if parts1 is not None:
+        if which == 1:
+            _add_parts(parts1, stride1, P1, out1, n1, ROWS, BLOCK)
+    if parts2 is not None:
+        if which == 2:
+            _add_parts(parts2, stride2, P2, out2, n2, ROWS, BLOCK)
+    if parts3 is not None:
+        if which == 3:
+            _add_parts(parts3, stride3, P3, out3, n3, ROWS, BLOCK)
+
+
+class Sums:
+    """The gradients of a backward that are sums of parts: one kernel writes them all."""
+
+    LIMIT = 4
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Tensor, Tensor]] = []
+
+    def of(self, parts: Tensor, param: Tensor) -> Tensor:
+        """Returns the future sum of float32 parts (P, n), like param (n,); `add` computes it."""
+        out = torch.empty_like(param)
+        self._parts.append((parts, out))
+        return out
+
+    def of_norm(
+        self, grads: NormGrads, weight: Tensor, bias: Tensor | None, wanted: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Returns those of a LayerNorm's weight and bias; None if not wanted (bits 1 and 2)."""
+        return (
+            self.of(grads.sums[:, 0], weight) if wants(wanted, 1) else None,
+            self.of(grads.sums[:, 1], bias) if bias is not None and wants(wanted, 2) else None,
         )
-    return out
+
+    def add(self) -> None:
+        """Adds the parts."""
+        if not self._parts:
+            return
+        assert len(self._parts) <= self.LIMIT
+        args: list[Any] = []
+        for parts, out in self._parts:
+            args += [parts, parts.stride(0), parts.shape[0], out, out.numel()]
+        args += [None] * (5 * (self.LIMIT - len(self._parts)))
+        rows, block = 16, 64
+        longest = max(out.numel() for _, out in self._parts)
+        add_parts_kernel[(triton.cdiv(longest, block), len(self._parts))](
+            *args, ROWS=rows, BLOCK=block, num_warps=4
+        )
 
 
 @triton.jit(do_not_specialize=["M", "substream", "threshold"])
 def dropout_kernel(
-    x, y, M, K, seed, substream, threshold, keep_scale, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """y = x times its dropout factors."""
-    m0, k0 = tl.program_id(0) * ROWS, tl.program_id(1) * BLOCK
-    m, k = m0 + tl.arange(0, ROWS), k0 + tl.arange(0, BLOCK)
-    at = m.to(tl.int64)[:, None] * K + k[None, :]
-    inside = (m < M)[:, None] & (k < K)[None, :]
-    factors = dropout_factors(
-        tl.load(seed), substream, 0, m0, k0, threshold, keep_scale, ROWS, BLOCK
-    )
-    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + at, (value * factors).to(y.dtype.element_ty), mask=inside)
+    x, y, sums, M, K, seed, substream, threshold, keep_scale,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """y = x times its dropout factors, and this program's sums of y over rows; both optional."""
+    part, parts = tl.program_id(0), tl.num_programs(0)
+    k0 = tl.program_id(1) * BLOCK
+    k = k0 + tl.arange(0, BLOCK)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for m0 in tl.range(part * ROWS, M, parts * ROWS, num_stages=STAGES):
+        m = m0 + tl.arange(0, ROWS)
+        at = m.to(tl.int64)[:, None] * K + k[None, :]
+        inside = (m < M)[:, None] & (k < K)[None, :]
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        if seed is not None:
+            value *= dropout_factors(
+                tl.load(seed), substream, 0, m0, k0, threshold, keep_scale, ROWS, BLOCK
+            )
+        if y is not None:
+            tl.store(y + at, value.to(y.dtype.element_ty), mask=inside)
+        total += value
+    if sums is not None:
+        tl.store(sums + part * K + k, tl.sum(total, 0), mask=k < K)
+
+
+def _dropout(x: Tensor, y: Tensor | None, with_sums: bool, dropout: dict[str, Any]) -> Tensor:
+    K = x.shape[-1]
+    M, rows, block = x.numel() // max(1, K), 32, 128
+    across = triton.cdiv(K, block)
+    parts = min(max(1, 2 * programs(x.device) // max(1, across)), triton.cdiv(M, rows))
+    sums = x.new_empty(parts if with_sums else 0, K, dtype=torch.float32)
+    if x.numel():
+        dropout_kernel[(parts, across)](
+            x, y, sums if with_sums else None, M, K, **dropout, ROWS=rows, BLOCK=block, STAGES=2
+        )
+    return sums
 
 
 def dropped(x: Tensor, dropout: dict[str, Any]) -> Tensor:
     """Returns a contiguous x (..., K) times its dropout factors; x itself without dropout."""
-    if dropout["seed"] is None or not x.numel():
+    if dropout["seed"] is None:
         return x
-    K, y = x.shape[-1], torch.empty_like(x)
-    M, rows, block = x.numel() // K, 32, 128
-    dropout_kernel[(triton.cdiv(M, rows), triton.cdiv(K, block))](
-        x, y, M, K, **dropout, ROWS=rows, BLOCK=block
-    )
+    y = torch.empty_like(x)
+    _dropout(x, y, False, dropout)
     return y
+
+
+def dropped_and_sums(x: Tensor, dropout: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Returns `dropped(x, dropout)` and parts (P, K) of its sum over the rows, in one pass."""
+    y = None if dropout["seed"] is None else torch.empty_like(x)
+    sums = _dropout(x, y, True, dropout)
+    return (x if y is None else y), sums
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """Returns parts (P, K) of the sum of a contiguous x (..., K) over its rows."""
+    return _dropout(x, None, True, NO_DROPOUT)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from gptfast.ops.triton.attention import attention
 from gptfast.ops.triton.attention_backward import write_grads
-from gptfast.ops.triton.launch import absent, dropout_args, wants
-from gptfast.ops.triton.linear import linear, multiply, weight_grads
-from gptfast.ops.triton.rows import norm_backward
+from gptfast.ops.triton.launch import dropout_args, or_absent, wants
+from gptfast.ops.triton.linear import input_grad, linear, multiply, weight_grad
+from gptfast.ops.triton.rows import Sums, column_sums, layer_norm, norm_backward
 
 
 def self_attention(
@@ -39,23 +39,35 @@ def self_attention_backward(
     stream: int, wanted: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """gptfast::self_attention_backward."""
-    x, dy, none = x.contiguous(), dy.contiguous(), absent(x)
-    of_proj = weight_grads(dy, out, w_proj, b_proj, wanted=wanted >> 5)
-    if not wants(wanted, 0, 4):
-        return x.new_empty(0), none, none, none, none, *of_proj
-    q, k, v = _unpacked(qkv, n_head)
-    dqkv = torch.empty_like(qkv)
-    write_grads(
-        _heads(multiply(dy, w_proj), n_head), q, k, v, _heads(out, n_head), lse,
-        _unpacked(dqkv, n_head), 1 / math.sqrt(q.shape[-1]),
-        dropout_args(dropout_p, seed, stream, x.device),
-    )  # fmt: skip
-    norm = mean, rstd, ln_w, ln_b
-    of_qkv = weight_grads(dqkv, x, w_qkv, b_qkv, norm, wanted=wanted >> 3)
-    if not wants(wanted, 0, 2):
-        return x.new_empty(0), none, none, *of_qkv, *of_proj
-    dn = multiply(dqkv, w_qkv)
-    return *norm_backward(dn, x, dy, *norm, wanted=wanted), *of_qkv, *of_proj
+    x, dy, sums = x.contiguous(), dy.contiguous(), Sums()
+    n = dx = x.new_empty(0)
+    dln_w = dln_b = dw_qkv = db_qkv = dw_proj = db_proj = None
+    of_dy = None  # parts of dy's sum over the rows
+    if wants(wanted, 5):
+        dw_proj = weight_grad(dy, out, w_proj)
+    if wants(wanted, 0, 4):
+        q, k, v = _unpacked(qkv, n_head)
+        dqkv = torch.empty_like(qkv)
+        write_grads(
+            _heads(input_grad(dy, w_proj), n_head), q, k, v, _heads(out, n_head), lse,
+            _unpacked(dqkv, n_head), 1 / math.sqrt(q.shape[-1]),
+            dropout_args(dropout_p, seed, stream, x.device),
+        )  # fmt: skip
+        if wants(wanted, 0, 2):
+            dn = input_grad(dqkv, w_qkv)
+            back = norm_backward(dn, x, dy, mean, rstd, ln_w, ln_b, wants(wanted, 3))
+            dx, n, of_dy = back.dx, back.n, back.sums[:, 2]
+            dln_w, dln_b = sums.of_norm(back, ln_w, ln_b, wanted)
+        elif wants(wanted, 3):
+            n, _, _ = layer_norm(x, ln_w, ln_b)
+        if wants(wanted, 3):
+            dw_qkv = weight_grad(dqkv, n, w_qkv)
+        if b_qkv is not None and wants(wanted, 4):
+            db_qkv = sums.of(column_sums(dqkv), b_qkv)
+    if b_proj is not None and wants(wanted, 6):
+        db_proj = sums.of(column_sums(dy) if of_dy is None else of_dy, b_proj)
+    sums.add()
+    return dx, *or_absent(x, dln_w, dln_b, dw_qkv, db_qkv, dw_proj, db_proj)
 
 
 def _unpacked(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -57,27 +57,23 @@ def gelu_slope(u, GELU: tl.constexpr):
 
 
 @triton.jit
-def normalized(x, mean, rstd, weight, bias, k, inside):
-    """Columns k of LayerNorm(x), x (rows, columns) in float32; columns not `inside` are 0."""
-    w = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
-    y = (x - mean[:, None]) * rstd[:, None] * w[None, :]
-    if bias is not None:
-        y += tl.load(bias + k, mask=inside, other=0.0).to(tl.float32)[None, :]
-    return y
+def tile_at(tile, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """First row and column of the tile-th tile of an (M, N) matrix.
+
+    Tiles are ordered by groups of GROUP rows of tiles, column by column within a group, so that
+    concurrent programs share operand tiles in the L2 cache.
+    """
+    columns = tl.cdiv(N, BN)
+    first = tile // (GROUP * columns) * GROUP
+    height = tl.minimum(tl.cdiv(M, BM) - first, GROUP)
+    inner = tile % (GROUP * columns)
+    return (first + inner % height) * BM, inner // height * BN
 
 
 @triton.jit
 def own_tile(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """Row and column indices of this program's tile of an (M, N) matrix, and the first of each.
-
-    Programs are ordered by groups of GROUP rows of tiles, column by column within a group, so that
-    concurrent programs share operand tiles in the L2 cache.
-    """
-    columns = tl.cdiv(N, BN)
-    first = tl.program_id(0) // (GROUP * columns) * GROUP
-    height = tl.minimum(tl.cdiv(M, BM) - first, GROUP)
-    inner = tl.program_id(0) % (GROUP * columns)
-    m0, n0 = (first + inner % height) * BM, inner // height * BN
+    """Row and column indices of this program's tile of an (M, N) matrix, and the first of each."""
+    m0, n0 = tile_at(tl.program_id(0), M, N, BM, BN, GROUP)
     return m0 + tl.arange(0, BM), n0 + tl.arange(0, BN), m0, n0
 
 
@@ -93,28 +89,70 @@ def own_head(H, T, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
 
 @triton.jit
 def product(
-    a, b, mean, rstd, ln_w, ln_b, m, n, M, N, K, b_row, b_column,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    a, b, m0, n0, M, N, K, b_row, b_column, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Rows m and columns n of A B, or of LayerNorm(A) B if `mean` is given, in float32.
+    """The tile of A B from row m0 and column n0 on, in float32; columns from N on are 0.
 
-    A (M, K) is contiguous; element (k, n) of B has the offset k b_row + n b_column. Rows from M on
-    wrap around, columns from N on are 0.
+    DESCRIBED says that a and b are tensor descriptors: "rows" if b describes B (K, N), "columns"
+    if it describes the transpose; rows from M on are 0. If None, a and b are pointers, A (M, K) is
+    contiguous, element (k, n) of B has the offset k b_row + n b_column, and rows from M on repeat
+    the first ones.
     """
-    row = (m % M).to(tl.int64)
-    if mean is not None:
-        row_mean, row_rstd = tl.load(mean + row), tl.load(rstd + row)
     acc = tl.zeros([BM, BN], tl.float32)
-    for k0 in tl.range(0, K, BK):
-        k = k0 + tl.arange(0, BK)
-        x = tl.load(a + row[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
-        if mean is not None:
-            y = normalized(x.to(tl.float32), row_mean, row_rstd, ln_w, ln_b, k, k < K)
-            x = y.to(x.dtype)
-        w = tl.load(
-            b + k.to(tl.int64)[:, None] * b_row + n.to(tl.int64)[None, :] * b_column,
-            mask=(k < K)[:, None] & (n < N)[None, :],
-            other=0.0,
-        )
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    if DESCRIBED is not None:
+        for k0 in tl.range(0, K, BK):
+            x = a.load([m0, k0])
+            if DESCRIBED == "rows":
+                w = b.load([k0, n0])
+            else:
+                w = b.load([n0, k0]).T
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    else:
+        row = ((m0 + tl.arange(0, BM)) % M).to(tl.int64)[:, None]
+        n = n0 + tl.arange(0, BN)
+        column = n.to(tl.int64)[None, :]
+        for k0 in tl.range(0, K, BK):
+            k = k0 + tl.arange(0, BK)
+            x = tl.load(a + row * K + k[None, :], mask=(k < K)[None, :], other=0.0)
+            w = tl.load(
+                b + k.to(tl.int64)[:, None] * b_row + column * b_column,
+                mask=(k < K)[:, None] & (n < N)[None, :],
+                other=0.0,
+            )
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
     return acc
+
+
+@triton.jit
+def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of a tile's columns; no register moves to another thread."""
+    pairs = tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1))
+    return tl.split(pairs)
+
+
+@triton.jit
+def store_tile(
+    to, value, m0, n0, M, N, DESCRIBED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Stores a tile of an (M, N) matrix, described by a tensor descriptor or contiguous."""
+    if DESCRIBED:
+        to.store([m0, n0], value.to(to.dtype))
+    else:
+        m, n = m0 + tl.arange(0, ROWS), n0 + tl.arange(0, COLUMNS)
+        at = to + m.to(tl.int64)[:, None] * N + n[None, :]
+        tl.store(at, value.to(to.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def load_tile(
+    source, m0, n0, M, N, DESCRIBED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """A tile of an (M, N) matrix in float32, 0 outside; the counterpart of `store_tile`."""
+    if DESCRIBED:
+        value = source.load([m0, n0])
+    else:
+        m, n = m0 + tl.arange(0, ROWS), n0 + tl.arange(0, COLUMNS)
+        at = source + m.to(tl.int64)[:, None] * N + n[None, :]
+        value = tl.load(at, mask=(m < M)[:, None] & (n < N)[None, :], other=0.0)
+    return value.to(tl.float32)
