@@ -142,7 +142,10 @@ def test_layer_norm_attention_has_the_bits_of_its_parts(dropout_p: float) -> Non
     inputs, grad = there(*attention_block(3, 70, 96)), normal(3, 70, 96, seed=9).to(DEVICE)
     options = {"n_head": 2, "dropout_p": dropout_p, "seed": 8, "stream": 2}
     whole = run(ops.layer_norm_attention, inputs, torch.float32, grad, **options)
-    assert_bits_of_parts(whole, run(by_parts, inputs, torch.float32, grad, **options))
+    parts = run(by_parts, inputs, torch.float32, grad, **options)
+    assert_bits_of_parts(whole[:-1], parts[:-1])
+    # The gradient of the projection's bias is summed where dy is read anyway, in another order.
+    torch.testing.assert_close(whole[-1], parts[-1], rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         assert torch.equal(ops.layer_norm_attention(*inputs, **options), whole[0])
 

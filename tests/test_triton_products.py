@@ -34,5 +34,5 @@ def test_ffn_with_every_tile(
 
     monkeypatch.setattr(linear, "choose_tile", choose)
     args = (ops.layer_norm_ffn, reference.layer_norm_ffn, torch_ffn)
-    check_op(*args, there(*block(300, C, 280)), dtype, dropout_p=0.3, seed=7)
+    check_op(*args, there(*block(300, C, 7 * C)), dtype, dropout_p=0.3, seed=7)
     assert all(tile in tiles for tiles in chosen)

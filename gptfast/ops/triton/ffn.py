@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.ops.triton.launch import dropout_args, or_absent, wants
+from gptfast.ops.triton import linear
 from gptfast.ops.triton.linear import input_grad, multiply, operands, weight_grad
 from gptfast.ops.triton.rows import (
     Sums,
@@ -32,7 +33,7 @@ from gptfast.ops.triton.tiles import (
 def hidden_grad_kernel(
     a, b, M, N, K, b_row, b_column, before, dhidden, hidden, sums, GELU: tl.constexpr,
     DESCRIBED: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PART: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PART: tl.constexpr, AROUND: tl.constexpr,
 ):  # fmt: skip
     """dU = (A B) gelu'(U); gelu(U), which is recomputed; each tile's sum of dU over its rows.
 
@@ -46,34 +47,49 @@ def hidden_grad_kernel(
         acc = product(a, b, m0, n0, M, N, K, b_row, b_column, DESCRIBED, PRECISION, BM, BN, BK)
         m0, n0 = tile_at(done, M, N, BM, BN, GROUP)
         done += tl.num_programs(0)
-        _finish(acc, m0, n0, M, N, before, dhidden, hidden, sums, GELU, BM, BN, PART)
+        _finish(acc, m0, n0, M, N, before, dhidden, hidden, sums, GELU, BM, BN, PART, AROUND)
 
 
 @triton.jit
 def _finish(
     acc, m0, n0, M, N, before, dhidden, hidden, sums, GELU: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr, AROUND: tl.constexpr,
 ):  # fmt: skip
     """What `hidden_grad_kernel` does to a tile of A B, PART columns at a time."""
     if COLUMNS > PART:
         HALF: tl.constexpr = COLUMNS // 2
         left, right = halves(acc, ROWS, COLUMNS)
-        _finish(left, m0, n0, M, N, before, dhidden, hidden, sums, GELU, ROWS, HALF, PART)
-        _finish(right, m0, n0 + HALF, M, N, before, dhidden, hidden, sums, GELU, ROWS, HALF, PART)
+        _finish(left, m0, n0, M, N, before, dhidden, hidden, sums, GELU, ROWS, HALF, PART, AROUND)
+        _finish(
+            right,
+            m0,
+            n0 + HALF,
+            M,
+            N,
+            before,
+            dhidden,
+            hidden,
+            sums,
+            GELU,
+            ROWS,
+            HALF,
+            PART,
+            AROUND,
+        )
     else:
-        _finish_part(acc, m0, n0, M, N, before, dhidden, hidden, sums, GELU, ROWS, COLUMNS)
+        _finish_part(acc, m0, n0, M, N, before, dhidden, hidden, sums, GELU, ROWS, COLUMNS, AROUND)
 
 
 @triton.jit
 def _finish_part(
     acc, m0, n0, M, N, before, dhidden, hidden, sums, GELU: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, AROUND: tl.constexpr,
 ):  # fmt: skip
-    u = load_tile(before, m0, n0, M, N, False, ROWS, COLUMNS)
+    u = load_tile(before, m0, n0, M, N, AROUND > 1, ROWS, COLUMNS)
     if hidden is not None:
-        store_tile(hidden, gelu(u, GELU), m0, n0, M, N, False, ROWS, COLUMNS)
+        store_tile(hidden, gelu(u, GELU), m0, n0, M, N, AROUND > 0, ROWS, COLUMNS)
     du = acc * gelu_slope(u, GELU)
-    store_tile(dhidden, du, m0, n0, M, N, False, ROWS, COLUMNS)
+    store_tile(dhidden, du, m0, n0, M, N, AROUND > 0, ROWS, COLUMNS)
     if sums is not None:
         m, n = m0 + tl.arange(0, ROWS), n0 + tl.arange(0, COLUMNS)
         total = tl.sum(tl.where((m < M)[:, None], du, 0.0), 0)
@@ -145,7 +161,8 @@ def _hidden_grad(
     parts = triton.cdiv(M, these.how["BM"]) if with_sums else 0
     sums = d.new_empty(parts, N, dtype=torch.float32)
     hidden_grad_kernel[these.grid](
-        *these.args, before, du, hidden if with_hidden else None, sums if with_sums else None,
+        *these.args, linear.around(before, these.how, 2), linear.around(du, these.how),
+        linear.around(hidden, these.how) if with_hidden else None, sums if with_sums else None,
         GELU=gelu, **these.how,
     )  # fmt: skip
     return du, hidden, sums

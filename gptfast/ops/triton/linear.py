@@ -110,6 +110,15 @@ def descriptor(x: Tensor, rows: int, columns: int) -> Any:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
 
 
+AROUND = 0
+
+
+def around(x: Any, how: dict[str, Any], least: int = 1) -> Any:
+    if x is None or how["AROUND"] < least:
+        return x
+    return descriptor(x.view(-1, x.shape[-1]), how["BM"], min(how["BN"], how["PART"]))
+
+
 class Operands(NamedTuple):
     """What the kernels of products get: operands a and b and how they are read, tile and grid."""
 
@@ -133,7 +142,7 @@ def operands(a: Tensor, b: Tensor) -> Operands:
             else descriptor(b.t(), tile.BN, tile.BK)
         )
     constants = {
-        "DESCRIBED": how, "PRECISION": precision(), "GROUP": GROUP, "BM": tile.BM, "BN": tile.BN,
+        "AROUND": AROUND if how is not None and N % 8 == 0 else 0, "DESCRIBED": how, "PRECISION": precision(), "GROUP": GROUP, "BM": tile.BM, "BN": tile.BN,
         "BK": tile.BK, "PART": tile.part, "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     count = triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN)
@@ -145,7 +154,7 @@ def linear_kernel(
     a, b, M, N, K, b_row, b_column, y, before, bias, residual,
     seed, substream, threshold, keep_scale,
     GELU: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PART: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PART: tl.constexpr, AROUND: tl.constexpr,
 ):  # fmt: skip
     """Y = residual + dropout(gelu(A B + bias)); everything but A B is optional.
 
@@ -160,14 +169,14 @@ def linear_kernel(
         done += tl.num_programs(0)
         _finish(
             acc, m0, n0, M, N, y, before, bias, residual,
-            seed, substream, threshold, keep_scale, GELU, BM, BN, PART,
+            seed, substream, threshold, keep_scale, GELU, BM, BN, PART, AROUND,
         )  # fmt: skip
 
 
 @triton.jit
 def _finish(
     acc, m0, n0, M, N, y, before, bias, residual, seed, substream, threshold, keep_scale,
-    GELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr,
+    GELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr, AROUND: tl.constexpr,
 ):  # fmt: skip
     """What `linear_kernel` does to a tile of A B, PART columns at a time."""
     if COLUMNS > PART:
@@ -175,29 +184,29 @@ def _finish(
         left, right = halves(acc, ROWS, COLUMNS)
         _finish(
             left, m0, n0, M, N, y, before, bias, residual,
-            seed, substream, threshold, keep_scale, GELU, ROWS, HALF, PART,
+            seed, substream, threshold, keep_scale, GELU, ROWS, HALF, PART, AROUND,
         )  # fmt: skip
         _finish(
             right, m0, n0 + HALF, M, N, y, before, bias, residual,
-            seed, substream, threshold, keep_scale, GELU, ROWS, HALF, PART,
+            seed, substream, threshold, keep_scale, GELU, ROWS, HALF, PART, AROUND,
         )  # fmt: skip
     else:
         _finish_part(
             acc, m0, n0, M, N, y, before, bias, residual,
-            seed, substream, threshold, keep_scale, GELU, ROWS, COLUMNS,
+            seed, substream, threshold, keep_scale, GELU, ROWS, COLUMNS, AROUND,
         )  # fmt: skip
 
 
 @triton.jit
 def _finish_part(
     acc, m0, n0, M, N, y, before, bias, residual, seed, substream, threshold, keep_scale,
-    GELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    GELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, AROUND: tl.constexpr,
 ):  # fmt: skip
     if bias is not None:
         n = n0 + tl.arange(0, COLUMNS)
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if before is not None:
-        store_tile(before, acc, m0, n0, M, N, False, ROWS, COLUMNS)
+        store_tile(before, acc, m0, n0, M, N, AROUND > 0, ROWS, COLUMNS)
     if GELU is not None:
         acc = gelu(acc, GELU)
     if seed is not None:
@@ -205,8 +214,8 @@ def _finish_part(
             tl.load(seed), substream, 0, m0, n0, threshold, keep_scale, ROWS, COLUMNS
         )
     if residual is not None:
-        acc += load_tile(residual, m0, n0, M, N, False, ROWS, COLUMNS)
-    store_tile(y, acc, m0, n0, M, N, False, ROWS, COLUMNS)
+        acc += load_tile(residual, m0, n0, M, N, AROUND > 1, ROWS, COLUMNS)
+    store_tile(y, acc, m0, n0, M, N, AROUND > 0, ROWS, COLUMNS)
 
 
 def multiply(
@@ -232,7 +241,14 @@ def multiply(
     if y.numel():
         these = operands(a.view(-1, a.shape[-1]), b.to(a.dtype))
         linear_kernel[these.grid](
-            *these.args, y, before, bias, residual, **dropout, GELU=gelu, **these.how
+            *these.args,
+            around(y, these.how),
+            around(before, these.how),
+            bias,
+            around(residual, these.how, 2),
+            **dropout,
+            GELU=gelu,
+            **these.how,
         )
     return y
 
