@@ -52,12 +52,13 @@ CHIPS = {
 }
 MATRIX = {"cuda": r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", "hip": r"v_mfma"}
 WIDE_LOAD = {
-    "cuda": r"ld\.global[.\w:]*\.v4\.b32|cp\.async\.cg\.shared\.global|ld\.global[.\w:]*\.v2\.b64|cp\.async\.bulk\.tensor",
+    "cuda": r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64|cp\.async\.cg\.shared\.global"
+    r"|cp\.async\.bulk\.tensor",
     "hip": r"(global|buffer)_load_dwordx4",
 }
 PRODUCTS = (
     "forward_kernel", "query_grad_kernel", "key_grads_kernel", "linear_kernel",
-    "hidden_grad_kernel", "weight_grad_kernel", "partial_sums_kernel", "logits_grad_kernel",
+    "hidden_grad_kernel", "partial_sums_kernel", "logits_grad_kernel",
 )  # fmt: skip
 SMALL = ("join_kernel", "losses_kernel")  # they read only one or two numbers per thread
 

@@ -1,38 +1,227 @@
 """The products of gptfast's Triton kernels: every tile, both ways to read operands, launches."""
 
+from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peers import ffn as torch_ffn
+from test_attention import heads
 from test_ffn import block
-from test_triton import there, where
+from test_linear import normal, torch_layer_norm_linear
+from test_self_attention import attention_block
+from test_triton import DEVICE, there, where
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptfast import ops
 from gptfast.ops import reference
-from gptfast.ops.triton import linear
+from gptfast.ops.triton import ffn, linear, products, rows, self_attention
+from gptfast.ops.triton.launch import dropout_args
 from gptfast.testing import check_op
 
 assert where  # the fixture that runs every test in the interpreter or on a GPU
 
 TILES = [
-    *((tile, torch.float16, 40) for tile in linear.DESCRIBED_TILES),
-    *((tile, torch.float16, 36) for tile in linear.POINTER_TILES[2]),
-    *((tile, torch.float32, 40) for tile in linear.POINTER_TILES[4]),
+    *((tile, torch.float16, 40) for tile in products.DESCRIBED_TILES),
+    *((tile, torch.float16, 36) for tile in products.POINTER_TILES[2]),
+    *((tile, torch.float32, 40) for tile in products.POINTER_TILES[4]),
 ]
 
 
 @pytest.mark.parametrize(("tile", "dtype", "C"), TILES, ids=str)
 def test_ffn_with_every_tile(
-    tile: linear.Tile, dtype: torch.dtype, C: int, monkeypatch: pytest.MonkeyPatch
+    tile: products.Tile, dtype: torch.dtype, C: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen: list[Any] = []
 
-    def choose(tiles: Any, *_: int) -> linear.Tile:
+    def choose(tiles: Any, *_: int) -> products.Tile:
         chosen.append(tiles)
         return tile
 
-    monkeypatch.setattr(linear, "choose_tile", choose)
+    monkeypatch.setattr(products, "choose_tile", choose)
     args = (ops.layer_norm_ffn, reference.layer_norm_ffn, torch_ffn)
-    check_op(*args, there(*block(300, C, 7 * C)), dtype, dropout_p=0.3, seed=7)
-    assert all(tile in tiles for tiles in chosen)
+    check_op(*args, there(*block(140, C, 7 * C)), dtype, dropout_p=0.3, seed=7)
+    assert chosen and all(tile in tiles for tiles in chosen)
+
+
+def test_a_row_has_the_same_bits_with_every_tile_and_way_to_read_operands(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The interpreter's products would differ: numpy's BLAS sums edges of tiles in another order.
+    monkeypatch.setattr(np, "matmul", lambda a, b, dtype: np.einsum("ik,kj->ij", a, b, dtype=dtype))
+    a, bias, residual = (
+        normal(*size).to(DEVICE).half() for size in ((150, 72), (136,), (150, 136))
+    )
+    w = normal(136, 72, seed=3).to(DEVICE).half()
+
+    def results() -> tuple[Tensor, ...]:
+        before = torch.empty_like(residual)
+        y = linear.multiply(a, w.t(), bias=bias, residual=residual, gelu="tanh", before=before)
+        alone = linear.multiply(a[77:78], w.t(), bias=bias, residual=residual[77:78], gelu="tanh")
+        assert torch.equal(alone[0], y[77])
+        return y, before
+
+    for descriptors, tiles in ((True, products.DESCRIBED_TILES), (False, products.POINTER_TILES[2])):
+        monkeypatch.setattr(products, "has_descriptors", lambda _, have=descriptors: have)
+        found = []
+        for tile in tiles:
+            monkeypatch.setattr(products, "choose_tile", lambda *_, tile=tile: tile)
+            found.append(results())
+        for each in found[1:]:
+            assert all(torch.equal(got, same) for got, same in zip(each, found[0], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("K", "N", "dtype", "how"),
+    (
+        (64, 24, torch.float16, ("columns", "rows")),
+        (64, 20, torch.float16, ("columns", None)),  # rows of b (K, N) are 40 bytes apart
+        (60, 24, torch.float16, (None, None)),
+        (64, 24, torch.bfloat16, ("columns", "rows")),
+        (64, 24, torch.float32, (None, None)),
+    ),
+)
+def test_what_descriptors_can_read(
+    K: int, N: int, dtype: torch.dtype, how: tuple[str | None, ...]
+) -> None:
+    for M in (1, 7, 500):
+        a = torch.empty(M, K, dtype=dtype, device=DEVICE)
+        weight, other = a.new_empty(N, K), a.new_empty(K, N)
+        assert (products.described(a, weight.t()), products.described(a, other)) == how
+    assert products.described(a, a.new_empty(K, 2 * N)[:, :N]) is None
+    assert products.described(a, a.new_empty(K, 2 * N)[:, ::2]) is None
+
+
+def test_operands_that_start_anywhere() -> None:
+    inputs = there(normal(30, 64), normal(64, seed=3), None, normal(24, 64), normal(24, seed=2))
+    shifted = []
+    for x in inputs:
+        if x is not None:
+            x = x.half()
+            x = torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
+        shifted.append(x)
+    assert shifted[3].data_ptr() % 16 == 2
+    args = (ops.layer_norm_linear, reference.layer_norm_linear, torch_layer_norm_linear)
+    check_op(*args, shifted, torch.float16)
+
+
+def test_the_choice_of_a_tile() -> None:
+    wide, middle, small = products.DESCRIBED_TILES
+    for (M, N), tile in {
+        (16384, 768): wide, (16384, 3072): wide, (4096, 1536): middle, (1024, 128): small,
+    }.items():  # fmt: skip
+        assert products.choose_tile(products.DESCRIBED_TILES, M, N, 132) == tile
+
+
+class Recorder(TorchDispatchMode):
+    """Counts what would be launched on a GPU: kernels by name, and operators of torch."""
+
+    FREE = (
+        "empty",
+        "view",
+        "slice",
+        "select",
+        "permute",
+        "transpose",
+        ".t.",
+        "detach",
+        "alias",
+        "unbind",
+    )
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+        self._inside = False
+        kernel_type: Any = type(linear.linear_kernel)
+        run = kernel_type.run
+
+        def counted(kernel: Any, *args: Any, **options: Any) -> Any:
+            self.found[kernel.__name__] += 1
+            self._inside = True
+            try:
+                return run(kernel, *args, **options)
+            finally:
+                self._inside = False
+
+        monkeypatch.setattr(kernel_type, "run", counted)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self._inside and not any(free in f"{func}" for free in self.FREE):
+            self.found["product" if "addmm" in f"{func}" else f"{func}"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+ATTENTION = ("forward_kernel", "query_grad_kernel", "key_grads_kernel")
+
+
+@pytest.mark.parametrize("dropout_p", (0.0, 0.2))
+def test_launches_of_a_layer(dropout_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without those of attention, 19 for forward and backward of both sublayers."""
+    x, *params = there(*block(40, 32, 128))
+    h, *others = there(*attention_block(2, 20, 32))
+    assert x is not None and h is not None
+    seed = torch.tensor(3, device=DEVICE)
+    options: Any = "tanh", dropout_p, seed if dropout_p else None, 1
+    counts = Recorder(monkeypatch)
+    dropping = {"dropout_kernel": 1} if dropout_p else {}
+
+    def launched(op: Any, *args: Any) -> tuple[Any, Counter[str]]:
+        counts.found.clear()
+        with counts:
+            results = op(*args)
+        return results, Counter({k: n for k, n in counts.found.items() if k not in ATTENTION})
+
+    (_, *kept), found = launched(ffn.ffn, x, *params, *options, True)
+    assert found == Counter(layer_norm_kernel=1, linear_kernel=2)
+    _, found = launched(ffn.ffn_backward, x, x, *params, *kept, *options, 0b1111111)
+    assert found == Counter(
+        hidden_grad_kernel=1, norm_grad_kernel=1, product=3, add_parts_kernel=1, **dropping
+    )
+    options = 2, *options[1:]
+    (_, *kept), found = launched(self_attention.self_attention, h, *others, *options, True)
+    assert found == Counter(layer_norm_kernel=1, linear_kernel=2)
+    backward = self_attention.self_attention_backward
+    _, found = launched(backward, h, h, *others, *kept, *options, 0b1111111)
+    assert found == Counter(
+        norm_grad_kernel=1, dropout_kernel=1, product=4, add_parts_kernel=1
+    )  # dropout_kernel sums the columns of dqkv
+
+
+@pytest.mark.parametrize("wanted", range(0, 128, 5))
+def test_any_gradients_of_a_sublayer(wanted: int) -> None:
+    """Each is the one that is computed with all others, up to the order of a sum."""
+    x, *params = there(*block(40, 32, 128))
+    h, *others = there(*attention_block(2, 20, 32))
+    options: Any = "tanh", 0.2, torch.tensor(3, device=DEVICE), 1
+    for forward, backward, given, rest in (
+        (ffn.ffn, ffn.ffn_backward, (x, *params), options),
+        (
+            self_attention.self_attention, self_attention.self_attention_backward, (h, *others),
+            (2, *options[1:]),
+        ),
+    ):  # fmt: skip
+        _, *kept = forward(*given, *rest, True)
+        every = backward(given[0], *given, *kept, *rest, 0b1111111)
+        for i, grad in enumerate(backward(given[0], *given, *kept, *rest, wanted)):
+            if wanted >> i & 1:
+                torch.testing.assert_close(grad, every[i], rtol=1e-5, atol=1e-5)
+            else:
+                assert i == 0 or grad.numel() == 0
+
+
+def test_sums_of_many_rows() -> None:
+    x = heads(1, 1, 3000, 200)[0, 0].to(DEVICE)
+    outs = [torch.empty(n, dtype=d, device=DEVICE) for n, d in ((200, x.dtype), (7, torch.half))]
+    sums = rows.Sums()
+    parts = rows.column_sums(x)
+    got = [sums.of(parts[:, : out.numel()], out) for out in outs]
+    sums.add()
+    for y, dtype in zip(got, (torch.float32, torch.float16), strict=True):
+        exact = x.double().sum(0)[: y.numel()]
+        assert y.dtype == dtype and torch.allclose(y.double(), exact, atol=1e-2)
+    d, parts = rows.dropped_and_sums(x, dropout_args(0.2, torch.tensor(5), 1, x.device))
+    assert torch.equal(d, rows.dropped(x, dropout_args(0.2, torch.tensor(5), 1, x.device)))
+    assert torch.allclose(parts.sum(0), d.sum(0), atol=1e-3)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gptfast.ops.triton.launch import absent, config, precision, tuned, wants
 from gptfast.ops.triton.matmul import matmul
-from gptfast.ops.triton.rows import Sums, layer_norm, norm_backward
+from gptfast.ops.triton.rows import layer_norm, norm_backward
 from gptfast.ops.triton.tiles import LN2, LOG2E, own_tile, product
 
 BLOCK_BYTES = 1 << 26  # bytes of a block of the logits' gradient
@@ -93,7 +93,7 @@ def losses_kernel(
 @tuned(PRODUCT, product_kind, product_shared, ["V", "K", "PRECISION"])
 @triton.jit(do_not_specialize=["v0"])
 def logits_grad_kernel(
-    a, b, targets, sums, shares, dlogits, 
+    a, b, targets, sums, shares, dlogits,
     M, V, K, v0, PRECISION: tl.constexpr, BN: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -158,10 +158,8 @@ def linear_cross_entropy(
         dweight.zero_()
     if ln_w is None or not with_dx:
         return loss, dx.to(x.dtype), absent(x), absent(x), dweight
-    grads, of_params = norm_backward(dx, x, None, mean, rstd, ln_w, ln_b, False), Sums()
-    params = of_params.of_norm(grads, ln_w, ln_b, wanted)
-    of_params.add()
-    return loss, grads.dx, *params, dweight
+    grads = norm_backward(dx, x, None, mean, rstd, ln_w, ln_b, wanted)
+    return loss, *grads, dweight
 
 
 def _grid(M: int, V: int) -> Any:

@@ -8,22 +8,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptfast.ops.triton import products
 from gptfast.ops.triton.launch import dropout_args, or_absent, wants
-from gptfast.ops.triton import linear
-from gptfast.ops.triton.linear import input_grad, multiply, operands, weight_grad
-from gptfast.ops.triton.rows import (
-    Sums,
-    column_sums,
-    dropped_and_sums,
-    layer_norm,
-    norm_backward,
-)
+from gptfast.ops.triton.linear import input_grad, multiply, weight_grad
+from gptfast.ops.triton.rows import Sums, column_sums, dropped_and_sums, layer_norm, norm_grads
 from gptfast.ops.triton.tiles import (
-    gelu,
-    gelu_slope,
-    halves,
+    gelu_and_slope,
     load_tile,
     product,
+    quarters,
     store_tile,
     tile_at,
 )
@@ -32,14 +25,15 @@ from gptfast.ops.triton.tiles import (
 @triton.jit(do_not_specialize=["M"])
 def hidden_grad_kernel(
     a, b, M, N, K, b_row, b_column, before, dhidden, hidden, sums, GELU: tl.constexpr,
-    DESCRIBED: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PART: tl.constexpr, AROUND: tl.constexpr,
+    DESCRIBED: tl.constexpr, STORED: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """dU = (A B) gelu'(U); gelu(U), which is recomputed; each tile's sum of dU over its rows.
 
     A (M, K) is the gradient of the second layer's output, B (K, N) that layer's weight, `before`
     holds U. `hidden` and `sums` are optional.
     """
+    tl.assume(K > 0)
     tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
     done = tl.program_id(0)  # see linear_kernel
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
@@ -47,49 +41,26 @@ def hidden_grad_kernel(
         acc = product(a, b, m0, n0, M, N, K, b_row, b_column, DESCRIBED, PRECISION, BM, BN, BK)
         m0, n0 = tile_at(done, M, N, BM, BN, GROUP)
         done += tl.num_programs(0)
-        _finish(acc, m0, n0, M, N, before, dhidden, hidden, sums, GELU, BM, BN, PART, AROUND)
+        parts = quarters(acc, BM, BN)
+        for i in tl.static_range(4):
+            _finish(
+                parts[i], m0, n0 + i * (BN // 4), M, N, before, dhidden, hidden, sums,
+                GELU, STORED, BM, BN // 4,
+            )  # fmt: skip
 
 
 @triton.jit
 def _finish(
-    acc, m0, n0, M, N, before, dhidden, hidden, sums, GELU: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr, AROUND: tl.constexpr,
+    acc, m0, n0, M, N, before, dhidden, hidden, sums, GELU: tl.constexpr, STORED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """What `hidden_grad_kernel` does to a tile of A B, PART columns at a time."""
-    if COLUMNS > PART:
-        HALF: tl.constexpr = COLUMNS // 2
-        left, right = halves(acc, ROWS, COLUMNS)
-        _finish(left, m0, n0, M, N, before, dhidden, hidden, sums, GELU, ROWS, HALF, PART, AROUND)
-        _finish(
-            right,
-            m0,
-            n0 + HALF,
-            M,
-            N,
-            before,
-            dhidden,
-            hidden,
-            sums,
-            GELU,
-            ROWS,
-            HALF,
-            PART,
-            AROUND,
-        )
-    else:
-        _finish_part(acc, m0, n0, M, N, before, dhidden, hidden, sums, GELU, ROWS, COLUMNS, AROUND)
-
-
-@triton.jit
-def _finish_part(
-    acc, m0, n0, M, N, before, dhidden, hidden, sums, GELU: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, AROUND: tl.constexpr,
-):  # fmt: skip
-    u = load_tile(before, m0, n0, M, N, AROUND > 1, ROWS, COLUMNS)
+    """What `hidden_grad_kernel` does to a part of a tile of A B."""
+    u = load_tile(before, m0, n0, M, N, ROWS, COLUMNS)
+    value, slope = gelu_and_slope(u, GELU)
     if hidden is not None:
-        store_tile(hidden, gelu(u, GELU), m0, n0, M, N, AROUND > 0, ROWS, COLUMNS)
-    du = acc * gelu_slope(u, GELU)
-    store_tile(dhidden, du, m0, n0, M, N, AROUND > 0, ROWS, COLUMNS)
+        store_tile(hidden, value, m0, n0, M, N, STORED, ROWS, COLUMNS)
+    du = acc * slope
+    store_tile(dhidden, du, m0, n0, M, N, STORED, ROWS, COLUMNS)
     if sums is not None:
         m, n = m0 + tl.arange(0, ROWS), n0 + tl.arange(0, COLUMNS)
         total = tl.sum(tl.where((m < M)[:, None], du, 0.0), 0)
@@ -133,7 +104,7 @@ def ffn_backward(
     del hidden
     if wants(wanted, 0, 2):
         dn = input_grad(du, w1)
-        back = norm_backward(dn, x, dy, mean, rstd, ln_w, ln_b, wants(wanted, 3))
+        back = norm_grads(dn, x, dy, mean, rstd, ln_w, ln_b, wants(wanted, 3))
         dx, n = back.dx, back.n
         dln_w, dln_b = sums.of_norm(back, ln_w, ln_b, wanted)
         of_d = back.sums[:, 2] if of_d is None else of_d
@@ -157,12 +128,11 @@ def _hidden_grad(
     du, hidden = torch.empty_like(before), torch.empty_like(before if with_hidden else before[:0])
     if not before.numel():
         return du, hidden, d.new_empty(0, N, dtype=torch.float32)
-    these = operands(d.view(M, -1), w2.to(d.dtype))
-    parts = triton.cdiv(M, these.how["BM"]) if with_sums else 0
+    how = products.product(d.view(M, -1), w2.to(d.dtype))
+    parts = triton.cdiv(M, how.options["BM"]) if with_sums else 0
     sums = d.new_empty(parts, N, dtype=torch.float32)
-    hidden_grad_kernel[these.grid](
-        *these.args, linear.around(before, these.how, 2), linear.around(du, these.how),
-        linear.around(hidden, these.how) if with_hidden else None, sums if with_sums else None,
-        GELU=gelu, **these.how,
+    hidden_grad_kernel[how.grid](
+        *how.operands, before, how.result(du), how.result(hidden) if with_hidden else None,
+        sums if with_sums else None, GELU=gelu, **how.options,
     )  # fmt: skip
     return du, hidden, sums

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.ops.reference import LAYER_NORM_EPS
-from gptfast.ops.triton.launch import block_of, dropout_args, programs, wants
+from gptfast.ops.triton.launch import block_of, dropout_args, or_absent, programs, wants
 from gptfast.ops.triton.tiles import dropout_factors
 
 ELEMENTS = 4096  # elements of a program's tile, unless a row is longer
@@ -130,14 +130,14 @@ def norm_grad_kernel(
 
 
 class NormGrads(NamedTuple):
-    """What `norm_backward` computes."""
+    """What `norm_grads` computes."""
 
     dx: Tensor  # that of the input, plus `add`
     n: Tensor  # the LayerNorm's output; empty unless asked for
     sums: Tensor  # (P, 3, K) parts of the gradients of weight and bias, and of the sum of `add`
 
 
-def norm_backward(
+def norm_grads(
     dn: Tensor, x: Tensor, add: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor,
     bias: Tensor | None, with_n: bool,
 ) -> NormGrads:  # fmt: skip
@@ -233,6 +233,21 @@ class Sums:
         add_parts_kernel[(triton.cdiv(longest, block), len(self._parts))](
             *args, ROWS=rows, BLOCK=block, num_warps=4
         )
+
+
+def norm_backward(
+    dn: Tensor, x: Tensor, add: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor,
+    bias: Tensor | None, wanted: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Computes the gradients of a LayerNorm's input (plus `add`), weight and bias.
+
+    See `norm_grads`. The gradient of an absent parameter, or of one whose bit in `wanted` (1
+    weight, 2 bias) is not set, is empty.
+    """
+    grads, sums = norm_grads(dn, x, add, mean, rstd, weight, bias, False), Sums()
+    dweight, dbias = sums.of_norm(grads, weight, bias, wanted)
+    sums.add()
+    return grads.dx, *or_absent(x, dweight, dbias)
 
 
 @triton.jit(do_not_specialize=["M", "substream", "threshold"])

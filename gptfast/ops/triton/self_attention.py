@@ -12,7 +12,7 @@ from gptfast.ops.triton.attention import attention
 from gptfast.ops.triton.attention_backward import write_grads
 from gptfast.ops.triton.launch import dropout_args, or_absent, wants
 from gptfast.ops.triton.linear import input_grad, linear, multiply, weight_grad
-from gptfast.ops.triton.rows import Sums, column_sums, layer_norm, norm_backward
+from gptfast.ops.triton.rows import Sums, column_sums, layer_norm, norm_grads
 
 
 def self_attention(
@@ -55,7 +55,7 @@ def self_attention_backward(
         )  # fmt: skip
         if wants(wanted, 0, 2):
             dn = input_grad(dqkv, w_qkv)
-            back = norm_backward(dn, x, dy, mean, rstd, ln_w, ln_b, wants(wanted, 3))
+            back = norm_grads(dn, x, dy, mean, rstd, ln_w, ln_b, wants(wanted, 3))
             dx, n, of_dy = back.dx, back.n, back.sums[:, 2]
             dln_w, dln_b = sums.of_norm(back, ln_w, ln_b, wanted)
         elif wants(wanted, 3):

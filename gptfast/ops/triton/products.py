@@ -1,0 +1,137 @@
+"""How the kernels of products read their operands, and which tiles they compute.
+
+Such a kernel is persistent: its programs stay and take tile after tile, and while one tile is
+finished the operands of the next are on their way. Tensor descriptors (Hopper's TMA) read the
+operands where the rule of `described` allows, pointers elsewhere.
+
+Letters: M rows, N columns of the result; K is summed over.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from gptfast.ops.triton.launch import INTERPRETED, precision, processors
+
+GROUP = 8  # rows of tiles that are computed together; see tiles.tile_at
+REGISTERS = 65536  # of a multiprocessor, on all of NVIDIA's chips
+PARTS = 4  # of a tile's columns, finished one after the other; see tiles.quarters
+
+
+class Tile(NamedTuple):
+    """A configuration of a product's kernel.
+
+    K is summed in blocks of BK one after the other, and BK is the same in all tiles for a dtype, so
+    a row has the same bits whichever is chosen.
+    """
+
+    BM: int
+    BN: int
+    BK: int
+    warps: int
+    stages: int
+    programs: int  # per multiprocessor: one finishes its tile while another multiplies
+    cost: float  # time per element of the tile, relative to that of the fastest
+
+
+# With descriptors: 2-byte elements.
+DESCRIBED_TILES = (
+    Tile(128, 256, 64, 8, 3, 1, 1.0),
+    Tile(128, 128, 64, 4, 3, 2, 1.08),
+    Tile(64, 64, 64, 4, 3, 3, 1.8),
+)
+# With pointers, by bytes per element.
+POINTER_TILES = {
+    2: (Tile(128, 128, 32, 8, 3, 1, 1.0), Tile(64, 64, 32, 4, 3, 3, 1.6)),
+    4: (Tile(64, 64, 32, 8, 2, 2, 1.0),),
+}
+
+
+def choose_tile(tiles: tuple[Tile, ...], M: int, N: int, processors: int) -> Tile:
+    """Returns the tile with which a device needs the least time for an (M, N) result."""
+
+    def time(tile: Tile) -> float:
+        count = triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN)
+        return triton.cdiv(count, processors) * tile.BM * tile.BN * tile.cost
+
+    return min(tiles, key=time)
+
+
+def has_descriptors(dtype: torch.dtype) -> bool:
+    """Whether products of this dtype read their operands by tensor descriptors, if aligned.
+
+    They do on NVIDIA's chips from Hopper on, and in the interpreter. float32 is split in registers.
+    """
+    if dtype.itemsize != 2 or INTERPRETED:
+        return dtype.itemsize == 2
+    target = triton.runtime.driver.active.get_current_target()
+    return bool(target.backend == "cuda" and target.arch >= 90)
+
+
+def described(a: Tensor, b: Tensor) -> str | None:
+    """Returns how tensor descriptors read the operands a (M, K) and b (K, N); None if they cannot.
+
+    "rows" if the rows of b are contiguous, "columns" if its columns are. A descriptor's rows start
+    at multiples of 16 bytes. The rule looks at K, N, strides and dtype alone, never at M.
+    """
+    (K, N), size = b.shape, a.dtype.itemsize
+    if not has_descriptors(a.dtype) or K * size % 16:
+        return None
+    if b.stride() == (1, K):
+        return "columns"
+    return "rows" if b.stride() == (N, 1) and N * size % 16 == 0 else None
+
+
+class Product(NamedTuple):
+    """A product of a kernel: how it reads the operands, and its tile.
+
+    Attributes:
+        operands: The kernel's first arguments: a, b, M, N, K, and the strides of b.
+        options: Its constants, and options of the launch.
+        grid: The number of programs.
+    """
+
+    operands: tuple[Any, ...]
+    options: dict[str, Any]
+    grid: tuple[int]
+
+    def result(self, y: Tensor | None) -> Any:
+        """Returns what the kernel gets for a result y (.., N), contiguous: see tiles.store_tile."""
+        if y is None or not self.options["STORED"]:
+            return y
+        columns = self.options["BN"] // PARTS
+        return _descriptor(y.view(-1, y.shape[-1]), self.options["BM"], columns)
+
+
+def product(a: Tensor, b: Tensor) -> Product:
+    """Prepares the product of a (M, K), contiguous, and b (K, N) of a's dtype, neither empty."""
+    (M, K), N = a.shape, b.shape[1]
+    how, count, strides = described(a, b), processors(a.device), b.stride()
+    tiles = POINTER_TILES[a.element_size()] if how is None else DESCRIBED_TILES
+    tile = choose_tile(tiles, M, N, count)
+    options = {
+        "DESCRIBED": how, "STORED": how is not None and N * a.element_size() % 16 == 0,
+        "PRECISION": precision(), "GROUP": GROUP, "BM": tile.BM, "BN": tile.BN, "BK": tile.BK,
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    if how is not None:
+        a = _descriptor(_aligned(a), tile.BM, tile.BK)
+        block = (tile.BK, tile.BN) if how == "rows" else (tile.BN, tile.BK)
+        b = _descriptor(_aligned(b if how == "rows" else b.t()), *block)
+        most = REGISTERS // (32 * tile.warps * tile.programs)
+        if most < 255:  # that of a thread
+            options["maxnreg"] = most
+    blocks = triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN)
+    return Product((a, b, M, N, K, *strides), options, (min(blocks, count * tile.programs),))
+
+
+def _descriptor(x: Tensor, rows: int, columns: int) -> Any:
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Returns x, or a copy if it does not start at a multiple of 16 bytes as descriptors must."""
+    return x if x.data_ptr() % 16 == 0 else x.clone()
