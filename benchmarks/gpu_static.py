@@ -29,7 +29,7 @@ from triton.backends.nvidia import compiler as nvidia
 from triton.runtime import Autotuner, JITFunction
 
 from gptfast.errors import ConfigError
-from gptfast.ops.triton import launch
+from gptfast.ops.triton import launch, products
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,19 @@ def compiling_for(chip: Chip) -> Iterator[list[tuple[str, Any, Any]]]:
         JITFunction.run, Autotuner.run, launch.shared_limit = jit_run, tuned_run, limit
 
 
+def with_every_tile() -> Iterator[None]:
+    """Makes products use one tile after the other, whatever is multiplied."""
+    choose = products.choose_tile
+    try:
+        for i in range(
+            max(len(products.DESCRIBED_TILES), *map(len, products.POINTER_TILES.values()))
+        ):
+            products.choose_tile = lambda tiles, *_, i=i: tiles[min(i, len(tiles) - 1)]
+            yield
+    finally:
+        products.choose_tile = choose
+
+
 def examine(config: str, kernel: Any, compiled: Any) -> Compiled:
     """Collects a kernel's resources from the compiler and its instructions from the assembly."""
     backend = compiled.metadata.target.backend
@@ -170,7 +183,8 @@ def compile_case(arch: str, name: str, dtype: str) -> list[dict[str, Any]]:
     chip, (case,) = CHIPS[arch], [case for case in cases() if case.name == name]
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
     with compiling_for(chip) as found:
-        case.run(DTYPES[dtype])
+        for _ in with_every_tile():
+            case.run(DTYPES[dtype])
     size = case.elements * DTYPES[dtype].itemsize + case.fixed_bytes
     # tf32 has half of bfloat16's rate; float32 takes three tf32 products, except on AMD, which
     # multiplies it directly.
