@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.ops.triton import products
-from gptfast.ops.triton.launch import dropout_args, or_absent, wants
+from gptfast.ops.triton.launch import cdiv, dropout_args, or_absent, wants
 from gptfast.ops.triton.linear import input_grad, multiply, weight_grad
 from gptfast.ops.triton.rows import Sums, column_sums, dropped_and_sums, layer_norm, norm_grads
 from gptfast.ops.triton.tiles import (
@@ -129,7 +129,7 @@ def _hidden_grad(
     if not before.numel():
         return du, hidden, d.new_empty(0, N, dtype=torch.float32)
     how = products.product(d.view(M, -1), w2.to(d.dtype))
-    parts = triton.cdiv(M, how.options["BM"]) if with_sums else 0
+    parts = cdiv(M, how.options["BM"]) if with_sums else 0
     sums = d.new_empty(parts, N, dtype=torch.float32)
     hidden_grad_kernel[how.grid](
         *how.operands, before, how.result(du), how.result(hidden) if with_hidden else None,

@@ -103,6 +103,14 @@ def dropout_args(p: float, seed: Tensor | None, stream: int, device: Any) -> dic
     }
 
 
+NO_DROPOUT: dict[str, Any] = {"seed": None, "substream": 0, "threshold": 0, "keep_scale": 1.0}
+
+
+def cdiv(a: int, b: int) -> int:
+    """Returns a / b, rounded up. (triton.cdiv takes 4 us.)"""
+    return -(-a // b)
+
+
 def block_of(n: int, least: int = 16) -> int:
     """Returns the smallest power of 2 >= n and `least`; tl.dot needs at least 16."""
     return max(least, triton.next_power_of_2(n))

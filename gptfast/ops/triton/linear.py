@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.ops.triton import products
-from gptfast.ops.triton.launch import or_absent, wants
+from gptfast.ops.triton.launch import NO_DROPOUT, or_absent, wants
 from gptfast.ops.triton.matmul import matmul
-from gptfast.ops.triton.rows import NO_DROPOUT, Sums, column_sums, layer_norm, norm_grads
+from gptfast.ops.triton.rows import Sums, column_sums, layer_norm, norm_grads
 from gptfast.ops.triton.tiles import (
     dropout_factors,
     gelu,

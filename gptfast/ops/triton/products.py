@@ -7,6 +7,7 @@ operands where the rule of `described` allows, pointers elsewhere.
 Letters: M rows, N columns of the result; K is summed over.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gptfast.ops.triton.launch import INTERPRETED, precision, processors
+from gptfast.ops.triton.launch import INTERPRETED, cdiv, precision, processors
 
 GROUP = 8  # rows of tiles that are computed together; see tiles.tile_at
 REGISTERS = 65536  # of a multiprocessor, on all of NVIDIA's chips
@@ -50,12 +51,13 @@ POINTER_TILES = {
 }
 
 
+@functools.lru_cache(1024)
 def choose_tile(tiles: tuple[Tile, ...], M: int, N: int, processors: int) -> Tile:
     """Returns the tile with which a device needs the least time for an (M, N) result."""
 
     def time(tile: Tile) -> float:
-        count = triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN)
-        return triton.cdiv(count, processors) * tile.BM * tile.BN * tile.cost
+        count = cdiv(M, tile.BM) * cdiv(N, tile.BN)
+        return cdiv(count, processors) * tile.BM * tile.BN * tile.cost
 
     return min(tiles, key=time)
 
@@ -124,12 +126,15 @@ def product(a: Tensor, b: Tensor) -> Product:
         most = REGISTERS // (32 * tile.warps * tile.programs)
         if most < 255:  # that of a thread
             options["maxnreg"] = most
-    blocks = triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN)
+    blocks = cdiv(M, tile.BM) * cdiv(N, tile.BN)
     return Product((a, b, M, N, K, *strides), options, (min(blocks, count * tile.programs),))
 
 
 def _descriptor(x: Tensor, rows: int, columns: int) -> Any:
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
+    made = object.__new__(TensorDescriptor)  # its checks, all true here, would take 10 us
+    made.base, made.shape, made.strides = x, list(x.shape), list(x.stride())
+    made.block_shape = [rows, columns]
+    return made
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -15,11 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.ops.reference import LAYER_NORM_EPS
-from gptfast.ops.triton.launch import block_of, dropout_args, or_absent, programs, wants
+from gptfast.ops.triton.launch import NO_DROPOUT, block_of, cdiv, or_absent, programs, wants
 from gptfast.ops.triton.tiles import dropout_factors
 
 ELEMENTS = 4096  # elements of a program's tile, unless a row is longer
-NO_DROPOUT: dict[str, Any] = dropout_args(0.0, None, 0, None)
 
 
 def _tile(columns: int) -> dict[str, int]:
@@ -75,7 +74,7 @@ def _layer_norm(
     mean, rstd = (x.new_empty(M, dtype=torch.float32) for _ in range(2))
     if M:
         tile = _tile(K)
-        layer_norm_kernel[(triton.cdiv(M, tile["ROWS"]),)](
+        layer_norm_kernel[(cdiv(M, tile["ROWS"]),)](
             x, weight, bias, y, mean, rstd, M, K, LAYER_NORM_EPS, **tile, num_warps=8
         )
     return mean, rstd
@@ -155,7 +154,7 @@ def norm_grads(
     """
     K = x.shape[-1]
     M, tile = x.numel() // K, _tile(K)
-    parts = max(1, min(programs(x.device), triton.cdiv(M, tile["ROWS"])))
+    parts = max(1, min(programs(x.device), cdiv(M, tile["ROWS"])))
     dx, sums = torch.empty_like(x), x.new_empty(parts, 3, K, dtype=torch.float32)
     n = torch.empty_like(x) if with_n else None
     norm_grad_kernel[(parts,)](
@@ -230,7 +229,7 @@ class Sums:
         args += [None] * (5 * (self.LIMIT - len(self._parts)))
         rows, block = 16, 64
         longest = max(out.numel() for _, out in self._parts)
-        add_parts_kernel[(triton.cdiv(longest, block), len(self._parts))](
+        add_parts_kernel[(cdiv(longest, block), len(self._parts))](
             *args, ROWS=rows, BLOCK=block, num_warps=4
         )
 
@@ -279,8 +278,8 @@ def dropout_kernel(
 def _dropout(x: Tensor, y: Tensor | None, with_sums: bool, dropout: dict[str, Any]) -> Tensor:
     K = x.shape[-1]
     M, rows, block = x.numel() // max(1, K), 32, 128
-    across = triton.cdiv(K, block)
-    parts = min(max(1, 2 * programs(x.device) // max(1, across)), triton.cdiv(M, rows))
+    across = cdiv(K, block)
+    parts = min(max(1, 2 * programs(x.device) // max(1, across)), cdiv(M, rows))
     sums = x.new_empty(parts if with_sums else 0, K, dtype=torch.float32)
     if x.numel():
         dropout_kernel[(parts, across)](
