@@ -124,12 +124,12 @@ def compiling_for(chip: Chip) -> Iterator[list[tuple[str, Any, Any]]]:
 
 def with_every_tile() -> Iterator[None]:
     """Makes products use one tile after the other, whatever is multiplied."""
-    choose = products.choose_tile
+    tables: Any = products.DESCRIBED_TILES, *products.POINTER_TILES.values()
+    choose: Any = products.choose_tile
     try:
-        for i in range(
-            max(len(products.DESCRIBED_TILES), *map(len, products.POINTER_TILES.values()))
-        ):
-            products.choose_tile = lambda tiles, *_, i=i: tiles[min(i, len(tiles) - 1)]
+        for i in range(max(map(len, tables))):
+            one: Any = lambda tiles, *_, i=i: tiles[min(i, len(tiles) - 1)]  # noqa: E731
+            products.choose_tile = one
             yield
     finally:
         products.choose_tile = choose

@@ -237,7 +237,7 @@ class Sums:
 def norm_backward(
     dn: Tensor, x: Tensor, add: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor,
     bias: Tensor | None, wanted: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Computes the gradients of a LayerNorm's input (plus `add`), weight and bias.
 
     See `norm_grads`. The gradient of an absent parameter, or of one whose bit in `wanted` (1
