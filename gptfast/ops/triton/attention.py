@@ -15,15 +15,25 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.ops.triton.launch import block_of, config, dropout_args, precision, tuned
-from gptfast.ops.triton.tiles import dropout_factors, own_head
+from gptfast.ops.triton.tiles import dropout_kept, own_head
+
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit
-def head_rows(x, t, stride, T, d, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """Rows t of a head, (rows, BLOCK_D); columns from D on and, if MASKED, rows from T on are 0."""
-    at = x + t.to(tl.int64)[:, None] * stride + d[None, :]
+def head_rows(
+    x, t0, stride, T, d, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Rows t0 to t0 + ROWS of a head, (ROWS, BLOCK_D).
+
+    Columns from D on and, if MASKED, rows from T on are 0.
+    """
+    row = tl.arange(0, ROWS)
+    # What depends on t0 is one number: a loop over t0 adds it to addresses computed once.
+    at = x + tl.cast(t0, tl.int64) * stride + (row.to(tl.int64)[:, None] * stride + d[None, :])
     if MASKED:
-        tile = tl.load(at, mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
+        tile = tl.load(at, mask=(row < T - t0)[:, None] & (d < D)[None, :], other=0.0)
     elif D == BLOCK_D:
         tile = tl.load(at)
     else:
@@ -33,12 +43,12 @@ def head_rows(x, t, stride, T, d, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED
 
 @triton.jit
 def held_rows(
-    x, t, stride, T, d, D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr,
-    MASKED: tl.constexpr,
+    x, t0, stride, T, d, D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr,
+    ROWS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Rows t of a head for `row_products`: a loaded tile, or just the address if PART < BLOCK_D."""
+    """Rows of a head for `row_products`: a loaded tile, or just the address if PART < BLOCK_D."""
     if PART == BLOCK_D:
-        rows = head_rows(x, t, stride, T, d, D, BLOCK_D, MASKED)
+        rows = head_rows(x, t0, stride, T, d, D, BLOCK_D, ROWS, MASKED)
     else:
         rows = x
     return rows
@@ -46,26 +56,27 @@ def held_rows(
 
 @triton.jit
 def row_products(
-    x, i, x_row, Tx, y, j, y_row, Ty,
+    x, i0, x_row, Tx, y, j0, y_row, Ty,
     PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """x y' for rows i of x and rows j of y, PART columns at a time."""
+    """x y' for ROWS rows of x from i0 and COLUMNS rows of y from j0, PART of D at a time."""
     if PART == BLOCK_D:
         products = tl.dot(x, tl.trans(y), input_precision=PRECISION)
     else:
-        products = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
+        products = tl.zeros([ROWS, COLUMNS], tl.float32)
         for d0 in tl.static_range(0, BLOCK_D, PART):
             d = d0 + tl.arange(0, PART)
-            rows = head_rows(x, i, x_row, Tx, d, D, BLOCK_D, True)
-            columns = head_rows(y, j, y_row, Ty, d, D, BLOCK_D, True)
+            rows = head_rows(x, i0, x_row, Tx, d, D, BLOCK_D, ROWS, True)
+            columns = head_rows(y, j0, y_row, Ty, d, D, BLOCK_D, COLUMNS, True)
             products = tl.dot(rows, tl.trans(columns), products, input_precision=PRECISION)
     return products
 
 
 @triton.jit
 def _attend(
-    acc, m, total, q, k, v, q_row, k_row, v_row, i, i0, first, last, Tq, Tk, offset, scale_log2,
-    head, seed, substream, threshold, keep_scale,
+    acc, m, total, q, k, v, q_row, k_row, v_row, i0, first, last, Tq, Tk, offset, scale_log2,
+    head, seed, substream, threshold,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PART: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -74,28 +85,29 @@ def _attend(
     s = q k',  m' = max(m, max_j s_j),  sum' = sum 2^(c (m - m')) + sum_j 2^(c (s_j - m')),
     acc' = acc 2^(c (m - m')) + dropout(2^(c (s - m'))) v,  with c = scale log2(e) >= 0.
 
-    s - m' is computed before scaling: it is exact near the maximum, however large s is.
+    s - m' is computed before scaling: it is exact near the maximum, however large s is. m is finite
+    from the start, or +inf, so that scores of -inf have the weight 0.
     """
     d = tl.arange(0, BLOCK_D)
     for j0 in tl.range(first, last, BN):
-        j = j0 + tl.arange(0, BN)
-        keys = held_rows(k, j, k_row, Tk, d, D, BLOCK_D, PART, MASKED)
-        s = row_products(q, i, q_row, Tq, keys, j, k_row, Tk, PRECISION, D, BLOCK_D, PART)
+        keys = held_rows(k, j0, k_row, Tk, d, D, BLOCK_D, PART, BN, MASKED)
+        s = row_products(
+            q, i0, q_row, Tq, keys, j0, k_row, Tk, PRECISION, D, BLOCK_D, PART, BM, BN
+        )
         if MASKED:
+            i, j = i0 + tl.arange(0, BM), j0 + tl.arange(0, BN)
             seen = (j[None, :] <= i[:, None] + offset) & (j < Tk)[None, :]
             s = tl.where(seen, s, -float("inf"))
         top = tl.maximum(m, tl.max(s, 1))
-        finite = tl.where(top == -float("inf"), 0.0, top)  # all keys so far may be masked
-        p = tl.exp2((s - finite[:, None]) * scale_log2)
+        p = tl.exp2((s - top[:, None]) * scale_log2)
         if MASKED:
-            p = tl.where(seen, p, 0.0)
-        shrink = tl.where(m == -float("inf"), 0.0, tl.exp2((m - finite) * scale_log2))
+            p = tl.where(seen, p, 0.0)  # it is nan if the scale is 0
+        shrink = tl.exp2((m - top) * scale_log2)
         total = total * shrink + tl.sum(p, 1)
         if seed is not None:
-            p *= dropout_factors(
-                tl.load(seed), substream, head, i0, j0, threshold, keep_scale, BM, BN
-            )
-        values = head_rows(v, j, v_row, Tk, d, D, BLOCK_D, MASKED)
+            kept = dropout_kept(tl.load(seed), substream, head, i0, j0, threshold, BM, BN)
+            p = tl.where(kept, p, 0.0)
+        values = head_rows(v, j0, v_row, Tk, d, D, BLOCK_D, BN, MASKED)
         acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
         m = top
     return acc, m, total
@@ -155,30 +167,33 @@ def forward_kernel(
     out += b * out_b + h * out_h
     i, d = i0 + tl.arange(0, BM), tl.arange(0, BLOCK_D)
     offset = Tk - Tq
-    queries = held_rows(q, i, q_row, Tq, d, D, BLOCK_D, PART, True)
+    queries = held_rows(q, i0, q_row, Tq, d, D, BLOCK_D, PART, BM, True)
     acc = tl.zeros([BM, BLOCK_D], tl.float32)
-    m = tl.full([BM], -float("inf"), tl.float32)
+    m = tl.full([BM], LOWEST, tl.float32)
     total = tl.zeros([BM], tl.float32)
     # No query masks a key before `whole`; every query masks the keys from `last` on.
     whole = tl.maximum(i0 + 1 + offset, 0) // BN * BN
     last = tl.minimum(Tk, i0 + BM + offset)
     acc, m, total = _attend(
-        acc, m, total, queries, k, v, q_row, k_row, v_row, i, i0, 0, whole, Tq, Tk, offset,
-        scale_log2, head, seed, substream, threshold, keep_scale,
+        acc, m, total, queries, k, v, q_row, k_row, v_row, i0, 0, whole, Tq, Tk, offset,
+        scale_log2, head, seed, substream, threshold,
         False, PRECISION, D, BLOCK_D, PART, BM, BN,
     )  # fmt: skip
     acc, m, total = _attend(
-        acc, m, total, queries, k, v, q_row, k_row, v_row, i, i0, whole, last, Tq, Tk, offset,
-        scale_log2, head, seed, substream, threshold, keep_scale,
+        acc, m, total, queries, k, v, q_row, k_row, v_row, i0, whole, last, Tq, Tk, offset,
+        scale_log2, head, seed, substream, threshold,
         True, PRECISION, D, BLOCK_D, PART, BM, BN,
     )  # fmt: skip
     some = i + offset >= 0  # some key is unmasked; if all its scores are -inf, the row is 0 / 0
-    acc = tl.where(some[:, None], acc / tl.where(some, total, 1.0)[:, None], 0.0)
+    weight = 1.0 / tl.where(some, total, 1.0)
+    if seed is not None:
+        weight *= keep_scale
+    acc = tl.where(some[:, None], acc * weight[:, None], 0.0)
     at = out + i.to(tl.int64)[:, None] * out_row + d[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), mask=(i < Tq)[:, None] & (d < D)[None, :])
     lse += head.to(tl.int64) * 2 * Tq
     tl.store(lse + i, m, mask=i < Tq)
-    tl.store(lse + Tq + i, total, mask=i < Tq)
+    tl.store(lse + Tq + i, tl.log2(total), mask=i < Tq)
 
 
 def attention(

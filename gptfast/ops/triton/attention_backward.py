@@ -22,71 +22,57 @@ from gptfast.ops.triton.attention import (
     row_products,
 )
 from gptfast.ops.triton.launch import config, dropout_args, precision, tuned
-from gptfast.ops.triton.tiles import dropout_factors, own_head
+from gptfast.ops.triton.tiles import dropout_kept, own_head
 
 
 @triton.jit
-def _delta(out, out_row, dout, dout_row, i, Tq, d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _delta(
+    out, out_row, dout, dout_row, i0, Tq, d, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BM: tl.constexpr,
+):  # fmt: skip
     """delta_i = sum_d dO_id O_id, which is sum_j P_ij dP_ij."""
-    o = head_rows(out, i, out_row, Tq, d, D, BLOCK_D, True).to(tl.float32)
-    do = head_rows(dout, i, dout_row, Tq, d, D, BLOCK_D, True).to(tl.float32)
+    o = head_rows(out, i0, out_row, Tq, d, D, BLOCK_D, BM, True).to(tl.float32)
+    do = head_rows(dout, i0, dout_row, Tq, d, D, BLOCK_D, BM, True).to(tl.float32)
     return tl.sum(o * do, 1)
 
 
 @triton.jit
-def _score_grad(
-    s, dp, top, log_sum, delta, i, i0, j, j0, Tk, offset, scale_log2, head,
-    seed, substream, threshold, keep_scale,
-    MASKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """A tile of dropped weights P F and of the scores' gradient dS, from s = q k' and dp = dO v'.
-
-    P = 2^(c (s - top) - log_sum),  dP = dp F,  dS = P (dP - delta), 0 of keys that are not seen.
-    """
-    p = tl.exp2((s - top[:, None]) * scale_log2 - log_sum[:, None])
-    if MASKED:
-        seen = (j[None, :] <= i[:, None] + offset) & (j < Tk)[None, :]
-        p = tl.where(seen, p, 0.0)
-    dropped = p
-    if seed is not None:
-        factors = dropout_factors(
-            tl.load(seed), substream, head, i0, j0, threshold, keep_scale, BM, BN
-        )
-        dp *= factors
-        dropped = p * factors
-    ds = p * (dp - delta[:, None])
-    if MASKED:
-        ds = tl.where(seen, ds, 0.0)
-    return dropped, ds
-
-
-@triton.jit
-def _softmax_sums(lse, i, Tq):
+def _softmax_moments(lse, i, Tq):
     """The maximum of rows i of a head, and log2 of their sums; those past Tq are 0."""
     top = tl.load(lse + i, mask=i < Tq, other=0.0)
-    return top, tl.log2(tl.load(lse + Tq + i, mask=i < Tq, other=1.0))
+    return top, tl.load(lse + Tq + i, mask=i < Tq, other=0.0)
 
 
 @triton.jit
 def _query_grad(
-    dq, q, do, top, log_sum, delta, k, v, q_row, do_row, k_row, v_row, i, i0, first, last, Tq, Tk,
+    dq, q, do, top, log_sum, delta, k, v, q_row, do_row, k_row, v_row, i0, first, last, Tq, Tk,
     offset, scale_log2, head, seed, substream, threshold, keep_scale,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PART: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """dQ += dS K over the keys [first, last)."""
+    """dQ += dS K over the keys [first, last).
+
+    P = 2^(c (q k' - top) - log_sum),  dP = dropout(dO v'),  dS = P (dP - delta).
+    """
     d = tl.arange(0, BLOCK_D)
     for j0 in tl.range(first, last, BN):
-        j = j0 + tl.arange(0, BN)
-        keys = head_rows(k, j, k_row, Tk, d, D, BLOCK_D, MASKED)
-        values = held_rows(v, j, v_row, Tk, d, D, BLOCK_D, PART, MASKED)
+        keys = head_rows(k, j0, k_row, Tk, d, D, BLOCK_D, BN, MASKED)
+        values = held_rows(v, j0, v_row, Tk, d, D, BLOCK_D, PART, BN, MASKED)
         shown = keys if PART == BLOCK_D else k
-        s = row_products(q, i, q_row, Tq, shown, j, k_row, Tk, PRECISION, D, BLOCK_D, PART)
-        dp = row_products(do, i, do_row, Tq, values, j, v_row, Tk, PRECISION, D, BLOCK_D, PART)
-        _, ds = _score_grad(
-            s, dp, top, log_sum, delta, i, i0, j, j0, Tk, offset, scale_log2, head,
-            seed, substream, threshold, keep_scale, MASKED, BM, BN,
-        )  # fmt: skip
+        s = row_products(
+            q, i0, q_row, Tq, shown, j0, k_row, Tk, PRECISION, D, BLOCK_D, PART, BM, BN
+        )
+        dp = row_products(
+            do, i0, do_row, Tq, values, j0, v_row, Tk, PRECISION, D, BLOCK_D, PART, BM, BN
+        )
+        p = tl.exp2((s - top[:, None]) * scale_log2 - log_sum[:, None])
+        if seed is not None:
+            kept = dropout_kept(tl.load(seed), substream, head, i0, j0, threshold, BM, BN)
+            dp = tl.where(kept, dp * keep_scale, 0.0)
+        ds = p * (dp - delta[:, None])
+        if MASKED:
+            i, j = i0 + tl.arange(0, BM), j0 + tl.arange(0, BN)
+            ds = tl.where((j[None, :] <= i[:, None] + offset) & (j < Tk)[None, :], ds, 0.0)
         dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
     return dq
 
@@ -126,21 +112,21 @@ def query_grad_kernel(
     dq += b * dq_b + h * dq_h
     i, d = i0 + tl.arange(0, BM), tl.arange(0, BLOCK_D)
     offset = Tk - Tq
-    queries = held_rows(q, i, q_row, Tq, d, D, BLOCK_D, PART, True)
-    do = held_rows(dout, i, dout_row, Tq, d, D, BLOCK_D, PART, True)
-    row_delta = _delta(out, out_row, dout, dout_row, i, Tq, d, D, BLOCK_D)
+    queries = held_rows(q, i0, q_row, Tq, d, D, BLOCK_D, PART, BM, True)
+    do = held_rows(dout, i0, dout_row, Tq, d, D, BLOCK_D, PART, BM, True)
+    row_delta = _delta(out, out_row, dout, dout_row, i0, Tq, d, D, BLOCK_D, BM)
     tl.store(delta + head.to(tl.int64) * Tq + i, row_delta, mask=i < Tq)
-    top, log_sum = _softmax_sums(lse + head.to(tl.int64) * 2 * Tq, i, Tq)
+    top, log_sum = _softmax_moments(lse + head.to(tl.int64) * 2 * Tq, i, Tq)
     whole = tl.maximum(i0 + 1 + offset, 0) // BN * BN
     last = tl.minimum(Tk, i0 + BM + offset)
     total = tl.zeros([BM, BLOCK_D], tl.float32)
     total = _query_grad(
-        total, queries, do, top, log_sum, row_delta, k, v, q_row, dout_row, k_row, v_row, i, i0,
+        total, queries, do, top, log_sum, row_delta, k, v, q_row, dout_row, k_row, v_row, i0,
         0, whole, Tq, Tk, offset, scale_log2, head, seed, substream, threshold, keep_scale,
         False, PRECISION, D, BLOCK_D, PART, BM, BN,
     )  # fmt: skip
     total = _query_grad(
-        total, queries, do, top, log_sum, row_delta, k, v, q_row, dout_row, k_row, v_row, i, i0,
+        total, queries, do, top, log_sum, row_delta, k, v, q_row, dout_row, k_row, v_row, i0,
         whole, last, Tq, Tk, offset, scale_log2, head, seed, substream, threshold, keep_scale,
         True, PRECISION, D, BLOCK_D, PART, BM, BN,
     )  # fmt: skip
@@ -151,28 +137,46 @@ def query_grad_kernel(
 
 @triton.jit
 def _key_grads(
-    dk, dv, q, dout, lse, delta, keys, values, q_row, dout_row, k_row, v_row, j, j0, d, first,
+    dk, dv, q, dout, lse, delta, keys, values, q_row, dout_row, k_row, v_row, j0, d, first,
     last, Tq, Tk, offset, scale_log2, head, seed, substream, threshold, keep_scale,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PART: tl.constexpr, COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """dV += (P F)' dO and dK += dS' Q over the queries [first, last); those past Tq are 0."""
+    """dV += P' dO and dK += dS' Q over the queries [first, last); those past Tq are 0.
+
+    Scores are computed transposed, P' = 2^(c (K q' - top) - log_sum) and so on, (BN, BM): then P'
+    and dS' are left operands of a product, which it takes from registers as they are. P' is without
+    the dropout's factor.
+    """
     for i0 in tl.range(first, last, BM):
         i = i0 + tl.arange(0, BM)
-        queries = head_rows(q, i, q_row, Tq, d, D, COLUMNS, True)
-        do = head_rows(dout, i, dout_row, Tq, d, D, COLUMNS, True)
-        top, log_sum = _softmax_sums(lse, i, Tq)
+        queries = head_rows(q, i0, q_row, Tq, d, D, COLUMNS, BM, True)
+        do = head_rows(dout, i0, dout_row, Tq, d, D, COLUMNS, BM, True)
+        top, log_sum = _softmax_moments(lse, i, Tq)
         row_delta = tl.load(delta + i, mask=i < Tq, other=0.0)
         shown = queries if PART == BLOCK_D else q
-        s = row_products(shown, i, q_row, Tq, keys, j, k_row, Tk, PRECISION, D, BLOCK_D, PART)
+        s = row_products(
+            keys, j0, k_row, Tk, shown, i0, q_row, Tq, PRECISION, D, BLOCK_D, PART, BN, BM
+        )
         shown = do if PART == BLOCK_D else dout
-        dp = row_products(shown, i, dout_row, Tq, values, j, v_row, Tk, PRECISION, D, BLOCK_D, PART)
-        dropped, ds = _score_grad(
-            s, dp, top, log_sum, row_delta, i, i0, j, j0, Tk, offset, scale_log2, head,
-            seed, substream, threshold, keep_scale, MASKED, BM, BN,
-        )  # fmt: skip
-        dv = tl.dot(tl.trans(dropped.to(do.dtype)), do, dv, input_precision=PRECISION)
-        dk = tl.dot(tl.trans(ds.to(queries.dtype)), queries, dk, input_precision=PRECISION)
+        dp = row_products(
+            values, j0, v_row, Tk, shown, i0, dout_row, Tq, PRECISION, D, BLOCK_D, PART, BN, BM
+        )
+        p = tl.exp2((s - top[None, :]) * scale_log2 - log_sum[None, :])
+        if MASKED:
+            j = j0 + tl.arange(0, BN)
+            seen = (j[:, None] <= i[None, :] + offset) & (j < Tk)[:, None]
+            p = tl.where(seen, p, 0.0)
+        weights = p
+        if seed is not None:
+            kept = dropout_kept(tl.load(seed), substream, head, i0, j0, threshold, BM, BN, True)
+            weights = tl.where(kept, p, 0.0)
+            dp = tl.where(kept, dp * keep_scale, 0.0)
+        dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
+        ds = p * (dp - row_delta[None, :])
+        if MASKED:
+            ds = tl.where(seen, ds, 0.0)
+        dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision=PRECISION)
     return dk, dv
 
 
@@ -218,8 +222,8 @@ def key_grads_kernel(
     if COLUMNS < BLOCK_D:
         d += tl.program_id(1) * COLUMNS
     offset = Tk - Tq
-    keys = held_rows(k, j, k_row, Tk, d, D, BLOCK_D, PART, True)
-    values = held_rows(v, j, v_row, Tk, d, D, BLOCK_D, PART, True)
+    keys = held_rows(k, j0, k_row, Tk, d, D, BLOCK_D, PART, BN, True)
+    values = held_rows(v, j0, v_row, Tk, d, D, BLOCK_D, PART, BN, True)
     # No query before `first` sees a key of the block, all those from `whole` on see every one.
     first = tl.maximum(j0 - offset, 0) // BM * BM
     whole = tl.cdiv(tl.maximum(tl.minimum(j0 + BN, Tk) - 1 - offset, 0), BM) * BM
@@ -228,14 +232,16 @@ def key_grads_kernel(
     value_total = tl.zeros([BN, COLUMNS], tl.float32)
     key_total, value_total = _key_grads(
         key_total, value_total, q, dout, lse, delta, keys, values, q_row, dout_row, k_row, v_row,
-        j, j0, d, first, whole, Tq, Tk, offset, scale_log2, head, seed, substream, threshold,
+        j0, d, first, whole, Tq, Tk, offset, scale_log2, head, seed, substream, threshold,
         keep_scale, True, PRECISION, D, BLOCK_D, PART, COLUMNS, BM, BN,
     )  # fmt: skip
     key_total, value_total = _key_grads(
         key_total, value_total, q, dout, lse, delta, keys, values, q_row, dout_row, k_row, v_row,
-        j, j0, d, whole, Tq, Tq, Tk, offset, scale_log2, head, seed, substream, threshold,
+        j0, d, whole, Tq, Tq, Tk, offset, scale_log2, head, seed, substream, threshold,
         keep_scale, False, PRECISION, D, BLOCK_D, PART, COLUMNS, BM, BN,
     )  # fmt: skip
+    if seed is not None:
+        value_total *= keep_scale
     inside = (j < Tk)[:, None] & (d < D)[None, :]
     rows = j.to(tl.int64)[:, None]
     tl.store(

@@ -12,12 +12,15 @@ DROPOUT_ROWS = tl.constexpr(8)
 
 
 @triton.jit
-def dropout_factors(
-    seed, substream, matrix, i0, j0, threshold, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """The dropout factors, 0 or `scale`, of rows from i0 and columns from j0; see ops.random.
+def dropout_kept(
+    seed, substream, matrix, i0, j0, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    TRANSPOSED: tl.constexpr = False,
+):  # fmt: skip
+    """Whether dropout keeps an element, for rows from i0 and columns from j0; see ops.random.
 
-    i0 and ROWS must be multiples of 8: a Philox block has 16 bits for each of 8 rows of a column.
+    (ROWS, COLUMNS), or (COLUMNS, ROWS) if TRANSPOSED. i0 and ROWS must be multiples of 8: a Philox
+    block has 16 bits for each of 8 rows of a column. These become 8 bits of one word, which is
+    cheap to move to the threads that need it.
     """
     GROUPS: tl.constexpr = ROWS // DROPOUT_ROWS
     group = (tl.arange(0, GROUPS) + i0 // DROPOUT_ROWS)[:, None]
@@ -27,10 +30,34 @@ def dropout_factors(
     c2 = (none + matrix).to(tl.uint32)
     c3 = (none + substream).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
-    words = tl.join(tl.join(w0, w1), tl.join(w2, w3))  # (groups, columns, w % 2, w // 2)
-    draws = tl.join(words & 0xFFFF, words >> 16)  # (groups, columns, w % 2, w // 2, half)
-    draws = tl.reshape(tl.permute(draws, (0, 3, 2, 4, 1)), (ROWS, COLUMNS)).to(tl.int32)
-    return tl.where(draws < threshold, 0.0, scale)
+    bits = _kept_bits(w0, threshold) | _kept_bits(w1, threshold) << 2
+    bits |= _kept_bits(w2, threshold) << 4 | _kept_bits(w3, threshold) << 6
+    # Threads of a matrix product share columns. The compiler would let each of them compute Philox
+    # anew rather than exchange the words; it does not move operations across a reduction.
+    bits = tl.sum(bits[:, :, None], 2)
+    row = tl.arange(0, DROPOUT_ROWS)
+    if TRANSPOSED:
+        bits = tl.reshape(tl.trans(bits)[:, :, None] >> row[None, None, :], (COLUMNS, ROWS))
+    else:
+        bits = tl.reshape(bits[:, None, :] >> row[None, :, None], (ROWS, COLUMNS))
+    return (bits & 1) != 0
+
+
+@triton.jit
+def _kept_bits(word, threshold):
+    """The bits of the two rows whose draws are the halves of a word: 1 where one is kept."""
+    low = ((word & 0xFFFF).to(tl.int32) >= threshold).to(tl.int32)
+    high = ((word >> 16).to(tl.int32) >= threshold).to(tl.int32)
+    return low | high << 1
+
+
+@triton.jit
+def dropout_factors(
+    seed, substream, matrix, i0, j0, threshold, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The factors of `dropout_kept`: `scale`, or 0 for what is dropped."""
+    kept = dropout_kept(seed, substream, matrix, i0, j0, threshold, ROWS, COLUMNS)
+    return tl.where(kept, scale, 0.0)
 
 
 @triton.jit
