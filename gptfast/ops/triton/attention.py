@@ -96,7 +96,7 @@ def _attend(
         )
         if MASKED:
             i, j = i0 + tl.arange(0, BM), j0 + tl.arange(0, BN)
-            seen = (j[None, :] <= i[:, None] + offset) & (j < Tk)[None, :]
+            seen = j[None, :] <= i[:, None] + offset
             s = tl.where(seen, s, -float("inf"))
         top = tl.maximum(m, tl.max(s, 1))
         p = tl.exp2((s - top[:, None]) * scale_log2)
@@ -136,8 +136,8 @@ def head_shared(staying: int, passing: int, args: Any) -> int:
 
 # Tile sizes: BM queries, BN keys.
 FORWARD = {
-    (2, 64): [config(8, 3, BM=128, BN=64), config(8, 2, BM=64, BN=32)],
-    (2, 128): [config(8, 3, BM=128, BN=64), config(8, 2, BM=64, BN=32)],
+    (2, 64): [config(4, 3, BM=64, BN=64), config(4, 1, BM=64, BN=64)],
+    (2, 128): [config(8, 3, BM=128, BN=64), config(4, 1, BM=64, BN=64)],
     (2, 256): [config(8, 2, BM=64, BN=32), config(4, 1, BM=32, BN=32)],
     (4, 64): [config(8, 1, BM=32, BN=16), config(4, 1, BM=16, BN=16)],
     (4, 128): [config(8, 1, BM=32, BN=16), config(4, 1, BM=16, BN=16)],

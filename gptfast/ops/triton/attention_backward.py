@@ -72,13 +72,13 @@ def _query_grad(
         ds = p * (dp - delta[:, None])
         if MASKED:
             i, j = i0 + tl.arange(0, BM), j0 + tl.arange(0, BN)
-            ds = tl.where((j[None, :] <= i[:, None] + offset) & (j < Tk)[None, :], ds, 0.0)
+            ds = tl.where(j[None, :] <= i[:, None] + offset, ds, 0.0)
         dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
     return dq
 
 
 QUERY_GRAD = {
-    (2, 64): [config(4, 2, BM=64, BN=32), config(4, 1, BM=32, BN=32)],
+    (2, 64): [config(4, 3, BM=64, BN=64), config(4, 1, BM=64, BN=64)],
     (2, 128): [config(4, 2, BM=64, BN=32), config(4, 1, BM=32, BN=32)],
     (2, 256): [config(4, 1, BM=32, BN=32)],
     (4, 64): [config(8, 1, BM=32, BN=16), config(4, 1, BM=16, BN=16)],
@@ -155,9 +155,17 @@ def _key_grads(
         top, log_sum = _softmax_moments(lse, i, Tq)
         row_delta = tl.load(delta + i, mask=i < Tq, other=0.0)
         shown = queries if PART == BLOCK_D else q
-        s = row_products(
-            keys, j0, k_row, Tk, shown, i0, q_row, Tq, PRECISION, D, BLOCK_D, PART, BN, BM
-        )
+        if q.dtype.element_ty == tl.float32:
+            # The sum of tf32x3's products depends on which operand is the left one, and a large
+            # score must be exactly that of the forward, or its weight is not.
+            s = row_products(
+                shown, i0, q_row, Tq, keys, j0, k_row, Tk, PRECISION, D, BLOCK_D, PART, BM, BN
+            )
+            s = tl.trans(s)
+        else:
+            s = row_products(
+                keys, j0, k_row, Tk, shown, i0, q_row, Tq, PRECISION, D, BLOCK_D, PART, BN, BM
+            )
         shown = do if PART == BLOCK_D else dout
         dp = row_products(
             values, j0, v_row, Tk, shown, i0, dout_row, Tq, PRECISION, D, BLOCK_D, PART, BN, BM
@@ -165,8 +173,7 @@ def _key_grads(
         p = tl.exp2((s - top[None, :]) * scale_log2 - log_sum[None, :])
         if MASKED:
             j = j0 + tl.arange(0, BN)
-            seen = (j[:, None] <= i[None, :] + offset) & (j < Tk)[:, None]
-            p = tl.where(seen, p, 0.0)
+            p = tl.where(j[:, None] <= i[None, :] + offset, p, 0.0)
         weights = p
         if seed is not None:
             kept = dropout_kept(tl.load(seed), substream, head, i0, j0, threshold, BM, BN, True)
@@ -174,15 +181,13 @@ def _key_grads(
             dp = tl.where(kept, dp * keep_scale, 0.0)
         dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
         ds = p * (dp - row_delta[None, :])
-        if MASKED:
-            ds = tl.where(seen, ds, 0.0)
         dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision=PRECISION)
     return dk, dv
 
 
 KEY_GRADS = {
-    (2, 64): [config(8, 2, BM=64, BN=32), config(4, 2, BM=64, BN=32)],
-    (2, 128): [config(4, 1, BM=32, BN=32)],
+    (2, 64): [config(4, 3, BM=32, BN=64)],
+    (2, 128): [config(8, 2, BM=32, BN=128)],
     (2, 256): [config(4, 1, BM=16, BN=32)],
     (4, 64): [config(8, 1, BM=32, BN=16)],
     (4, 128): [config(4, 1, BM=16, BN=16)],
