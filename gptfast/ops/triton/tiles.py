@@ -12,6 +12,23 @@ DROPOUT_ROWS = tl.constexpr(8)
 
 
 @triton.jit
+def philox(seed, c0, c1, c2, c3):
+    """Philox-4x32-10 of counters (uint32) as `tl.philox` computes it, in half as many products.
+
+    A product of 64 bits is one instruction; its two halves are two.
+    """
+    k0, k1 = (seed & 0xFFFFFFFF).to(tl.uint32), (seed >> 32 & 0xFFFFFFFF).to(tl.uint32)
+    a, b = tl.full([], 0xD2511F53, tl.uint64), tl.full([], 0xCD9E8D57, tl.uint64)
+    for _ in tl.static_range(10):
+        x, y = c0.to(tl.uint64) * a, c2.to(tl.uint64) * b
+        c0, c1 = (y >> 32).to(tl.uint32) ^ c1 ^ k0, y.to(tl.uint32)
+        c2, c3 = (x >> 32).to(tl.uint32) ^ c3 ^ k1, x.to(tl.uint32)
+        k0 += tl.full([], 0x9E3779B9, tl.uint32)
+        k1 += tl.full([], 0xBB67AE85, tl.uint32)
+    return c0, c1, c2, c3
+
+
+@triton.jit
 def dropout_kept(
     seed, substream, matrix, i0, j0, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     TRANSPOSED: tl.constexpr = False,
@@ -19,8 +36,7 @@ def dropout_kept(
     """Whether dropout keeps an element, for rows from i0 and columns from j0; see ops.random.
 
     (ROWS, COLUMNS), or (COLUMNS, ROWS) if TRANSPOSED. i0 and ROWS must be multiples of 8: a Philox
-    block has 16 bits for each of 8 rows of a column. These become 8 bits of one word, which is
-    cheap to move to the threads that need it.
+    block has 16 bits for each of 8 rows of a column.
     """
     GROUPS: tl.constexpr = ROWS // DROPOUT_ROWS
     group = (tl.arange(0, GROUPS) + i0 // DROPOUT_ROWS)[:, None]
@@ -29,26 +45,31 @@ def dropout_kept(
     c1 = (none + group).to(tl.uint32)
     c2 = (none + matrix).to(tl.uint32)
     c3 = (none + substream).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
-    bits = _kept_bits(w0, threshold) | _kept_bits(w1, threshold) << 2
-    bits |= _kept_bits(w2, threshold) << 4 | _kept_bits(w3, threshold) << 6
-    # Threads of a matrix product share columns. The compiler would let each of them compute Philox
-    # anew rather than exchange the words; it does not move operations across a reduction.
-    bits = tl.sum(bits[:, :, None], 2)
-    row = tl.arange(0, DROPOUT_ROWS)
+    w0, w1, w2, w3 = philox(seed, c0, c1, c2, c3)
+    # One word with a bit per row is cheap to give to the threads that need it.
+    dropped = none
+    dropped = _append_dropped(dropped, w3, threshold)
+    dropped = _append_dropped(dropped, w2, threshold)
+    dropped = _append_dropped(dropped, w1, threshold)
+    dropped = _append_dropped(dropped, w0, threshold)
+    # Several threads of a matrix product need the same word. The compiler would let each of them
+    # compute Philox anew, rather than exchange words; it moves nothing across a reduction.
+    dropped = tl.sum(dropped[:, :, None], 2)
+    bit = 1 << tl.arange(0, DROPOUT_ROWS)
     if TRANSPOSED:
-        bits = tl.reshape(tl.trans(bits)[:, :, None] >> row[None, None, :], (COLUMNS, ROWS))
+        dropped = tl.reshape(tl.trans(dropped)[:, :, None] & bit[None, None, :], (COLUMNS, ROWS))
     else:
-        bits = tl.reshape(bits[:, None, :] >> row[None, :, None], (ROWS, COLUMNS))
-    return (bits & 1) != 0
+        dropped = tl.reshape(dropped[:, None, :] & bit[None, :, None], (ROWS, COLUMNS))
+    return dropped == 0
 
 
 @triton.jit
-def _kept_bits(word, threshold):
-    """The bits of the two rows whose draws are the halves of a word: 1 where one is kept."""
-    low = ((word & 0xFFFF).to(tl.int32) >= threshold).to(tl.int32)
-    high = ((word >> 16).to(tl.int32) >= threshold).to(tl.int32)
-    return low | high << 1
+def _append_dropped(bits, word, threshold):
+    """Appends a bit for the higher and one for the lower half of a word: whether it is too low."""
+    high = (word >> 16).to(tl.int32) - threshold
+    low = (word & 0xFFFF).to(tl.int32) - threshold
+    bits = bits << 1 | (high >> 31 & 1)
+    return bits << 1 | (low >> 31 & 1)
 
 
 @triton.jit
