@@ -240,7 +240,8 @@ def write_grads(
         queries = lambda meta: (triton.cdiv(Tq, meta["BM"]) * B * H,)  # noqa: E731
         query_grad_kernel[queries](
             q, k, v, out, dout, dq, lse, delta,
-            *descriptors(query_grad_kernel, QUERY_GRAD, kind, "BN", k, v), *sizes, *inputs, *out.stride()[:3], *dout.stride()[:3], *dq.stride()[:3],
+            *descriptors(query_grad_kernel, QUERY_GRAD, kind, "BN", k, v), *sizes,
+            *inputs, *out.stride()[:3], *dout.stride()[:3], *dq.stride()[:3],
             **dropout, **shape,
         )  # fmt: skip
     if dk.numel():
@@ -250,7 +251,8 @@ def write_grads(
         keys = lambda meta: (triton.cdiv(Tk, meta["BN"]) * B * H, block // columns)  # noqa: E731
         key_grads_kernel[keys](
             q, k, v, dout, dk, dv, lse, delta,
-            *descriptors(key_grads_kernel, KEY_GRADS, kind, "BM", q, dout), *sizes, *inputs, *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
+            *descriptors(key_grads_kernel, KEY_GRADS, kind, "BM", q, dout), *sizes,
+            *inputs, *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
             **dropout, **shape, COLUMNS=columns,
         )  # fmt: skip
 
