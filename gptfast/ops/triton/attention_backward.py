@@ -37,7 +37,7 @@ def _softmax_moments(lse, i, Tq):
 QUERY_GRAD = {
     (2, 64, True): [config(4, 3, BM=64, BN=64)],
     (2, 128, True): [config(4, 2, BM=64, BN=64)],
-    (2, 256, True): [config(4, 1, BM=32, BN=32)],
+    (2, 256, True): [config(4, 2, BM=64, BN=32)],
     (2, 64, False): [config(4, 3, BM=64, BN=64), config(4, 1, BM=32, BN=64)],
     (2, 128, False): [config(4, 2, BM=64, BN=32), config(4, 1, BM=32, BN=32)],
     (2, 256, False): [config(4, 1, BM=32, BN=32)],
@@ -117,7 +117,8 @@ def query_grad_kernel(
 KEY_GRADS = {
     (2, 64, True): [config(4, 3, BM=64, BN=64)],
     (2, 128, True): [config(4, 2, BM=64, BN=64)],
-    (2, 256, True): [config(4, 1, BM=16, BN=32)],
+    (2, 128, True, "dropout"): [config(4, 3, BM=32, BN=64)],
+    (2, 256, True): [config(8, 2, BM=32, BN=64)],
     (2, 64, False): [config(4, 3, BM=32, BN=64), config(4, 1, BM=32, BN=64)],
     (2, 128, False): [config(8, 2, BM=32, BN=128), config(4, 1, BM=32, BN=32)],
     (2, 256, False): [config(4, 1, BM=16, BN=32)],
@@ -127,9 +128,16 @@ KEY_GRADS = {
 }
 
 
+def key_grads_kind(args: Any) -> tuple[Any, ...]:
+    """`head_kind`; where dropout needs other tiles, or registers would spill, "dropout", too."""
+    kind = head_kind(args)
+    dropout = *kind, "dropout"
+    return dropout if args.get("seed") is not None and dropout in KEY_GRADS else kind
+
+
 @tuned(
     KEY_GRADS,
-    head_kind,
+    key_grads_kind,
     lambda args: head_shared(2 * args["BN"], 2 * args["BM"], args),
     ["D", "PRECISION", "TILES"],
 )
@@ -174,7 +182,6 @@ def key_grads_kernel(
         queries = head_rows(q, q_tiles, b, h, i0, q_row, Tq, d, D, COLUMNS, BM)
         do = head_rows(dout, dout_tiles, b, h, i0, dout_row, Tq, d, D, COLUMNS, BM)
         top, log_sum = _softmax_moments(lse, i, Tq)
-        row_delta = tl.load(delta + i, mask=i < Tq, other=0.0)
         shown = queries if PART == BLOCK_D else q
         if q.dtype.element_ty == tl.float32:
             # The sum of tf32x3's products depends on which operand is the left one, and a large
@@ -198,6 +205,7 @@ def key_grads_kernel(
             weights = tl.where(kept, p, 0.0)
         value_total = tl.dot(weights.to(do.dtype), do, value_total, input_precision=PRECISION)
         shown = do if PART == BLOCK_D else dout
+        row_delta = tl.load(delta + i, mask=i < Tq, other=0.0)
         start = tl.zeros([BN, BM], tl.float32)
         if seed is None:
             start -= row_delta[None, :]
@@ -233,7 +241,8 @@ def write_grads(
     delta = lse.new_empty(B, H, Tq)
     shape: dict[str, Any] = {**parts_of(q), "PRECISION": precision()}
     shape["TILES"] = row_tiles(q, k, v, dout)
-    kind = head_kind({"q": q, **shape})
+    args = {"q": q, **shape, **dropout}
+    kind, key_kind = head_kind(args), key_grads_kind(args)
     sizes = H, Tq, Tk, scale, log2_scale(scale)
     inputs = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     if dq.numel():
@@ -251,7 +260,7 @@ def write_grads(
         keys = lambda meta: (triton.cdiv(Tk, meta["BN"]) * B * H, block // columns)  # noqa: E731
         key_grads_kernel[keys](
             q, k, v, dout, dk, dv, lse, delta,
-            *descriptors(key_grads_kernel, KEY_GRADS, kind, "BM", q, dout), *sizes,
+            *descriptors(key_grads_kernel, KEY_GRADS, key_kind, "BM", q, dout), *sizes,
             *inputs, *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
             **dropout, **shape, COLUMNS=columns,
         )  # fmt: skip
