@@ -189,8 +189,9 @@ def test_heads_are_as_wide_as_the_tables_of_configurations(
 ) -> None:
     most = select.MAX_HEAD_DIM["cuda"]
     for table in (attention.FORWARD, attention_backward.QUERY_GRAD, attention_backward.KEY_GRADS):
-        for D, dtype in itertools.product((1, 65, most), DTYPES):
-            assert attention.head_kind({"q": torch.empty(0, dtype=dtype), "D": D}) in table
+        for D, dtype, tiles in itertools.product((1, 65, most), DTYPES, (False, True)):
+            args = {"q": torch.empty(0, dtype=dtype), "D": D, "TILES": tiles}
+            assert attention.head_kind(args) in table or tiles and dtype == torch.float32
     (reason,) = select.unavailable("cuda", torch.float32, most + 1)
     assert reason == "head_dim is at most 256 there, not 257"
     monkeypatch.setitem(select.MAX_HEAD_DIM, DEVICE.type, SMALL.head_dim - 1)

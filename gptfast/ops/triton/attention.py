@@ -1,7 +1,7 @@
 """Causal attention in blocks with an online softmax (FlashAttention-2, arXiv:2307.08691).
 
-Query i attends to the keys j <= i + Tk - Tq. The blocks of keys that no query of a program masks
-come first; the blocks on the diagonal, which need a mask, follow.
+Query i attends to the keys j <= i + Tk - Tq. A program has a block of queries and goes through the
+blocks of keys; those on the diagonal, the last ones, need a mask.
 
 Letters: B batch, T time (Tq queries, Tk keys), H heads, D head_dim.
 """
@@ -13,32 +13,47 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gptfast.ops.triton.launch import block_of, config, dropout_args, precision, tuned
-from gptfast.ops.triton.tiles import dropout_factors, own_head
+from gptfast.ops.triton.launch import (
+    INTERPRETED,
+    block_of,
+    config,
+    dropout_args,
+    precision,
+    tuned,
+)
+from gptfast.ops.triton.tiles import dropout_kept, own_head
+
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit
-def head_rows(x, t, stride, T, d, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """Rows t of a head, (rows, BLOCK_D); columns from D on and, if MASKED, rows from T on are 0."""
-    at = x + t.to(tl.int64)[:, None] * stride + d[None, :]
-    if MASKED:
-        tile = tl.load(at, mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
-    elif D == BLOCK_D:
-        tile = tl.load(at)
+def head_rows(
+    x, tiles, b, h, t0, stride, T, d, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr
+):
+    """Rows t0 to t0 + ROWS of head h of batch b, (ROWS, BLOCK_D); 0 from row T and column D on.
+
+    By `tiles`, a descriptor of all heads, or, if that is None, by x, the address of this one.
+    """
+    if tiles is not None:
+        tile = tl.reshape(tiles.load([b.to(tl.int32), h.to(tl.int32), t0, 0]), (ROWS, BLOCK_D))
     else:
-        tile = tl.load(at, mask=(d < D)[None, :], other=0.0)
+        row = tl.arange(0, ROWS)
+        # What depends on t0 is one number: a loop over t0 adds it to addresses computed once.
+        at = x + tl.cast(t0, tl.int64) * stride + (row.to(tl.int64)[:, None] * stride + d[None, :])
+        tile = tl.load(at, mask=(row < T - t0)[:, None] & (d < D)[None, :], other=0.0)
     return tile
 
 
 @triton.jit
 def held_rows(
-    x, t, stride, T, d, D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr,
-    MASKED: tl.constexpr,
+    x, tiles, b, h, t0, stride, T, d, D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Rows t of a head for `row_products`: a loaded tile, or just the address if PART < BLOCK_D."""
+    """Rows of a head for `row_products`: a loaded tile, or just the address if PART < BLOCK_D."""
     if PART == BLOCK_D:
-        rows = head_rows(x, t, stride, T, d, D, BLOCK_D, MASKED)
+        rows = head_rows(x, tiles, b, h, t0, stride, T, d, D, BLOCK_D, ROWS)
     else:
         rows = x
     return rows
@@ -46,64 +61,29 @@ def held_rows(
 
 @triton.jit
 def row_products(
-    x, i, x_row, Tx, y, j, y_row, Ty,
+    x, i0, x_row, Tx, y, j0, y_row, Ty, start,
     PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """x y' for rows i of x and rows j of y, PART columns at a time."""
+    """start + x y' for ROWS rows of x from i0 and COLUMNS of y from j0, PART columns at a time."""
+    products = start
     if PART == BLOCK_D:
-        products = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+        products = tl.dot(x, tl.trans(y), products, input_precision=PRECISION)
     else:
-        products = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
         for d0 in tl.static_range(0, BLOCK_D, PART):
             d = d0 + tl.arange(0, PART)
-            rows = head_rows(x, i, x_row, Tx, d, D, BLOCK_D, True)
-            columns = head_rows(y, j, y_row, Ty, d, D, BLOCK_D, True)
+            rows = head_rows(x, None, 0, 0, i0, x_row, Tx, d, D, BLOCK_D, ROWS)
+            columns = head_rows(y, None, 0, 0, j0, y_row, Ty, d, D, BLOCK_D, COLUMNS)
             products = tl.dot(rows, tl.trans(columns), products, input_precision=PRECISION)
     return products
 
 
-@triton.jit
-def _attend(
-    acc, m, total, q, k, v, q_row, k_row, v_row, i, i0, first, last, Tq, Tk, offset, scale_log2,
-    head, seed, substream, threshold, keep_scale,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    PART: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Updates running maximum m, sum and output acc of a block of queries by keys [first, last).
+def head_kind(args: Any) -> tuple[int, int, bool]:
+    """Returns the kind of a call for `tuned`.
 
-    s = q k',  m' = max(m, max_j s_j),  sum' = sum 2^(c (m - m')) + sum_j 2^(c (s_j - m')),
-    acc' = acc 2^(c (m - m')) + dropout(2^(c (s - m'))) v,  with c = scale log2(e) >= 0.
-
-    s - m' is computed before scaling: it is exact near the maximum, however large s is.
+    That is bytes per element, D rounded up to 64, 128 or 256, and whether there are descriptors.
     """
-    d = tl.arange(0, BLOCK_D)
-    for j0 in tl.range(first, last, BN):
-        j = j0 + tl.arange(0, BN)
-        keys = held_rows(k, j, k_row, Tk, d, D, BLOCK_D, PART, MASKED)
-        s = row_products(q, i, q_row, Tq, keys, j, k_row, Tk, PRECISION, D, BLOCK_D, PART)
-        if MASKED:
-            seen = (j[None, :] <= i[:, None] + offset) & (j < Tk)[None, :]
-            s = tl.where(seen, s, -float("inf"))
-        top = tl.maximum(m, tl.max(s, 1))
-        finite = tl.where(top == -float("inf"), 0.0, top)  # all keys so far may be masked
-        p = tl.exp2((s - finite[:, None]) * scale_log2)
-        if MASKED:
-            p = tl.where(seen, p, 0.0)
-        shrink = tl.where(m == -float("inf"), 0.0, tl.exp2((m - finite) * scale_log2))
-        total = total * shrink + tl.sum(p, 1)
-        if seed is not None:
-            p *= dropout_factors(
-                tl.load(seed), substream, head, i0, j0, threshold, keep_scale, BM, BN
-            )
-        values = head_rows(v, j, v_row, Tk, d, D, BLOCK_D, MASKED)
-        acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
-        m = top
-    return acc, m, total
-
-
-def head_kind(args: Any) -> tuple[int, int]:
-    """Returns the kind of a call for `tuned`: bytes per element, D rounded up to 64, 128 or 256."""
-    return args["q"].element_size(), max(64, block_of(args["D"]))
+    return args["q"].element_size(), max(64, block_of(args["D"])), args["TILES"]
 
 
 def parts_of(x: Tensor) -> dict[str, int]:
@@ -122,14 +102,60 @@ def head_shared(staying: int, passing: int, args: Any) -> int:
     return rows * block_of(args["D"]) * args["q"].element_size()
 
 
+def row_tiles(*tensors: Tensor) -> bool:
+    """Whether blocks of rows of these (B, H, T, D) can be loaded by descriptors.
+
+    From sm_90 on, a chip copies such a block by itself where threads would compute addresses. It
+    demands that all strides but the last, and the first address, are multiples of 16 bytes.
+    float32 is split for its products in registers, to which threads load it as well.
+    """
+    if not (INTERPRETED or _copies_tiles()):
+        return False
+    return all(
+        x.element_size() == 2
+        and x.numel() > 0
+        and x.data_ptr() % 16 == 0
+        and all(stride > 0 and stride % 8 == 0 for stride in x.stride()[:3])
+        for x in tensors
+    )
+
+
+def _copies_tiles() -> bool:
+    target = triton.runtime.driver.active.get_current_target()
+    return bool(target.backend == "cuda" and target.arch >= 90)
+
+
+def descriptors(kernel: Any, table: Any, kind: Any, rows: str, *tensors: Tensor) -> list[Any]:
+    """Returns a descriptor of each tensor, or None where the kind of call is without.
+
+    A block has as many rows as all configurations of this kind have under the name `rows`.
+    """
+    if not kind[2]:
+        return [None] * len(tensors)
+    configs = kernel.configs if len(kernel.configs) == 1 else table[kind]
+    count = configs[0].kwargs[rows]
+    return [
+        TensorDescriptor(x, [*x.shape], [*x.stride()], [1, 1, count, block_of(x.shape[3])])
+        for x in tensors
+    ]
+
+
+def log2_scale(scale: float) -> float:
+    """Returns scale log2(e), but at least 1e-37: a masked score, -inf, then weighs 0 at scale 0."""
+    return max(scale / math.log(2), 1e-37)
+
+
 # Tile sizes: BM queries, BN keys.
 FORWARD = {
-    (2, 64): [config(8, 3, BM=128, BN=64), config(8, 2, BM=64, BN=32)],
-    (2, 128): [config(8, 3, BM=128, BN=64), config(8, 2, BM=64, BN=32)],
-    (2, 256): [config(8, 2, BM=64, BN=32), config(4, 1, BM=32, BN=32)],
-    (4, 64): [config(8, 1, BM=32, BN=16), config(4, 1, BM=16, BN=16)],
-    (4, 128): [config(8, 1, BM=32, BN=16), config(4, 1, BM=16, BN=16)],
-    (4, 256): [config(4, 1, BM=16, BN=16)],
+    (2, 64, True): [config(4, 3, BM=64, BN=64)],
+    (2, 128, True): [config(4, 3, BM=64, BN=64)],
+    (2, 256, True): [config(4, 2, BM=64, BN=32)],
+    (2, 64, False): [config(4, 3, BM=64, BN=64), config(4, 1, BM=64, BN=64)],
+    (2, 128, False): [config(8, 3, BM=128, BN=64), config(4, 1, BM=64, BN=64)],
+    (2, 256, False): [config(8, 2, BM=64, BN=32), config(4, 1, BM=32, BN=32)],
+    (4, 64, False): [config(8, 1, BM=32, BN=16), config(4, 1, BM=16, BN=16)],
+    (4, 128, False): [config(8, 1, BM=32, BN=16), config(4, 1, BM=16, BN=16)],
+    (4, 256, False): [config(4, 1, BM=16, BN=16)],
 }
 
 
@@ -137,17 +163,26 @@ FORWARD = {
     FORWARD,
     head_kind,
     lambda args: head_shared(args["BM"], 2 * args["BN"], args),
-    ["D", "PRECISION"],
+    ["D", "PRECISION", "TILES"],
 )
 @triton.jit(do_not_specialize=["substream", "threshold", "Tq", "Tk"])
 def forward_kernel(
-    q, k, v, out, lse, H, Tq, Tk, scale_log2,
+    q, k, v, out, lse, k_tiles, v_tiles, H, Tq, Tk, scale_log2,
     q_b, q_h, q_row, k_b, k_h, k_row, v_b, v_h, v_row, out_b, out_h, out_row,
     seed, substream, threshold, keep_scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr, TILES: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """A block of BM queries of one head; the blocks with the most keys start first."""
+    """A block of BM queries of one head; the blocks with the most keys start first.
+
+    Over the blocks of keys it updates the running maximum m, the sum of weights, and the output:
+
+    s = q k',  m' = max(m, max_j s_j),  sum' = sum 2^(c (m - m')) + sum_j 2^(c (s_j - m')),
+    acc' = acc 2^(c (m - m')) + dropout(2^(c (s - m'))) v,  with c = scale log2(e) > 0.
+
+    s - m' is computed before scaling: it is exact near the maximum, however large s is. m is finite
+    from the start, or +inf, so that scores of -inf have the weight 0.
+    """
     head, b, h, i0 = own_head(H, Tq, BM, True)
     q += b * q_b + h * q_h
     k += b * k_b + h * k_h
@@ -155,46 +190,60 @@ def forward_kernel(
     out += b * out_b + h * out_h
     i, d = i0 + tl.arange(0, BM), tl.arange(0, BLOCK_D)
     offset = Tk - Tq
-    queries = held_rows(q, i, q_row, Tq, d, D, BLOCK_D, PART, True)
+    queries = held_rows(q, None, b, h, i0, q_row, Tq, d, D, BLOCK_D, PART, BM)
     acc = tl.zeros([BM, BLOCK_D], tl.float32)
-    m = tl.full([BM], -float("inf"), tl.float32)
+    m = tl.full([BM], LOWEST, tl.float32)
     total = tl.zeros([BM], tl.float32)
     # No query masks a key before `whole`; every query masks the keys from `last` on.
     whole = tl.maximum(i0 + 1 + offset, 0) // BN * BN
     last = tl.minimum(Tk, i0 + BM + offset)
-    acc, m, total = _attend(
-        acc, m, total, queries, k, v, q_row, k_row, v_row, i, i0, 0, whole, Tq, Tk, offset,
-        scale_log2, head, seed, substream, threshold, keep_scale,
-        False, PRECISION, D, BLOCK_D, PART, BM, BN,
-    )  # fmt: skip
-    acc, m, total = _attend(
-        acc, m, total, queries, k, v, q_row, k_row, v_row, i, i0, whole, last, Tq, Tk, offset,
-        scale_log2, head, seed, substream, threshold, keep_scale,
-        True, PRECISION, D, BLOCK_D, PART, BM, BN,
-    )  # fmt: skip
+    for j0 in tl.range(0, last, BN):
+        keys = held_rows(k, k_tiles, b, h, j0, k_row, Tk, d, D, BLOCK_D, PART, BN)
+        s = row_products(
+            queries, i0, q_row, Tq, keys, j0, k_row, Tk, tl.zeros([BM, BN], tl.float32),
+            PRECISION, D, BLOCK_D, PART, BM, BN,
+        )  # fmt: skip
+        if j0 >= whole:
+            j = j0 + tl.arange(0, BN)
+            s = tl.where(j[None, :] <= i[:, None] + offset, s, -float("inf"))
+        top = tl.maximum(m, tl.max(s, 1))
+        p = tl.exp2((s - top[:, None]) * scale_log2)
+        shrink = tl.exp2((m - top) * scale_log2)
+        total = total * shrink + tl.sum(p, 1)
+        if seed is not None:
+            kept = dropout_kept(tl.load(seed), substream, head, i0, j0, threshold, BM, BN)
+            p = tl.where(kept, p, 0.0)
+        values = head_rows(v, v_tiles, b, h, j0, v_row, Tk, d, D, BLOCK_D, BN)
+        acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
+        m = top
     some = i + offset >= 0  # some key is unmasked; if all its scores are -inf, the row is 0 / 0
-    acc = tl.where(some[:, None], acc / tl.where(some, total, 1.0)[:, None], 0.0)
+    weight = 1.0 / tl.where(some, total, 1.0)
+    if seed is not None:
+        weight *= keep_scale
+    acc = tl.where(some[:, None], acc * weight[:, None], 0.0)
     at = out + i.to(tl.int64)[:, None] * out_row + d[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), mask=(i < Tq)[:, None] & (d < D)[None, :])
     lse += head.to(tl.int64) * 2 * Tq
     tl.store(lse + i, m, mask=i < Tq)
-    tl.store(lse + Tq + i, total, mask=i < Tq)
+    tl.store(lse + Tq + i, tl.log2(total), mask=i < Tq)
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, seed: Tensor | None,
     stream: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """gptfast::attention."""
+    """gptfast::attention. lse has each row's largest score and log2 of its sum of weights."""
     B, H, Tq, D = q.shape
     out, lse = q.new_empty(B, Tq, H, D), q.new_empty(B, H, 2, Tq, dtype=torch.float32)
     if lse.numel():
         heads = out.transpose(1, 2)
         grid = lambda meta: (triton.cdiv(Tq, meta["BM"]) * B * H,)  # noqa: E731
+        shape = {**parts_of(q), "TILES": row_tiles(k, v)}
+        kind = head_kind({"q": q, **shape})
         forward_kernel[grid](
-            q, k, v, heads, lse, H, Tq, k.shape[2], scale / math.log(2),
+            q, k, v, heads, lse, *descriptors(forward_kernel, FORWARD, kind, "BN", k, v),
+            H, Tq, k.shape[2], log2_scale(scale),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *heads.stride()[:3],
-            **dropout_args(dropout_p, seed, stream, q.device), **parts_of(q),
-            PRECISION=precision(),
+            **dropout_args(dropout_p, seed, stream, q.device), **shape, PRECISION=precision(),
         )  # fmt: skip
     return out, lse

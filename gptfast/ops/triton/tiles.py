@@ -12,12 +12,31 @@ DROPOUT_ROWS = tl.constexpr(8)
 
 
 @triton.jit
-def dropout_factors(
-    seed, substream, matrix, i0, j0, threshold, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """The dropout factors, 0 or `scale`, of rows from i0 and columns from j0; see ops.random.
+def philox(seed, c0, c1, c2, c3):
+    """Philox-4x32-10 of counters (uint32) as `tl.philox` computes it, in half as many products.
 
-    i0 and ROWS must be multiples of 8: a Philox block has 16 bits for each of 8 rows of a column.
+    A product of 64 bits is one instruction; its two halves are two.
+    """
+    k0, k1 = (seed & 0xFFFFFFFF).to(tl.uint32), (seed >> 32 & 0xFFFFFFFF).to(tl.uint32)
+    a, b = tl.full([], 0xD2511F53, tl.uint64), tl.full([], 0xCD9E8D57, tl.uint64)
+    for _ in tl.static_range(10):
+        x, y = c0.to(tl.uint64) * a, c2.to(tl.uint64) * b
+        c0, c1 = (y >> 32).to(tl.uint32) ^ c1 ^ k0, y.to(tl.uint32)
+        c2, c3 = (x >> 32).to(tl.uint32) ^ c3 ^ k1, x.to(tl.uint32)
+        k0 += tl.full([], 0x9E3779B9, tl.uint32)
+        k1 += tl.full([], 0xBB67AE85, tl.uint32)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def dropout_kept(
+    seed, substream, matrix, i0, j0, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    TRANSPOSED: tl.constexpr = False,
+):  # fmt: skip
+    """Whether dropout keeps an element, for rows from i0 and columns from j0; see ops.random.
+
+    (ROWS, COLUMNS), or (COLUMNS, ROWS) if TRANSPOSED. i0 and ROWS must be multiples of 8: a Philox
+    block has 16 bits for each of 8 rows of a column.
     """
     GROUPS: tl.constexpr = ROWS // DROPOUT_ROWS
     group = (tl.arange(0, GROUPS) + i0 // DROPOUT_ROWS)[:, None]
@@ -26,11 +45,40 @@ def dropout_factors(
     c1 = (none + group).to(tl.uint32)
     c2 = (none + matrix).to(tl.uint32)
     c3 = (none + substream).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
-    words = tl.join(tl.join(w0, w1), tl.join(w2, w3))  # (groups, columns, w % 2, w // 2)
-    draws = tl.join(words & 0xFFFF, words >> 16)  # (groups, columns, w % 2, w // 2, half)
-    draws = tl.reshape(tl.permute(draws, (0, 3, 2, 4, 1)), (ROWS, COLUMNS)).to(tl.int32)
-    return tl.where(draws < threshold, 0.0, scale)
+    w0, w1, w2, w3 = philox(seed, c0, c1, c2, c3)
+    # One word with a bit per row is cheap to give to the threads that need it.
+    dropped = none
+    dropped = _append_dropped(dropped, w3, threshold)
+    dropped = _append_dropped(dropped, w2, threshold)
+    dropped = _append_dropped(dropped, w1, threshold)
+    dropped = _append_dropped(dropped, w0, threshold)
+    # Several threads of a matrix product need the same word. The compiler would let each of them
+    # compute Philox anew, rather than exchange words; it moves nothing across a reduction.
+    dropped = tl.sum(dropped[:, :, None], 2)
+    bit = 1 << tl.arange(0, DROPOUT_ROWS)
+    if TRANSPOSED:
+        dropped = tl.reshape(tl.trans(dropped)[:, :, None] & bit[None, None, :], (COLUMNS, ROWS))
+    else:
+        dropped = tl.reshape(dropped[:, None, :] & bit[None, :, None], (ROWS, COLUMNS))
+    return dropped == 0
+
+
+@triton.jit
+def _append_dropped(bits, word, threshold):
+    """Appends a bit for the higher and one for the lower half of a word: whether it is too low."""
+    high = (word >> 16).to(tl.int32) - threshold
+    low = (word & 0xFFFF).to(tl.int32) - threshold
+    bits = bits << 1 | (high >> 31 & 1)
+    return bits << 1 | (low >> 31 & 1)
+
+
+@triton.jit
+def dropout_factors(
+    seed, substream, matrix, i0, j0, threshold, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The factors of `dropout_kept`: `scale`, or 0 for what is dropped."""
+    kept = dropout_kept(seed, substream, matrix, i0, j0, threshold, ROWS, COLUMNS)
+    return tl.where(kept, scale, 0.0)
 
 
 @triton.jit
