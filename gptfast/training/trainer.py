@@ -287,8 +287,9 @@ class Trainer:
         if self.device.type != "cuda":
             return None
         obstacle = self.graphs.obstacle(self)
-        without = f"without a CUDA graph: {obstacle}"
-        return f"training {without if obstacle else 'with each step as one CUDA graph'}"
+        if obstacle is None:
+            return "each step is one CUDA graph"
+        return f"steps run without a CUDA graph: {obstacle}"
 
 
 @contextmanager
