@@ -2,14 +2,15 @@
 
 A CUDA graph repeats kernels at the addresses of the capture, and no Python. `Recorder` does the
 same on the CPU: it notes each operator's tensors, and a replay calls it with them and writes its
-results where the first ones were. AdamW's kernels run in Triton's interpreter.
+results where the first ones were. AdamW runs by the CPU's kernel, or in Triton's interpreter.
 """
 
+import copy
 import itertools
 import math
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_flatten
 from gptfast import GPT, ConfigError, GPTConfig, TrainConfig, Trainer
 from gptfast.config import Precision
 from gptfast.ops import select
+from gptfast.ops.adamw import adamw_
 from gptfast.training import graph
 
 pytest.importorskip("triton")
@@ -35,15 +37,6 @@ if torch.cuda.is_available() or select.unavailable("cpu", torch.float32):
 MODEL = GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_embd=16, bias=False, dropout=0.2)
 CONFIG = TrainConfig(lr=1e-2, clip=0.5, batch_size=4, weight_decay=0.1)
 IDS = torch.randint(1, 5, (40,), generator=torch.Generator().manual_seed(7))  # 32 windows
-
-
-@pytest.fixture(autouse=True)
-def triton_adamw() -> Iterator[None]:
-    """Makes the plain step use the kernels of the graph, whose bits are compared."""
-    library = torch.library.Library("gptfast", "IMPL")
-    library.impl("adamw_", KERNELS["adamw_"], "CPU", allow_override=True)
-    yield
-    library._destroy()
 
 
 class Recorder(TorchDispatchMode):
@@ -87,22 +80,40 @@ def tensors(values: Any) -> list[Tensor]:
     return [each for each in tree_flatten(values)[0] if isinstance(each, Tensor)]
 
 
+class HostTable:
+    """In the place of `adamw.Table`: AdamW by the CPU's kernel, by the same options in memory."""
+
+    def __init__(self, *tensors: list[Tensor]) -> None:
+        self.tensors, self.norm, self.uploaded = tensors, torch.zeros(()), False
+
+    def upload(self) -> None:
+        self.uploaded = True
+
+    def update(self, numbers: Tensor) -> Tensor:
+        assert self.uploaded
+        return adamw_(*self.tensors, *numbers.tolist())
+
+
 class Simulated(graph.Cuda):
     """A device whose graphs are recorded operators."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
         self.captures, self.replays = 0, 0
         self.recorder: Recorder | None = None
-        update = adamw.Table.update
 
-        def noted(table: adamw.Table, numbers: Tensor) -> Tensor:
-            if self.recorder is None:
-                return update(table, numbers)
-            self.recorder.calls.append((lambda: update(table, numbers) and None, (), {}, []))
-            return table.norm
+    def note_updates(self, table: Any) -> Any:
+        """A class of tables whose updates are part of a graph."""
 
-        monkeypatch.setattr(adamw.Table, "update", noted)
+        class Noted(table):  # type: ignore[misc]
+            def update(own, numbers: Tensor) -> Tensor:  # noqa: N805
+                update = super().update
+                if self.recorder is None:
+                    return update(numbers)
+                self.recorder.calls.append((lambda: update(numbers) and None, (), {}, []))
+                return own.norm
+
+        return Noted
 
     def host_buffer(self, words: int) -> Tensor:
         return torch.zeros(words, dtype=torch.int64)
@@ -146,7 +157,9 @@ def trainer_of(cuda: Simulated | None, config: TrainConfig = CONFIG, **options: 
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Simulated:
-    return Simulated(monkeypatch)
+    device = Simulated()
+    monkeypatch.setattr(adamw, "Table", device.note_updates(HostTable))
+    return device
 
 
 def batch(i: int, B: int = 4, T: int = 8) -> tuple[Tensor, Tensor]:
@@ -178,6 +191,20 @@ def test_steps_have_the_bits_of_those_without_a_graph(
     assert (cuda.captures, cuda.replays) == (1, 3)
 
 
+def test_a_graph_reads_the_addresses_of_the_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, library = Simulated(), torch.library.Library("gptfast", "IMPL")
+    monkeypatch.setattr(adamw, "Table", cuda.note_updates(adamw.Table))
+    library.impl("adamw_", KERNELS["adamw_"], "CPU", allow_override=True)
+    try:
+        captured, plainly = trainer_of(cuda), trainer_of(None)
+        for i in range(5):
+            assert torch.equal(captured.step(*batch(i)), plainly.step(*batch(i)))
+        assert cuda.replays == 2
+        assert_same(captured, plainly)
+    finally:
+        library._destroy()
+
+
 def test_what_changes_from_outside_counts(cuda: Simulated) -> None:
     """The options of the optimizer and the weights without, what the graph holds with a capture."""
     captured, plainly = trainer_of(cuda), trainer_of(None)
@@ -189,7 +216,9 @@ def test_what_changes_from_outside_counts(cuda: Simulated) -> None:
                 each.gpt.wpe.weight.data.mul_(0.5)
                 each.evaluate(IDS)
             if i == 6:
-                each.optimizer.load_state_dict(each.optimizer.state_dict())  # moments elsewhere
+                each.optimizer.load_state_dict(
+                    copy.deepcopy(each.optimizer.state_dict())
+                )  # moments elsewhere
             if i == 9:
                 each.gpt.lm_head.weight.requires_grad_(False)
             if i == 13:

@@ -191,7 +191,7 @@ class StepGraph:
             self._rehearsed = True
         else:
             loss = self._replay().clone()
-        # Torch does not see that the kernels write to the parameters.
+        # Autograd does not see the kernels write.
         torch.autograd.graph.increment_version(trainer.parameters)
         return loss
 

@@ -59,7 +59,9 @@ class AdamW(torch.optim.AdamW):
                 nn.utils.clip_grad_norm_(params, clip)
             self.step()
             return
-        adamw_(*self._tensors(), *self.numbers(clip))
+        weights, *others = self._tensors()
+        adamw_(weights, *others, *self.numbers(clip))
+        torch.autograd.graph.increment_version(weights)  # autograd does not see the kernels write
 
     def table(self) -> "Table":
         """Returns the table by which the GPU's kernels find all that a step reads and writes."""
