@@ -165,6 +165,7 @@ class StepGraph:
         self._messages = Messages(0 if ids is None else B, trainer.device, cuda)
         if ids is None:
             self._given = torch.zeros(2, *shape, dtype=torch.int64, device=trainer.device)
+        self._table_memory: Tensor | None = None
         self._rehearsed = False
         self._replay: Run | None = None
 
@@ -203,9 +204,10 @@ class StepGraph:
             idx, targets = data.gather(self._ids, messages.starts, self._T)
         key = messages.key if trainer.gpt.config.dropout > 0.0 else None
         loss = trainer.loss_and_grads(idx, targets, key)
-        self._table = trainer.optimizer.table()  # kept, because the graph reads it
-        self._cuda.after_capture(self._table.upload)
-        self._table.update(messages.numbers)
+        table = trainer.optimizer.table(self._table_memory)
+        self._table_memory = table.memory  # in the capture, that of the rehearsal
+        self._cuda.after_capture(table.upload)
+        table.update(messages.numbers)
         trainer.drop_grads()
         return loss
 

@@ -12,6 +12,8 @@ from gptfast.ops.adamw import adamw_
 if TYPE_CHECKING:
     from gptfast.ops.triton.adamw import Table
 
+Tensors = list[Tensor]
+
 
 class AdamW(torch.optim.AdamW):
     """torch.optim.AdamW with `clipped_step`, which also clips the norm of the gradients.
@@ -63,11 +65,11 @@ class AdamW(torch.optim.AdamW):
         adamw_(weights, *others, *self.numbers(clip))
         torch.autograd.graph.increment_version(weights)  # autograd does not see the kernels write
 
-    def table(self) -> "Table":
-        """Returns the table by which the GPU's kernels find all that a step reads and writes."""
+    def table(self, memory: Tensor | None) -> "Table":
+        """Returns the table by which the GPU's kernels find what a step reads and writes."""
         from gptfast.ops.triton.adamw import Table
 
-        return Table(*self._tensors())
+        return Table(*self._tensors(), memory=memory)
 
     def numbers(self, clip: float | None) -> tuple[float, ...]:
         """Returns lr, beta1, beta2, eps, weight_decay and clip, as they are now."""
@@ -75,13 +77,14 @@ class AdamW(torch.optim.AdamW):
         options = group["lr"], *group["betas"], group["eps"], group["weight_decay"]
         return *options, math.inf if clip is None else clip
 
-    def _tensors(self) -> tuple[list[Tensor], ...]:
+    def _tensors(self) -> tuple[Tensors, Tensors, Tensors, Tensors, Tensors]:
         """Returns weights, gradients, moments and step counts of all with a gradient."""
         params = [p for p in self.param_groups[0]["params"] if p.grad is not None]
         states = [self._state_of(p) for p in params]
         grads = [p.grad.contiguous() for p in params]
         names = "exp_avg", "exp_avg_sq", "step"
-        return params, grads, *([state[name] for state in states] for name in names)
+        means, squares, steps = ([state[name] for state in states] for name in names)
+        return params, grads, means, squares, steps
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         state = self.state[param]

@@ -149,11 +149,14 @@ class Table:
         means: Likewise, AdamW's `exp_avg`.
         squares: Likewise, `exp_avg_sq`.
         steps: P tensors of one element, the numbers of steps.
+        memory: Where the table lies on the device, that of a table of as many parameters; None
+            allocates it. A table that is made during the capture of a graph needs it: what is
+            allocated there shares its place with other tensors of the graph.
     """
 
     def __init__(
         self, weights: list[Tensor], grads: list[Tensor], means: list[Tensor],
-        squares: list[Tensor], steps: list[Tensor],
+        squares: list[Tensor], steps: list[Tensor], memory: Tensor | None = None,
     ) -> None:  # fmt: skip
         for name, tensors in zip(
             ("weights", "grads", "means", "squares"), (weights, grads, means, squares), strict=True
@@ -173,14 +176,17 @@ class Table:
         entries = np.array([*each, sizes], dtype=np.int64).T  # (P, FIELDS)
         self.aligned = not (entries[:, :4] % 16).any()
         self.host = torch.from_numpy(np.concatenate([entries.ravel(), chunks.ravel()]))
-        device = weights[0].device
-        self.device = torch.empty_like(self.host, device=device)
-        self.norm = weights[0].new_empty(())
+        if memory is None:
+            memory = torch.empty_like(self.host, device=weights[0].device)
+        if memory.shape != self.host.shape:
+            raise RuntimeError("adamw_: memory is that of a table of other parameters")
+        self.memory = memory
+        self._grads = grads  # their memory must not be used otherwise before the update
 
     def upload(self) -> None:
         """Copies the table to the device."""
-        pinned = self.host.pin_memory() if self.device.is_cuda else self.host
-        self.device.copy_(pinned, non_blocking=True)
+        pinned = self.host.pin_memory() if self.memory.is_cuda else self.host
+        self.memory.copy_(pinned, non_blocking=True)
 
     def update(self, options: Tensor) -> Tensor:
         """Clips and updates by `options`, (OPTIONS,) float64 on the device.
@@ -188,17 +194,19 @@ class Table:
         Returns the norm before clipping, () float32. The table must be on the device by the time
         that the kernels run.
         """
-        parts = self.norm.new_empty(self.chunk_count)
-        rates = self.norm.new_empty(self.count, 2)
+        like = self._grads[0]
+        norm, parts, rates = (
+            like.new_empty(size) for size in ((), (self.chunk_count,), (self.count, 2))
+        )
         constants = {
             "CHUNK": self.chunk, "ALIGNED": self.aligned, "FIELDS": FIELDS, "BLOCK": BLOCK
         }  # fmt: skip
         grid = (self.chunk_count,)
-        grad_norm_kernel[grid](self.device, options, parts, rates, self.count, **constants)
+        grad_norm_kernel[grid](self.memory, options, parts, rates, self.count, **constants)
         adamw_kernel[grid](
-            self.device, options, parts, rates, self.norm, self.count, self.chunk_count, **constants
+            self.memory, options, parts, rates, norm, self.count, self.chunk_count, **constants
         )
-        return self.norm
+        return norm
 
 
 def _fits(x: Tensor, like: Tensor) -> bool:
