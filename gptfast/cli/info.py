@@ -15,7 +15,7 @@ from rich.text import Text
 
 from gptfast import threads
 from gptfast.ops import select
-from gptfast.training.graph import unsupported
+from gptfast.training.capturable import unsupported
 
 Version = tuple[int, int]
 

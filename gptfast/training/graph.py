@@ -4,9 +4,8 @@ A graph repeats its kernels at the addresses of the capture. So whatever differs
 lies in tensors that stay where they are: the batch, the dropout's key, the optimizer's options. The
 host writes them before each replay, and results have the bits of a step without a graph.
 
-Python runs in the capture only. A graph is therefore made for modules whose Python is known: an
-unmodified GPT of plain layers, without hooks; see `obstacle`. It is made anew when anything has
-changed that it holds: parameters, what is trained, the optimizer's state, the model's options.
+What step can be a graph, `capturable` says. A graph is made anew when anything has changed
+that it holds: parameters, what is trained, the optimizer's moments, the model's options.
 
 Letters: B batch, T time, N tokens of a text.
 """
@@ -15,19 +14,15 @@ import functools
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.modules import module as torch_modules
-from torch.utils import _python_dispatch
+from torch import Tensor
 
-from gptfast import data, plain
-from gptfast.model import GPT
-from gptfast.modules import Block
-from gptfast.ops import select
+from gptfast import data
+from gptfast.training.capturable import Watch, observer, obstacle
 
 if TYPE_CHECKING:
     from gptfast.training.trainer import Trainer
@@ -39,14 +34,6 @@ NUMBERS, HEADER = 6, 8  # words of a message: the optimizer's options; what prec
 Run = Callable[[], Tensor]
 
 _capturing = threading.Lock()  # a capture forbids others to wait for the device as a whole
-
-
-def unsupported(device: str) -> str | None:
-    """Returns why a step on this type of device cannot be a graph; None if it can."""
-    if device != "cuda":
-        return "CUDA graphs need a GPU"
-    reasons = select.unavailable(device, torch.float32)
-    return f"the kernels cannot run: {'; '.join(reasons)}" if reasons else None
 
 
 class Cuda:
@@ -232,7 +219,7 @@ class StepGraphs:
         """Drops all graphs, and their memory."""
         self._graphs: dict[Hashable, StepGraph] = {}
         self._seen: Counter[Hashable] = Counter()
-        self._held: Hashable = None
+        self._watch: Watch | None = None
 
     def step(self, trainer: "Trainer", idx: Tensor, targets: Tensor) -> Tensor | None:
         """Trains on a batch by a graph; see Trainer.step.
@@ -255,18 +242,22 @@ class StepGraphs:
 
     def obstacle(self, trainer: "Trainer") -> str | None:
         """Returns why steps run without a graph; None if they run with one."""
-        return self._failure or obstacle(trainer, self._cuda)
+        if self._cuda is None and trainer.config.graph != "off":
+            return f"the model is on device {str(trainer.device)!r}"
+        return self._failure or obstacle(trainer) or observer()
 
     def _graph(
         self, trainer: "Trainer", shape: tuple[int, int], ids: Tensor | None
     ) -> StepGraph | None:
-        if self._cuda is None or self.obstacle(trainer) is not None:
-            self.clear()
+        if self._cuda is None or self._failure is not None:
             return None
-        held = _held(trainer)
-        if held != self._held:
+        if self._watch is None or not self._watch.holds(trainer):
             self.clear()
-            self._held = held
+            if obstacle(trainer) is not None:
+                return None
+            self._watch = Watch(trainer)
+        if observer() is not None:
+            return None
         which = shape, None if ids is None else ids.data_ptr()
         graph = self._graphs.get(which)
         if graph is None and self._seen[which] and len(self._graphs) < MAX_GRAPHS:
@@ -282,74 +273,3 @@ class StepGraphs:
                 warnings.warn(f"training goes on without a CUDA graph: {error}", stacklevel=4)
                 return None
         return graph
-
-
-def obstacle(trainer: "Trainer", cuda: Cuda | None) -> str | None:
-    """Returns why the step of a trainer cannot be a graph as it is now; None if it can."""
-    gpt, config, device = trainer.gpt, trainer.config, trainer.device
-    if config.graph == "off":
-        return "graph is 'off'"
-    if cuda is None:
-        return f"the model is on device {str(device)!r}"
-    if trainer.model is not gpt:
-        return f"the model is inside a {type(trainer.model).__name__}"
-    dtype = torch.bfloat16 if config.precision == "bf16" else gpt.main_weight.dtype
-    by_torch = select.unavailable(device.type, dtype, gpt.config.head_dim)
-    if gpt.backend == "reference" or by_torch:
-        return "the model computes in plain torch"
-    if not trainer.optimizer.by_kernel:
-        return "the optimizer's kernels do not have its options"
-    found = plain.first_replaced(_layers(gpt))
-    if found is not None:
-        return found
-    for name, param in zip(trainer.names, trainer.parameters, strict=True):
-        if param._backward_hooks or param._post_accumulate_grad_hooks:
-            return f"{name} has hooks"
-    if torch_modules._has_any_global_hook():
-        return "there are hooks on all modules"
-    if _python_dispatch._get_current_dispatch_mode() is not None:
-        return "a dispatch mode observes the operators"
-    return "anomalies are looked for" if torch.is_anomaly_enabled() else None
-
-
-def _layers(gpt: GPT) -> Iterator[plain.Layer]:
-    yield "the model", gpt, _model
-    yield from gpt.embedding_layers()
-    for i, block in enumerate(gpt.blocks):
-        yield f"h.{i}", block, _block
-        for name, module, check in block.layers():
-            yield f"h.{i}.{name}", module, check
-    yield from gpt.head_layers()
-
-
-def _model(module: nn.Module) -> str | None:
-    found = plain.untouched(module, GPT)
-    return found or ("has a loss of its own" if "loss" in module.__dict__ else None)
-
-
-def _block(module: nn.Module) -> str | None:
-    return plain.untouched(module, Block)
-
-
-def _held(trainer: "Trainer") -> Hashable:
-    """What a graph holds of model and optimizer; a graph serves while this stays equal."""
-    gpt, optimizer = trainer.gpt, trainer.optimizer
-    tensors = [
-        tensor
-        for _, module, _ in _layers(gpt)
-        for tensor in module.__dict__["_parameters"].values()
-        if tensor is not None
-    ]
-    moments = [
-        moment.data_ptr()
-        for param in optimizer.param_groups[0]["params"]
-        for moment in optimizer.state.get(param, {}).values()
-    ]
-    return (
-        (gpt.config, gpt.wte.padding_idx, trainer.config.precision),
-        torch.backends.cuda.matmul.fp32_precision,
-        tuple((block.attn.n_head if gpt.config.attention else 0, block.mlp.gelu)
-              for block in gpt.blocks),
-        tuple((tensor.data_ptr(), tensor.requires_grad) for tensor in tensors),
-        tuple(moments),
-    )  # fmt: skip
