@@ -18,6 +18,7 @@ from gptfast import data
 from gptfast.config import PRECISIONS, Precision, TrainConfig
 from gptfast.errors import ConfigError, DataError
 from gptfast.model import unwrapped
+from gptfast.ops.cross_entropy import one
 from gptfast.ops.random import seed_tensor
 from gptfast.storable import check_storable
 from gptfast.threads import check_threads
@@ -196,7 +197,7 @@ class Trainer:
                 loss = self.gpt.loss(idx, targets, seed=key)
             else:
                 loss = self.model(idx, targets=targets, seed=key)
-        loss.backward()
+        loss.backward(one(loss.device) if loss.dtype == torch.float32 else None)
         return loss.detach()
 
     def drop_grads(self) -> None:
