@@ -14,6 +14,7 @@ from torch import Tensor
 from gptfast.generation.device_loop import logits_columns
 from gptfast.ops.sampling import Sampling
 from gptfast.ops.triton import (
+    adamw,
     attention,
     attention_backward,
     cross_entropy,
@@ -122,6 +123,11 @@ def cases() -> list[Case]:
         dy = empty(B, T, C, dtype=dtype)
         embedding.embedding_backward(dy, long(B, T), *tables, 0, 0.1, long(), 0, 0b11)
 
+    def adamw_step(_: torch.dtype) -> None:
+        tables = [empty(V, C), empty(C)]
+        steps = [empty(), empty()]
+        adamw.adamw_(tables, tables, tables, tables, steps, 1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0)
+
     def decode_step(rows: int, D: int, dtype: torch.dtype) -> None:
         cache = empty(rows, 2, C // D, T, D, dtype=dtype)
         decode.decode_attention(empty(rows, C, dtype=dtype), cache, long(rows))
@@ -156,6 +162,7 @@ def cases() -> list[Case]:
              2 * M * C + 2 * V * C),
         Case("embedding", embed, 0.0, 2 * M * C),
         Case("embedding, backward", embed_backward, 0.0, 2 * M * C + V * C),
+        Case("AdamW", adamw_step, 0.0, 8 * V * C, dtypes=("fp32",)),
         *(Case(f"decode attention, D {D}", functools.partial(decode_step, 64, D),
                4.0 * 64 * T * C, 2 * 64 * T * C) for D in (64, 128)),
         Case("sampling", functools.partial(sample, everything), 0.0, 0.0, 4.0 * 64 * V,

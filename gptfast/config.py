@@ -10,6 +10,7 @@ from gptfast.errors import ConfigError
 
 Precision = Literal["fp32", "bf16"]
 PRECISIONS = ("fp32", "bf16")
+GRAPHS = ("auto", "off")
 COUNTS = ("batch_size", "steps", "epochs", "eval_every", "eval_tokens", "save_every", "threads")
 
 if TYPE_CHECKING:
@@ -113,6 +114,8 @@ class TrainConfig:
     text_fraction: float = 1.0  # the leading part of the text that is used at all
     val_fraction: float = 0.1  # the trailing part of that which is held out; 0 holds out nothing
     threads: int | None = None  # of torch while the run lasts; None leaves torch's number
+    # auto: on a GPU each step is one CUDA graph, where the model allows it; off: never
+    graph: Literal["auto", "off"] = "auto"
 
     def __post_init__(self) -> None:
         for name in COUNTS:
@@ -134,6 +137,8 @@ class TrainConfig:
         object.__setattr__(self, "seed", check_seed(self.seed))
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
+        if self.graph not in GRAPHS:
+            raise ConfigError(f"graph must be one of {GRAPHS}, got {self.graph!r}")
 
 
 def _positive(name: str, value: Any) -> int:

@@ -175,10 +175,33 @@ def _size(name: str, value: int) -> int:
     return count
 
 
-def _gather(ids: torch.Tensor, starts: torch.Tensor, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-    offsets = torch.arange(T + 1, device=ids.device)
-    both = ids[starts.to(ids.device)[:, None] + offsets]  # (B, T + 1)
-    return both[:, :-1].contiguous(), both[:, 1:].contiguous()  # (B, T)
+def gather(
+    ids: torch.Tensor, starts: torch.Tensor, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the windows of a text that start at `starts`.
+
+    Args:
+        ids: tokens of the text, (N,) int64.
+        starts: (B,) int64, in [0, N - T); copied to the device of `ids`, if it is elsewhere.
+        block_size: T, the length of a window.
+
+    Returns:
+        inputs and targets (the inputs shifted by one), each (B, T) int64 on the device of `ids`.
+    """
+    first = torch.arange(2, device=ids.device)[:, None, None]
+    at = starts.to(ids.device)[:, None] + torch.arange(block_size, device=ids.device)  # (B, T)
+    idx, targets = ids[at + first]
+    return idx, targets
+
+
+def random_starts(
+    ids: torch.Tensor, block_size: int, batch_size: int, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Draws where the windows of `random_windows` start: (B,) int64 on the generator's device."""
+    block_size, batch_size = _size("block_size", block_size), _size("batch_size", batch_size)
+    total = _num_windows(ids, block_size)
+    device = generator.device if generator is not None else torch.device("cpu")
+    return torch.randint(total, (batch_size,), generator=generator, device=device)
 
 
 def random_windows(
@@ -198,11 +221,7 @@ def random_windows(
     Raises:
         DataError: if the text is shorter than T + 1, a size is below 1, or `ids` is not 1-D int64.
     """
-    block_size, batch_size = _size("block_size", block_size), _size("batch_size", batch_size)
-    total = _num_windows(ids, block_size)
-    device = generator.device if generator is not None else torch.device("cpu")
-    starts = torch.randint(total, (batch_size,), generator=generator, device=device)
-    return _gather(ids, starts, block_size)
+    return gather(ids, random_starts(ids, block_size, batch_size, generator), block_size)
 
 
 class EpochWindows:
@@ -240,6 +259,11 @@ class EpochWindows:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yields inputs and targets, each (B, T) int64 on the device of `ids`."""
+        for starts in self.starts():
+            yield gather(self.ids, starts, self.block_size)
+
+    def starts(self) -> Iterator[torch.Tensor]:
+        """Yields where the windows of each batch of an epoch start, (B,) int64 each."""
         if self.generator is None:
             order = torch.arange(self.num_windows)
         else:
@@ -247,7 +271,7 @@ class EpochWindows:
                 self.num_windows, generator=self.generator, device=self.generator.device
             )
         for chosen in order.split(self.batch_size):
-            yield _gather(self.ids, chosen * self.stride, self.block_size)
+            yield chosen * self.stride
 
 
 def epoch_windows(

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from gptfast import threads
 from gptfast.ops import select
+from gptfast.training.capturable import unsupported
 
 Version = tuple[int, int]
 
@@ -27,7 +28,8 @@ def info() -> dict[str, Any]:
     Returns:
         `gptfast`, `torch`, `python`, `cpu`, `gpu`: names and versions. `torch_range`: the oldest
         and the newest torch that gptfast is tested with, None if unknown. `fused`: None if the
-        compiled kernels are available, else the reason. `isa`: the `chosen` level (None if there is
+        compiled kernels are available, else the reason. `training_graph`: None if a training step
+        can be a CUDA graph here, else the reason. `isa`: the `chosen` level (None if there is
         none), and `levels`, which maps each level to None or the reason why it cannot run.
         `threads`: the fields of `ThreadLimits` and `usable`. `build`: the record of setup.py.
         `openmp`: the OpenMP libraries in the process. `warnings`: problems, one sentence each.
@@ -57,6 +59,7 @@ def info() -> dict[str, Any]:
         "cpu": cpu_name(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "fused": _fused_reason(build),
+        "training_graph": unsupported("cuda" if torch.cuda.is_available() else "cpu"),
         "isa": isa,
         "threads": {
             "usable": limits.usable,
@@ -147,6 +150,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("processor", facts["cpu"]),
         ("GPU", facts["gpu"] or "none"),
         ("fused kernels", facts["fused"] or "available"),
+        ("training graph", facts["training_graph"] or "with --device cuda"),
         ("instruction set", isa["chosen"] or "none chosen"),
     ]
     rows += [(f"  {level}", reason or "available") for level, reason in isa["levels"].items()]

@@ -91,15 +91,29 @@ class _ReducedLoss(Fused):
         return *(_scaled(grads, dloss)), None, None, None, None, None
 
 
+_ONES: dict[torch.device, Tensor] = {}
+
+
+def one(device: torch.device) -> Tensor:
+    """Returns a gradient of 1 for `backward`, () float32, which the loss knows without reading it.
+
+    There is one per device. It must not be changed.
+    """
+    if device not in _ONES:
+        _ONES[device] = torch.ones((), device=device)
+    return _ONES[device]
+
+
 def _scaled(grads: list[Tensor | None], dloss: Tensor) -> list[Tensor | None]:
     """The gradients of a loss whose own is `dloss`, in memory of their own.
 
     A loss that is differentiated as it is, and once, needs no pass over the weight's gradient. What
-    a compiled graph or a transform does cannot depend on the value, and a GPU is not waited for.
+    a compiled graph or a transform does cannot depend on the value, and a GPU is not waited for:
+    there it must be `one`.
     """
     plain = not (torch.compiler.is_compiling() or transformed() or torch.is_grad_enabled())
     once = plain and not torch._C._autograd._get_current_graph_task_keep_graph()
-    if once and dloss.is_cpu and dloss.item() == 1.0:
+    if once and (dloss is _ONES.get(dloss.device) or dloss.is_cpu and dloss.item() == 1.0):
         return [None if grad is None else grad.detach() for grad in grads]
     return [None if grad is None else grad * dloss for grad in grads]
 

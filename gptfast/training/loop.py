@@ -51,6 +51,26 @@ class UnsavedError(CheckpointError):
         self.result = result
 
 
+class Later:
+    """A number that the device computes, for the host to read later.
+
+    Args:
+        value: () float32.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self._value = value.to("cpu", non_blocking=True)  # from a GPU into pinned memory
+        self._copied = (
+            torch.cuda.current_stream(value.device).record_event() if value.is_cuda else None
+        )
+
+    def value(self) -> float:
+        """Waits for the number."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._value.item()
+
+
 class Loop:
     """One call of `Trainer.fit`: the state of the run and the code that advances it."""
 
@@ -76,6 +96,8 @@ class Loop:
             self.generator,
         )
         self.state = RunState()
+        self.pending: tuple[Later, int] | None = None  # the last step's loss and tokens
+        self.clock = 0.0  # until when the steps' time has been counted
         self.kept = False  # whether the directory contains a checkpoint of this run
         self.ended: Callable[[], int | None] = lambda: None  # returns the signal received, if any
         per_epoch = len(self.windows)
@@ -89,43 +111,59 @@ class Loop:
 
     def go(self, report: progress.Report) -> None:
         """Trains until the last step, or until the end of the step in which a signal arrives."""
-        state, config, reported = self.state, self.config, 0.0
+        config, reported, step = self.config, 0.0, self.state.step
         batches = self._batches()
         saved_at = time.monotonic()
-        last = state.step >= self.total
+        last = step >= self.total
         if last:
             self._save(last, report)
+        self.clock = time.perf_counter()
         while not last:
-            start = time.perf_counter()
-            x, y = next(batches)
-            loss = self.trainer.step(x, y).item()
-            now = time.perf_counter()
-            state.count(loss, y.numel(), now - start)
-            if not math.isfinite(loss):
-                raise self._not_finite(f"the loss became {loss}")
+            starts = next(batches)
+            loss = self.trainer.step_at(self.windows.ids, starts)
+            step += 1
+            self._count()
+            self.pending = Later(loss), len(starts) * self.windows.block_size
             row = None
-            if state.step == self.total or state.step % self.eval_every == 0:
+            if step == self.total or step % self.eval_every == 0:
+                self._count()
                 row = self._evaluate()
-            last = state.step == self.total or self.ended() is not None
+            last = step == self.total or self.ended() is not None
             waited = time.monotonic() - saved_at
-            if row or last or _is_due(config, state.step, waited):
+            if row or last or _is_due(config, step, waited):
+                self._count()
                 self._save(last, report)
                 saved_at = time.monotonic()
-            if row or now - reported > 1 / REPORTS_PER_SECOND:
+                self.clock = time.perf_counter()
+            if row or self.clock - reported > 1 / REPORTS_PER_SECOND:
                 report(row)
-                reported = now
+                reported = self.clock
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields the batches from the current step on, endlessly."""
+    def _count(self) -> None:
+        """Waits for the step before, whose loss has not been read yet, if there is one.
+
+        The device computes the next step meanwhile, where one has been started.
+        """
+        if self.pending is None:
+            return
+        (later, tokens), self.pending = self.pending, None
+        loss, before = later.value(), self.clock
+        self.clock = time.perf_counter()
+        self.state.count(loss, tokens, self.clock - before)
+        if not math.isfinite(loss):
+            raise self._not_finite(f"the loss became {loss}")
+
+    def _batches(self) -> Iterator[Tensor]:
+        """Yields where the windows of each batch start, from the current step on, endlessly."""
         windows = self.windows
         while self.config.steps is not None:
-            yield data.random_windows(
+            yield data.random_starts(
                 windows.ids, windows.block_size, windows.batch_size, self.generator
             )
         done = self.state.step % len(windows)
         while True:
             self.epoch_start = self.generator.get_state()
-            yield from islice(windows, done, None)
+            yield from islice(windows.starts(), done, None)
             done = 0
 
     def _evaluate(self) -> Row:

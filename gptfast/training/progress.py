@@ -24,7 +24,9 @@ if hasattr(signal, "SIGHUP"):
 
 
 @contextmanager
-def bar(state: RunState, total: int, where: Path | None, shown: bool) -> Iterator[Report]:
+def bar(
+    state: RunState, total: int, where: Path | None, shown: bool, note: str | None = None
+) -> Iterator[Report]:
     """Shows a progress bar on stderr.
 
     Args:
@@ -32,6 +34,7 @@ def bar(state: RunState, total: int, where: Path | None, shown: bool) -> Iterato
         total: the number of steps of the run.
         where: the run's directory, for the message after an interrupt.
         shown: False shows nothing.
+        note: a line to begin with.
 
     Yields:
         a function that updates the bar. Given an evaluation's row or a warning, it prints a line;
@@ -48,6 +51,8 @@ def bar(state: RunState, total: int, where: Path | None, shown: bool) -> Iterato
         TimeRemainingColumn(),
     )
     console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if note is not None:
+        console.print(note, markup=False)
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=total, completed=state.step, numbers="")
 

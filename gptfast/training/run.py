@@ -42,6 +42,7 @@ VERSION = 2  # added the checksum and the run's id; version 1 is still read
 # May differ when a run goes on: how long it lasts, what it shows and saves, not what it computes.
 FREE_FIELDS = (
     *("steps", "epochs", "eval_every", "eval_tokens", "save_every", "save_minutes", "threads"),
+    "graph",
 )
 
 Row = dict[str, Any]

@@ -14,14 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptfast import data
 from gptfast.config import PRECISIONS, Precision, TrainConfig
 from gptfast.errors import ConfigError, DataError
 from gptfast.model import unwrapped
+from gptfast.ops.cross_entropy import one
 from gptfast.ops.random import seed_tensor
 from gptfast.storable import check_storable
 from gptfast.threads import check_threads
 from gptfast.tokenizer import CharTokenizer
 from gptfast.training import progress as terminal
+from gptfast.training.graph import Cuda, StepGraphs
 from gptfast.training.loop import Loop, TrainResult
 from gptfast.training.optimizer import AdamW
 from gptfast.training.run import RunDirectory
@@ -144,30 +147,63 @@ class Trainer:
             betas=config.betas,
             weight_decay=config.weight_decay,
         )
+        self.graphs = StepGraphs(Cuda(self.device) if self.device.type == "cuda" else None)
 
     def step(self, idx: Tensor, targets: Tensor) -> Tensor:
         """Trains on one batch: forward pass, backward pass, gradient clipping, AdamW.
+
+        On a GPU the step is a CUDA graph from the third batch of a shape on, see `TrainConfig`;
+        weights and losses have the same bits without it. The step is not waited for.
 
         Args:
             idx: (B, T) int64.
             targets: (B, T) int64, the token after each position.
 
         Returns:
-            () float32, the loss before the update, detached.
+            () float32, the loss before the update, detached. It is the caller's: later steps do not
+            overwrite it.
         """
         if not self.gpt.training:
             self.model.train()
-        key = seed_tensor(None, self.generator) if self.gpt.config.dropout > 0.0 else None
+        loss = self.graphs.step(self, idx, targets)
+        if loss is None:
+            loss = self.loss_and_grads(idx, targets, self.dropout_key())
+            self.optimizer.clipped_step(self.config.clip)
+            self.drop_grads()
+        return loss
+
+    def step_at(self, ids: Tensor, starts: Tensor) -> Tensor:
+        """Trains on the windows of a text that start at `starts`; otherwise like `step`.
+
+        Args:
+            ids: (N,) int64 on the model's device.
+            starts: (B,) int64 on the CPU, in [0, N - block_size).
+        """
+        if not self.gpt.training:
+            self.model.train()
+        loss = self.graphs.step_at(self, ids, starts)
+        if loss is None:
+            return self.step(*data.gather(ids, starts, self.gpt.config.block_size))
+        return loss
+
+    def dropout_key(self) -> Tensor | None:
+        """Draws the key of a step's dropout masks, () int64 on the CPU; None without dropout."""
+        return seed_tensor(None, self.generator) if self.gpt.config.dropout > 0.0 else None
+
+    def loss_and_grads(self, idx: Tensor, targets: Tensor, key: Tensor | None) -> Tensor:
+        """Gives the parameters their gradients and returns the loss, () float32, detached."""
         with _autocast(self.device, self.config.precision):
             if self.model is self.gpt:
                 loss = self.gpt.loss(idx, targets, seed=key)
             else:
                 loss = self.model(idx, targets=targets, seed=key)
-        loss.backward()
-        self.optimizer.clipped_step(self.config.clip)
-        for param in self.parameters:
-            param.grad = None  # faster: torch's zero_grad takes as long as a small model's update
+        loss.backward(one(loss.device) if loss.dtype == torch.float32 else None)
         return loss.detach()
+
+    def drop_grads(self) -> None:
+        """Frees the gradients. (torch's zero_grad takes as long as a small model's update.)"""
+        for param in self.parameters:
+            param.grad = None
 
     def evaluate(self, ids: Tensor) -> Evaluation:
         """Computes the mean loss over the text `ids` in `config.precision`; see `evaluate`."""
@@ -230,20 +266,31 @@ class Trainer:
         directory = RunDirectory(out)
         loop = Loop(self, directory, train_ids, val_ids, tokenizer, extra or {})
         self.generator.manual_seed(self.config.seed)
+        self.graphs.clear()  # an earlier call's are of another text
         with _threads(self.config.threads), directory.opened(resume, overwrite):
             if resume:
                 loop.load()
-            state = loop.state
+            state, note = loop.state, self._note()
             directory.start(state.history, resume)
             try:
                 with (
                     terminal.first_interrupt() as loop.ended,
-                    terminal.bar(state, loop.total, directory.path, progress) as report,
+                    terminal.bar(state, loop.total, directory.path, progress, note) as report,
                 ):
                     loop.go(report)
             finally:
                 self.model.eval()
+                self.graphs.clear()
         return loop.result()
+
+    def _note(self) -> str | None:
+        """Says whether a step on a GPU is a graph."""
+        if self.device.type != "cuda":
+            return None
+        obstacle = self.graphs.obstacle(self)
+        if obstacle is None:
+            return "each step is one CUDA graph"
+        return f"steps run without a CUDA graph: {obstacle}"
 
 
 @contextmanager

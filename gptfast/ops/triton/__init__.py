@@ -10,6 +10,7 @@ import torch
 
 from gptfast.ops.library import LIBRARY
 from gptfast.ops.triton import (
+    adamw,
     attention,
     attention_backward,
     cross_entropy,
@@ -31,15 +32,16 @@ KERNELS: dict[str, Any] = {
     "linear_cross_entropy": cross_entropy.linear_cross_entropy,
     "embedding": embedding.embedding,
     "embedding_backward": embedding.embedding_backward,
+    "adamw_": adamw.adamw_,
 }
 
 
 def on_device(kernel: Any) -> Any:
-    """Wraps a kernel's launcher: it runs on the device of its first argument."""
+    """Wraps a kernel's launcher: it runs on the device of its first argument, or of its first."""
 
     @functools.wraps(kernel)
-    def launch(first: torch.Tensor, *args: Any) -> Any:
-        with torch.cuda.device_of(first):
+    def launch(first: Any, *args: Any) -> Any:
+        with torch.cuda.device_of(first if isinstance(first, torch.Tensor) else first[0]):
             return kernel(first, *args)
 
     return launch

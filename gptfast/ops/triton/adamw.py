@@ -1,0 +1,228 @@
+"""Clipping by the gradients' norm and the step of AdamW, over all parameters in two kernels.
+
+    g *= min(1, clip / (|g| + 1e-6)),  m' = b1 m + (1 - b1) g,  v' = b2 v + (1 - b2) g^2
+    w' = decay w - rate m' / (sqrt(v') inv_sqrt_correction + eps),
+    decay = 1 - lr * weight decay, rate = lr / (1 - b1^t), inv_sqrt_correction = 1 / sqrt(1 - b2^t)
+
+The kernels find the parameters by a table of addresses in device memory, and read the options from
+there too, so that a CUDA graph can replay them with other options. A program has one chunk of one
+parameter. Nothing is added atomically: the second kernel's programs each add up the norm's parts,
+in one order.
+
+Letters: P parameters.
+"""
+
+import functools
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+OPTIONS = 6  # float64 numbers: lr, beta1, beta2, eps, weight decay, clip
+FIELDS = 6  # of a parameter in the table: five addresses and the number of elements
+BLOCK = 1024
+MIN_CHUNK, MAX_CHUNKS = 2048, 4096  # elements; the number of chunks, but for the parameters' ends
+
+
+@triton.jit
+def _pointer(table, field: tl.constexpr, ALIGNED: tl.constexpr):
+    address = tl.load(table + field).to(tl.pointer_type(tl.float32))
+    return tl.multiple_of(address, 16) if ALIGNED else address
+
+
+@triton.jit
+def _chunk(table, P, FIELDS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's chunk: the parameter's number and entry, and the first element."""
+    chunk = table + P * FIELDS + tl.program_id(0) * 2
+    parameter = tl.load(chunk)
+    return parameter, table + parameter * FIELDS, tl.multiple_of(tl.load(chunk + 1), BLOCK)
+
+
+@triton.jit(do_not_specialize=["P"])
+def grad_norm_kernel(
+    table, numbers, parts, rates, P, CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
+    FIELDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The sum of squares of a chunk of gradients; a parameter's first chunk counts its step.
+
+    rates (P, 2) receives the parameter's `rate` and `inv_sqrt_correction`.
+    """
+    parameter, entry, start = _chunk(table, P, FIELDS, BLOCK)
+    grad = _pointer(entry, 1, ALIGNED) + start
+    count = tl.minimum(tl.load(entry + 5) - start, CHUNK).to(tl.int32)
+    i = tl.arange(0, BLOCK)
+    squares = tl.zeros([BLOCK], tl.float32)
+    whole = count // BLOCK * BLOCK
+    for j in tl.range(0, whole, BLOCK):
+        g = tl.load(grad + j + i)
+        squares += g * g
+    g = tl.load(grad + whole + i, mask=whole + i < count, other=0.0)
+    squares += g * g
+    tl.store(parts + tl.program_id(0), tl.sum(squares, 0))
+    if start == 0:
+        step = _pointer(entry, 4, False)
+        t = tl.load(step) + 1.0
+        tl.store(step, t)
+        lr, beta1, beta2 = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)
+        exponent = t.to(tl.float64)
+        mean_correction = 1.0 - tl.exp2(exponent * tl.log2(beta1))
+        square_correction = 1.0 - tl.exp2(exponent * tl.log2(beta2))
+        tl.store(rates + 2 * parameter, (lr / mean_correction).to(tl.float32))
+        tl.store(rates + 2 * parameter + 1, (1.0 / tl.sqrt(square_correction)).to(tl.float32))
+
+
+@triton.jit
+def _update(
+    weight, grad, mean, square, i, mask, factor, beta1, beta2, eps, decay, rate,
+    inv_sqrt_correction,
+):  # fmt: skip
+    g = tl.load(grad + i, mask=mask) * factor
+    m, v = tl.load(mean + i, mask=mask), tl.load(square + i, mask=mask)
+    w = tl.load(weight + i, mask=mask) * decay
+    m = m + (g - m) * (1.0 - beta1)
+    v = v * beta2 + g * g * (1.0 - beta2)
+    w = w - tl.div_rn(rate * m, tl.sqrt_rn(v) * inv_sqrt_correction + eps)
+    tl.store(mean + i, m, mask=mask)
+    tl.store(square + i, v, mask=mask)
+    tl.store(weight + i, w, mask=mask)
+
+
+@triton.jit(do_not_specialize=["P", "parts_count"])
+def adamw_kernel(
+    table, numbers, parts, rates, norm, P, parts_count, CHUNK: tl.constexpr,
+    ALIGNED: tl.constexpr, FIELDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The update of a chunk of a parameter, and of its moments."""
+    parameter, entry, start = _chunk(table, P, FIELDS, BLOCK)
+    i = tl.arange(0, BLOCK)
+    squares = tl.zeros([BLOCK], tl.float64)
+    for j in tl.range(0, parts_count, BLOCK):
+        squares += tl.load(parts + j + i, mask=j + i < parts_count, other=0.0).to(tl.float64)
+    size = tl.sqrt(tl.sum(squares, 0)).to(tl.float32)
+    if tl.program_id(0) == 0:
+        tl.store(norm, size)
+    factor = tl.load(numbers + 5).to(tl.float32) / (size + 1e-6)
+    factor = tl.where(factor > 1.0, 1.0, factor)  # a NaN stays and shows in the weights
+    decay = (1.0 - tl.load(numbers) * tl.load(numbers + 4)).to(tl.float32)
+    beta1, beta2 = tl.load(numbers + 1).to(tl.float32), tl.load(numbers + 2).to(tl.float32)
+    eps = tl.load(numbers + 3).to(tl.float32)
+    rate, inv_sqrt_correction = tl.load(rates + 2 * parameter), tl.load(rates + 2 * parameter + 1)
+    weight = _pointer(entry, 0, ALIGNED) + start
+    grad = _pointer(entry, 1, ALIGNED) + start
+    mean = _pointer(entry, 2, ALIGNED) + start
+    square = _pointer(entry, 3, ALIGNED) + start
+    count = tl.minimum(tl.load(entry + 5) - start, CHUNK).to(tl.int32)
+    whole = count // BLOCK * BLOCK  # in blocks without a mask, which could not be read by vectors
+    for j in tl.range(0, whole, BLOCK):
+        _update(
+            weight, grad, mean, square, j + i, None, factor, beta1, beta2, eps, decay, rate,
+            inv_sqrt_correction,
+        )  # fmt: skip
+    _update(
+        weight, grad, mean, square, whole + i, whole + i < count, factor, beta1, beta2, eps,
+        decay, rate, inv_sqrt_correction,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=16)
+def _chunks(sizes: tuple[int, ...]) -> tuple[int, np.ndarray]:
+    """Cuts parameters of these sizes into chunks.
+
+    Returns:
+        A chunk's elements, a power of 2 which the sizes fix; and (chunks, 2) int64, each chunk's
+        parameter and first element. A parameter has at least one chunk.
+    """
+    chunk = max(MIN_CHUNK, triton.next_power_of_2(-(-sum(sizes) // MAX_CHUNKS)))
+    counts = [max(1, -(-size // chunk)) for size in sizes]
+    starts = np.concatenate([np.arange(count) * chunk for count in counts])
+    return chunk, np.stack([np.repeat(np.arange(len(sizes)), counts), starts], 1)
+
+
+class Table:
+    """The parameters of one step: their addresses, gradients and moments.
+
+    Args:
+        weights: P contiguous float32 tensors, as are all the others.
+        grads: Of the weights' sizes.
+        means: Likewise, AdamW's `exp_avg`.
+        squares: Likewise, `exp_avg_sq`.
+        steps: P tensors of one element, the numbers of steps.
+        memory: Where the table lies on the device, that of a table of as many parameters; None
+            allocates it. A table that is made during the capture of a graph needs it: what is
+            allocated there shares its place with other tensors of the graph.
+    """
+
+    def __init__(
+        self, weights: list[Tensor], grads: list[Tensor], means: list[Tensor],
+        squares: list[Tensor], steps: list[Tensor], memory: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        for name, tensors in zip(
+            ("weights", "grads", "means", "squares"), (weights, grads, means, squares), strict=True
+        ):
+            if not all(_fits(x, like) for x, like in zip(tensors, weights, strict=True)):
+                raise RuntimeError(
+                    f"adamw_: {name} must be contiguous float32 tensors of the weights' sizes"
+                )
+        if not all(_fits(step, step) and step.numel() == 1 for step in steps):
+            raise RuntimeError("adamw_: steps must be float32 tensors of one element")
+        sizes = tuple(weight.numel() for weight in weights)
+        self.chunk, chunks = _chunks(sizes)
+        self.count, self.chunk_count = len(sizes), len(chunks)
+        each = [
+            [x.data_ptr() for x in tensors] for tensors in (weights, grads, means, squares, steps)
+        ]
+        entries = np.array([*each, sizes], dtype=np.int64).T  # (P, FIELDS)
+        self.aligned = not (entries[:, :4] % 16).any()
+        self.host = torch.from_numpy(np.concatenate([entries.ravel(), chunks.ravel()]))
+        if memory is None:
+            memory = torch.empty_like(self.host, device=weights[0].device)
+        if memory.shape != self.host.shape:
+            raise RuntimeError("adamw_: memory is that of a table of other parameters")
+        self.memory = memory
+        self._grads = grads  # their memory must not be used otherwise before the update
+
+    def upload(self) -> None:
+        """Copies the table to the device."""
+        pinned = self.host.pin_memory() if self.memory.is_cuda else self.host
+        self.memory.copy_(pinned, non_blocking=True)
+
+    def update(self, options: Tensor) -> Tensor:
+        """Clips and updates by `options`, (OPTIONS,) float64 on the device.
+
+        Returns the norm before clipping, () float32. The table must be on the device by the time
+        that the kernels run.
+        """
+        like = self._grads[0]
+        norm, parts, rates = (
+            like.new_empty(size) for size in ((), (self.chunk_count,), (self.count, 2))
+        )
+        constants = {
+            "CHUNK": self.chunk, "ALIGNED": self.aligned, "FIELDS": FIELDS, "BLOCK": BLOCK
+        }  # fmt: skip
+        grid = (self.chunk_count,)
+        grad_norm_kernel[grid](self.memory, options, parts, rates, self.count, **constants)
+        adamw_kernel[grid](
+            self.memory, options, parts, rates, norm, self.count, self.chunk_count, **constants
+        )
+        return norm
+
+
+def _fits(x: Tensor, like: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.is_contiguous() and x.numel() == like.numel()
+
+
+def adamw_(
+    weights: list[Tensor], grads: list[Tensor], means: list[Tensor], squares: list[Tensor],
+    steps: list[Tensor], lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
+    clip: float,
+) -> Tensor:  # fmt: skip
+    """gptfast::adamw_."""
+    table = Table(weights, grads, means, squares, steps)
+    table.upload()
+    numbers = torch.tensor([lr, beta1, beta2, eps, weight_decay, clip], dtype=torch.float64)
+    device = weights[0].device
+    if device.type == "cuda":
+        numbers = numbers.pin_memory().to(device, non_blocking=True)
+    return table.update(numbers)

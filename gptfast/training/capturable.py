@@ -1,0 +1,135 @@
+"""Whether a trainer's step can be a CUDA graph, and whether a graph is still that of the step.
+
+Python runs while a graph is captured, and not when it is replayed. So the rule is: a graph is made
+for an unmodified GPT of plain layers without hooks, whose Python is known, and for AdamW by the
+kernels. `obstacle` names what is otherwise. A user's subclass, adapter or layer, or a wrapper of
+torch.compile or DistributedDataParallel, trains without a graph.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_modules
+from torch.utils import _python_dispatch
+
+from gptfast import plain
+from gptfast.model import GPT
+from gptfast.modules import Block
+from gptfast.ops import select
+
+if TYPE_CHECKING:
+    from gptfast.training.trainer import Trainer
+
+# Entries of a module's dictionary that its forward pass reads, besides parameters and modules.
+OPTIONS = "eps", "gelu", "n_head", "padding_idx"
+HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+
+
+def unsupported(device: str) -> str | None:
+    """Returns why no step on this type of device can be a graph; None if it can."""
+    if device != "cuda":
+        return "CUDA graphs need a GPU"
+    reasons = select.unavailable(device, torch.float32)
+    return f"the kernels cannot run: {'; '.join(reasons)}" if reasons else None
+
+
+def obstacle(trainer: "Trainer") -> str | None:
+    """Returns why the step of a trainer on a GPU cannot be a graph as it is; None if it can."""
+    gpt, config = trainer.gpt, trainer.config
+    if config.graph == "off":
+        return "graph is 'off'"
+    if trainer.model is not gpt:
+        return f"the model is inside a {type(trainer.model).__name__}"
+    dtype = torch.bfloat16 if config.precision == "bf16" else gpt.main_weight.dtype
+    by_torch = select.unavailable(trainer.device.type, dtype, gpt.config.head_dim)
+    if gpt.backend == "reference" or by_torch:
+        return "the model computes in plain torch"
+    if not trainer.optimizer.by_kernel:
+        return "the optimizer's kernels do not have its options"
+    found = plain.first_replaced(_layers(gpt))
+    if found is not None:
+        return found
+    for name, param in zip(trainer.names, trainer.parameters, strict=True):
+        if param._backward_hooks or param._post_accumulate_grad_hooks:
+            return f"{name} has hooks"
+    return None
+
+
+def observer() -> str | None:
+    """Returns what observes, just now, all that Python does, which a replay would hide."""
+    if torch_modules._has_any_global_hook():
+        return "there are hooks on all modules"
+    if _python_dispatch._get_current_dispatch_mode() is not None:
+        return "a dispatch mode observes the operators"
+    return "anomalies are looked for" if torch.is_anomaly_enabled() else None
+
+
+def _layers(gpt: GPT) -> Iterator[plain.Layer]:
+    yield "the model", gpt, _model
+    yield from gpt.embedding_layers()
+    for i, block in enumerate(gpt.blocks):
+        yield f"h.{i}", block, _block
+        for name, module, check in block.layers():
+            yield f"h.{i}.{name}", module, check
+    yield from gpt.head_layers()
+
+
+def _model(module: nn.Module) -> str | None:
+    found = plain.untouched(module, GPT)
+    return found or ("has a loss of its own" if "loss" in module.__dict__ else None)
+
+
+def _block(module: nn.Module) -> str | None:
+    return plain.untouched(module, Block)
+
+
+class Watch:
+    """What graphs hold of a trainer whose step has no `obstacle`.
+
+    Every step asks whether it is still so: hence the flat lists.
+    """
+
+    def __init__(self, trainer: "Trainer") -> None:
+        gpt, optimizer = trainer.gpt, trainer.optimizer
+        dicts = [vars(module) for _, module, _ in _layers(gpt)] + [vars(gpt.h)]
+        self._dicts = dicts
+        self._hooks = [own[name] for own in dicts for name in HOOKS]
+        moments = [
+            optimizer.state[param] for param in trainer.parameters if param in optimizer.state
+        ]
+        entries = [own[name] for own in dicts for name in ("_parameters", "_modules")] + moments
+        self._entries = [(each, name, value) for each in entries for name, value in each.items()]
+        self._entries += [
+            (own, name, own[name]) for own in dicts for name in OPTIONS if name in own
+        ]
+        self._params = list(gpt.parameters())
+        self._facts = self._facts_of(trainer)
+        self._addresses = [param.data_ptr() for param in self._params]
+
+    def holds(self, trainer: "Trainer") -> bool:
+        """Whether nothing has changed that a graph holds, and there is still no `obstacle`."""
+        if any(self._hooks) or self._facts_of(trainer) != self._facts:
+            return False
+        for each, name, value in self._entries:
+            if each.get(name) is not value:
+                return False
+        for own in self._dicts:
+            if "forward" in own or "loss" in own:
+                return False
+        for param, address in zip(self._params, self._addresses, strict=True):
+            if param.data_ptr() != address:
+                return False
+            if param._backward_hooks or param._post_accumulate_grad_hooks:
+                return False
+        return True
+
+    def _facts_of(self, trainer: "Trainer") -> tuple[Any, ...]:
+        gpt, config, optimizer = trainer.gpt, trainer.config, trainer.optimizer
+        return (
+            (gpt.config, gpt.backend, gpt.__class__, id(trainer.model), config.graph),
+            (config.precision, torch.backends.cuda.matmul.fp32_precision),
+            (id(optimizer.state), len(optimizer.state), optimizer.by_kernel),
+            [param.requires_grad for param in self._params],
+        )

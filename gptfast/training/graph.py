@@ -1,0 +1,275 @@
+"""The training step as one CUDA graph, which the host starts by a single call.
+
+A graph repeats its kernels at the addresses of the capture. So whatever differs from step to step
+lies in tensors that stay where they are: the batch, the dropout's key, the optimizer's options. The
+host writes them before each replay, and results have the bits of a step without a graph.
+
+What step can be a graph, `capturable` says. A graph is made anew when anything has changed
+that it holds: parameters, what is trained, the optimizer's moments, the model's options.
+
+Letters: B batch, T time, N tokens of a text.
+"""
+
+import functools
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptfast import data
+from gptfast.training.capturable import Watch, observer, obstacle
+
+if TYPE_CHECKING:
+    from gptfast.training.trainer import Trainer
+
+SLOTS = 4  # steps that the host may be ahead of the device
+MAX_GRAPHS = 4  # shapes of a batch, the first ones; others run without a graph
+NUMBERS, HEADER = 6, 8  # words of a message: the optimizer's options; what precedes the starts
+
+Run = Callable[[], Tensor]
+
+_capturing = threading.Lock()  # a capture forbids others to wait for the device as a whole
+
+
+class Cuda:
+    """What a graph of a step needs of a CUDA device. Tests put one of their own in its place."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: Any = None  # made at the first use, which is after that of the device
+        self._pool: Any = None  # the graphs of a trainer share their memory: one runs at a time
+        self._pending: list[Callable[[], None]] | None = None
+
+    def host_buffer(self, words: int) -> Tensor:
+        """Returns memory that the device can read, (words,) int64."""
+        return torch.zeros(words, dtype=torch.int64, pin_memory=True)
+
+    def event(self) -> Any:
+        """Returns an event."""
+        return torch.cuda.Event()
+
+    def rehearse(self, run: Run) -> Tensor:
+        """Calls `run` on the stream of the capture, so that nothing is new to it there."""
+        with torch.cuda.device(self._device):
+            self._stream = self._stream or torch.cuda.Stream()
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                result = run()
+            current.wait_stream(self._stream)
+            result.record_stream(current)
+            return result
+
+    def capture(self, run: Run) -> Run:
+        """Captures what `run` does; returns what does it again, and gives `run`'s result."""
+        with _capturing, torch.cuda.device(self._device):
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            self._pending = []
+            try:
+                with torch.cuda.graph(
+                    graph, self._pool, self._stream, capture_error_mode="thread_local"
+                ):
+                    result = run()
+                for action in self._pending:
+                    action()
+            finally:
+                self._pending = None
+
+        def replay() -> Tensor:
+            with torch.cuda.device(self._device):
+                graph.replay()
+            return result
+
+        return replay
+
+    def after_capture(self, action: Callable[[], None]) -> None:
+        """Does this between the capture and the first replay; at once outside of a capture."""
+        if self._pending is None:
+            action()
+        else:
+            self._pending.append(action)
+
+
+class Messages:
+    """What the host tells the device before each step, without waiting for it.
+
+    The device reads a pinned buffer some time after the host has written it. So there are SLOTS of
+    them, and the host waits only for a buffer that has not been read yet.
+
+    Args:
+        starts: B, how many starts of windows a message has.
+        device: That of the model.
+        cuda: See Cuda.
+    """
+
+    def __init__(self, starts: int, device: torch.device, cuda: Cuda) -> None:
+        words = HEADER + starts
+        self._device = torch.zeros(words, dtype=torch.int64, device=device)
+        self._slots = [(cuda.host_buffer(words), cuda.event()) for _ in range(SLOTS)]
+        self._sent = 0
+        # At addresses that are multiples of 16 bytes, as those of tensors are.
+        self.numbers = self._device[:NUMBERS].view(torch.float64)
+        self.key = self._device[NUMBERS]
+        self.starts = self._device[HEADER:]
+
+    def send(self, numbers: tuple[float, ...], key: Tensor | None, starts: Tensor | None) -> None:
+        """Sends the optimizer's options, the dropout's key and the starts of windows, if any."""
+        buffer, has_been_read = self._slots[self._sent % SLOTS]
+        self._sent += 1
+        has_been_read.synchronize()
+        words = buffer.numpy()
+        words[:NUMBERS].view(np.float64)[:] = numbers
+        if key is not None:
+            words[NUMBERS] = key.item()
+        if starts is not None:
+            words[HEADER:] = starts.numpy()
+        self._device.copy_(buffer, non_blocking=True)
+        has_been_read.record()
+
+
+class StepGraph:
+    """The step for batches of one shape: done once without a graph, then captured, then replayed.
+
+    Args:
+        trainer: Whose step it is.
+        cuda: See Cuda.
+        shape: B and T.
+        ids: (N,) int64 on the model's device, the text whose windows are trained on; None for
+            batches that the caller gives.
+    """
+
+    def __init__(
+        self, trainer: "Trainer", cuda: Cuda, shape: tuple[int, int], ids: Tensor | None
+    ) -> None:
+        self._cuda, self._ids = cuda, ids
+        B, self._T = shape
+        self._messages = Messages(0 if ids is None else B, trainer.device, cuda)
+        if ids is None:
+            self._given = torch.zeros(2, *shape, dtype=torch.int64, device=trainer.device)
+        self._table_memory: Tensor | None = None
+        self._rehearsed = False
+        self._replay: Run | None = None
+
+    def prepare(self, trainer: "Trainer") -> None:
+        """Captures the step if that is due; trains nothing. Raises RuntimeError if it cannot."""
+        if self._rehearsed and self._replay is None:
+            self._replay = self._cuda.capture(functools.partial(self._run, trainer))
+
+    def step(
+        self, trainer: "Trainer", batch: tuple[Tensor, Tensor] | None, starts: Tensor | None
+    ) -> Tensor:
+        """Trains on a batch: given as inputs and targets, (B, T) each, or as starts of windows.
+
+        Returns:
+            () float32, the loss; the next step does not overwrite it.
+        """
+        if batch is not None:
+            for own, given in zip(self._given, batch, strict=True):
+                own.copy_(given, non_blocking=True)
+        options = trainer.optimizer.numbers(trainer.config.clip)
+        self._messages.send(options, trainer.dropout_key(), starts)
+        if self._replay is None:
+            loss = self._cuda.rehearse(functools.partial(self._run, trainer))
+            self._rehearsed = True
+        else:
+            loss = self._replay().clone()
+        # Autograd does not see the kernels write.
+        torch.autograd.graph.increment_version(trainer.parameters)
+        return loss
+
+    def _run(self, trainer: "Trainer") -> Tensor:
+        messages = self._messages
+        if self._ids is None:
+            idx, targets = self._given
+        else:
+            idx, targets = data.gather(self._ids, messages.starts, self._T)
+        key = messages.key if trainer.gpt.config.dropout > 0.0 else None
+        loss = trainer.loss_and_grads(idx, targets, key)
+        table = trainer.optimizer.table(self._table_memory)
+        self._table_memory = table.memory  # in the capture, that of the rehearsal
+        self._cuda.after_capture(table.upload)
+        table.update(messages.numbers)
+        trainer.drop_grads()
+        return loss
+
+
+class StepGraphs:
+    """The graphs of a trainer's steps, one per shape of a batch.
+
+    The first batch of a shape runs without a graph, so that a shape that does not come again costs
+    nothing; the second does as well, but in the way of the capture, which is done at the third. All
+    of them are steps of the training.
+
+    Args:
+        cuda: See Cuda; None if the model's device has no graphs.
+    """
+
+    def __init__(self, cuda: Cuda | None) -> None:
+        self._cuda = cuda
+        self._failure: str | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Drops all graphs, and their memory."""
+        self._graphs: dict[Hashable, StepGraph] = {}
+        self._seen: Counter[Hashable] = Counter()
+        self._watch: Watch | None = None
+
+    def step(self, trainer: "Trainer", idx: Tensor, targets: Tensor) -> Tensor | None:
+        """Trains on a batch by a graph; see Trainer.step.
+
+        Returns:
+            The loss; None if the step must be done without a graph, and nothing has been done.
+        """
+        integers = idx.dtype == targets.dtype == torch.int64
+        if not integers or idx.dim() != 2 or idx.shape != targets.shape:
+            return None  # which is an error, or the reference's case
+        B, T = idx.shape
+        graph = self._graph(trainer, (B, T), None)
+        return None if graph is None else graph.step(trainer, (idx, targets), None)
+
+    def step_at(self, trainer: "Trainer", ids: Tensor, starts: Tensor) -> Tensor | None:
+        """Trains on windows of a text by a graph; see Trainer.step_at, and `step`."""
+        shape = len(starts), trainer.gpt.config.block_size
+        graph = self._graph(trainer, shape, ids)
+        return None if graph is None else graph.step(trainer, None, starts)
+
+    def obstacle(self, trainer: "Trainer") -> str | None:
+        """Returns why steps run without a graph; None if they run with one."""
+        if self._cuda is None and trainer.config.graph != "off":
+            return f"the model is on device {str(trainer.device)!r}"
+        return self._failure or obstacle(trainer) or observer()
+
+    def _graph(
+        self, trainer: "Trainer", shape: tuple[int, int], ids: Tensor | None
+    ) -> StepGraph | None:
+        if self._cuda is None or self._failure is not None:
+            return None
+        if self._watch is None or not self._watch.holds(trainer):
+            self.clear()
+            if obstacle(trainer) is not None:
+                return None
+            self._watch = Watch(trainer)
+        if observer() is not None:
+            return None
+        which = shape, None if ids is None else ids.data_ptr()
+        graph = self._graphs.get(which)
+        if graph is None and self._seen[which] and len(self._graphs) < MAX_GRAPHS:
+            graph = self._graphs[which] = StepGraph(trainer, self._cuda, shape, ids)
+        self._seen[which] += 1
+        if graph is not None:
+            try:
+                graph.prepare(trainer)
+            except RuntimeError as error:
+                trainer.drop_grads()
+                self._failure = f"the capture failed ({error})"
+                self.clear()
+                warnings.warn(f"training goes on without a CUDA graph: {error}", stacklevel=4)
+                return None
+        return graph
