@@ -291,14 +291,6 @@ def test_weight_grads_in_every_configuration(config: Any, monkeypatch: pytest.Mo
     check_op(*args, inputs, torch.float32)
 
 
-@pytest.mark.parametrize("config", configurations(cross_entropy, "PRODUCT"), ids=str)
-def test_loss_in_every_configuration(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for kernel in (cross_entropy.partial_sums_kernel, cross_entropy.logits_grad_kernel):
-        monkeypatch.setattr(kernel, "configs", [config])
-    args = (ops.linear_cross_entropy, reference.linear_cross_entropy, torch_linear_cross_entropy)
-    check_op(*args, there(*case(150, 40, 300)), torch.float32)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gelu", ("erf", "tanh"))
 @pytest.mark.parametrize("dropout_p", (0.0, 0.3))
@@ -326,8 +318,9 @@ def test_cross_entropy(M: int, K: int, V: int, dtype: torch.dtype) -> None:
 def test_cross_entropy_with_norm_in_several_blocks(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cross_entropy, "MIN_BLOCK", 128)
-    monkeypatch.setattr(cross_entropy, "BLOCK_BYTES", 0)
+    monkeypatch.setattr(cross_entropy, "ROWS_MULTIPLE", 16)
+    monkeypatch.setattr(cross_entropy, "GRAD_BYTES", 0)
+    monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", 0)
     args = with_norm(ops.linear_cross_entropy), with_norm(reference.linear_cross_entropy)
     check_op(*args, torch_norm_linear_cross_entropy, there(*norm_case(60, 48, 300)), dtype)
 

@@ -1,8 +1,9 @@
-"""Final norm, output projection and cross-entropy in blocks of the vocabulary.
+"""Final norm, output projection and cross-entropy in blocks of rows.
 
-The (M, V) logits are never stored: the loss needs only each row's maximum and sum of exponentials
-per tile. For the gradients, a block of logits is recomputed and turned into its gradient, which is
-multiplied by the weight and by the activations.
+The (M, V) logits never exist as a whole. A block of rows is multiplied by the weight; one kernel
+reads each row of logits twice, first for its loss and then to write its gradient; two products turn
+the gradients of the block into those of its activations and into a part of the weight's. So there
+are three products in all, and the logits are never computed again.
 
 Letters: M rows (all leading dimensions), K columns, V vocab_size.
 """
@@ -14,95 +15,107 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptfast.ops.triton.launch import absent, config, precision, tuned, wants
-from gptfast.ops.triton.linear import (
-    NO_NORM,
-    Norm,
-    multiply,
-    product_kind,
-    product_shared,
-    weight_grads,
-)
-from gptfast.ops.triton.rows import moments, norm_backward
-from gptfast.ops.triton.tiles import LN2, LOG2E, own_tile, product
+from gptfast.ops.triton.launch import ASSERTING, absent, block_of, wants
+from gptfast.ops.triton.matmul import matmul
+from gptfast.ops.triton.rows import layer_norm, norm_backward
+from gptfast.ops.triton.tiles import LN2, LOG2E
 
-BLOCK_BYTES = 1 << 26  # bytes of a block of the logits' gradient
-MIN_BLOCK = 1024  # minimum number of columns of such a block
-PART = 128  # columns per partial maximum and sum of a row
-
-PRODUCT = {
-    2: [config(8, 3, BM=128, BK=32, GROUP=8), config(4, 2, BM=64, BK=32, GROUP=8)],
-    4: [config(8, 2, BM=64, BK=32, GROUP=8)],
-}
-
-
-@tuned(PRODUCT, product_kind, product_shared, ["V", "K", "PRECISION"])
-@triton.jit
-def partial_sums_kernel(
-    a, b, targets, tops, totals, target_logits, mean, rstd, ln_w, ln_b, M, V, K,
-    PRECISION: tl.constexpr, BN: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """For each row of a tile of logits: max_j s_j, sum_j exp(s_j - max), and the target's logit."""
-    m, n, _, n0 = own_tile(M, V, BM, BN, GROUP)
-    s = product(a, b, mean, rstd, ln_w, ln_b, m, n, M, V, K, 1, K, PRECISION, BM, BN, BK)
-    s = tl.where((n < V)[None, :], s, -float("inf"))
-    top = tl.max(s, 1)
-    at = (n0 // BN).to(tl.int64) * M + m
-    tl.store(tops + at, top, mask=m < M)
-    tl.store(totals + at, tl.sum(tl.exp2((s - top[:, None]) * LOG2E), 1), mask=m < M)
-    target = tl.load(targets + m, mask=m < M, other=-1)
-    own = n[None, :] == target[:, None]
-    here = (target >= n0) & (target < n0 + BN)
-    tl.store(target_logits + m, tl.sum(tl.where(own, s, 0.0), 1), mask=(m < M) & here)
+GRAD_BYTES = 1 << 27  # bytes of a block of the logits' gradient
+LOGITS_BYTES = 1 << 26  # bytes of the float32 logits that exist at a time
+ROWS_MULTIPLE = 128  # blocks have a multiple of so many rows, the products' tiles
+COLUMNS_MULTIPLE = 64  # rows of logits have a stride of a multiple of so many elements
+ROW_BLOCK = 4096  # columns of a row of logits that a program reads at a time
+COUNT_BLOCK = 2048  # targets that a program counts at a time
+# Up to this number of reads of targets, every program counts them, in place of a kernel for it.
+COUNT_READS = 1 << 21
+LOWEST = tl.constexpr(-2e38)
 
 
 @triton.jit
-def losses_kernel(
-    tops, totals, target_logits, targets, sums, losses, ignore_index, M, parts,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Merges the parts in order to max_j s_j and sum_j exp(s_j - max); losses, 0 if ignored.
-
-    Maximum and sum are stored separately: max + ln sum would be rounded to the precision of max.
-    """
-    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = m < M
-    top = tl.full([BLOCK], -float("inf"), tl.float32)
+def total_weight(targets, token_weights, ignore_index, M, BLOCK: tl.constexpr):
+    """The sum of the weights of all targets but `ignore_index`; without weights, their number."""
     total = tl.zeros([BLOCK], tl.float32)
-    for part in tl.range(0, parts):
-        at = tl.cast(part, tl.int64) * M + m
-        other = tl.load(tops + at, mask=inside, other=0.0)
-        both = tl.maximum(top, other)
-        total *= tl.exp2((top - both) * LOG2E)
-        total += tl.load(totals + at, mask=inside, other=1.0) * tl.exp2((other - both) * LOG2E)
-        top = both
-    counted = inside & (tl.load(targets + m, mask=inside, other=0) != ignore_index)
-    target = tl.load(target_logits + m, mask=counted, other=0.0)
-    tl.store(sums + m, top, mask=inside)
-    tl.store(sums + M + m, total, mask=inside)
-    loss = (top - target) + tl.log2(total) * LN2
-    tl.store(losses + m, tl.where(counted, loss, 0.0), mask=inside)
+    for m0 in tl.range(0, M, BLOCK):
+        m = m0 + tl.arange(0, BLOCK)
+        counted = tl.load(targets + m, mask=m < M, other=ignore_index) != ignore_index
+        share = tl.full([BLOCK], 1.0, tl.float32)
+        if token_weights is not None:
+            share = tl.load(token_weights + m, mask=m < M, other=0.0)
+        total += tl.where(counted, share, 0.0)
+    return tl.sum(total, 0)
 
 
-@tuned(PRODUCT, product_kind, product_shared, ["V", "K", "PRECISION"])
-@triton.jit(do_not_specialize=["v0"])
-def logits_grad_kernel(
-    a, b, targets, sums, shares, dlogits, mean, rstd, ln_w, ln_b,
-    M, V, K, v0, PRECISION: tl.constexpr, BN: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+@triton.jit(do_not_specialize=["ignore_index"])
+def total_kernel(targets, token_weights, total, ignore_index, M, BLOCK: tl.constexpr):
+    """`total_weight` by one program."""
+    tl.store(total, total_weight(targets, token_weights, ignore_index, M, BLOCK))
+
+
+@triton.jit(do_not_specialize=["ignore_index", "first", "count"])
+def loss_kernel(
+    logits, dlogits, targets, token_weights, total, losses, ignore_index, first, count, M, V,
+    columns, MEAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """dS_j = (exp(s_j - max) / sum - [j = target]) share for V columns from v0; 0 if share is 0."""
-    m, n, _, _ = own_tile(M, V, BM, BN, GROUP)
-    s = product(a, b, mean, rstd, ln_w, ln_b, m, n, M, V, K, 1, K, PRECISION, BM, BN, BK)
-    target = tl.load(targets + m, mask=m < M, other=0)
-    value = tl.exp2((s - tl.load(sums + m, mask=m < M, other=0.0)[:, None]) * LOG2E)
-    value *= 1.0 / tl.load(sums + M + m, mask=m < M, other=1.0)[:, None]
-    value -= tl.where((n + v0)[None, :] == target[:, None], 1.0, 0.0)
-    share = tl.load(shares + m, mask=m < M, other=0.0)[:, None]
-    value = tl.where(share == 0.0, 0.0, value * share)
-    at = dlogits + m.to(tl.int64)[:, None] * V + n[None, :]
-    tl.store(at, value.to(dlogits.dtype.element_ty), mask=(m < M)[:, None] & (n < V)[None, :])
+    """Losses of `count` rows of logits s, those from row `first` of all, and the gradient of s.
+
+    loss = (max_j s_j - s_target + ln sum_j exp(s_j - max)) share,
+    ds_j = (exp(s_j - max) / sum - [j = target]) share,
+
+    where the share of a row is its weight, or 1; of a mean divided by `total` (or by
+    `total_weight`, without `total`); and 0 if its target is ignored. Rows have a stride of
+    `columns`, which is a multiple of 16, so that loads are wide; the gradient of the columns from V
+    on is 0. dlogits may be logits, or None.
+    """
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    m = first + r
+    inside = r < count
+    target = tl.load(targets + m, mask=inside, other=ignore_index)
+    known = (target >= 0) & (target < V)
+    tl.device_assert(
+        known | (target == ignore_index),
+        "linear_cross_entropy: targets must be in [0, vocab_size) or ignore_index",
+    )
+    counted = known & (target != ignore_index)
+    share = tl.full([ROWS], 1.0, tl.float32)
+    if token_weights is not None:
+        share = tl.load(token_weights + m, mask=inside, other=0.0)
+    if MEAN:
+        if total is None:
+            whole = total_weight(targets, token_weights, ignore_index, M, COUNT)
+        else:
+            whole = tl.load(total)
+        share *= tl.where(whole == 0.0, 0.0, 1.0 / whole)
+    share = tl.where(counted, share, 0.0)
+
+    row = r.to(tl.int64)[:, None] * columns
+    target_logit = tl.load(logits + r.to(tl.int64) * columns + target, mask=counted, other=0.0)
+    # From a finite value: -inf - (-inf), where a block of columns is -inf, would be nan.
+    top = tl.full([ROWS], LOWEST, tl.float32)
+    sums = tl.zeros([ROWS], tl.float32)
+    for v0 in tl.range(0, columns, BLOCK):
+        v = v0 + tl.arange(0, BLOCK)
+        s = tl.load(logits + row + v[None, :], mask=inside[:, None] & (v < columns)[None, :])
+        s = tl.where((v < V)[None, :], s.to(tl.float32), -float("inf"))
+        both = tl.maximum(top, tl.max(s, 1))
+        sums *= tl.exp2((top - both) * LOG2E)
+        sums += tl.sum(tl.exp2((s - both[:, None]) * LOG2E), 1)
+        top = both
+    # max + ln sum would be rounded to the precision of max.
+    loss = (top - target_logit.to(tl.float32)) + tl.log2(sums) * LN2
+    tl.store(losses + m, tl.where(counted, loss * share, 0.0), mask=inside)
+
+    if dlogits is not None:
+        tl.debug_barrier()  # every thread has read the logits that others replace
+        scale = 1.0 / sums
+        for v0 in tl.range(0, columns, BLOCK):
+            v = v0 + tl.arange(0, BLOCK)
+            here = inside[:, None] & (v < columns)[None, :]
+            s = tl.load(logits + row + v[None, :], mask=here)
+            s = tl.where((v < V)[None, :], s.to(tl.float32), -float("inf"))
+            ds = tl.exp2((s - top[:, None]) * LOG2E) * scale[:, None]
+            ds -= tl.where(v[None, :] == target[:, None], 1.0, 0.0)
+            ds = tl.where(share[:, None] == 0.0, 0.0, ds * share[:, None])
+            tl.store(dlogits + row + v[None, :], ds.to(dlogits.dtype.element_ty), mask=here)
 
 
 def linear_cross_entropy(
@@ -111,68 +124,100 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """gptfast::linear_cross_entropy."""
     x, targets, (V, K) = x.contiguous(), targets.contiguous(), weight.shape
-    counted = targets != ignore_index
-    torch._assert_async(
-        (~counted | ((targets >= 0) & (targets < V))).all(),
-        f"linear_cross_entropy: targets must be in [0, {V}) or {ignore_index}",
-    )
-    own = weight.to(x.dtype)
-    norm = None if ln_w is None else (*moments(x), ln_w, ln_b)
-    sums, losses = _losses(x, own, targets, ignore_index, norm)
-    shares = counted.float()
     if token_weights is not None:
-        shares = torch.where(counted, token_weights, 0.0)
-        losses = losses * shares.flatten()
-    if reduction == "mean":
-        total = shares.sum()
-        shares = shares * torch.where(total == 0.0, 0.0, 1.0 / total)
-        loss = losses.sum() * torch.where(total == 0.0, 0.0, 1.0 / total)
-    else:
-        loss = losses.sum() if reduction == "sum" else losses.view(targets.shape)
-    if not wanted:
-        return loss, x.new_empty(0), absent(x), absent(x), absent(x)
+        token_weights = token_weights.contiguous()
+    M, own = targets.numel(), weight.to(x.dtype)
     with_dx, with_dweight = wants(wanted, 0, 2), wants(wanted, 3)
-    dx = x.new_zeros(x.shape if with_dx else 0, dtype=torch.float32)
-    dweight = torch.empty_like(weight) if with_dweight else absent(x)
-    M = losses.numel()
-    width = max(MIN_BLOCK, BLOCK_BYTES // max(1, M * x.element_size()) // PART * PART)
-    for v0 in range(0, V if M else 0, width):
-        block = own[v0 : v0 + width]
-        dlogits = x.new_empty(*x.shape[:-1], block.shape[0])
-        logits_grad_kernel[_grid(M, block.shape[0])](
-            x, block, targets, sums, shares, dlogits, *(norm or NO_NORM), M, block.shape[0], K, v0,
-            PRECISION=precision(), BN=PART,
-        )  # fmt: skip
-        if with_dx:
-            dx = multiply(dlogits, block, residual=dx, dtype=torch.float32)
+    n, moments = x, None
+    if ln_w is not None:
+        n, *moments = layer_norm(x, ln_w, ln_b)
+    # The gradient of a block of n takes its place; x itself is not ours to overwrite.
+    dn = n if moments is not None or not with_dx else torch.empty_like(x)
+    columns = triton.cdiv(V, COLUMNS_MULTIPLE) * COLUMNS_MULTIPLE
+    rows = _block_rows(M, columns * x.element_size(), GRAD_BYTES)
+    logits = _Logits(n.view(M, K), own, targets, token_weights, ignore_index, reduction, columns)
+    grads = x.new_empty(rows, columns) if wanted else None
+    dweight = absent(x)
+    if with_dweight:
+        # A single block's product has the right dtype; several are added up in float32.
+        sums = weight.dtype if rows >= M else torch.float32
+        dweight = (torch.empty_like if M else torch.zeros_like)(weight, dtype=sums)
+    for first in range(0, M, rows):
+        block = slice(first, min(first + rows, M))
+        logits.losses_of(block, grads)
+        if grads is None:
+            continue
+        dlogits = grads[: block.stop - first, :V]
+        part = n.view(M, K)[block]
         if with_dweight:
-            weight_grads(dlogits, x, block, None, norm, out=dweight[v0 : v0 + width])
-    if not M:
-        dweight.zero_()
-    if norm is None or not with_dx:
-        return loss, dx.to(x.dtype), absent(x), absent(x), dweight
-    return loss, *norm_backward(dx, x, None, *norm, wanted=wanted), dweight
+            matmul(dlogits.t(), part, dweight.dtype, out=dweight, accumulate=first > 0)
+        if with_dx:
+            matmul(dlogits, own, out=dn.view(M, K)[block])
+    loss = logits.losses.view(targets.shape) if reduction == "none" else logits.losses.sum()
+    dweight = dweight.to(weight.dtype) if with_dweight else dweight
+    if not with_dx:
+        return loss, x.new_empty(0), absent(x), absent(x), dweight
+    if ln_w is None or moments is None:
+        return loss, dn, absent(x), absent(x), dweight
+    return loss, *norm_backward(dn, x, None, *moments, ln_w, ln_b, wanted=wanted), dweight
 
 
-def _grid(M: int, V: int) -> Any:
-    return lambda meta: (triton.cdiv(M, meta["BM"]) * triton.cdiv(V, meta["BN"]),)
+class _Logits:
+    """Logits, losses and gradients of blocks of rows.
+
+    Logits are float32 whatever the activations are: rounded to bfloat16 they would make the loss
+    less exact than its products are. They exist for few rows at a time, whose gradients go to
+    another tensor; where that is float32 too, they take the logits' place.
+    """
+
+    def __init__(
+        self, n: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None,
+        ignore_index: int, reduction: str, columns: int,
+    ) -> None:  # fmt: skip
+        self.n, self.weight = n, weight
+        self.M, self.columns = n.shape[0], columns
+        self.block = block_of(min(columns, ROW_BLOCK))
+        self.rows = max(1, ROW_BLOCK // self.block)
+        self.losses = n.new_empty(self.M, dtype=torch.float32)
+        mean = reduction == "mean"
+        total = None
+        if mean and triton.cdiv(self.M, self.rows) * self.M > COUNT_READS:
+            total = n.new_empty(1, dtype=torch.float32)
+            total_kernel[(1,)](
+                targets, token_weights, total, ignore_index, self.M, BLOCK=COUNT_BLOCK, num_warps=8
+            )
+        self.arguments = targets, token_weights, total, self.losses, ignore_index
+        self.mean = mean
+        self.limit = _block_rows(self.M, columns * 4, LOGITS_BYTES)
+        self.memory: Tensor | None = None
+
+    def losses_of(self, block: slice, grads: Tensor | None) -> None:
+        """Computes the losses of a block of rows, and the gradient of its logits if there is room.
+
+        grads (rows, columns) receives it.
+        """
+        V = self.weight.shape[0]
+        in_place = grads is not None and grads.dtype == torch.float32
+        limit = block.stop - block.start if in_place else self.limit
+        if not in_place and self.memory is None:
+            self.memory = self.n.new_empty(limit, self.columns, dtype=torch.float32)
+        for first in range(block.start, block.stop, limit):
+            rows = slice(first, min(first + limit, block.stop))
+            count = rows.stop - first
+            dlogits = None if grads is None else grads[first - block.start :][:count]
+            logits = dlogits if in_place else self.memory
+            assert logits is not None
+            out = logits[:count, :V]
+            matmul(self.n[rows], self.weight.t(), torch.float32, out=out)
+            loss_kernel[(triton.cdiv(count, self.rows),)](
+                logits, dlogits, *self.arguments, first, count, self.M, V, self.columns,
+                MEAN=self.mean, ROWS=self.rows, BLOCK=self.block, COUNT=COUNT_BLOCK,
+                num_warps=8, **ASSERTING,
+            )  # fmt: skip
 
 
-def _losses(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, norm: Norm | None
-) -> tuple[Tensor, Tensor]:
-    """Returns maxima and sums of exponentials of the logits, (2, M), and losses, (M,); float32."""
-    (V, K), M = weight.shape, targets.numel()
-    parts = triton.cdiv(V, PART)
-    losses, target_logits = (x.new_empty(M, dtype=torch.float32) for _ in range(2))
-    sums = x.new_empty(2, M, dtype=torch.float32)
-    tops, totals = (x.new_empty(parts, M, dtype=torch.float32) for _ in range(2))
-    if M:
-        partial_sums_kernel[_grid(M, V)](
-            x, weight, targets, tops, totals, target_logits, *(norm or NO_NORM), M, V, K,
-            PRECISION=precision(), BN=PART,
-        )  # fmt: skip
-        losses_kernel[(triton.cdiv(M, 128),)](
-            tops, totals, target_logits, targets, sums, losses, ignore_index, M, parts, BLOCK=128
-        )
-    return sums, losses
+def _block_rows(M: int, bytes_per_row: int, limit: int) -> int:
+    """Returns the rows of blocks of M rows: of one size, of about `limit` bytes at most."""
+    most = max(1, limit // bytes_per_row // ROWS_MULTIPLE) * ROWS_MULTIPLE
+    blocks = max(1, triton.cdiv(M, most))
+    return max(1, min(M, triton.cdiv(triton.cdiv(M, blocks), ROWS_MULTIPLE) * ROWS_MULTIPLE))
