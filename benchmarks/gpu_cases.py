@@ -122,6 +122,10 @@ def cases() -> list[Case]:
         dy = empty(B, T, C, dtype=dtype)
         embedding.embedding_backward(dy, long(B, T), *tables, 0, 0.1, long(), 0, 0b11)
 
+    def embed_backward_of_few_tokens(dtype: torch.dtype) -> None:
+        tables, dy = (empty(65, C), empty(64, C)), empty(64, 64, C, dtype=dtype)
+        embedding.embedding_backward(dy, long(64, 64), *tables, 0, 0.1, long(), 0, 0b11)
+
     def decode_step(rows: int, D: int, dtype: torch.dtype) -> None:
         cache = empty(rows, 2, C // D, T, D, dtype=dtype)
         decode.decode_attention(empty(rows, C, dtype=dtype), cache, long(rows))
@@ -156,6 +160,8 @@ def cases() -> list[Case]:
              2 * M * C + 2 * V * C),
         Case("embedding", embed, 0.0, 2 * M * C),
         Case("embedding, backward", embed_backward, 0.0, 2 * M * C + V * C),
+        Case("embedding of 65 tokens, backward", embed_backward_of_few_tokens, 0.0,
+             64 * 64 * C + 129 * C),
         *(Case(f"decode attention, D {D}", functools.partial(decode_step, 64, D),
                4.0 * 64 * T * C, 2 * 64 * T * C) for D in (64, 128)),
         Case("sampling", functools.partial(sample, everything), 0.0, 0.0, 4.0 * 64 * V,

@@ -28,6 +28,8 @@ ROW_BLOCK = 4096  # columns of a row of logits that a program reads at a time
 COUNT_BLOCK = 2048  # targets that a program counts at a time
 # Up to this number of reads of targets, every program counts them, in place of a kernel for it.
 COUNT_READS = 1 << 21
+WARPS = 8
+EXACT = True  # trial: float32 logits; or those of the activations' dtype
 LOWEST = tl.constexpr(-2e38)
 
 
@@ -197,10 +199,11 @@ class _Logits:
         grads (rows, columns) receives it.
         """
         V = self.weight.shape[0]
-        in_place = grads is not None and grads.dtype == torch.float32
+        dtype = torch.float32 if EXACT else self.n.dtype
+        in_place = grads is not None and grads.dtype == dtype
         limit = block.stop - block.start if in_place else self.limit
         if not in_place and self.memory is None:
-            self.memory = self.n.new_empty(limit, self.columns, dtype=torch.float32)
+            self.memory = self.n.new_empty(limit, self.columns, dtype=dtype)
         for first in range(block.start, block.stop, limit):
             rows = slice(first, min(first + limit, block.stop))
             count = rows.stop - first
@@ -208,11 +211,11 @@ class _Logits:
             logits = dlogits if in_place else self.memory
             assert logits is not None
             out = logits[:count, :V]
-            matmul(self.n[rows], self.weight.t(), torch.float32, out=out)
+            matmul(self.n[rows], self.weight.t(), dtype, out=out)
             loss_kernel[(triton.cdiv(count, self.rows),)](
                 logits, dlogits, *self.arguments, first, count, self.M, V, self.columns,
                 MEAN=self.mean, ROWS=self.rows, BLOCK=self.block, COUNT=COUNT_BLOCK,
-                num_warps=8, **ASSERTING,
+                num_warps=WARPS, **ASSERTING,
             )  # fmt: skip
 
 

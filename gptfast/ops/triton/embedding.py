@@ -25,7 +25,7 @@ from gptfast.ops.triton.tiles import dropout_factors
 ROWS, COLUMNS = 16, 128
 # Up to this number of tokens and positions together, gradients are a product with one-hot rows.
 ONE_HOT = 1024
-TILE = 64  # tokens, rows and columns of a tile of that product
+TILE = 64  # tokens and columns of a tile of that product, which has half as many rows
 ORDER_TOKENS = 128  # tokens whose rows one program of `order_kernel` finds
 ORDER_BLOCK = 2048  # indices that it reads at a time
 GATHERED_ROWS, GATHERED_COLUMNS = 32, 256
@@ -109,7 +109,7 @@ def tables_kernel(
         tl.store(dwpe + at, total.to(dwpe.dtype.element_ty), mask=c < tl.where(n < V, 0, C))
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
 def order_kernel(
     idx, unordered, order, starts, M, V,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
@@ -231,19 +231,19 @@ def _grads_by_product(
 ) -> None:  # fmt: skip
     M, T, C = idx.numel(), idx.shape[1], dy.shape[-1]
     across, down = triton.cdiv(C, TILE), triton.cdiv(V + T, TILE)
-    parts = max(1, min(programs(dy.device) // (across * down), triton.cdiv(M, TILE)))
-    rows = triton.cdiv(triton.cdiv(M, parts), TILE) * TILE
+    parts = max(1, min(programs(dy.device) // (across * down), triton.cdiv(M, TILE // 2)))
+    rows = triton.cdiv(triton.cdiv(M, parts), TILE // 2) * (TILE // 2)
     sums = dy.new_empty(parts, V + T, C, dtype=torch.float32)
     # These products add: their operands are exact in two of tf32's numbers.
     exact = "ieee" if precision() == "ieee" else "tf32x3"
     one_hot_kernel[(down, across, parts)](
         dy, idx, sums, M, T, C, V, rows, **dropout,
-        PRECISION=exact, BN=TILE, BC=TILE, BM=TILE,
+        PRECISION=exact, BN=TILE, BC=TILE, BM=TILE // 2,
     )  # fmt: skip
     columns = min(COLUMNS, block_of(C))
     tables_kernel[(V + block_size, triton.cdiv(C, columns))](
-        sums, dwte, dwpe, parts, T, C, V, block_size, padding_idx, COLUMNS=columns
-    )
+        sums, dwte, dwpe, parts, T, C, V, block_size, padding_idx, COLUMNS=columns, num_warps=1,
+    )  # fmt: skip
 
 
 def _token_grads(d: Tensor, idx: Tensor, dwte: Tensor, padding_idx: int) -> None:
