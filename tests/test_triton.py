@@ -6,6 +6,7 @@ cases marked `cuda` run and the others are skipped.
 """
 
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -346,16 +347,23 @@ def test_embedding(B: int, T: int, V: int, C: int, dropout_p: float, dtype: torc
     check_op(fused, plain, plain, there(*tables(V, 40, C), idx), dtype, **options)
 
 
-def test_indices_out_of_range(where: str) -> None:
+def test_indices_out_of_range(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if where == "cuda":
-        pytest.skip("an assertion on the device ends the process")
+        pytest.skip("an assertion on the device ends the process: see test_triton_loss.py")
+    builder = triton.runtime.interpreter.interpreter_builder
+    options = replace(builder.options, debug=True, sanitize_overflow=False)
+    monkeypatch.setattr(builder, "options", options)  # as launch.ASSERTING has it for a compiler
+    raises = functools.partial(pytest.raises, triton.runtime.errors.InterpreterError)
     wte, wpe = tables(7, 8, 16)
-    with pytest.raises(RuntimeError, match=r"embedding: idx must be in \[0, 7\)"):
-        ops.embedding(torch.tensor([[1, 7]]), wte, wpe)
+    for wrong in (7, -1, 2**40):
+        with raises(match=r"embedding: idx must be in \[0, vocab_size\)"):
+            ops.embedding(torch.tensor([[1, wrong]]), wte, wpe)
     x, weight, targets = case(4, 8, 5)
-    targets[2] = -1
-    with pytest.raises(RuntimeError, match=r"targets must be in \[0, 5\) or -100"):
-        ops.linear_cross_entropy(x, weight, targets)
+    for wrong in (5, -1, 2**40):
+        targets[2] = wrong
+        with raises(match=r"targets must be in \[0, vocab_size\) or ignore_index"):
+            ops.linear_cross_entropy(x, weight, targets)
+        ops.linear_cross_entropy(x, weight, targets, ignore_index=wrong)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

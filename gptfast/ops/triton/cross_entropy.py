@@ -8,8 +8,6 @@ are three products in all, and the logits are never computed again.
 Letters: M rows (all leading dimensions), K columns, V vocab_size.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -130,11 +128,9 @@ def linear_cross_entropy(
         token_weights = token_weights.contiguous()
     M, own = targets.numel(), weight.to(x.dtype)
     with_dx, with_dweight = wants(wanted, 0, 2), wants(wanted, 3)
-    n, moments = x, None
-    if ln_w is not None:
-        n, *moments = layer_norm(x, ln_w, ln_b)
+    n, mean, rstd = (x, None, None) if ln_w is None else layer_norm(x, ln_w, ln_b)
     # The gradient of a block of n takes its place; x itself is not ours to overwrite.
-    dn = n if moments is not None or not with_dx else torch.empty_like(x)
+    dn = n if ln_w is not None or not with_dx else torch.empty_like(x)
     columns = triton.cdiv(V, COLUMNS_MULTIPLE) * COLUMNS_MULTIPLE
     rows = _block_rows(M, columns * x.element_size(), GRAD_BYTES)
     logits = _Logits(n.view(M, K), own, targets, token_weights, ignore_index, reduction, columns)
@@ -159,9 +155,9 @@ def linear_cross_entropy(
     dweight = dweight.to(weight.dtype) if with_dweight else dweight
     if not with_dx:
         return loss, x.new_empty(0), absent(x), absent(x), dweight
-    if ln_w is None or moments is None:
+    if ln_w is None or mean is None or rstd is None:
         return loss, dn, absent(x), absent(x), dweight
-    return loss, *norm_backward(dn, x, None, *moments, ln_w, ln_b, wanted=wanted), dweight
+    return loss, *norm_backward(dn, x, None, mean, rstd, ln_w, ln_b, wanted=wanted), dweight
 
 
 class _Logits:

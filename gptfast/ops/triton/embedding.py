@@ -91,9 +91,7 @@ def one_hot_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "block_size", "padding"])
-def tables_kernel(
-    parts, dwte, dwpe, P, T, C, V, block_size, padding, COLUMNS: tl.constexpr
-):
+def tables_kernel(parts, dwte, dwpe, P, T, C, V, block_size, padding, COLUMNS: tl.constexpr):
     """Adds up the P parts of a row of dwte or dwpe in order; dwpe's rows from T on are 0."""
     n = tl.program_id(0)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
