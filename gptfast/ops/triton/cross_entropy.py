@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptfast.ops.triton.launch import ASSERTING, absent, block_of, wants
+from gptfast.ops.reference import LAYER_NORM_EPS
+from gptfast.ops.triton.launch import ASSERTING, absent, block_of, precision, programs, wants
 from gptfast.ops.triton.matmul import matmul
-from gptfast.ops.triton.rows import layer_norm, norm_backward
+from gptfast.ops.triton.rows import add_parts, layer_norm, norm_backward
 from gptfast.ops.triton.tiles import LN2, LOG2E
 
 GRAD_BYTES = 1 << 27  # bytes of a block of the logits' gradient
@@ -26,6 +27,8 @@ ROW_BLOCK = 4096  # columns of a row of logits that a program reads at a time
 COUNT_BLOCK = 2048  # targets that a program counts at a time
 # Up to this number of reads of targets, every program counts them, in place of a kernel for it.
 COUNT_READS = 1 << 21
+SMALL = 128  # a weight of at most so many rows and columns stays in the memory of a program
+SMALL_ROWS, SMALL_WARPS = 32, 8
 WARPS = 8
 EXACT = True  # trial: float32 logits; or those of the activations' dtype
 LOWEST = tl.constexpr(-2e38)
@@ -118,6 +121,94 @@ def loss_kernel(
             tl.store(dlogits + row + v[None, :], ds.to(dlogits.dtype.element_ty), mask=here)
 
 
+@triton.jit(do_not_specialize=["ignore_index"])
+def small_loss_kernel(
+    x, ln_w, ln_b, weight, targets, token_weights, losses, dx, dweight, dln_w, dln_b,
+    ignore_index, M, V, K, eps, MEAN: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """Norm, logits, losses and all gradients of blocks of BM rows; see `loss_kernel`.
+
+    The weight stays in shared memory. dweight, dln_w and dln_b get this program's parts of the
+    sums. dx None: no gradients.
+    """
+    part, parts = tl.program_id(0), tl.num_programs(0)
+    v, k = tl.arange(0, BV), tl.arange(0, BK)
+    w = tl.load(
+        weight + v[:, None] * K + k[None, :], mask=(v < V)[:, None] & (k < K)[None, :], other=0.0
+    ).to(x.dtype.element_ty)
+    mean_scale = 1.0
+    if MEAN:
+        whole = total_weight(targets, token_weights, ignore_index, M, COUNT)
+        mean_scale = tl.where(whole == 0.0, 0.0, 1.0 / whole)
+    dweight_total = tl.zeros([BV, BK], tl.float32)
+    dln_w_total = tl.zeros([BK], tl.float32)
+    dln_b_total = tl.zeros([BK], tl.float32)
+    for m0 in tl.range(part * BM, M, parts * BM):
+        m = m0 + tl.arange(0, BM)
+        target = tl.load(targets + m, mask=m < M, other=ignore_index)
+        known = (target >= 0) & (target < V)
+        tl.device_assert(
+            known | (target == ignore_index),
+            "linear_cross_entropy: targets must be in [0, vocab_size) or ignore_index",
+        )
+        share = tl.full([BM], 1.0, tl.float32)
+        if token_weights is not None:
+            share = tl.load(token_weights + m, mask=m < M, other=0.0)
+        counted = known & (target != ignore_index)
+        share = tl.where(counted, share * mean_scale, 0.0)
+
+        inside = (m < M)[:, None] & (k < K)[None, :]
+        at = m.to(tl.int64)[:, None] * K + k[None, :]
+        n = tl.load(x + at, mask=inside, other=0.0)
+        if ln_w is not None:  # xhat = (x - mean) rstd,  n = xhat w + b
+            value = n.to(tl.float32)
+            rest = tl.where(inside, value - (tl.sum(value, 1) / K)[:, None], 0.0)
+            rstd = 1.0 / tl.sqrt(tl.sum(rest * rest, 1) / K + eps)
+            xhat = rest * rstd[:, None]
+            scale = tl.load(ln_w + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+            value = xhat * scale
+            if ln_b is not None:
+                value += tl.load(ln_b + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+            n = value.to(n.dtype)
+
+        s = tl.dot(n, tl.trans(w), input_precision=PRECISION)  # (BM, BV)
+        s = tl.where((v < V)[None, :], s, -float("inf"))
+        top = tl.max(s, 1)
+        value = tl.exp2((s - top[:, None]) * LOG2E)
+        sums = tl.sum(value, 1)
+        hot = v[None, :] == target[:, None]
+        target_logit = tl.sum(tl.where(hot, s, 0.0), 1)
+        loss = (top - target_logit) + tl.log2(sums) * LN2
+        tl.store(losses + m, tl.where(counted, loss * share, 0.0), mask=m < M)
+
+        if dx is not None:
+            weighted = (share != 0.0)[:, None]
+            ds = (value / sums[:, None] - tl.where(hot, 1.0, 0.0)) * share[:, None]
+            ds = tl.where(weighted, ds, 0.0)
+            g = tl.dot(ds.to(n.dtype), w, input_precision=PRECISION)  # dn
+            if ln_w is not None:  # dx = rstd (g - mean(g) - xhat mean(g xhat)), g = dn w
+                dln_w_total += tl.sum(g * xhat, 0)
+                dln_b_total += tl.sum(g, 0)
+                g *= scale
+                g -= (tl.sum(g, 1) / K)[:, None] + xhat * (tl.sum(g * xhat, 1) / K)[:, None]
+                g *= rstd[:, None]
+            tl.store(dx + at, g.to(dx.dtype.element_ty), mask=inside)
+            # dW = dS' N, with S' computed as such: a product's result is not transposed.
+            s = tl.dot(w, tl.trans(n), input_precision=PRECISION)  # (BV, BM)
+            s = tl.where((v < V)[:, None], s, -float("inf"))
+            ds = tl.exp2((s - top[None, :]) * LOG2E) / sums[None, :]
+            ds = (ds - tl.where(v[:, None] == target[None, :], 1.0, 0.0)) * share[None, :]
+            ds = tl.where((share != 0.0)[None, :], ds, 0.0)
+            dweight_total = tl.dot(ds.to(n.dtype), n, dweight_total, input_precision=PRECISION)
+    if dx is not None:
+        at = (tl.cast(part, tl.int64) * V + v)[:, None] * K + k[None, :]
+        tl.store(dweight + at, dweight_total, mask=(v < V)[:, None] & (k < K)[None, :])
+        if ln_w is not None:
+            tl.store(dln_w + part * K + k, dln_w_total, mask=k < K)
+            tl.store(dln_b + part * K + k, dln_b_total, mask=k < K)
+
+
 def linear_cross_entropy(
     x: Tensor, ln_w: Tensor | None, ln_b: Tensor | None, weight: Tensor,
     targets: Tensor, token_weights: Tensor | None, ignore_index: int, reduction: str, wanted: int,
@@ -126,6 +217,10 @@ def linear_cross_entropy(
     x, targets, (V, K) = x.contiguous(), targets.contiguous(), weight.shape
     if token_weights is not None:
         token_weights = token_weights.contiguous()
+    if max(V, K) <= SMALL and x.element_size() == 2:
+        return _by_one_kernel(
+            x, ln_w, ln_b, weight, targets, token_weights, ignore_index, reduction, wanted
+        )
     M, own = targets.numel(), weight.to(x.dtype)
     with_dx, with_dweight = wants(wanted, 0, 2), wants(wanted, 3)
     n, mean, rstd = (x, None, None) if ln_w is None else layer_norm(x, ln_w, ln_b)
@@ -158,6 +253,41 @@ def linear_cross_entropy(
     if ln_w is None or mean is None or rstd is None:
         return loss, dn, absent(x), absent(x), dweight
     return loss, *norm_backward(dn, x, None, mean, rstd, ln_w, ln_b, wanted=wanted), dweight
+
+
+def _by_one_kernel(
+    x: Tensor, ln_w: Tensor | None, ln_b: Tensor | None, weight: Tensor,
+    targets: Tensor, token_weights: Tensor | None, ignore_index: int, reduction: str, wanted: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """gptfast::linear_cross_entropy of a small weight."""
+    M, (V, K) = targets.numel(), weight.shape
+    losses = x.new_empty(M, dtype=torch.float32)
+    parts = max(1, min(programs(x.device), triton.cdiv(M, SMALL_ROWS)))
+    dx = dweight = dln = None
+    if wanted:
+        dx, dweight = torch.empty_like(x), x.new_empty(parts, V, K, dtype=torch.float32)
+        dln = x.new_empty(2, parts, K, dtype=torch.float32)
+    small_loss_kernel[(parts,)](
+        x, ln_w, ln_b, weight, targets, token_weights, losses, dx, dweight,
+        None if dln is None else dln[0], None if dln is None else dln[1],
+        ignore_index, M, V, K, LAYER_NORM_EPS, MEAN=reduction == "mean", PRECISION=precision(),
+        BM=SMALL_ROWS, BV=block_of(V), BK=block_of(K), COUNT=COUNT_BLOCK, num_warps=SMALL_WARPS,
+        **ASSERTING,
+    )  # fmt: skip
+    loss = losses.view(targets.shape) if reduction == "none" else losses.sum()
+    if dx is None or dweight is None or dln is None:
+        return loss, x.new_empty(0), absent(x), absent(x), absent(x)
+
+    def total(i: int, sums: Tensor, like: Tensor | None) -> Tensor:
+        if like is None or not wants(wanted, i):
+            return absent(x)
+        return add_parts(sums, torch.empty_like(like))
+
+    return (
+        loss,
+        dx if wants(wanted, 0, 2) else x.new_empty(0),
+        total(1, dln[0], ln_w), total(2, dln[1], ln_b), total(3, dweight, weight),
+    )  # fmt: skip
 
 
 class _Logits:
