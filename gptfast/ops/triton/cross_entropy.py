@@ -30,8 +30,17 @@ COUNT_READS = 1 << 21
 SMALL = 128  # a weight of at most so many rows and columns stays in the memory of a program
 SMALL_ROWS, SMALL_WARPS = 32, 8
 WARPS = 8
+DN_WIDE = True
 EXACT = True  # trial: float32 logits; or those of the activations' dtype
 LOWEST = tl.constexpr(-2e38)
+
+
+@triton.jit
+def padded_kernel(weight, padded, n, padded_n, BLOCK: tl.constexpr):
+    """Copies n elements, in the dtype of `padded`, whose rest is 0."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(weight + i, mask=i < n, other=0.0)
+    tl.store(padded + i, value.to(padded.dtype.element_ty), mask=i < padded_n)
 
 
 @triton.jit
@@ -221,38 +230,55 @@ def linear_cross_entropy(
         return _by_one_kernel(
             x, ln_w, ln_b, weight, targets, token_weights, ignore_index, reduction, wanted
         )
-    M, own = targets.numel(), weight.to(x.dtype)
+    M, columns = targets.numel(), triton.cdiv(V, COLUMNS_MULTIPLE) * COLUMNS_MULTIPLE
+    own = _padded(weight, columns, x.dtype)
     with_dx, with_dweight = wants(wanted, 0, 2), wants(wanted, 3)
     n, mean, rstd = (x, None, None) if ln_w is None else layer_norm(x, ln_w, ln_b)
-    # The gradient of a block of n takes its place; x itself is not ours to overwrite.
-    dn = n if ln_w is not None or not with_dx else torch.empty_like(x)
-    columns = triton.cdiv(V, COLUMNS_MULTIPLE) * COLUMNS_MULTIPLE
+    if DN_WIDE:
+        dn = x.new_empty(x.shape if with_dx else 0, dtype=torch.float32)
+    else:
+        dn = n if ln_w is not None or not with_dx else torch.empty_like(x)
     rows = _block_rows(M, columns * x.element_size(), GRAD_BYTES)
-    logits = _Logits(n.view(M, K), own, targets, token_weights, ignore_index, reduction, columns)
+    logits = _Logits(n.view(M, K), own, targets, token_weights, ignore_index, reduction, V, columns)
     grads = x.new_empty(rows, columns) if wanted else None
     dweight = absent(x)
     if with_dweight:
         # A single block's product has the right dtype; several are added up in float32.
         sums = weight.dtype if rows >= M else torch.float32
-        dweight = (torch.empty_like if M else torch.zeros_like)(weight, dtype=sums)
+        dweight = (own.new_empty if M else own.new_zeros)(own.shape, dtype=sums)
     for first in range(0, M, rows):
         block = slice(first, min(first + rows, M))
         logits.losses_of(block, grads)
         if grads is None:
             continue
-        dlogits = grads[: block.stop - first, :V]
+        dlogits = grads[: block.stop - first, : own.shape[0]]
         part = n.view(M, K)[block]
         if with_dweight:
             matmul(dlogits.t(), part, dweight.dtype, out=dweight, accumulate=first > 0)
         if with_dx:
-            matmul(dlogits, own, out=dn.view(M, K)[block])
+            matmul(dlogits, own, dn.dtype, out=dn.view(M, K)[block])
     loss = logits.losses.view(targets.shape) if reduction == "none" else logits.losses.sum()
-    dweight = dweight.to(weight.dtype) if with_dweight else dweight
+    dweight = dweight[:V].to(weight.dtype) if with_dweight else dweight
     if not with_dx:
         return loss, x.new_empty(0), absent(x), absent(x), dweight
     if ln_w is None or mean is None or rstd is None:
-        return loss, dn, absent(x), absent(x), dweight
+        return loss, dn.to(x.dtype), absent(x), absent(x), dweight
     return loss, *norm_backward(dn, x, None, mean, rstd, ln_w, ln_b, wanted=wanted), dweight
+
+
+def _padded(weight: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """Returns the weight in `dtype`, with rows of zeros up to `columns` if that is of 2 bytes.
+
+    cuBLAS multiplies matrices of an odd number of columns three times slower. float32 takes no tensor cores...
+    """
+    V, K = weight.shape
+    if dtype.itemsize != 2 or columns == V:
+        return weight.to(dtype)
+    padded = weight.new_empty(columns, K, dtype=dtype)
+    padded_kernel[(triton.cdiv(columns * K, 2048),)](
+        weight, padded, V * K, columns * K, BLOCK=2048, num_warps=4
+    )
+    return padded
 
 
 def _by_one_kernel(
@@ -300,10 +326,10 @@ class _Logits:
 
     def __init__(
         self, n: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None,
-        ignore_index: int, reduction: str, columns: int,
+        ignore_index: int, reduction: str, V: int, columns: int,
     ) -> None:  # fmt: skip
         self.n, self.weight = n, weight
-        self.M, self.columns = n.shape[0], columns
+        self.M, self.V, self.columns = n.shape[0], V, columns
         self.block = block_of(min(columns, ROW_BLOCK))
         self.rows = max(1, ROW_BLOCK // self.block)
         self.losses = n.new_empty(self.M, dtype=torch.float32)
@@ -324,7 +350,6 @@ class _Logits:
 
         grads (rows, columns) receives it.
         """
-        V = self.weight.shape[0]
         dtype = torch.float32 if EXACT else self.n.dtype
         in_place = grads is not None and grads.dtype == dtype
         limit = block.stop - block.start if in_place else self.limit
@@ -336,10 +361,10 @@ class _Logits:
             dlogits = None if grads is None else grads[first - block.start :][:count]
             logits = dlogits if in_place else self.memory
             assert logits is not None
-            out = logits[:count, :V]
+            out = logits[:count, : self.weight.shape[0]]
             matmul(self.n[rows], self.weight.t(), dtype, out=out)
             loss_kernel[(triton.cdiv(count, self.rows),)](
-                logits, dlogits, *self.arguments, first, count, self.M, V, self.columns,
+                logits, dlogits, *self.arguments, first, count, self.M, self.V, self.columns,
                 MEAN=self.mean, ROWS=self.rows, BLOCK=self.block, COUNT=COUNT_BLOCK,
                 num_warps=WARPS, **ASSERTING,
             )  # fmt: skip
