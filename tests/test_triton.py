@@ -320,8 +320,7 @@ def test_cross_entropy_with_norm_in_several_blocks(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cross_entropy, "ROWS_MULTIPLE", 16)
-    monkeypatch.setattr(cross_entropy, "GRAD_BYTES", 0)
-    monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", 0)
+    monkeypatch.setattr(cross_entropy, "BLOCK_BYTES", 0)
     args = with_norm(ops.linear_cross_entropy), with_norm(reference.linear_cross_entropy)
     check_op(*args, torch_norm_linear_cross_entropy, there(*norm_case(60, 48, 300)), dtype)
 
