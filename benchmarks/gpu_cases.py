@@ -128,6 +128,10 @@ def cases() -> list[Case]:
         steps = [empty(), empty()]
         adamw.adamw_(tables, tables, tables, tables, steps, 1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0)
 
+    def embed_backward_of_few_tokens(dtype: torch.dtype) -> None:
+        tables, dy = (empty(65, C), empty(64, C)), empty(64, 64, C, dtype=dtype)
+        embedding.embedding_backward(dy, long(64, 64), *tables, 0, 0.1, long(), 0, 0b11)
+
     def decode_step(rows: int, D: int, dtype: torch.dtype) -> None:
         cache = empty(rows, 2, C // D, T, D, dtype=dtype)
         decode.decode_attention(empty(rows, C, dtype=dtype), cache, long(rows))
@@ -163,6 +167,8 @@ def cases() -> list[Case]:
         Case("embedding", embed, 0.0, 2 * M * C),
         Case("embedding, backward", embed_backward, 0.0, 2 * M * C + V * C),
         Case("AdamW", adamw_step, 0.0, 8 * V * C, dtypes=("fp32",)),
+        Case("embedding of 65 tokens, backward", embed_backward_of_few_tokens, 0.0,
+             64 * 64 * C + 129 * C),
         *(Case(f"decode attention, D {D}", functools.partial(decode_step, 64, D),
                4.0 * 64 * T * C, 2 * 64 * T * C) for D in (64, 128)),
         Case("sampling", functools.partial(sample, everything), 0.0, 0.0, 4.0 * 64 * V,

@@ -105,17 +105,22 @@ def one(device: torch.device) -> Tensor:
 
 
 def _scaled(grads: list[Tensor | None], dloss: Tensor) -> list[Tensor | None]:
-    """The gradients of a loss whose own is `dloss`, in memory of their own.
+    """The gradients of a loss whose own is `dloss`.
 
-    A loss that is differentiated as it is, and once, needs no pass over the weight's gradient. What
-    a compiled graph or a transform does cannot depend on the value, and a GPU is not waited for:
-    there it must be `one`.
+    If the loss is differentiated once, they take the place of those that were made with it. A loss
+    that is differentiated as it is needs no pass over them; on a GPU, which is not waited for, that
+    is known of `one` alone. What a compiled graph or a transform does cannot depend on the value.
     """
     plain = not (torch.compiler.is_compiling() or transformed() or torch.is_grad_enabled())
     once = plain and not torch._C._autograd._get_current_graph_task_keep_graph()
-    if once and (dloss is _ONES.get(dloss.device) or dloss.is_cpu and dloss.item() == 1.0):
-        return [None if grad is None else grad.detach() for grad in grads]
-    return [None if grad is None else grad * dloss for grad in grads]
+    if not once:
+        return [None if grad is None else grad * dloss for grad in grads]
+    grads = [None if grad is None else grad.detach() for grad in grads]
+    if not (dloss is _ONES.get(dloss.device) or dloss.is_cpu and dloss.item() == 1.0):
+        for grad in grads:
+            if grad is not None:
+                grad.mul_(dloss)
+    return grads
 
 
 class _TokenLosses(Fused):

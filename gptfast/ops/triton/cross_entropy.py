@@ -1,113 +1,132 @@
-"""Final norm, output projection and cross-entropy in blocks of the vocabulary.
+"""Final norm, output projection and cross-entropy in blocks of rows.
 
-The (M, V) logits are never stored: the loss needs only each row's maximum and sum of exponentials
-per tile. For the gradients, a block of logits is recomputed and turned into its gradient, which is
-multiplied by the weight and by the activations.
+The (M, V) logits never exist as a whole. A block of rows is multiplied by the weight; one kernel
+reads each row of logits for its loss, and again to replace it by its gradient; two products turn
+the gradient of the block into that of its activations and a part of the weight's. So there are
+three products in all, and no logits are computed twice.
+
+Logits are rounded to the dtype of the activations before the softmax, as torch's are under
+autocast; everything after that is float32.
 
 Letters: M rows (all leading dimensions), K columns, V vocab_size.
 """
-
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptfast.ops.triton.launch import absent, config, precision, tuned, wants
+from gptfast.ops.triton.launch import ASSERTING, absent, block_of, wants
 from gptfast.ops.triton.matmul import matmul
 from gptfast.ops.triton.rows import layer_norm, norm_backward
-from gptfast.ops.triton.tiles import LN2, LOG2E, own_tile, product
+from gptfast.ops.triton.tiles import LN2, LOG2E
 
-BLOCK_BYTES = 1 << 26  # bytes of a block of the logits' gradient
-MIN_BLOCK = 1024  # minimum number of columns of such a block
-PART = 128  # columns per partial maximum and sum of a row
-
-
-def product_kind(args: Any) -> int:
-    """Returns the kind of a product for `tuned`: bytes per element."""
-    return args["a"].element_size()
-
-
-def product_shared(args: Any) -> int:
-    """Returns the bytes of operand tiles that `tiles.product` keeps in shared memory."""
-    tiles = (args["BM"] + args["BN"]) * args["BK"]
-    return args["num_stages"] * tiles * args["a"].element_size()
-
-
-PRODUCT = {
-    2: [config(8, 3, BM=128, BK=32, GROUP=8), config(4, 2, BM=64, BK=32, GROUP=8)],
-    4: [config(8, 2, BM=64, BK=32, GROUP=8)],
-}
-
-
-@tuned(PRODUCT, product_kind, product_shared, ["V", "K", "PRECISION"])
-@triton.jit
-def partial_sums_kernel(
-    a, b, targets, tops, totals, target_logits, M, V, K,
-    PRECISION: tl.constexpr, BN: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """For each row of a tile of logits: max_j s_j, sum_j exp(s_j - max), and the target's logit."""
-    m, n, m0, n0 = own_tile(M, V, BM, BN, GROUP)
-    s = product(a, b, m0, n0, M, V, K, 1, K, None, PRECISION, BM, BN, BK)
-    s = tl.where((n < V)[None, :], s, -float("inf"))
-    top = tl.max(s, 1)
-    at = (n0 // BN).to(tl.int64) * M + m
-    tl.store(tops + at, top, mask=m < M)
-    tl.store(totals + at, tl.sum(tl.exp2((s - top[:, None]) * LOG2E), 1), mask=m < M)
-    target = tl.load(targets + m, mask=m < M, other=-1)
-    own = n[None, :] == target[:, None]
-    here = (target >= n0) & (target < n0 + BN)
-    tl.store(target_logits + m, tl.sum(tl.where(own, s, 0.0), 1), mask=(m < M) & here)
+BLOCK_BYTES = 1 << 27  # bytes of the logits of a block of rows
+ROWS_MULTIPLE = 128  # blocks have a multiple of so many rows, those of the products' tiles
+COLUMNS_MULTIPLE = 64  # rows of logits have a stride of a multiple of so many elements
+ROW_BLOCK = 4096  # columns of a row that a program of `loss_kernel` reads at a time
+COUNT_BLOCK = 2048  # targets that a program counts at a time
+# Every program of `loss_kernel` counts the targets if they read at most so many in all; otherwise
+# a kernel of its own counts them.
+COUNT_READS = 1 << 21
+LOWEST = tl.constexpr(-2e38)
 
 
 @triton.jit
-def losses_kernel(
-    tops, totals, target_logits, targets, sums, losses, ignore_index, M, parts,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Merges the parts in order to max_j s_j and sum_j exp(s_j - max); losses, 0 if ignored.
+def padded_kernel(weight, padded, n, padded_n, BLOCK: tl.constexpr):
+    """Copies the n elements of the weight, in the dtype of `padded`, whose rest is 0."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(weight + i, mask=i < n, other=0.0)
+    tl.store(padded + i, value.to(padded.dtype.element_ty), mask=i < padded_n)
 
-    Maximum and sum are stored separately: max + ln sum would be rounded to the precision of max.
-    """
-    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = m < M
-    top = tl.full([BLOCK], -float("inf"), tl.float32)
+
+@triton.jit
+def total_weight(targets, token_weights, ignore_index, M, BLOCK: tl.constexpr):
+    """The sum of the weights of all targets but `ignore_index`; without weights, their number."""
     total = tl.zeros([BLOCK], tl.float32)
-    for part in tl.range(0, parts):
-        at = tl.cast(part, tl.int64) * M + m
-        other = tl.load(tops + at, mask=inside, other=0.0)
-        both = tl.maximum(top, other)
-        total *= tl.exp2((top - both) * LOG2E)
-        total += tl.load(totals + at, mask=inside, other=1.0) * tl.exp2((other - both) * LOG2E)
-        top = both
-    counted = inside & (tl.load(targets + m, mask=inside, other=0) != ignore_index)
-    target = tl.load(target_logits + m, mask=counted, other=0.0)
-    tl.store(sums + m, top, mask=inside)
-    tl.store(sums + M + m, total, mask=inside)
-    loss = (top - target) + tl.log2(total) * LN2
-    tl.store(losses + m, tl.where(counted, loss, 0.0), mask=inside)
+    for m0 in tl.range(0, M, BLOCK):
+        m = m0 + tl.arange(0, BLOCK)
+        counted = tl.load(targets + m, mask=m < M, other=ignore_index) != ignore_index
+        share = tl.full([BLOCK], 1.0, tl.float32)
+        if token_weights is not None:
+            share = tl.load(token_weights + m, mask=m < M, other=0.0)
+        total += tl.where(counted, share, 0.0)
+    return tl.sum(total, 0)
 
 
-@tuned(PRODUCT, product_kind, product_shared, ["V", "K", "PRECISION"])
-@triton.jit(do_not_specialize=["v0"])
-def logits_grad_kernel(
-    a, b, targets, sums, shares, dlogits,
-    M, V, K, v0, PRECISION: tl.constexpr, BN: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+@triton.jit(do_not_specialize=["ignore_index"])
+def total_kernel(targets, token_weights, total, ignore_index, M, BLOCK: tl.constexpr):
+    """`total_weight` by one program."""
+    tl.store(total, total_weight(targets, token_weights, ignore_index, M, BLOCK))
+
+
+@triton.jit(do_not_specialize=["ignore_index", "first", "count"])
+def loss_kernel(
+    logits, targets, token_weights, total, losses, ignore_index, first, count, M, V, columns,
+    MEAN: tl.constexpr, GRAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    COUNT: tl.constexpr,
 ):  # fmt: skip
-    """dS_j = (exp(s_j - max) / sum - [j = target]) share for V columns from v0; 0 if share is 0."""
-    m, n, m0, n0 = own_tile(M, V, BM, BN, GROUP)
-    s = product(a, b, m0, n0, M, V, K, 1, K, None, PRECISION, BM, BN, BK)
-    target = tl.load(targets + m, mask=m < M, other=0)
-    value = tl.exp2((s - tl.load(sums + m, mask=m < M, other=0.0)[:, None]) * LOG2E)
-    value *= 1.0 / tl.load(sums + M + m, mask=m < M, other=1.0)[:, None]
-    value -= tl.where((n + v0)[None, :] == target[:, None], 1.0, 0.0)
-    share = tl.load(shares + m, mask=m < M, other=0.0)[:, None]
-    value = tl.where(share == 0.0, 0.0, value * share)
-    at = dlogits + m.to(tl.int64)[:, None] * V + n[None, :]
-    tl.store(at, value.to(dlogits.dtype.element_ty), mask=(m < M)[:, None] & (n < V)[None, :])
+    """Losses of `count` rows of logits s, the rows from `first` on; replaces s by its gradient.
+
+    loss = (max_j s_j - s_target + ln sum_j exp(s_j - max)) share,
+    ds_j = (exp(s_j - max) / sum - [j = target]) share,
+
+    where the share of a row is its weight, or 1; for a mean divided by the sum of them all, which
+    is `total` or, without it, counted here; and 0 if the target is ignored. Rows have a stride of
+    `columns`, a multiple of 16, so that loads are wide; the gradient of columns from V on is 0.
+    """
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    m = first + r
+    inside = r < count
+    target = tl.load(targets + m, mask=inside, other=ignore_index)
+    known = (target >= 0) & (target < V)
+    tl.device_assert(
+        known | (target == ignore_index),
+        "linear_cross_entropy: targets must be in [0, vocab_size) or ignore_index",
+    )
+    counted = known & (target != ignore_index)
+    share = tl.full([ROWS], 1.0, tl.float32)
+    if token_weights is not None:
+        share = tl.load(token_weights + m, mask=inside, other=0.0)
+    if MEAN:
+        if total is None:
+            whole = total_weight(targets, token_weights, ignore_index, M, COUNT)
+        else:
+            whole = tl.load(total)
+        share *= tl.where(whole == 0.0, 0.0, 1.0 / whole)
+    share = tl.where(counted, share, 0.0)
+
+    row = r.to(tl.int64) * columns
+    target_logit = tl.load(logits + row + target, mask=counted, other=0.0).to(tl.float32)
+    # From a finite value: -inf - (-inf), where a block of columns is -inf, would be nan.
+    top = tl.full([ROWS], LOWEST, tl.float32)
+    sums = tl.zeros([ROWS], tl.float32)
+    for v0 in tl.range(0, columns, BLOCK):
+        v = v0 + tl.arange(0, BLOCK)
+        here = inside[:, None] & (v < columns)[None, :]
+        s = tl.load(logits + row[:, None] + v[None, :], mask=here, other=0.0).to(tl.float32)
+        s = tl.where((v < V)[None, :], s, -float("inf"))
+        both = tl.maximum(top, tl.max(s, 1))
+        sums *= tl.exp2((top - both) * LOG2E)
+        sums += tl.sum(tl.exp2((s - both[:, None]) * LOG2E), 1)
+        top = both
+    # max + ln sum would be rounded to the precision of max.
+    loss = (top - target_logit) + tl.log2(sums) * LN2
+    tl.store(losses + m, tl.where(counted, loss * share, 0.0), mask=inside)
+
+    if GRAD:
+        tl.debug_barrier()  # every thread has read the logits that others replace
+        scale = 1.0 / sums
+        for v0 in tl.range(0, columns, BLOCK):
+            v = v0 + tl.arange(0, BLOCK)
+            here = inside[:, None] & (v < columns)[None, :]
+            at = logits + row[:, None] + v[None, :]
+            s = tl.load(at, mask=here, other=0.0).to(tl.float32)
+            s = tl.where((v < V)[None, :], s, -float("inf"))
+            ds = tl.exp2((s - top[:, None]) * LOG2E) * scale[:, None]
+            ds -= tl.where(v[None, :] == target[:, None], 1.0, 0.0)
+            ds = tl.where(share[:, None] == 0.0, 0.0, ds * share[:, None])
+            tl.store(at, ds.to(logits.dtype.element_ty), mask=here)
 
 
 def linear_cross_entropy(
@@ -116,69 +135,69 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """gptfast::linear_cross_entropy."""
     x, targets, (V, K) = x.contiguous(), targets.contiguous(), weight.shape
-    counted = targets != ignore_index
-    torch._assert_async(
-        (~counted | ((targets >= 0) & (targets < V))).all(),
-        f"linear_cross_entropy: targets must be in [0, {V}) or {ignore_index}",
-    )
-    own = weight.to(x.dtype)
-    n, mean, rstd = (x, x, x) if ln_w is None else layer_norm(x, ln_w, ln_b)
-    sums, losses = _losses(n, own, targets, ignore_index)
-    shares = counted.float()
-    if token_weights is not None:
-        shares = torch.where(counted, token_weights, 0.0)
-        losses = losses * shares.flatten()
-    if reduction == "mean":
-        total = shares.sum()
-        shares = shares * torch.where(total == 0.0, 0.0, 1.0 / total)
-        loss = losses.sum() * torch.where(total == 0.0, 0.0, 1.0 / total)
-    else:
-        loss = losses.sum() if reduction == "sum" else losses.view(targets.shape)
-    if not wanted:
-        return loss, x.new_empty(0), absent(x), absent(x), absent(x)
+    token_weights = None if token_weights is None else token_weights.contiguous()
+    M, columns = targets.numel(), triton.cdiv(V, COLUMNS_MULTIPLE) * COLUMNS_MULTIPLE
     with_dx, with_dweight = wants(wanted, 0, 2), wants(wanted, 3)
-    dx = x.new_zeros(x.shape if with_dx else 0, dtype=torch.float32)
-    dweight = torch.empty_like(weight) if with_dweight else absent(x)
-    M = losses.numel()
-    width = max(MIN_BLOCK, BLOCK_BYTES // max(1, M * x.element_size()) // PART * PART)
-    for v0 in range(0, V if M else 0, width):
-        block = own[v0 : v0 + width]
-        dlogits = x.new_empty(*x.shape[:-1], block.shape[0])
-        logits_grad_kernel[_grid(M, block.shape[0])](
-            n, block, targets, sums, shares, dlogits, M, block.shape[0], K, v0,
-            PRECISION=precision(), BN=PART,
-        )  # fmt: skip
-        if with_dx:
-            of_n = dx.view(-1, K)
-            matmul(dlogits.view(M, -1), block, torch.float32, of_n, accumulate=True)
-        if with_dweight:
-            part = matmul(dlogits.view(M, -1).t(), n.view(M, K), torch.float32)
-            dweight[v0 : v0 + width] = part
-    if not M:
-        dweight.zero_()
-    if ln_w is None or not with_dx:
-        return loss, dx.to(x.dtype), absent(x), absent(x), dweight
-    grads = norm_backward(dx, x, None, mean, rstd, ln_w, ln_b, wanted)
-    return loss, *grads, dweight
+    n, mean, rstd = (x, None, None) if ln_w is None else layer_norm(x, ln_w, ln_b)
+    n, own = n.view(M, K), _padded(weight, columns, x.dtype)
+    width = own.shape[0]
 
-
-def _grid(M: int, V: int) -> Any:
-    return lambda meta: (triton.cdiv(M, meta["BM"]) * triton.cdiv(V, meta["BN"]),)
-
-
-def _losses(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Returns maxima and sums of exponentials of the logits, (2, M), and losses, (M,); float32."""
-    (V, K), M = weight.shape, targets.numel()
-    parts = triton.cdiv(V, PART)
-    losses, target_logits = (x.new_empty(M, dtype=torch.float32) for _ in range(2))
-    sums = x.new_empty(2, M, dtype=torch.float32)
-    tops, totals = (x.new_empty(parts, M, dtype=torch.float32) for _ in range(2))
-    if M:
-        partial_sums_kernel[_grid(M, V)](
-            x, weight, targets, tops, totals, target_logits, M, V, K,
-            PRECISION=precision(), BN=PART,
-        )  # fmt: skip
-        losses_kernel[(triton.cdiv(M, 128),)](
-            tops, totals, target_logits, targets, sums, losses, ignore_index, M, parts, BLOCK=128
+    rows = _block_rows(M, columns * x.element_size())
+    logits, losses = x.new_empty(rows, columns), x.new_empty(M, dtype=torch.float32)
+    block = block_of(min(columns, ROW_BLOCK))
+    tile = {"ROWS": max(1, ROW_BLOCK // block), "BLOCK": block, "COUNT": COUNT_BLOCK}
+    total = None
+    if reduction == "mean" and triton.cdiv(M, tile["ROWS"]) * M > COUNT_READS:
+        total = losses.new_empty(1)
+        total_kernel[(1,)](
+            targets, token_weights, total, ignore_index, M, BLOCK=COUNT_BLOCK, num_warps=8
         )
-    return sums, losses
+    # A single block's product has the right dtype; those of several are added up in float32.
+    dtype = weight.dtype if rows >= M else torch.float32
+    dweight = (own.new_empty if M else own.new_zeros)(own.shape if with_dweight else 0, dtype=dtype)
+    # float32, because a product that splits its sum adds up the parts in the dtype of its result.
+    dn = x.new_empty((M, K) if with_dx else 0, dtype=torch.float32)
+    for first in range(0, M, rows):
+        part = n[first : first + rows]
+        count = part.shape[0]
+        own_logits = logits[:count, :width]
+        matmul(part, own.t(), out=own_logits)
+        loss_kernel[(triton.cdiv(count, tile["ROWS"]),)](
+            logits, targets, token_weights, total, losses, ignore_index, first, count, M, V,
+            columns, MEAN=reduction == "mean", GRAD=wanted != 0, **tile, num_warps=8, **ASSERTING,
+        )  # fmt: skip
+        if with_dweight:
+            matmul(own_logits.t(), part, dtype, out=dweight, accumulate=first > 0)
+        if with_dx:
+            matmul(own_logits, own, torch.float32, out=dn[first : first + count])
+    loss = losses.view(targets.shape) if reduction == "none" else losses.sum()
+    dweight = dweight[:V].to(weight.dtype) if with_dweight else absent(x)
+    if not with_dx:
+        return loss, x.new_empty(0), absent(x), absent(x), dweight
+    dn = dn.view(x.shape)
+    if ln_w is None or mean is None or rstd is None:
+        return loss, dn.to(x.dtype), absent(x), absent(x), dweight
+    return loss, *norm_backward(dn, x, None, mean, rstd, ln_w, ln_b, wanted=wanted), dweight
+
+
+def _padded(weight: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """Returns the weight (V, K) in `dtype`, in 2 bytes with rows of zeros up to (columns, K).
+
+    Products of 2-byte numbers take the fast matrix instructions only if their sizes are multiples
+    of 16 bytes.
+    """
+    V, K = weight.shape
+    if dtype.itemsize != 2 or columns == V:
+        return weight.to(dtype)
+    padded = weight.new_empty(columns, K, dtype=dtype)
+    padded_kernel[(triton.cdiv(columns * K, 2048),)](
+        weight, padded, V * K, columns * K, BLOCK=2048, num_warps=4
+    )
+    return padded
+
+
+def _block_rows(M: int, bytes_per_row: int) -> int:
+    """Returns how many rows a block has: blocks are of one size, of BLOCK_BYTES at most."""
+    most = max(1, BLOCK_BYTES // bytes_per_row // ROWS_MULTIPLE) * ROWS_MULTIPLE
+    blocks = max(1, triton.cdiv(M, most))
+    return max(1, min(M, triton.cdiv(triton.cdiv(M, blocks), ROWS_MULTIPLE) * ROWS_MULTIPLE))

@@ -11,6 +11,9 @@ INTERPRETED = triton.knobs.runtime.interpret
 # Bytes of shared memory per block: the smallest limit of the chips in benchmarks/gpu_static.py.
 MIN_SHARED = 65536
 INTERPRETED_PROGRAMS = 3  # `programs` in Triton's interpreter
+# Options of a kernel with tl.device_assert, which Triton leaves out otherwise; the checks for
+# overflow of integers, which Triton 3.6 adds along with it, stay out.
+ASSERTING = {"debug": True, "sanitize_overflow": False}
 
 Args = Mapping[str, Any]
 
