@@ -58,8 +58,10 @@ WIDE_LOAD = {
 PRODUCTS = (
     "forward_kernel", "query_grad_kernel", "key_grads_kernel", "linear_kernel",
     "hidden_grad_kernel", "weight_grad_kernel", "partial_sums_kernel", "logits_grad_kernel",
+    "few_rows_kernel",
 )  # fmt: skip
-SMALL = ("join_kernel", "losses_kernel")  # they read only one or two numbers per thread
+# They read only one or two numbers per thread.
+SMALL = ("join_kernel", "losses_kernel", "window_kernel")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ functions are tested. A process can use either the interpreter or the compiler: 
 cases marked `cuda` run and the others are skipped.
 """
 
-import contextlib
 import itertools
 import math
 from collections.abc import Iterator

@@ -8,6 +8,7 @@ Letters: S slots, n of them in a call, T time, C n_embd, H heads, D head_dim, V 
 L layers.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -73,7 +74,8 @@ class Decoder:
         def zeros(*size: int, dtype: torch.dtype = weights.dtype) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
 
-        self._state = zeros(len(FIELDS), S, dtype=torch.int64)
+        even = S + S % 2  # aligns every field
+        self._state = zeros(len(FIELDS), even, dtype=torch.int64)[:, :S]
         fields = dict(zip(FIELDS, self._state, strict=True))
         self._seeds, self._sequence_ids = fields.pop("seeds"), fields.pop("sequence_ids")
         text = zeros(S, shape.capacity, dtype=torch.int64)
@@ -153,7 +155,7 @@ class Decoder:
         while done < steps:
             most = steps - done if before_each is None else before_each(steps - done)
             count = UNROLLED if most >= UNROLLED else 1
-            self._run(("steps", count), "step", lambda count=count: self._steps(count))
+            self._run(("steps", count), "step", functools.partial(self._steps, count))
             results[done : done + count].copy_(self._drawn[:count], non_blocking=True)
             done += count
         arrived = None
@@ -234,7 +236,7 @@ class Decoder:
                 self._members[:n] = self._on_device(torch.tensor(listed))
                 self._listed = listed
             key = ("windows", n, T, stride)
-            self._run(key, key, lambda n=n: self._compute_windows(n, T, stride))
+            self._run(key, key, functools.partial(self._compute_windows, n, T, stride))
 
     @torch.no_grad()
     def _compute_windows(self, n: int, T: int, stride: int) -> None:

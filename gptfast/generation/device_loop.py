@@ -15,6 +15,7 @@ import torch
 from gptfast.generation.decoder import (
     MOST_STEPS,
     UNROLLED,
+    Decoder,
     Flight,
     Shape,
     Start,
@@ -63,7 +64,8 @@ class DeviceLoop:
         self._slots: dict[int, _Slot] = {}
         self._flights: deque[tuple[Flight, list[_Slot], float]] = deque()
         self._steps, self._looked_at = 1, 0.0
-        self._decoder = self._free = None
+        self._decoder: Decoder | None = None
+        self._free: list[int] = []
         if self._waiting:
             shape = self._shape(lasting)
             with torch.cuda.device_of(model.wte.weight):
@@ -93,6 +95,11 @@ class DeviceLoop:
         kind = kind_of(request.sampling, config.vocab_size)
         return Shape(config, request.dtype, lasting, rounded, capacity, kind)
 
+    @property
+    def _own_decoder(self) -> Decoder:
+        assert self._decoder is not None
+        return self._decoder
+
     def run(self, seconds: float) -> bool:
         """See sequences.Loop."""
         if self._decoder is None:
@@ -104,7 +111,7 @@ class DeviceLoop:
         with torch.cuda.device_of(weight), torch.autocast(weight.device.type, enabled=False):
             while True:
                 self._fill_slots()
-                queued = self._queue(seconds)
+                queued = self._queue()
                 if not self._flights:
                     break
                 if len(self._flights) > ahead or not queued:
@@ -131,9 +138,9 @@ class DeviceLoop:
             start = slot, each.window, each.offset, limit, each.seed, each.sequence_id, each.tokens
             starts.append(Start(*start))
         if starts:
-            self._decoder.start(starts)
+            self._own_decoder.start(starts)
 
-    def _queue(self, seconds: float) -> bool:
+    def _queue(self) -> bool:
         """Queues steps, as many as the sequences need, and takes note of how far they will be."""
         needed = [self._steps_left(each) for each in self._slots.values()]
         needed = [count for count in needed if count]
@@ -145,7 +152,7 @@ class DeviceLoop:
             # Where others wait for a slot, up to the first that becomes free.
             steps = min(self._steps, min(needed) if self._waiting else max(needed))
         owners = list(self._slots.values())
-        flight = self._decoder.queue(steps, self._before_steps)
+        flight = self._own_decoder.queue(steps, self._before_steps)
         self._flights.append((flight, owners, time.perf_counter()))
         return True
 
@@ -161,7 +168,7 @@ class DeviceLoop:
         if stride is not None:
             over = [each for each in running if each.length > size]
             if over:
-                self._decoder.slide([each.index for each in over], stride)
+                self._own_decoder.slide([each.index for each in over], stride)
                 for each in over:
                     each.length -= -(-(each.length - size) // stride) * stride
             wanted = min([wanted, *(size - each.length + 1 for each in running)])
@@ -175,7 +182,7 @@ class DeviceLoop:
     def _look(self) -> None:
         """Reads the oldest queued steps, and appends what they drew."""
         flight, owners, queued_at = self._flights.popleft()
-        tokens, logprobs = self._decoder.read(flight)
+        tokens, logprobs = self._own_decoder.read(flight)
         now = time.perf_counter()
         each_step = (now - max(queued_at, self._looked_at)) / flight.steps
         self._looked_at = now
@@ -215,7 +222,7 @@ class DeviceLoop:
         drawing = [each for each in running if tokens[each.index, 0] >= 0]
         if not drawing:
             return
-        logits = self._decoder.logits([each.index for each in drawing])
+        logits = self._own_decoder.logits([each.index for each in drawing])
         likeliest = top_logprobs(logits.double().log_softmax(-1), self._request.top_logprobs)
         for each, own in sorted(
             zip(drawing, likeliest, strict=True), key=lambda pair: pair[0].sequence.index

@@ -1,4 +1,4 @@
-"""Decoders kept for the next call with the same model: their caches and graphs take long to make."""
+"""Decoders kept for the next call with a model: their caches and graphs take long to make."""
 
 from weakref import WeakKeyDictionary
 

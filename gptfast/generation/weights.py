@@ -61,7 +61,7 @@ class Weights:
         return sum(each.nbytes for each in self._tensors.values()) if self._copied else 0
 
     def fits(self, model: GPT) -> bool:
-        """Whether `take` would fill the same memory, or find the model's weights where they were."""
+        """Whether `take` would fill the same memory, or find the weights where they were."""
         given = _parameters(model)
         if not self._copied:
             return self._places == {name: _place(weight) for name, weight in given.items()}

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.ops.triton.launch import block_of
+from gptfast.ops.triton.overlap import overlap, wait_for_predecessor
 
 PART, KEYS = 256, 64  # keys of a part, and of one iteration of its loop
 
@@ -23,12 +24,13 @@ PART, KEYS = 256, 64  # keys of a part, and of one iteration of its loop
 def part_kernel(
     q, cache, lengths, outs, tops, totals, H, capacity, parts, q_stride, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr, KEYS: tl.constexpr,
-    ALONE: tl.constexpr,
+    ALONE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A part's unnormalised output, maximum and sum of exponentials; nothing past the length.
 
     If there is one part ALONE, its normalised output.
     """
+    wait_for_predecessor(OVERLAP)
     index = tl.program_id(0).to(tl.int64)
     part, head = index % parts, index // parts
     slot, h = head // H, head % H
@@ -66,9 +68,10 @@ def part_kernel(
 @triton.jit
 def join_kernel(
     outs, tops, totals, lengths, out, H, capacity, parts, scale_log2,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out = sum_p w_p out_p / sum_p w_p total_p, p in order, with w_p = 2^(c (top_p - top))."""
+    wait_for_predecessor(OVERLAP)
     head = tl.program_id(0).to(tl.int64)
     length = tl.minimum(tl.load(lengths + head // H), capacity)
     d = tl.arange(0, BLOCK_D)
@@ -86,7 +89,9 @@ def join_kernel(
     tl.store(out + head * D + d, (acc / total).to(out.dtype.element_ty), mask=d < D)
 
 
-def decode_attention(q: Tensor, cache: Tensor, lengths: Tensor, out: Tensor | None = None) -> Tensor:
+def decode_attention(
+    q: Tensor, cache: Tensor, lengths: Tensor, out: Tensor | None = None
+) -> Tensor:
     """softmax(q k' / sqrt(D)) v over each slot's own keys and values.
 
     Args:
@@ -110,11 +115,12 @@ def decode_attention(q: Tensor, cache: Tensor, lengths: Tensor, out: Tensor | No
     part_kernel[(S * H * parts,)](
         q, cache, lengths, outs, tops, totals, H, capacity, parts, q.stride(0), scale_log2,
         D=D, BLOCK_D=block_of(D), PART=PART, KEYS=KEYS, ALONE=parts == 1,
+        **overlap(),
     )  # fmt: skip
     if parts > 1:
         join_kernel[(S * H,)](
             outs, tops, totals, lengths, out, H, capacity, parts, scale_log2,
-            D=D, BLOCK_D=block_of(D), PART=PART,
+            D=D, BLOCK_D=block_of(D), PART=PART, **overlap(),
         )  # fmt: skip
     return out
 

@@ -1,7 +1,8 @@
 """From logits to tokens, by the algorithm of csrc/kernels/layers/sampling.inl; one program per row.
 
-Each filter keeps the tokens that reach a threshold. A bisection over the ordered bit patterns of
-floats finds it, which needs no sort. A row of at most BLOCK logits stays in registers.
+Each filter keeps the tokens that reach a threshold. A search over the ordered bit patterns of
+floats finds it, two bits at a time, which needs no sort. A row of at most HELD logits stays in
+registers; a longer one is read again for every two bits.
 
 The kernel also ends a step of generation: it writes the token down, counts it, and so decides which
 slots draw another one. Nothing of that waits for the host.
@@ -18,9 +19,10 @@ from torch import Tensor
 
 from gptfast.ops.sampling import SAMPLING_STREAM, Sampling
 from gptfast.ops.triton.launch import block_of
+from gptfast.ops.triton.overlap import overlap, wait_for_predecessor
 from gptfast.ops.triton.tiles import LN2, LOG2E
 
-BLOCK = 1024
+HELD, BLOCK = 1024, 4096  # columns that stay; columns at once of a longer row
 STREAM = tl.constexpr(SAMPLING_STREAM)
 MIN_SCORE = tl.constexpr(-2139095041)  # _ordered of -inf
 ONE = tl.constexpr(0x3F800000)  # the bits of 1.0
@@ -73,13 +75,14 @@ def _ordered(bits):
 
 
 @triton.jit
-def _score(logits, seen, held, j, V, penalty, HELD: tl.constexpr):
+def _score(logits, seen, held, j, V, columns, penalty, HELD: tl.constexpr):
     """Logits j after the repetition penalty, -inf past V; `held` has them already if HELD."""
     z = held
     if not HELD:
-        z = tl.load(logits + j, mask=j < V, other=-float("inf"))
+        # Masked by `columns`, which is a multiple of 16, the loads are 16 bytes wide.
+        z = tl.where(j < V, tl.load(logits + j, mask=j < columns, other=0.0), -float("inf"))
         if seen is not None:
-            before = tl.load(seen + j, mask=j < V, other=0) != 0
+            before = tl.load(seen + j, mask=j < columns, other=0) != 0
             z = tl.where(before, tl.where(z > 0.0, z / penalty, z * penalty), z)
     return z
 
@@ -93,10 +96,11 @@ def _weight(z, highest, sharpness):
 
 @triton.jit
 def _kept(
-    logits, seen, held, j, V, penalty, highest, sharpness, min_score, min_weight, HELD: tl.constexpr
+    logits, seen, held, j, V, columns, penalty, highest, sharpness, min_score, min_weight,
+    HELD: tl.constexpr,
 ):  # fmt: skip
     """The weights j that reach both thresholds; 0 for the other tokens."""
-    z = _score(logits, seen, held, j, V, penalty, HELD)
+    z = _score(logits, seen, held, j, V, columns, penalty, HELD)
     p = _weight(z, highest, sharpness)
     reaches = (_ordered(z.to(tl.int32, bitcast=True)) >= min_score) & (
         p.to(tl.int32, bitcast=True) >= min_weight
@@ -105,9 +109,7 @@ def _kept(
 
 
 @triton.jit
-def _step_on(
-    row, token, tokens, seen, lengths, offsets, drawn, limits, text, capacity, block_size
-):
+def _step_on(row, token, tokens, seen, lengths, offsets, drawn, limits, text, capacity, block_size):
     """Appends the token to a slot that runs, and reports it; reports -1 for a slot that does not.
 
     length' = length + 1, drawn' = drawn + 1, text[(offset + length) % capacity] = token.
@@ -129,13 +131,14 @@ def sample_kernel(
     logits, seen, seeds, sequence_ids, steps, numbers, found_tokens, found_logprobs, V, columns,
     tokens, lengths, offsets, limits, text, capacity, block_size,
     GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr,
-    HELD: tl.constexpr,
+    HELD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Chooses a token of one row; also gives its log-probability under softmax(logits).
 
     The log-probability is NaN if a logit is not finite. With `tokens`, the row is a slot, which
     appends the token.
     """
+    wait_for_predecessor(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     logits += row * columns
     sharpness = tl.load(numbers).to(tl.float32)
@@ -146,17 +149,17 @@ def sample_kernel(
     lane = tl.arange(0, BLOCK)
     held = tl.zeros([BLOCK], tl.float32)
     if HELD:
-        held = _score(logits, seen, held, lane, V, penalty, False)
+        held = _score(logits, seen, held, lane, V, columns, penalty, False)
     first, nothing = tl.cast(V, tl.int32), tl.cast(-float("inf"), tl.float32)
     highest, top, total, wrong = nothing, nothing, 0.0, 0
     for j0 in tl.range(0, V, BLOCK):
         j = j0 + lane
-        z = _score(logits, seen, held, j, V, penalty, HELD)
+        z = _score(logits, seen, held, j, V, columns, penalty, HELD)
         higher = tl.max(z, 0)
         place = tl.min(tl.where((z == higher) & (j < V), j, V), 0)
         first = tl.where(higher > highest, place, first)
         highest = tl.maximum(highest, higher)
-        x = tl.load(logits + j, mask=j < V, other=-float("inf"))
+        x = tl.where(j < V, tl.load(logits + j, mask=j < columns, other=0.0), -float("inf"))
         wrong += tl.sum(((j < V) & ~(tl.abs(x) < float("inf"))).to(tl.int32), 0)
         both = tl.maximum(top, tl.max(x, 0))
         total = total * tl.exp2((top - both) * LOG2E) + tl.sum(tl.exp2((x - both) * LOG2E), 0)
@@ -164,44 +167,55 @@ def sample_kernel(
     token = first
     if not GREEDY:
         min_score, min_weight = MIN_SCORE, 0
+        nobody, nothing_yet = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.float32)
         if TOP_K:
-            top_k = tl.load(numbers + 1)
             # The largest t that at least top_k scores reach.
+            top_k = tl.load(numbers + 1)
             low = (first * 0).to(tl.int64) + MIN_SCORE
             high = _ordered(highest.to(tl.int32, bitcast=True)).to(tl.int64)
             while low < high:
-                middle = low + (high - low + 1) // 2
-                count = 0
+                step = (high - low + 3) // 4
+                c1, c2, c3 = nobody, nobody, nobody
                 for j0 in tl.range(0, V, BLOCK):
-                    z = _score(logits, seen, held, j0 + lane, V, penalty, HELD)
-                    reaches = _ordered(z.to(tl.int32, bitcast=True)) >= middle
-                    count += tl.sum((reaches & (j0 + lane < V)).to(tl.int32), 0)
-                low = tl.where(count >= top_k, middle, low)
-                high = tl.where(count >= top_k, high, middle - 1)
+                    z = _score(logits, seen, held, j0 + lane, V, columns, penalty, HELD)
+                    key = tl.where(j0 + lane < V, _ordered(z.to(tl.int32, bitcast=True)), MIN_SCORE)
+                    c1 += (key >= low + step).to(tl.int32)
+                    c2 += (key >= low + 2 * step).to(tl.int32)
+                    c3 += (key >= low + 3 * step).to(tl.int32)
+                reached = (tl.sum(c1, 0) >= top_k).to(tl.int64)
+                reached += (tl.sum(c2, 0) >= top_k).to(tl.int64)
+                reached += (tl.sum(c3, 0) >= top_k).to(tl.int64)
+                low += reached * step
+                high = tl.minimum(high, low + step - 1)
             min_score = low.to(tl.int32)
-        whole = 0.0
         if TOP_P:
-            top_p = tl.load(numbers + 2).to(tl.float32)
-            for j0 in tl.range(0, V, BLOCK):
-                p = _kept(
-                    logits, seen, held, j0 + lane, V, penalty, highest, sharpness, min_score, 0,
-                    HELD,
-                )  # fmt: skip
-                whole += tl.sum(p, 0)
             # The largest t such that weights of at least t hold top_p of the mass; at most 1.0.
-            low, high = (first * 0).to(tl.int64), (first * 0).to(tl.int64) + ONE
+            whole = nothing_yet
+            for j0 in tl.range(0, V, BLOCK):
+                whole += _kept(
+                    logits, seen, held, j0 + lane, V, columns, penalty, highest, sharpness,
+                    min_score, 0, HELD,
+                )  # fmt: skip
+            wanted = tl.load(numbers + 2).to(tl.float32) * tl.sum(whole, 0)
+            low, high = first * 0, first * 0 + ONE
             while low < high:
-                middle = low + (high - low + 1) // 2
-                mass = 0.0
+                step = (high - low + 3) // 4
+                s1, s2, s3 = nothing_yet, nothing_yet, nothing_yet
                 for j0 in tl.range(0, V, BLOCK):
                     p = _kept(
-                        logits, seen, held, j0 + lane, V, penalty, highest, sharpness, min_score,
-                        middle.to(tl.int32), HELD,
+                        logits, seen, held, j0 + lane, V, columns, penalty, highest, sharpness,
+                        min_score, 0, HELD,
                     )  # fmt: skip
-                    mass += tl.sum(p, 0)
-                low = tl.where(mass >= top_p * whole, middle, low)
-                high = tl.where(mass >= top_p * whole, high, middle - 1)
-            min_weight = low.to(tl.int32)
+                    bits = p.to(tl.int32, bitcast=True)
+                    s1 += tl.where(bits >= low + step, p, 0.0)
+                    s2 += tl.where(bits >= low + 2 * step, p, 0.0)
+                    s3 += tl.where(bits >= low + 3 * step, p, 0.0)
+                reached = (tl.sum(s1, 0) >= wanted).to(tl.int32)
+                reached += (tl.sum(s2, 0) >= wanted).to(tl.int32)
+                reached += (tl.sum(s3, 0) >= wanted).to(tl.int32)
+                low += reached * step
+                high = tl.minimum(high, low + step - 1)
+            min_weight = low
         share = tl.load(numbers + 3).to(tl.float32)
         min_weight = tl.maximum(min_weight, share.to(tl.int32, bitcast=True))
         # Inverse transform sampling by 53 bits of a Philox block, as in gptfast.ops.sampling.
@@ -211,26 +225,27 @@ def sample_kernel(
         w0, w1, _, _ = tl.philox(tl.load(seeds + row), step, sequence, none, none + STREAM)
         bits = (w0.to(tl.uint64) << 21) + (w1.to(tl.uint64) >> 11)
         uniform = tl.sum(bits.to(tl.float64), 0) * 1.1102230246251565e-16
-        mass = tl.sum(tl.zeros([1], tl.float64), 0)
+        mass = tl.zeros([BLOCK], tl.float64)
         for j0 in tl.range(0, V, BLOCK):
-            p = _kept(
-                logits, seen, held, j0 + lane, V, penalty, highest, sharpness, min_score,
+            mass += _kept(
+                logits, seen, held, j0 + lane, V, columns, penalty, highest, sharpness, min_score,
                 min_weight, HELD,
-            )  # fmt: skip
-            mass += tl.sum(p.to(tl.float64), 0)
-        target = uniform * mass
-        reached = tl.sum(tl.zeros([1], tl.float64), 0)
+            ).to(tl.float64)  # fmt: skip
+        target = uniform * tl.sum(mass, 0)
+        before = tl.sum(tl.zeros([1], tl.float64), 0)
         token, last = V, 0
         for j0 in tl.range(0, V, BLOCK):
             j = j0 + lane
             p = _kept(
-                logits, seen, held, j, V, penalty, highest, sharpness, min_score, min_weight, HELD
-            ).to(tl.float64)
-            sums = reached + tl.cumsum(p, 0)
-            place = tl.min(tl.where((sums > target) & (p > 0.0), j, V), 0)
-            token = tl.minimum(token, place)
+                logits, seen, held, j, V, columns, penalty, highest, sharpness, min_score,
+                min_weight, HELD,
+            ).to(tl.float64)  # fmt: skip
+            after = before + tl.sum(p, 0)
             last = tl.maximum(last, tl.max(tl.where(p > 0.0, j, 0), 0))
-            reached += tl.sum(p, 0)
+            if (after > target) & (token == V):
+                sums = before + tl.cumsum(p, 0)
+                token = tl.min(tl.where((sums > target) & (p > 0.0), j, V), 0)
+            before = after
         token = tl.where(token < V, token, last)  # rounding may leave the target unreached
     lse = top + tl.log2(total) * LN2
     token = tl.minimum(token, V - 1).to(tl.int64)  # logits that are all NaN have no first token
@@ -269,7 +284,7 @@ def sample(
     """
     R, columns = logits.shape
     block = block_of(vocab_size)
-    held = block <= BLOCK
+    held = block <= HELD
     where: tuple[Tensor | None, ...] = (None,) * 5
     capacity, block_size = 0, 0
     if progress is not None:
@@ -279,5 +294,6 @@ def sample(
         logits, seen if kind.penalty else None, seeds, sequence_ids, steps, numbers, tokens,
         logprobs, vocab_size, columns, *where, capacity, block_size,
         GREEDY=kind.greedy, TOP_K=kind.top_k, TOP_P=kind.top_p, BLOCK=block if held else BLOCK,
-        HELD=held, num_warps=1 if block <= 128 else 4,
+        HELD=held, num_warps=1 if block <= 128 else 4 if held else 16,
+        **overlap(),
     )  # fmt: skip
