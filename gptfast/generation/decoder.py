@@ -26,7 +26,7 @@ from gptfast.ops.triton.few_rows import Append, Embedding, few_rows_linear
 from gptfast.ops.triton.sampling import Kind, Progress, numbers_of, sample
 
 UNROLLED = 8  # steps in the larger of the two graphs
-MOST_STEPS = 128  # that are queued before a look; a multiple of UNROLLED
+MOST_STEPS = 128  # to be queued before a look
 FLIGHTS = 3  # queued results that may be unread at once, plus one
 FILL_ROWS = 16384  # rows of an activation at most, while windows are computed
 FIELDS = "tokens", "lengths", "offsets", "drawn", "limits", "seeds", "sequence_ids"
@@ -59,7 +59,7 @@ class Flight(NamedTuple):
     """Steps that have been queued: their results, and when these have arrived."""
 
     steps: int
-    results: Tensor  # (MOST_STEPS, 2, >= S) int32: tokens, -1 where a slot did not run; logprobs
+    results: Tensor  # (>= steps, 2, >= S) int32: tokens, -1 where a slot did not run; logprobs
     arrived: Any  # torch.cuda.Event; None on the CPU
 
 
@@ -93,8 +93,9 @@ class Decoder:
         padded = -(-S // 4) * 4  # aligns every step's results
         self._drawn = zeros(UNROLLED, 2, padded, dtype=torch.int32)
         self._results = torch.zeros(
-            FLIGHTS, MOST_STEPS, 2, padded, dtype=torch.int32, pin_memory=device.type == "cuda"
-        )
+            FLIGHTS, MOST_STEPS + UNROLLED, 2, padded, dtype=torch.int32,
+            pin_memory=device.type == "cuda",
+        )  # fmt: skip
         self._flight = 0
         self._used: set[Any] = set()
         self._graphs: dict[Any, Any] = {}
@@ -141,20 +142,19 @@ class Decoder:
         """Moves the windows of slots, which are full, by `stride` tokens, and computes them."""
         self._fill(slots, max(1, self.shape.config.block_size - stride), stride)
 
-    def queue(self, steps: int, before_each: Callable[[int], int] | None = None) -> Flight:
+    def queue(self, steps: int, before_each: Callable[[int], int]) -> Flight:
         """Queues steps of all slots.
 
         Args:
-            steps: How many, at most MOST_STEPS.
-            before_each: Called with the number of steps still to be queued; returns how many of
-                them may follow at once. It may queue slides.
+            steps: How many at least, at most MOST_STEPS.
+            before_each: Called with the number of steps still to be queued; returns how many are to
+                follow at once, 1 or UNROLLED. It may queue slides.
         """
         self._flight = (self._flight + 1) % FLIGHTS
         results = self._results[self._flight]
         done = 0
         while done < steps:
-            most = steps - done if before_each is None else before_each(steps - done)
-            count = UNROLLED if most >= UNROLLED else 1
+            count = before_each(steps - done)
             self._run(("steps", count), "step", functools.partial(self._steps, count))
             results[done : done + count].copy_(self._drawn[:count], non_blocking=True)
             done += count
@@ -162,7 +162,7 @@ class Decoder:
         if self._state.is_cuda:
             arrived = torch.cuda.Event()
             arrived.record()
-        return Flight(steps, results, arrived)
+        return Flight(done, results, arrived)
 
     def read(self, flight: Flight) -> tuple[Any, Any]:
         """Waits for queued steps.

@@ -111,6 +111,8 @@ class DeviceLoop:
         with torch.cuda.device_of(weight), torch.autocast(weight.device.type, enabled=False):
             while True:
                 self._fill_slots()
+                if seconds > 0.0:
+                    self._steps = max(self._steps, UNROLLED)
                 queued = self._queue()
                 if not self._flights:
                     break
@@ -162,21 +164,25 @@ class DeviceLoop:
         return max(0, min(slot.left, self._config.block_size - slot.length + 1))
 
     def _before_steps(self, wanted: int) -> int:
-        """Slides windows that are too long, and returns after how many steps another one may be."""
+        """Slides windows that are too long, and returns how many steps are to follow at once.
+
+        These may be more than wanted: a slot that has drawn all its tokens stands still.
+        """
         size, stride = self._config.block_size, self._request.stride
         running = [each for each in self._slots.values() if self._steps_left(each)]
+        count = UNROLLED if wanted >= UNROLLED // 2 else 1
         if stride is not None:
             over = [each for each in running if each.length > size]
             if over:
                 self._own_decoder.slide([each.index for each in over], stride)
                 for each in over:
                     each.length -= -(-(each.length - size) // stride) * stride
-            wanted = min([wanted, *(size - each.length + 1 for each in running)])
-        count = UNROLLED if wanted >= UNROLLED else 1
+            if any(each.length + count > size + 1 for each in running):
+                count = 1
         for each in running:
-            count_here = min(count, self._steps_left(each))
-            each.length += count_here
-            each.left -= count_here
+            steps = min(count, self._steps_left(each))
+            each.length += steps
+            each.left -= steps
         return count
 
     def _look(self) -> None:
