@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.generation.device_loop import logits_columns
 from gptfast.ops.sampling import Sampling
 from gptfast.ops.triton import (
     adamw,
@@ -20,6 +19,7 @@ from gptfast.ops.triton import (
     cross_entropy,
     decode,
     embedding,
+    few_rows,
     ffn,
     launch,
     linear,
@@ -136,12 +136,44 @@ def cases() -> list[Case]:
         cache = empty(rows, 2, C // D, T, D, dtype=dtype)
         decode.decode_attention(empty(rows, C, dtype=dtype), cache, long(rows))
 
-    def sample(how: Sampling, _: torch.dtype) -> None:
-        columns = logits_columns(V)
-        seen, each = empty(64, columns, dtype=torch.uint8), long(64)
-        device_sampling.sample(how, empty(64, columns), seen, each, each, each, each, empty(64))
+    def fill_cache(dtype: torch.dtype) -> None:
+        slots, text = long(16), empty(16, T, dtype=torch.int64)
+        decode.next_windows(slots, slots, slots, slots, slots, text, T, T, 1)
+        kv, cache = empty(16, T, 2 * C, dtype=dtype), empty(16, 2, H, T, C // H, dtype=dtype)
+        decode.fill_cache(kv, slots, slots, cache)
+
+    def few_rows_qkv(rows: int, dtype: torch.dtype) -> None:
+        x, w, b = (empty(*size, dtype=dtype) for size in ((rows, C), (3 * C, C), (3 * C,)))
+        each, tables = long(rows), (empty(V, C, dtype=dtype), empty(T, C, dtype=dtype))
+        cache = empty(rows, 2, H, T, C // H, dtype=dtype)
+        append = few_rows.Append(cache, each, each, each)
+        for embedded in (few_rows.Embedding(each, each, *tables, T), None):
+            few_rows.few_rows_linear(
+                x, w, b, x, norm=(x[0], x[0]), embedding=embedded, append=append
+            )
+
+    def few_rows_ffn(rows: int, dtype: torch.dtype) -> None:
+        x, hidden = empty(rows, C, dtype=dtype), empty(rows, F, dtype=dtype)
+        w = empty(F, C, dtype=dtype)
+        few_rows.few_rows_linear(x, w, hidden[0], hidden, norm=(x[0], x[0]), gelu="tanh")
+        few_rows.few_rows_linear(hidden, w.view(C, F), x[0], x, residual=x)
+
+    def few_rows_head(rows: int, dtype: torch.dtype) -> None:
+        x, w = empty(rows, C, dtype=dtype), empty(V, C, dtype=dtype)
+        few_rows.few_rows_linear(x, w, None, empty(rows, V + 15), norm=(x[0], x[0]))
+
+    def sample(how: Sampling, V: int, _: torch.dtype) -> None:
+        seen, each = empty(64, V + 15, dtype=torch.uint8), long(64)
+        progress = device_sampling.Progress(
+            each, each, each, each, each, empty(64, T, dtype=torch.int64), T
+        )
+        device_sampling.sample(
+            device_sampling.kind_of(how, V), empty(5, dtype=torch.float64), empty(64, V + 15), V,
+            seen, each, each, each, empty(64, dtype=torch.int32), empty(64), progress,
+        )  # fmt: skip
 
     weights = 8 * C * C
+    greedy = Sampling(temperature=0.0)
     everything = Sampling(temperature=0.8, top_k=50, top_p=0.9, repetition_penalty=1.1)
     found = [
         attention_case(D, dropout_p, backward)
@@ -171,8 +203,14 @@ def cases() -> list[Case]:
              64 * 64 * C + 129 * C),
         *(Case(f"decode attention, D {D}", functools.partial(decode_step, 64, D),
                4.0 * 64 * T * C, 2 * 64 * T * C) for D in (64, 128)),
-        Case("sampling", functools.partial(sample, everything), 0.0, 0.0, 4.0 * 64 * V,
-             ("fp32",)),
-        Case("sampling, greedy", functools.partial(sample, Sampling(temperature=0.0)), 0.0, 0.0,
-             4.0 * 64 * V, ("fp32",)),
+        Case("filling the cache", fill_cache, 0.0, 4 * 16 * T * C),
+        *(Case(f"norm and qkv, {rows} rows", functools.partial(few_rows_qkv, rows),
+               12.0 * rows * C * C, 6 * C * C) for rows in (1, 64, 512)),
+        *(Case(f"ffn, {rows} rows", functools.partial(few_rows_ffn, rows),
+               4.0 * rows * C * F, 2 * C * F) for rows in (1, 64, 512)),
+        *(Case(f"head, {rows} rows", functools.partial(few_rows_head, rows),
+               2.0 * rows * C * V, C * V) for rows in (1, 64, 512)),
+        *(Case(f"{name}, V {size}", functools.partial(sample, how, size), 0.0, 0.0,
+               4.0 * 64 * size, ("fp32",), wide=size > 1000) for size in (66, V)
+          for name, how in (("sampling", everything), ("sampling, greedy", greedy))),
     ]  # fmt: skip

@@ -32,7 +32,9 @@ from gpu_static import CHIPS, compiling_for
 from gptfast.ops.triton import attention, attention_backward, decode, embedding, ffn, linear
 from gptfast.ops.triton import self_attention
 from gptfast.ops.triton.cross_entropy import linear_cross_entropy
-from gptfast.ops.triton.sampling import sample
+from gptfast.ops.triton.decode import fill_cache, next_windows
+from gptfast.ops.triton.few_rows import Append, Embedding, few_rows_linear
+from gptfast.ops.triton.sampling import Progress, kind_of, sample
 from gptfast.ops.sampling import Sampling
 
 def layer(M, K, N):
@@ -73,8 +75,21 @@ def decoded(R, H, capacity, D):
     decode.decode_attention(empty(R, H * D), empty(R, 2, H, capacity, D), long(R))
 
 def drawn(R, V, **how):
-    each = (long(R) for _ in range(4))
-    sample(Sampling(**how), empty(R, V), empty(R, V, dtype=torch.uint8), *each, empty(R))
+    numbers, seen, each = empty(5, dtype=torch.float64), empty(R, V, dtype=torch.uint8), long(R)
+    progress = Progress(each, each, each, each, each, long(R, V), V)
+    kind = kind_of(Sampling(**how), V)
+    drawn = each, each, each, each, empty(R), progress
+    sample(kind, numbers, empty(R, V), V, seen, *drawn)
+
+def few_rows(M, K, N):
+    x, w, b, y = empty(M, K), empty(N, K), empty(N), empty(M, N)
+    few_rows_linear(x, w, b, y, norm=(b, b), gelu="erf", residual=y)
+    each, tables = long(M), (empty(N, K), empty(N, K))
+    append = Append(empty(M, 2, 1, N, K), each, each, each)
+    embedding = Embedding(each, each, *tables, N)
+    few_rows_linear(x, empty(3 * K, K), None, x, norm=(b, None), embedding=embedding, append=append)
+    next_windows(each, each, each, each, each, long(M, N), N, N, 1)
+    fill_cache(empty(M, N, 2 * K), each, each, append.cache)
 
 with compiling_for(CHIPS["sm_80"]) as found:
     {calls}
@@ -90,7 +105,7 @@ print(len(found))
 def test_sizes_of_one_compile() -> None:  # the compiler treats an argument of 1 as a constant
     layers = "layer(1, 1, 1); heads(1, 1, 1, 1); attention_block(1, 1, 1, 1); block(1, 1, 1)"
     ends = "loss(1, 1, 1); tables(1, 1, 1, 1)"
-    decoding = "decoded(1, 1, 1, 1); drawn(1, 1, top_k=1, top_p=1, min_p=1)"
+    decoding = "decoded(1, 1, 1, 1); drawn(1, 1, top_k=1, top_p=1, min_p=1); few_rows(1, 1, 1)"
     assert compiled(f"{layers}; {ends}; {decoding}") > 0
 
 

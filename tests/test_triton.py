@@ -5,7 +5,6 @@ functions are tested. A process can use either the interpreter or the compiler: 
 cases marked `cuda` run and the others are skipped.
 """
 
-import contextlib
 import functools
 import itertools
 import math
@@ -59,7 +58,7 @@ from gptfast.ops.triton import (  # noqa: E402
     launch,
     rows,
 )
-from gptfast.ops.triton.sampling import sample  # noqa: E402
+from gptfast.ops.triton.sampling import kind_of, numbers_of, sample  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -389,12 +388,13 @@ def test_the_cpu_draws_the_same_tokens(V: int, how: Sampling) -> None:
     tokens, logprobs = torch.empty(R, dtype=torch.int64), torch.empty(R)
     arguments = logits, seen.byte(), seeds, sequence_ids, steps, tokens, logprobs
     on_device = [x.to(DEVICE) for x in arguments]
-    sample(how, *on_device)
-    # Trailing columns of probability 0 change nothing.
+    kind, numbers = kind_of(how, V), torch.tensor(numbers_of(how), dtype=torch.float64).to(DEVICE)
+    sample(kind, numbers, on_device[0], V, *on_device[1:])
+    # What stands past the vocabulary changes nothing.
     padded = [x.clone() for x in on_device]
-    for i, nothing in enumerate((-math.inf, 0)):
-        padded[i] = torch.nn.functional.pad(padded[i], (0, 7), value=nothing)
-    sample(how, *padded)
+    for i, anything in enumerate((math.nan, 1)):
+        padded[i] = torch.nn.functional.pad(padded[i], (0, 7), value=anything)
+    sample(kind, numbers, padded[0], V, *padded[1:])
     assert torch.equal(padded[-2], on_device[-2])
     assert torch.allclose(padded[-1], on_device[-1], atol=1e-6)
     listed = [row.nonzero()[:, 0].tolist() for row in seen.cpu()]
@@ -504,24 +504,6 @@ def test_logits_that_are_not_finite_name_the_prompt() -> None:
     request = make_request(model, [[1], [2], [3]], max_new_tokens=1, num_samples=2)
     with pytest.raises(DataError, match="the model's logits are not finite for prompt 1"):
         device_loop.DeviceLoop(model, request).run(0.0)
-
-
-def test_a_step_is_captured_where_it_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    streams: list[Any] = []
-
-    @contextlib.contextmanager
-    def on(stream: Any) -> Iterator[None]:
-        streams.append(stream)
-        yield
-
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
-    monkeypatch.setattr(torch.cuda, "stream", on)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream=None: on(stream))
-    device_loop.Decoder(GPT(SMALL).to(DEVICE), 2, 4, Sampling())._capture()
-    assert streams == [stream, stream]  # not on a stream of the first device that captured a graph
 
 
 @pytest.mark.parametrize(

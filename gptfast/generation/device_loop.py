@@ -1,35 +1,52 @@
-"""Generation on a GPU: static caches of keys and values, and a decode step as one CUDA graph.
+"""Generation on a GPU: the host gives slots to sequences, queues steps, and reads what they drew.
 
-Letters: S slots of the cache, n of them in a call, T time, C n_embd, H heads, D head_dim,
-V vocab_size, L layers.
+While queued steps run, the host looks at the results of those before them, so the device does not
+wait for it. A sequence that ends at a stop is found at the look; what its slot has drawn since is
+dropped. Draws come from counters, so no result depends on when the host looks.
 """
 
-import math
-from typing import Any
+import time
+from collections import deque
+from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from gptfast import ops
+from gptfast.generation.decoder import (
+    MOST_STEPS,
+    UNROLLED,
+    Decoder,
+    Flight,
+    Shape,
+    Start,
+    capacity_bucket,
+    slots_bucket,
+)
+from gptfast.generation.kept import keep_decoder, take_decoder
 from gptfast.generation.request import Request, slots_at_once
-from gptfast.generation.sequences import Sequence, Sequences, Update, by_window_length
-from gptfast.generation.snapshot import snapshot
+from gptfast.generation.sequences import Sequence, Sequences, Update
+from gptfast.generation.weights import FLOATS
 from gptfast.model import GPT
-from gptfast.modules import Attend, ForwardContext
-from gptfast.ops.sampling import Sampling, top_logprobs
-from gptfast.ops.triton.decode import decode_attention
-from gptfast.ops.triton.sampling import sample
+from gptfast.ops.sampling import top_logprobs
+from gptfast.ops.triton.sampling import kind_of
 
-WARM_UPS = 3  # decode steps before the capture: they compile, choose configurations, allocate
-INFERENCE = ForwardContext(ops, dropout_p=0.0, seed=None)
+LOOK_SECONDS = 0.0025  # of queued steps; as many are queued behind them
+
+
+@dataclass
+class _Slot:
+    """A sequence's slot, and how far it will be when all queued steps are done."""
+
+    index: int
+    sequence: Sequence
+    length: int  # of the window
+    left: int  # tokens still to be drawn
 
 
 class DeviceLoop:
     """Generates on the model's device, as many sequences at once as the memory allows.
 
-    A sequence that is new, or whose window has moved, is prefilled, together with the others whose
-    windows have its length; the rest are decoded from their caches. See sequences.Loop.
+    See sequences.Loop.
     """
 
     def __init__(self, model: GPT, request: Request, lasting: bool = False) -> None:
@@ -40,235 +57,183 @@ class DeviceLoop:
             request: What to generate.
             lasting: Whether the model may change before the loop is done.
         """
-        self._model = _fixed(model, request.dtype, lasting)
-        self._request = request
-        config = self._model.config
-        self._sequences = Sequences(request, config.block_size)
-        longest = max(map(len, request.prompts), default=0) + request.max_new_tokens
-        capacity = max(1, min(config.block_size, longest - 1))
+        self._model, self._request, self._config = model, request, model.config
+        self._sequences = Sequences(request, model.config.block_size)
+        self._sequences.slide_windows()
+        self._waiting = deque(self._sequences.running())
+        self._slots: dict[int, _Slot] = {}
+        self._flights: deque[tuple[Flight, list[_Slot], float]] = deque()
+        self._steps, self._looked_at = 1, 0.0
+        self._decoder: Decoder | None = None
+        self._free: list[int] = []
+        if self._waiting:
+            shape = self._shape(lasting)
+            with torch.cuda.device_of(model.wte.weight):
+                self._decoder = take_decoder(model, shape, request.sampling)
+            allowed = min(shape.slots, request.max_batch)
+            self._free = list(range(allowed))[::-1]
+
+    def _shape(self, lasting: bool) -> Shape:
+        request, config = self._request, self._config
+        weight = self._model.wte.weight
+        longest = max(map(len, request.prompts)) + request.max_new_tokens
         layers = config.n_layer if config.attention else 0
-        slot_bytes = 2 * layers * config.n_embd * capacity * self._model.wte.weight.itemsize
-        slots = slots_at_once(request, len(request.prompts), capacity, slot_bytes)
-        self._free_slots = list(range(slots))[::-1]
-        self._slots: dict[int, int] = {}  # by the index of the sequence that has it
-        self._cached_offsets: dict[int, int] = {}  # where the window starts that its slot holds
-        if slots:
-            self._decoder = Decoder(self._model, slots, capacity, request.sampling)
+        dtype = FLOATS[request.dtype] if request.dtype else weight.dtype
+        token_bytes = 2 * layers * config.n_embd * dtype.itemsize
+
+        def slots(capacity: int) -> int:
+            sizes = capacity, capacity * token_bytes
+            return slots_at_once(request, len(request.prompts), *sizes)
+
+        needed = max(1, min(config.block_size, longest - 1))
+        capacity, fitting = capacity_bucket(needed, config.block_size), slots(needed)
+        if fitting * capacity * token_bytes > request.max_cache_bytes:
+            capacity = needed
+        rounded = slots_bucket(fitting)
+        if rounded * capacity * token_bytes > request.max_cache_bytes:
+            rounded = fitting
+        kind = kind_of(request.sampling, config.vocab_size)
+        return Shape(config, request.dtype, lasting, rounded, capacity, kind)
+
+    @property
+    def _own_decoder(self) -> Decoder:
+        assert self._decoder is not None
+        return self._decoder
 
     def run(self, seconds: float) -> bool:
-        """Generates one token for every sequence that has a slot; see sequences.Loop."""
+        """See sequences.Loop."""
+        if self._decoder is None:
+            return False
+        end = time.perf_counter() + seconds
+        ahead = 1 if seconds > 0.0 and not self._request.top_logprobs else 0
         weight = self._model.wte.weight
         # Autocast would lower the dtype of a prefill, but not that of a captured decode step.
         with torch.cuda.device_of(weight), torch.autocast(weight.device.type, enabled=False):
-            self._sequences.slide_windows()
-            self._generate(self._with_slots(self._sequences.running()))
-        return bool(self._sequences.running())
+            while True:
+                self._fill_slots()
+                if seconds > 0.0:
+                    self._steps = max(self._steps, UNROLLED)
+                queued = self._queue()
+                if not self._flights:
+                    break
+                if len(self._flights) > ahead or not queued:
+                    self._look()
+                    if time.perf_counter() >= end:
+                        break
+        more = bool(self._slots or self._waiting)
+        if not more:
+            keep_decoder(self._model, self._decoder)
+            self._decoder = None
+        return more
 
     def updates(self) -> list[Update]:
         """See sequences.Loop."""
         return self._sequences.updates()
 
-    def _with_slots(self, running: list[Sequence]) -> list[Sequence]:
-        """The sequences that have a slot, after those that ended have handed on theirs."""
-        for index in set(self._slots).difference(each.index for each in running):
-            self._free_slots.append(self._slots.pop(index))
-        for each in running:
-            if each.index not in self._slots and self._free_slots:
-                self._slots[each.index] = self._free_slots.pop()
-        return [each for each in running if each.index in self._slots]
+    def _fill_slots(self) -> None:
+        starts = []
+        while self._waiting and self._free:
+            each = self._waiting.popleft()
+            slot = self._free.pop()
+            limit = self._request.max_new_tokens
+            self._slots[slot] = _Slot(slot, each, each.window_length, limit)
+            start = slot, each.window, each.offset, limit, each.seed, each.sequence_id, each.tokens
+            starts.append(Start(*start))
+        if starts:
+            self._own_decoder.start(starts)
 
-    def _generate(self, active: list[Sequence]) -> None:
-        cached = [each for each in active if self._cached_offsets.get(each.index) == each.offset]
-        new = [each for each in active if self._cached_offsets.get(each.index) != each.offset]
-        if cached:  # before any prefill, because a decode step writes into all slots
-            self._decode(cached)
-        for group in by_window_length(new):
-            self._prefill(group)
-
-    def _decode(self, group: list[Sequence]) -> None:
-        slots = self._prepared_slots(group)
-        positions = [each.window_length - 1 for each in group]
-        self._decoder.decode(slots, [each.tokens[-1] for each in group], positions)
-        self._append_drawn(group, slots)
-
-    def _prefill(self, group: list[Sequence]) -> None:
-        for each in group:
-            self._decoder.mark_seen(self._slots[each.index], each.tokens)
-            self._cached_offsets[each.index] = each.offset
-        slots = self._prepared_slots(group)
-        self._decoder.prefill(slots, [each.window for each in group])
-        self._append_drawn(group, slots)
-
-    def _prepared_slots(self, group: list[Sequence]) -> list[int]:
-        """The slots of these sequences, which know from here on what they draw next."""
-        slots = [self._slots[each.index] for each in group]
-        self._decoder.set_draws(
-            slots,
-            [each.seed for each in group],
-            [each.sequence_id for each in group],
-            [each.generated_length for each in group],
-        )
-        return slots
-
-    def _append_drawn(self, group: list[Sequence], slots: list[int]) -> None:
-        drawn = self._decoder.drawn(slots, self._request.top_logprobs)
-        for each, (token, logprob, likeliest) in zip(group, drawn, strict=True):
-            if not math.isfinite(logprob):
-                raise self._sequences.not_finite(each)
-            self._sequences.append(each, token, logprob, likeliest)
-
-
-def _fixed(model: GPT, dtype: str | None, lasting: bool) -> GPT:
-    """The model itself where it has the dtype and does not change meanwhile, else a snapshot."""
-    own = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(model.wte.weight.dtype)
-    shared = dtype in (None, own) and not lasting
-    return model if shared else snapshot(model, dtype)
-
-
-def logits_columns(vocab_size: int) -> int:
-    """Rounds the columns of logits up to a multiple of 16, which aligns every row."""
-    return -(-vocab_size // 16) * 16
-
-
-class Decoder:
-    """Keys and values of S slots, and the decode step that gives each slot its next token.
-
-    No tensor moves or changes its shape, so that a CUDA graph can replay the step.
-    """
-
-    def __init__(self, model: GPT, slots: int, capacity: int, sampling: Sampling) -> None:
-        config, weight = model.config, model.wte.weight
-        self._model, self._sampling = model, sampling
-        self._tokens, self._positions, self._seeds, self._sequence_ids, self._steps, self._next = (
-            torch.zeros(slots, dtype=torch.int64, device=weight.device) for _ in range(6)
-        )
-        columns = logits_columns(config.vocab_size)  # -inf past the vocabulary is never drawn
-        self._padded_logits = torch.zeros(slots, columns, device=weight.device)
-        self._padded_logits[:, config.vocab_size :] = -torch.inf
-        self._logits = self._padded_logits[:, : config.vocab_size]
-        self._logprobs = torch.zeros(slots, device=weight.device)
-        self._seen = torch.zeros(slots, columns, dtype=torch.uint8, device=weight.device)
-        shape = config.n_layer, slots, 2, config.n_head, capacity, config.head_dim
-        self._cache = weight.new_zeros(shape if config.attention else 0)  # (L, S, 2, H, ., D)
-        self._graph: Any = None
-
-    def mark_seen(self, slot: int, tokens: list[int]) -> None:
-        """Makes the repetition penalty apply to these tokens of a slot and to no others."""
-        if self._sampling.repetition_penalty != 1.0:
-            self._seen[slot] = 0
-            self._seen[slot, self._on_device(tokens)] = 1
-
-    def set_draws(
-        self, slots: list[int], seeds: list[int], sequence_ids: list[int], steps: list[int]
-    ) -> None:
-        """Sets which random number each of these slots draws next; see ops.sampling.draws."""
-        at = self._on_device(slots)
-        self._seeds[at] = self._on_device(seeds)
-        self._sequence_ids[at] = self._on_device(sequence_ids)
-        self._steps[at] = self._on_device(steps)
-
-    @torch.no_grad()
-    def prefill(self, slots: list[int], windows: list[list[int]]) -> None:
-        """Fills the caches of n slots with n windows of one length, and draws the next tokens."""
-        at, idx = self._on_device(slots), self._on_device(windows)  # (n,), (n, T)
-        T = idx.shape[1]
-
-        def attend_in(layer: int) -> Attend:
-            def attend(qkv: Tensor, n_head: int) -> Tensor:
-                heads = qkv.unflatten(-1, (3, n_head, -1)).permute(0, 2, 3, 1, 4)  # (n, 3, H, T, D)
-                self._cache[layer, at, :, :, :T] = heads[:, 1:]
-                return ops.causal_attention(*heads.unbind(1)).transpose(1, 2).flatten(2)
-
-            return attend
-
-        x = self._model.embed(idx, INFERENCE)  # (n, T, C)
-        for layer, block in enumerate(self._model.blocks):
-            x = block.forward_with(attend_in(layer), x, INFERENCE)
-        self._logits[at] = self._logits_of(x[:, -1])
-        self._sample()
-
-    def decode(self, slots: list[int], tokens: list[int], positions: list[int]) -> None:
-        """Draws the token after one new token in each of n slots; overwrites all others' draws.
-
-        Args:
-            slots: n slots; the others' caches are overwritten at position 0, too.
-            tokens: The new token of each.
-            positions: The place of each new token in its window.
-        """
-        at, newest = self._on_device(slots), self._on_device(tokens)
-        self._tokens.zero_()
-        self._positions.zero_()
-        self._tokens[at], self._positions[at] = newest, self._on_device(positions)
-        if self._sampling.repetition_penalty != 1.0:
-            self._seen[at, newest] = 1
-        if self._tokens.is_cuda and self._graph is None:
-            self._capture()
-        if self._graph is None:
-            self._decode_step()
+    def _queue(self) -> bool:
+        """Queues steps, as many as the sequences need, and takes note of how far they will be."""
+        needed = [self._steps_left(each) for each in self._slots.values()]
+        needed = [count for count in needed if count]
+        if not needed:
+            return False
+        if self._request.top_logprobs:
+            steps = 1
         else:
-            self._graph.replay()
+            # Where others wait for a slot, up to the first that becomes free.
+            steps = min(self._steps, min(needed) if self._waiting else max(needed))
+        owners = list(self._slots.values())
+        flight = self._own_decoder.queue(steps, self._before_steps)
+        self._flights.append((flight, owners, time.perf_counter()))
+        return True
 
-    def drawn(self, slots: list[int], count: int) -> list[tuple[int, float, Any]]:
-        """Returns what the last prefill or decode drew for n slots.
+    def _steps_left(self, slot: _Slot) -> int:
+        if self._request.stride is not None:
+            return slot.left
+        return max(0, min(slot.left, self._config.block_size - slot.length + 1))
 
-        Returns:
-            Per slot, the token, its log-probability (NaN where the logits are not finite), and the
-            `count` likeliest tokens with theirs.
+    def _before_steps(self, wanted: int) -> int:
+        """Slides windows that are too long, and returns how many steps are to follow at once.
+
+        These may be more than wanted: a slot that has drawn all its tokens stands still.
         """
-        at = self._on_device(slots)
-        finite = self._logits[at].isfinite().all(1)
-        logprobs = self._logprobs[at].double().where(finite, torch.nan)
-        # One transfer for both, because each would wait for the device.
-        tokens, values = torch.stack([self._next[at].double(), logprobs]).tolist()
-        likeliest: list[list[tuple[int, float]]] = [[] for _ in slots]
-        if count:
-            likeliest = top_logprobs(self._logits[at].double().log_softmax(-1), count)
-        return list(zip(map(int, tokens), values, likeliest, strict=True))
+        size, stride = self._config.block_size, self._request.stride
+        running = [each for each in self._slots.values() if self._steps_left(each)]
+        count = UNROLLED if wanted >= UNROLLED // 2 else 1
+        if stride is not None:
+            over = [each for each in running if each.length > size]
+            if over:
+                self._own_decoder.slide([each.index for each in over], stride)
+                for each in over:
+                    each.length -= -(-(each.length - size) // stride) * stride
+            if any(each.length + count > size + 1 for each in running):
+                count = 1
+        for each in running:
+            steps = min(count, self._steps_left(each))
+            each.length += steps
+            each.left -= steps
+        return count
 
-    def _capture(self) -> None:
-        side_stream = torch.cuda.Stream()
-        side_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side_stream):
-            for _ in range(WARM_UPS):
-                self._decode_step()
-        torch.cuda.current_stream().wait_stream(side_stream)
-        self._graph = torch.cuda.CUDAGraph()
-        # torch's default capture stream belongs to the first device that the process captured on.
-        with torch.cuda.graph(self._graph, stream=side_stream):
-            self._decode_step()
+    def _look(self) -> None:
+        """Reads the oldest queued steps, and appends what they drew."""
+        flight, owners, queued_at = self._flights.popleft()
+        tokens, logprobs = self._own_decoder.read(flight)
+        now = time.perf_counter()
+        each_step = (now - max(queued_at, self._looked_at)) / flight.steps
+        self._looked_at = now
+        most = max(1, min(MOST_STEPS, int(LOOK_SECONDS / max(each_step, 1e-9))))
+        self._steps = min(most, 2 * self._steps)
+        running = [each for each in owners if each.sequence.state == "running"]
+        if self._request.top_logprobs:
+            self._append_with_likeliest(running, tokens, logprobs)
+        else:
+            self._append(running, tokens, logprobs)
+        if self._request.stride is None:
+            self._sequences.slide_windows()
+        for each in running:
+            if each.sequence.state != "running" and self._slots.get(each.index) is each:
+                del self._slots[each.index]
+                self._free.append(each.index)
 
-    @torch.no_grad()
-    def _decode_step(self) -> None:
-        model = self._model
-        slots = torch.arange(len(self._tokens), device=self._tokens.device)
-        lengths = self._positions + 1
+    def _append(self, running: list[_Slot], tokens: "np.ndarray", logprobs: "np.ndarray") -> None:
+        finite = not np.isnan(logprobs).any()
+        columns, values = tokens.tolist(), logprobs.tolist()
+        for each in sorted(running, key=lambda each: each.sequence.index):
+            drawn, own = columns[each.index], values[each.index]
+            if drawn[-1] < 0:
+                drawn = drawn[: drawn.index(-1)]
+                own = own[: len(drawn)]
+            if finite or not np.isnan(own).any():
+                self._sequences.extend(each.sequence, drawn, own)
+                continue
+            first = next(i for i, value in enumerate(own) if value != value)
+            self._sequences.extend(each.sequence, drawn[:first], own[:first])
+            if each.sequence.state == "running":
+                raise self._sequences.not_finite(each.sequence)
 
-        def attend_in(layer: int) -> Attend:
-            def attend(qkv: Tensor, n_head: int) -> Tensor:
-                q, kv = qkv.flatten(0, 1).tensor_split([model.config.n_embd], dim=1)
-                new = kv.unflatten(1, (2, n_head, -1))  # (S, 2, H, D)
-                self._cache[layer].transpose(1, 3)[slots, self._positions] = new.transpose(1, 2)
-                return decode_attention(q, self._cache[layer], lengths)[:, None]
-
-            return attend
-
-        x = F.embedding(self._tokens, model.wte.weight)
-        x = (x + F.embedding(self._positions, model.wpe.weight))[:, None]  # (S, 1, C)
-        for layer, block in enumerate(model.blocks):
-            x = block.forward_with(attend_in(layer), x, INFERENCE)
-        self._logits.copy_(self._logits_of(x[:, 0]))
-        self._sample()
-
-    def _logits_of(self, x: Tensor) -> Tensor:
-        """x (n, C) -> (n, V) float32."""
-        norm, head = self._model.ln_f, self._model.lm_head
-        return ops.layer_norm_linear(x, norm.weight, norm.bias, head.weight, None).float()
-
-    def _sample(self) -> None:
-        sample(
-            self._sampling, self._padded_logits, self._seen, self._seeds, self._sequence_ids,
-            self._steps, self._next, self._logprobs,
-        )  # fmt: skip
-
-    def _on_device(self, values: Any) -> Tensor:
-        return torch.tensor(values, device=self._tokens.device)
+    def _append_with_likeliest(
+        self, running: list[_Slot], tokens: "np.ndarray", logprobs: "np.ndarray"
+    ) -> None:
+        drawing = [each for each in running if tokens[each.index, 0] >= 0]
+        if not drawing:
+            return
+        logits = self._own_decoder.logits([each.index for each in drawing])
+        likeliest = top_logprobs(logits.double().log_softmax(-1), self._request.top_logprobs)
+        for each, own in sorted(
+            zip(drawing, likeliest, strict=True), key=lambda pair: pair[0].sequence.index
+        ):
+            logprob = float(logprobs[each.index, 0])
+            if logprob != logprob:
+                raise self._sequences.not_finite(each.sequence)
+            self._sequences.append(each.sequence, int(tokens[each.index, 0]), logprob, own)

@@ -114,6 +114,20 @@ class Sequences:
         elif sequence.generated_length == request.max_new_tokens:
             sequence.state = "length"
 
+    def extend(self, sequence: Sequence, tokens: list[int], logprobs: list[float]) -> None:
+        """Appends tokens to a running sequence until it ends, and drops those after its end."""
+        request = self._request
+        if request.stop_tokens or request.stop_strings:
+            for token, logprob in zip(tokens, logprobs, strict=True):
+                if sequence.state == "running":
+                    self.append(sequence, token, logprob, [])
+            return
+        room = request.max_new_tokens - sequence.generated_length
+        sequence.logprobs += logprobs[:room]
+        sequence.tokens += tokens[:room]  # last, as in `append`
+        if room <= len(tokens):
+            sequence.state = "length"
+
     def not_finite(self, sequence: Sequence) -> DataError:
         """Makes the error that the model's logits after this sequence are not finite."""
         return not_finite("prompt", sequence.index // self._request.num_samples)

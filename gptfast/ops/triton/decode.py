@@ -1,9 +1,10 @@
-"""Attention of one new token per sequence to its cached keys and values (split-KV decoding).
+"""The cache of keys and values: attention of one new token per slot (split-KV decoding), filling.
 
 Programs take parts of a fixed number of keys in parallel, and a second kernel joins the parts in
-their order: a sequence has the same bits whatever the other sequences' lengths are.
+their order: a sequence has the same bits whatever the other sequences' lengths are. A cache of one
+part needs no second kernel, which would not change a bit.
 
-Letters: S slots of the cache, H heads, D head_dim.
+Letters: S slots of the cache, n of them in a call, T time, C n_embd, H heads, D head_dim.
 """
 
 import math
@@ -14,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.ops.triton.launch import block_of
+from gptfast.ops.triton.overlap import overlap, wait_for_predecessor
 
 PART, KEYS = 256, 64  # keys of a part, and of one iteration of its loop
 
@@ -22,12 +24,17 @@ PART, KEYS = 256, 64  # keys of a part, and of one iteration of its loop
 def part_kernel(
     q, cache, lengths, outs, tops, totals, H, capacity, parts, q_stride, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr, KEYS: tl.constexpr,
+    ALONE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A part's unnormalised output, maximum and sum of exponentials; nothing past the length."""
+    """A part's unnormalised output, maximum and sum of exponentials; nothing past the length.
+
+    If there is one part ALONE, its normalised output.
+    """
+    wait_for_predecessor(OVERLAP)
     index = tl.program_id(0).to(tl.int64)
     part, head = index % parts, index // parts
     slot, h = head // H, head % H
-    length = tl.load(lengths + slot)
+    length = tl.minimum(tl.load(lengths + slot), capacity)
     first = part * PART
     last = tl.minimum(first + PART, length)
     d = tl.arange(0, BLOCK_D)
@@ -50,7 +57,9 @@ def part_kernel(
         acc = acc * shrink + tl.sum(v * p[:, None], 0)
         total = total * shrink + tl.sum(p, 0)
         top = higher
-    if first < length:
+    if ALONE:
+        tl.store(outs + index * D + d, (acc / total).to(outs.dtype.element_ty), mask=d < D)
+    elif first < length:
         tl.store(outs + index * D + d, acc, mask=d < D)
         tl.store(tops + index, top)
         tl.store(totals + index, total)
@@ -58,12 +67,13 @@ def part_kernel(
 
 @triton.jit
 def join_kernel(
-    outs, tops, totals, lengths, out, H, parts, scale_log2,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr,
+    outs, tops, totals, lengths, out, H, capacity, parts, scale_log2,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out = sum_p w_p out_p / sum_p w_p total_p, p in order, with w_p = 2^(c (top_p - top))."""
+    wait_for_predecessor(OVERLAP)
     head = tl.program_id(0).to(tl.int64)
-    length = tl.load(lengths + head // H)
+    length = tl.minimum(tl.load(lengths + head // H), capacity)
     d = tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_D], tl.float32)
     top, total = -float("inf"), 0.0
@@ -79,29 +89,124 @@ def join_kernel(
     tl.store(out + head * D + d, (acc / total).to(out.dtype.element_ty), mask=d < D)
 
 
-def decode_attention(q: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
-    """softmax(q k' / sqrt(D)) v over each sequence's own keys and values.
+def decode_attention(
+    q: Tensor, cache: Tensor, lengths: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """softmax(q k' / sqrt(D)) v over each slot's own keys and values.
 
     Args:
         q: (S, H D), float32, float16 or bfloat16, any stride between slots.
         cache: (S, 2, H, capacity, D) in q's dtype, contiguous: keys, then values; those of the new
             token included.
-        lengths: (S,) int64, from 1 to capacity.
+        lengths: (S,) int64, at least 1; lengths above `capacity` count as `capacity`.
+        out: Receives the result, if given.
 
     Returns:
-        (S, H D) in q's dtype.
+        (S, H D) in q's dtype, contiguous.
     """
     S, _, H, capacity, D = cache.shape
     parts = triton.cdiv(capacity, PART)
-    outs = q.new_empty(S, H, parts, D, dtype=torch.float32)
-    tops, totals = (q.new_empty(S, H, parts, dtype=torch.float32) for _ in range(2))
-    out = q.new_empty(S, H * D)
+    out = q.new_empty(S, H * D) if out is None else out
+    outs, tops, totals = out, out, out
+    if parts > 1:
+        outs = q.new_empty(S, H, parts, D, dtype=torch.float32)
+        tops, totals = (q.new_empty(S, H, parts, dtype=torch.float32) for _ in range(2))
     scale_log2 = 1 / math.sqrt(D) / math.log(2)
     part_kernel[(S * H * parts,)](
         q, cache, lengths, outs, tops, totals, H, capacity, parts, q.stride(0), scale_log2,
-        D=D, BLOCK_D=block_of(D), PART=PART, KEYS=KEYS,
+        D=D, BLOCK_D=block_of(D), PART=PART, KEYS=KEYS, ALONE=parts == 1,
+        **overlap(),
     )  # fmt: skip
-    join_kernel[(S * H,)](
-        outs, tops, totals, lengths, out, H, parts, scale_log2, D=D, BLOCK_D=block_of(D), PART=PART
-    )
+    if parts > 1:
+        join_kernel[(S * H,)](
+            outs, tops, totals, lengths, out, H, capacity, parts, scale_log2,
+            D=D, BLOCK_D=block_of(D), PART=PART, **overlap(),
+        )  # fmt: skip
     return out
+
+
+@triton.jit(do_not_specialize=["T"])
+def window_kernel(
+    slots, lengths, offsets, drawn, limits, text, windows, T, capacity, block_size, stride,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The first T tokens of a slot's window, after a window that is too long has moved on."""
+    n = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + n)
+    there = slot >= 0
+    slot = tl.maximum(slot, 0)
+    offset, length = tl.load(offsets + slot), tl.load(lengths + slot)
+    over = length - block_size
+    if stride > 0:
+        moves = there & (over > 0) & (tl.load(drawn + slot) < tl.load(limits + slot))
+        by = tl.where(moves, (over + stride - 1) // stride * stride, 0)
+        offset += by
+        tl.store(offsets + slot, offset, mask=moves)
+        tl.store(lengths + slot, length - by, mask=moves)
+    for t0 in tl.range(0, T, BLOCK):
+        t = t0 + tl.arange(0, BLOCK)
+        token = tl.load(text + slot * capacity + (offset + t) % capacity, mask=t < T, other=0)
+        tl.store(windows + n * T + t, tl.where(there, token, 0), mask=t < T)
+
+
+def next_windows(
+    slots: Tensor, lengths: Tensor, offsets: Tensor, drawn: Tensor, limits: Tensor, text: Tensor,
+    T: int, block_size: int, stride: int,
+) -> Tensor:  # fmt: skip
+    """Returns the first T tokens of windows; what follows a window's own tokens is arbitrary.
+
+    Args:
+        slots: (n,) int64; -1 stands for none, whose tokens are 0.
+        lengths: (S,) int64, of the windows; those that move get shorter.
+        offsets: (S,) int64, where the windows start; those that move start later.
+        drawn: (S,) int64, tokens drawn; a slot that has drawn its limit does not move.
+        limits: (S,) int64.
+        text: (S, capacity) int64; token i of a text is at i % capacity.
+        T: At most capacity.
+        block_size: The longest window.
+        stride: Tokens by which a longer one moves, times what is necessary; 0: none moves.
+
+    Returns:
+        (n, T) int64.
+    """
+    windows = slots.new_empty(len(slots), T)
+    window_kernel[(len(slots),)](
+        slots, lengths, offsets, drawn, limits, text, windows, T, text.shape[1], block_size, stride,
+        BLOCK=256,
+    )  # fmt: skip
+    return windows
+
+
+@triton.jit(do_not_specialize=["T"])
+def fill_kernel(
+    kv, slots, lengths, cache, T, capacity, row_stride,
+    H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of a position of a window to the cache, if a later token follows it there."""
+    C: tl.constexpr = H * D
+    n, t = (tl.program_id(0) // T).to(tl.int64), tl.program_id(0) % T
+    slot = tl.load(slots + n)
+    if slot >= 0:
+        if t + 1 < tl.load(lengths + slot):
+            column = tl.arange(0, BLOCK)
+            head = slot * 2 * H + column // D
+            row = tl.load(kv + (n * T + t) * row_stride + column, mask=column < 2 * C)
+            at = (head * capacity + t) * D + column % D
+            tl.store(cache + at, row, mask=column < 2 * C)
+
+
+def fill_cache(kv: Tensor, slots: Tensor, lengths: Tensor, cache: Tensor) -> None:
+    """Writes keys and values of windows to the cache, without those of each window's last token.
+
+    Args:
+        kv: (n, T, 2 C): keys, then values; any stride between the rows, which are equally far
+            apart.
+        slots: (n,) int64; -1 stands for none.
+        lengths: (S,) int64, of the windows.
+        cache: (S, 2, H, capacity, D), contiguous, with capacity >= T.
+    """
+    n, T, columns = kv.shape
+    _, _, H, capacity, D = cache.shape
+    fill_kernel[(n * T,)](
+        kv, slots, lengths, cache, T, capacity, kv.stride(1), H=H, D=D, BLOCK=block_of(columns)
+    )

@@ -1,12 +1,17 @@
 """From logits to tokens, by the algorithm of csrc/kernels/layers/sampling.inl; one program per row.
 
-Each filter keeps the tokens that reach a threshold. A bisection over the ordered bit patterns of
-floats finds it, which needs no sort.
+Each filter keeps the tokens that reach a threshold. A search over the ordered bit patterns of
+floats finds it, two bits at a time, which needs no sort. A row of at most HELD logits stays in
+registers; a longer one is read again for every two bits.
 
-Letters: R rows of logits, V vocab_size.
+The kernel also ends a step of generation: it writes the token down, counts it, and so decides which
+slots draw another one. Nothing of that waits for the host.
+
+Letters: R rows of logits, V vocab_size, S slots.
 """
 
 import math
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -14,12 +19,53 @@ from torch import Tensor
 
 from gptfast.ops.sampling import SAMPLING_STREAM, Sampling
 from gptfast.ops.triton.launch import block_of
+from gptfast.ops.triton.overlap import overlap, wait_for_predecessor
 from gptfast.ops.triton.tiles import LN2, LOG2E
 
-BLOCK = 1024
+HELD, BLOCK = 1024, 4096  # columns that stay; columns at once of a longer row
 STREAM = tl.constexpr(SAMPLING_STREAM)
 MIN_SCORE = tl.constexpr(-2139095041)  # _ordered of -inf
 ONE = tl.constexpr(0x3F800000)  # the bits of 1.0
+
+
+class Kind(NamedTuple):
+    """Which parts of sampling a kernel has; the numbers come from a tensor, see `numbers_of`."""
+
+    greedy: bool
+    top_k: bool
+    top_p: bool
+    penalty: bool
+
+
+def kind_of(how: Sampling, vocab_size: int) -> Kind:
+    """Returns the kind of a way to sample."""
+    return Kind(
+        how.temperature == 0.0,
+        0 < how.top_k < vocab_size,
+        how.top_p < 1.0,
+        how.repetition_penalty != 1.0,
+    )
+
+
+def numbers_of(how: Sampling) -> list[float]:
+    """Returns log2(e) / temperature, top_k, top_p, min_p and penalty, for a float64 tensor (5,)."""
+    sharpness = 0.0 if how.temperature == 0.0 else math.log2(math.e) / how.temperature
+    return [sharpness, float(how.top_k), how.top_p, how.min_p, how.repetition_penalty]
+
+
+class Progress(NamedTuple):
+    """The slots of a generation, which a step moves on by a token; one row of logits each.
+
+    A slot runs while drawn < limits and its window is not longer than block_size.
+    """
+
+    tokens: Tensor  # (S,) int64, the last token
+    lengths: Tensor  # (S,) int64, of the window with that token
+    offsets: Tensor  # (S,) int64, where the window starts in the text
+    drawn: Tensor  # (S,) int64, how many tokens have been drawn
+    limits: Tensor  # (S,) int64, how many are to be drawn
+    text: Tensor  # (S, capacity) int64; text token i is at i % capacity
+    block_size: int
 
 
 @triton.jit
@@ -29,12 +75,15 @@ def _ordered(bits):
 
 
 @triton.jit
-def _score(logits, seen, j, V, penalty):
-    """Logits j after the repetition penalty; -inf past V."""
-    z = tl.load(logits + j, mask=j < V, other=-float("inf"))
-    if seen is not None:
-        before = tl.load(seen + j, mask=j < V, other=0) != 0
-        z = tl.where(before, tl.where(z > 0.0, z / penalty, z * penalty), z)
+def _score(logits, seen, held, j, V, columns, penalty, HELD: tl.constexpr):
+    """Logits j after the repetition penalty, -inf past V; `held` has them already if HELD."""
+    z = held
+    if not HELD:
+        # Masked by `columns`, which is a multiple of 16, the loads are 16 bytes wide.
+        z = tl.where(j < V, tl.load(logits + j, mask=j < columns, other=0.0), -float("inf"))
+        if seen is not None:
+            before = tl.load(seen + j, mask=j < columns, other=0) != 0
+            z = tl.where(before, tl.where(z > 0.0, z / penalty, z * penalty), z)
     return z
 
 
@@ -46,9 +95,12 @@ def _weight(z, highest, sharpness):
 
 
 @triton.jit
-def _kept(logits, seen, j, V, penalty, highest, sharpness, min_score, min_weight):
+def _kept(
+    logits, seen, held, j, V, columns, penalty, highest, sharpness, min_score, min_weight,
+    HELD: tl.constexpr,
+):  # fmt: skip
     """The weights j that reach both thresholds; 0 for the other tokens."""
-    z = _score(logits, seen, j, V, penalty)
+    z = _score(logits, seen, held, j, V, columns, penalty, HELD)
     p = _weight(z, highest, sharpness)
     reaches = (_ordered(z.to(tl.int32, bitcast=True)) >= min_score) & (
         p.to(tl.int32, bitcast=True) >= min_weight
@@ -57,68 +109,114 @@ def _kept(logits, seen, j, V, penalty, highest, sharpness, min_score, min_weight
 
 
 @triton.jit
-def sample_kernel(
-    logits, seen, seeds, sequence_ids, steps, tokens, logprobs, V,
-    sharpness, top_k, top_p, min_p, penalty,
-    GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Chooses a token of one row; also gives its log-probability under softmax(logits)."""
-    row = tl.program_id(0).to(tl.int64)
-    logits += row * V
+def _step_on(row, token, tokens, seen, lengths, offsets, drawn, limits, text, capacity, block_size):
+    """Appends the token to a slot that runs, and reports it; reports -1 for a slot that does not.
+
+    length' = length + 1, drawn' = drawn + 1, text[(offset + length) % capacity] = token.
+    """
+    length, count = tl.load(lengths + row), tl.load(drawn + row)
+    runs = (count < tl.load(limits + row)) & (length <= block_size)
+    at = (tl.load(offsets + row) + length) % capacity
+    tl.store(text + row * capacity + at, token, mask=runs)
+    tl.store(tokens + row, token, mask=runs)
+    tl.store(lengths + row, length + 1, mask=runs)
+    tl.store(drawn + row, count + 1, mask=runs)
     if seen is not None:
-        seen += row * V
+        tl.store(seen + token, tl.cast(1, tl.uint8), mask=runs)
+    return tl.where(runs, token, -1)
+
+
+@triton.jit
+def sample_kernel(
+    logits, seen, seeds, sequence_ids, steps, numbers, found_tokens, found_logprobs, V, columns,
+    tokens, lengths, offsets, limits, text, capacity, block_size,
+    GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr,
+    HELD: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Chooses a token of one row; also gives its log-probability under softmax(logits).
+
+    The log-probability is NaN if a logit is not finite. With `tokens`, the row is a slot, which
+    appends the token.
+    """
+    wait_for_predecessor(OVERLAP)
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * columns
+    sharpness = tl.load(numbers).to(tl.float32)
+    penalty = tl.load(numbers + 4).to(tl.float32)
+    if seen is not None:
+        seen += row * columns
     # One pass: the highest score, the first token that has it, and ln sum exp of the raw logits.
     lane = tl.arange(0, BLOCK)
+    held = tl.zeros([BLOCK], tl.float32)
+    if HELD:
+        held = _score(logits, seen, held, lane, V, columns, penalty, False)
     first, nothing = tl.cast(V, tl.int32), tl.cast(-float("inf"), tl.float32)
-    highest, top, total = nothing, nothing, 0.0
+    highest, top, total, wrong = nothing, nothing, 0.0, 0
     for j0 in tl.range(0, V, BLOCK):
         j = j0 + lane
-        z = _score(logits, seen, j, V, penalty)
+        z = _score(logits, seen, held, j, V, columns, penalty, HELD)
         higher = tl.max(z, 0)
         place = tl.min(tl.where((z == higher) & (j < V), j, V), 0)
         first = tl.where(higher > highest, place, first)
         highest = tl.maximum(highest, higher)
-        x = tl.load(logits + j, mask=j < V, other=-float("inf"))
+        x = tl.where(j < V, tl.load(logits + j, mask=j < columns, other=0.0), -float("inf"))
+        wrong += tl.sum(((j < V) & ~(tl.abs(x) < float("inf"))).to(tl.int32), 0)
         both = tl.maximum(top, tl.max(x, 0))
         total = total * tl.exp2((top - both) * LOG2E) + tl.sum(tl.exp2((x - both) * LOG2E), 0)
         top = both
     token = first
     if not GREEDY:
         min_score, min_weight = MIN_SCORE, 0
+        nobody, nothing_yet = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.float32)
         if TOP_K:
             # The largest t that at least top_k scores reach.
+            top_k = tl.load(numbers + 1)
             low = (first * 0).to(tl.int64) + MIN_SCORE
             high = _ordered(highest.to(tl.int32, bitcast=True)).to(tl.int64)
             while low < high:
-                middle = low + (high - low + 1) // 2
-                count = 0
+                step = (high - low + 3) // 4
+                c1, c2, c3 = nobody, nobody, nobody
                 for j0 in tl.range(0, V, BLOCK):
-                    z = _score(logits, seen, j0 + lane, V, penalty)
-                    reaches = _ordered(z.to(tl.int32, bitcast=True)) >= middle
-                    count += tl.sum((reaches & (j0 + lane < V)).to(tl.int32), 0)
-                low = tl.where(count >= top_k, middle, low)
-                high = tl.where(count >= top_k, high, middle - 1)
+                    z = _score(logits, seen, held, j0 + lane, V, columns, penalty, HELD)
+                    key = tl.where(j0 + lane < V, _ordered(z.to(tl.int32, bitcast=True)), MIN_SCORE)
+                    c1 += (key >= low + step).to(tl.int32)
+                    c2 += (key >= low + 2 * step).to(tl.int32)
+                    c3 += (key >= low + 3 * step).to(tl.int32)
+                reached = (tl.sum(c1, 0) >= top_k).to(tl.int64)
+                reached += (tl.sum(c2, 0) >= top_k).to(tl.int64)
+                reached += (tl.sum(c3, 0) >= top_k).to(tl.int64)
+                low += reached * step
+                high = tl.minimum(high, low + step - 1)
             min_score = low.to(tl.int32)
-        whole = 0.0
         if TOP_P:
-            for j0 in tl.range(0, V, BLOCK):
-                p = _kept(logits, seen, j0 + lane, V, penalty, highest, sharpness, min_score, 0)
-                whole += tl.sum(p, 0)
             # The largest t such that weights of at least t hold top_p of the mass; at most 1.0.
-            low, high = (first * 0).to(tl.int64), (first * 0).to(tl.int64) + ONE
+            whole = nothing_yet
+            for j0 in tl.range(0, V, BLOCK):
+                whole += _kept(
+                    logits, seen, held, j0 + lane, V, columns, penalty, highest, sharpness,
+                    min_score, 0, HELD,
+                )  # fmt: skip
+            wanted = tl.load(numbers + 2).to(tl.float32) * tl.sum(whole, 0)
+            low, high = first * 0, first * 0 + ONE
             while low < high:
-                middle = low + (high - low + 1) // 2
-                mass = 0.0
+                step = (high - low + 3) // 4
+                s1, s2, s3 = nothing_yet, nothing_yet, nothing_yet
                 for j0 in tl.range(0, V, BLOCK):
                     p = _kept(
-                        logits, seen, j0 + lane, V, penalty, highest, sharpness, min_score,
-                        middle.to(tl.int32),
+                        logits, seen, held, j0 + lane, V, columns, penalty, highest, sharpness,
+                        min_score, 0, HELD,
                     )  # fmt: skip
-                    mass += tl.sum(p, 0)
-                low = tl.where(mass >= top_p * whole, middle, low)
-                high = tl.where(mass >= top_p * whole, high, middle - 1)
-            min_weight = low.to(tl.int32)
-        share = tl.cast(min_p, tl.float32)
+                    bits = p.to(tl.int32, bitcast=True)
+                    s1 += tl.where(bits >= low + step, p, 0.0)
+                    s2 += tl.where(bits >= low + 2 * step, p, 0.0)
+                    s3 += tl.where(bits >= low + 3 * step, p, 0.0)
+                reached = (tl.sum(s1, 0) >= wanted).to(tl.int32)
+                reached += (tl.sum(s2, 0) >= wanted).to(tl.int32)
+                reached += (tl.sum(s3, 0) >= wanted).to(tl.int32)
+                low += reached * step
+                high = tl.minimum(high, low + step - 1)
+            min_weight = low
+        share = tl.load(numbers + 3).to(tl.float32)
         min_weight = tl.maximum(min_weight, share.to(tl.int32, bitcast=True))
         # Inverse transform sampling by 53 bits of a Philox block, as in gptfast.ops.sampling.
         none = tl.zeros([1], tl.uint32)
@@ -127,56 +225,75 @@ def sample_kernel(
         w0, w1, _, _ = tl.philox(tl.load(seeds + row), step, sequence, none, none + STREAM)
         bits = (w0.to(tl.uint64) << 21) + (w1.to(tl.uint64) >> 11)
         uniform = tl.sum(bits.to(tl.float64), 0) * 1.1102230246251565e-16
-        mass = tl.sum(tl.zeros([1], tl.float64), 0)
+        mass = tl.zeros([BLOCK], tl.float64)
         for j0 in tl.range(0, V, BLOCK):
-            p = _kept(
-                logits, seen, j0 + lane, V, penalty, highest, sharpness, min_score, min_weight
-            )
-            mass += tl.sum(p.to(tl.float64), 0)
-        target = uniform * mass
-        reached = tl.sum(tl.zeros([1], tl.float64), 0)
+            mass += _kept(
+                logits, seen, held, j0 + lane, V, columns, penalty, highest, sharpness, min_score,
+                min_weight, HELD,
+            ).to(tl.float64)  # fmt: skip
+        target = uniform * tl.sum(mass, 0)
+        before = tl.sum(tl.zeros([1], tl.float64), 0)
         token, last = V, 0
         for j0 in tl.range(0, V, BLOCK):
             j = j0 + lane
-            p = _kept(logits, seen, j, V, penalty, highest, sharpness, min_score, min_weight).to(
-                tl.float64
-            )
-            sums = reached + tl.cumsum(p, 0)
-            place = tl.min(tl.where((sums > target) & (p > 0.0), j, V), 0)
-            token = tl.minimum(token, place)
+            p = _kept(
+                logits, seen, held, j, V, columns, penalty, highest, sharpness, min_score,
+                min_weight, HELD,
+            ).to(tl.float64)  # fmt: skip
+            after = before + tl.sum(p, 0)
             last = tl.maximum(last, tl.max(tl.where(p > 0.0, j, 0), 0))
-            reached += tl.sum(p, 0)
+            if (after > target) & (token == V):
+                sums = before + tl.cumsum(p, 0)
+                token = tl.min(tl.where((sums > target) & (p > 0.0), j, V), 0)
+            before = after
         token = tl.where(token < V, token, last)  # rounding may leave the target unreached
-    tl.store(tokens + row, token.to(tl.int64))
     lse = top + tl.log2(total) * LN2
-    # Logits that are all NaN give no token (V); the caller checks for logits that are not finite.
-    tl.store(logprobs + row, tl.load(logits + token, mask=token < V, other=0.0) - lse)
+    token = tl.minimum(token, V - 1).to(tl.int64)  # logits that are all NaN have no first token
+    logprob = tl.where(wrong > 0, float("nan"), tl.load(logits + token) - lse)
+    if tokens is not None:
+        token = _step_on(
+            row, token, tokens, seen, lengths, offsets, steps, limits, text, capacity, block_size
+        )
+    tl.store(found_tokens + row, token.to(found_tokens.dtype.element_ty))
+    tl.store(found_logprobs + row, logprob)
 
 
 def sample(
-    how: Sampling, logits: Tensor, seen: Tensor | None, seeds: Tensor, sequence_ids: Tensor,
-    steps: Tensor, tokens: Tensor, logprobs: Tensor,
+    kind: Kind, numbers: Tensor, logits: Tensor, vocab_size: int, seen: Tensor | None,
+    seeds: Tensor, sequence_ids: Tensor, steps: Tensor, tokens: Tensor, logprobs: Tensor,
+    progress: Progress | None = None,
 ) -> None:  # fmt: skip
     """Chooses a token of every row as gptfast.ops.sampling.choose does.
 
     Args:
-        how: The options.
-        logits: (R, V) float32, contiguous.
-        seen: (R, V) uint8, 1 for the tokens that the repetition penalty applies to; None without a
-            penalty.
+        kind: See `kind_of`.
+        numbers: (5,) float64, see `numbers_of`.
+        logits: (R, columns) float32, contiguous, with at least V columns.
+        vocab_size: V; what stands in columns from V on does not matter.
+        seen: (R, columns) uint8, 1 for the tokens that the repetition penalty applies to; None
+            without a penalty.
         seeds: (R,) int64; this and the next two say which number each row draws, as in
             gptfast.ops.sampling.draws.
         sequence_ids: (R,) int64.
         steps: (R,) int64.
-        tokens: (R,) int64, receives the tokens.
-        logprobs: (R,) float32, receives their log-probabilities under softmax(logits).
+        tokens: (R,) int32 or int64, receives the tokens.
+        logprobs: (R,) float32, receives their log-probabilities under softmax(logits), NaN for a
+            row with a logit that is not finite.
+        progress: The slots that the rows belong to, if they are to append their tokens; its `drawn`
+            must be `steps`. A slot that does not run gets the token -1.
     """
-    R, V = logits.shape
-    greedy = how.temperature == 0.0
+    R, columns = logits.shape
+    block = block_of(vocab_size)
+    held = block <= HELD
+    where: tuple[Tensor | None, ...] = (None,) * 5
+    capacity, block_size = 0, 0
+    if progress is not None:
+        where = progress.tokens, progress.lengths, progress.offsets, progress.limits, progress.text
+        capacity, block_size = progress.text.shape[1], progress.block_size
     sample_kernel[(R,)](
-        logits, seen if how.repetition_penalty != 1.0 else None, seeds, sequence_ids, steps, tokens,
-        logprobs, V, 0.0 if greedy else math.log2(math.e) / how.temperature,
-        how.top_k, how.top_p, how.min_p, how.repetition_penalty,
-        GREEDY=greedy, TOP_K=0 < how.top_k < V, TOP_P=how.top_p < 1.0,
-        BLOCK=min(BLOCK, block_of(V)),
+        logits, seen if kind.penalty else None, seeds, sequence_ids, steps, numbers, tokens,
+        logprobs, vocab_size, columns, *where, capacity, block_size,
+        GREEDY=kind.greedy, TOP_K=kind.top_k, TOP_P=kind.top_p, BLOCK=block if held else BLOCK,
+        HELD=held, num_warps=1 if block <= 128 else 4 if held else 16,
+        **overlap(),
     )  # fmt: skip

@@ -1,0 +1,37 @@
+"""Decoders kept for the next call with a model: their caches and graphs take long to make."""
+
+from weakref import WeakKeyDictionary
+
+from gptfast.generation.decoder import Decoder, Shape
+from gptfast.generation.weights import Weights
+from gptfast.model import GPT
+from gptfast.ops.sampling import Sampling
+
+KEPT_BYTES = 512 << 20  # of the decoders kept for a model, at most
+
+_kept: WeakKeyDictionary[GPT, list[Decoder]] = WeakKeyDictionary()  # the last one used last
+
+
+def take_decoder(model: GPT, shape: Shape, how: Sampling) -> Decoder:
+    """Returns a decoder, with the model's weights as they are now, that nobody else has."""
+    mine = _kept.get(model, [])
+    mine[:] = [each for each in mine if each.weights.fits(model)]  # of weights that have moved
+    for decoder in mine:
+        if decoder.shape == shape:
+            mine.remove(decoder)
+            decoder.weights.take(model)
+            decoder.clear()
+            break
+    else:
+        decoder = Decoder(shape, Weights(model, shape.dtype, shape.copied))
+    decoder.set_sampling(how)
+    return decoder
+
+
+def keep_decoder(model: GPT, decoder: Decoder) -> None:
+    """Keeps a decoder for the next call; the oldest ones go where they take too much memory."""
+    decoder.weights.let_go()
+    mine = _kept.setdefault(model, [])
+    mine.append(decoder)
+    while sum(each.bytes for each in mine) > KEPT_BYTES:
+        mine.pop(0)

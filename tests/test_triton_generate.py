@@ -1,0 +1,238 @@
+"""Generation on a GPU: its kernels against float64, and a loop that is ahead of what it has read.
+
+Like test_triton.py, in Triton's interpreter where there is no GPU.
+"""
+
+import math
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_triton import DEVICE, where  # noqa: F401 (the fixture is for every test here)
+from torch import Tensor
+
+from gptfast import GPT, CharTokenizer, GPTConfig
+from gptfast.generation import kept, make_request
+from gptfast.generation.decoder import Decoder, Shape
+from gptfast.generation.sequences import Update
+from gptfast.generation.weights import Weights
+from gptfast.ops.sampling import Sampling
+
+pytest.importorskip("triton")
+from gptfast.generation import device_loop  # noqa: E402
+from gptfast.ops.triton.decode import fill_cache, next_windows  # noqa: E402
+from gptfast.ops.triton.few_rows import Append, Embedding, few_rows_linear, tile_of  # noqa: E402
+from gptfast.ops.triton.sampling import kind_of  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def products_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the interpreter sum every row of a product in one order, which numpy's BLAS does not."""
+
+    def product(a: Any, b: Any, dtype: Any) -> Any:
+        return np.einsum("...ik,...kj->...ij", a, b, dtype=dtype)
+
+    monkeypatch.setattr(np, "matmul", product)
+
+
+TINY = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return values.to(DEVICE, dtype)
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    return float((got.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("M", "K", "N", "gelu"), ((1, 128, 48, None), (5, 20, 70, "erf"), (40, 96, 33, "tanh"))
+)
+def test_few_rows_linear(M: int, K: int, N: int, gelu: Any, dtype: torch.dtype) -> None:
+    x, w, b = (normal(*size, dtype=dtype) for size in ((M, K), (N, K), (N,)))
+    ln_w, ln_b = normal(K, dtype=dtype, seed=1), normal(K, dtype=dtype, seed=2)
+    budget = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    y = torch.full((M, N), math.nan, dtype=dtype, device=DEVICE)
+    few_rows_linear(x, w, b, y, norm=(ln_w, ln_b), gelu=gelu)
+    expected = F.layer_norm(x.double(), (K,), ln_w.double(), ln_b.double())
+    expected = F.linear(expected, w.double(), b.double())
+    if gelu is not None:
+        expected = F.gelu(expected, approximate="none" if gelu == "erf" else "tanh")
+    assert error(y, expected) <= budget
+    residual = normal(M, N, dtype=dtype, seed=3)
+    expected = residual.double() + F.linear(x.double(), w.double())
+    few_rows_linear(x, w, None, residual, residual=residual)
+    assert error(residual, expected) <= budget
+    wide = torch.full((M, N + 3), math.nan, device=DEVICE)
+    few_rows_linear(x, w, None, wide, norm=(ln_w, None))
+    expected = F.linear(F.layer_norm(x.double(), (K,), ln_w.double()), w.double())
+    assert error(wide[:, :N], expected) <= budget and bool(wide[:, N:].isnan().all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_has_the_same_bits_among_any_number_of_rows(dtype: torch.dtype) -> None:
+    K, N = 96, 40
+    x, w, b = (normal(*size, dtype=dtype) for size in ((140, K), (N, K), (N,)))
+    found = []
+    for M in (1, 20, 140):
+        y = x.new_empty(M, N)
+        few_rows_linear(x[:M], w, b, y, norm=(x[0], x[1]), gelu="erf")
+        found.append(y[0])
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    tiles = [tile_of(M, N, K, dtype.itemsize) for M in (1, 20, 140)]
+    assert len({(tile.LENGTH, tile.BLOCK) for tile in tiles}) == 1
+
+
+def test_queries_keys_and_values_of_embedded_tokens() -> None:
+    S, C, H, capacity = 3, 16, 2, 5
+    wte, wpe, w, b = (normal(*size) for size in ((7, C), (capacity, C), (3 * C, C), (3 * C,)))
+    ln_w = normal(C, seed=1)
+    tokens = torch.tensor([4, 0, 6], device=DEVICE)
+    lengths = torch.tensor([1, 4, 6], device=DEVICE)  # the last window is full: its slot stands
+    drawn, limits = torch.tensor([0, 2, 1], device=DEVICE), torch.full((3,), 2, device=DEVICE)
+    x, q = (torch.full((S, C), math.nan, device=DEVICE) for _ in range(2))
+    cache = torch.full((S, 2, H, capacity, C // H), math.nan, device=DEVICE)
+    few_rows_linear(
+        x, w, b, q, norm=(ln_w, None), embedding=Embedding(tokens, lengths, wte, wpe, capacity),
+        append=Append(cache, lengths, drawn, limits),
+    )  # fmt: skip
+    assert torch.equal(x, wte[tokens] + wpe[lengths.clamp(max=capacity) - 1])
+    expected = F.linear(F.layer_norm(x, (C,), ln_w), w, b)
+    assert torch.allclose(q, expected[:, :C], atol=1e-5)
+    kv = expected[:, C:].view(S, 2, H, C // H)
+    assert torch.allclose(cache[0, :, :, 0], kv[0], atol=1e-5)
+    cache[0, :, :, 0] = math.nan
+    assert bool(cache.isnan().all())  # slot 1 has drawn all, slot 2 has to move its window
+
+
+def test_windows_move_and_fill_the_cache() -> None:
+    size, T, C, H = 6, 5, 8, 2
+    text = torch.arange(18, device=DEVICE).view(3, size)  # token i at i % 6
+    lengths, offsets, drawn, limits = (
+        torch.tensor(values, device=DEVICE) for values in ([7, 3, 7], [2, 0, 0], [1, 1, 9], [9] * 3)
+    )
+    slots = torch.tensor([2, 0, -1, 1], device=DEVICE)
+    windows = next_windows(slots, lengths, offsets, drawn, limits, text, T, size, 2)
+    assert lengths.tolist() == [5, 3, 7] and offsets.tolist() == [4, 0, 0]  # slot 2 is done
+    assert windows.tolist() == [
+        [12, 13, 14, 15, 16], [4, 5, 0, 1, 2], [0] * 5, [6, 7, 8, 9, 10],
+    ]  # fmt: skip
+    cache = torch.full((3, 2, H, size, C // H), math.nan, device=DEVICE)
+    qkv = normal(4, T, 3 * C)
+    fill_cache(qkv[:, :, C:], slots, lengths, cache)
+    kv = qkv[:, :, C:].view(4, T, 2, H, C // H).permute(0, 2, 3, 1, 4)
+    for slot, row in ((0, 1), (1, 3), (2, 0)):
+        filled = min(T, int(lengths[slot]) - 1)
+        assert torch.equal(cache[slot, :, :, :filled], kv[row, :, :, :filled])
+        assert bool(cache[slot, :, :, filled:].isnan().all())
+
+
+def model_of(config: GPTConfig, scale: float = 2.0) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(config).to(DEVICE)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.mul_(scale)
+    return model
+
+
+def generated(model: GPT, prompts: list[Any], seconds: float = 0.0, **options: Any) -> list[Update]:
+    loop = device_loop.DeviceLoop(model, make_request(model, prompts, **options))
+    while loop.run(seconds):
+        pass
+    return loop.updates()
+
+
+@pytest.mark.parametrize("overflow", ("recompute", "stride:3", "stop"))
+def test_being_ahead_changes_nothing(overflow: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = model_of(TINY), CharTokenizer.from_text("abcdefghij")
+    options: dict[str, Any] = {
+        "tokenizer": tokenizer, "max_new_tokens": 9, "overflow": overflow, "max_batch": 2,
+        "stop": ["a", "bc", 3], "temperature": 2.0,
+    }  # fmt: skip
+    prompts = ["abcdefgh", "c", "jihgfed"]
+    one_by_one = generated(model, prompts, **options)
+    monkeypatch.setattr(device_loop, "LOOK_SECONDS", 1e9)  # up to 128 steps before a look
+    assert generated(model, prompts, seconds=1e9, **options) == one_by_one
+    assert {each.state for each in one_by_one} != {"length"}
+
+
+@pytest.mark.parametrize("overflow", ("recompute", "stride:5"))
+def test_a_sequence_has_the_same_bits_in_any_batch(overflow: str) -> None:
+    model = model_of(TINY)
+    prompts, seeds = [[1], [2, 3, 4, 5, 6, 7, 8, 9, 10], [5] * 8], [7, 8, 9]
+    options: dict[str, Any] = {"max_new_tokens": 3, "overflow": overflow}
+    together = generated(model, prompts, seed=seeds, **options)
+    for each, prompt, seed in zip(together, prompts, seeds, strict=True):
+        (alone,) = generated(model, [prompt], seed=[seed], **options)
+        assert (alone.tokens, alone.logprobs) == (each.tokens, each.logprobs)
+
+
+@pytest.mark.parametrize("dtype", (None, "int8"))
+def test_a_kept_decoder_has_the_weights_of_now(dtype: str | None) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 4, "temperature": 0.0, "dtype": dtype}
+    model = model_of(TINY)
+    before = generated(model, [[1, 2]], **options)
+    (decoder,) = kept._kept[model]
+    assert generated(model, [[1, 2]], **options) == before
+    assert kept._kept[model] == [decoder]
+    model.wte.weight.data.neg_()  # leaves no trace in the parameter's version
+    changed = generated(model, [[1, 2]], **options)
+    assert kept._kept[model] == [decoder] and changed != before
+    other = model_of(TINY)
+    other.wte.weight.data.neg_()
+    assert generated(other, [[1, 2]], **options) == changed
+    if dtype is None:  # elsewhere in memory now
+        model.wte.weight = torch.nn.Parameter(model.wte.weight.data.neg())
+        assert generated(model, [[1, 2]], **options) == before
+        assert kept._kept[model] != [decoder]
+
+
+def test_a_decoder_serves_one_loop_at_a_time() -> None:
+    model = model_of(TINY)
+    request = make_request(model, [[1, 2]], max_new_tokens=4, temperature=0.0)
+    expected = generated(model, [[1, 2]], max_new_tokens=4, temperature=0.0)
+    loops = [device_loop.DeviceLoop(model, request, lasting=True) for _ in range(2)]
+    while [loop for loop in loops if loop.run(0.0)]:
+        pass
+    assert [loop.updates() for loop in loops] == [expected, expected]
+
+
+def test_a_model_without_attention() -> None:
+    config = GPTConfig(block_size=4, vocab_size=5, n_layer=2, n_embd=16, attention=False)
+    model = model_of(config).eval()
+    found = generated(model, [[1], [2, 3]], max_new_tokens=6, temperature=0.0)
+    for each, prompt in zip(found, ([1], [2, 3]), strict=True):
+        text = list(prompt)
+        for token in each.tokens:
+            model.backend = "reference"
+            logits = model(torch.tensor([text[-4:]], device=DEVICE))[0, -1]
+            assert int(logits.argmax()) == token
+            text.append(token)
+
+
+def test_a_graph_is_captured_on_a_stream_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams: list[Any] = []
+
+    @contextmanager
+    def capturing(graph: Any, pool: Any, stream: Any) -> Any:
+        streams.append(stream)
+        yield
+
+    stream = SimpleNamespace()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    model = GPT(TINY).to(DEVICE)
+    shape = Shape(TINY, None, False, 2, 4, kind_of(Sampling(), 11))
+    Decoder(shape, Weights(model, None, False))._captured(lambda: None)
+    assert streams == [stream]  # not on a stream of the first device that captured a graph
