@@ -8,12 +8,14 @@ cases marked `cuda` run and the others are skipped.
 import contextlib
 import itertools
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import bench_attention
+import fake_cuda
 import numpy as np
 import pytest
 import torch
@@ -67,13 +69,26 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@pytest.fixture(autouse=True, params=("interpreter", pytest.param("cuda", marks=pytest.mark.cuda)))
+CUDA_ONLY = pytest.param("cuda", marks=pytest.mark.cuda)
+# For a test whose course depends on numbers, which fake tensors do not have.
+needs_numbers = pytest.mark.parametrize("where", ("interpreter", CUDA_ONLY), indirect=True)
+
+
+@pytest.fixture(autouse=True, params=("interpreter", "fake", CUDA_ONLY))
 def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Runs the kernels on CPU tensors in the interpreter, or on a GPU."""
-    if (request.param == "cuda") != CUDA:
+    """Runs the kernels in the interpreter, not at all (see fake_cuda.py), or on a GPU."""
+    kind = request.param
+    if (kind == "cuda") != CUDA:
         pytest.skip("Triton compiles on this machine" if CUDA else "torch finds no CUDA device")
-    if CUDA:
-        yield "cuda"
+    if kind == "fake":
+        monkeypatch.setattr(sys.modules[__name__], "DEVICE", fake_cuda.DEVICE)
+        if request.node.callspec.params.get("dtype", torch.float32) != torch.float32:
+            pytest.skip("all dtypes are on the same devices")
+        with fake_cuda.on_fake_cuda(kernels.KERNELS):
+            yield kind
+        return
+    if kind == "cuda":
+        yield kind
         return
     if request.node.callspec.params.get("dtype") == torch.bfloat16:
         pytest.skip("the interpreter's products of bfloat16 are wrong (triton issue 11584)")
@@ -81,7 +96,7 @@ def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     library = torch.library.Library("gptfast", "IMPL")
     for name, kernel in kernels.KERNELS.items():
         library.impl(name, kernel, "CPU", allow_override=True)
-    yield "interpreter"
+    yield kind
     library._destroy()
 
 
@@ -90,10 +105,10 @@ def there(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def test_masks_have_the_bits_of_the_reference() -> None:
-    x, seed = torch.ones(77, 300), torch.tensor(2**61 + 12345)
+    x, seed = torch.ones(77, 300, device=DEVICE), torch.tensor(2**61 + 12345)
     for p, stream in ((0.2, 3), (0.5, 2**32 - 5), (1.0, 0)):
         dropout = {
-            "seed": seed, "substream": stream, "threshold": int(p * 65536 + 0.5),
+            "seed": seed.to(DEVICE), "substream": stream, "threshold": int(p * 65536 + 0.5),
             "keep_scale": 1 / (1 - int(p * 65536 + 0.5) / 65536) if p < 1 else 0.0,
         }  # fmt: skip
         got = rows.dropped(x, dropout)
@@ -183,6 +198,7 @@ def test_attention_in_every_configuration(config: Any, monkeypatch: pytest.Monke
     check_attention(q, k, v, torch.float32, dropout_p=0.2, seed=5)
 
 
+@needs_numbers
 def test_heads_are_as_wide_as_the_tables_of_configurations(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -242,9 +258,11 @@ def test_a_row_of_a_batch_has_the_bits_it_has_alone(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", kernels.KERNELS)
-def test_opcheck(name: str) -> None:
-    arguments = [each.to(DEVICE) if isinstance(each, Tensor) else each for each in cases()[name]]
-    op = getattr(torch.ops.gptfast, name).default
+def test_opcheck(where: str, name: str) -> None:
+    arguments, op = cases(DEVICE)[name], getattr(torch.ops.gptfast, name).default
+    if where == "fake":
+        op(*arguments)
+        return
     torch.library.opcheck(op, tuple(arguments), test_utils=("test_schema", "test_faketensor"))
 
 
@@ -347,12 +365,13 @@ def test_cross_entropy_of_ignored_targets() -> None:
 @pytest.mark.parametrize("dropout_p", (0.0, 0.2))
 @pytest.mark.parametrize(("B", "T", "V", "C"), ((1, 1, 2, 8), (2, 5, 7, 16), (9, 33, 66, 100)))
 def test_embedding(B: int, T: int, V: int, C: int, dropout_p: float, dtype: torch.dtype) -> None:
-    idx = torch.randint(V, (B, T), generator=torch.Generator(DEVICE).manual_seed(1), device=DEVICE)
+    idx = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1))
     idx[0, 0] = 0
     options = {"padding_idx": 0, "dropout_p": dropout_p, "seed": 3}
     check_op(fused, plain, plain, there(*tables(V, 40, C), idx), dtype, **options)
 
 
+@needs_numbers
 def test_indices_out_of_range(where: str) -> None:
     if where == "cuda":
         pytest.skip("an assertion on the device ends the process")
@@ -383,6 +402,7 @@ def test_decode_attention(H: int, D: int, capacity: int, dtype: torch.dtype) -> 
         assert torch.equal(alone[0], got[row])
 
 
+@needs_numbers
 @pytest.mark.parametrize(
     "how",
     (
@@ -428,6 +448,7 @@ def test_the_cpu_draws_the_same_tokens(V: int, how: Sampling) -> None:
 SMALL = GPTConfig(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=32, dropout=0.2)
 
 
+@needs_numbers
 def test_a_training_step_of_the_model() -> None:
     grads = []
     idx = torch.randint(11, (3, 17), generator=torch.Generator().manual_seed(2)).to(DEVICE)
@@ -442,6 +463,7 @@ def test_a_training_step_of_the_model() -> None:
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@needs_numbers
 def test_compiled_loss_is_one_graph_with_the_same_gradients() -> None:
     torch._dynamo.reset()
     model = GPT(replace(SMALL, dropout=0.0)).to(DEVICE)
@@ -459,6 +481,7 @@ def test_compiled_loss_is_one_graph_with_the_same_gradients() -> None:
         assert torch.equal(a, b)
 
 
+@needs_numbers
 @pytest.mark.parametrize("overflow", ("recompute", "stride:5", "stop"))
 @pytest.mark.parametrize(
     "options",
@@ -490,6 +513,7 @@ def test_generation_is_that_of_the_uncached_loop(options: dict[str, Any], overfl
         ]
 
 
+@needs_numbers
 def test_a_stream_is_of_the_model_as_it_was_at_the_call() -> None:
     model, found = GPT(SMALL).to(DEVICE), []
     for changes in (False, True):
@@ -504,6 +528,7 @@ def test_a_stream_is_of_the_model_as_it_was_at_the_call() -> None:
     assert found[0] == found[1]
 
 
+@needs_numbers
 def test_generation_has_the_models_dtype_whatever_autocast_says() -> None:
     model = GPT(SMALL).to(DEVICE)
     found = []
@@ -516,6 +541,7 @@ def test_generation_has_the_models_dtype_whatever_autocast_says() -> None:
     assert found[0] == found[1]
 
 
+@needs_numbers
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_logits_that_are_not_finite_name_the_prompt() -> None:
     model = GPT(SMALL).to(DEVICE)
@@ -525,6 +551,7 @@ def test_logits_that_are_not_finite_name_the_prompt() -> None:
         device_loop.DeviceLoop(model, request).run(0.0)
 
 
+@needs_numbers
 def test_a_step_is_captured_where_it_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     streams: list[Any] = []
 
