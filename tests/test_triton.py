@@ -189,6 +189,7 @@ ATTENTION = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("config", ATTENTION.values(), ids=str)
 def test_attention_in_every_configuration(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     grads = attention_backward.query_grad_kernel, attention_backward.key_grads_kernel
@@ -293,6 +294,7 @@ def test_gradient_of_a_weight_in_several_parts(monkeypatch: pytest.MonkeyPatch) 
     check_op(*args, inputs, torch.float32)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("config", configurations(linear, "PRODUCT"), ids=str)
 def test_ffn_in_every_configuration(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for kernel in (linear.linear_kernel, ffn.hidden_grad_kernel):
@@ -301,6 +303,7 @@ def test_ffn_in_every_configuration(config: Any, monkeypatch: pytest.MonkeyPatch
     check_op(*args, there(*block(150, 40, 200)), torch.float32, dropout_p=0.3, seed=7)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("config", configurations(linear, "WEIGHT_GRAD"), ids=str)
 def test_weight_grads_in_every_configuration(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear.weight_grad_kernel, "configs", [config])
@@ -309,6 +312,7 @@ def test_weight_grads_in_every_configuration(config: Any, monkeypatch: pytest.Mo
     check_op(*args, inputs, torch.float32)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("config", configurations(cross_entropy, "PRODUCT"), ids=str)
 def test_loss_in_every_configuration(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for kernel in (cross_entropy.partial_sums_kernel, cross_entropy.logits_grad_kernel):

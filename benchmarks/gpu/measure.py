@@ -171,13 +171,17 @@ def warm(rows: list[Row]) -> None:
 
     tuner: Any = Autotuner
     tuner.check_disk_cache, tuner.do_bench = forget, staticmethod(once)
-    for row in rows:
+
+    def call(row: Row) -> None:
         with torch.device(DEVICE):
-            try:
-                contender = row.alone[OURS]() if row.alone else row.build().contenders[OURS]
-                contender()
-                torch.cuda.synchronize()
-            except Exception as error:
-                print(f"{row}: {reason(error)}", file=sys.stderr, flush=True)
+            contender = row.alone[OURS]() if row.alone else row.build().contenders[OURS]
+        contender()
+        torch.cuda.synchronize()
+
+    for row in rows:
+        try:
+            call(row)
+        except Exception as error:
+            print(f"{row}: failed: {reason(error)}", file=sys.stderr, flush=True)
         gc.collect()
         torch.cuda.empty_cache()
