@@ -156,8 +156,14 @@ def course_results(model: nn.Module, x: Tensor, y: Tensor, n_head: int) -> list[
     loss, *grads = loss_and_gradients(peers.loss(model, x, y), model)
     names = [name for name, _ in model.named_parameters()]
     # A GPT that holds the gradients as weights has them in our order.
-    renamed = GPT.from_course_state_dict(dict(zip(names, grads, strict=True)), n_head)
-    return [loss, *(grad.detach() for grad in renamed.parameters())]
+    renamed = as_ours(dict(zip(names, grads, strict=True)), n_head)
+    return [loss, *(grad.detach().to(loss.device) for grad in renamed.parameters())]
+
+
+def as_ours(weights: dict[str, Tensor], n_head: int) -> GPT:
+    """Returns gptfast's model, on the CPU, with these weights of the course's model."""
+    with torch.device("cpu"):
+        return GPT.from_course_state_dict({k: w.cpu() for k, w in weights.items()}, n_head)
 
 
 def verify(shape: Shape, dtype: str) -> None:
@@ -172,8 +178,7 @@ def verify(shape: Shape, dtype: str) -> None:
     ours, sdpa, (x, y) = GPT(sizes, backend="fused"), peers.SdpaGPT(sizes), batch_of(shape)
     if shape.course:
         course = peers.CourseGPT(sizes)
-        as_ours = GPT.from_course_state_dict(course.state_dict(), sizes.n_head)
-        ours.load_state_dict(as_ours.state_dict())
+        ours.load_state_dict(as_ours(course.state_dict(), sizes.n_head).state_dict())
     sdpa.load_state_dict(ours.state_dict())
     names = [name for name, _ in ours.named_parameters()]
     assert names == [name for name, _ in sdpa.named_parameters()], "parameters in another order"

@@ -19,7 +19,7 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -74,6 +74,11 @@ class Answers(TorchFunctionMode):
             return True
         if function in (Tensor.item, Tensor.__float__, Tensor.__int__, Tensor.__index__):
             return 0.0 if args[0].dtype.is_floating_point else 0
+        if function is Tensor.__deepcopy__:  # torch would copy a storage that is not there
+            copied = args[0].detach().clone()
+            return nn.Parameter(copied) if isinstance(args[0], nn.Parameter) else copied
+        if function is Tensor.tolist:
+            return numbers(args[0])
         if function is Tensor.__bool__:
             return True
         if function is torch.autograd.grad:
@@ -102,6 +107,25 @@ def launch(kernel: Any, *args: Any, **options: Any) -> None:
             raise RuntimeError(f"{kernel} gets a tensor on {x.device}: {tuple(x.shape)}")
 
 
+def numbers(x: Tensor) -> Any:
+    """Stands for Tensor.tolist: zeros in the shape of x."""
+    zero = 0.0 if x.dtype.is_floating_point else 0
+    return [numbers(row) for row in x] if x.dim() else zero
+
+
+def convert(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+    """Stands for nn.Module._apply, which cannot change fake parameters in place."""
+    made: dict[int, nn.Parameter] = {}
+    for each in module.modules():
+        for name, param in each._parameters.items():
+            if param is not None:  # a tied parameter stays tied
+                new = nn.Parameter(change(param.detach()), param.requires_grad)
+                each._parameters[name] = made.setdefault(id(param), new)
+        for name, buffer in each._buffers.items():
+            each._buffers[name] = None if buffer is None else change(buffer)
+    return module
+
+
 def check_close(*args: Any, **_: Any) -> None:
     """Stands for torch.testing.assert_close."""
     same_device(*args)
@@ -120,6 +144,7 @@ def on_fake_cuda(kernels: dict[str, Callable[..., Any]]) -> Iterator[None]:
         mock.patch.object(InterpretedFunction, "run", launch),
         mock.patch.object(torch.cuda, "device_of", lambda _: contextlib.nullcontext()),
         mock.patch.object(torch.cuda, "get_device_properties", lambda *_: CHIP),
+        mock.patch.object(nn.Module, "_apply", convert),
         mock.patch.object(torch.testing, "assert_close", check_close),
     ]
     with contextlib.ExitStack() as stack:
