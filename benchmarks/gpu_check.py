@@ -42,16 +42,18 @@ class Section:
     rows: bool = True  # whether its module has rows to compile and to measure
 
 
+# In this order: the tests compile many small kernels of their own, and get what time is left.
 SECTIONS = (
-    Section("tests", 75, rows=False),
-    Section("attention", 20),
-    Section("products", 25),
-    Section("loss", 20),
-    Section("train", 35),
-    Section("generate", 35),
-    Section("profile", 25, rows=False),
+    Section("attention", 30),
+    Section("products", 30),
+    Section("loss", 30),
+    Section("train", 45),
+    Section("generate", 45),
+    Section("profile", 30, rows=False),
+    Section("tests", 90, rows=False),
 )
 COMPILING, CEILINGS = Section("compiling", 60, rows=False), Section("ceilings", 20, rows=False)
+SECONDS = 240  # of everything, without --full
 
 
 class Report:
@@ -117,7 +119,8 @@ def sentence(row: dict[str, Any], ceiling: dict[str, float]) -> str:
         for each in row["kernels"]:
             lines.append(f"    {each['ms']:9.4f} ms {each['calls']:6.1f} x {each['name'][:80]}")
         return "\n".join(lines)
-    numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
+    numbers = row.get("counts", row)
+    numbers = {name: value for name, value in numbers.items() if isinstance(value, int | float)}
     return f"{text}: " + ", ".join(f"{value:.4g} {name}" for name, value in numbers.items())
 
 
@@ -162,8 +165,7 @@ def search_path() -> str:
 
 def run_section(section: Section, options: argparse.Namespace, report: Report) -> None:
     """Runs a section in a process of its own and reports its rows as they come."""
-    seconds = section.seconds * (FULL_FACTOR if options.full else 1)
-    start = time.monotonic()
+    seconds, start = options.limit(section), time.monotonic()
     command = [sys.executable, __file__, "--section", section.name]
     command += shared_options(options)
     with tempfile.TemporaryFile("w+") as errors:
@@ -184,9 +186,7 @@ def run_section(section: Section, options: argparse.Namespace, report: Report) -
 
 def run_tests(options: argparse.Namespace, report: Report) -> None:
     """Runs the tests of the kernels on the GPU, in parallel where pytest-xdist is installed."""
-    (section,) = (each for each in SECTIONS if each.name == "tests")
-    seconds = section.seconds * (FULL_FACTOR if options.full else 1)
-    start = time.monotonic()
+    seconds, start = options.limit(SECTIONS[-1]), time.monotonic()
     code, outcomes, text = None, dict[str, str](), []
     for line in lines_of(pytest_command(options.full), seconds, subprocess.STDOUT):
         code = line
@@ -202,7 +202,7 @@ def run_tests(options: argparse.Namespace, report: Report) -> None:
               for kind in ("PASSED", "FAILED", "ERROR", "SKIPPED")}  # fmt: skip
     failures = [line for line in text if line.startswith(("FAILED", "ERROR"))]
     failures = failures or [each for each, kind in outcomes.items() if kind in ("FAILED", "ERROR")]
-    row: dict[str, Any] = {"name": "pytest -m cuda", **counts, "failures": failures}
+    row: dict[str, Any] = {"name": "pytest -m cuda", "counts": counts, "failures": failures}
     if failures:
         row["failed"] = f"{len(failures)} tests, {counts['passed']} passed"
     report.add("tests", row)
@@ -237,7 +237,7 @@ def compile_all(chosen: list[Section], options: argparse.Namespace, report: Repo
     def work(part: int) -> None:
         command = [sys.executable, __file__, "--warm", f"{part}/{workers}", "--only", *names]
         command += shared_options(options)
-        for line in lines_of(command, COMPILING.seconds, subprocess.STDOUT):
+        for line in lines_of(command, options.limit(COMPILING), subprocess.STDOUT):
             if isinstance(line, str) and "failed" in line:
                 messages.append(line)
             elif line is None:
@@ -330,7 +330,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     # Of the processes that this script starts.
     parser.add_argument("--section", help=argparse.SUPPRESS)
     parser.add_argument("--warm", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    start = time.monotonic()
+
+    def limit(section: Section) -> float:
+        """Returns the seconds that a section has."""
+        if options.full:
+            return FULL_FACTOR * section.seconds
+        return max(1.0, min(section.seconds, start + SECONDS - time.monotonic()))
+
+    options.limit = limit
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:

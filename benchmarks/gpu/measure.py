@@ -21,8 +21,8 @@ from common import OURS, Case, Row, Run
 DEVICE = "cuda"
 MARK = "ROW "  # begins a line of the standard output that has a result
 POISON_BYTES = 2 << 30
-SECONDS = 0.4  # to time a contender of "calls" for
-MIN_CALLS, MAX_CALLS = 3, 200
+SECONDS = 0.4  # to time a contender of "calls" for, in groups of at most MAX_CALLS
+GROUPS, MAX_CALLS = 5, 50
 KERNEL_MS = 40  # to time a contender of "kernels" for, after half of it to warm up
 MIB = 2**20
 
@@ -133,18 +133,14 @@ def kernel_seconds(contender: Run) -> float:
 
 
 def call_seconds(contender: Run) -> float:
-    """Returns the median over groups of calls of the wall clock per call."""
-    contender()
-    torch.cuda.synchronize()
+    """Returns the median over groups of calls of the wall clock per call, of a warm contender."""
     start = time.perf_counter()
     contender()
     torch.cuda.synchronize()
     once = time.perf_counter() - start
-    calls = max(MIN_CALLS, min(MAX_CALLS, int(SECONDS / once)))
-    groups = 5 if calls >= 20 else 1 if calls == MIN_CALLS else 3
-    each = max(1, calls // groups)
-    times = []
-    for _ in range(max(groups, MIN_CALLS) if each == 1 else groups):
+    each = max(1, min(MAX_CALLS, int(SECONDS / once / GROUPS)))
+    times = [once] if each == 1 else []
+    while len(times) < GROUPS and sum(times) < SECONDS:
         start = time.perf_counter()
         for _ in range(each):
             contender()
