@@ -39,6 +39,7 @@ def section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., di
         monkeypatch.setattr(gpu_check, "__file__", str(place))
         options = gpu_check.parse(["--out", str(out)])
         report = gpu_check.Report(out, dict(FACTS))
+        report.write()
         gpu_check.run_section(Section("attention", seconds), options, report)
         return json.loads(out.read_text())
 
