@@ -25,6 +25,7 @@ from common import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gptfast import ops
 from gptfast.ops import reference
@@ -34,6 +35,10 @@ SHAPES = (
     *((1, 12, 4096, 64), (1, 1, 4096, 64)),
 )
 MODES = ("forward", "forward+backward", "forward+backward, dropout 0.2")
+SDPA_BACKENDS = {
+    "SDPA flash": SDPBackend.FLASH_ATTENTION,
+    "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
+}
 VERIFIED_SCORES = 2**24  # scores that are verified in float64; with more, the first heads only
 
 
@@ -50,17 +55,26 @@ def first_heads(shape: tuple[int, ...]) -> tuple[slice, slice]:
     return (slice(heads // H), slice(H)) if heads >= H else (slice(1), slice(heads))
 
 
+def sdpa_by(backend: SDPBackend) -> Any:
+    """Returns scaled_dot_product_attention by this backend alone."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, **options)
+
+    return run
+
+
 def flex_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """FlexAttention under torch.compile, as its documentation recommends."""
-    attend, mask = _flex(q.shape[2])
+    attend, mask = _flex(q.shape[2], str(q.device))
     return attend(q, k, v, block_mask=mask)
 
 
 @functools.cache
-def _flex(T: int) -> tuple[Any, Any]:
+def _flex(T: int, device: str) -> tuple[Any, Any]:
     from torch.nn.attention import flex_attention as flex
 
-    device = str(torch.get_default_device())
     mask = flex.create_block_mask(lambda b, h, q, k: q >= k, None, None, T, T, device=device)
     return compiled(flex.flex_attention), mask
 
@@ -79,6 +93,10 @@ def attention(shape: tuple[int, ...], mode: str, dtype: str) -> Case:
         "gptfast": contender(ops.causal_attention, dropout_p=p),
         "SDPA": contender(F.scaled_dot_product_attention, dropout_p=p, is_causal=True),
     }
+    if inputs[0].is_cuda:
+        # Each by itself, because SDPA takes the first that can.
+        for name, backend in SDPA_BACKENDS.items():
+            contenders[name] = contender(sdpa_by(backend), dropout_p=p, is_causal=True)
     if backward is None:
         contenders["FlexAttention"] = contender(flex_attention)
     part = first_heads(shape)

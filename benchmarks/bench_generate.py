@@ -33,6 +33,7 @@ from gptfast.generation.snapshot import snapshot
 # is at most this far below the largest one, relative to the size of the logits.
 NEARLY_MOST_PROBABLE = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.15}
 VERIFIED_TEXTS, LATENCY_STEPS, LATENCY_SECONDS = 2, 200, 3.0
+CAPTURED = "SDPA, static cache, captured"
 BANDWIDTH_BYTES = 1 << 29
 
 
@@ -118,7 +119,15 @@ def options_of(shape: Shape, dtype: str) -> dict[str, Any]:
 def ready(shape: Shape, dtype: str) -> GPT | PackedModel:
     """Returns the model in the form that is fastest for repeated calls: packed on the CPU."""
     model = model_of(shape.model)
-    return model if model.wte.weight.is_cuda else gptfast.pack(model, dtype)
+    if not model.wte.weight.is_cuda:
+        return gptfast.pack(model, dtype)
+    return model if dtype in ("fp32", "int8") else rounded(shape.model, dtype)
+
+
+@functools.lru_cache(maxsize=1)
+def rounded(config: GPTConfig, dtype: str) -> GPT:
+    """Returns the model with its weights in this dtype, so that calls need not convert them."""
+    return snapshot(model_of(config), dtype)
 
 
 def ours(shape: Shape, dtype: str) -> Generate:
@@ -142,6 +151,8 @@ def makers(shape: Shape, dtype: str) -> dict[str, Callable[[], Generate]]:
         return found
     if dtype != "int8":
         found["SDPA, cache"] = lambda: generation_peers.sdpa_cache(model, dtype, prompt, new)
+    if dtype != "int8" and model.wte.weight.is_cuda:
+        found[CAPTURED] = lambda: generation_peers.static_cache(model, dtype, prompt, new)
     if generation_peers.installed("transformers"):
         found["transformers"] = lambda: generation_peers.transformers_generate(
             model, torch_dtype, prompt, new
@@ -190,7 +201,8 @@ def verify(shape: Shape, dtype: str, contenders: dict[str, Generate]) -> None:
     for name, contender in contenders.items():
         kind = "fp32" if name == "course fp32" else dtype
         oracle = rounded if name in (OURS, "CTranslate2") else exact
-        tokens = contender()
+        with torch.device("cpu"):  # no other default than a user has
+            tokens = contender()
         assert [len(row) for row in tokens] == [shape.new] * shape.batch, f"{name}: other lengths"
         for row in rows:
             gap = largest_gap(oracle, prompt[row], tokens[row], shape)
@@ -211,14 +223,15 @@ def oracle_of(config: GPTConfig, dtype: str | None) -> peers.SdpaGPT:
 @torch.no_grad()
 def largest_gap(oracle: peers.SdpaGPT, prompt: list[int], new: list[int], shape: Shape) -> float:
     """Returns the largest gap between maximal and chosen logit, relative to the logits' size."""
-    text, T = torch.tensor([*prompt, *new]), shape.model.block_size
+    device, T = oracle.wte.weight.device, shape.model.block_size
+    text = torch.tensor([*prompt, *new], device=device)
     if shape.past:
         windows = [text[i - T : i] for i in range(len(prompt), len(text))]
         hidden = torch.cat([oracle.hidden(window[None])[:, -1] for window in windows])  # (new, C)
     else:
         hidden = oracle.hidden(text[None, :-1])[0, len(prompt) - 1 :]
     logits = oracle.lm_head(hidden)  # (new, V)
-    taken = logits.gather(1, torch.tensor(new)[:, None])
+    taken = logits.gather(1, torch.tensor(new, device=device)[:, None])
     return float(((logits.amax(1, keepdim=True) - taken) / logits.abs().amax()).max())
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import peers
 import torch
 from command import main
-from common import DTYPES, OURS, Case, Row, Run, assert_same_work, compiled
+from common import DTYPES, OURS, Case, Row, Run, assert_same_work, captured, compiled
 from torch import Tensor, nn
 
 from gptfast import GPT, GPTConfig, TrainConfig, Trainer
@@ -23,6 +23,7 @@ from gptfast.testing import GRADIENT_FACTOR, RESULT_FACTOR, Op, assert_budget, e
 # LR is tiny so that the model does not learn its batch: its gradients would become denormals, which
 # some processors multiply slowly.
 LR, CLIP = 1e-9, 1.0
+CAPTURED, REDUCED = "SDPA, captured", "SDPA, reduce-overhead"  # with CUDA graphs
 COURSE, COURSE_FP32 = "course", "course fp32"  # COURSE_FP32 in rows of another dtype
 
 
@@ -84,16 +85,29 @@ def our_step(shape: Shape, dtype: str) -> Run:
 
 
 def torch_step(
-    shape: Shape, dtype: str, make: Callable[[GPTConfig], nn.Module], loss_of: Op = peers.loss
+    shape: Shape,
+    dtype: str,
+    make: Callable[[GPTConfig], nn.Module],
+    loss_of: Op = peers.loss,
+    in_graph: bool = False,
 ) -> Run:
-    """Makes the contender that does the same step with a torch model, activations in `dtype`."""
+    """Makes the contender that does the same step with a torch model, activations in `dtype`.
+
+    Args:
+        shape: the model and its batch.
+        dtype: see `Row`.
+        make: makes the model.
+        loss_of: computes the loss from model, inputs and targets.
+        in_graph: the step is one CUDA graph.
+    """
     x, y = batch_of(shape)
     model = make(shape.model)
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=LR, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=LR, fused=True, capturable=in_graph)
 
     def step() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+        # A graph must cast the weights anew each time, so autocast may not keep what it has cast.
+        with autocast(x.device, dtype, cache_enabled=not in_graph):
             loss = loss_of(model, x, y)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, CLIP)
@@ -101,7 +115,15 @@ def torch_step(
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    return step
+    if not in_graph:
+        return step
+    graph = captured(step)
+    return lambda: graph()()
+
+
+def autocast(device: torch.device, dtype: str, **options: bool) -> torch.autocast:
+    """Lowers torch's activations to bfloat16 in rows of that dtype."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16", **options)
 
 
 def makers(shape: Shape, dtype: str) -> dict[str, Callable[[], Run]]:
@@ -113,6 +135,11 @@ def makers(shape: Shape, dtype: str) -> dict[str, Callable[[], Run]]:
             shape, dtype, peers.SdpaGPT, compiled(peers.loss)
         ),
     }
+    if torch.get_default_device().type == "cuda":
+        found[CAPTURED] = lambda: torch_step(shape, dtype, peers.SdpaGPT, in_graph=True)
+        found[REDUCED] = lambda: torch_step(
+            shape, dtype, peers.SdpaGPT, compiled(peers.loss, "reduce-overhead")
+        )
     if shape.course:
         name = COURSE if dtype == "fp32" else COURSE_FP32
         found[name] = lambda: torch_step(shape, "fp32", peers.CourseGPT)
@@ -129,8 +156,14 @@ def course_results(model: nn.Module, x: Tensor, y: Tensor, n_head: int) -> list[
     loss, *grads = loss_and_gradients(peers.loss(model, x, y), model)
     names = [name for name, _ in model.named_parameters()]
     # A GPT that holds the gradients as weights has them in our order.
-    renamed = GPT.from_course_state_dict(dict(zip(names, grads, strict=True)), n_head)
-    return [loss, *(grad.detach() for grad in renamed.parameters())]
+    renamed = as_ours(dict(zip(names, grads, strict=True)), n_head)
+    return [loss, *(grad.detach().to(loss.device) for grad in renamed.parameters())]
+
+
+def as_ours(weights: dict[str, Tensor], n_head: int) -> GPT:
+    """Returns gptfast's model, on the CPU, with these weights of the course's model."""
+    with torch.device("cpu"):
+        return GPT.from_course_state_dict({k: w.cpu() for k, w in weights.items()}, n_head)
 
 
 def verify(shape: Shape, dtype: str) -> None:
@@ -145,12 +178,11 @@ def verify(shape: Shape, dtype: str) -> None:
     ours, sdpa, (x, y) = GPT(sizes, backend="fused"), peers.SdpaGPT(sizes), batch_of(shape)
     if shape.course:
         course = peers.CourseGPT(sizes)
-        as_ours = GPT.from_course_state_dict(course.state_dict(), sizes.n_head)
-        ours.load_state_dict(as_ours.state_dict())
+        ours.load_state_dict(as_ours(course.state_dict(), sizes.n_head).state_dict())
     sdpa.load_state_dict(ours.state_dict())
     names = [name for name, _ in ours.named_parameters()]
     assert names == [name for name, _ in sdpa.named_parameters()], "parameters in another order"
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+    with autocast(x.device, dtype):
         actual = loss_and_gradients(ours.loss(x, y), ours)
         own_losses = peers.token_losses(sdpa, x, y)
     own = loss_and_gradients(own_losses.mean(), sdpa)
@@ -179,9 +211,9 @@ def verify_dropout(shape: Shape, dtype: str) -> None:
     reference.load_state_dict(ours.state_dict())
     reference.double()
     found = []
-    for model, enabled in ((ours, dtype == "bf16"), (reference, False)):
+    for model, kind in ((ours, dtype), (reference, "fp32")):
         torch.manual_seed(1)
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        with autocast(x.device, kind):
             loss = model.loss(x, y)
         found.append(loss_and_gradients(loss, model))
     assert_same_work(OURS, found[0], found[1], dtype)
@@ -189,11 +221,12 @@ def verify_dropout(shape: Shape, dtype: str) -> None:
 
 def step(shape: Shape, dtype: str) -> Case:
     """Makes the case of one model in one dtype."""
+    contenders = {name: make() for name, make in makers(shape, dtype).items()}
     return Case(
-        {name: make() for name, make in makers(shape, dtype).items()},
+        contenders,
         shape.flops,
         functools.partial(verify, shape, dtype),
-        compiles=("SDPA, torch.compile",),
+        compiles=tuple(name for name in ("SDPA, torch.compile", REDUCED) if name in contenders),
         other_dtype=(COURSE_FP32,),
     )
 

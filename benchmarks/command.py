@@ -212,7 +212,8 @@ def run_row(row: Row, options: argparse.Namespace, peak_gflops: float) -> dict[s
         if options.quick:
             for name in case.compiles:
                 del case.contenders[name]
-        notes = drop_contenders_that_fail(case)
+    notes = drop_contenders_that_fail(case)
+    with building_on(options.device):
         case.verify()
     timing = measure(case.contenders, options.seconds, case.rests)
     line = show.line(row, case, timing, peak_gflops, notes)

@@ -26,7 +26,9 @@ OURS = "gptfast"
 SAME_WORK = {"fp32": 1e-3, "bf16": 0.3}
 MIN_ROUNDS, MIN_SLOW_ROUNDS, MAX_ROUNDS = 5, 3, 1000
 WAKE_SECONDS = 0.02
+WARM_UPS = 3  # steps before the capture of a CUDA graph
 PEAK_SIZES = ((512, 512, 512), (1024, 1024, 1024), (4096, 512, 128), (2048, 768, 3072))
+GPU_PEAK_SIZES = ((8192, 8192, 8192),)
 PEAK_REPETITIONS = 10
 
 
@@ -43,6 +45,8 @@ class Case:
     rests: Mapping[str, float] = field(default_factory=dict)
     # further measurements of gptfast by name, given its median in seconds
     details: Callable[[float], dict[str, float]] | None = None
+    # after the verification: the largest relative error of each contender's results in the 2-norm
+    errors: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,8 @@ def compare(
         assert len(running) > 1, f"{OURS} alone runs: there is no error to hold its own to"
         results = {name: [part(x) for x in verified[name]()] for name in running}
         expected = oracle()
+        for name in running:
+            case.errors[name] = relative_error(results[name], expected)
         for name in running[1:]:
             assert_same_work(name, results[name], expected, dtype)
         scale = max(x.abs().max().item() for x in expected[1:]) if one_scale else None
@@ -143,6 +149,14 @@ def compare(
 
     case = Case(dict(contenders), flops, verify, compiles)
     return case
+
+
+def relative_error(results: Sequence[Tensor], oracle: Sequence[Tensor]) -> float:
+    """Returns the largest error of a result in the 2-norm, relative to the oracle's."""
+    return max(
+        float((x.double() - expected).norm() / expected.norm().clamp(min=1e-30))
+        for x, expected in zip(results, oracle, strict=True)
+    )
 
 
 def assert_same_work(
@@ -154,14 +168,33 @@ def assert_same_work(
         assert error(x, expected) <= bound, f"{name} does other work: result {i} is not the same"
 
 
-def compiled(op: Op) -> Op:
+def compiled(op: Op, mode: str | None = None) -> Op:
     """Wraps `op` in torch.compile, which is first called when the result is."""
 
     @functools.cache
     def get() -> Op:
-        return torch.compile(op, dynamic=False)
+        return torch.compile(op, dynamic=False, mode=mode)
 
     return lambda *args, **options: get()(*args, **options)
+
+
+def captured(step: Run) -> Callable[[], Run]:
+    """Returns a function that captures `step` as a CUDA graph, once, and returns its replay."""
+
+    @functools.cache
+    def get() -> Run:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):  # allocate what a step keeps
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            step()
+        return graph.replay
+
+    return get
 
 
 def plain_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -242,7 +275,8 @@ def peak(dtype: str, quick: bool = False) -> dict[str, Any]:
         AssertionError: gptfast's product exceeds the error budget.
     """
     found: dict[str, Any] = {"gflops": 0.0}
-    for M, K, N in PEAK_SIZES[:1] if quick else PEAK_SIZES:
+    sizes = PEAK_SIZES if torch.get_default_device().type == "cpu" else GPU_PEAK_SIZES
+    for M, K, N in sizes[:1] if quick else sizes:
         x, weight = random_tensors((M, K), (N, K), dtype=dtype)
         with torch.no_grad():
             own, actual = torch.mm(x, weight.t()), plain_linear(x, weight)

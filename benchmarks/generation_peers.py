@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import peers
 import torch
-from common import DTYPES
+from common import DTYPES, captured
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,7 +35,8 @@ Generate = Callable[[], Tokens]
 
 def course_model(model: GPT) -> peers.CourseGPT:
     """Makes the course's model with these weights."""
-    course_gpt, weights = peers.CourseGPT(model.config), model.state_dict()
+    weights = model.state_dict()
+    course_gpt = peers.CourseGPT(model.config).to(model.wte.weight.device)
     with torch.no_grad():
         for name, param in course_gpt.named_parameters():
             param.copy_(weights[from_course_name(name)])
@@ -46,7 +47,7 @@ def sdpa_model(model: GPT, dtype: str) -> peers.SdpaGPT:
     """Makes the SDPA model with these weights, in this dtype."""
     sdpa = peers.SdpaGPT(model.config)
     sdpa.load_state_dict(model.state_dict())
-    return sdpa.to(DTYPES[dtype]).eval()
+    return sdpa.to(model.wte.weight.device, DTYPES[dtype]).eval()
 
 
 def course_loop(model: GPT, prompt: Tensor, new: int) -> Generate:
@@ -95,7 +96,8 @@ def sdpa_cache(model: GPT, dtype: str, prompt: Tensor, new: int) -> Generate:
         return attention.c_proj(y.transpose(1, 2).flatten(2))
 
     def step(idx: Tensor, caches: Tensor, start: int) -> Tensor:
-        x = sdpa.wte(idx) + sdpa.wpe(torch.arange(start, start + idx.shape[1]))
+        positions = torch.arange(start, start + idx.shape[1], device=idx.device)
+        x = sdpa.wte(idx) + sdpa.wpe(positions)
         for block, cache in zip(sdpa.h, caches, strict=True):
             x = x + attend(block.attn, block.ln_1(x), cache, start)
             x = x + block.mlp(block.ln_2(x))
@@ -104,13 +106,63 @@ def sdpa_cache(model: GPT, dtype: str, prompt: Tensor, new: int) -> Generate:
     @torch.no_grad()
     def run() -> Tokens:
         size = (config.n_layer, 2, B, H, length + new, D)
-        caches = torch.empty(size, dtype=DTYPES[dtype])
+        caches = torch.empty(size, dtype=DTYPES[dtype], device=prompt.device)
         idx, out, start = prompt, [], 0
         for _ in range(new):
             token = step(idx, caches, start)
             out.append(token)
             start, idx = start + idx.shape[1], token
         return torch.cat(out, dim=1).tolist()
+
+    return run
+
+
+def static_cache(model: GPT, dtype: str, prompt: Tensor, new: int) -> Generate:
+    """A cache that stays where it is, and on a GPU a CUDA graph of the step: gpt-fast's way.
+
+    A step attends to the whole cache, with a mask of the places that are filled.
+    """
+    sdpa: Any = sdpa_model(model, dtype)
+    config, device = model.config, prompt.device
+    B, length = prompt.shape
+    H, D, capacity = config.n_head, config.head_dim, length + new
+    size = (config.n_layer, 2, B, H, capacity, D)
+    caches = torch.zeros(size, dtype=DTYPES[dtype], device=device)
+    token = torch.zeros(B, 1, dtype=torch.int64, device=device)  # the newest of each text
+    position = torch.zeros(1, dtype=torch.int64, device=device)  # its place
+    out = torch.zeros(B, capacity, dtype=torch.int64, device=device)
+    seen = torch.ones(capacity, capacity, dtype=torch.bool, device=device).tril()
+
+    def forward(idx: Tensor, positions: Tensor) -> Tensor:
+        x = sdpa.wte(idx) + sdpa.wpe(positions)  # (B, t, C)
+        for block, (keys, values) in zip(sdpa.h, caches, strict=True):
+            qkv = block.attn.c_attn(block.ln_1(x)).unflatten(-1, (3, H, D))
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, t, D) each
+            keys.index_copy_(2, positions, k)
+            values.index_copy_(2, positions, v)
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[positions])
+            x = x + block.attn.c_proj(y.transpose(1, 2).flatten(2))
+            x = x + block.mlp(block.ln_2(x))
+        return sdpa.lm_head(sdpa.ln_f(x[:, -1])).argmax(-1, keepdim=True)  # (B, 1)
+
+    def step() -> None:
+        drawn = forward(token, position)
+        position.add_(1)
+        token.copy_(drawn)
+        out.index_copy_(1, position, drawn)
+
+    advance = captured(step) if device.type == "cuda" else lambda: step
+
+    @torch.no_grad()
+    def run() -> Tokens:
+        next_token = advance()
+        first = forward(prompt, torch.arange(length, device=device))
+        token.copy_(first)
+        position.fill_(length)
+        out[:, length : length + 1] = first
+        for _ in range(new - 1):
+            next_token()
+        return out[:, length:].tolist()
 
     return run
 
@@ -150,7 +202,7 @@ def transformers_model(model: GPT) -> nn.Module:
 
 def transformers_generate(model: GPT, dtype: str, prompt: Tensor, new: int) -> Generate:
     """transformers' generate, with its cache."""
-    other: Any = transformers_model(model).to(DTYPES[dtype])
+    other: Any = transformers_model(model).to(prompt.device, DTYPES[dtype])
     mask = torch.ones_like(prompt)
 
     @torch.no_grad()

@@ -43,8 +43,8 @@ class CourseGPT(nn.Module):
     def forward(self, idx: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, V) logits."""
         T = idx.shape[1]
-        hidden = torch.ones(T, T, dtype=torch.bool).triu(1)
-        x = self.drop(self.wte(idx) + self.wpe(torch.arange(T)))
+        hidden = torch.ones(T, T, dtype=torch.bool, device=idx.device).triu(1)
+        x = self.drop(self.wte(idx) + self.wpe(torch.arange(T, device=idx.device)))
         for layer, ffn in enumerate(self.FFN):
             if hasattr(self, "MM"):
                 y = self.scale1[layer](x)
@@ -155,7 +155,7 @@ def attention(
     """Attention of (B, H, T, D) in torch ops of the inputs' dtype, with gptfast's dropout mask."""
     Tq, Tk = q.shape[2], k.shape[2]
     scores = q @ k.transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    mask = torch.ones(Tq, Tk, dtype=torch.bool).tril(Tk - Tq)
+    mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
     weights = scores.masked_fill(~mask, -math.inf).softmax(-1).nan_to_num()
     if dropout_p:
         matrices = weights.shape[0] * weights.shape[1]

@@ -18,7 +18,6 @@ from rich.table import Table
 from rich.text import Text
 
 import gptfast
-from gptfast.cli.info import info
 from gptfast.errors import ConfigError
 from gptfast.pictures import COLOURS, GREY
 
@@ -27,6 +26,8 @@ WIDTH = 200  # columns, if the output is not a terminal
 
 def card() -> dict[str, Any]:
     """Returns the machine, the build and the versions that the numbers belong to."""
+    from gptfast.cli.info import info  # here: gpu_check.py needs no command line
+
     facts = info()
     return {
         "cpu": facts["cpu"],

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pooch
 import torch
 
 from gptfast.abc_corpus import abc_corpus, abc_entropy, abc_next_distribution
@@ -65,7 +64,11 @@ CORPORA = {
 def data_dir() -> Path:
     """Returns the folder of downloads: `GPTFAST_DATA_DIR`, or a folder in the user's cache."""
     chosen = os.environ.get("GPTFAST_DATA_DIR")
-    return Path(chosen).expanduser() if chosen else Path(pooch.os_cache("gptfast"))
+    if chosen:
+        return Path(chosen).expanduser()
+    import pooch  # here, because training on texts of one's own needs no downloads
+
+    return Path(pooch.os_cache("gptfast"))
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -136,6 +139,8 @@ def _read_checked(corpus: Corpus, path: Path) -> str:
 
 
 def _download(corpus: Corpus, path: Path) -> None:
+    import pooch
+
     reasons = []
     for url in corpus.urls:
         try:

@@ -13,8 +13,8 @@ from gptfast import GPT, GPTConfig, ops
 from gptfast.ops import adamw, select
 from gptfast.ops.arguments import Argument, Kind, Table, activation, parameter
 
-if select.extension() is None:
-    pytest.skip(f"{select.extension_error}", allow_module_level=True)
+# Not a skip of the module: test_triton.py, which needs no extension, takes its cases from here.
+pytestmark = pytest.mark.skipif(select.extension() is None, reason=f"{select.extension_error}")
 
 INTERNAL = (adamw.adamw_,)  # no public operation calls it; the import defines it
 
@@ -26,8 +26,13 @@ def heads(T: int) -> Tensor:
     return R(2, T, 3, 16).transpose(1, 2)  # (B, H, T, D), dense but not contiguous
 
 
-def cases() -> dict[str, tuple[Any, ...]]:
-    """Returns arguments for every operator in the namespace."""
+def cases(device: torch.device | str = "cpu") -> dict[str, tuple[Any, ...]]:
+    """Returns arguments for every operator in the namespace, made on this device."""
+    with torch.device(device):
+        return _cases()
+
+
+def _cases() -> dict[str, tuple[Any, ...]]:
     q, k, v = heads(9), heads(9), heads(9)
     out, lse = torch.ops.gptfast.attention(q, k, v, 0.25, 0.1, SEED, 1)
     x, ln_w, ln_b, weight, bias = R(2, 9, 32), R(32), R(32), R(20, 32), R(20)

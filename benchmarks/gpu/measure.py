@@ -1,0 +1,183 @@
+"""Verifies and times rows on a GPU, and says each result at once.
+
+A section is a module with `rows(full)`, which yields `common.Row`s whose case is built with the GPU
+as torch's default device, and optionally `TIMING`: "kernels" (the default) takes the median of
+CUDA events around single calls, with a cold L2 cache; "calls" that of the wall clock around several
+calls in a row, which is what a user waits for.
+"""
+
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from command import drop_contenders_that_fail
+from common import OURS, Case, Row, Run
+
+DEVICE = "cuda"
+MARK = "ROW "  # begins a line of the standard output that has a result
+POISON_BYTES = 2 << 30
+SECONDS = 0.4  # to time a contender of "calls" for, in groups of at most MAX_CALLS
+GROUPS, MAX_CALLS = 5, 50
+KERNEL_MS = 40  # to time a contender of "kernels" for, after half of it to warm up
+MIB = 2**20
+
+
+def emit(row: dict[str, Any]) -> None:
+    """Says a result in a line that the driver reads."""
+    print(f"{MARK}{json.dumps(row)}", flush=True)
+
+
+def run(rows: Iterator[Row], timing: str, full: bool, only: str = "") -> None:
+    """Measures the rows with `only` in their name; one that fails does not stop the others."""
+    for row in (each for each in rows if only in each.name):
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        line: dict[str, Any] = {"name": row.name, "dtype": row.dtype}
+        try:
+            emit(line | measure(row, timing, full))
+        except Exception as error:
+            emit(line | {"failed": reason(error)})
+            if isinstance(error, torch.AcceleratorError):
+                raise  # nothing runs on the device after an illegal access
+
+
+def reason(error: BaseException) -> str:
+    """Returns an error in one line."""
+    lines = str(error).strip().splitlines() or [""]
+    text = lines[0] if len(lines[0]) > 20 else " ".join(lines[:3])
+    return text if isinstance(error, AssertionError) else f"{type(error).__name__}: {text}"
+
+
+def measure(row: Row, timing: str, full: bool) -> dict[str, Any]:
+    """Builds, verifies and times one row. Raises AssertionError if the verification fails."""
+    with torch.device(DEVICE):
+        case = row.build()
+        for name in () if full else case.compiles:
+            del case.contenders[name]
+    notes = drop_contenders_that_fail(case)  # without a default device, as a user has it
+    with torch.device(DEVICE):
+        poison()
+        case.verify()
+    timed = {"kernels": kernel_seconds, "calls": call_seconds}[timing]
+    names = list(case.contenders)
+    if all(name in row.alone for name in names):
+        case.contenders.clear()
+        gc.collect()
+    seconds, peaks = {}, {}
+    for name in names:
+        before = torch.cuda.memory_allocated()
+        if name in case.contenders:
+            contender = case.contenders[name]
+        else:  # one after the other, each with all of its memory
+            with torch.device(DEVICE):
+                contender = row.alone[name]()
+        peaks[name] = peak_mib(contender, before)
+        seconds[name] = timed(contender)
+        del contender
+        gc.collect()
+    return line_of(case, seconds, peaks, notes)
+
+
+def line_of(
+    case: Case, seconds: dict[str, float], peaks: dict[str, float], notes: dict[str, str]
+) -> dict[str, Any]:
+    """Returns the numbers of a row: see `gpu_check.py`."""
+    others = {name: s for name, s in seconds.items() if name != OURS}
+    alike = {name: s for name, s in others.items() if name not in case.other_dtype}
+    best = min(alike, key=alike.__getitem__) if alike else None
+    found = {
+        "ms": {name: 1e3 * s for name, s in seconds.items()},
+        "best": best,
+        "ratio": others[best] / seconds[OURS] if best else None,
+        "errors": case.errors,
+        "peak_mib": peaks,
+        "notes": notes,
+    }
+    if case.flops:
+        found["tflops"] = 1e-12 * case.flops / seconds[OURS]
+    if case.details:
+        found["details"] = case.details(seconds[OURS])
+        found["details_of_best"] = case.details(seconds[best]) if best else {}
+    return found
+
+
+def poison() -> None:
+    """Fills memory that torch will give out with NaN, so that what is not written shows."""
+    blocks = [torch.full((POISON_BYTES // 8,), torch.nan, device=DEVICE) for _ in range(2)]
+    small = [torch.full((n,), torch.nan, device=DEVICE) for n in (64, 4096, 2**18) * 20]
+    del blocks, small
+
+
+def peak_mib(contender: Run, before: int) -> float:
+    """Returns by how much the allocated memory exceeds `before` bytes at its peak in 2 calls."""
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        contender()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / MIB
+
+
+def kernel_seconds(contender: Run) -> float:
+    """Returns the median of CUDA events around a call."""
+    from triton.testing import do_bench
+
+    ms = do_bench(contender, warmup=KERNEL_MS // 2, rep=KERNEL_MS, return_mode="median")
+    return 1e-3 * ms
+
+
+def call_seconds(contender: Run) -> float:
+    """Returns the median over groups of calls of the wall clock per call, of a warm contender."""
+    start = time.perf_counter()
+    contender()
+    torch.cuda.synchronize()
+    once = time.perf_counter() - start
+    each = max(1, min(MAX_CALLS, int(SECONDS / once / GROUPS)))
+    times = [once] if each == 1 else []
+    while len(times) < GROUPS and sum(times) < SECONDS:
+        start = time.perf_counter()
+        for _ in range(each):
+            contender()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) / each)
+    return statistics.median(times)
+
+
+def warm(rows: list[Row]) -> None:
+    """Calls gptfast's contender of each row once, so that its kernels are on Triton's disk cache.
+
+    Several processes do so at the same time, so configurations are not timed, and what would have
+    been found the fastest is not kept.
+    """
+    from triton.runtime import Autotuner
+
+    def forget(tuner: Any, key: Any, configs: Any, bench: Callable[[], Any]) -> bool:
+        bench()
+        return False
+
+    def once(call: Callable[[], Any], quantiles: Any) -> list[float]:
+        call()
+        return [1.0] * 3
+
+    tuner: Any = Autotuner
+    tuner.check_disk_cache, tuner.do_bench = forget, staticmethod(once)
+
+    def call(row: Row) -> None:
+        with torch.device(DEVICE):
+            contender = row.alone[OURS]() if row.alone else row.build().contenders[OURS]
+        contender()
+        torch.cuda.synchronize()
+
+    for row in rows:
+        try:
+            call(row)
+        except Exception as error:
+            print(f"{row}: failed: {reason(error)}", file=sys.stderr, flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()

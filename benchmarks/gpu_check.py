@@ -1,0 +1,382 @@
+"""Tests, verifies and times the GPU path against its peers, with one command, in four minutes.
+
+It needs a GPU, torch and Triton, and no compiled extension. Kernels are compiled first, by many
+processes; then every section runs in a process of its own, with a time limit, so that an error in
+one does not hide the others. Results are written as they come, and compared with the largest copy
+and product that this GPU was seen to do. Exit code 1: something failed or was not finished;
+2: invalid options, or no GPU.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+MARK = "ROW "
+WORKERS = 12  # processes that compile
+FULL_FACTOR = 10  # by which --full lengthens the limits
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the check."""
+
+    name: str
+    seconds: float  # time limit
+    rows: bool = True  # whether its module has rows to compile and to measure
+
+
+# In this order: the tests compile many small kernels of their own, and get what time is left.
+SECTIONS = (
+    Section("attention", 30),
+    Section("products", 30),
+    Section("loss", 30),
+    Section("train", 45),
+    Section("generate", 45),
+    Section("profile", 30, rows=False),
+    Section("tests", 90, rows=False),
+)
+COMPILING, CEILINGS = Section("compiling", 60, rows=False), Section("ceilings", 20, rows=False)
+SECONDS = 240  # of everything, without --full
+
+
+class Report:
+    """The results so far, in a file that is always whole."""
+
+    def __init__(self, out: Path, facts: dict[str, Any]) -> None:
+        self.out = out
+        self.found: dict[str, Any] = {**facts, "seconds": {}, "rows": [], "failed": []}
+
+    def add(self, section: str, row: dict[str, Any]) -> None:
+        """Adds a row, prints it and writes the file."""
+        row = {"section": section, **row}
+        self.found["rows"].append(row)
+        if row.get("failed"):
+            self.found["failed"].append(f"{section}: {row['name']}: {row['failed']}")
+        print(sentence(row, self.ceiling()), flush=True)
+        self.write()
+
+    def fail(self, section: str, why: str) -> None:
+        """Notes that a section did not end well."""
+        self.found["failed"].append(f"{section}: {why}")
+        print(f"{section}: {why}", flush=True)
+        self.write()
+
+    def ceiling(self) -> dict[str, float]:
+        """Returns the measured `gb_s` and `tflops` of this GPU; {} before they are known."""
+        return next((row for row in self.found["rows"] if row["section"] == CEILINGS.name), {})
+
+    def write(self) -> None:
+        """Replaces the file, in one step, so that a run cut short leaves one that can be read."""
+        from show import to_text
+
+        temporary = self.out.with_name(f"{self.out.name}.partial")
+        temporary.write_text(to_text(self.found), encoding="utf-8")
+        temporary.replace(self.out)
+
+
+def sentence(row: dict[str, Any], ceiling: dict[str, float]) -> str:
+    """Returns a row in one line."""
+    text = f"{row['section']:<10} {row['name']}"
+    if "dtype" in row:
+        text += f", {row['dtype']}"
+    if row.get("failed"):
+        return f"{text}: FAILED: {row['failed']}"
+    if "ms" in row:
+        ours, best = row["ms"]["gptfast"], row["best"]
+        text += f": {ours:.4g} ms"
+        text += "".join(f", {value:,.4g} {name}" for name, value in row.get("details", {}).items())
+        if "tflops" in row:
+            text += f", {row['tflops']:.0f} TFLOP/s"
+            if ceiling:
+                text += f" ({row['tflops'] / ceiling['tflops']:.0%} of the product)"
+        if best:
+            text += f", {row['ratio']:.2f} x {best} ({row['ms'][best]:.4g} ms)"
+        text += f", {row['peak_mib']['gptfast']:.0f} MiB"
+        if row["errors"]:
+            text += f", error {row['errors']['gptfast']:.1e}"
+        for name, note in row["notes"].items():
+            text += f"; {name}: {note}"
+        return text
+    if "kernels" in row:
+        lines = [f"{text}: {row['total_ms']:.3f} ms in {row['launches']:.0f} launches"]
+        for each in row["kernels"]:
+            lines.append(f"    {each['ms']:9.4f} ms {each['calls']:6.1f} x {each['name'][:80]}")
+        return "\n".join(lines)
+    numbers = row.get("counts", row)
+    numbers = {name: value for name, value in numbers.items() if isinstance(value, int | float)}
+    return f"{text}: " + ", ".join(f"{value:.4g} {name}" for name, value in numbers.items())
+
+
+def lines_of(
+    command: list[str], seconds: float, errors: Any, cwd: Path = ROOT
+) -> Iterator[str | int | None]:
+    """Yields the lines of a process as it writes them, at last its exit code.
+
+    After `seconds` the process and what it has started are killed; then the last is None.
+    """
+    environment = {**os.environ, "PYTHONPATH": search_path(), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        command, cwd=cwd, env=environment, text=True, errors="replace", start_new_session=True,
+        stdout=subprocess.PIPE, stderr=errors,
+    )  # fmt: skip
+    expired = threading.Event()
+
+    def stop() -> None:
+        expired.set()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    timer = threading.Timer(seconds, stop)
+    timer.start()
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            yield line.rstrip("\n")
+        code = process.wait()
+        yield None if expired.is_set() else code
+    finally:
+        timer.cancel()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def search_path() -> str:
+    """Returns PYTHONPATH for the processes: the package beside this script, scripts and tests."""
+    own = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
+    return os.pathsep.join([*own, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def run_section(section: Section, options: argparse.Namespace, report: Report) -> None:
+    """Runs a section in a process of its own and reports its rows as they come."""
+    seconds, start = options.limit(section), time.monotonic()
+    command = [sys.executable, __file__, "--section", section.name]
+    command += shared_options(options)
+    with tempfile.TemporaryFile("w+") as errors:
+        code: str | int | None = None
+        for code in lines_of(command, seconds, errors):
+            if isinstance(code, str) and code.startswith(MARK):
+                report.add(section.name, json.loads(code.removeprefix(MARK)))
+        errors.seek(0)
+        said = errors.read().strip().splitlines()
+    report.found["seconds"][section.name] = round(time.monotonic() - start, 1)
+    if code is None:
+        report.fail(section.name, f"not finished after {seconds:.0f} seconds")
+    elif code:
+        last = next((line for line in reversed(said) if line.strip()), "no message")
+        report.fail(section.name, f"ended with exit code {code}: {last.strip()[:300]}")
+    report.write()
+
+
+def run_tests(options: argparse.Namespace, report: Report) -> None:
+    """Runs the tests of the kernels on the GPU, in parallel where pytest-xdist is installed."""
+    seconds, start = options.limit(SECTIONS[-1]), time.monotonic()
+    code, outcomes, text = None, dict[str, str](), []
+    for line in lines_of(pytest_command(options.full), seconds, subprocess.STDOUT):
+        code = line
+        if not isinstance(line, str):
+            break
+        text.append(line)
+        found = re.search(r"(PASSED|FAILED|ERROR|SKIPPED)", line)
+        name = re.search(r"tests/\S+::\S.*?(?= (?:PASSED|FAILED|ERROR|SKIPPED)|$)", line)
+        if found and name and not line.startswith(("FAILED", "ERROR")):
+            outcomes[name[0].strip()] = found[1]
+    report.found["seconds"]["tests"] = round(time.monotonic() - start, 1)
+    counts = {kind.lower(): sum(each == kind for each in outcomes.values())
+              for kind in ("PASSED", "FAILED", "ERROR", "SKIPPED")}  # fmt: skip
+    failures = [line for line in text if line.startswith(("FAILED", "ERROR"))]
+    failures = failures or [each for each, kind in outcomes.items() if kind in ("FAILED", "ERROR")]
+    row: dict[str, Any] = {"name": "pytest -m cuda", "counts": counts, "failures": failures}
+    if failures:
+        row["failed"] = f"{len(failures)} tests, {counts['passed']} passed"
+    report.add("tests", row)
+    for each in failures:
+        print(f"    {each[:240]}")
+    if code is None:
+        report.fail("tests", f"not finished after {seconds:.0f} seconds")
+    elif code and not failures:
+        report.fail("tests", f"pytest ended with {code}: {text[-1] if text else 'no message'}")
+
+
+def pytest_command(full: bool) -> list[str]:
+    """Returns the command that tests the kernels on a GPU."""
+    files = sorted(str(path) for path in (ROOT / "tests").glob("test_triton*.py"))
+    # Only these options, because those of pyproject.toml are for plugins that may be missing.
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=line", "-o", "addopts=", *files]
+    command += ["-p", "no:cacheprovider", "-m", "cuda" if full else "cuda and not full"]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
+    return command
+
+
+def compile_all(chosen: list[Section], options: argparse.Namespace, report: Report) -> None:
+    """Fills Triton's cache on disk from several processes, each with a part of the rows."""
+    names = [each.name for each in chosen if each.rows]
+    if not names:
+        return
+    start = time.monotonic()
+    workers = options.workers
+    messages: list[str] = []
+
+    def work(part: int) -> None:
+        command = [sys.executable, __file__, "--warm", f"{part}/{workers}", "--only", *names]
+        command += shared_options(options)
+        for line in lines_of(command, options.limit(COMPILING), subprocess.STDOUT):
+            if isinstance(line, str) and "failed" in line:
+                messages.append(line)
+            elif line is None:
+                messages.append(f"part {part} of {workers} was not finished")
+
+    threads = [threading.Thread(target=work, args=(part,)) for part in range(workers)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    report.found["seconds"][COMPILING.name] = round(time.monotonic() - start, 1)
+    for message in messages:
+        print(f"compiling: {message[:300]}")
+
+
+def shared_options(options: argparse.Namespace) -> list[str]:
+    """Returns the options that the processes of sections have, too."""
+    return ["--rows", options.rows, *(["--full"] if options.full else [])]
+
+
+def rows_of(name: str, full: bool) -> list[Any]:
+    """Returns the rows of a section."""
+    return list(importlib.import_module(f"gpu.{name}").rows(full))
+
+
+def warm(part: str, names: list[str], full: bool, only: str) -> None:
+    """Compiles what the rows of this part need; they are dealt out so that parts are alike."""
+    from gpu.measure import warm as warm_rows
+
+    own, all_parts = map(int, part.split("/"))
+    rows = [row for name in names for row in rows_of(name, full) if only in row.name]
+    warm_rows(rows[own::all_parts])
+
+
+def measure(name: str, full: bool, only: str) -> None:
+    """Runs a section in this process."""
+    module = importlib.import_module(f"gpu.{name}")
+    if hasattr(module, "main"):
+        module.main()
+        return
+    from gpu.measure import run
+
+    run(module.rows(full), getattr(module, "TIMING", "kernels"), full, only)
+
+
+def facts() -> dict[str, Any]:
+    """Returns what the numbers belong to."""
+    import triton
+
+    import gptfast
+
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "script": "gpu_check",
+        "gpu": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "gptfast": gptfast.__version__,
+        "python": sys.version.split()[0],
+    }
+
+
+def missing() -> str | None:
+    """Returns a sentence on what this machine lacks; None if it lacks nothing."""
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device here, and the check needs one"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed, and the kernels are written in it"
+    return None
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Parses the options."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    names = [each.name for each in SECTIONS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="sections to run")
+    parser.add_argument(
+        "--rows", default="", metavar="SUBSTRING", help="rows with this in the name"
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes that compile; default: at most 12",
+        default=min(WORKERS, os.cpu_count() or 1),
+    )  # fmt: skip
+    parser.add_argument("--full", action="store_true", help="all configurations, compiled peers")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", default=ROOT / "benchmarks/results/gpu_check.json"
+    )
+    # Of the processes that this script starts.
+    parser.add_argument("--section", help=argparse.SUPPRESS)
+    parser.add_argument("--warm", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    start = time.monotonic()
+
+    def limit(section: Section) -> float:
+        """Returns the seconds that a section has."""
+        if options.full:
+            return FULL_FACTOR * section.seconds
+        return max(1.0, min(section.seconds, start + SECONDS - time.monotonic()))
+
+    options.limit = limit
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the check and returns its exit code."""
+    options = parse(argv)
+    if options.section:
+        measure(options.section, options.full, options.rows)
+        return 0
+    if options.warm:
+        warm(options.warm, options.only, options.full, options.rows)
+        return 0
+    lacking = missing()
+    if lacking is not None:
+        print(f"gpu_check: {lacking}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    try:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        report = Report(options.out, facts())
+        report.write()
+    except OSError as error:
+        print(f"gpu_check: {error.filename}: cannot be written ({error.strerror})", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    chosen = [each for each in SECTIONS if each.name in options.only]
+    compile_all(chosen, options, report)
+    run_section(CEILINGS, options, report)
+    for section in chosen:
+        if section.name == "tests":
+            run_tests(options, report)
+        else:
+            run_section(section, options, report)
+    seconds = report.found["seconds"]
+    print(", ".join(f"{name} {value} s" for name, value in seconds.items()))
+    for each in report.found["failed"]:
+        print(f"FAILED: {each}")
+    return EXIT_FAILED if report.found["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
