@@ -17,6 +17,7 @@ from gptfast.ops.triton.tiles import (
     load_tile,
     product,
     quarters,
+    stagger,
     store_tile,
     tile_at,
 )
@@ -27,6 +28,7 @@ def hidden_grad_kernel(
     a, b, M, N, K, b_row, b_column, before, dhidden, hidden, sums, GELU: tl.constexpr,
     DESCRIBED: tl.constexpr, STORED: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    STAGGER: tl.constexpr,
 ):  # fmt: skip
     """dU = (A B) gelu'(U); gelu(U), which is recomputed; each tile's sum of dU over its rows.
 
@@ -34,6 +36,7 @@ def hidden_grad_kernel(
     holds U. `hidden` and `sums` are optional.
     """
     tl.assume(K > 0)
+    stagger(STAGGER)
     tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
     done = tl.program_id(0)  # see linear_kernel
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
@@ -128,7 +131,7 @@ def _hidden_grad(
     du, hidden = torch.empty_like(before), torch.empty_like(before if with_hidden else before[:0])
     if not before.numel():
         return du, hidden, d.new_empty(0, N, dtype=torch.float32)
-    how = products.product(d.view(M, -1), w2.to(d.dtype))
+    how = products.product(d.view(M, -1), w2.to(d.dtype), products.EPILOGUE_TILES)
     parts = cdiv(M, how.options["BM"]) if with_sums else 0
     sums = d.new_empty(parts, N, dtype=torch.float32)
     hidden_grad_kernel[how.grid](

@@ -19,6 +19,7 @@ from gptfast.ops.triton.launch import INTERPRETED, cdiv, precision, processors
 
 GROUP = 8  # rows of tiles that are computed together; see tiles.tile_at
 REGISTERS = 65536  # of a multiprocessor, on all of NVIDIA's chips
+STAGGER = 0
 PARTS = 4  # of a tile's columns, finished one after the other; see tiles.quarters
 
 
@@ -38,12 +39,9 @@ class Tile(NamedTuple):
     cost: float  # time per element of the tile, relative to that of the fastest
 
 
-# With descriptors: 2-byte elements.
-DESCRIBED_TILES = (
-    Tile(128, 256, 64, 8, 3, 1, 1.0),
-    Tile(128, 128, 64, 4, 3, 2, 1.08),
-    Tile(64, 64, 64, 4, 3, 3, 1.8),
-)
+# With descriptors: 2-byte elements. The second has more threads for what follows the product.
+DESCRIBED_TILES = (Tile(128, 128, 64, 4, 3, 2, 1.0), Tile(64, 64, 64, 4, 3, 3, 1.8))
+EPILOGUE_TILES = (Tile(128, 128, 64, 8, 3, 2, 1.0), Tile(64, 64, 64, 4, 3, 3, 1.8))
 # With pointers, by bytes per element.
 POINTER_TILES = {
     2: (Tile(128, 128, 32, 8, 3, 1, 1.0), Tile(64, 64, 32, 4, 3, 3, 1.6)),
@@ -108,23 +106,26 @@ class Product(NamedTuple):
         return _descriptor(y.view(-1, y.shape[-1]), self.options["BM"], columns)
 
 
-def product(a: Tensor, b: Tensor) -> Product:
-    """Prepares the product of a (M, K), contiguous, and b (K, N) of a's dtype, neither empty."""
+def product(a: Tensor, b: Tensor, tiles: tuple[Tile, ...] = DESCRIBED_TILES) -> Product:
+    """Prepares the product of a (M, K), contiguous, and b (K, N) of a's dtype, neither empty.
+
+    tiles are those to choose from if the operands are read by descriptors.
+    """
     (M, K), N = a.shape, b.shape[1]
     how, count, strides = described(a, b), processors(a.device), b.stride()
-    tiles = POINTER_TILES[a.element_size()] if how is None else DESCRIBED_TILES
+    tiles = POINTER_TILES[a.element_size()] if how is None else tiles
     tile = choose_tile(tiles, M, N, count)
     options = {
         "DESCRIBED": how, "STORED": how is not None and N * a.element_size() % 16 == 0,
-        "PRECISION": precision(), "GROUP": GROUP, "BM": tile.BM, "BN": tile.BN, "BK": tile.BK,
-        "num_warps": tile.warps, "num_stages": tile.stages,
+        "STAGGER": STAGGER, "PRECISION": precision(), "GROUP": GROUP, "BM": tile.BM, "BN": tile.BN,
+        "BK": tile.BK, "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     if how is not None:
         a = _descriptor(_aligned(a), tile.BM, tile.BK)
         block = (tile.BK, tile.BN) if how == "rows" else (tile.BN, tile.BK)
         b = _descriptor(_aligned(b if how == "rows" else b.t()), *block)
-        most = REGISTERS // (32 * tile.warps * tile.programs)
-        if most < 255:  # that of a thread
+        most = REGISTERS // (32 * tile.warps * tile.programs) // 8 * 8
+        if most < 255:  # the most that a thread can have
             options["maxnreg"] = most
     blocks = cdiv(M, tile.BM) * cdiv(N, tile.BN)
     return Product((a, b, M, N, K, *strides), options, (min(blocks, count * tile.programs),))

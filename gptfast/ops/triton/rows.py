@@ -153,13 +153,15 @@ def norm_grads(
         with_n: Whether to write n.
     """
     K = x.shape[-1]
-    M, tile = x.numel() // K, _tile(K)
-    parts = max(1, min(programs(x.device), cdiv(M, tile["ROWS"])))
+    M, block = x.numel() // K, block_of(K)
+    rows = max(1, 2048 // block)
+    parts = max(1, min(2 * programs(x.device), cdiv(M, rows)))
     dx, sums = torch.empty_like(x), x.new_empty(parts, 3, K, dtype=torch.float32)
     n = torch.empty_like(x) if with_n else None
     norm_grad_kernel[(parts,)](
-        dn, x, add, mean, rstd, weight, bias, dx, n, sums, M, K, **tile, STAGES=2, num_warps=8
-    )
+        dn, x, add, mean, rstd, weight, bias, dx, n, sums, M, K,
+        ROWS=rows, BLOCK=block, STAGES=2, num_warps=4,
+    )  # fmt: skip
     return NormGrads(dx, x.new_empty(0) if n is None else n, sums)
 
 
