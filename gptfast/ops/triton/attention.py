@@ -194,28 +194,32 @@ def forward_kernel(
     acc = tl.zeros([BM, BLOCK_D], tl.float32)
     m = tl.full([BM], LOWEST, tl.float32)
     total = tl.zeros([BM], tl.float32)
-    # No query masks a key before `whole`; every query masks the keys from `last` on.
+    # No query masks a key before `whole`; every query masks the keys from `last` on. A loop that
+    # branches on j0 >= whole instead is slower with dropout.
     whole = tl.maximum(i0 + 1 + offset, 0) // BN * BN
     last = tl.minimum(Tk, i0 + BM + offset)
-    for j0 in tl.range(0, last, BN):
-        keys = held_rows(k, k_tiles, b, h, j0, k_row, Tk, d, D, BLOCK_D, PART, BN)
-        s = row_products(
-            queries, i0, q_row, Tq, keys, j0, k_row, Tk, tl.zeros([BM, BN], tl.float32),
-            PRECISION, D, BLOCK_D, PART, BM, BN,
-        )  # fmt: skip
-        if j0 >= whole:
-            j = j0 + tl.arange(0, BN)
-            s = tl.where(j[None, :] <= i[:, None] + offset, s, -float("inf"))
-        top = tl.maximum(m, tl.max(s, 1))
-        p = tl.exp2((s - top[:, None]) * scale_log2)
-        shrink = tl.exp2((m - top) * scale_log2)
-        total = total * shrink + tl.sum(p, 1)
-        if seed is not None:
-            kept = dropout_kept(tl.load(seed), substream, head, i0, j0, threshold, BM, BN)
-            p = tl.where(kept, p, 0.0)
-        values = head_rows(v, v_tiles, b, h, j0, v_row, Tk, d, D, BLOCK_D, BN)
-        acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
-        m = top
+    for MASKED in tl.static_range(2):
+        for j0 in tl.range(whole if MASKED else 0, last if MASKED else whole, BN):
+            keys = held_rows(k, k_tiles, b, h, j0, k_row, Tk, d, D, BLOCK_D, PART, BN)
+            s = row_products(
+                queries, i0, q_row, Tq, keys, j0, k_row, Tk, tl.zeros([BM, BN], tl.float32),
+                PRECISION, D, BLOCK_D, PART, BM, BN,
+            )  # fmt: skip
+            if MASKED:
+                j = j0 + tl.arange(0, BN)
+                s = tl.where(j[None, :] <= i[:, None] + offset, s, -float("inf"))
+            top = tl.maximum(m, tl.max(s, 1))
+            p = tl.exp2((s - top[:, None]) * scale_log2)
+            shrink = tl.exp2((m - top) * scale_log2)
+            total = total * shrink + tl.sum(p, 1)
+            if seed is not None:
+                kept = dropout_kept(tl.load(seed), substream, head, i0, j0, threshold, BM, BN)
+                p = tl.where(kept, p, 0.0)
+            values = head_rows(v, v_tiles, b, h, j0, v_row, Tk, d, D, BLOCK_D, BN)
+            acc = tl.dot(
+                p.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION
+            )
+            m = top
     some = i + offset >= 0  # some key is unmasked; if all its scores are -inf, the row is 0 / 0
     weight = 1.0 / tl.where(some, total, 1.0)
     if seed is not None:

@@ -26,12 +26,13 @@ from gptfast.ops.triton.attention import (
 from gptfast.ops.triton.launch import config, dropout_args, precision, tuned
 from gptfast.ops.triton.tiles import dropout_kept, own_head
 
+PADDING = tl.constexpr(128)  # the most queries that a program of key_grads_kernel reads at once
+
 
 @triton.jit
-def _softmax_moments(lse, i, Tq):
-    """The maximum of rows i of a head, and log2 of their sums; those past Tq are 0."""
-    top = tl.load(lse + i, mask=i < Tq, other=0.0)
-    return top, tl.load(lse + Tq + i, mask=i < Tq, other=0.0)
+def _term(which: tl.constexpr, row):
+    """The offset of number `which` of (top, log_sum, delta) of a row: 16 rows of each in turn."""
+    return row // 16 * 48 + which * 16 + row % 16
 
 
 QUERY_GRAD = {
@@ -55,17 +56,20 @@ QUERY_GRAD = {
 )
 @triton.jit(do_not_specialize=["substream", "threshold", "Tq", "Tk"])
 def query_grad_kernel(
-    q, k, v, out, dout, dq, lse, delta, k_tiles, v_tiles, H, Tq, Tk, scale, scale_log2,
+    q, k, v, out, dout, dq, lse, terms, k_tiles, v_tiles, H, Tq, Tk, padded, scale, scale_log2,
     q_b, q_h, q_row, k_b, k_h, k_row, v_b, v_h, v_row, out_b, out_h, out_row,
     dout_b, dout_h, dout_row, dq_b, dq_h, dq_row,
     seed, substream, threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr, TILES: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """dQ of a block of BM queries of one head, and their delta for the other kernel.
+    """dQ of a block of BM queries of one head, and their top, log_sum and delta for dK and dV.
 
     P = 2^(c (q k' - top) - log_sum),  dP = dropout(dO v'),  delta_i = sum_d dO_id O_id, which is
     sum_j P_ij dP_ij,  dS = P (dP - delta),  dQ = scale dS K.
+
+    `terms` has these three for `padded` rows of each head, 0 from Tq on: the other kernel needs no
+    masks for it, nor registers for more than one address.
     """
     head, b, h, i0 = own_head(H, Tq, BM, True)
     q += b * q_b + h * q_h
@@ -81,34 +85,43 @@ def query_grad_kernel(
     o_tile = head_rows(out, None, b, h, i0, out_row, Tq, d, D, BLOCK_D, BM).to(tl.float32)
     do_tile = head_rows(dout, None, b, h, i0, dout_row, Tq, d, D, BLOCK_D, BM).to(tl.float32)
     row_delta = tl.sum(o_tile * do_tile, 1)
-    tl.store(delta + head.to(tl.int64) * Tq + i, row_delta, mask=i < Tq)
-    top, log_sum = _softmax_moments(lse + head.to(tl.int64) * 2 * Tq, i, Tq)
+    lse += head.to(tl.int64) * 2 * Tq
+    top = tl.load(lse + i, mask=i < Tq, other=0.0)
+    log_sum = tl.load(lse + Tq + i, mask=i < Tq, other=0.0)
+    terms += head.to(tl.int64) * 3 * padded
+    tl.store(terms + _term(0, i), top, mask=i < padded)
+    tl.store(terms + _term(1, i), log_sum, mask=i < padded)
+    tl.store(terms + _term(2, i), row_delta, mask=i < padded)
+    if i0 + BM >= Tq:
+        rest = 3 * (i0 + BM) + tl.arange(0, 4 * PADDING)
+        tl.store(terms + rest, tl.zeros([4 * PADDING], tl.float32), mask=rest < 3 * padded)
     total = tl.zeros([BM, BLOCK_D], tl.float32)
     # No query masks a key before `whole`; every query masks the keys from `last` on.
     whole = tl.maximum(i0 + 1 + offset, 0) // BN * BN
     last = tl.minimum(Tk, i0 + BM + offset)
-    for j0 in tl.range(0, last, BN):
-        keys = head_rows(k, k_tiles, b, h, j0, k_row, Tk, d, D, BLOCK_D, BN)
-        values = held_rows(v, v_tiles, b, h, j0, v_row, Tk, d, D, BLOCK_D, PART, BN)
-        zeros = tl.zeros([BM, BN], tl.float32)
-        shown = keys if PART == BLOCK_D else k
-        s = row_products(
-            queries, i0, q_row, Tq, shown, j0, k_row, Tk, zeros,
-            PRECISION, D, BLOCK_D, PART, BM, BN,
-        )  # fmt: skip
-        dp = row_products(
-            do, i0, dout_row, Tq, values, j0, v_row, Tk, zeros,
-            PRECISION, D, BLOCK_D, PART, BM, BN,
-        )  # fmt: skip
-        p = tl.exp2((s - top[:, None]) * scale_log2 - log_sum[:, None])
-        if seed is not None:
-            kept = dropout_kept(tl.load(seed), substream, head, i0, j0, threshold, BM, BN)
-            dp = tl.where(kept, dp * keep_scale, 0.0)
-        ds = p * (dp - row_delta[:, None])
-        if j0 >= whole:
-            j = j0 + tl.arange(0, BN)
-            ds = tl.where(j[None, :] <= i[:, None] + offset, ds, 0.0)
-        total = tl.dot(ds.to(keys.dtype), keys, total, input_precision=PRECISION)
+    for MASKED in tl.static_range(2):
+        for j0 in tl.range(whole if MASKED else 0, last if MASKED else whole, BN):
+            keys = head_rows(k, k_tiles, b, h, j0, k_row, Tk, d, D, BLOCK_D, BN)
+            values = held_rows(v, v_tiles, b, h, j0, v_row, Tk, d, D, BLOCK_D, PART, BN)
+            zeros = tl.zeros([BM, BN], tl.float32)
+            shown = keys if PART == BLOCK_D else k
+            s = row_products(
+                queries, i0, q_row, Tq, shown, j0, k_row, Tk, zeros,
+                PRECISION, D, BLOCK_D, PART, BM, BN,
+            )  # fmt: skip
+            dp = row_products(
+                do, i0, dout_row, Tq, values, j0, v_row, Tk, zeros,
+                PRECISION, D, BLOCK_D, PART, BM, BN,
+            )  # fmt: skip
+            p = tl.exp2((s - top[:, None]) * scale_log2 - log_sum[:, None])
+            if seed is not None:
+                kept = dropout_kept(tl.load(seed), substream, head, i0, j0, threshold, BM, BN)
+                dp = tl.where(kept, dp * keep_scale, 0.0)
+            ds = p * (dp - row_delta[:, None])
+            if MASKED:
+                j = j0 + tl.arange(0, BN)
+                ds = tl.where(j[None, :] <= i[:, None] + offset, ds, 0.0)
+            total = tl.dot(ds.to(keys.dtype), keys, total, input_precision=PRECISION)
     at = dq + i.to(tl.int64)[:, None] * dq_row + d[None, :]
     inside = (i < Tq)[:, None] & (d < D)[None, :]
     tl.store(at, (total * scale).to(dq.dtype.element_ty), mask=inside)
@@ -143,7 +156,7 @@ def key_grads_kind(args: Any) -> tuple[Any, ...]:
 )
 @triton.jit(do_not_specialize=["substream", "threshold", "Tq", "Tk"])
 def key_grads_kernel(
-    q, k, v, dout, dk, dv, lse, delta, q_tiles, dout_tiles, H, Tq, Tk, scale, scale_log2,
+    q, k, v, dout, dk, dv, terms, q_tiles, dout_tiles, H, Tq, Tk, padded, scale, scale_log2,
     q_b, q_h, q_row, k_b, k_h, k_row, v_b, v_h, v_row, dout_b, dout_h, dout_row,
     dk_b, dk_h, dk_row, dv_b, dv_h, dv_row,
     seed, substream, threshold, keep_scale,
@@ -164,8 +177,7 @@ def key_grads_kernel(
     dout += b * dout_b + h * dout_h
     dk += b * dk_b + h * dk_h
     dv += b * dv_b + h * dv_h
-    lse += head.to(tl.int64) * 2 * Tq
-    delta += head.to(tl.int64) * Tq
+    terms += head.to(tl.int64) * 3 * padded
     j, d = j0 + tl.arange(0, BN), tl.arange(0, COLUMNS)
     if COLUMNS < BLOCK_D:
         d += tl.program_id(1) * COLUMNS
@@ -174,49 +186,52 @@ def key_grads_kernel(
     values = held_rows(v, None, b, h, j0, v_row, Tk, d, D, BLOCK_D, PART, BN)
     key_total = tl.zeros([BN, COLUMNS], tl.float32)
     value_total = tl.zeros([BN, COLUMNS], tl.float32)
+    seen_from = j - offset  # the first query that sees the key
     # No query before `first` sees a key of the block, all those from `whole` on see every one.
     first = tl.maximum(j0 - offset, 0) // BM * BM
-    whole = j0 + BN - 1 - offset
-    for i0 in tl.range(first, Tq, BM):
-        i = i0 + tl.arange(0, BM)
-        queries = head_rows(q, q_tiles, b, h, i0, q_row, Tq, d, D, COLUMNS, BM)
-        do = head_rows(dout, dout_tiles, b, h, i0, dout_row, Tq, d, D, COLUMNS, BM)
-        top, log_sum = _softmax_moments(lse, i, Tq)
-        shown = queries if PART == BLOCK_D else q
-        if q.dtype.element_ty == tl.float32:
-            # The sum of tf32x3's products depends on which operand is the left one, and a large
-            # score must be exactly that of the forward, or its weight is not.
-            s = row_products(
-                shown, i0, q_row, Tq, keys, j0, k_row, Tk, tl.zeros([BM, BN], tl.float32),
-                PRECISION, D, BLOCK_D, PART, BM, BN,
-            )  # fmt: skip
-            s = tl.trans(s)
-        else:
-            s = row_products(
-                keys, j0, k_row, Tk, shown, i0, q_row, Tq, tl.zeros([BN, BM], tl.float32),
+    whole = tl.minimum(tl.cdiv(tl.maximum(j0 + BN - 1 - offset, 0), BM), tl.cdiv(Tq, BM)) * BM
+    for UNMASKED in tl.static_range(2):
+        for i0 in tl.range(whole if UNMASKED else first, Tq if UNMASKED else whole, BM):
+            i = i0 + tl.arange(0, BM)
+            queries = head_rows(q, q_tiles, b, h, i0, q_row, Tq, d, D, COLUMNS, BM)
+            do = head_rows(dout, dout_tiles, b, h, i0, dout_row, Tq, d, D, COLUMNS, BM)
+            at, row = terms + 3 * i0, tl.arange(0, BM)
+            top, log_sum = tl.load(at + _term(0, row)), tl.load(at + _term(1, row))
+            shown = queries if PART == BLOCK_D else q
+            if q.dtype.element_ty == tl.float32:
+                # The sum of tf32x3's products depends on which operand is the left one, and a large
+                # score must be exactly that of the forward, or its weight is not.
+                s = row_products(
+                    shown, i0, q_row, Tq, keys, j0, k_row, Tk, tl.zeros([BM, BN], tl.float32),
+                    PRECISION, D, BLOCK_D, PART, BM, BN,
+                )  # fmt: skip
+                s = tl.trans(s)
+            else:
+                s = row_products(
+                    keys, j0, k_row, Tk, shown, i0, q_row, Tq, tl.zeros([BN, BM], tl.float32),
+                    PRECISION, D, BLOCK_D, PART, BN, BM,
+                )  # fmt: skip
+            p = tl.exp2((s - top[None, :]) * scale_log2 - log_sum[None, :])
+            if not UNMASKED:
+                p = tl.where(seen_from[:, None] <= i[None, :], p, 0.0)
+            weights = p  # without the dropout's factor
+            if seed is not None:
+                kept = dropout_kept(tl.load(seed), substream, head, i0, j0, threshold, BM, BN, True)
+                weights = tl.where(kept, p, 0.0)
+            value_total = tl.dot(weights.to(do.dtype), do, value_total, input_precision=PRECISION)
+            shown = do if PART == BLOCK_D else dout
+            row_delta = tl.load(at + _term(2, row))
+            start = tl.zeros([BN, BM], tl.float32)
+            if seed is None:
+                start -= row_delta[None, :]
+            ds = row_products(
+                values, j0, v_row, Tk, shown, i0, dout_row, Tq, start,
                 PRECISION, D, BLOCK_D, PART, BN, BM,
             )  # fmt: skip
-        p = tl.exp2((s - top[None, :]) * scale_log2 - log_sum[None, :])
-        if i0 < whole:
-            p = tl.where(j[:, None] <= i[None, :] + offset, p, 0.0)
-        weights = p  # without the dropout's factor
-        if seed is not None:
-            kept = dropout_kept(tl.load(seed), substream, head, i0, j0, threshold, BM, BN, True)
-            weights = tl.where(kept, p, 0.0)
-        value_total = tl.dot(weights.to(do.dtype), do, value_total, input_precision=PRECISION)
-        shown = do if PART == BLOCK_D else dout
-        row_delta = tl.load(delta + i, mask=i < Tq, other=0.0)
-        start = tl.zeros([BN, BM], tl.float32)
-        if seed is None:
-            start -= row_delta[None, :]
-        ds = row_products(
-            values, j0, v_row, Tk, shown, i0, dout_row, Tq, start,
-            PRECISION, D, BLOCK_D, PART, BN, BM,
-        )  # fmt: skip
-        if seed is not None:
-            ds = tl.where(kept, ds * keep_scale, 0.0) - row_delta[None, :]
-        ds *= p
-        key_total = tl.dot(ds.to(queries.dtype), queries, key_total, input_precision=PRECISION)
+            if seed is not None:
+                ds = tl.where(kept, ds * keep_scale, 0.0) - row_delta[None, :]
+            ds *= p
+            key_total = tl.dot(ds.to(queries.dtype), queries, key_total, input_precision=PRECISION)
     if seed is not None:
         value_total *= keep_scale
     inside = (j < Tk)[:, None] & (d < D)[None, :]
@@ -238,17 +253,18 @@ def write_grads(
     dq, dk, dv = grads
     B, H, Tq, _ = q.shape
     Tk = k.shape[2]
-    delta = lse.new_empty(B, H, Tq)
+    padded = triton.cdiv(Tq, PADDING.value) * PADDING.value
+    terms = lse.new_empty(B, H, 3 * padded)
     shape: dict[str, Any] = {**parts_of(q), "PRECISION": precision()}
     shape["TILES"] = row_tiles(q, k, v, dout)
     args = {"q": q, **shape, **dropout}
     kind, key_kind = head_kind(args), key_grads_kind(args)
-    sizes = H, Tq, Tk, scale, log2_scale(scale)
+    sizes = H, Tq, Tk, padded, scale, log2_scale(scale)
     inputs = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     if dq.numel():
         queries = lambda meta: (triton.cdiv(Tq, meta["BM"]) * B * H,)  # noqa: E731
         query_grad_kernel[queries](
-            q, k, v, out, dout, dq, lse, delta,
+            q, k, v, out, dout, dq, lse, terms,
             *descriptors(query_grad_kernel, QUERY_GRAD, kind, "BN", k, v), *sizes,
             *inputs, *out.stride()[:3], *dout.stride()[:3], *dq.stride()[:3],
             **dropout, **shape,
@@ -259,7 +275,7 @@ def write_grads(
             columns = 64 if shape["PRECISION"] == "tf32x3" else 128
         keys = lambda meta: (triton.cdiv(Tk, meta["BN"]) * B * H, block // columns)  # noqa: E731
         key_grads_kernel[keys](
-            q, k, v, dout, dk, dv, lse, delta,
+            q, k, v, dout, dk, dv, terms,
             *descriptors(key_grads_kernel, KEY_GRADS, key_kind, "BM", q, dout), *sizes,
             *inputs, *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
             **dropout, **shape, COLUMNS=columns,
