@@ -90,21 +90,26 @@ def one_hot_kernel(
     tl.store(parts + at, acc, mask=(n < V + T)[:, None] & (c < C)[None, :])
 
 
-@triton.jit(do_not_specialize=["T", "block_size", "padding"])
-def tables_kernel(parts, dwte, dwpe, P, T, C, V, block_size, padding, COLUMNS: tl.constexpr):
-    """Adds up the P parts of a row of dwte or dwpe in order; dwpe's rows from T on are 0."""
+@triton.jit(do_not_specialize=["P", "T", "block_size", "padding"])
+def tables_kernel(
+    parts, dwte, dwpe, P, T, C, V, block_size, padding, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Adds up the P parts of a row of dwte or dwpe, ROWS at a time; dwpe's rows from T on are 0."""
     n = tl.program_id(0)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros([COLUMNS], tl.float32)
-    for part in tl.range(0, tl.where((n < V + T) & (n != padding), P, 0)):
-        row = tl.cast(part, tl.int64) * (V + T) + n
-        total += tl.load(parts + row * C + c, mask=c < C, other=0.0)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for p0 in tl.range(0, tl.where((n < V + T) & (n != padding), P, 0), ROWS):
+        p = p0 + tl.arange(0, ROWS)
+        row = (p.to(tl.int64) * (V + T) + n)[:, None]
+        inside = (p < P)[:, None] & (c < C)[None, :]
+        total += tl.load(parts + row * C + c[None, :], mask=inside, other=0.0)
+    value = tl.sum(total, 0)
     if dwte is not None:
         at = tl.where(n < V, n, 0) * C + c
-        tl.store(dwte + at, total.to(dwte.dtype.element_ty), mask=c < tl.where(n < V, C, 0))
+        tl.store(dwte + at, value.to(dwte.dtype.element_ty), mask=c < tl.where(n < V, C, 0))
     if dwpe is not None:
         at = tl.where(n < V, 0, n - V) * C + c
-        tl.store(dwpe + at, total.to(dwpe.dtype.element_ty), mask=c < tl.where(n < V, 0, C))
+        tl.store(dwpe + at, value.to(dwpe.dtype.element_ty), mask=c < tl.where(n < V, 0, C))
 
 
 @triton.jit
@@ -238,9 +243,10 @@ def _grads_by_product(
         dy, idx, sums, M, T, C, V, rows, **dropout,
         PRECISION=exact, BN=TILE, BC=TILE, BM=TILE // 2,
     )  # fmt: skip
-    columns = min(COLUMNS, block_of(C))
+    columns = min(256, block_of(C))
     tables_kernel[(V + block_size, triton.cdiv(C, columns))](
-        sums, dwte, dwpe, parts, T, C, V, block_size, padding_idx, COLUMNS=columns, num_warps=1,
+        sums, dwte, dwpe, parts, T, C, V, block_size, padding_idx, ROWS=16, COLUMNS=columns,
+        num_warps=2,
     )  # fmt: skip
 
 
@@ -262,5 +268,5 @@ def _position_grads(d: Tensor, idx: Tensor, dwpe: Tensor) -> None:
     (B, T), (block_size, C) = idx.shape, dwpe.shape
     columns, rows = min(COLUMNS, block_of(C)), min(64, block_of(B, 1))
     position_grad_kernel[(block_size, triton.cdiv(C, columns))](
-        d, dwpe, B, T, C, ROWS=rows, COLUMNS=columns
+        d, dwpe, B, T, C, ROWS=rows, COLUMNS=columns, num_warps=2
     )
