@@ -108,6 +108,27 @@ def test_info_names_both_versions_of_torch(package, monkeypatch, capsys, found, 
     assert "built with torch 2.12.1, c++ 12" in shown
 
 
+@pytest.mark.parametrize(
+    ("gpu", "triton", "reason", "shown"),
+    [
+        (False, None, "CUDA graphs need a GPU", "training graph CUDA graphs need a GPU"),
+        (True, None, None, "training graph with --device cuda"),
+        (True, "they need Triton", "the kernels cannot run: they need Triton", "need Triton"),
+    ],
+)
+def test_info_says_whether_a_training_step_can_be_a_graph(
+    package, monkeypatch, capsys, gpu, triton, reason, shown
+):
+    record(package)
+    use_extension(monkeypatch, fake_extension(), None)
+    monkeypatch.setattr(info.torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(info.torch.cuda, "get_device_name", lambda: "H100")
+    monkeypatch.setattr(select, "triton_error", lambda: triton)
+    assert info.info()["training_graph"] == reason
+    info.print_info()
+    assert shown in " ".join(capsys.readouterr().out.split())
+
+
 def test_info_without_an_installation_knows_no_range(package, monkeypatch):
     def requires(name: str) -> list[str]:
         raise info.importlib.metadata.PackageNotFoundError(name)

@@ -34,6 +34,7 @@ from gptfast.training import (
     evaluate,
     held_out,
     lock,
+    loop,
     run,
     split,
     train,
@@ -613,6 +614,31 @@ def test_the_preset_has_its_own_text(tmp_path, shakespeare_path, monkeypatch):
     result = train("shakespeare", tmp_path / "run", **options)
     assert result.model.config.vocab_size == 66
     assert len(held_out(tmp_path / "run")) == 33_462
+
+
+def test_a_loss_is_read_while_the_next_step_runs_but_for_saves(tmp_path, monkeypatch):
+    seen = []
+    step, later = Trainer.step, loop.Later
+
+    class Noted(later):
+        def __init__(self, value):
+            super().__init__(value)
+            self.number = sum(each == "start" for each, _ in seen)
+
+        def value(self):
+            seen.append(("read", self.number))
+            return super().value()
+
+    def note(self, idx, targets):
+        seen.append(("start", sum(each == "start" for each, _ in seen) + 1))
+        return step(self, idx, targets)
+
+    monkeypatch.setattr(loop, "Later", Noted)
+    monkeypatch.setattr(Trainer, "step", note)
+    result = quick(tmp_path / "run", steps=5, eval_every=3)
+    order = [f"{each[0]}{number}" for each, number in seen]
+    assert " ".join(order) == "s1 s2 r1 s3 r2 r3 s4 s5 r4 r5"
+    assert [row["step"] for row in result.history] == [3, 5]
 
 
 def test_progress_shows_evaluations_on_stderr(capsys):
