@@ -199,7 +199,10 @@ class Decoder:
                     x, *layer.qkv, self._q, norm=layer.ln_1, embedding=embedding, append=append
                 )
                 embedding = None
-                decode_attention(self._q, self._cache[i], progress.lengths, self._attended)
+                decode_attention(
+                    self._q, self._cache[i], progress.lengths, self._attended,
+                    self.shape.config.block_size,
+                )  # fmt: skip
                 few_rows_linear(self._attended, *layer.proj, x, residual=x)
             few_rows_linear(
                 x, *layer.fc, self._hidden, norm=layer.ln_2, gelu=self.shape.config.gelu,

@@ -15,22 +15,21 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.ops.triton.launch import block_of
-from gptfast.ops.triton.overlap import overlap, wait_for_predecessor
 
-PART, KEYS = 256, 64  # keys of a part, and of one iteration of its loop
+PART = 256  # keys of a part
+TILE = 16384  # elements of a tile of keys; a part whose keys fit is one iteration
 
 
 @triton.jit
 def part_kernel(
     q, cache, lengths, outs, tops, totals, H, capacity, parts, q_stride, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr, KEYS: tl.constexpr,
-    ALONE: tl.constexpr, OVERLAP: tl.constexpr,
+    ALONE: tl.constexpr,
 ):  # fmt: skip
     """A part's unnormalised output, maximum and sum of exponentials; nothing past the length.
 
     If there is one part ALONE, its normalised output.
     """
-    wait_for_predecessor(OVERLAP)
     index = tl.program_id(0).to(tl.int64)
     part, head = index % parts, index // parts
     slot, h = head // H, head % H
@@ -68,10 +67,9 @@ def part_kernel(
 @triton.jit
 def join_kernel(
     outs, tops, totals, lengths, out, H, capacity, parts, scale_log2,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr, OVERLAP: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """out = sum_p w_p out_p / sum_p w_p total_p, p in order, with w_p = 2^(c (top_p - top))."""
-    wait_for_predecessor(OVERLAP)
     head = tl.program_id(0).to(tl.int64)
     length = tl.minimum(tl.load(lengths + head // H), capacity)
     d = tl.arange(0, BLOCK_D)
@@ -90,7 +88,7 @@ def join_kernel(
 
 
 def decode_attention(
-    q: Tensor, cache: Tensor, lengths: Tensor, out: Tensor | None = None
+    q: Tensor, cache: Tensor, lengths: Tensor, out: Tensor | None = None, longest: int = PART
 ) -> Tensor:
     """softmax(q k' / sqrt(D)) v over each slot's own keys and values.
 
@@ -100,6 +98,8 @@ def decode_attention(
             token included.
         lengths: (S,) int64, at least 1; lengths above `capacity` count as `capacity`.
         out: Receives the result, if given.
+        longest: The model's longest window. The bits depend on it, but not on the capacity, which
+            differs from call to call.
 
     Returns:
         (S, H D) in q's dtype, contiguous.
@@ -111,16 +111,17 @@ def decode_attention(
     if parts > 1:
         outs = q.new_empty(S, H, parts, D, dtype=torch.float32)
         tops, totals = (q.new_empty(S, H, parts, dtype=torch.float32) for _ in range(2))
+    keys = min(PART, TILE // block_of(D), block_of(longest))
     scale_log2 = 1 / math.sqrt(D) / math.log(2)
     part_kernel[(S * H * parts,)](
         q, cache, lengths, outs, tops, totals, H, capacity, parts, q.stride(0), scale_log2,
-        D=D, BLOCK_D=block_of(D), PART=PART, KEYS=KEYS, ALONE=parts == 1,
-        **overlap(),
+        D=D, BLOCK_D=block_of(D), PART=PART, KEYS=keys, ALONE=parts == 1,
+        num_warps=8 if keys * block_of(D) > TILE // 2 else 4,
     )  # fmt: skip
     if parts > 1:
         join_kernel[(S * H,)](
             outs, tops, totals, lengths, out, H, capacity, parts, scale_log2,
-            D=D, BLOCK_D=block_of(D), PART=PART, **overlap(),
+            D=D, BLOCK_D=block_of(D), PART=PART,
         )  # fmt: skip
     return out
 

@@ -19,12 +19,11 @@ from torch import Tensor
 
 from gptfast.ops.reference import LAYER_NORM_EPS
 from gptfast.ops.triton.launch import INTERPRETED, block_of, precision
-from gptfast.ops.triton.overlap import overlap, prefetch, wait_for_predecessor
 from gptfast.ops.triton.tiles import gelu
 
 SLICES = 4  # parts of K, one per warp
 UNIT = 32  # a part's length is a multiple of it
-PREFETCH = True  # whether to fetch weights while the kernel before ends
+SMALL = 1 << 20  # elements of a weight
 BLOCK = 128  # columns of x at once for LayerNorm's statistics
 
 
@@ -91,7 +90,7 @@ def few_rows_kernel(
     tokens, wte, wpe, lengths, capacity, cache, drawn, limits,
     K: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LENGTH: tl.constexpr,
-    BLOCK: tl.constexpr, SLICES: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """A tile of y = f(LayerNorm(x) weight' + bias) + residual, each part of it optional.
 
@@ -102,10 +101,6 @@ def few_rows_kernel(
     row_blocks = tl.cdiv(M, BM)
     m0, n0 = tl.program_id(0) % row_blocks * BM, tl.program_id(0) // row_blocks * BN
     m, n = m0 + tl.arange(0, BM), n0 + tl.arange(0, BN)
-    if OVERLAP and LINES > 0:  # the weights, which no kernel writes, one address per 128 bytes
-        starts = weight + tl.minimum(n, N - 1).to(tl.int64) * K
-        prefetch(starts[:, None] + (tl.arange(0, LINES) * (K // LINES))[None, :])
-    wait_for_predecessor(OVERLAP)
     row, token, place = m.to(tl.int64), m.to(tl.int64), m.to(tl.int64)
     if lengths is not None:
         place = tl.minimum(tl.load(lengths + m, mask=m < M, other=1), capacity) - 1
@@ -178,9 +173,11 @@ def tile_of(M: int, N: int, K: int, itemsize: int, embeds: bool = False) -> Tile
     length = triton.cdiv(K, SLICES * UNIT) * UNIT
     divisor = length & -length  # the largest power of 2 that divides it
     wide = itemsize == 4
-    rows, columns = (16, 16) if M <= 16 else (32, 32) if M <= 128 or wide or embeds else (64, 32)
-    if wide and embeds:
+    small = N * K <= SMALL  # many small tiles read such a weight again and again, from the L2 cache
+    if M <= 16 or (M <= 128 and small) or (wide and embeds):
         rows, columns = 16, 16
+    else:
+        rows, columns = (32, 32) if M <= 128 or wide or embeds else (64, 32)
     if N >= 8192:  # a vocabulary: enough columns for every multiprocessor
         columns = 32 if rows == 64 or (wide and rows == 32) else 64
     if INTERPRETED:  # whose time is that of the number of programs
@@ -189,12 +186,6 @@ def tile_of(M: int, N: int, K: int, itemsize: int, embeds: bool = False) -> Tile
     deepest = 32 if wide or rows == 64 else 128 if rows == 16 and columns == 16 else 64
     block = min(BLOCK, block_of(K))
     return Tile(rows, columns, min(divisor, deepest), length, block)
-
-
-def prefetched_lines(weight: Tensor) -> int:
-    """Returns the addresses to prefetch of each row of a weight, a power of 2; 0 for none."""
-    lines = triton.cdiv(weight.shape[1] * weight.element_size(), 128)
-    return triton.next_power_of_2(lines) if PREFETCH else 0
 
 
 def few_rows_linear(
@@ -236,5 +227,5 @@ def few_rows_linear(
         tokens, wte, wpe, lengths, capacity, cache,
         None if append is None else append.drawn, None if append is None else append.limits,
         K=K, H=heads, D=head_dim, GELU=gelu, PRECISION=precision(), **tile._asdict(), SLICES=SLICES,
-        LINES=prefetched_lines(weight), **overlap(), num_warps=SLICES,
+        num_warps=SLICES,
     )  # fmt: skip

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from gptfast.ops.sampling import SAMPLING_STREAM, Sampling
 from gptfast.ops.triton.launch import block_of
-from gptfast.ops.triton.overlap import overlap, wait_for_predecessor
 from gptfast.ops.triton.tiles import LN2, LOG2E
 
 HELD, BLOCK = 1024, 4096  # columns that stay; columns at once of a longer row
@@ -131,14 +130,13 @@ def sample_kernel(
     logits, seen, seeds, sequence_ids, steps, numbers, found_tokens, found_logprobs, V, columns,
     tokens, lengths, offsets, limits, text, capacity, block_size,
     GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr,
-    HELD: tl.constexpr, OVERLAP: tl.constexpr,
+    HELD: tl.constexpr,
 ):  # fmt: skip
     """Chooses a token of one row; also gives its log-probability under softmax(logits).
 
     The log-probability is NaN if a logit is not finite. With `tokens`, the row is a slot, which
     appends the token.
     """
-    wait_for_predecessor(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     logits += row * columns
     sharpness = tl.load(numbers).to(tl.float32)
@@ -295,5 +293,4 @@ def sample(
         logprobs, vocab_size, columns, *where, capacity, block_size,
         GREEDY=kind.greedy, TOP_K=kind.top_k, TOP_P=kind.top_p, BLOCK=block if held else BLOCK,
         HELD=held, num_warps=1 if block <= 128 else 4 if held else 16,
-        **overlap(),
     )  # fmt: skip
