@@ -234,20 +234,21 @@ def compile_all(chosen: list[Section], options: argparse.Namespace, report: Repo
     workers = options.workers
     messages: list[str] = []
 
-    def work(part: int) -> None:
-        command = [sys.executable, __file__, "--warm", f"{part}/{workers}", "--only", *names]
-        command += shared_options(options)
+    def work(part: int, folder: str) -> None:
+        command = [sys.executable, __file__, "--warm", f"{part}/{workers}/{folder}"]
+        command += ["--only", *names, *shared_options(options)]
         for line in lines_of(command, options.limit(COMPILING), subprocess.STDOUT):
             if isinstance(line, str) and "failed" in line:
                 messages.append(line)
             elif line is None:
                 messages.append(f"part {part} of {workers} was not finished")
 
-    threads = [threading.Thread(target=work, args=(part,)) for part in range(workers)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
+    with tempfile.TemporaryDirectory() as folder:
+        threads = [threading.Thread(target=work, args=(i, folder)) for i in range(workers)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
     report.found["seconds"][COMPILING.name] = round(time.monotonic() - start, 1)
     for message in messages:
         print(f"compiling: {message[:300]}")
@@ -265,11 +266,12 @@ def rows_of(name: str, full: bool) -> list[Any]:
 
 def warm(part: str, names: list[str], full: bool, only: str) -> None:
     """Compiles what the rows of this part need; they are dealt out so that parts are alike."""
-    from gpu.measure import warm as warm_rows
+    import bench_generate
+    from gpu.compiling import fill_cache
 
-    own, all_parts = map(int, part.split("/"))
+    own, all_parts, folder = part.split("/", 2)
     rows = [row for name in names for row in rows_of(name, full) if only in row.name]
-    warm_rows(rows[own::all_parts])
+    fill_cache(rows[int(own) :: int(all_parts)], Path(folder), bench_generate.forget_models)
 
 
 def measure(name: str, full: bool, only: str) -> None:
