@@ -29,7 +29,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 MARK = "ROW "
-WORKERS = 12  # processes that compile
+WORKERS, MOST_TESTS = 12, 16  # processes that compile, and that test
 FULL_FACTOR = 10  # by which --full lengthens the limits
 
 
@@ -97,7 +97,7 @@ def sentence(row: dict[str, Any], ceiling: dict[str, float]) -> str:
     if "dtype" in row:
         text += f", {row['dtype']}"
     if row.get("failed"):
-        return f"{text}: FAILED: {row['failed']}"
+        text += f": FAILED: {row['failed']}"
     if "ms" in row:
         ours, best = row["ms"]["gptfast"], row["best"]
         text += f": {ours:.4g} ms"
@@ -119,6 +119,8 @@ def sentence(row: dict[str, Any], ceiling: dict[str, float]) -> str:
         for each in row["kernels"]:
             lines.append(f"    {each['ms']:9.4f} ms {each['calls']:6.1f} x {each['name'][:80]}")
         return "\n".join(lines)
+    if row.get("failed"):
+        return text
     numbers = row.get("counts", row)
     numbers = {name: value for name, value in numbers.items() if isinstance(value, int | float)}
     return f"{text}: " + ", ".join(f"{value:.4g} {name}" for name, value in numbers.items())
@@ -221,7 +223,7 @@ def pytest_command(full: bool) -> list[str]:
     command = [sys.executable, "-m", "pytest", "-v", "--tb=line", "-o", "addopts=", *files]
     command += ["-p", "no:cacheprovider", "-m", "cuda" if full else "cuda and not full"]
     if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(min(8, os.cpu_count() or 1))]
+        command += ["-n", str(min(MOST_TESTS, os.cpu_count() or 1))]
     return command
 
 

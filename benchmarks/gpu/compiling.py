@@ -125,6 +125,12 @@ def contender(row: Row) -> Any:
         return row.alone[OURS]() if row.alone else row.build().contenders[OURS]
 
 
+def verify(row: Row) -> None:
+    """Calls what verifies a row."""
+    with torch.device(DEVICE):
+        row.build().verify()
+
+
 def call(row: Row) -> None:
     """Calls gptfast's contender as often as it takes until it is a CUDA graph."""
     run = contender(row)
@@ -148,6 +154,9 @@ def fill_cache(rows: list[Row], folder: Path, forget: Any) -> None:
             # Without launches results are undefined, and a loop may wait for one for ever.
             with contextlib.suppress(Exception), at_most(DRY_SECONDS):
                 call(row)
+            if len(row.alone) > 1:  # whose verification computes without dropout
+                with contextlib.suppress(Exception), at_most(DRY_SECONDS):
+                    verify(row)
             tidy(forget)
     claims.wait()
     for row in rows:

@@ -57,15 +57,19 @@ def reason(error: BaseException) -> str:
 
 
 def measure(row: Row, timing: str, full: bool) -> dict[str, Any]:
-    """Builds, verifies and times one row. Raises AssertionError if the verification fails."""
+    """Builds, verifies and times one row; one that is wrong is timed, too, and says so."""
     with torch.device(DEVICE):
         case = row.build()
         for name in () if full else case.compiles:
             del case.contenders[name]
     notes = drop_contenders_that_fail(case)  # without a default device, as a user has it
+    wrong = {}
     with torch.device(DEVICE):
         poison()
-        case.verify()
+        try:
+            case.verify()
+        except AssertionError as error:
+            wrong["failed"] = reason(error)
     timed = {"kernels": kernel_seconds, "calls": call_seconds}[timing]
     names = list(case.contenders)
     if all(name in row.alone for name in names):
@@ -83,7 +87,7 @@ def measure(row: Row, timing: str, full: bool) -> dict[str, Any]:
         seconds[name] = timed(contender)
         del contender
         gc.collect()
-    return line_of(case, seconds, peaks, notes)
+    return wrong | line_of(case, seconds, peaks, notes)
 
 
 def line_of(
