@@ -98,6 +98,12 @@ def model_of(config: GPTConfig) -> GPT:
     return model
 
 
+def forget_models() -> None:
+    """Frees the models, with what gptfast keeps on them."""
+    model_of.cache_clear()
+    rounded.cache_clear()
+
+
 def prompt_of(shape: Shape) -> Tensor:
     """Returns random tokens, (B, T)."""
     generator = torch.Generator().manual_seed(5)

@@ -79,7 +79,9 @@ def our_step(shape: Shape, dtype: str) -> Run:
     """Makes gptfast's contender: a step of its trainer."""
     precision: Precision = "bf16" if dtype == "bf16" else "fp32"
     train = TrainConfig(lr=LR, clip=CLIP, precision=precision, batch_size=shape.batch)
-    trainer = Trainer(GPT(shape.model, backend="fused"), train)
+    model = GPT(shape.model, backend="fused")
+    with torch.device("cpu"):  # no other default than a user has
+        trainer = Trainer(model, train)
     x, y = batch_of(shape)
     return lambda: trainer.step(x, y)
 

@@ -29,7 +29,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 MARK = "ROW "
-WORKERS = 12  # processes that compile
+WORKERS, MOST_TESTS = 12, 16  # processes that compile, and that test
 FULL_FACTOR = 10  # by which --full lengthens the limits
 
 
@@ -44,16 +44,16 @@ class Section:
 
 # In this order: the tests compile many small kernels of their own, and get what time is left.
 SECTIONS = (
-    Section("attention", 30),
-    Section("products", 30),
-    Section("loss", 30),
-    Section("train", 45),
-    Section("generate", 45),
-    Section("profile", 30, rows=False),
-    Section("tests", 90, rows=False),
+    Section("train", 35),
+    Section("generate", 35),
+    Section("attention", 20),
+    Section("loss", 20),
+    Section("products", 20),
+    Section("profile", 20, rows=False),
+    Section("tests", 60, rows=False),
 )
-COMPILING, CEILINGS = Section("compiling", 60, rows=False), Section("ceilings", 20, rows=False)
-SECONDS = 240  # of everything, without --full
+COMPILING, CEILINGS = Section("compiling", 60, rows=False), Section("ceilings", 15, rows=False)
+SECONDS = 200  # of everything, without --full
 
 
 class Report:
@@ -97,7 +97,7 @@ def sentence(row: dict[str, Any], ceiling: dict[str, float]) -> str:
     if "dtype" in row:
         text += f", {row['dtype']}"
     if row.get("failed"):
-        return f"{text}: FAILED: {row['failed']}"
+        text += f": FAILED: {row['failed']}"
     if "ms" in row:
         ours, best = row["ms"]["gptfast"], row["best"]
         text += f": {ours:.4g} ms"
@@ -119,6 +119,8 @@ def sentence(row: dict[str, Any], ceiling: dict[str, float]) -> str:
         for each in row["kernels"]:
             lines.append(f"    {each['ms']:9.4f} ms {each['calls']:6.1f} x {each['name'][:80]}")
         return "\n".join(lines)
+    if row.get("failed"):
+        return text
     numbers = row.get("counts", row)
     numbers = {name: value for name, value in numbers.items() if isinstance(value, int | float)}
     return f"{text}: " + ", ".join(f"{value:.4g} {name}" for name, value in numbers.items())
@@ -221,7 +223,7 @@ def pytest_command(full: bool) -> list[str]:
     command = [sys.executable, "-m", "pytest", "-v", "--tb=line", "-o", "addopts=", *files]
     command += ["-p", "no:cacheprovider", "-m", "cuda" if full else "cuda and not full"]
     if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(min(8, os.cpu_count() or 1))]
+        command += ["-n", str(min(MOST_TESTS, os.cpu_count() or 1))]
     return command
 
 
@@ -234,20 +236,21 @@ def compile_all(chosen: list[Section], options: argparse.Namespace, report: Repo
     workers = options.workers
     messages: list[str] = []
 
-    def work(part: int) -> None:
-        command = [sys.executable, __file__, "--warm", f"{part}/{workers}", "--only", *names]
-        command += shared_options(options)
+    def work(part: int, folder: str) -> None:
+        command = [sys.executable, __file__, "--warm", f"{part}/{workers}/{folder}"]
+        command += ["--only", *names, *shared_options(options)]
         for line in lines_of(command, options.limit(COMPILING), subprocess.STDOUT):
             if isinstance(line, str) and "failed" in line:
                 messages.append(line)
             elif line is None:
                 messages.append(f"part {part} of {workers} was not finished")
 
-    threads = [threading.Thread(target=work, args=(part,)) for part in range(workers)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
+    with tempfile.TemporaryDirectory() as folder:
+        threads = [threading.Thread(target=work, args=(i, folder)) for i in range(workers)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
     report.found["seconds"][COMPILING.name] = round(time.monotonic() - start, 1)
     for message in messages:
         print(f"compiling: {message[:300]}")
@@ -265,11 +268,12 @@ def rows_of(name: str, full: bool) -> list[Any]:
 
 def warm(part: str, names: list[str], full: bool, only: str) -> None:
     """Compiles what the rows of this part need; they are dealt out so that parts are alike."""
-    from gpu.measure import warm as warm_rows
+    import bench_generate
+    from gpu.compiling import fill_cache
 
-    own, all_parts = map(int, part.split("/"))
+    own, all_parts, folder = part.split("/", 2)
     rows = [row for name in names for row in rows_of(name, full) if only in row.name]
-    warm_rows(rows[own::all_parts])
+    fill_cache(rows[int(own) :: int(all_parts)], Path(folder), bench_generate.forget_models)
 
 
 def measure(name: str, full: bool, only: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ pytest.importorskip("triton")
 import fake_cuda  # noqa: E402
 import gpu_check  # noqa: E402
 from common import OURS, Row  # noqa: E402
-from gpu import attention, loss, products, train  # noqa: E402
+from gpu import attention, compiling, loss, products, train  # noqa: E402
 from gpu_check import Section  # noqa: E402
 
 from gptfast.ops import triton as kernels  # noqa: E402
@@ -113,9 +114,9 @@ def test_exit_code_says_whether_something_failed(
     monkeypatch.setattr(gpu_check, "facts", lambda: dict(FACTS))
     monkeypatch.setattr(gpu_check, "compile_all", lambda chosen, *_: ran.append(str(len(chosen))))
     monkeypatch.setattr(gpu_check, "run_section", run_section)
-    options = ["--only", "train", "loss", "--out", str(tmp_path / "new" / "result.json")]
+    options = ["--only", "loss", "train", "--out", str(tmp_path / "new" / "result.json")]
     assert gpu_check.main(options) == (gpu_check.EXIT_FAILED if fails else 0)
-    assert ran == ["2", "ceilings", "loss", "train"]  # the order of the table, not of the options
+    assert ran == ["2", "ceilings", "train", "loss"]  # the order of the table, not of the options
     failed = json.loads((tmp_path / "new" / "result.json").read_text())["failed"]
     assert failed == (["loss: it broke"] if fails else [])
 
@@ -189,3 +190,20 @@ def test_peers_of_generation_keep_to_the_device(
             assert [len(row) for row in contender()] == [3, 3]
     bench_generate.model_of.cache_clear()
     assert (bench_generate.CAPTURED in contenders) == (not past)
+
+
+def test_a_kernel_is_compiled_by_the_process_that_claims_it(tmp_path: Path) -> None:
+    claims = compiling.Claims(tmp_path)
+    claimed = claims.claim("kernel BM=64")
+    assert claimed is not None and claims.claim("kernel BM=64") is None
+    assert claims.claim("kernel BM=128") is not None
+    for path in tmp_path.glob("*.claimed"):
+        path.rename(path.with_suffix(".done"))
+    claims.wait()  # returns
+    assert claims.claim("kernel BM=64") is None
+
+
+def test_a_call_without_launches_that_does_not_end_is_ended() -> None:
+    with pytest.raises(compiling.Enough), compiling.at_most(1):
+        while True:
+            time.sleep(0.01)

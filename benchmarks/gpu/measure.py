@@ -9,9 +9,8 @@ calls in a row, which is what a user waits for.
 import gc
 import json
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,6 +22,8 @@ MARK = "ROW "  # begins a line of the standard output that has a result
 POISON_BYTES = 2 << 30
 SECONDS = 0.4  # to time a contender of "calls" for, in groups of at most MAX_CALLS
 GROUPS, MAX_CALLS = 5, 50
+# Calls before a contender is timed; after these a step is a CUDA graph. A slow one has two.
+WARM_CALLS, SLOW_SECONDS = 5, 0.5
 KERNEL_MS = 40  # to time a contender of "kernels" for, after half of it to warm up
 MIB = 2**20
 
@@ -56,15 +57,19 @@ def reason(error: BaseException) -> str:
 
 
 def measure(row: Row, timing: str, full: bool) -> dict[str, Any]:
-    """Builds, verifies and times one row. Raises AssertionError if the verification fails."""
+    """Builds, verifies and times one row; one that is wrong is timed, too, and says so."""
     with torch.device(DEVICE):
         case = row.build()
         for name in () if full else case.compiles:
             del case.contenders[name]
     notes = drop_contenders_that_fail(case)  # without a default device, as a user has it
+    wrong = {}
     with torch.device(DEVICE):
         poison()
-        case.verify()
+        try:
+            case.verify()
+        except AssertionError as error:
+            wrong["failed"] = reason(error)
     timed = {"kernels": kernel_seconds, "calls": call_seconds}[timing]
     names = list(case.contenders)
     if all(name in row.alone for name in names):
@@ -82,7 +87,7 @@ def measure(row: Row, timing: str, full: bool) -> dict[str, Any]:
         seconds[name] = timed(contender)
         del contender
         gc.collect()
-    return line_of(case, seconds, peaks, notes)
+    return wrong | line_of(case, seconds, peaks, notes)
 
 
 def line_of(
@@ -116,11 +121,14 @@ def poison() -> None:
 
 
 def peak_mib(contender: Run, before: int) -> float:
-    """Returns by how much the allocated memory exceeds `before` bytes at its peak in 2 calls."""
+    """Returns by how much the allocated memory exceeds `before` bytes at its peak in some calls."""
     torch.cuda.reset_peak_memory_stats()
-    for _ in range(2):
+    start = time.perf_counter()
+    for i in range(WARM_CALLS):
         contender()
-    torch.cuda.synchronize()
+        torch.cuda.synchronize()
+        if i > 0 and time.perf_counter() - start > SLOW_SECONDS:
+            break
     return (torch.cuda.max_memory_allocated() - before) / MIB
 
 
@@ -147,37 +155,3 @@ def call_seconds(contender: Run) -> float:
         torch.cuda.synchronize()
         times.append((time.perf_counter() - start) / each)
     return statistics.median(times)
-
-
-def warm(rows: list[Row]) -> None:
-    """Calls gptfast's contender of each row once, so that its kernels are on Triton's disk cache.
-
-    Several processes do so at the same time, so configurations are not timed, and what would have
-    been found the fastest is not kept.
-    """
-    from triton.runtime import Autotuner
-
-    def forget(tuner: Any, key: Any, configs: Any, bench: Callable[[], Any]) -> bool:
-        bench()
-        return False
-
-    def once(call: Callable[[], Any], quantiles: Any) -> list[float]:
-        call()
-        return [1.0] * 3
-
-    tuner: Any = Autotuner
-    tuner.check_disk_cache, tuner.do_bench = forget, staticmethod(once)
-
-    def call(row: Row) -> None:
-        with torch.device(DEVICE):
-            contender = row.alone[OURS]() if row.alone else row.build().contenders[OURS]
-        contender()
-        torch.cuda.synchronize()
-
-    for row in rows:
-        try:
-            call(row)
-        except Exception as error:
-            print(f"{row}: failed: {reason(error)}", file=sys.stderr, flush=True)
-        gc.collect()
-        torch.cuda.empty_cache()
