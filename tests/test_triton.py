@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import bench_attention
 import numpy as np
@@ -558,9 +559,8 @@ def test_how_float32_is_multiplied(
     backend, arch = target
     chip = SimpleNamespace(backend=backend, arch=arch)
     monkeypatch.setattr(launch, "INTERPRETED", False)
-    monkeypatch.setattr(
-        triton.runtime.driver, "_active", SimpleNamespace(get_current_target=lambda: chip)
-    )
+    driver = Mock(get_current_target=lambda: chip)
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     try:

@@ -39,6 +39,8 @@ def on_device(kernel: Any) -> Any:
 
     @functools.wraps(kernel)
     def launch(first: torch.Tensor, *args: Any) -> Any:
+        if first.get_device() == torch.cuda.current_device():
+            return kernel(first, *args)
         with torch.cuda.device_of(first):
             return kernel(first, *args)
 
