@@ -6,7 +6,6 @@ it is launched by itself.
 """
 
 import contextlib
-import enum
 import functools
 import inspect
 import threading
@@ -110,10 +109,7 @@ def _time_briefly(call: Callable[[], Any], quantiles: list[float]) -> Any:
     return triton.testing.do_bench(call, warmup=5, rep=10, quantiles=quantiles)
 
 
-class Given(enum.Enum):
-    """Stands for a constant that a call leaves to the configuration."""
-
-    LATER = 0
+LATER = object()  # stands for a constant that a call leaves to the configuration
 
 
 class Launch(NamedTuple):
@@ -208,7 +204,7 @@ class Kernel:
 
     def _by_name(self, values: tuple[Any, ...]) -> dict[str, Any]:
         pairs = zip(self._names, values, strict=True)
-        return {name: x for name, x in pairs if x is not Given.LATER}
+        return {name: x for name, x in pairs if x is not LATER}
 
     def _choose(
         self, args: Args, how: Callable[[Choice, Args], list[triton.Config]]
@@ -245,7 +241,7 @@ def _binder(parameters: Iterable[inspect.Parameter], later: set[str]) -> Callabl
     Returns the arguments' classes, their values, and the options.
     """
     defaults = {
-        each.name: Given.LATER if each.default is each.empty else each.default
+        each.name: LATER if each.default is each.empty else each.default
         for each in parameters
         if each.name in later or each.default is not each.empty
     }
