@@ -33,7 +33,11 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     """
     if transformed():
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:  # any() of a generator takes a microsecond
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def constant(op: str, name: str, value: Any) -> float:
@@ -124,7 +128,10 @@ def refuse(op: str) -> Any:
 
 def wanted(needs: tuple[bool, ...]) -> int:
     """Encodes which gradients a backward must compute: bit i is set if result i is needed."""
-    return sum(1 << i for i, need in enumerate(needs) if need)
+    bits = 0
+    for need in reversed(needs):
+        bits = bits << 1 | need
+    return bits
 
 
 def only_wanted(grads: tuple[Tensor, ...], needs: tuple[bool, ...]) -> list[Tensor | None]:

@@ -195,6 +195,6 @@ def attention(
             q, k, v, heads, lse, H, Tq, k.shape[2], scale / math.log(2),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *heads.stride()[:3],
             **dropout_args(dropout_p, seed, stream, q.device), **parts_of(q),
-            PRECISION=precision(),
+            PRECISION=precision(q.dtype),
         )  # fmt: skip
     return out, lse

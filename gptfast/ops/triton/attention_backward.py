@@ -256,7 +256,7 @@ def write_grads(
     B, H, Tq, _ = q.shape
     Tk = k.shape[2]
     delta = lse.new_empty(B, H, Tq)
-    shape: dict[str, Any] = {**parts_of(q), "PRECISION": precision()}
+    shape: dict[str, Any] = {**parts_of(q), "PRECISION": precision(q.dtype)}
     sizes = H, Tq, Tk, scale, scale / math.log(2)
     inputs = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     if dq.numel():

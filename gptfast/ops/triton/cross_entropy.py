@@ -142,7 +142,7 @@ def linear_cross_entropy(
         dlogits = x.new_empty(*x.shape[:-1], block.shape[0])
         logits_grad_kernel[_grid(M, block.shape[0])](
             x, block, targets, sums, shares, dlogits, *(norm or NO_NORM), M, block.shape[0], K, v0,
-            PRECISION=precision(), BN=PART,
+            PRECISION=precision(x.dtype), BN=PART,
         )  # fmt: skip
         if with_dx:
             dx = multiply(dlogits, block, residual=dx, dtype=torch.float32)
@@ -171,7 +171,7 @@ def _losses(
     if M:
         partial_sums_kernel[_grid(M, V)](
             x, weight, targets, tops, totals, target_logits, *(norm or NO_NORM), M, V, K,
-            PRECISION=precision(), BN=PART,
+            PRECISION=precision(x.dtype), BN=PART,
         )  # fmt: skip
         losses_kernel[(cdiv(M, 128),)](
             tops, totals, target_logits, targets, sums, losses, ignore_index, M, parts, BLOCK=128

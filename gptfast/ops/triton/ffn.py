@@ -74,7 +74,16 @@ def ffn_backward(
     if before.numel():
         grid = lambda meta: (cdiv(M, meta["BM"]) * cdiv(N, meta["BN"]),)  # noqa: E731
         hidden_grad_kernel[grid](
-            d, w2.to(x.dtype), before, dhidden, hidden, M, N, K, GELU=gelu, PRECISION=precision()
+            d,
+            w2.to(x.dtype),
+            before,
+            dhidden,
+            hidden,
+            M,
+            N,
+            K,
+            GELU=gelu,
+            PRECISION=precision(d.dtype),
         )
     norm = mean, rstd, ln_w, ln_b
     params = (

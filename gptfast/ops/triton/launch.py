@@ -353,12 +353,15 @@ def programs(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def precision() -> str:
-    """Returns tl.dot's precision for float32, as torch.backends.cuda.matmul.fp32_precision demands.
+def precision(dtype: torch.dtype = torch.float32) -> str:
+    """Returns tl.dot's precision for operands of a dtype; for other than float32 there is but one.
 
-    On NVIDIA the default is three tf32 products, whose sum has float32's accuracy (Ootomo and
-    Yokota, arXiv:2203.03341). AMD's matrix units multiply float32 directly; only gfx942 has tf32.
+    float32 is multiplied as torch.backends.cuda.matmul.fp32_precision demands. On NVIDIA the
+    default is three tf32 products, whose sum has float32's accuracy (Ootomo and Yokota,
+    arXiv:2203.03341). AMD's matrix units multiply float32 directly; only gfx942 has tf32.
     """
+    if dtype != torch.float32:
+        return "ieee"
     # torch.set_float32_matmul_precision sets it too, but its getter raises if both APIs were used.
     short = torch.backends.cuda.matmul.fp32_precision == "tf32"
     backend, arch = ("", "") if INTERPRETED else _target(triton.runtime.driver.active)

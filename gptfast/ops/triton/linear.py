@@ -112,7 +112,7 @@ def multiply(
         grid = lambda meta: (cdiv(M, meta["BM"]) * cdiv(N, meta["BN"]),)  # noqa: E731
         linear_kernel[grid](
             a, b, y, before, bias, residual, *(norm or NO_NORM), M, N, K, *b.stride(),
-            **dropout, GELU=gelu, PRECISION=precision(),
+            **dropout, GELU=gelu, PRECISION=precision(a.dtype),
         )  # fmt: skip
     return y
 
@@ -206,7 +206,7 @@ def weight_grads(
     dbias = dy.new_empty(parts, N, dtype=torch.float32) if with_bias else None
     weight_grad_kernel[(workers,)](
         dy, x, dweight, dbias, *(norm or NO_NORM), M, N, K, max(1, cdiv(M, parts)),
-        parts, PRECISION=precision(),
+        parts, PRECISION=precision(dy.dtype),
     )  # fmt: skip
     if parts > 1:
         add_parts(dweight, out)
