@@ -231,8 +231,8 @@ def launches_directly(compiled: Any) -> bool:
 def _hooked() -> bool:
     """Whether a profiler wants to see launches, which only Triton shows them."""
     runtime = triton.knobs.runtime
-    hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", True) or getattr(leave, "calls", True))
 
 
 def _binder(parameters: Iterable[inspect.Parameter], later: set[str]) -> Callable[..., Any]:
