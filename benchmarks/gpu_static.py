@@ -99,11 +99,11 @@ def compiling_for(chip: Chip) -> Iterator[list[tuple[str, Any, Any]]]:
     found: list[tuple[str, Any, Any]] = []
     limit = launch.shared_limit
 
-    def compile_all(kernel: launch.Kernel, args: tuple[Any, ...], options: dict[str, Any]) -> bool:
+    def compile_all(kernel: launch.Kernel, args: launch.Args) -> bool:
         names = ("BM", "BN", "BK", "BLOCK", "ROWS", "PART", "num_warps", "num_stages")
-        for chosen in kernel.fitting(*args, **options):
-            whole = options | chosen
-            compiled = kernel.function.run(*args, grid=None, warmup=True, **whole)
+        for chosen in kernel.fitting(args):
+            whole = {**args, **chosen}
+            compiled = kernel.function.run(grid=None, warmup=True, **whole)
             config = ", ".join(f"{name} {whole[name]}" for name in names if name in whole)
             if compiled.hash not in {each.hash for _, _, each in found}:
                 found.append((config, kernel.function, compiled))

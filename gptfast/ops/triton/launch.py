@@ -136,7 +136,8 @@ class Kernel:
         parameters = inspect.signature(function.fn).parameters.values()
         self._names = [each.name for each in parameters]
         self._constants = {each.name for each in parameters if "constexpr" in str(each.annotation)}
-        self._bind = _binder(parameters, {name for each in every for name in each.kwargs})
+        later = {name for each in every for name in each.kwargs}
+        self._bound = _bound(self._launch, parameters, later)
         self._readers: dict[Any, _Reader] = {}
         self._lock = threading.Lock()
 
@@ -150,17 +151,17 @@ class Kernel:
         self._configs, self._readers = configs, {}
 
     def __getitem__(self, grid: Grid) -> Callable[..., None]:
-        return functools.partial(self._launch, grid)
+        return functools.partial(self._bound, grid)
 
-    def fitting(self, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+    def fitting(self, args: Args) -> list[dict[str, Any]]:
         """Returns constants and options of each configuration that may be taken for such a call."""
-        _, values, _ = self._bind(*args, **kwargs)
-        return [each.all_kwargs() for each in self._choose(self._by_name(values), Choice.fitting)]
+        return [each.all_kwargs() for each in self._choose(args, Choice.fitting)]
 
-    def _launch(self, grid: Grid, *args: Any, **kwargs: Any) -> None:
-        if _watch is not None and not _watch(self, args, kwargs):
+    def _launch(
+        self, grid: Grid, classes: tuple[Any, ...], values: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
+        if _watch is not None and not _watch(self, self._by_name(values) | options):
             return
-        classes, values, options = self._bind(*args, **kwargs)
         if options:
             classes += tuple(options.items())
         reader = self._readers.get(classes)
@@ -177,7 +178,9 @@ class Kernel:
         with self._lock:
             self._launch_by_triton(grid, classes, values, options)
 
-    def _launch_by_triton(self, grid: Grid, classes: Any, values: Any, options: Any) -> None:
+    def _launch_by_triton(
+        self, grid: Grid, classes: tuple[Any, ...], values: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
         """Launches through Triton, and keeps what it resolved for `_launch`."""
         args = self._by_name(values)
         candidates = self._choose(args, Choice.candidates)
@@ -235,10 +238,12 @@ def _hooked() -> bool:
     return bool(getattr(enter, "calls", True) or getattr(leave, "calls", True))
 
 
-def _binder(parameters: Iterable[inspect.Parameter], later: set[str]) -> Callable[..., Any]:
-    """Makes a function that binds a call's arguments, of which those `later` may be missing.
+def _bound(
+    launch: Callable[..., None], parameters: Iterable[inspect.Parameter], later: set[str]
+) -> Callable[..., None]:
+    """Makes a function of a grid and a kernel's arguments, of which those `later` may be missing.
 
-    Returns the arguments' classes, their values, and the options.
+    It calls launch(grid, classes of the arguments, their values, options).
     """
     defaults = {
         each.name: LATER if each.default is each.empty else each.default
@@ -248,8 +253,11 @@ def _binder(parameters: Iterable[inspect.Parameter], later: set[str]) -> Callabl
     names = [each.name for each in parameters]
     takes = (f"{name}=defaults['{name}']" if name in defaults else name for name in names)
     classes = "".join(f"{name}.__class__, " for name in names)
-    source = f"lambda {', '.join(takes)}, **options: (({classes}), ({', '.join(names)},), options)"
-    made: Callable[..., Any] = eval(source, {"defaults": defaults})
+    call = f"launch(grid, ({classes}), ({', '.join(names)},), options)"
+    made: Callable[..., None] = eval(
+        f"lambda grid, {', '.join(takes)}, **options: {call}",
+        {"launch": launch, "defaults": defaults},
+    )
     return made
 
 
@@ -258,8 +266,8 @@ class _Reader:
 
     The first decides which kernel is right. It holds all that Triton compiles anew for, or more:
     - of a tensor its dtype, its device, and its address modulo 16;
-    - of an integer whether it is 1, its value modulo 16, and whether it needs more than 32 bits;
-      unless it is `do_not_specialize`, only the last; if it is in the tuner's key, its value;
+    - of an integer whether it is 1, its value modulo 16, and what exceeds 31 bits; if it is in the
+      kernel's do_not_specialize, only the last; if it is in the key of the choice, its value;
     - of a constant its value. Global constants of the kernel's module cannot change.
     A float or None has but its class, a tensor descriptor has what Triton sees of it.
     """
@@ -281,11 +289,12 @@ class _Reader:
                 addresses.append(f"{word} = {name}.data_ptr()")
                 key += [f"{name}.dtype", f"{name}.get_device()", f"{word} & 15"]
             elif isinstance(value, int):
-                key.append(f"{name} >> 31")
                 if name in numbers:
                     key.append(name)
-                elif not each.do_not_specialize:
-                    key.append(f"-1 if {name} == 1 else {name} & 15")
+                elif each.do_not_specialize:
+                    key.append(f"{name} >> 31")
+                else:
+                    key.append(f"None if {name} == 1 else {name} & {~(2**31 - 16)}")
             elif value is not None and not isinstance(value, float):
                 key.append(f"specialize(backend, {name}, False, True, True)")
             words.append(word)
@@ -303,14 +312,13 @@ class _Reader:
         self.read: Callable[..., Any] = scope["read"]
 
 
-_watch: Callable[[Kernel, tuple[Any, ...], dict[str, Any]], bool] | None = None
+Watch = Callable[[Kernel, Args], bool]
+_watch: Watch | None = None
 
 
 @contextlib.contextmanager
-def watched(
-    watch: Callable[[Kernel, tuple[Any, ...], dict[str, Any]], bool],
-) -> Iterator[None]:
-    """Meanwhile calls `watch` before each launch; it returns whether to launch the kernel."""
+def watched(watch: Watch) -> Iterator[None]:
+    """Calls `watch(kernel, args and options)` before each launch; it returns whether to launch."""
     global _watch
     before, _watch = _watch, watch
     try:
@@ -328,7 +336,7 @@ def counted(run: bool = True) -> Iterator[Counter[str]]:
     """
     counts: Counter[str] = Counter()
 
-    def count(each: Kernel, *_: Any) -> bool:
+    def count(each: Kernel, _: Args) -> bool:
         counts[each.name] += 1
         return run
 
