@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gptfast.ops.library import LIBRARY
+from gptfast.ops import library
 from gptfast.ops.triton import (
     attention,
     attention_backward,
@@ -48,4 +48,5 @@ def on_device(kernel: Any) -> Any:
 
 
 for name, kernel in KERNELS.items():
-    LIBRARY.impl(name, on_device(kernel), "CUDA")
+    library.KERNELS[name, "cuda"] = launcher = on_device(kernel)
+    library.LIBRARY.impl(name, launcher, "CUDA")

@@ -189,11 +189,10 @@ def attention(
     B, H, Tq, D = q.shape
     out, lse = q.new_empty(B, Tq, H, D), q.new_empty(B, H, 2, Tq, dtype=torch.float32)
     if lse.numel():
-        heads = out.transpose(1, 2)
         grid = lambda meta: (cdiv(Tq, meta["BM"]) * B * H,)  # noqa: E731
         forward_kernel[grid](
-            q, k, v, heads, lse, H, Tq, k.shape[2], scale / math.log(2),
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *heads.stride()[:3],
+            q, k, v, out, lse, H, Tq, k.shape[2], scale / math.log(2),
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], Tq * H * D, D, H * D,
             **dropout_args(dropout_p, seed, stream, q.device), **parts_of(q),
             PRECISION=precision(q.dtype),
         )  # fmt: skip
