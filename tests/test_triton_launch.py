@@ -14,10 +14,13 @@ from unittest.mock import Mock
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gptfast import GPT, GPTConfig
-from gptfast.ops import select
+from gptfast import GPT, GPTConfig, ops
+from gptfast.ops import library, select
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -157,6 +160,7 @@ def test_an_unknown_triton_launches_by_itself(
     for _ in range(2):
         kernel[1,](ALIGNED, None, 1, 1, 0.5, 8, MODE=1, BM=16)
     assert recorder.launched[-1][7] is not None and not kernel._readers
+    assert launch.slow_launches()
 
 
 def table(*configs: Any, **options: Any) -> launch.Choice:
@@ -243,6 +247,44 @@ def test_launches_are_counted() -> None:
     with launch.counted(run=False) as counts:
         rows.moments(torch.empty(5, 16, device="meta"))
     assert counts == {"layer_norm_kernel": 1}
+
+
+class Subclass(Tensor):
+    pass
+
+
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kw: Any = None) -> Any:
+        return function(*args, **(kw or {}))
+
+
+def test_an_operator_goes_through_torch_where_anything_watches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[bool] = []
+    x = torch.ones(1, 1, 1, 1)
+
+    def watch(y: Tensor) -> Tensor:
+        seen.append(library.unobserved((y, x, 1, 2.0, None, "erf", True, torch.float32)))
+        return y.clone()
+
+    watch(x)
+    watch(torch.nn.Parameter(x))
+    assert seen == [True, True]
+    watch(x.as_subclass(Subclass))
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    for mode in (Mode(), fake, torch.device("cpu"), profile(), forward_ad.dual_level()):
+        with mode:
+            watch(x)
+    torch.vmap(watch)(x)
+    torch.func.grad(lambda y: watch(y).sum())(x)
+    torch.jit.trace(watch, x, check_trace=False)
+    assert not any(seen[2:]) and len(seen) == 11
+    called = Mock(return_value=(x, x))
+    monkeypatch.setitem(library.KERNELS, ("attention", "cpu"), called)
+    monkeypatch.setattr(select, "extension_error", None)
+    assert ops.causal_attention(x, x, x).data_ptr() == x.data_ptr()
+    called.assert_called_once_with(x, x, x, 1.0, 0.0, None, 0)
 
 
 class Launches(TorchDispatchMode):

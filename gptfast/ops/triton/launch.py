@@ -194,7 +194,7 @@ class Kernel:
         constants = {name: x for name, x in args.items() if name in self._constants} | chosen
         size = grid(constants) if callable(grid) else grid
         compiled = self.function[size](**args, **options, **chosen)
-        if INTERPRETED or capturing or not launches_directly(compiled):
+        if INTERPRETED or capturing or slow_launches() is not None:
             return
         if classes not in self._readers:
             numbers = [] if self.choice is None else self.choice.key
@@ -221,14 +221,18 @@ class Kernel:
         )
 
 
-def launches_directly(compiled: Any) -> bool:
-    """Whether later launches of a compiled kernel can do without Triton's way to it.
+def slow_launches() -> str | None:
+    """Returns why every launch goes through Triton, or None where only the first one does.
 
-    On AMD, compiled code also depends on the sizes of tensors, and it has run nowhere yet.
+    On AMD, compiled code also depends on the sizes of tensors, and it has not run yet.
     """
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    known = TRITON_RANGE[0] <= version <= TRITON_RANGE[1]
-    return known and compiled.metadata.target.backend == "cuda"
+    if not TRITON_RANGE[0] <= version <= TRITON_RANGE[1]:
+        oldest, newest = (".".join(map(str, each)) for each in TRITON_RANGE)
+        return f"Triton is {triton.__version__}, not {oldest} to {newest}"
+    if _target(triton.runtime.driver.active)[0] != "cuda":
+        return "the GPU is not NVIDIA's"
+    return None
 
 
 def _hooked() -> bool:
