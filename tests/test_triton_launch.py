@@ -25,6 +25,7 @@ from gptfast.ops import library, select
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from gptfast.ops import triton as kernels  # noqa: E402
 from gptfast.ops.triton import launch, rows  # noqa: E402
@@ -83,7 +84,12 @@ def compiled_probe(choice: launch.Choice | None = None) -> launch.Kernel:
 
 
 ALIGNED, SHIFTED = torch.zeros(64), torch.zeros(65)[1:]
+DESCRIBED = [
+    TensorDescriptor(torch.zeros(8, 32, dtype=dtype), [8, 32], [32, 1], [4, columns])
+    for dtype, columns in ((torch.float16, 16), (torch.float16, 32), (torch.float32, 16))
+]
 POINTERS = (
+    *DESCRIBED,
     None, ALIGNED, SHIFTED, ALIGNED.bfloat16(), torch.zeros(65, dtype=torch.bfloat16)[1:],
     torch.nn.Parameter(ALIGNED), torch.zeros(64, dtype=torch.int64), torch.zeros(0),
 )  # fmt: skip
