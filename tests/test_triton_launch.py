@@ -188,6 +188,7 @@ def test_the_first_configuration_that_fits_is_taken(recorder: Recorder) -> None:
     for _ in range(2):  # numbers of the key do not share a launch
         assert [tiles(kernel, recorder, K) for K in (2, 20, 200)] == [64, 32, 32]
     assert [each["BM"] for each in kernel.fitting({"MODE": "a", "K": 2})] == [64, 32]
+    assert compiled_probe().fitting({}) == [{}]
     kernel.configs = [second]
     assert tiles(kernel, recorder, 2) == 32
     unseen = compiled_probe(

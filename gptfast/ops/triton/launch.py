@@ -155,6 +155,8 @@ class Kernel:
 
     def fitting(self, args: Args) -> list[dict[str, Any]]:
         """Returns constants and options of each configuration that may be taken for such a call."""
+        if self.choice is None:
+            return [{}]
         return [each.all_kwargs() for each in self._choose(args, Choice.fitting)]
 
     def _launch(
