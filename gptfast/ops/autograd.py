@@ -128,14 +128,15 @@ def refuse(op: str) -> Any:
 
 def wanted(needs: tuple[bool, ...]) -> int:
     """Encodes which gradients a backward must compute: bit i is set if result i is needed."""
-    bits = 0
-    for need in reversed(needs):
-        bits = bits << 1 | need
-    return bits
+    if False not in needs:
+        return (1 << len(needs)) - 1
+    return sum(1 << i for i, need in enumerate(needs) if need)
 
 
 def only_wanted(grads: tuple[Tensor, ...], needs: tuple[bool, ...]) -> list[Tensor | None]:
     """Replaces the gradients that are not needed, empty tensors from the backward, by None."""
+    if False not in needs:
+        return list(grads)
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
