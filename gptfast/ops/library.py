@@ -36,7 +36,7 @@ def define(schema: str, fake: Callable[..., Any], flops: Callable[..., int] | No
         formulas.FORMULAS[name] = flops
 
     def call(*args: Any) -> Any:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and isinstance(args[0], Tensor):
             kernel = KERNELS.get((name, args[0].device.type))
             if kernel is not None and unobserved(args):
                 return kernel(*args)

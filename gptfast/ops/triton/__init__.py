@@ -35,13 +35,14 @@ KERNELS: dict[str, Any] = {
 
 
 def on_device(kernel: Any) -> Any:
-    """Wraps a kernel's launcher: it runs on the device of its first argument."""
+    """Wraps a kernel's launcher: it runs on the device of its first argument, or of its first."""
 
     @functools.wraps(kernel)
-    def launch(first: torch.Tensor, *args: Any) -> Any:
-        if first.get_device() == torch.cuda.current_device():
+    def launch(first: Any, *args: Any) -> Any:
+        x = first[0] if isinstance(first, list) else first
+        if x.get_device() == torch.cuda.current_device():
             return kernel(first, *args)
-        with torch.cuda.device_of(first):
+        with torch.cuda.device_of(x):
             return kernel(first, *args)
 
     return launch

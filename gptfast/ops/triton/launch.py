@@ -52,7 +52,8 @@ def tuned(
     Args:
         configs: The candidates per kind of call: configurations that do not spill registers on the
             chips of benchmarks/gpu_static.py, the one that fits every chip last.
-        which: Returns the kind of a call from its arguments: of the numbers, those in `key`.
+        which: Returns the kind of a call from its arguments: of the numbers those in `key`, of the
+            tensors their dtypes, and the constants.
         shared: Returns the bytes of operands in shared memory from the same arguments and a
             configuration; those above the device's limit are not taken.
         key: Names of the numbers that the choice may depend on.
