@@ -121,6 +121,31 @@ def test_a_kept_launch_is_the_one_that_triton_makes(recorder: Recorder) -> None:
     assert len(recorder.compiled) > 300
 
 
+@pytest.mark.cuda
+def test_kept_launches_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("torch finds no CUDA device")
+    monkeypatch.setattr(rows.layer_norm_kernel, "_readers", {})
+    weight, streams = torch.ones(48, device="cuda"), (torch.cuda.Stream(), torch.cuda.Stream())
+    for round in range(3):
+        if round:
+            never = Mock(side_effect=AssertionError("through Triton"))
+            monkeypatch.setattr(launch.Kernel, "_launch_by_triton", never)
+        for dtype, shift, stream in itertools.product(
+            (torch.float32, torch.bfloat16), (0, 1), streams
+        ):
+            x = torch.randn(7 * 48 + 1, device="cuda").to(dtype)[shift:][: 7 * 48].view(7, 48)
+            torch.cuda.synchronize()
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(10_000_000)  # what runs on another stream comes too early
+                x *= 3
+                y, mean, _ = rows.layer_norm(x, weight, None)
+            stream.synchronize()
+            expected = torch.nn.functional.layer_norm(x.float(), (48,))
+            torch.testing.assert_close(y.float(), expected, atol=2e-2, rtol=2e-2)
+            torch.testing.assert_close(mean, x.float().mean(1))
+
+
 def test_numbers_of_a_kind_share_a_kept_launch(recorder: Recorder) -> None:
     kernel = compiled_probe()
     for n, m in itertools.product(range(160, 1600, 160), range(5, 50)):
