@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import itertools
 import random
 from collections import Counter
@@ -266,6 +267,17 @@ def test_every_kernel_is_launched_by_way_of_launch() -> None:
     host = ("triton.cdiv", "triton.next_power_of_2")  # 4 us each
     used = [each for path in SOURCES for each in host if f"{each}(" in path.read_text()]
     assert used == []
+
+
+def test_a_descriptor_is_the_one_that_triton_makes() -> None:
+    x = torch.zeros(4, 8, 32, dtype=torch.float16)[:, ::2]
+    whole = TensorDescriptor(x, [*x.shape], [*x.stride()], [1, 4, 16])
+    made = launch.descriptor(x, 1, 4, 16)
+    names = [each.name for each in dataclasses.fields(whole)]
+    assert [getattr(made, name) for name in names[1:]] == [
+        getattr(whole, name) for name in names[1:]
+    ]
+    assert made.base is x and type(made) is TensorDescriptor
 
 
 def test_launches_are_counted() -> None:

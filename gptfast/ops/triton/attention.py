@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptfast.ops.triton.launch import block_of, cdiv, config, dropout_args, precision, tuned
+from gptfast.ops.triton.launch import block_of, config, dropout_args, precision, tuned
 from gptfast.ops.triton.tiles import dropout_factors, own_head
 
 
@@ -189,11 +189,12 @@ def attention(
     B, H, Tq, D = q.shape
     out, lse = q.new_empty(B, Tq, H, D), q.new_empty(B, H, 2, Tq, dtype=torch.float32)
     if lse.numel():
-        grid = lambda meta: (cdiv(Tq, meta["BM"]) * B * H,)  # noqa: E731
+        heads = out.transpose(1, 2)
+        grid = lambda meta: (triton.cdiv(Tq, meta["BM"]) * B * H,)  # noqa: E731
         forward_kernel[grid](
-            q, k, v, out, lse, H, Tq, k.shape[2], scale / math.log(2),
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], Tq * H * D, D, H * D,
+            q, k, v, heads, lse, H, Tq, k.shape[2], scale / math.log(2),
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *heads.stride()[:3],
             **dropout_args(dropout_p, seed, stream, q.device), **parts_of(q),
-            PRECISION=precision(q.dtype),
+            PRECISION=precision(),
         )  # fmt: skip
     return out, lse

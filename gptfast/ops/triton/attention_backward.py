@@ -21,7 +21,7 @@ from gptfast.ops.triton.attention import (
     parts_of,
     row_products,
 )
-from gptfast.ops.triton.launch import cdiv, config, dropout_args, precision, tuned
+from gptfast.ops.triton.launch import config, dropout_args, precision, tuned
 from gptfast.ops.triton.tiles import dropout_factors, own_head
 
 
@@ -256,11 +256,11 @@ def write_grads(
     B, H, Tq, _ = q.shape
     Tk = k.shape[2]
     delta = lse.new_empty(B, H, Tq)
-    shape: dict[str, Any] = {**parts_of(q), "PRECISION": precision(q.dtype)}
+    shape: dict[str, Any] = {**parts_of(q), "PRECISION": precision()}
     sizes = H, Tq, Tk, scale, scale / math.log(2)
     inputs = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     if dq.numel():
-        queries = lambda meta: (cdiv(Tq, meta["BM"]) * B * H,)  # noqa: E731
+        queries = lambda meta: (triton.cdiv(Tq, meta["BM"]) * B * H,)  # noqa: E731
         query_grad_kernel[queries](
             q, k, v, out, dout, dq, lse, delta, *sizes, *inputs,
             *out.stride()[:3], *dout.stride()[:3], *dq.stride()[:3], **dropout, **shape,
@@ -269,7 +269,7 @@ def write_grads(
         block = columns = shape["BLOCK_D"]
         if shape["PART"] < block:  # the threads of AMD's warps want 128 for loads of 16 bytes
             columns = 64 if shape["PRECISION"] == "tf32x3" else 128
-        keys = lambda meta: (cdiv(Tk, meta["BN"]) * B * H, block // columns)  # noqa: E731
+        keys = lambda meta: (triton.cdiv(Tk, meta["BN"]) * B * H, block // columns)  # noqa: E731
         key_grads_kernel[keys](
             q, k, v, dout, dk, dv, lse, delta, *sizes, *inputs,
             *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], **dropout, **shape,

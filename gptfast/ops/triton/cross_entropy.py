@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptfast.ops.triton.launch import absent, cdiv, config, kernel, precision, tuned, wants
+from gptfast.ops.triton.launch import absent, config, precision, tuned, wants
 from gptfast.ops.triton.linear import (
     NO_NORM,
     Norm,
@@ -57,7 +57,6 @@ def partial_sums_kernel(
     tl.store(target_logits + m, tl.sum(tl.where(own, s, 0.0), 1), mask=(m < M) & here)
 
 
-@kernel
 @triton.jit
 def losses_kernel(
     tops, totals, target_logits, targets, sums, losses, ignore_index, M, parts,
@@ -142,7 +141,7 @@ def linear_cross_entropy(
         dlogits = x.new_empty(*x.shape[:-1], block.shape[0])
         logits_grad_kernel[_grid(M, block.shape[0])](
             x, block, targets, sums, shares, dlogits, *(norm or NO_NORM), M, block.shape[0], K, v0,
-            PRECISION=precision(x.dtype), BN=PART,
+            PRECISION=precision(), BN=PART,
         )  # fmt: skip
         if with_dx:
             dx = multiply(dlogits, block, residual=dx, dtype=torch.float32)
@@ -156,7 +155,7 @@ def linear_cross_entropy(
 
 
 def _grid(M: int, V: int) -> Any:
-    return lambda meta: (cdiv(M, meta["BM"]) * cdiv(V, meta["BN"]),)
+    return lambda meta: (triton.cdiv(M, meta["BM"]) * triton.cdiv(V, meta["BN"]),)
 
 
 def _losses(
@@ -164,16 +163,16 @@ def _losses(
 ) -> tuple[Tensor, Tensor]:
     """Returns maxima and sums of exponentials of the logits, (2, M), and losses, (M,); float32."""
     (V, K), M = weight.shape, targets.numel()
-    parts = cdiv(V, PART)
+    parts = triton.cdiv(V, PART)
     losses, target_logits = (x.new_empty(M, dtype=torch.float32) for _ in range(2))
     sums = x.new_empty(2, M, dtype=torch.float32)
     tops, totals = (x.new_empty(parts, M, dtype=torch.float32) for _ in range(2))
     if M:
         partial_sums_kernel[_grid(M, V)](
             x, weight, targets, tops, totals, target_logits, *(norm or NO_NORM), M, V, K,
-            PRECISION=precision(x.dtype), BN=PART,
+            PRECISION=precision(), BN=PART,
         )  # fmt: skip
-        losses_kernel[(cdiv(M, 128),)](
+        losses_kernel[(triton.cdiv(M, 128),)](
             tops, totals, target_logits, targets, sums, losses, ignore_index, M, parts, BLOCK=128
         )
     return sums, losses

@@ -13,12 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptfast.ops.triton.launch import block_of, cdiv, kernel
+from gptfast.ops.triton.launch import block_of
 
 PART, KEYS = 256, 64  # keys of a part, and of one iteration of its loop
 
 
-@kernel
 @triton.jit
 def part_kernel(
     q, cache, lengths, outs, tops, totals, H, capacity, parts, q_stride, scale_log2,
@@ -57,7 +56,6 @@ def part_kernel(
         tl.store(totals + index, total)
 
 
-@kernel
 @triton.jit
 def join_kernel(
     outs, tops, totals, lengths, out, H, parts, scale_log2,
@@ -94,7 +92,7 @@ def decode_attention(q: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
         (S, H D) in q's dtype.
     """
     S, _, H, capacity, D = cache.shape
-    parts = cdiv(capacity, PART)
+    parts = triton.cdiv(capacity, PART)
     outs = q.new_empty(S, H, parts, D, dtype=torch.float32)
     tops, totals = (q.new_empty(S, H, parts, dtype=torch.float32) for _ in range(2))
     out = q.new_empty(S, H * D)

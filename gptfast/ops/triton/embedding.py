@@ -8,14 +8,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptfast.ops.triton.launch import absent, block_of, cdiv, dropout_args, kernel, wants
+from gptfast.ops.triton.launch import absent, block_of, dropout_args, wants
 from gptfast.ops.triton.rows import dropped
 from gptfast.ops.triton.tiles import dropout_factors
 
 ROWS, COLUMNS = 16, 128
 
 
-@kernel
 @triton.jit(do_not_specialize=["M", "T", "substream", "threshold"])
 def embedding_kernel(
     idx, wte, wpe, y, M, T, C, seed, substream, threshold, keep_scale,
@@ -37,7 +36,6 @@ def embedding_kernel(
     tl.store(at, value.to(y.dtype.element_ty), mask=inside)
 
 
-@kernel
 @triton.jit
 def gather_sum_kernel(x, order, starts, out, C, skipped, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """out_v = sum of rows order[starts[v]] .. order[starts[v + 1] - 1] of x, in that order.
@@ -67,7 +65,7 @@ def embedding(
         return wte.new_empty(*idx.shape, C, dtype=dtype)
     torch._assert_async(((idx >= 0) & (idx < V)).all(), f"embedding: idx must be in [0, {V})")
     y = wte.new_empty(*idx.shape, C, dtype=dtype)
-    embedding_kernel[(cdiv(idx.numel(), ROWS), cdiv(C, COLUMNS))](
+    embedding_kernel[(triton.cdiv(idx.numel(), ROWS), triton.cdiv(C, COLUMNS))](
         idx, wte, wpe, y, idx.numel(), T, C,
         **dropout_args(dropout_p, seed, stream, wte.device), ROWS=ROWS, COLUMNS=COLUMNS,
     )  # fmt: skip
@@ -96,7 +94,7 @@ def embedding_backward(
 def _gather_sum(x: Tensor, order: Tensor, starts: Tensor, like: Tensor, skipped: int) -> Tensor:
     out, C = torch.empty_like(like), like.shape[1]
     columns = min(COLUMNS, block_of(C))
-    gather_sum_kernel[(like.shape[0], cdiv(C, columns))](
+    gather_sum_kernel[(like.shape[0], triton.cdiv(C, columns))](
         x, order, starts, out, C, skipped, ROWS=ROWS, COLUMNS=columns
     )
     return out

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptfast.ops.triton.launch import absent, cdiv, dropout_args, precision, tuned, wants
+from gptfast.ops.triton.launch import absent, dropout_args, precision, tuned, wants
 from gptfast.ops.triton.linear import (
     PRODUCT,
     multiply,
@@ -72,18 +72,9 @@ def ffn_backward(
     dhidden, hidden = torch.empty_like(before), torch.empty_like(before)
     (M, N), K = before.shape, d.shape[-1]
     if before.numel():
-        grid = lambda meta: (cdiv(M, meta["BM"]) * cdiv(N, meta["BN"]),)  # noqa: E731
+        grid = lambda meta: (triton.cdiv(M, meta["BM"]) * triton.cdiv(N, meta["BN"]),)  # noqa: E731
         hidden_grad_kernel[grid](
-            d,
-            w2.to(x.dtype),
-            before,
-            dhidden,
-            hidden,
-            M,
-            N,
-            K,
-            GELU=gelu,
-            PRECISION=precision(d.dtype),
+            d, w2.to(x.dtype), before, dhidden, hidden, M, N, K, GELU=gelu, PRECISION=precision()
         )
     norm = mean, rstd, ln_w, ln_b
     params = (

@@ -16,11 +16,15 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED = triton.knobs.runtime.interpret
 # Bytes of shared memory per block: the smallest limit of the chips in benchmarks/gpu_static.py.
 MIN_SHARED = 65536
 INTERPRETED_PROGRAMS = 3  # `programs` in Triton's interpreter
+# Options of a kernel with tl.device_assert, which Triton leaves out otherwise; the checks for
+# overflow of integers, which Triton 3.6 adds along with it, stay out.
+ASSERTING = {"debug": True, "sanitize_overflow": False}
 TRITON_RANGE = (3, 6), (3, 9)  # the versions that launch a compiled kernel as `Kernel` does
 
 Args = Mapping[str, Any]
@@ -220,7 +224,8 @@ class Kernel:
         # Numbers that are not in `key` may change without a new choice.
         may = {*self._constants, *self.choice.key}
         return how(
-            self.choice, {n: x for n, x in args.items() if n in may or isinstance(x, Tensor)}
+            self.choice,
+            {name: x for name, x in args.items() if name in may or not isinstance(x, int | float)},
         )
 
 
@@ -361,11 +366,16 @@ def shared_limit() -> int:
 
 
 @functools.cache
-def programs(device: torch.device) -> int:
-    """Returns the number of programs of a kernel whose programs loop over tiles."""
+def processors(device: torch.device) -> int:
+    """Returns the number of multiprocessors of a device."""
     if device.type != "cuda":
         return INTERPRETED_PROGRAMS
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def programs(device: torch.device) -> int:
+    """Returns the number of programs of a kernel whose programs loop over tiles."""
+    return processors(device) if device.type != "cuda" else 2 * processors(device)
 
 
 def precision(dtype: torch.dtype = torch.float32) -> str:
@@ -383,6 +393,14 @@ def precision(dtype: torch.dtype = torch.float32) -> str:
     if backend == "cuda":
         return "tf32" if short else "tf32x3"
     return "tf32" if short and arch == "gfx942" else "ieee"
+
+
+def copies_tiles() -> bool:
+    """Whether the GPU loads blocks of a tensor by descriptors: NVIDIA's from Hopper on."""
+    if INTERPRETED:
+        return False
+    backend, arch = _target(triton.runtime.driver.active)
+    return bool(backend == "cuda" and arch >= 90)
 
 
 @functools.lru_cache(1)
@@ -408,6 +426,17 @@ def dropout_args(p: float, seed: Tensor | None, stream: int, device: Any) -> dic
 NO_DROPOUT: dict[str, Any] = {"seed": None, "substream": 0, "threshold": 0, "keep_scale": 1.0}
 
 
+def descriptor(x: Tensor, *block: int) -> TensorDescriptor:
+    """Describes a tensor, by which the GPU loads blocks of this shape; see `copies_tiles`.
+
+    That is TensorDescriptor(x, x.shape, x.stride(), block) without its assertions, which take 3 us:
+    the address and all strides but the last are multiples of 16 bytes, and the last one is 1.
+    """
+    made = object.__new__(TensorDescriptor)
+    made.base, made.shape, made.strides, made.block_shape = x, [*x.shape], [*x.stride()], [*block]
+    return made
+
+
 def cdiv(a: int, b: int) -> int:
     """Returns a / b, rounded up. (triton.cdiv takes 4 us.)"""
     return -(-a // b)
@@ -421,6 +450,11 @@ def block_of(n: int, least: int = 16) -> int:
 def absent(like: Tensor) -> Tensor:
     """Returns the empty tensor that stands for an absent result of an operator."""
     return like.new_empty(0, dtype=torch.float32)
+
+
+def or_absent(like: Tensor, *results: Tensor | None) -> tuple[Tensor, ...]:
+    """Returns an operator's results, each None replaced by an empty tensor of its own."""
+    return tuple(absent(like) if each is None else each for each in results)
 
 
 def wants(wanted: int, first: int, last: int | None = None) -> bool:

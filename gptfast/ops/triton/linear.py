@@ -15,10 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.ops.triton.launch import (
-    NO_DROPOUT,
     absent,
-    cdiv,
     config,
+    dropout_args,
     precision,
     programs,
     tuned,
@@ -84,6 +83,9 @@ def linear_kernel(
     tl.store(y + at, acc.to(y.dtype.element_ty), mask=inside)
 
 
+NO_DROPOUT: dict[str, Any] = dropout_args(0.0, None, 0, None)
+
+
 def multiply(
     a: Tensor, b: Tensor, *, norm: Norm | None = None,
     bias: Tensor | None = None, gelu: str | None = None, before: Tensor | None = None,
@@ -109,10 +111,10 @@ def multiply(
     (K, N), b = b.shape, b.to(a.dtype)
     M, y = a.numel() // K, a.new_empty(*a.shape[:-1], N, dtype=dtype)
     if y.numel():
-        grid = lambda meta: (cdiv(M, meta["BM"]) * cdiv(N, meta["BN"]),)  # noqa: E731
+        grid = lambda meta: (triton.cdiv(M, meta["BM"]) * triton.cdiv(N, meta["BN"]),)  # noqa: E731
         linear_kernel[grid](
             a, b, y, before, bias, residual, *(norm or NO_NORM), M, N, K, *b.stride(),
-            **dropout, GELU=gelu, PRECISION=precision(a.dtype),
+            **dropout, GELU=gelu, PRECISION=precision(),
         )  # fmt: skip
     return y
 
@@ -198,15 +200,15 @@ def weight_grads(
     N, K = weight.shape
     M = x.numel() // K
     workers = programs(x.device)
-    tiles = cdiv(N, 128) * cdiv(K, 64)
-    parts = max(1, min(cdiv(workers, tiles), M // MIN_PART))
+    tiles = triton.cdiv(N, 128) * triton.cdiv(K, 64)
+    parts = max(1, min(triton.cdiv(workers, tiles), M // MIN_PART))
     out = torch.empty_like(weight) if out is None else out
     dweight = out if parts == 1 else dy.new_empty(parts, N, K, dtype=torch.float32)
     with_bias = bias is not None and wants(wanted, 1)
     dbias = dy.new_empty(parts, N, dtype=torch.float32) if with_bias else None
     weight_grad_kernel[(workers,)](
-        dy, x, dweight, dbias, *(norm or NO_NORM), M, N, K, max(1, cdiv(M, parts)),
-        parts, PRECISION=precision(dy.dtype),
+        dy, x, dweight, dbias, *(norm or NO_NORM), M, N, K, max(1, triton.cdiv(M, parts)),
+        parts, PRECISION=precision(),
     )  # fmt: skip
     if parts > 1:
         add_parts(dweight, out)

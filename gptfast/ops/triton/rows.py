@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.ops.reference import LAYER_NORM_EPS
-from gptfast.ops.triton.launch import absent, block_of, cdiv, kernel, programs, wants
+from gptfast.ops.triton.launch import absent, block_of, programs, wants
 from gptfast.ops.triton.tiles import dropout_factors
 
 ELEMENTS = 4096  # elements of a program's tile, unless a row is longer
@@ -22,7 +22,6 @@ def _tile(columns: int) -> dict[str, int]:
     return {"BLOCK": width, "ROWS": max(1, ELEMENTS // width)}
 
 
-@kernel
 @triton.jit(do_not_specialize=["M"])
 def layer_norm_kernel(
     x, weight, bias, y, mean, rstd, M, K, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
@@ -71,13 +70,12 @@ def _layer_norm(
     mean, rstd = (x.new_empty(M, dtype=torch.float32) for _ in range(2))
     if M:
         tile = _tile(K)
-        layer_norm_kernel[(cdiv(M, tile["ROWS"]),)](
+        layer_norm_kernel[(triton.cdiv(M, tile["ROWS"]),)](
             x, weight, bias, y, mean, rstd, M, K, LAYER_NORM_EPS, **tile, num_warps=8
         )
     return mean, rstd
 
 
-@kernel
 @triton.jit(do_not_specialize=["M"])
 def norm_grad_kernel(
     dn, x, add, mean, rstd, weight, dx, dweight, dbias, M, K,
@@ -126,7 +124,7 @@ def norm_backward(
     """
     K = x.shape[-1]
     M, tile = x.numel() // K, _tile(K)
-    parts = max(1, min(programs(x.device), cdiv(M, tile["ROWS"])))
+    parts = max(1, min(programs(x.device), triton.cdiv(M, tile["ROWS"])))
     dx = torch.empty_like(x)
     dweight, dbias = (x.new_empty(parts, K, dtype=torch.float32) for _ in range(2))
     norm_grad_kernel[(parts,)](
@@ -141,7 +139,6 @@ def norm_backward(
     )
 
 
-@kernel
 @triton.jit
 def sum_kernel(parts, out, P, n, BLOCK: tl.constexpr):
     """out_i = parts_0i + parts_1i + .., in this order."""
@@ -156,13 +153,12 @@ def add_parts(parts: Tensor, out: Tensor) -> Tensor:
     """Adds up float32 parts (P, ...) in order, writes the sum to `out` (...) and returns it."""
     if out.numel():
         block = min(1024, block_of(out.numel()))
-        sum_kernel[(cdiv(out.numel(), block),)](
+        sum_kernel[(triton.cdiv(out.numel(), block),)](
             parts, out, parts.shape[0], out.numel(), BLOCK=block
         )
     return out
 
 
-@kernel
 @triton.jit(do_not_specialize=["M", "substream", "threshold"])
 def dropout_kernel(
     x, y, M, K, seed, substream, threshold, keep_scale, ROWS: tl.constexpr, BLOCK: tl.constexpr
@@ -185,5 +181,7 @@ def dropped(x: Tensor, dropout: dict[str, Any]) -> Tensor:
         return x
     K, y = x.shape[-1], torch.empty_like(x)
     M, rows, block = x.numel() // K, 32, 128
-    dropout_kernel[(cdiv(M, rows), cdiv(K, block))](x, y, M, K, **dropout, ROWS=rows, BLOCK=block)
+    dropout_kernel[(triton.cdiv(M, rows), triton.cdiv(K, block))](
+        x, y, M, K, **dropout, ROWS=rows, BLOCK=block
+    )
     return y

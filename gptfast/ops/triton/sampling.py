@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.ops.sampling import SAMPLING_STREAM, Sampling
-from gptfast.ops.triton.launch import block_of, kernel
+from gptfast.ops.triton.launch import block_of
 from gptfast.ops.triton.tiles import LN2, LOG2E
 
 BLOCK = 1024
@@ -56,7 +56,6 @@ def _kept(logits, seen, j, V, penalty, highest, sharpness, min_score, min_weight
     return tl.where(reaches & (j < V), p, 0.0)
 
 
-@kernel
 @triton.jit
 def sample_kernel(
     logits, seen, seeds, sequence_ids, steps, tokens, logprobs, V,
