@@ -375,14 +375,25 @@ def bfloat16_without_data(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+def one_launch(
+    a: Tensor, b: Tensor, dtype: Any = None, out: Tensor | None = None, accumulate: bool = False
+) -> Tensor:
+    """Stands for ops.triton.matmul, which takes more than a kernel where there is no GPU."""
+    made = a.new_empty(a.shape[0], b.shape[1], dtype=dtype) if out is None else out
+    return made.zero_()
+
+
 @pytest.mark.parametrize(
     ("config", "batch", "own", "of_torch"),
-    ((SMALL, 64, 72, 59), (GPT2, 16, 408, 139)),
+    ((SMALL, 64, 40, 39), (GPT2, 16, 202, 225)),
     ids=("small", "gpt2"),
 )
 def test_launches_of_forward_and_backward(
     config: GPTConfig, batch: int, own: int, of_torch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for module in vars(kernels).values():
+        if hasattr(module, "matmul"):
+            monkeypatch.setattr(module, "matmul", one_launch)
     with bfloat16_without_data(monkeypatch), launch.counted(run=False) as counts:
         model = GPT(config, backend="fused")
         idx = torch.empty(batch, config.block_size, dtype=torch.int64)
