@@ -26,7 +26,6 @@ import triton
 from gpu_cases import DTYPES, cases
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
-from triton.runtime import Autotuner, JITFunction
 
 from gptfast.errors import ConfigError
 from gptfast.ops.triton import launch, products
@@ -99,27 +98,25 @@ class NoDevice:
 def compiling_for(chip: Chip) -> Iterator[list[tuple[str, Any, Any]]]:
     """Compiles kernels instead of launching them; yields a growing list of the results."""
     found: list[tuple[str, Any, Any]] = []
-    jit_run, tuned_run, limit = JITFunction.run, Autotuner.run, launch.shared_limit
+    limit = launch.shared_limit
 
-    def compile_one(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+    def compile_all(kernel: launch.Kernel, args: launch.Args) -> bool:
         names = ("BM", "BN", "BK", "BLOCK", "ROWS", "PART", "num_warps", "num_stages")
-        config = ", ".join(f"{name} {options[name]}" for name in names if name in options)
-        compiled = jit_run(self, *args, grid=grid, warmup=True, **options)
-        if compiled.hash not in {each.hash for _, _, each in found}:
-            found.append((config, self, compiled))
-
-    def compile_all(self: Any, *args: Any, **options: Any) -> None:
-        self.nargs = dict(zip(self.arg_names, args, strict=False))
-        for config in self.prune_configs(options):
-            self.fn.run(*args, **options, **config.all_kwargs())
+        for chosen in kernel.fitting(args):
+            whole = {**args, **chosen}
+            compiled = kernel.function.run(grid=None, warmup=True, **whole)
+            config = ", ".join(f"{name} {whole[name]}" for name in names if name in whole)
+            if compiled.hash not in {each.hash for _, _, each in found}:
+                found.append((config, kernel.function, compiled))
+        return False
 
     triton.runtime.driver.set_active(NoDevice(chip))
     launch.shared_limit = lambda: chip.shared
-    JITFunction.run, Autotuner.run = compile_one, compile_all
     try:
-        yield found
+        with launch.watched(compile_all):
+            yield found
     finally:
-        JITFunction.run, Autotuner.run, launch.shared_limit = jit_run, tuned_run, limit
+        launch.shared_limit = limit
 
 
 def with_every_tile() -> Iterator[None]:

@@ -159,6 +159,7 @@ def test_a_table_tells_what_it_expects() -> None:
     x, w, y, i = R(2, 5, 4), R(12, 4), R(2, 5), torch.zeros(7, 4, dtype=torch.int64)
     sizes = table.check(x, w, None, y, i)
     assert (sizes["C"], sizes["N"], tuple(sizes["..."])) == (4, 7, (2, 5))
+    assert table._check_each((x, w, None, y, i)).items() >= sizes.items()
     wrong: dict[str, tuple[Any, ...]] = {
         r"w must have shape \(12, 4\), got \(4, 4\)": (x, R(4, 4), None, y, i),
         r"b must have shape \(12,\), got \(4,\)": (x, w, R(4), y, i),

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import bench_attention
 import fake_cuda
@@ -305,8 +306,6 @@ def test_linear_residual(M: int, K: int, N: int, dtype: torch.dtype) -> None:
     check_op(ops.linear_residual, reference.linear_residual, torch_linear_residual, inputs, dtype)
 
 
-
-
 @every_dtype
 @pytest.mark.parametrize("gelu", ("erf", "tanh"))
 @pytest.mark.parametrize("dropout_p", (0.0, 0.3))
@@ -566,9 +565,8 @@ def test_how_float32_is_multiplied(
     backend, arch = target
     chip = SimpleNamespace(backend=backend, arch=arch)
     monkeypatch.setattr(launch, "INTERPRETED", False)
-    monkeypatch.setattr(
-        triton.runtime.driver, "_active", SimpleNamespace(get_current_target=lambda: chip)
-    )
+    driver = Mock(get_current_target=lambda: chip)
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     try:

@@ -51,6 +51,12 @@ def info() -> dict[str, Any]:
     openmp = openmp_runtimes()
     if len(openmp) > 1:
         warnings.append("more than one OpenMP library is loaded: each keeps threads of its own")
+    if torch.cuda.is_available() and select.triton_error() is None:
+        from gptfast.ops.triton.launch import slow_launches
+
+        reason = slow_launches()
+        if reason is not None:
+            warnings.append(f"launching a kernel takes 50 us more than it need: {reason}")
     return {
         "gptfast": _version(),
         "torch": torch.__version__,

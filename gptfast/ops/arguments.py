@@ -7,6 +7,7 @@ what it got. The C++ checks once more that no kernel leaves a tensor's memory, b
 
 import enum
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -64,6 +65,7 @@ class Table:
         self.op = op
         self._arguments = arguments
         self._rows = tuple(_row(name, argument) for name, argument in arguments.items())
+        self._sizes = _sizes_function(arguments)
 
     def check(self, *tensors: Tensor | None) -> dict[str, Any]:
         """Checks the tensors of a call.
@@ -78,14 +80,21 @@ class Table:
             ValueError: A tensor has another shape, or a parameter is not contiguous.
             TypeError: An argument is no tensor, or has another dtype or device.
         """
+        if not torch.compiler.is_compiling():
+            try:
+                return self._sizes(*tensors)
+            except (AttributeError, ValueError):
+                pass  # `_check_each` knows the words
+        return self._check_each(tensors)
+
+    def _check_each(self, tensors: tuple[Tensor | None, ...]) -> dict[str, Any]:
+        """Does what `check` says, one argument after the other, and knows which is wrong."""
         found: dict[str, Any] = {}
         first: Any = tensors[0]
         if not isinstance(first, Tensor) or not first.dtype.is_floating_point:
             self._check_kind(self._rows[0][0], first, None)
         dtype, device = first.dtype, first.device
-        # Every operator comes here and some take microseconds, hence plain tuples, and zip without
-        # `strict`, which costs as much as the check of an argument.
-        for row, x in zip(self._rows, tensors):  # noqa: B905
+        for row, x in zip(self._rows, tensors, strict=True):
             name, letters, count, leading, multiples, own_dtype, as_first, contiguous = row
             if not isinstance(x, Tensor):
                 if x is not None or not self._arguments[name].optional:
@@ -101,7 +110,7 @@ class Table:
                 self._refuse_shape(name, letters, x, found)
             if multiples:
                 found |= {multiple: n * found[letter] for multiple, n, letter in multiples}
-            for letter, size in zip(letters, shape):  # noqa: B905
+            for letter, size in zip(letters, shape, strict=True):
                 if found.setdefault(letter, size) != size:
                     self._refuse_shape(name, letters, x, found)
             got = x.dtype
@@ -146,7 +155,7 @@ class Table:
 
 
 def _row(name: str, argument: Argument) -> tuple[Any, ...]:
-    """Returns what `Table.check` reads of an argument, in the order in which it unpacks it."""
+    """Returns what `Table._check_each` reads of an argument, in the order of its unpacking."""
     sizes = re.findall(r"(\d*)(\w+)", argument.shape)
     letters = tuple(factor + letter for factor, letter in sizes)
     multiples = tuple((factor + letter, int(factor), letter) for factor, letter in sizes if factor)
@@ -154,6 +163,61 @@ def _row(name: str, argument: Argument) -> tuple[Any, ...]:
     own_dtype = {Kind.PARAMETER: torch.float32, Kind.INDICES: torch.int64}.get(kind)
     as_first, contiguous = kind is not Kind.INDICES, kind is Kind.PARAMETER
     return name, letters, len(letters), leading, multiples, own_dtype, as_first, contiguous
+
+
+def _sizes_function(arguments: dict[str, Argument]) -> Callable[..., dict[str, Any]]:
+    """Makes a function of a table's tensors that does what `Table.check` does.
+
+    It raises a ValueError without words or an AttributeError where anything is not as expected. It
+    is a few lines of Python without a loop, because every operator comes here and some take
+    microseconds. That of q="B H Tq D", k="B H Tk D":
+
+        dtype, device = q.dtype, q.device
+        B, H, Tq, D, = q.shape
+        if q.shape != (B, H, Tq, D,) or not (q.dtype.is_floating_point): raise ValueError
+        _, _, Tk, _, = k.shape
+        if k.shape != (B, H, Tk, D,) or not (k.dtype is dtype) or k.device != device:
+            raise ValueError
+        return {"B": B, "H": H, "Tq": Tq, "D": D, "Tk": Tk}
+    """
+    first = next(iter(arguments))
+    lines = [f"dtype, device = {first}.dtype, {first}.device"]
+    known: list[str] = []
+    for name, argument in arguments.items():
+        _, letters, count, leading, multiples, own_dtype, as_first, contiguous = _row(
+            name, argument
+        )
+        factors = {multiple: f"{n} * {letter}" for multiple, n, letter in multiples}
+        new = [letter for letter in letters if letter not in (*known, *factors)]
+        steps, dims = [], [factors.get(letter, letter) for letter in letters]
+        if leading:
+            dims.insert(0, "*leading")
+            if "leading" not in known:
+                steps.append(f"leading = {name}.shape[:{-count or None}]")
+                known.append("leading")
+        assert not (new and argument.optional), f"{name} may be None, but gives {new} their sizes"
+        if new:
+            unpacked = ["*_"] * leading + [each if each in new else "_" for each in letters]
+            steps.append(f"{', '.join(unpacked)}, = {name}.shape")
+            known += new
+        dtypes = [f"{name}.dtype is dtype"] * as_first
+        if own_dtype is not None:
+            dtypes.append(f"{name}.dtype is {str(own_dtype).removeprefix('torch.')}")
+        if name == first or argument.kind is Kind.FLOATING:
+            dtypes = [f"{name}.dtype.is_floating_point"]
+        wrong = [f"{name}.shape != ({', '.join(dims)},)", f"not ({' or '.join(dtypes)})"]
+        wrong += [f"{name}.device != device"] * (name != first)
+        wrong += [f"not {name}.is_contiguous()"] * contiguous
+        steps.append(f"if {' or '.join(wrong)}: raise ValueError")
+        if argument.optional:
+            steps = [f"if {name} is not None:", *(f"    {step}" for step in steps)]
+        lines += steps
+    pairs = (f"{'...' if each == 'leading' else each!r}: {each}" for each in known)
+    lines.append(f"return {{{', '.join(pairs)}}}")
+    scope: dict[str, Any] = {"float32": torch.float32, "int64": torch.int64}
+    exec("\n    ".join([f"def sizes({', '.join(arguments)}):", *lines]), scope)
+    made: Callable[..., dict[str, Any]] = scope["sizes"]
+    return made
 
 
 def check_dropout(op: str, dropout_p: float) -> float:

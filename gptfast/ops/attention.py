@@ -126,7 +126,8 @@ def causal_attention(
     scale = 1 / math.sqrt(D) if scale is None else constant("causal_attention", "scale", scale)
     if scale < 0.0:
         q, scale = -q, -scale  # the kernels take the largest score for the likeliest
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     key = seed_tensor(seed) if dropout_p > 0.0 else None
     if needs_grad(q, k, v):
         out, _ = _Attention.call(q, k, v, key, scale, dropout_p, stream)

@@ -33,7 +33,11 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     """
     if transformed():
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:  # any() of a generator takes a microsecond
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def constant(op: str, name: str, value: Any) -> float:
@@ -124,11 +128,15 @@ def refuse(op: str) -> Any:
 
 def wanted(needs: tuple[bool, ...]) -> int:
     """Encodes which gradients a backward must compute: bit i is set if result i is needed."""
+    if False not in needs:
+        return (1 << len(needs)) - 1
     return sum(1 << i for i, need in enumerate(needs) if need)
 
 
 def only_wanted(grads: tuple[Tensor, ...], needs: tuple[bool, ...]) -> list[Tensor | None]:
     """Replaces the gradients that are not needed, empty tensors from the backward, by None."""
+    if False not in needs:
+        return list(grads)
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 

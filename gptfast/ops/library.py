@@ -4,18 +4,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gptfast.ops import flops as formulas
-from gptfast.ops.autograd import vmap_in_a_loop
+from gptfast.ops.autograd import transformed, vmap_in_a_loop
 
 LIBRARY = torch.library.Library("gptfast", "DEF")
+# Kernels in Python, by operator and device type, which `define`'s functions may call themselves.
+KERNELS: dict[tuple[str, str], Callable[..., Any]] = {}
+PLAIN = {Tensor, torch.nn.Parameter, int, float, bool, str, torch.dtype, type(None)}
 
 
 def define(schema: str, fake: Callable[..., Any], flops: Callable[..., int] | None = None) -> Any:
-    """Defines the operator gptfast::<schema> and returns it.
+    """Defines the operator gptfast::<schema> and returns a function that calls it.
 
     Kernels are registered elsewhere: for the CPU by the compiled extension, for CUDA by
-    gptfast.ops.triton.
+    gptfast.ops.triton. torch's dispatcher takes some 10 us to reach a kernel in Python. The
+    function does without it where nothing would notice; its callers see to gradients.
 
     Args:
         schema: The schema in torch's notation.
@@ -29,4 +34,28 @@ def define(schema: str, fake: Callable[..., Any], flops: Callable[..., int] | No
     torch.library.register_vmap(f"gptfast::{name}", vmap_in_a_loop(operator), lib=LIBRARY)
     if flops is not None:
         formulas.FORMULAS[name] = flops
-    return operator
+
+    def call(*args: Any) -> Any:
+        if not torch.compiler.is_compiling() and isinstance(args[0], Tensor):
+            kernel = KERNELS.get((name, args[0].device.type))
+            if kernel is not None and unobserved(args):
+                return kernel(*args)
+        return operator(*args)
+
+    return call
+
+
+def unobserved(args: tuple[Any, ...]) -> bool:
+    """Whether a call with these arguments is just that of a kernel.
+
+    It is not for subclasses of tensors, such as fake ones, and not while a mode, a transform of
+    torch.func, a tracer or a profiler is active.
+    """
+    return (
+        PLAIN.issuperset(map(type, args))
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and not transformed()
+        and torch._C._get_tracing_state() is None
+        and not torch._C._autograd._profiler_enabled()
+    )

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gptfast.ops.library import LIBRARY
+from gptfast.ops import library
 from gptfast.ops.triton import (
     adamw,
     attention,
@@ -41,11 +41,15 @@ def on_device(kernel: Any) -> Any:
 
     @functools.wraps(kernel)
     def launch(first: Any, *args: Any) -> Any:
-        with torch.cuda.device_of(first if isinstance(first, torch.Tensor) else first[0]):
+        x = first[0] if isinstance(first, list) else first
+        if x.get_device() == torch.cuda.current_device():
+            return kernel(first, *args)
+        with torch.cuda.device_of(x):
             return kernel(first, *args)
 
     return launch
 
 
 for name, kernel in KERNELS.items():
-    LIBRARY.impl(name, on_device(kernel), "CUDA")
+    library.KERNELS[name, "cuda"] = launcher = on_device(kernel)
+    library.LIBRARY.impl(name, launcher, "CUDA")

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptfast.ops.triton.launch import kernel
+
 OPTIONS = 6  # float64 numbers: lr, beta1, beta2, eps, weight decay, clip
 FIELDS = 6  # of a parameter in the table: five addresses and the number of elements
 BLOCK = 1024
@@ -40,6 +42,7 @@ def _chunk(table, P, FIELDS: tl.constexpr, BLOCK: tl.constexpr):
     return parameter, table + parameter * FIELDS, tl.multiple_of(tl.load(chunk + 1), BLOCK)
 
 
+@kernel
 @triton.jit(do_not_specialize=["P"])
 def grad_norm_kernel(
     table, numbers, parts, rates, P, CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
@@ -89,6 +92,7 @@ def _update(
     tl.store(weight + i, w, mask=mask)
 
 
+@kernel
 @triton.jit(do_not_specialize=["P", "parts_count"])
 def adamw_kernel(
     table, numbers, parts, rates, norm, P, parts_count, CHUNK: tl.constexpr,

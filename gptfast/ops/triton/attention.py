@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from gptfast.ops.triton.launch import (
     INTERPRETED,
     block_of,
+    cdiv,
     config,
     dropout_args,
     precision,
@@ -241,13 +242,14 @@ def attention(
     out, lse = q.new_empty(B, Tq, H, D), q.new_empty(B, H, 2, Tq, dtype=torch.float32)
     if lse.numel():
         heads = out.transpose(1, 2)
-        grid = lambda meta: (triton.cdiv(Tq, meta["BM"]) * B * H,)  # noqa: E731
+        grid = lambda meta: (cdiv(Tq, meta["BM"]) * B * H,)  # noqa: E731
         shape = {**parts_of(q), "TILES": row_tiles(k, v)}
         kind = head_kind({"q": q, **shape})
         forward_kernel[grid](
             q, k, v, heads, lse, *descriptors(forward_kernel, FORWARD, kind, "BN", k, v),
             H, Tq, k.shape[2], log2_scale(scale),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *heads.stride()[:3],
-            **dropout_args(dropout_p, seed, stream, q.device), **shape, PRECISION=precision(),
+            **dropout_args(dropout_p, seed, stream, q.device), **shape,
+            PRECISION=precision(q.dtype),
         )  # fmt: skip
     return out, lse

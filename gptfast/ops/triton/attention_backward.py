@@ -23,7 +23,7 @@ from gptfast.ops.triton.attention import (
     row_products,
     row_tiles,
 )
-from gptfast.ops.triton.launch import config, dropout_args, precision, tuned
+from gptfast.ops.triton.launch import cdiv, config, dropout_args, precision, tuned
 from gptfast.ops.triton.tiles import dropout_kept, own_head
 
 PADDING = tl.constexpr(128)  # the most queries that a program of key_grads_kernel reads at once
@@ -253,16 +253,16 @@ def write_grads(
     dq, dk, dv = grads
     B, H, Tq, _ = q.shape
     Tk = k.shape[2]
-    padded = triton.cdiv(Tq, PADDING.value) * PADDING.value
+    padded = cdiv(Tq, PADDING.value) * PADDING.value
     terms = lse.new_empty(B, H, 3 * padded)
-    shape: dict[str, Any] = {**parts_of(q), "PRECISION": precision()}
+    shape: dict[str, Any] = {**parts_of(q), "PRECISION": precision(q.dtype)}
     shape["TILES"] = row_tiles(q, k, v, dout)
     args = {"q": q, **shape, **dropout}
     kind, key_kind = head_kind(args), key_grads_kind(args)
     sizes = H, Tq, Tk, padded, scale, log2_scale(scale)
     inputs = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     if dq.numel():
-        queries = lambda meta: (triton.cdiv(Tq, meta["BM"]) * B * H,)  # noqa: E731
+        queries = lambda meta: (cdiv(Tq, meta["BM"]) * B * H,)  # noqa: E731
         query_grad_kernel[queries](
             q, k, v, out, dout, dq, lse, terms,
             *descriptors(query_grad_kernel, QUERY_GRAD, kind, "BN", k, v), *sizes,
@@ -273,7 +273,7 @@ def write_grads(
         block = columns = shape["BLOCK_D"]
         if shape["PART"] < block:  # the threads of AMD's warps want 128 for loads of 16 bytes
             columns = 64 if shape["PRECISION"] == "tf32x3" else 128
-        keys = lambda meta: (triton.cdiv(Tk, meta["BN"]) * B * H, block // columns)  # noqa: E731
+        keys = lambda meta: (cdiv(Tk, meta["BN"]) * B * H, block // columns)  # noqa: E731
         key_grads_kernel[keys](
             q, k, v, dout, dk, dv, terms,
             *descriptors(key_grads_kernel, KEY_GRADS, key_kind, "BM", q, dout), *sizes,

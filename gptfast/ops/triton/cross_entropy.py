@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptfast.ops.triton.launch import ASSERTING, absent, block_of, wants
+from gptfast.ops.triton.launch import ASSERTING, absent, block_of, cdiv, kernel, wants
 from gptfast.ops.triton.matmul import matmul
 from gptfast.ops.triton.rows import layer_norm, norm_backward
 from gptfast.ops.triton.tiles import LN2, LOG2E
@@ -36,6 +36,7 @@ COUNT_READS = 1 << 21
 LOWEST = tl.constexpr(-2e38)
 
 
+@kernel
 @triton.jit
 def padded_kernel(weight, padded, n, padded_n, BLOCK: tl.constexpr):
     """Copies the n elements of the weight, in the dtype of `padded`, whose rest is 0."""
@@ -58,12 +59,14 @@ def total_weight(targets, token_weights, ignore_index, M, BLOCK: tl.constexpr):
     return tl.sum(total, 0)
 
 
+@kernel
 @triton.jit(do_not_specialize=["ignore_index"])
 def total_kernel(targets, token_weights, total, ignore_index, M, BLOCK: tl.constexpr):
     """`total_weight` by one program."""
     tl.store(total, total_weight(targets, token_weights, ignore_index, M, BLOCK))
 
 
+@kernel
 @triton.jit(do_not_specialize=["ignore_index", "first", "count"])
 def loss_kernel(
     logits, targets, token_weights, total, losses, ignore_index, first, count, M, V, columns,
@@ -140,7 +143,7 @@ def linear_cross_entropy(
     """gptfast::linear_cross_entropy."""
     x, targets, (V, K) = x.contiguous(), targets.contiguous(), weight.shape
     token_weights = None if token_weights is None else token_weights.contiguous()
-    M, columns = targets.numel(), triton.cdiv(V, COLUMNS_MULTIPLE) * COLUMNS_MULTIPLE
+    M, columns = targets.numel(), cdiv(V, COLUMNS_MULTIPLE) * COLUMNS_MULTIPLE
     with_dx, with_dweight = wants(wanted, 0, 2), wants(wanted, 3)
     n, mean, rstd = (x, None, None) if ln_w is None else layer_norm(x, ln_w, ln_b)
     n, own = n.view(M, K), _padded(weight, columns, x.dtype)
@@ -151,7 +154,7 @@ def linear_cross_entropy(
     block = block_of(min(columns, ROW_BLOCK))
     tile = {"ROWS": max(1, ROW_BLOCK // block), "BLOCK": block, "COUNT": COUNT_BLOCK}
     total = None
-    if reduction == "mean" and triton.cdiv(M, tile["ROWS"]) * M > COUNT_READS:
+    if reduction == "mean" and cdiv(M, tile["ROWS"]) * M > COUNT_READS:
         total = losses.new_empty(1)
         total_kernel[(1,)](
             targets, token_weights, total, ignore_index, M, BLOCK=COUNT_BLOCK, num_warps=8
@@ -166,7 +169,7 @@ def linear_cross_entropy(
         count = part.shape[0]
         own_logits = logits[:count, :width]
         matmul(part, own.t(), out=own_logits)
-        loss_kernel[(triton.cdiv(count, tile["ROWS"]),)](
+        loss_kernel[(cdiv(count, tile["ROWS"]),)](
             logits, targets, token_weights, total, losses, ignore_index, first, count, M, V,
             columns, MEAN=reduction == "mean", GRAD=wanted != 0, **tile, num_warps=4, **ASSERTING,
         )  # fmt: skip
@@ -194,7 +197,7 @@ def _padded(weight: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     if dtype.itemsize != 2 or columns == V:
         return weight.to(dtype)
     padded = weight.new_empty(columns, K, dtype=dtype)
-    padded_kernel[(triton.cdiv(columns * K, 2048),)](
+    padded_kernel[(cdiv(columns * K, 2048),)](
         weight, padded, V * K, columns * K, BLOCK=2048, num_warps=4
     )
     return padded
@@ -203,5 +206,5 @@ def _padded(weight: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
 def _block_rows(M: int, bytes_per_row: int) -> int:
     """Returns how many rows a block has: blocks are of one size, of BLOCK_BYTES at most."""
     most = max(1, BLOCK_BYTES // bytes_per_row // ROWS_MULTIPLE) * ROWS_MULTIPLE
-    blocks = max(1, triton.cdiv(M, most))
-    return max(1, min(M, triton.cdiv(triton.cdiv(M, blocks), ROWS_MULTIPLE) * ROWS_MULTIPLE))
+    blocks = max(1, cdiv(M, most))
+    return max(1, min(M, cdiv(cdiv(M, blocks), ROWS_MULTIPLE) * ROWS_MULTIPLE))

@@ -14,12 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptfast.ops.triton.launch import block_of
+from gptfast.ops.triton.launch import block_of, cdiv, kernel
 
 PART = 256  # keys of a part
 TILE = 16384  # elements of a tile of keys; a part whose keys fit is one iteration
 
 
+@kernel
 @triton.jit
 def part_kernel(
     q, cache, lengths, outs, tops, totals, H, capacity, parts, q_stride, scale_log2,
@@ -64,6 +65,7 @@ def part_kernel(
         tl.store(totals + index, total)
 
 
+@kernel
 @triton.jit
 def join_kernel(
     outs, tops, totals, lengths, out, H, capacity, parts, scale_log2,
@@ -105,7 +107,7 @@ def decode_attention(
         (S, H D) in q's dtype, contiguous.
     """
     S, _, H, capacity, D = cache.shape
-    parts = triton.cdiv(capacity, PART)
+    parts = cdiv(capacity, PART)
     out = q.new_empty(S, H * D) if out is None else out
     outs, tops, totals = out, out, out
     if parts > 1:
@@ -126,6 +128,7 @@ def decode_attention(
     return out
 
 
+@kernel
 @triton.jit(do_not_specialize=["T"])
 def window_kernel(
     slots, lengths, offsets, drawn, limits, text, windows, T, capacity, block_size, stride,
@@ -178,6 +181,7 @@ def next_windows(
     return windows
 
 
+@kernel
 @triton.jit(do_not_specialize=["T"])
 def fill_kernel(
     kv, slots, lengths, cache, T, capacity, row_stride,

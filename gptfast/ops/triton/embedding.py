@@ -14,7 +14,9 @@ from gptfast.ops.triton.launch import (
     ASSERTING,
     absent,
     block_of,
+    cdiv,
     dropout_args,
+    kernel,
     precision,
     programs,
     wants,
@@ -31,6 +33,7 @@ ORDER_BLOCK = 2048  # indices that it reads at a time
 GATHERED_ROWS, GATHERED_COLUMNS = 32, 256
 
 
+@kernel
 @triton.jit(do_not_specialize=["M", "T", "substream", "threshold"])
 def embedding_kernel(
     idx, wte, wpe, y, M, T, C, V, seed, substream, threshold, keep_scale,
@@ -57,6 +60,7 @@ def embedding_kernel(
     tl.store(at, value.to(y.dtype.element_ty), mask=inside)
 
 
+@kernel
 @triton.jit(do_not_specialize=["M", "T", "rows", "substream", "threshold"])
 def one_hot_kernel(
     dy, idx, parts, M, T, C, V, rows, seed, substream, threshold, keep_scale,
@@ -90,6 +94,7 @@ def one_hot_kernel(
     tl.store(parts + at, acc, mask=(n < V + T)[:, None] & (c < C)[None, :])
 
 
+@kernel
 @triton.jit(do_not_specialize=["P", "T", "block_size", "padding"])
 def tables_kernel(
     parts, dwte, dwpe, P, T, C, V, block_size, padding, ROWS: tl.constexpr, COLUMNS: tl.constexpr
@@ -112,6 +117,7 @@ def tables_kernel(
         tl.store(dwpe + at, value.to(dwpe.dtype.element_ty), mask=c < tl.where(n < V, 0, C))
 
 
+@kernel
 @triton.jit
 def order_kernel(
     idx, unordered, order, starts, M, V,
@@ -157,6 +163,7 @@ def order_kernel(
         place += tl.sum(own, 0)
 
 
+@kernel
 @triton.jit(do_not_specialize=["padding"])
 def token_grad_kernel(
     d, order, starts, dwte, C, padding, ROWS: tl.constexpr, COLUMNS: tl.constexpr
@@ -178,6 +185,7 @@ def token_grad_kernel(
     tl.store(dwte + v.to(tl.int64) * C + c, total.to(dwte.dtype.element_ty), mask=c < C)
 
 
+@kernel
 @triton.jit(do_not_specialize=["B", "T"])
 def position_grad_kernel(d, dwpe, B, T, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """dwpe_t = sum of rows t of each of the B sequences of D, in their order; 0 from T on."""
@@ -200,7 +208,7 @@ def embedding(
     idx, (V, C), (_, T) = idx.contiguous(), wte.shape, idx.shape
     y = wte.new_empty(*idx.shape, C, dtype=dtype)
     if y.numel():
-        embedding_kernel[(triton.cdiv(idx.numel(), ROWS), triton.cdiv(C, COLUMNS))](
+        embedding_kernel[(cdiv(idx.numel(), ROWS), cdiv(C, COLUMNS))](
             idx, wte, wpe, y, idx.numel(), T, C, V,
             **dropout_args(dropout_p, seed, stream, wte.device), ROWS=ROWS, COLUMNS=COLUMNS,
             **ASSERTING,
@@ -233,9 +241,9 @@ def _grads_by_product(
     padding_idx: int, dropout: dict[str, Any],
 ) -> None:  # fmt: skip
     M, T, C = idx.numel(), idx.shape[1], dy.shape[-1]
-    across, down = triton.cdiv(C, TILE), triton.cdiv(V + T, TILE)
-    parts = max(1, min(programs(dy.device) // (across * down), triton.cdiv(M, TILE // 2)))
-    rows = triton.cdiv(triton.cdiv(M, parts), TILE // 2) * (TILE // 2)
+    across, down = cdiv(C, TILE), cdiv(V + T, TILE)
+    parts = max(1, min(programs(dy.device) // (across * down), cdiv(M, TILE // 2)))
+    rows = cdiv(cdiv(M, parts), TILE // 2) * (TILE // 2)
     sums = dy.new_empty(parts, V + T, C, dtype=torch.float32)
     # These products add: their operands are exact in two of tf32's numbers.
     exact = "ieee" if precision() == "ieee" else "tf32x3"
@@ -244,7 +252,7 @@ def _grads_by_product(
         PRECISION=exact, BN=TILE, BC=TILE, BM=TILE // 2,
     )  # fmt: skip
     columns = min(256, block_of(C))
-    tables_kernel[(V + block_size, triton.cdiv(C, columns))](
+    tables_kernel[(V + block_size, cdiv(C, columns))](
         sums, dwte, dwpe, parts, T, C, V, block_size, padding_idx, ROWS=16, COLUMNS=columns,
         num_warps=2,
     )  # fmt: skip
@@ -254,12 +262,12 @@ def _token_grads(d: Tensor, idx: Tensor, dwte: Tensor, padding_idx: int) -> None
     M, (V, C) = idx.numel(), dwte.shape
     unordered, order = (idx.new_empty(M, dtype=torch.int32) for _ in range(2))
     starts = idx.new_empty(V + 1, dtype=torch.int32)
-    order_kernel[(triton.cdiv(V, ORDER_TOKENS),)](
+    order_kernel[(cdiv(V, ORDER_TOKENS),)](
         idx, unordered, order, starts, M, V,
         TOKENS=ORDER_TOKENS, BLOCK=ORDER_BLOCK, TILE=TILE, num_warps=8,
     )  # fmt: skip
     columns = min(GATHERED_COLUMNS, block_of(C))
-    token_grad_kernel[(V, triton.cdiv(C, columns))](
+    token_grad_kernel[(V, cdiv(C, columns))](
         d, order, starts, dwte, C, padding_idx, ROWS=GATHERED_ROWS, COLUMNS=columns
     )
 
@@ -267,6 +275,6 @@ def _token_grads(d: Tensor, idx: Tensor, dwte: Tensor, padding_idx: int) -> None
 def _position_grads(d: Tensor, idx: Tensor, dwpe: Tensor) -> None:
     (B, T), (block_size, C) = idx.shape, dwpe.shape
     columns, rows = min(COLUMNS, block_of(C)), min(64, block_of(B, 1))
-    position_grad_kernel[(block_size, triton.cdiv(C, columns))](
+    position_grad_kernel[(block_size, cdiv(C, columns))](
         d, dwpe, B, T, C, ROWS=rows, COLUMNS=columns, num_warps=2
     )

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.ops.reference import LAYER_NORM_EPS
-from gptfast.ops.triton.launch import INTERPRETED, block_of, precision
+from gptfast.ops.triton.launch import INTERPRETED, block_of, cdiv, kernel, precision
 from gptfast.ops.triton.tiles import gelu
 
 SLICES = 4  # parts of K, one per warp
@@ -84,6 +84,7 @@ def _moments(
     return mean, 1.0 / tl.sqrt(tl.sum(sums, 1) / K + eps)
 
 
+@kernel
 @triton.jit(do_not_specialize=["M"])
 def few_rows_kernel(
     x, weight, bias, ln_w, ln_b, residual, y, M, N, y_row, eps,
@@ -170,7 +171,7 @@ class Tile(NamedTuple):
 
 def tile_of(M: int, N: int, K: int, itemsize: int, embeds: bool = False) -> Tile:
     """Returns the tile for M rows; what the bits depend on follows from K and the dtype alone."""
-    length = triton.cdiv(K, SLICES * UNIT) * UNIT
+    length = cdiv(K, SLICES * UNIT) * UNIT
     divisor = length & -length  # the largest power of 2 that divides it
     wide = itemsize == 4
     small = N * K <= SMALL  # many small tiles read such a weight again and again, from the L2 cache
@@ -220,12 +221,12 @@ def few_rows_linear(
         _, _, heads, capacity, head_dim = cache.shape
     elif embedding is not None:
         lengths, capacity = embedding.lengths, embedding.capacity
-    grid = (triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN),)
+    grid = (cdiv(M, tile.BM) * cdiv(N, tile.BN),)
     few_rows_kernel[grid](
         x, weight, bias, *(norm or (None, None)), residual, y, M, N, y.stride(0),
         LAYER_NORM_EPS,
         tokens, wte, wpe, lengths, capacity, cache,
         None if append is None else append.drawn, None if append is None else append.limits,
-        K=K, H=heads, D=head_dim, GELU=gelu, PRECISION=precision(), **tile._asdict(), SLICES=SLICES,
-        num_warps=SLICES,
+        K=K, H=heads, D=head_dim, GELU=gelu, PRECISION=precision(x.dtype), **tile._asdict(),
+        SLICES=SLICES, num_warps=SLICES,
     )  # fmt: skip

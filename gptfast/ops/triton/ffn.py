@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.ops.triton import products
-from gptfast.ops.triton.launch import cdiv, dropout_args, or_absent, wants
+from gptfast.ops.triton.launch import cdiv, dropout_args, kernel, or_absent, wants
 from gptfast.ops.triton.linear import input_grad, multiply, weight_grad
 from gptfast.ops.triton.rows import Sums, column_sums, dropped_and_sums, layer_norm, norm_grads
 from gptfast.ops.triton.tiles import (
@@ -23,6 +23,7 @@ from gptfast.ops.triton.tiles import (
 )
 
 
+@kernel
 @triton.jit(do_not_specialize=["M"])
 def hidden_grad_kernel(
     a, b, M, N, K, b_row, b_column, before, dhidden, hidden, sums, GELU: tl.constexpr,

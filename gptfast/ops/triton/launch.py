@@ -1,11 +1,22 @@
-"""What the launchers share: autotuning, device limits, float32 precision, dropout arguments."""
+"""How kernels are launched, and what their launchers share.
 
-from collections.abc import Callable, Mapping
-from typing import Any
+`kernel` and `tuned` make a `Kernel` of a function of `triton.jit`. The first launch goes through
+Triton, which takes 50 to 100 us of Python each time; where the same compiled code is right again,
+it is launched by itself.
+"""
+
+import contextlib
+import functools
+import inspect
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED = triton.knobs.runtime.interpret
 # Bytes of shared memory per block: the smallest limit of the chips in benchmarks/gpu_static.py.
@@ -14,8 +25,15 @@ INTERPRETED_PROGRAMS = 3  # `programs` in Triton's interpreter
 # Options of a kernel with tl.device_assert, which Triton leaves out otherwise; the checks for
 # overflow of integers, which Triton 3.6 adds along with it, stay out.
 ASSERTING = {"debug": True, "sanitize_overflow": False}
+TRITON_RANGE = (3, 6), (3, 9)  # the versions that launch a compiled kernel as `Kernel` does
 
 Args = Mapping[str, Any]
+Grid = tuple[int, ...] | Callable[[Args], tuple[int, ...]]
+
+
+def kernel(function: Any) -> "Kernel":
+    """Decorates a function of `triton.jit` that is launched from Python."""
+    return Kernel(function)
 
 
 def tuned(
@@ -23,8 +41,14 @@ def tuned(
     which: Callable[[Args], Any],
     shared: Callable[[Args], int],
     key: list[str],
-) -> Any:
-    """Decorates a kernel: autotunes its configuration once per `key` and dtypes; caches the result.
+    timed: tuple[str, ...] = (),
+) -> Callable[[Any], "Kernel"]:
+    """Decorates a function like `kernel`; tile sizes, warps and stages come from a table.
+
+    The first configuration that fits the device is taken, so that two processes, a resumed run,
+    or the ranks of a parallel run compute the same bits. If others differ from it only in what is
+    `timed`, the fastest of these is taken. Triton's tuner finds it once per `key` and dtypes, and
+    remembers it on disk.
 
     No key contains the batch size, and kernels that compute rows of an activation are not
     specialised for the number of rows, so a row's bits do not depend on the other rows.
@@ -32,32 +56,304 @@ def tuned(
     Args:
         configs: The candidates per kind of call: configurations that do not spill registers on the
             chips of benchmarks/gpu_static.py, the one that fits every chip last.
-        which: Returns the kind of a call from its arguments.
-        shared: Returns the bytes of operands in shared memory from the arguments; configurations
-            above the device's limit are not tried.
-        key: Names of the arguments that the choice may depend on.
+        which: Returns the kind of a call from its arguments: of the numbers those in `key`, of the
+            tensors their dtypes, and the constants.
+        shared: Returns the bytes of operands in shared memory from the same arguments and a
+            configuration; those above the device's limit are not taken.
+        key: Names of the numbers that the choice may depend on.
+        timed: Names of entries in which the order of no sum depends on. To time a kernel is to
+            launch it often, so it must not read what it writes.
     """
-
-    def fitting(_: list[triton.Config], args: dict[str, Any], **more: Any) -> list[triton.Config]:
-        known, limit = {**args, **more}, shared_limit()
-        mine = configs[which(known)]
-        return [c for c in mine if shared({**known, **c.all_kwargs()}) <= limit] or mine[-1:]
-
-    def wrap(kernel: Any) -> Any:
-        every = [config for each in configs.values() for config in each]
-        return triton.autotune(
-            every[:1] if INTERPRETED else every,
-            key=key,
-            prune_configs_by={"early_config_prune": fitting},
-            cache_results=True,
-        )(kernel)
-
-    return wrap
+    return lambda function: Kernel(function, Choice(configs, which, shared, key, timed))
 
 
 def config(warps: int, stages: int, **tile: int) -> triton.Config:
     """Makes a configuration; `tile` has the sizes of its tiles by name."""
     return triton.Config(tile, num_warps=warps, num_stages=stages)
+
+
+class Choice:
+    """How the configuration of a call is chosen; see `tuned`."""
+
+    def __init__(
+        self,
+        configs: Mapping[Any, list[triton.Config]],
+        which: Callable[[Args], Any],
+        shared: Callable[[Args], int],
+        key: list[str],
+        timed: tuple[str, ...],
+    ) -> None:
+        self.configs, self.key = configs, key
+        self._which, self._shared, self._timed = which, shared, timed
+        self._tuners: dict[str, Any] = {}
+
+    def fitting(self, args: Args) -> list[triton.Config]:
+        """Returns the configurations for a call that fit the device."""
+        mine, limit = self.configs[self._which(args)], shared_limit()
+        fit = [each for each in mine if self._shared({**args, **each.all_kwargs()}) <= limit]
+        return fit or mine[-1:]
+
+    def candidates(self, args: Args) -> list[triton.Config]:
+        """Returns those of `fitting` that are timed, or a single one."""
+        first, *others = self.fitting(args)
+        return [first, *(each for each in others if self._fixed(each) == self._fixed(first))]
+
+    def tuner(self, function: Any, candidates: list[triton.Config]) -> Any:
+        """Returns Triton's tuner of a function for these candidates."""
+        name = str([str(each) for each in candidates])
+        if name not in self._tuners:
+            tune = triton.autotune(candidates, self.key, do_bench=_time_briefly, cache_results=True)
+            self._tuners[name] = tune(function)
+        return self._tuners[name]
+
+    def _fixed(self, each: triton.Config) -> dict[str, Any]:
+        return {name: x for name, x in each.all_kwargs().items() if name not in self._timed}
+
+
+def _time_briefly(call: Callable[[], Any], quantiles: list[float]) -> Any:
+    return triton.testing.do_bench(call, warmup=5, rep=10, quantiles=quantiles)
+
+
+LATER = object()  # stands for a constant that a call leaves to the configuration
+
+
+class Launch(NamedTuple):
+    """A compiled kernel and what its launcher wants."""
+
+    launcher: Callable[..., None]
+    function: int
+    packed: Any
+    constants: Args  # for the grid
+    compiled: Any  # unloads `function` when it is deleted
+
+
+class Kernel:
+    """A kernel, launched by `kernel[grid](*args, **constants_and_options)`.
+
+    grid is the numbers of programs, or a function that returns them from the constants by name.
+    """
+
+    def __init__(self, function: Any, choice: Choice | None = None) -> None:
+        self.function, self.choice = function, choice
+        self.name, self.__doc__ = function.__name__, function.__doc__
+        every = [] if choice is None else [x for each in choice.configs.values() for x in each]
+        self._configs = every[:1] if INTERPRETED else every
+        parameters = inspect.signature(function.fn).parameters.values()
+        self._names = [each.name for each in parameters]
+        self._constants = {each.name for each in parameters if "constexpr" in str(each.annotation)}
+        later = {name for each in every for name in each.kwargs}
+        self._bound = _bound(self._launch, parameters, later)
+        self._readers: dict[Any, _Reader] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def configs(self) -> list[triton.Config]:
+        """All configurations; a single one is taken for every call."""
+        return self._configs
+
+    @configs.setter
+    def configs(self, configs: list[triton.Config]) -> None:
+        self._configs, self._readers = configs, {}
+
+    def __getitem__(self, grid: Grid) -> Callable[..., None]:
+        return functools.partial(self._bound, grid)
+
+    def fitting(self, args: Args) -> list[dict[str, Any]]:
+        """Returns constants and options of each configuration that may be taken for such a call."""
+        if self.choice is None:
+            return [{}]
+        return [each.all_kwargs() for each in self._choose(args, Choice.fitting)]
+
+    def _launch(
+        self, grid: Grid, classes: tuple[Any, ...], values: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
+        if _watch is not None and not _watch(self, self._by_name(values) | options):
+            return
+        if options:
+            classes += tuple(options.items())
+        reader = self._readers.get(classes)
+        if reader is not None and not _hooked():
+            device = reader.current_device()
+            key, words = reader.read(device, *values)
+            found = reader.launches.get(key)
+            if found is not None:
+                launcher, function, packed, constants, _ = found
+                x, y, z = (*(grid(constants) if callable(grid) else grid), 1, 1)[:3]
+                stream = reader.current_stream(device)
+                launcher(x, y, z, stream, function, packed, None, None, None, *words)
+                return
+        with self._lock:
+            self._launch_by_triton(grid, classes, values, options)
+
+    def _launch_by_triton(
+        self, grid: Grid, classes: tuple[Any, ...], values: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
+        """Launches through Triton, and keeps what it resolved for `_launch`."""
+        args = self._by_name(values)
+        candidates = self._choose(args, Choice.candidates)
+        # Nothing can be timed while a graph is captured (triton issue 10596).
+        capturing = len(candidates) > 1 and torch.cuda.is_current_stream_capturing()
+        if len(candidates) > 1 and not capturing:
+            tuner = self.choice.tuner(self.function, candidates)  # type: ignore[union-attr]
+            tuner[grid](**args, **options)
+            candidates = [tuner.best_config]
+        chosen = candidates[0].all_kwargs() if candidates else {}
+        constants = {name: x for name, x in args.items() if name in self._constants} | chosen
+        size = grid(constants) if callable(grid) else grid
+        compiled = self.function[size](**args, **options, **chosen)
+        if INTERPRETED or capturing or slow_launches() is not None:
+            return
+        if classes not in self._readers:
+            numbers = [] if self.choice is None else self.choice.key
+            self._readers[classes] = _Reader(self.function.params, values, numbers)
+        reader = self._readers[classes]
+        key, _ = reader.read(reader.current_device(), *values)
+        reader.launches[key] = Launch(
+            compiled.run, compiled.function, compiled.packed_metadata, constants, compiled
+        )
+
+    def _by_name(self, values: tuple[Any, ...]) -> dict[str, Any]:
+        pairs = zip(self._names, values, strict=True)
+        return {name: x for name, x in pairs if x is not LATER}
+
+    def _choose(
+        self, args: Args, how: Callable[[Choice, Args], list[triton.Config]]
+    ) -> list[triton.Config]:
+        if self.choice is None or len(self._configs) == 1:
+            return self._configs
+        # Numbers that are not in `key` may change without a new choice.
+        may = {*self._constants, *self.choice.key}
+        return how(
+            self.choice,
+            {name: x for name, x in args.items() if name in may or not isinstance(x, int | float)},
+        )
+
+
+def slow_launches() -> str | None:
+    """Returns why every launch goes through Triton, or None where only the first one does.
+
+    On AMD, compiled code also depends on the sizes of tensors, and it has not run yet.
+    """
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if not TRITON_RANGE[0] <= version <= TRITON_RANGE[1]:
+        oldest, newest = (".".join(map(str, each)) for each in TRITON_RANGE)
+        return f"Triton is {triton.__version__}, not {oldest} to {newest}"
+    if _target(triton.runtime.driver.active)[0] != "cuda":
+        return "the GPU is not NVIDIA's"
+    return None
+
+
+def _hooked() -> bool:
+    """Whether a profiler wants to see launches, which only Triton shows them."""
+    runtime = triton.knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", True) or getattr(leave, "calls", True))
+
+
+def _bound(
+    launch: Callable[..., None], parameters: Iterable[inspect.Parameter], later: set[str]
+) -> Callable[..., None]:
+    """Makes a function of a grid and a kernel's arguments, of which those `later` may be missing.
+
+    It calls launch(grid, classes of the arguments, their values, options).
+    """
+    defaults = {
+        each.name: LATER if each.default is each.empty else each.default
+        for each in parameters
+        if each.name in later or each.default is not each.empty
+    }
+    names = [each.name for each in parameters]
+    takes = (f"{name}=defaults['{name}']" if name in defaults else name for name in names)
+    classes = "".join(f"{name}.__class__, " for name in names)
+    call = f"launch(grid, ({classes}), ({', '.join(names)},), options)"
+    made: Callable[..., None] = eval(
+        f"lambda grid, {', '.join(takes)}, **options: {call}",
+        {"launch": launch, "defaults": defaults},
+    )
+    return made
+
+
+class _Reader:
+    """Reads arguments of given classes: what a compiled kernel depends on, and what it is given.
+
+    The first decides which kernel is right. It holds all that Triton compiles anew for, or more:
+    - of a tensor its dtype, its device, and its address modulo 16;
+    - of an integer whether it is 1, its value modulo 16, and what exceeds 31 bits; if it is in the
+      kernel's do_not_specialize, only the last; if it is in the key of the choice, its value;
+    - of a constant its value. Global constants of the kernel's module cannot change.
+    A float or None has but its class, a tensor descriptor has what Triton sees of it.
+    """
+
+    def __init__(self, parameters: list[Any], values: tuple[Any, ...], numbers: list[str]) -> None:
+        driver = triton.runtime.driver.active
+        self.launches: dict[tuple[Any, ...], Launch] = {}
+        self.current_device, self.current_stream = (
+            driver.get_current_device,
+            driver.get_current_stream,
+        )
+        addresses, key, words = [], ["device"], []
+        for each, value in zip(parameters, values, strict=True):
+            name, word = each.name, each.name
+            if each.is_constexpr or isinstance(value, bool):
+                key.append(name)
+            elif isinstance(value, Tensor):
+                word = f"{name}_at"
+                addresses.append(f"{word} = {name}.data_ptr()")
+                key += [f"{name}.dtype", f"{name}.get_device()", f"{word} & 15"]
+            elif isinstance(value, int):
+                if name in numbers:
+                    key.append(name)
+                elif each.do_not_specialize:
+                    key.append(f"{name} >> 31")
+                else:
+                    key.append(f"None if {name} == 1 else {name} & {~(2**31 - 16)}")
+            elif value is not None and not isinstance(value, float):
+                key.append(f"specialize(backend, {name}, False, True, True)")
+            words.append(word)
+        names = ", ".join(each.name for each in parameters)
+        lines = [
+            f"def read(device, {names}):",
+            *addresses,
+            f"return ({', '.join(key)},), ({', '.join(words)},)",
+        ]
+        scope: dict[str, Any] = {
+            "specialize": triton.runtime.jit.native_specialize_impl,
+            "backend": triton.compiler.make_backend(driver.get_current_target()),
+        }
+        exec("\n    ".join(lines), scope)
+        self.read: Callable[..., Any] = scope["read"]
+
+
+Watch = Callable[[Kernel, Args], bool]
+_watch: Watch | None = None
+
+
+@contextlib.contextmanager
+def watched(watch: Watch) -> Iterator[None]:
+    """Calls `watch(kernel, args and options)` before each launch; it returns whether to launch."""
+    global _watch
+    before, _watch = _watch, watch
+    try:
+        yield
+    finally:
+        _watch = before
+
+
+@contextlib.contextmanager
+def counted(run: bool = True) -> Iterator[Counter[str]]:
+    """Counts the launches by the kernels' names.
+
+    Args:
+        run: Whether to launch the kernels, too.
+    """
+    counts: Counter[str] = Counter()
+
+    def count(each: Kernel, _: Args) -> bool:
+        counts[each.name] += 1
+        return run
+
+    with watched(count):
+        yield counts
 
 
 def shared_limit() -> int:
@@ -69,6 +365,7 @@ def shared_limit() -> int:
     ]
 
 
+@functools.cache
 def processors(device: torch.device) -> int:
     """Returns the number of multiprocessors of a device."""
     if device.type != "cuda":
@@ -81,25 +378,45 @@ def programs(device: torch.device) -> int:
     return processors(device) if device.type != "cuda" else 2 * processors(device)
 
 
-def precision() -> str:
-    """Returns tl.dot's precision for float32, as torch.backends.cuda.matmul.fp32_precision demands.
+def precision(dtype: torch.dtype = torch.float32) -> str:
+    """Returns tl.dot's precision for operands of a dtype; for other than float32 there is but one.
 
-    On NVIDIA the default is three tf32 products, whose sum has float32's accuracy (Ootomo and
-    Yokota, arXiv:2203.03341). AMD's matrix units multiply float32 directly; only gfx942 has tf32.
+    float32 is multiplied as torch.backends.cuda.matmul.fp32_precision demands. On NVIDIA the
+    default is three tf32 products, whose sum has float32's accuracy (Ootomo and Yokota,
+    arXiv:2203.03341). AMD's matrix units multiply float32 directly; only gfx942 has tf32.
     """
+    if dtype != torch.float32:
+        return "ieee"
     # torch.set_float32_matmul_precision sets it too, but its getter raises if both APIs were used.
     short = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    target = None if INTERPRETED else triton.runtime.driver.active.get_current_target()
-    if target is not None and target.backend == "cuda":
+    backend, arch = ("", "") if INTERPRETED else _target(triton.runtime.driver.active)
+    if backend == "cuda":
         return "tf32" if short else "tf32x3"
-    return "tf32" if short and target is not None and target.arch == "gfx942" else "ieee"
+    return "tf32" if short and arch == "gfx942" else "ieee"
+
+
+def copies_tiles() -> bool:
+    """Whether the GPU loads blocks of a tensor by descriptors: NVIDIA's from Hopper on."""
+    if INTERPRETED:
+        return False
+    backend, arch = _target(triton.runtime.driver.active)
+    return bool(backend == "cuda" and arch >= 90)
+
+
+@functools.lru_cache(1)
+def _target(driver: Any) -> tuple[str, Any]:
+    """The kind of GPU, the same for all of a process: asking the driver takes 1 us."""
+    target = driver.get_current_target()
+    return target.backend, target.arch
 
 
 def dropout_args(p: float, seed: Tensor | None, stream: int, device: Any) -> dict[str, Any]:
     """Returns the arguments of `tiles.dropout_factors`; see gptfast.ops.random."""
-    threshold = int(p * 65536 + 0.5) if seed is not None else 0
+    if seed is None:
+        return NO_DROPOUT
+    threshold = int(p * 65536 + 0.5)
     return {
-        "seed": None if seed is None else seed.to(device),
+        "seed": seed.to(device),
         "substream": stream & 0xFFFFFFFF,
         "threshold": threshold,
         "keep_scale": 65536 / (65536 - threshold) if threshold < 65536 else 0.0,
@@ -109,14 +426,25 @@ def dropout_args(p: float, seed: Tensor | None, stream: int, device: Any) -> dic
 NO_DROPOUT: dict[str, Any] = {"seed": None, "substream": 0, "threshold": 0, "keep_scale": 1.0}
 
 
+def descriptor(x: Tensor, *block: int) -> TensorDescriptor:
+    """Describes a tensor, by which the GPU loads blocks of this shape; see `copies_tiles`.
+
+    That is TensorDescriptor(x, x.shape, x.stride(), block) without its assertions, which take 3 us:
+    the address and all strides but the last are multiples of 16 bytes, and the last one is 1.
+    """
+    made = object.__new__(TensorDescriptor)
+    made.base, made.shape, made.strides, made.block_shape = x, [*x.shape], [*x.stride()], [*block]
+    return made
+
+
 def cdiv(a: int, b: int) -> int:
     """Returns a / b, rounded up. (triton.cdiv takes 4 us.)"""
     return -(-a // b)
 
 
 def block_of(n: int, least: int = 16) -> int:
-    """Returns the smallest power of 2 >= n and `least`; tl.dot needs at least 16."""
-    return max(least, triton.next_power_of_2(n))
+    """Returns the smallest power of 2 >= n and `least`, itself one; tl.dot needs at least 16."""
+    return max(least, 1 << (n - 1).bit_length())
 
 
 def absent(like: Tensor) -> Tensor:
@@ -131,4 +459,5 @@ def or_absent(like: Tensor, *results: Tensor | None) -> tuple[Tensor, ...]:
 
 def wants(wanted: int, first: int, last: int | None = None) -> bool:
     """Whether any of the results `first` to `last` of a backward is wanted; see ops.autograd."""
-    return any(wanted >> i & 1 for i in range(first, (first if last is None else last) + 1))
+    count = 1 if last is None else last - first + 1
+    return wanted >> first & (1 << count) - 1 != 0

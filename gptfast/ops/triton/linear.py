@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.ops.triton import products
-from gptfast.ops.triton.launch import NO_DROPOUT, or_absent, wants
+from gptfast.ops.triton.launch import NO_DROPOUT, kernel, or_absent, wants
 from gptfast.ops.triton.matmul import matmul
 from gptfast.ops.triton.rows import Sums, column_sums, layer_norm, norm_grads
 from gptfast.ops.triton.tiles import (
@@ -29,6 +29,7 @@ from gptfast.ops.triton.tiles import (
 )
 
 
+@kernel
 @triton.jit(do_not_specialize=["M", "substream", "threshold"])
 def linear_kernel(
     a, b, M, N, K, b_row, b_column, y, before, bias, residual,

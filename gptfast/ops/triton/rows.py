@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.ops.reference import LAYER_NORM_EPS
-from gptfast.ops.triton.launch import NO_DROPOUT, block_of, cdiv, or_absent, programs, wants
+from gptfast.ops.triton.launch import NO_DROPOUT, block_of, cdiv, kernel, or_absent, programs, wants
 from gptfast.ops.triton.tiles import dropout_factors
 
 ELEMENTS = 4096  # elements of a program's tile, unless a row is longer
@@ -26,6 +26,7 @@ def _tile(columns: int) -> dict[str, int]:
     return {"BLOCK": width, "ROWS": max(1, ELEMENTS // width)}
 
 
+@kernel
 @triton.jit(do_not_specialize=["M"])
 def layer_norm_kernel(
     x, weight, bias, y, mean, rstd, M, K, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
@@ -80,6 +81,7 @@ def _layer_norm(
     return mean, rstd
 
 
+@kernel
 @triton.jit(do_not_specialize=["M"])
 def norm_grad_kernel(
     dn, x, add, mean, rstd, weight, bias, dx, n, sums, M, K,
@@ -176,6 +178,7 @@ def _add_parts(parts, stride, P, out, n, ROWS: tl.constexpr, BLOCK: tl.constexpr
     tl.store(out + i, tl.sum(total, 0).to(out.dtype.element_ty), mask=i < n)
 
 
+@kernel
 @triton.jit(do_not_specialize=["P0", "P1", "P2", "P3"])
 def add_parts_kernel(
     parts0, stride0, P0, out0, n0, parts1, stride1, P1, out1, n1,
@@ -251,6 +254,7 @@ def norm_backward(
     return grads.dx, *or_absent(x, dweight, dbias)
 
 
+@kernel
 @triton.jit(do_not_specialize=["M", "substream", "threshold"])
 def dropout_kernel(
     x, y, sums, M, K, seed, substream, threshold, keep_scale,

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.ops.sampling import SAMPLING_STREAM, Sampling
-from gptfast.ops.triton.launch import block_of
+from gptfast.ops.triton.launch import block_of, kernel
 from gptfast.ops.triton.tiles import LN2, LOG2E
 
 HELD, BLOCK = 1024, 4096  # columns that stay; columns at once of a longer row
@@ -125,6 +125,7 @@ def _step_on(row, token, tokens, seen, lengths, offsets, drawn, limits, text, ca
     return tl.where(runs, token, -1)
 
 
+@kernel
 @triton.jit
 def sample_kernel(
     logits, seen, seeds, sequence_ids, steps, numbers, found_tokens, found_logprobs, V, columns,
