@@ -118,7 +118,8 @@ def product(a: Tensor, b: Tensor, tiles: tuple[Tile, ...] = DESCRIBED_TILES) -> 
     options = {
         "DESCRIBED": how, "STORED": how is not None and N * a.element_size() % 16 == 0,
         "STAGGER": STAGGER, "PRECISION": precision(a.dtype), "GROUP": GROUP,
-        "BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "num_warps": tile.warps, "num_stages": tile.stages,
+        "BM": tile.BM, "BN": tile.BN, "BK": tile.BK,
+        "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     if how is not None:
         a = _descriptor(_aligned(a), tile.BM, tile.BK)
