@@ -38,10 +38,10 @@ def _terms_of(i):
 QUERY_GRAD = {
     (2, 64, True): [config(4, 3, BM=64, BN=64)],
     (2, 128, True): [config(8, 3, BM=128, BN=64)],
-    (2, 256, True): [config(4, 2, BM=64, BN=32)],
+    (2, 256, True): [config(8, 2, BM=64, BN=32)],
     (2, 64, False): [config(4, 3, BM=64, BN=64), config(4, 1, BM=32, BN=64)],
     (2, 128, False): [config(4, 2, BM=64, BN=32), config(4, 1, BM=32, BN=32)],
-    (2, 256, False): [config(4, 1, BM=32, BN=32)],
+    (2, 256, False): [config(8, 1, BM=32, BN=32)],
     (4, 64, False): [config(8, 1, BM=32, BN=16), config(4, 1, BM=16, BN=16)],
     (4, 128, False): [config(4, 1, BM=16, BN=16)],
     (4, 256, False): [config(4, 1, BM=16, BN=16)],
@@ -93,12 +93,13 @@ def query_grad_kernel(
     tl.store(at, top, mask=i < padded)
     tl.store(at + TERM_ROWS, log_sum, mask=i < padded)
     tl.store(at + 2 * TERM_ROWS, row_delta, mask=i < padded)
-    if i0 + BM >= Tq:
-        rest = i0 + BM + tl.arange(0, TERM_ROWS)
-        at, zeros = terms + _terms_of(rest), tl.zeros([TERM_ROWS], tl.float32)
-        tl.store(at, zeros, mask=rest < padded)
-        tl.store(at + TERM_ROWS, zeros, mask=rest < padded)
-        tl.store(at + 2 * TERM_ROWS, zeros, mask=rest < padded)
+    if BM < TERM_ROWS:  # or the last program has written all rows
+        if i0 + BM >= Tq:
+            rest = i0 + BM + tl.arange(0, TERM_ROWS)
+            end, zeros = terms + _terms_of(rest), tl.zeros([TERM_ROWS], tl.float32)
+            tl.store(end, zeros, mask=rest < padded)
+            tl.store(end + TERM_ROWS, zeros, mask=rest < padded)
+            tl.store(end + 2 * TERM_ROWS, zeros, mask=rest < padded)
     total = tl.zeros([BM, BLOCK_D], tl.float32)
     # No query masks a key before `whole`; every query masks the keys from `last` on.
     whole = tl.maximum(i0 + 1 + offset, 0) // BN * BN
@@ -137,7 +138,7 @@ KEY_GRADS = {
     (2, 128, True): [config(4, 2, BM=64, BN=64)],
     (2, 128, True, "dropout"): [config(4, 3, BM=32, BN=64)],
     (2, 256, True): [config(4, 1, BM=16, BN=32)],
-    (2, 64, False): [config(4, 3, BM=32, BN=64), config(4, 1, BM=32, BN=64)],
+    (2, 64, False): [config(8, 2, BM=32, BN=64)],
     (2, 128, False): [config(4, 1, BM=32, BN=32)],
     (2, 256, False): [config(4, 1, BM=16, BN=32)],
     (4, 64, False): [config(8, 1, BM=32, BN=16)],
