@@ -26,22 +26,22 @@ from gptfast.ops.triton.attention import (
 from gptfast.ops.triton.launch import cdiv, config, dropout_args, precision, tuned
 from gptfast.ops.triton.tiles import dropout_kept, own_head
 
-PADDING = tl.constexpr(128)  # the most queries that a program of key_grads_kernel reads at once
+TERM_ROWS = tl.constexpr(64)  # a multiple of the queries that key_grads_kernel reads at once
 
 
 @triton.jit
-def _term(which: tl.constexpr, row):
-    """The offset of number `which` of (top, log_sum, delta) of a row: 16 rows of each in turn."""
-    return row // 16 * 48 + which * 16 + row % 16
+def _terms_of(i):
+    """The offset of row i's top; its log_sum and delta follow TERM_ROWS and 2 TERM_ROWS later."""
+    return i // TERM_ROWS * (3 * TERM_ROWS) + i % TERM_ROWS
 
 
 QUERY_GRAD = {
     (2, 64, True): [config(4, 3, BM=64, BN=64)],
-    (2, 128, True): [config(4, 2, BM=64, BN=64)],
-    (2, 256, True): [config(4, 2, BM=64, BN=32)],
+    (2, 128, True): [config(8, 3, BM=128, BN=64)],
+    (2, 256, True): [config(8, 2, BM=64, BN=32)],
     (2, 64, False): [config(4, 3, BM=64, BN=64), config(4, 1, BM=32, BN=64)],
     (2, 128, False): [config(4, 2, BM=64, BN=32), config(4, 1, BM=32, BN=32)],
-    (2, 256, False): [config(4, 1, BM=32, BN=32)],
+    (2, 256, False): [config(8, 1, BM=32, BN=32)],
     (4, 64, False): [config(8, 1, BM=32, BN=16), config(4, 1, BM=16, BN=16)],
     (4, 128, False): [config(4, 1, BM=16, BN=16)],
     (4, 256, False): [config(4, 1, BM=16, BN=16)],
@@ -68,8 +68,8 @@ def query_grad_kernel(
     P = 2^(c (q k' - top) - log_sum),  dP = dropout(dO v'),  delta_i = sum_d dO_id O_id, which is
     sum_j P_ij dP_ij,  dS = P (dP - delta),  dQ = scale dS K.
 
-    `terms` has these three for `padded` rows of each head, 0 from Tq on: the other kernel needs no
-    masks for it, nor registers for more than one address.
+    `terms` has these three for `padded` rows of each head, 0 from Tq on: the other kernel reads
+    them without masks, by one address.
     """
     head, b, h, i0 = own_head(H, Tq, BM, True)
     q += b * q_b + h * q_h
@@ -89,12 +89,17 @@ def query_grad_kernel(
     top = tl.load(lse + i, mask=i < Tq, other=0.0)
     log_sum = tl.load(lse + Tq + i, mask=i < Tq, other=0.0)
     terms += head.to(tl.int64) * 3 * padded
-    tl.store(terms + _term(0, i), top, mask=i < padded)
-    tl.store(terms + _term(1, i), log_sum, mask=i < padded)
-    tl.store(terms + _term(2, i), row_delta, mask=i < padded)
-    if i0 + BM >= Tq:
-        rest = 3 * (i0 + BM) + tl.arange(0, 4 * PADDING)
-        tl.store(terms + rest, tl.zeros([4 * PADDING], tl.float32), mask=rest < 3 * padded)
+    at = terms + _terms_of(i)
+    tl.store(at, top, mask=i < padded)
+    tl.store(at + TERM_ROWS, log_sum, mask=i < padded)
+    tl.store(at + 2 * TERM_ROWS, row_delta, mask=i < padded)
+    if BM < TERM_ROWS:  # or the last program has written all rows
+        if i0 + BM >= Tq:
+            rest = i0 + BM + tl.arange(0, TERM_ROWS)
+            end, zeros = terms + _terms_of(rest), tl.zeros([TERM_ROWS], tl.float32)
+            tl.store(end, zeros, mask=rest < padded)
+            tl.store(end + TERM_ROWS, zeros, mask=rest < padded)
+            tl.store(end + 2 * TERM_ROWS, zeros, mask=rest < padded)
     total = tl.zeros([BM, BLOCK_D], tl.float32)
     # No query masks a key before `whole`; every query masks the keys from `last` on.
     whole = tl.maximum(i0 + 1 + offset, 0) // BN * BN
@@ -129,11 +134,12 @@ def query_grad_kernel(
 
 KEY_GRADS = {
     (2, 64, True): [config(4, 3, BM=64, BN=64)],
+    (2, 64, True, "dropout"): [config(4, 3, BM=32, BN=64)],
     (2, 128, True): [config(4, 2, BM=64, BN=64)],
     (2, 128, True, "dropout"): [config(4, 3, BM=32, BN=64)],
-    (2, 256, True): [config(8, 2, BM=32, BN=64)],
-    (2, 64, False): [config(4, 3, BM=32, BN=64), config(4, 1, BM=32, BN=64)],
-    (2, 128, False): [config(8, 2, BM=32, BN=128), config(4, 1, BM=32, BN=32)],
+    (2, 256, True): [config(4, 1, BM=16, BN=32)],
+    (2, 64, False): [config(8, 2, BM=32, BN=64)],
+    (2, 128, False): [config(4, 1, BM=32, BN=32)],
     (2, 256, False): [config(4, 1, BM=16, BN=32)],
     (4, 64, False): [config(8, 1, BM=32, BN=16)],
     (4, 128, False): [config(4, 1, BM=16, BN=16)],
@@ -195,8 +201,9 @@ def key_grads_kernel(
             i = i0 + tl.arange(0, BM)
             queries = head_rows(q, q_tiles, b, h, i0, q_row, Tq, d, D, COLUMNS, BM)
             do = head_rows(dout, dout_tiles, b, h, i0, dout_row, Tq, d, D, COLUMNS, BM)
-            at, row = terms + 3 * i0, tl.arange(0, BM)
-            top, log_sum = tl.load(at + _term(0, row)), tl.load(at + _term(1, row))
+            # The first is a case of the second that takes fewer registers.
+            at, row = terms + (3 * i0 if BM == TERM_ROWS else _terms_of(i0)), tl.arange(0, BM)
+            top, log_sum = tl.load(at + row), tl.load(at + TERM_ROWS + row)
             shown = queries if PART == BLOCK_D else q
             if q.dtype.element_ty == tl.float32:
                 # The sum of tf32x3's products depends on which operand is the left one, and a large
@@ -220,7 +227,7 @@ def key_grads_kernel(
                 weights = tl.where(kept, p, 0.0)
             value_total = tl.dot(weights.to(do.dtype), do, value_total, input_precision=PRECISION)
             shown = do if PART == BLOCK_D else dout
-            row_delta = tl.load(at + _term(2, row))
+            row_delta = tl.load(at + 2 * TERM_ROWS + row)
             start = tl.zeros([BN, BM], tl.float32)
             if seed is None:
                 start -= row_delta[None, :]
@@ -253,7 +260,7 @@ def write_grads(
     dq, dk, dv = grads
     B, H, Tq, _ = q.shape
     Tk = k.shape[2]
-    padded = cdiv(Tq, PADDING.value) * PADDING.value
+    padded = cdiv(Tq, TERM_ROWS.value) * TERM_ROWS.value
     terms = lse.new_empty(B, H, 3 * padded)
     shape: dict[str, Any] = {**parts_of(q), "PRECISION": precision(q.dtype)}
     shape["TILES"] = row_tiles(q, k, v, dout)
