@@ -19,7 +19,6 @@ from gptfast.ops.triton.launch import INTERPRETED, cdiv, precision, processors
 
 GROUP = 8  # rows of tiles that are computed together; see tiles.tile_at
 REGISTERS = 65536  # of a multiprocessor, on all of NVIDIA's chips
-STAGGER = 0
 PARTS = 4  # of a tile's columns, finished one after the other; see tiles.quarters
 
 
@@ -117,7 +116,7 @@ def product(a: Tensor, b: Tensor, tiles: tuple[Tile, ...] = DESCRIBED_TILES) -> 
     tile = choose_tile(tiles, M, N, count)
     options = {
         "DESCRIBED": how, "STORED": how is not None and N * a.element_size() % 16 == 0,
-        "STAGGER": STAGGER, "PRECISION": precision(), "GROUP": GROUP, "BM": tile.BM, "BN": tile.BN,
+        "PRECISION": precision(), "GROUP": GROUP, "BM": tile.BM, "BN": tile.BN,
         "BK": tile.BK, "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     if how is not None:
