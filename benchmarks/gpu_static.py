@@ -123,10 +123,17 @@ def with_every_tile() -> Iterator[None]:
     """Makes products use one tile after the other, whatever is multiplied."""
     tables: Any = products.DESCRIBED_TILES, *products.POINTER_TILES.values()
     choose: Any = products.choose_tile
+
+    def always(i: int) -> Any:
+        def one(tiles: Any, M: int, N: int, itemsize: int, processors: int, shared: int) -> Any:
+            fit = products.fitting(tiles, itemsize, shared)
+            return fit[min(i, len(fit) - 1)]
+
+        return one
+
     try:
         for i in range(max(map(len, tables))):
-            one: Any = lambda tiles, *_, i=i: tiles[min(i, len(tiles) - 1)]  # noqa: E731
-            products.choose_tile = one
+            products.choose_tile = always(i)
             yield
     finally:
         products.choose_tile = choose

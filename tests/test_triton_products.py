@@ -110,9 +110,11 @@ def test_operands_that_start_anywhere() -> None:
 
 
 def test_the_choice_of_a_tile() -> None:
-    large, small = products.DESCRIBED_TILES
+    tiles = products.DESCRIBED_TILES
+    large, small = tiles
     for (M, N), tile in {(16384, 768): large, (4096, 1536): large, (1024, 128): small}.items():
-        assert products.choose_tile(products.DESCRIBED_TILES, M, N, 132) == tile
+        assert products.choose_tile(tiles, M, N, 2, 132, 232448) == tile
+        assert products.choose_tile(tiles, M, N, 2, 132, 101376) == small  # does not fit
 
 
 class Recorder(TorchDispatchMode):

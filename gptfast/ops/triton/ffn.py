@@ -17,7 +17,6 @@ from gptfast.ops.triton.tiles import (
     load_tile,
     product,
     quarters,
-    stagger,
     store_tile,
     tile_at,
 )
@@ -29,7 +28,6 @@ def hidden_grad_kernel(
     a, b, M, N, K, b_row, b_column, before, dhidden, hidden, sums, GELU: tl.constexpr,
     DESCRIBED: tl.constexpr, STORED: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    STAGGER: tl.constexpr,
 ):  # fmt: skip
     """dU = (A B) gelu'(U); gelu(U), which is recomputed; each tile's sum of dU over its rows.
 
@@ -37,7 +35,6 @@ def hidden_grad_kernel(
     holds U. `hidden` and `sums` are optional.
     """
     tl.assume(K > 0)
-    stagger(STAGGER)
     tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
     done = tl.program_id(0)  # see linear_kernel
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):

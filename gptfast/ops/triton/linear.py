@@ -23,7 +23,6 @@ from gptfast.ops.triton.tiles import (
     load_tile,
     product,
     quarters,
-    stagger,
     store_tile,
     tile_at,
 )
@@ -36,14 +35,12 @@ def linear_kernel(
     seed, substream, threshold, keep_scale,
     GELU: tl.constexpr, DESCRIBED: tl.constexpr, STORED: tl.constexpr, PRECISION: tl.constexpr,
     GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    STAGGER: tl.constexpr,
 ):  # fmt: skip
     """Y = residual + dropout(gelu(A B + bias)); everything but A B is optional.
 
     `before`, if given, receives the input of GELU.
     """
     tl.assume(K > 0)
-    stagger(STAGGER)
     tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
     done = tl.program_id(0)  # a second count: loads of the next tile need not wait for its end
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):

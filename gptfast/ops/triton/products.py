@@ -15,11 +15,10 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gptfast.ops.triton.launch import INTERPRETED, cdiv, precision, processors
+from gptfast.ops.triton.launch import INTERPRETED, cdiv, precision, processors, shared_limit
 
 GROUP = 8  # rows of tiles that are computed together; see tiles.tile_at
 REGISTERS = 65536  # of a multiprocessor, on all of NVIDIA's chips
-STAGGER = 0
 PARTS = 4  # of a tile's columns, finished one after the other; see tiles.quarters
 
 
@@ -49,15 +48,36 @@ POINTER_TILES = {
 }
 
 
+def fitting(tiles: tuple[Tile, ...], itemsize: int, shared: int) -> tuple[Tile, ...]:
+    """Returns the tiles for which `shared` bytes of shared memory suffice; at least the last."""
+
+    def needs(tile: Tile) -> int:
+        operands = tile.stages * (tile.BM + tile.BN) * tile.BK * itemsize
+        return operands + tile.BM * tile.BN * 4  # `quarters` moves the sums on AMD's chips
+
+    return tuple(tile for tile in tiles if needs(tile) <= shared) or tiles[-1:]
+
+
 @functools.lru_cache(1024)
-def choose_tile(tiles: tuple[Tile, ...], M: int, N: int, processors: int) -> Tile:
-    """Returns the tile with which a device needs the least time for an (M, N) result."""
+def choose_tile(
+    tiles: tuple[Tile, ...], M: int, N: int, itemsize: int, processors: int, shared: int
+) -> Tile:
+    """Returns the tile with which a device needs the least time for an (M, N) result.
+
+    Args:
+        tiles: The candidates; the last fits every device.
+        M: Rows of the result.
+        N: Columns of the result.
+        itemsize: Bytes per element of the operands.
+        processors: The device's multiprocessors.
+        shared: Bytes of shared memory that a program may have.
+    """
 
     def time(tile: Tile) -> float:
         count = cdiv(M, tile.BM) * cdiv(N, tile.BN)
         return cdiv(count, processors) * tile.BM * tile.BN * tile.cost
 
-    return min(tiles, key=time)
+    return min(fitting(tiles, itemsize, shared), key=time)
 
 
 def has_descriptors(dtype: torch.dtype) -> bool:
@@ -114,10 +134,10 @@ def product(a: Tensor, b: Tensor, tiles: tuple[Tile, ...] = DESCRIBED_TILES) -> 
     (M, K), N = a.shape, b.shape[1]
     how, count, strides = described(a, b), processors(a.device), b.stride()
     tiles = POINTER_TILES[a.element_size()] if how is None else tiles
-    tile = choose_tile(tiles, M, N, count)
+    tile = choose_tile(tiles, M, N, a.element_size(), count, shared_limit())
     options = {
         "DESCRIBED": how, "STORED": how is not None and N * a.element_size() % 16 == 0,
-        "STAGGER": STAGGER, "PRECISION": precision(a.dtype), "GROUP": GROUP,
+        "PRECISION": precision(a.dtype), "GROUP": GROUP,
         "BM": tile.BM, "BN": tile.BN, "BK": tile.BK,
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip

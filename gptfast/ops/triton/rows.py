@@ -283,9 +283,9 @@ def dropout_kernel(
 
 def _dropout(x: Tensor, y: Tensor | None, with_sums: bool, dropout: dict[str, Any]) -> Tensor:
     K = x.shape[-1]
-    M, rows, block = x.numel() // max(1, K), 32, 128
+    M, rows, block = x.numel() // max(1, K), 16, 128
     across = cdiv(K, block)
-    parts = min(max(1, 2 * programs(x.device) // max(1, across)), cdiv(M, rows))
+    parts = min(max(1, 4 * programs(x.device) // max(1, across)), cdiv(M, rows))
     sums = x.new_empty(parts if with_sums else 0, K, dtype=torch.float32)
     if x.numel():
         dropout_kernel[(parts, across)](

@@ -182,16 +182,6 @@ def product(
 
 
 @triton.jit
-def stagger(NANOSECONDS: tl.constexpr):
-    if NANOSECONDS > 0:
-        if tl.program_id(0) * 2 >= tl.num_programs(0):
-            tl.inline_asm_elementwise(
-                "nanosleep.u32 $1; mov.b32 $0, $1;", "=r,r",
-                [tl.full([1], NANOSECONDS, tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
-
-
-@triton.jit
 def quarters(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The four quarters of a tile's columns, from left to right.
 
