@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptfast.ops.triton.launch import kernel
+from gptfast.ops.triton.launch import block_of, kernel
 
 OPTIONS = 6  # float64 numbers: lr, beta1, beta2, eps, weight decay, clip
 FIELDS = 6  # of a parameter in the table: five addresses and the number of elements
@@ -138,7 +138,7 @@ def _chunks(sizes: tuple[int, ...]) -> tuple[int, np.ndarray]:
         A chunk's elements, a power of 2 which the sizes fix; and (chunks, 2) int64, each chunk's
         parameter and first element. A parameter has at least one chunk.
     """
-    chunk = max(MIN_CHUNK, triton.next_power_of_2(-(-sum(sizes) // MAX_CHUNKS)))
+    chunk = block_of(-(-sum(sizes) // MAX_CHUNKS), MIN_CHUNK)
     counts = [max(1, -(-size // chunk)) for size in sizes]
     starts = np.concatenate([np.arange(count) * chunk for count in counts])
     return chunk, np.stack([np.repeat(np.arange(len(sizes)), counts), starts], 1)

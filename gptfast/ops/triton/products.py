@@ -11,11 +11,17 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gptfast.ops.triton.launch import INTERPRETED, cdiv, precision, processors, shared_limit
+from gptfast.ops.triton.launch import (
+    INTERPRETED,
+    cdiv,
+    copies_tiles,
+    descriptor,
+    precision,
+    processors,
+    shared_limit,
+)
 
 GROUP = 8  # rows of tiles that are computed together; see tiles.tile_at
 REGISTERS = 65536  # of a multiprocessor, on all of NVIDIA's chips
@@ -87,8 +93,7 @@ def has_descriptors(dtype: torch.dtype) -> bool:
     """
     if dtype.itemsize != 2 or INTERPRETED:
         return dtype.itemsize == 2
-    target = triton.runtime.driver.active.get_current_target()
-    return bool(target.backend == "cuda" and target.arch >= 90)
+    return copies_tiles()
 
 
 def described(a: Tensor, b: Tensor) -> str | None:
@@ -123,7 +128,7 @@ class Product(NamedTuple):
         if y is None or not self.options["STORED"]:
             return y
         columns = self.options["BN"] // PARTS
-        return _descriptor(y.view(-1, y.shape[-1]), self.options["BM"], columns)
+        return descriptor(y.view(-1, y.shape[-1]), self.options["BM"], columns)
 
 
 def product(a: Tensor, b: Tensor, tiles: tuple[Tile, ...] = DESCRIBED_TILES) -> Product:
@@ -142,21 +147,14 @@ def product(a: Tensor, b: Tensor, tiles: tuple[Tile, ...] = DESCRIBED_TILES) -> 
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     if how is not None:
-        a = _descriptor(_aligned(a), tile.BM, tile.BK)
+        a = descriptor(_aligned(a), tile.BM, tile.BK)
         block = (tile.BK, tile.BN) if how == "rows" else (tile.BN, tile.BK)
-        b = _descriptor(_aligned(b if how == "rows" else b.t()), *block)
+        b = descriptor(_aligned(b if how == "rows" else b.t()), *block)
         most = REGISTERS // (32 * tile.warps * tile.programs) // 8 * 8
         if most < 255:  # the most that a thread can have
             options["maxnreg"] = most
     blocks = cdiv(M, tile.BM) * cdiv(N, tile.BN)
     return Product((a, b, M, N, K, *strides), options, (min(blocks, count * tile.programs),))
-
-
-def _descriptor(x: Tensor, rows: int, columns: int) -> Any:
-    made = object.__new__(TensorDescriptor)  # its checks, all true here, would take 10 us
-    made.base, made.shape, made.strides = x, list(x.shape), list(x.stride())
-    made.block_shape = [rows, columns]
-    return made
 
 
 def _aligned(x: Tensor) -> Tensor:
