@@ -30,7 +30,8 @@ ONE_HOT = 1024
 TILE = 64  # tokens and columns of a tile of that product, which has half as many rows
 ORDER_TOKENS = 128  # tokens whose rows one program of `order_kernel` finds
 ORDER_BLOCK = 2048  # indices that it reads at a time
-GATHERED_ROWS, GATHERED_COLUMNS = 32, 256
+# A whole row where it can be, because most tokens of a large vocabulary have none to add up.
+GATHERED_ROWS, GATHERED_COLUMNS = 8, 1024
 
 
 @kernel
