@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptfast import ops
 from gptfast.ops import reference
-from gptfast.ops.triton import ffn, linear, products, rows, self_attention
+from gptfast.ops.triton import ffn, launch, linear, products, rows, self_attention
 from gptfast.ops.triton.launch import dropout_args
 from gptfast.testing import check_op
 
@@ -137,18 +137,22 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.found: Counter[str] = Counter()
         self._inside = False
-        kernel_type: Any = type(linear.linear_kernel)
-        run = kernel_type.run
+        interpreted: Any = type(linear.linear_kernel.function)
+        run = interpreted.run
 
-        def counted(kernel: Any, *args: Any, **options: Any) -> Any:
-            self.found[kernel.__name__] += 1
+        def inside(kernel: Any, *args: Any, **options: Any) -> Any:
             self._inside = True
             try:
                 return run(kernel, *args, **options)
             finally:
                 self._inside = False
 
-        monkeypatch.setattr(kernel_type, "run", counted)
+        def count(kernel: Any, _: Any) -> bool:
+            self.found[kernel.name] += 1
+            return True
+
+        monkeypatch.setattr(interpreted, "run", inside)
+        monkeypatch.setattr(launch, "_watch", count)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self._inside and not any(free in f"{func}" for free in self.FREE):

@@ -358,11 +358,14 @@ def counted(run: bool = True) -> Iterator[Counter[str]]:
 
 def shared_limit() -> int:
     """Returns the limit of shared memory per block of the current device, in bytes."""
-    if not torch.cuda.is_available():
-        return MIN_SHARED
-    return triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())[
-        "max_shared_mem"
-    ]
+    return _shared_limit(torch.cuda.current_device()) if torch.cuda.is_available() else MIN_SHARED
+
+
+@functools.cache
+def _shared_limit(device: int) -> int:
+    found = triton.runtime.driver.active.utils.get_device_properties(device)
+    limit: int = found["max_shared_mem"]
+    return limit
 
 
 @functools.cache
