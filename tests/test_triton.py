@@ -40,6 +40,7 @@ from test_self_attention import (
     torch_layer_norm_attention,
 )
 from torch import Tensor
+from torch.nn import functional as F
 
 from gptfast import GPT, BackendError, DataError, GPTConfig, ops
 from gptfast.generation import make_request
@@ -198,23 +199,59 @@ def configurations(module: Any, *names: str) -> list[Any]:
     return list({str(each): each for each in found}.values())
 
 
-ATTENTION = {
-    str(config): config
-    for config in (
-        *configurations(attention, "FORWARD"),
-        *configurations(attention_backward, "QUERY_GRAD", "KEY_GRADS"),
+ATTENTION = [
+    (kernel, config)
+    for kernel, module, table in (
+        (attention.forward_kernel, attention, "FORWARD"),
+        (attention_backward.query_grad_kernel, attention_backward, "QUERY_GRAD"),
+        (attention_backward.key_grads_kernel, attention_backward, "KEY_GRADS"),
     )
-}
+    for config in configurations(module, table)
+]
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("config", ATTENTION.values(), ids=str)
-def test_attention_in_every_configuration(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    grads = attention_backward.query_grad_kernel, attention_backward.key_grads_kernel
-    for kernel in (attention.forward_kernel, *grads):
-        monkeypatch.setattr(kernel, "configs", [config])
+@pytest.mark.parametrize(("kernel", "config"), ATTENTION, ids=str)
+def test_attention_in_every_configuration(
+    kernel: Any, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "configs", [config])
     q, k, v = (heads(1, 2, 150, 48, seed=i).to(DEVICE) for i in range(3))
     check_attention(q, k, v, torch.float32, dropout_p=0.2, seed=5)
+
+
+def test_configurations_of_a_kind_make_blocks_of_one_size() -> None:
+    """A descriptor's block is chosen before the configuration; the kernels agree on `terms`."""
+    for table, name in (
+        (attention.FORWARD, "BN"),
+        (attention_backward.QUERY_GRAD, "BN"),
+        (attention_backward.KEY_GRADS, "BM"),
+    ):
+        for kind, configs in table.items():
+            assert len({each.kwargs[name] for each in configs}) == 1 or not kind[2]
+    for configs in attention_backward.KEY_GRADS.values():
+        assert all(attention_backward.TERM_ROWS.value % each.kwargs["BM"] == 0 for each in configs)
+
+
+@needs_numbers
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_descriptors_and_addresses_give_the_same(dtype: torch.dtype) -> None:
+    base = heads(2, 3, 90, 3 * 40).to(DEVICE, dtype)
+    aligned = [x.contiguous() for x in base.split(40, -1)]
+    # Rows of 121 elements: no descriptor can have such a stride.
+    others = [F.pad(base, (0, 1))[..., 40 * n : 40 * n + 40] for n in range(3)]
+    results = []
+    for inputs, described in ((aligned, True), (others, False)):
+        q, k, v = leaves = [x.detach().requires_grad_() for x in inputs]
+        out = ops.causal_attention(q, k, v, dropout_p=0.2, seed=5)
+        results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+        if not CUDA or torch.cuda.get_device_capability() >= (9, 0):
+            assert attention.row_tiles(q, k, v) == described
+    for a, b in zip(*results, strict=True):
+        if CUDA:  # other tiles, other order of sums
+            assert (a.float() - b.float()).norm() <= 0.01 * b.float().norm()
+        else:
+            assert torch.equal(a, b)
 
 
 @needs_numbers

@@ -193,7 +193,7 @@ def parts_of(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexp
         left, right = _halves(tile, ROWS, COLUMNS)
         first, second = _halves(left, ROWS, COLUMNS // 2)
         third, fourth = _halves(right, ROWS, COLUMNS // 2)
-        parts = (first, second, third, fourth)
+        parts = (first, second, third, fourth)  # type: ignore[assignment]
     return parts
 
 
