@@ -32,14 +32,14 @@ TERM_ROWS = tl.constexpr(64)  # a multiple of the queries that key_grads_kernel 
 @triton.jit
 def _terms_of(i):
     """The offset of row i's top; its log_sum and delta follow TERM_ROWS and 2 TERM_ROWS later."""
-    return i // TERM_ROWS * (3 * TERM_ROWS) + i % TERM_ROWS
+    return i + i // TERM_ROWS * (2 * TERM_ROWS)
 
 
 QUERY_GRAD = {
     (2, 64, True): [config(4, 3, BM=64, BN=64)],
     (2, 128, True): [config(8, 3, BM=128, BN=64)],
     (2, 256, True): [config(8, 2, BM=64, BN=32)],
-    (2, 64, False): [config(4, 3, BM=64, BN=64), config(4, 1, BM=32, BN=64)],
+    (2, 64, False): [config(4, 2, BM=64, BN=32), config(4, 1, BM=32, BN=32)],
     (2, 128, False): [config(4, 2, BM=64, BN=32), config(4, 1, BM=32, BN=32)],
     (2, 256, False): [config(8, 1, BM=32, BN=32)],
     (4, 64, False): [config(8, 1, BM=32, BN=16), config(4, 1, BM=16, BN=16)],

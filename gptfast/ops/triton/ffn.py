@@ -15,8 +15,8 @@ from gptfast.ops.triton.rows import Sums, column_sums, dropped_and_sums, layer_n
 from gptfast.ops.triton.tiles import (
     gelu_and_slope,
     load_tile,
+    parts_of,
     product,
-    quarters,
     store_tile,
     tile_at,
 )
@@ -27,7 +27,7 @@ from gptfast.ops.triton.tiles import (
 def hidden_grad_kernel(
     a, b, M, N, K, b_row, b_column, before, dhidden, hidden, sums, GELU: tl.constexpr,
     DESCRIBED: tl.constexpr, STORED: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """dU = (A B) gelu'(U); gelu(U), which is recomputed; each tile's sum of dU over its rows.
 
@@ -42,11 +42,11 @@ def hidden_grad_kernel(
         acc = product(a, b, m0, n0, M, N, K, b_row, b_column, DESCRIBED, PRECISION, BM, BN, BK)
         m0, n0 = tile_at(done, M, N, BM, BN, GROUP)
         done += tl.num_programs(0)
-        parts = quarters(acc, BM, BN)
-        for i in tl.static_range(4):
+        parts = parts_of(acc, BM, BN, PARTS)
+        for i in tl.static_range(PARTS):
             _finish(
-                parts[i], m0, n0 + i * (BN // 4), M, N, before, dhidden, hidden, sums,
-                GELU, STORED, BM, BN // 4,
+                parts[i], m0, n0 + i * (BN // PARTS), M, N, before, dhidden, hidden, sums,
+                GELU, STORED, BM, BN // PARTS,
             )  # fmt: skip
 
 

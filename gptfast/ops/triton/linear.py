@@ -21,8 +21,8 @@ from gptfast.ops.triton.tiles import (
     dropout_factors,
     gelu,
     load_tile,
+    parts_of,
     product,
-    quarters,
     store_tile,
     tile_at,
 )
@@ -34,7 +34,7 @@ def linear_kernel(
     a, b, M, N, K, b_row, b_column, y, before, bias, residual,
     seed, substream, threshold, keep_scale,
     GELU: tl.constexpr, DESCRIBED: tl.constexpr, STORED: tl.constexpr, PRECISION: tl.constexpr,
-    GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Y = residual + dropout(gelu(A B + bias)); everything but A B is optional.
 
@@ -48,11 +48,11 @@ def linear_kernel(
         acc = product(a, b, m0, n0, M, N, K, b_row, b_column, DESCRIBED, PRECISION, BM, BN, BK)
         m0, n0 = tile_at(done, M, N, BM, BN, GROUP)
         done += tl.num_programs(0)
-        parts = quarters(acc, BM, BN)
-        for i in tl.static_range(4):
+        parts = parts_of(acc, BM, BN, PARTS)
+        for i in tl.static_range(PARTS):
             _finish(
-                parts[i], m0, n0 + i * (BN // 4), M, N, y, before, bias, residual,
-                seed, substream, threshold, keep_scale, GELU, STORED, BM, BN // 4,
+                parts[i], m0, n0 + i * (BN // PARTS), M, N, y, before, bias, residual,
+                seed, substream, threshold, keep_scale, GELU, STORED, BM, BN // PARTS,
             )  # fmt: skip
 
 

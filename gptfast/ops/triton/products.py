@@ -25,7 +25,6 @@ from gptfast.ops.triton.launch import (
 
 GROUP = 8  # rows of tiles that are computed together; see tiles.tile_at
 REGISTERS = 65536  # of a multiprocessor, on all of NVIDIA's chips
-PARTS = 4  # of a tile's columns, finished one after the other; see tiles.quarters
 
 
 class Tile(NamedTuple):
@@ -40,17 +39,18 @@ class Tile(NamedTuple):
     BK: int
     warps: int
     stages: int
+    parts: int  # 1 or 4, into which its columns are split after the product; see tiles.parts_of
     programs: int  # per multiprocessor: one finishes its tile while another multiplies
     cost: float  # time per element of the tile, relative to that of the fastest
 
 
 # With descriptors: 2-byte elements. The second has more threads for what follows the product.
-DESCRIBED_TILES = (Tile(128, 128, 64, 4, 3, 2, 1.0), Tile(64, 64, 64, 4, 3, 3, 1.8))
-EPILOGUE_TILES = (Tile(128, 128, 64, 8, 3, 2, 1.0), Tile(64, 64, 64, 4, 3, 3, 1.8))
+DESCRIBED_TILES = (Tile(128, 128, 64, 4, 3, 4, 2, 1.0), Tile(64, 64, 64, 4, 3, 1, 3, 1.8))
+EPILOGUE_TILES = (Tile(128, 128, 64, 8, 3, 4, 2, 1.0), Tile(64, 64, 64, 4, 3, 1, 3, 1.8))
 # With pointers, by bytes per element.
 POINTER_TILES = {
-    2: (Tile(128, 128, 32, 8, 3, 1, 1.0), Tile(64, 64, 32, 4, 3, 3, 1.6)),
-    4: (Tile(64, 64, 32, 8, 2, 2, 1.0),),
+    2: (Tile(128, 128, 32, 8, 3, 4, 1, 1.0), Tile(64, 64, 32, 4, 3, 1, 3, 1.6)),
+    4: (Tile(64, 64, 32, 8, 2, 1, 2, 1.0),),
 }
 
 
@@ -59,7 +59,7 @@ def fitting(tiles: tuple[Tile, ...], itemsize: int, shared: int) -> tuple[Tile, 
 
     def needs(tile: Tile) -> int:
         operands = tile.stages * (tile.BM + tile.BN) * tile.BK * itemsize
-        return operands + tile.BM * tile.BN * 4  # `quarters` moves the sums on AMD's chips
+        return operands + tile.BM * tile.BN * 4  # `tiles.parts_of` moves the sums on AMD's chips
 
     return tuple(tile for tile in tiles if needs(tile) <= shared) or tiles[-1:]
 
@@ -127,7 +127,7 @@ class Product(NamedTuple):
         """Returns what the kernel gets for a result y (.., N), contiguous: see tiles.store_tile."""
         if y is None or not self.options["STORED"]:
             return y
-        columns = self.options["BN"] // PARTS
+        columns = self.options["BN"] // self.options["PARTS"]
         return descriptor(y.view(-1, y.shape[-1]), self.options["BM"], columns)
 
 
@@ -143,7 +143,7 @@ def product(a: Tensor, b: Tensor, tiles: tuple[Tile, ...] = DESCRIBED_TILES) -> 
     options = {
         "DESCRIBED": how, "STORED": how is not None and N * a.element_size() % 16 == 0,
         "PRECISION": precision(a.dtype), "GROUP": GROUP,
-        "BM": tile.BM, "BN": tile.BN, "BK": tile.BK,
+        "BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "PARTS": tile.parts,
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     if how is not None:

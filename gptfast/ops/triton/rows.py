@@ -232,10 +232,10 @@ class Sums:
         for parts, out in self._parts:
             args += [parts, parts.stride(0), parts.shape[0], out, out.numel()]
         args += [None] * (5 * (self.LIMIT - len(self._parts)))
-        rows, block = 16, 64
+        rows, block = 128, 32
         longest = max(out.numel() for _, out in self._parts)
         add_parts_kernel[(cdiv(longest, block), len(self._parts))](
-            *args, ROWS=rows, BLOCK=block, num_warps=4
+            *args, ROWS=rows, BLOCK=block, num_warps=8
         )
 
 
@@ -289,7 +289,7 @@ def _dropout(x: Tensor, y: Tensor | None, with_sums: bool, dropout: dict[str, An
     sums = x.new_empty(parts if with_sums else 0, K, dtype=torch.float32)
     if x.numel():
         dropout_kernel[(parts, across)](
-            x, y, sums if with_sums else None, M, K, **dropout, ROWS=rows, BLOCK=block, STAGES=2
+            x, y, sums if with_sums else None, M, K, **dropout, ROWS=rows, BLOCK=block, STAGES=1
         )
     return sums
 
