@@ -11,7 +11,7 @@ from test_attention import heads
 from test_ffn import block
 from test_linear import normal, torch_layer_norm_linear
 from test_self_attention import attention_block
-from test_triton import DEVICE, there, where
+from test_triton import DEVICE, needs_numbers, there, where
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -47,6 +47,7 @@ def test_ffn_with_every_tile(
     assert any(tile in tiles for tiles in chosen)
 
 
+@needs_numbers
 def test_a_row_has_the_same_bits_with_every_tile_and_way_to_read_operands(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -163,6 +164,7 @@ class Recorder(TorchDispatchMode):
 ATTENTION = ("forward_kernel", "query_grad_kernel", "key_grads_kernel")
 
 
+@needs_numbers
 @pytest.mark.parametrize("dropout_p", (0.0, 0.2))
 def test_launches_of_a_layer(dropout_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without those of attention, 19 for forward and backward of both sublayers."""
@@ -218,6 +220,7 @@ def test_any_gradients_of_a_sublayer(wanted: int) -> None:
                 assert i == 0 or grad.numel() == 0
 
 
+@needs_numbers
 def test_sums_of_many_rows() -> None:
     x = heads(1, 1, 3000, 200)[0, 0].to(DEVICE)
     outs = [torch.empty(n, dtype=d, device=DEVICE) for n, d in ((200, x.dtype), (7, torch.half))]
