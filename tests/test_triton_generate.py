@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_triton import DEVICE, where  # noqa: F401 (the fixture is for every test here)
+from test_triton import DEVICE, needs_numbers, where  # noqa: F401 (a fixture of every test here)
 from torch import Tensor
 
 from gptfast import GPT, CharTokenizer, GPTConfig
@@ -27,6 +27,8 @@ from gptfast.generation import device_loop  # noqa: E402
 from gptfast.ops.triton.decode import fill_cache, next_windows  # noqa: E402
 from gptfast.ops.triton.few_rows import Append, Embedding, few_rows_linear, tile_of  # noqa: E402
 from gptfast.ops.triton.sampling import kind_of  # noqa: E402
+
+pytestmark = needs_numbers
 
 
 @pytest.fixture(autouse=True)

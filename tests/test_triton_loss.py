@@ -27,6 +27,7 @@ triton = pytest.importorskip("triton")
 from gptfast.ops.triton import cross_entropy, embedding  # noqa: E402
 
 where = test_triton.where
+pytestmark = test_triton.needs_numbers
 
 
 def few_rows(monkeypatch: pytest.MonkeyPatch, rows: int = 16) -> None:
