@@ -317,6 +317,8 @@ def test_a_row_of_a_batch_has_the_bits_it_has_alone(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("name", kernels.KERNELS)
 def test_opcheck(where: str, name: str) -> None:
     arguments, op = cases(DEVICE)[name], getattr(torch.ops.gptfast, name).default
+    if where == "fake" and name == "adamw_":
+        pytest.skip("fake tensors have no pinned memory")
     if where == "fake":
         op(*arguments)
         return
