@@ -144,7 +144,7 @@ FORWARD = {
     (2, 128, True): [config(4, 3, BM=64, BN=64)],
     (2, 256, True): [config(4, 2, BM=64, BN=32)],
     (2, 64, False): [config(8, 3, BM=128, BN=64), config(4, 1, BM=64, BN=64)],
-    (2, 128, False): [config(8, 3, BM=128, BN=64), config(4, 1, BM=64, BN=64)],
+    (2, 128, False): [config(8, 3, BM=128, BN=64), config(4, 1, BM=32, BN=64)],
     (2, 256, False): [config(8, 2, BM=64, BN=32), config(4, 1, BM=32, BN=32)],
     (4, 64, False): [config(8, 1, BM=32, BN=16), config(4, 1, BM=16, BN=16)],
     (4, 128, False): [config(8, 1, BM=32, BN=16), config(4, 1, BM=16, BN=16)],

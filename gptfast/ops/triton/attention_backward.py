@@ -5,6 +5,7 @@ Every program writes its own part of a gradient, so there are no atomics and the
 Letters: B batch, T time (Tq queries, Tk keys), H heads, D head_dim.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ def _terms_of(i):
 
 QUERY_GRAD = {
     (2, 64, True): [config(4, 3, BM=64, BN=64)],
+    (2, 64, True, "dropout"): [config(4, 3, BM=64, BN=32)],
     (2, 128, True): [config(8, 3, BM=128, BN=64)],
     (2, 256, True): [config(4, 2, BM=64, BN=16)],
     (2, 64, False): [config(4, 2, BM=64, BN=32), config(4, 1, BM=32, BN=32)],
@@ -48,9 +50,23 @@ QUERY_GRAD = {
 }
 
 
+def kind_in(table: Mapping[Any, Any]) -> Callable[[Any], tuple[Any, ...]]:
+    """`head_kind`; where dropout needs other tiles, or registers would spill, "dropout", too."""
+
+    def kind(args: Any) -> tuple[Any, ...]:
+        found = head_kind(args)
+        dropout = *found, "dropout"
+        return dropout if args.get("seed") is not None and dropout in table else found
+
+    return kind
+
+
+query_grad_kind = kind_in(QUERY_GRAD)
+
+
 @tuned(
     QUERY_GRAD,
-    head_kind,
+    query_grad_kind,
     lambda args: head_shared(2 * args["BM"], 2 * args["BN"], args),
     ["D", "PRECISION", "TILES"],
 )
@@ -147,11 +163,7 @@ KEY_GRADS = {
 }
 
 
-def key_grads_kind(args: Any) -> tuple[Any, ...]:
-    """`head_kind`; where dropout needs other tiles, or registers would spill, "dropout", too."""
-    kind = head_kind(args)
-    dropout = *kind, "dropout"
-    return dropout if args.get("seed") is not None and dropout in KEY_GRADS else kind
+key_grads_kind = kind_in(KEY_GRADS)
 
 
 @tuned(
@@ -265,7 +277,7 @@ def write_grads(
     shape: dict[str, Any] = {**parts_of(q), "PRECISION": precision(q.dtype)}
     shape["TILES"] = row_tiles(q, k, v, dout)
     args = {"q": q, **shape, **dropout}
-    kind, key_kind = head_kind(args), key_grads_kind(args)
+    kind, key_kind = query_grad_kind(args), key_grads_kind(args)
     sizes = H, Tq, Tk, padded, scale, log2_scale(scale)
     inputs = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     if dq.numel():

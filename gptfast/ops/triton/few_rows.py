@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.ops.reference import LAYER_NORM_EPS
+from gptfast.ops.triton import launch
 from gptfast.ops.triton.launch import INTERPRETED, block_of, cdiv, kernel, precision
 from gptfast.ops.triton.tiles import gelu
 
@@ -166,7 +167,7 @@ class Tile(NamedTuple):
     BK: int
     LENGTH: int  # of a part of K
     BLOCK: int  # columns of x at once
-    num_stages: int = 3
+    num_stages: int
 
 
 def tile_of(M: int, N: int, K: int, itemsize: int, embeds: bool = False) -> Tile:
@@ -186,7 +187,8 @@ def tile_of(M: int, N: int, K: int, itemsize: int, embeds: bool = False) -> Tile
     # In 2-byte dtypes BK is free: the sum goes on 16 columns at a time in any case.
     deepest = 32 if wide or rows == 64 else 128 if rows == 16 and columns == 16 else 64
     block = min(BLOCK, block_of(K))
-    return Tile(rows, columns, min(divisor, deepest), length, block)
+    stages = 3 if launch.shared_limit() > launch.MIN_SHARED else 1  # of up to 33 KB
+    return Tile(rows, columns, min(divisor, deepest), length, block, stages)
 
 
 def few_rows_linear(
