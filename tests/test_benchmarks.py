@@ -204,16 +204,21 @@ def test_right_results_beside_a_wrong_one_are_timed(
 
 
 def test_no_mode_slows_what_is_timed() -> None:
-    devices: list[str] = []
+    built: list[str] = []
+    called: list[str] = []
 
     def contender() -> None:
-        devices.append(torch.empty(()).device.type)
+        called.append(torch.empty(()).device.type)
 
-    row = Row("row", "fp32", lambda: Case({OURS: contender}, 1.0, lambda: None), False, {})
+    def build() -> Case:
+        built.append(torch.empty(()).device.type)
+        return Case({OURS: contender}, 1.0, lambda: None)
+
+    row = Row("row", "fp32", build, False, {})
     options = argparse.Namespace(device="meta", quick=False, seconds=0.01, memory=False)
     line = command.run_row(row, options, 1.0)
-    assert devices[0] == "meta"  # built and called there
-    assert devices[-line["rounds"] :] == ["cpu"] * line["rounds"]
+    assert set(built) == {"meta"}
+    assert len(called) >= line["rounds"] and set(called) == {"cpu"}  # as a user calls it
 
 
 def test_a_run_that_is_stopped_keeps_its_rows(

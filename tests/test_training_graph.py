@@ -263,7 +263,7 @@ def test_a_run_with_odd_batches_is_resumed_with_the_same_bits(
     def interrupted(self: Trainer, ids: Tensor, starts: Tensor) -> Tensor:
         loss = step_at(self, ids, starts)
         monkeypatch.setattr(Trainer, "step_at", step_at)
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)  # a shell's background jobs ignore SIGINT
         return loss
 
     def start_to_interrupt(self: Trainer, ids: Tensor, starts: Tensor) -> Tensor:
