@@ -10,13 +10,15 @@ import functools
 import inspect
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from gptfast.ops.triton.signature import LATER, Launch, Reader, bound
 
 INTERPRETED = triton.knobs.runtime.interpret
 # Bytes of shared memory per block: the smallest limit of the chips in benchmarks/gpu_static.py.
@@ -114,19 +116,6 @@ def _time_briefly(call: Callable[[], Any], quantiles: list[float]) -> Any:
     return triton.testing.do_bench(call, warmup=5, rep=10, quantiles=quantiles)
 
 
-LATER = object()  # stands for a constant that a call leaves to the configuration
-
-
-class Launch(NamedTuple):
-    """A compiled kernel and what its launcher wants."""
-
-    launcher: Callable[..., None]
-    function: int
-    packed: Any
-    constants: Args  # for the grid
-    compiled: Any  # unloads `function` when it is deleted
-
-
 class Kernel:
     """A kernel, launched by `kernel[grid](*args, **constants_and_options)`.
 
@@ -142,8 +131,8 @@ class Kernel:
         self._names = [each.name for each in parameters]
         self._constants = {each.name for each in parameters if "constexpr" in str(each.annotation)}
         later = {name for each in every for name in each.kwargs}
-        self._bound = _bound(self._launch, parameters, later)
-        self._readers: dict[Any, _Reader] = {}
+        self._bound = bound(self._launch, parameters, later)
+        self._readers: dict[Any, Reader] = {}
         self._lock = threading.Lock()
 
     @property
@@ -205,7 +194,7 @@ class Kernel:
             return
         if classes not in self._readers:
             numbers = [] if self.choice is None else self.choice.key
-            self._readers[classes] = _Reader(self.function.params, values, numbers)
+            self._readers[classes] = Reader(self.function.params, values, numbers)
         reader = self._readers[classes]
         key, _ = reader.read(reader.current_device(), *values)
         reader.launches[key] = Launch(
@@ -248,80 +237,6 @@ def _hooked() -> bool:
     runtime = triton.knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(getattr(enter, "calls", True) or getattr(leave, "calls", True))
-
-
-def _bound(
-    launch: Callable[..., None], parameters: Iterable[inspect.Parameter], later: set[str]
-) -> Callable[..., None]:
-    """Makes a function of a grid and a kernel's arguments, of which those `later` may be missing.
-
-    It calls launch(grid, classes of the arguments, their values, options).
-    """
-    defaults = {
-        each.name: LATER if each.default is each.empty else each.default
-        for each in parameters
-        if each.name in later or each.default is not each.empty
-    }
-    names = [each.name for each in parameters]
-    takes = (f"{name}=defaults['{name}']" if name in defaults else name for name in names)
-    classes = "".join(f"{name}.__class__, " for name in names)
-    call = f"launch(grid, ({classes}), ({', '.join(names)},), options)"
-    made: Callable[..., None] = eval(
-        f"lambda grid, {', '.join(takes)}, **options: {call}",
-        {"launch": launch, "defaults": defaults},
-    )
-    return made
-
-
-class _Reader:
-    """Reads arguments of given classes: what a compiled kernel depends on, and what it is given.
-
-    The first decides which kernel is right. It holds all that Triton compiles anew for, or more:
-    - of a tensor its dtype, its device, and its address modulo 16;
-    - of an integer whether it is 1, its value modulo 16, and what exceeds 31 bits; if it is in the
-      kernel's do_not_specialize, only the last; if it is in the key of the choice, its value;
-    - of a constant its value. Global constants of the kernel's module cannot change.
-    A float or None has but its class, a tensor descriptor has what Triton sees of it.
-    """
-
-    def __init__(self, parameters: list[Any], values: tuple[Any, ...], numbers: list[str]) -> None:
-        driver = triton.runtime.driver.active
-        self.launches: dict[tuple[Any, ...], Launch] = {}
-        self.current_device, self.current_stream = (
-            driver.get_current_device,
-            driver.get_current_stream,
-        )
-        addresses, key, words = [], ["device"], []
-        for each, value in zip(parameters, values, strict=True):
-            name, word = each.name, each.name
-            if each.is_constexpr or isinstance(value, bool):
-                key.append(name)
-            elif isinstance(value, Tensor):
-                word = f"{name}_at"
-                addresses.append(f"{word} = {name}.data_ptr()")
-                key += [f"{name}.dtype", f"{name}.get_device()", f"{word} & 15"]
-            elif isinstance(value, int):
-                if name in numbers:
-                    key.append(name)
-                elif each.do_not_specialize:
-                    key.append(f"{name} >> 31")
-                else:
-                    key.append(f"None if {name} == 1 else {name} & {~(2**31 - 16)}")
-            elif value is not None and not isinstance(value, float):
-                key.append(f"specialize(backend, {name}, False, True, True)")
-            words.append(word)
-        names = ", ".join(each.name for each in parameters)
-        lines = [
-            f"def read(device, {names}):",
-            *addresses,
-            f"return ({', '.join(key)},), ({', '.join(words)},)",
-        ]
-        scope: dict[str, Any] = {
-            "specialize": triton.runtime.jit.native_specialize_impl,
-            "backend": triton.compiler.make_backend(driver.get_current_target()),
-        }
-        exec("\n    ".join(lines), scope)
-        self.read: Callable[..., Any] = scope["read"]
 
 
 Watch = Callable[[Kernel, Args], bool]

@@ -128,13 +128,6 @@ def tile_at(tile, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr)
 
 
 @triton.jit
-def own_tile(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """Row and column indices of this program's tile of an (M, N) matrix, and the first of each."""
-    m0, n0 = tile_at(tl.program_id(0), M, N, BM, BN, GROUP)
-    return m0 + tl.arange(0, BM), n0 + tl.arange(0, BN), m0, n0
-
-
-@triton.jit
 def own_head(H, T, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
     """This program's head, the head's indices b and h, and the first of its BLOCK rows."""
     blocks = tl.cdiv(T, BLOCK)
