@@ -10,8 +10,8 @@ Global hooks (torch.nn.modules.module.register_module_forward_hook) do not make 
 modified: profilers and FLOP counters set them, also to observe the kernels.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -19,6 +19,9 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import Embedding, LayerNorm, Linear, Parameter
 
 from gptfast.ops.reference import LAYER_NORM_EPS
+
+if TYPE_CHECKING:
+    from gptfast.model import GPT
 
 Check = Callable[[nn.Module], str | None]
 Layer = tuple[str, nn.Module, Check]
@@ -111,6 +114,17 @@ def params(module: nn.Module) -> tuple[Tensor, Tensor | None]:
         return own["weight"], own["bias"]
     layer: Any = module
     return layer.weight, layer.bias
+
+
+def layers_of(model: "GPT", of_model: Check, of_block: Check) -> Iterator[Layer]:
+    """Yields the model, its blocks and all their layers, each with its check."""
+    yield "the model", model, of_model
+    yield from model.embedding_layers()
+    for i, block in enumerate(model.blocks):
+        yield f"h.{i}", block, of_block
+        for name, module, check in block.layers():
+            yield f"h.{i}.{name}", module, check
+    yield from model.head_layers()
 
 
 def first_replaced(layers: Iterable[Layer]) -> str | None:

@@ -1,6 +1,5 @@
 """Whether the engines for generation, which read a model's weights and call no module, know it."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -19,7 +18,7 @@ def engine_oddity(model: GPT) -> str | None:
     found = plain.overridden(model, GPT)
     if found is not None:
         return f"of the model, {found}"
-    found = plain.first_replaced(_layers(model))
+    found = plain.first_replaced(plain.layers_of(model, plain.called, _block))
     if found is not None:
         return found
     if len(model.h) != model.config.n_layer:
@@ -29,22 +28,12 @@ def engine_oddity(model: GPT) -> str | None:
         if found is not None:
             return f"h.{block.layer}.{found}"
     shapes = _shapes(model.config)
-    for name, module, _ in _layers(model):
+    for name, module, _ in plain.layers_of(model, plain.called, _block):
         layer: Any = module
         expected = shapes.get(name.split(".", 2)[-1])
         if expected is not None and layer.weight.shape != expected:
             return f"{name} has a weight of shape {tuple(layer.weight.shape)}, not {expected}"
     return None
-
-
-def _layers(model: GPT) -> Iterator[plain.Layer]:
-    yield "the model", model, plain.called
-    yield from model.embedding_layers()
-    for i, block in enumerate(model.blocks):
-        yield f"h.{i}", block, _block
-        for name, module, check in block.layers():
-            yield f"h.{i}.{name}", module, check
-    yield from model.head_layers()
 
 
 def _block(module: nn.Module) -> str | None:

@@ -6,7 +6,6 @@ kernels. `obstacle` names what is otherwise. A user's subclass, adapter or layer
 torch.compile or DistributedDataParallel, trains without a graph.
 """
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,7 +47,7 @@ def obstacle(trainer: "Trainer") -> str | None:
         return "the model computes in plain torch"
     if not trainer.optimizer.by_kernel:
         return "the optimizer's kernels do not have its options"
-    found = plain.first_replaced(_layers(gpt))
+    found = plain.first_replaced(plain.layers_of(gpt, _model, _block))
     if found is not None:
         return found
     for name, param in zip(trainer.names, trainer.parameters, strict=True):
@@ -64,16 +63,6 @@ def observer() -> str | None:
     if _python_dispatch._get_current_dispatch_mode() is not None:
         return "a dispatch mode observes the operators"
     return "anomalies are looked for" if torch.is_anomaly_enabled() else None
-
-
-def _layers(gpt: GPT) -> Iterator[plain.Layer]:
-    yield "the model", gpt, _model
-    yield from gpt.embedding_layers()
-    for i, block in enumerate(gpt.blocks):
-        yield f"h.{i}", block, _block
-        for name, module, check in block.layers():
-            yield f"h.{i}.{name}", module, check
-    yield from gpt.head_layers()
 
 
 def _model(module: nn.Module) -> str | None:
@@ -93,7 +82,9 @@ class Watch:
 
     def __init__(self, trainer: "Trainer") -> None:
         gpt, optimizer = trainer.gpt, trainer.optimizer
-        dicts = [vars(module) for _, module, _ in _layers(gpt)] + [vars(gpt.h)]
+        dicts = [vars(module) for _, module, _ in plain.layers_of(gpt, _model, _block)] + [
+            vars(gpt.h)
+        ]
         self._dicts = dicts
         self._hooks = [own[name] for own in dicts for name in HOOKS]
         moments = [
