@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import generation_engines
 import generation_peers
 import peers
 import torch
@@ -170,14 +171,15 @@ def makers(shape: Shape, dtype: str) -> dict[str, Callable[[], Generate]]:
     counts = (1, most) if shape.name == "S" else (most,)
     if on_cpu and dtype != "bf16" and generation_peers.installed("ctranslate2"):
         kind = {"fp32": "float32", "int8": "int8_float32"}[dtype]
-        make = generation_peers.ctranslate2_generate
-        found["CTranslate2"] = lambda: generation_peers.fastest(
-            lambda threads: generation_peers.apart(make, model, kind, prompt, new, threads), counts
+        make = generation_engines.ctranslate2_generate
+        found["CTranslate2"] = lambda: generation_engines.fastest(
+            lambda threads: generation_engines.apart(make, model, kind, prompt, new, threads),
+            counts,
         )
     if on_cpu and generation_peers.installed("llama_cpp", "gguf"):
         file_type = {"fp32": "F32", "bf16": "BF16", "int8": "Q8_0"}[dtype]
-        found["llama.cpp"] = lambda: generation_peers.fastest(
-            lambda threads: generation_peers.llama_cpp_generate(
+        found["llama.cpp"] = lambda: generation_engines.fastest(
+            lambda threads: generation_engines.llama_cpp_generate(
                 model, file_type, prompt, new, threads
             ),
             counts,
