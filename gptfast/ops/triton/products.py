@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gptfast.ops.triton import launch
 from gptfast.ops.triton.launch import (
     INTERPRETED,
     cdiv,
@@ -20,7 +21,6 @@ from gptfast.ops.triton.launch import (
     descriptor,
     precision,
     processors,
-    shared_limit,
 )
 
 GROUP = 8  # rows of tiles that are computed together; see tiles.tile_at
@@ -139,7 +139,7 @@ def product(a: Tensor, b: Tensor, tiles: tuple[Tile, ...] = DESCRIBED_TILES) -> 
     (M, K), N = a.shape, b.shape[1]
     how, count, strides = described(a, b), processors(a.device), b.stride()
     tiles = POINTER_TILES[a.element_size()] if how is None else tiles
-    tile = choose_tile(tiles, M, N, a.element_size(), count, shared_limit())
+    tile = choose_tile(tiles, M, N, a.element_size(), count, launch.shared_limit())
     options = {
         "DESCRIBED": how, "STORED": how is not None and N * a.element_size() % 16 == 0,
         "PRECISION": precision(a.dtype), "GROUP": GROUP,
