@@ -121,7 +121,7 @@ def _layers(model: "GPT", idx: Tensor, asked: str) -> Iterator[_Layer]:
 def _terms(layer: _Layer) -> tuple[Tensor, Tensor, Tensor]:
     """The terms of a layer, as AttentionTerms has them."""
     heads = reference.causal_attention(layer.q, layer.k, layer.v)  # (B, H, T, D)
-    if layer.block.oddity(layer.block.attention_layers()) is not None:
+    if layer.block.first_replaced(layer.block.attention_layers()) is not None:
         return _called_terms(layer, heads)
     with torch.autocast(heads.device.type, enabled=False):
         heads = heads.to(torch.promote_types(heads.dtype, torch.float32))

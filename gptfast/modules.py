@@ -29,18 +29,18 @@ class ForwardContext(NamedTuple):
     seed: Tensor | None
     strict: bool = False  # whether a layer that is not plain is an error
 
-    def fuses(self, oddity: str | None) -> bool:
+    def fuses(self, replaced: str | None) -> bool:
         """Returns whether a fused operator computes a part of the model.
 
         Args:
-            oddity: The first layer of the part that is not plain; None if all are.
+            replaced: The first layer of the part that is not plain; None if all are.
 
         Raises:
             BackendError: A layer is not plain, and the context is strict.
         """
-        if oddity is not None and self.strict:
-            raise BackendError(f"model: {not_fused(oddity)}; backend='auto' calls it")
-        return oddity is None
+        if replaced is not None and self.strict:
+            raise BackendError(f"model: {not_fused(replaced)}; backend='auto' calls it")
+        return replaced is None
 
     def dropped(self, x: Tensor, stream: int) -> Tensor:
         """Applies dropout to an activation (B, T, C), with the same mask as the kernels."""
@@ -51,9 +51,9 @@ class ForwardContext(NamedTuple):
         return x * factors.reshape(x.shape).to(x)
 
 
-def not_fused(oddity: str) -> str:
+def not_fused(reason: str) -> str:
     """Returns the sentence which says that a layer prevents the use of the kernels."""
-    return f"the fused kernels compute plain layers, and {oddity}"
+    return f"the fused kernels compute plain layers, and {reason}"
 
 
 def packed_attention(causal_attention: Callable[..., Tensor], qkv: Tensor, n_head: int) -> Tensor:
@@ -95,11 +95,11 @@ class MLP(nn.Module):
 
 
 def _is_attention(module: nn.Module) -> str | None:
-    return plain.untouched(module, CausalSelfAttention)
+    return plain.unmodified(module, CausalSelfAttention)
 
 
 def _is_mlp(module: nn.Module) -> str | None:
-    return plain.untouched(module, MLP)
+    return plain.unmodified(module, MLP)
 
 
 def _params(ln: nn.Module, half: nn.Module, first: str) -> tuple[Tensor | None, ...]:
@@ -132,7 +132,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         if "attn" in self._modules:
-            if context.fuses(self.oddity(self.attention_layers())):
+            if context.fuses(self.first_replaced(self.attention_layers())):
                 own: Any = self._modules
                 attn = own["attn"]
                 x = context.ops.layer_norm_attention(
@@ -146,7 +146,7 @@ class Block(nn.Module):
     def forward_with(self, attend: Attend, x: Tensor, context: ForwardContext) -> Tensor:
         """Computes `forward` with `attend` as its attention, for example attention with a cache."""
         if "attn" in self._modules:
-            if context.fuses(self.oddity(self.attention_layers())):
+            if context.fuses(self.first_replaced(self.attention_layers())):
                 *qkv, proj_w, proj_b = _params(self.ln_1, self.attn, "c_attn")
                 y = attend(context.ops.layer_norm_linear(x, *qkv), self.attn.n_head)
                 x = context.ops.linear_residual(y, proj_w, proj_b, x)
@@ -156,7 +156,7 @@ class Block(nn.Module):
 
     def feed_forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         """Computes the second half, (B, T, C) -> (B, T, C)."""
-        if context.fuses(self.oddity(self.feed_forward_layers())):
+        if context.fuses(self.first_replaced(self.feed_forward_layers())):
             own: Any = self._modules
             mlp = own["mlp"]
             return context.ops.layer_norm_ffn(
@@ -191,7 +191,7 @@ class Block(nn.Module):
             yield from self.attention_layers()
         yield from self.feed_forward_layers()
 
-    def oddity(self, layers: Iterator[plain.Layer]) -> str | None:
+    def first_replaced(self, layers: Iterator[plain.Layer]) -> str | None:
         """Describes the first of these layers that is not plain; None if all are."""
         found = plain.first_replaced(layers)
         return None if found is None else f"h.{self.layer}.{found}"

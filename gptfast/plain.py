@@ -29,7 +29,7 @@ Layer = tuple[str, nn.Module, Check]
 
 def linear(module: nn.Module) -> str | None:
     """Returns why a module is not a plain nn.Linear, or None if it is."""
-    return untouched(module, Linear) or _weight(module)
+    return unmodified(module, Linear) or _weight(module)
 
 
 def head(module: nn.Module) -> str | None:
@@ -39,7 +39,7 @@ def head(module: nn.Module) -> str | None:
 
 def norm(module: nn.Module) -> str | None:
     """Returns why a module is not a plain nn.LayerNorm of the last dimension, or None if it is."""
-    found = untouched(module, LayerNorm)
+    found = unmodified(module, LayerNorm)
     if found is not None:
         return found
     own = module.__dict__
@@ -52,7 +52,7 @@ def norm(module: nn.Module) -> str | None:
 
 def embedding(module: nn.Module) -> str | None:
     """Returns why a module is not a plain nn.Embedding, or None if it is."""
-    found = untouched(module, Embedding)
+    found = unmodified(module, Embedding)
     if found is not None:
         return found
     own = module.__dict__
@@ -72,7 +72,7 @@ def positions(module: nn.Module) -> str | None:
     return "has a padding_idx"
 
 
-def untouched(module: nn.Module, kind: type[nn.Module]) -> str | None:
+def unmodified(module: nn.Module, kind: type[nn.Module]) -> str | None:
     """Returns why calling a module differs from `kind.forward`, or None if it does not."""
     own = module.__dict__
     if type(module) is not kind:
@@ -96,7 +96,7 @@ def overridden(module: nn.Module, kind: type[nn.Module]) -> str | None:
     return None
 
 
-def called(module: nn.Module) -> str | None:
+def bypassable(module: nn.Module) -> str | None:
     """Returns why a module must be called in inference, or None if its parts can be used directly.
 
     For modules whose forward pass is known, such as GPT and Block.

@@ -8,7 +8,6 @@ from typing import Any, Literal
 from gptfast.checks import as_int, check_count, is_iterable
 from gptfast.errors import ConfigError, DataError
 from gptfast.generation.engine import Engine, PackedModel, packed_for
-from gptfast.generation.mergeable import engine_oddity
 from gptfast.generation.reference_loop import ReferenceLoop
 from gptfast.generation.request import (
     GIB,
@@ -23,6 +22,7 @@ from gptfast.generation.request import (
     window_stride,
 )
 from gptfast.generation.sequences import Loop, Update
+from gptfast.generation.supported import unsupported_part
 from gptfast.model import GPT
 from gptfast.ops import select
 from gptfast.ops.sampling import Sampling
@@ -245,7 +245,7 @@ def _loop(model: GPT | PackedModel, request: Request, lasting: bool = False) -> 
         weight.is_cuda
         and on_kernels
         and not select.unavailable("cuda", weight.dtype, model.config.head_dim)
-        and engine_oddity(model) is None
+        and unsupported_part(model) is None
     ):
         from gptfast.generation.device_loop import DeviceLoop  # imports Triton
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from gptfast.errors import BackendError, ConfigError
-from gptfast.generation.mergeable import engine_oddity
 from gptfast.generation.request import (
     DTYPES,
     Request,
@@ -16,6 +15,7 @@ from gptfast.generation.request import (
     slots_at_once,
 )
 from gptfast.generation.sequences import Update
+from gptfast.generation.supported import unsupported_part
 from gptfast.model import GPT
 from gptfast.modules import not_fused
 from gptfast.ops import select
@@ -40,9 +40,9 @@ def pack(model: GPT, dtype: str | None = None) -> "PackedModel":
     if device != "cpu":
         raise BackendError(f"pack: the compiled engine is for the CPU, the model is on {device!r}")
     select.require_fused("pack", device, _activations(model, dtype), "an unpacked model")
-    oddity = engine_oddity(model)
-    if oddity is not None:
-        raise BackendError(f"pack: {not_fused(oddity)}; an unpacked model calls its modules")
+    unsupported = unsupported_part(model)
+    if unsupported is not None:
+        raise BackendError(f"pack: {not_fused(unsupported)}; an unpacked model calls its modules")
     return PackedModel(model, dtype)
 
 
@@ -75,13 +75,14 @@ def packed_for(
         select.require_fused(op, device, chosen, "backend='reference'")
     if model.backend == "reference" or select.unavailable(device, chosen):
         return None
-    oddity = engine_oddity(model)
-    if oddity is None:
+    unsupported = unsupported_part(model)
+    if unsupported is None:
         return PackedModel(model, dtype, lasting) if device == "cpu" else None
+    reason = not_fused(unsupported)
     if model.backend == "fused":
-        raise BackendError(f"{op}: {not_fused(oddity)}; backend='auto' calls it, without a cache")
+        raise BackendError(f"{op}: {reason}; backend='auto' calls it, without a cache")
     warnings.warn(
-        f"{op}: {not_fused(oddity)}, so every step calls the modules, without a cache; merge it"
+        f"{op}: {reason}, so every step calls the modules, without a cache; merge it"
         " into the weights or remove it to be fast",
         stacklevel=4,  # the caller of generate, stream or score
     )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gptfast.errors import ConfigError
-from gptfast.generation.mergeable import engine_oddity
+from gptfast.generation.supported import unsupported_part
 from gptfast.model import GPT
 
 
@@ -22,9 +22,9 @@ def snapshot(model: GPT, dtype: str | None) -> GPT:
     Raises:
         ConfigError: The dtype is "int8" and the model has layers that are not plain.
     """
-    oddity = engine_oddity(model) if dtype == "int8" else None
-    if oddity is not None:
-        raise ConfigError(f"dtype='int8' rounds the weights of plain layers, and {oddity}")
+    unsupported = unsupported_part(model) if dtype == "int8" else None
+    if unsupported is not None:
+        raise ConfigError(f"dtype='int8' rounds the weights of plain layers, and {unsupported}")
     copied = _deep_copy(model).eval()
     if dtype == "int8":
         copied = copied.float()

@@ -66,12 +66,12 @@ def observer() -> str | None:
 
 
 def _model(module: nn.Module) -> str | None:
-    found = plain.untouched(module, GPT)
+    found = plain.unmodified(module, GPT)
     return found or ("has a loss of its own" if "loss" in module.__dict__ else None)
 
 
 def _block(module: nn.Module) -> str | None:
-    return plain.untouched(module, Block)
+    return plain.unmodified(module, Block)
 
 
 class Watch:

@@ -98,8 +98,9 @@ class Loop:
         self.state = RunState()
         self.pending: tuple[Later, int] | None = None  # the last step's loss and tokens
         self.clock = 0.0  # until when the steps' time has been counted
-        self.kept = False  # whether the directory contains a checkpoint of this run
-        self.ended: Callable[[], int | None] = lambda: None  # returns the signal received, if any
+        self.has_checkpoint = False  # whether the directory contains a checkpoint of this run
+        # Returns the signal received, if any.
+        self.received_signal: Callable[[], int | None] = lambda: None
         per_epoch = len(self.windows)
         self.total = config.steps or per_epoch * (config.epochs or 0)
         self.eval_every = config.eval_every or (self.total if config.steps else per_epoch)
@@ -107,9 +108,10 @@ class Loop:
     def result(self) -> TrainResult:
         """Returns the result of `Trainer.fit`."""
         state, left = self.state, self.state.step < self.total
-        return TrainResult(self.trainer.gpt, self.tokenizer, state.history, left, self.ended())
+        signal = self.received_signal()
+        return TrainResult(self.trainer.gpt, self.tokenizer, state.history, left, signal)
 
-    def go(self, report: progress.Report) -> None:
+    def train(self, report: progress.Report) -> None:
         """Trains until the last step, or until the end of the step in which a signal arrives."""
         config, reported, step = self.config, 0.0, self.state.step
         batches = self._batches()
@@ -128,7 +130,7 @@ class Loop:
             if step == self.total or step % self.eval_every == 0:
                 self._count()
                 row = self._evaluate()
-            last = step == self.total or self.ended() is not None
+            last = step == self.total or self.received_signal() is not None
             waited = time.monotonic() - saved_at
             if row or last or _is_due(config, step, waited):
                 self._count()
@@ -193,7 +195,7 @@ class Loop:
             raise self._not_finite("the weights are no longer finite")
 
     def _not_finite(self, what: str) -> TrainError:
-        kept = f"; {self.directory.path} keeps the checkpoint before" if self.kept else ""
+        kept = f"; {self.directory.path} keeps the checkpoint before" if self.has_checkpoint else ""
         return TrainError(
             f"{what} at step {self.state.step}: a lower lr (now {self.config.lr:g}) "
             f"or gradient clipping (clip, now {self.config.clip}) may help{kept}"
@@ -215,7 +217,7 @@ class Loop:
                 ) from error
             report(f"{failed}, training goes on: {error}")
         else:
-            self.kept = True
+            self.has_checkpoint = True
 
     def save(self) -> None:
         """Writes the checkpoint and the training state."""
@@ -251,7 +253,7 @@ class Loop:
             trainer.optimizer.load_state_dict(resumable["optimizer"])
             trainer.generator.set_state(resumable["dropout"])
             self.generator.set_state(resumable["windows"])
-        self.kept = True
+        self.has_checkpoint = True
 
 
 def _is_due(config: TrainConfig, step: int, waited: float) -> bool:

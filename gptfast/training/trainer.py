@@ -274,10 +274,10 @@ class Trainer:
             directory.start(state.history, resume)
             try:
                 with (
-                    terminal.first_interrupt() as loop.ended,
+                    terminal.first_interrupt() as loop.received_signal,
                     terminal.bar(state, loop.total, directory.path, progress, note) as report,
                 ):
-                    loop.go(report)
+                    loop.train(report)
             finally:
                 self.model.eval()
                 self.graphs.clear()

@@ -10,15 +10,15 @@ from gptfast.model import GPT
 from gptfast.modules import Block
 
 
-def engine_oddity(model: GPT) -> str | None:
-    """The first part of a model that an engine would overlook, and what it is; None without one.
+def unsupported_part(model: GPT) -> str | None:
+    """Returns the first part of a model that an engine would overlook, and why; None without one.
 
     Hooks on GPT and Block count here, for an engine does not call these either.
     """
     found = plain.overridden(model, GPT)
     if found is not None:
         return f"of the model, {found}"
-    found = plain.first_replaced(plain.layers_of(model, plain.called, _block))
+    found = plain.first_replaced(plain.layers_of(model, plain.bypassable, _block))
     if found is not None:
         return found
     if len(model.h) != model.config.n_layer:
@@ -28,7 +28,7 @@ def engine_oddity(model: GPT) -> str | None:
         if found is not None:
             return f"h.{block.layer}.{found}"
     shapes = _shapes(model.config)
-    for name, module, _ in plain.layers_of(model, plain.called, _block):
+    for name, module, _ in plain.layers_of(model, plain.bypassable, _block):
         layer: Any = module
         expected = shapes.get(name.split(".", 2)[-1])
         if expected is not None and layer.weight.shape != expected:
@@ -37,7 +37,7 @@ def engine_oddity(model: GPT) -> str | None:
 
 
 def _block(module: nn.Module) -> str | None:
-    return plain.called(module) if type(module) is Block else plain.untouched(module, Block)
+    return plain.bypassable(module) if type(module) is Block else plain.unmodified(module, Block)
 
 
 def _other_option(block: Block, config: GPTConfig) -> str | None:
