@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gptfast import ConfigError, threads
-from gptfast.cli import info
+from gptfast import info
 from gptfast.ops import select
 
 
