@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 DEVICE = torch.device("cuda", 0)
+GENERATOR = torch.Generator
 CHIP = SimpleNamespace(multi_processor_count=132, major=9, minor=0)  # of an H100
 # torch switches to the device of a tensor even where nothing will be computed.
 GUARD = """
@@ -126,6 +127,11 @@ def convert(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool
     return module
 
 
+def generator(device: Any = None) -> torch.Generator:
+    """Stands for torch.Generator: this torch may have none of a GPU."""
+    return GENERATOR()
+
+
 def check_close(*args: Any, **_: Any) -> None:
     """Stands for torch.testing.assert_close."""
     same_device(*args)
@@ -146,6 +152,7 @@ def on_fake_cuda(kernels: dict[str, Callable[..., Any]]) -> Iterator[None]:
         mock.patch.object(torch.cuda, "get_device_properties", lambda *_: CHIP),
         mock.patch.object(nn.Module, "_apply", convert),
         mock.patch.object(torch.testing, "assert_close", check_close),
+        mock.patch.object(torch, "Generator", generator),
     ]
     with contextlib.ExitStack() as stack:
         for patch in patches:

@@ -314,6 +314,24 @@ def test_a_row_of_a_batch_has_the_bits_it_has_alone(monkeypatch: pytest.MonkeyPa
     assert torch.equal(ops.layer_norm_ffn(x[90:101], *params), whole[90:101])
 
 
+@needs_numbers
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_a_text_has_the_same_logits_in_any_batch(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The products of a large batch take other tiles than those of a small one."""
+    monkeypatch.setattr(np, "matmul", lambda a, b, dtype: np.einsum("ik,kj->ij", a, b, dtype=dtype))
+    texts, T, C = (256, 64, 128) if CUDA else (5, 16, 32)
+    sizes = replace(SMALL, block_size=T, n_embd=C, dropout=0.0)
+    model = GPT(sizes, backend="fused").to(DEVICE).eval()
+    idx = torch.randint(sizes.vocab_size, (texts, T)).to(DEVICE)
+    found = []
+    with torch.no_grad(), torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+        for size in (1, 3, texts):
+            found.append(torch.cat([model(idx[:size])[:1], model(idx[-size:])[-1:]]))
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
 @pytest.mark.parametrize("name", kernels.KERNELS)
 def test_opcheck(where: str, name: str) -> None:
     arguments, op = cases(DEVICE)[name], getattr(torch.ops.gptfast, name).default
