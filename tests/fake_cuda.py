@@ -25,7 +25,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 DEVICE = torch.device("cuda", 0)
-GENERATOR = torch.Generator
 CHIP = SimpleNamespace(multi_processor_count=132, major=9, minor=0)  # of an H100
 # torch switches to the device of a tensor even where nothing will be computed.
 GUARD = """
@@ -127,9 +126,11 @@ def convert(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool
     return module
 
 
-def generator(device: Any = None) -> torch.Generator:
-    """Stands for torch.Generator: this torch may have none of a GPU."""
-    return GENERATOR()
+class Generator(torch.Generator):
+    """Stands for torch.Generator: a torch for the CPU has none of a GPU."""
+
+    def __new__(cls, device: Any = None) -> "Generator":
+        return super().__new__(cls)
 
 
 def check_close(*args: Any, **_: Any) -> None:
@@ -152,7 +153,7 @@ def on_fake_cuda(kernels: dict[str, Callable[..., Any]]) -> Iterator[None]:
         mock.patch.object(torch.cuda, "get_device_properties", lambda *_: CHIP),
         mock.patch.object(nn.Module, "_apply", convert),
         mock.patch.object(torch.testing, "assert_close", check_close),
-        mock.patch.object(torch, "Generator", generator),
+        mock.patch.object(torch, "Generator", Generator),
     ]
     with contextlib.ExitStack() as stack:
         for patch in patches:

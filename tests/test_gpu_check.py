@@ -214,6 +214,16 @@ def test_a_kernel_is_compiled_by_the_process_that_claims_it(tmp_path: Path) -> N
     assert claims.claim("kernel BM=64") is None
 
 
+def test_nothing_is_captured_while_threads_compile(tmp_path: Path) -> None:
+    called, before = [], torch.cuda.CUDAGraph
+    with compiling.compiling(compiling.Claims(tmp_path)):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            called.append(1)
+        graph.replay()
+    assert called == [1] and torch.cuda.CUDAGraph is before
+
+
 def test_a_call_without_launches_that_does_not_end_is_ended() -> None:
     with pytest.raises(compiling.Enough), compiling.at_most(1):
         while True:

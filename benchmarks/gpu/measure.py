@@ -12,7 +12,6 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
