@@ -51,9 +51,9 @@ SECTIONS = (
     Section("loss", 10),
     Section("products", 15),
     Section("profile", 15, rows=False),
-    Section("tests", 60, rows=False),
+    Section("tests", 58, rows=False),
 )
-COMPILING, CEILINGS = Section("compiling", 50, rows=False), Section("ceilings", 8, rows=False)
+COMPILING, CEILINGS = Section("compiling", 45, rows=False), Section("ceilings", 15, rows=False)
 SECONDS = 235  # of everything, without --full
 
 
