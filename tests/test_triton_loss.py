@@ -173,7 +173,8 @@ def test_launches_of_the_embedding(
     if where == "cuda":
         pytest.skip("counted in the interpreter")
     monkeypatch.setattr(embedding, "ONE_HOT", one_hot)
-    (wte, wpe), idx, seed = tables(65, 40, 16), torch.ones(2, 33, dtype=torch.int64), torch.tensor(1)
+    (wte, wpe), seed = tables(65, 40, 16), torch.tensor(1)
+    idx = torch.ones(2, 33, dtype=torch.int64)
     args: Any = (idx, wte, wpe, 0.2, seed, 0, torch.float32)
     assert launched(monkeypatch, embedding.embedding, *args) == ["embedding_kernel"]
     backward: Any = (torch.ones(2, 33, 16), idx, wte, wpe, -1, 0.2, seed, 0, 0b11)
