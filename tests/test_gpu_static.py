@@ -1,7 +1,9 @@
 """Compilation of the Triton kernels without a GPU: the script and its table."""
 
+import importlib
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,10 @@ import pytest
 
 pytest.importorskip("triton")
 import gpu_static as script  # noqa: E402
+from gpu_cases import DTYPES, cases  # noqa: E402
+
+from gptfast.ops import triton as kernels  # noqa: E402
+from gptfast.ops.triton import launch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "benchmarks" / "results" / "gpu_static.json"
@@ -143,6 +149,23 @@ def test_kernels_of_a_training_step_compile_for_every_chip() -> None:
 def test_every_kernel_compiles_for_ampere_and_cdna() -> None:
     process = gpu_static("--chip", "sm_80", "gfx942", "--dtype", "bf16")
     assert process.returncode == 0, process.stderr
+
+
+def test_every_kernel_has_a_case() -> None:
+    run: set[str] = set()
+
+    def note(kernel: launch.Kernel, _: launch.Args) -> bool:
+        run.add(kernel.name)
+        return False
+
+    with launch.watched(note):
+        for case in cases():
+            for dtype in case.dtypes:
+                case.run(DTYPES[dtype])
+    files = pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}.")
+    modules = [vars(importlib.import_module(each.name)).values() for each in files]
+    every = {x.name for module in modules for x in module if isinstance(x, launch.Kernel)}
+    assert every == run
 
 
 def test_the_table_has_every_chip_and_no_failure() -> None:
