@@ -152,11 +152,11 @@ def test_kept_launches_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_torch_draws_random_numbers_after_a_capture_that_failed() -> None:
     if not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA device")
-    cuda, number = Cuda(torch.device("cuda")), torch.ones((), device="cuda")
+    device, number = torch.device("cuda"), torch.ones((), device="cuda")
     with pytest.raises(RuntimeError, match="captur"):
-        cuda.capture(lambda: torch.tensor(number.item()))
+        Cuda(device).capture(lambda: torch.tensor(number.item()))
     assert bool(torch.rand(3, device="cuda").isfinite().all())
-    assert cuda.capture(lambda: number + 1)().item() == 2.0
+    assert Cuda(device).capture(lambda: number + 1)().item() == 2.0
 
 
 def test_numbers_of_a_kind_share_a_kept_launch(recorder: Recorder) -> None:

@@ -2,9 +2,9 @@
 
 Each process first calls gptfast's contenders of its rows without launching anything: what would be
 launched is compiled by threads, each kernel by the one process that claims it first. Nothing is
-captured meanwhile: a graph would be empty, and the threads hold tensors of earlier steps, whose
-autograd nodes would bring their stream into the capture, which fails. When all are compiled, the
-process calls the contenders in earnest, for what depends on results.
+captured meanwhile: a graph would be empty, and captures were seen to fail while the threads held
+tensors of earlier steps. When all are compiled, the process calls the contenders in earnest, for
+what depends on results.
 """
 
 import contextlib

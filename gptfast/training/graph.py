@@ -93,7 +93,10 @@ class Cuda:
         return replay
 
     def _leave_capture(self) -> None:
-        """Lets torch draw random numbers again, which a failed capture forbids until the next."""
+        """Lets torch draw random numbers again, which a failed capture forbids until the next one.
+
+        Memory of the failed one stays in its pool, so that none can be captured there.
+        """
         number = torch.zeros((), device=self._device)
         with contextlib.suppress(RuntimeError):
             with torch.cuda.graph(
