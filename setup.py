@@ -54,7 +54,7 @@ def no_extension_reason() -> str | None:
     return line and f"no working C++ compiler with the headers of Python ({line})"
 
 
-def digest(folder: Path) -> str:  # gptfast/cli/info.py computes the same hash of csrc
+def digest(folder: Path) -> str:  # gptfast/info.py computes the same hash of csrc
     files = sorted(folder.rglob("*.[chi]*"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 

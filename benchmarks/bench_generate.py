@@ -11,7 +11,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -119,6 +119,7 @@ def options_of(shape: Shape, dtype: str) -> dict[str, Any]:
         "max_new_tokens": shape.new,
         "temperature": 0.0,
         "dtype": dtype,
+        "max_batch": max(256, shape.batch),
         "max_cache_bytes": 16 << 30,
     }
 
@@ -187,11 +188,12 @@ def makers(shape: Shape, dtype: str) -> dict[str, Callable[[], Generate]]:
     return found
 
 
-def step(shape: Shape, dtype: str) -> Case:
-    """Makes the case of one model, batch and dtype."""
-    contenders = {name: make() for name, make in makers(shape, dtype).items()}
+def step(shape: Shape, dtype: str, left_out: Collection[str] = ()) -> Case:
+    """Makes the case of one model, batch and dtype, without the contenders `left_out`."""
+    found = makers(shape, dtype).items()
+    contenders = {name: make() for name, make in found if name not in left_out}
     return Case(
-        dict(contenders),
+        contenders,
         shape.flops,
         functools.partial(verify, shape, dtype, contenders),
         other_dtype=("course fp32",) if dtype != "fp32" else (),
@@ -234,8 +236,8 @@ def largest_gap(oracle: peers.SdpaGPT, prompt: list[int], new: list[int], shape:
     device, T = oracle.wte.weight.device, shape.model.block_size
     text = torch.tensor([*prompt, *new], device=device)
     if shape.past:
-        windows = [text[i - T : i] for i in range(len(prompt), len(text))]
-        hidden = torch.cat([oracle.hidden(window[None])[:, -1] for window in windows])  # (new, C)
+        windows = text[:-1].unfold(0, T, 1)  # (new, T), since the prompt fills the first one
+        hidden = oracle.hidden(windows)[:, -1]  # (new, C)
     else:
         hidden = oracle.hidden(text[None, :-1])[0, len(prompt) - 1 :]
     logits = oracle.lm_head(hidden)  # (new, V)

@@ -23,6 +23,7 @@ from gptfast.testing import GRADIENT_FACTOR, RESULT_FACTOR, Op, assert_budget, e
 # LR is tiny so that the model does not learn its batch: its gradients would become denormals, which
 # some processors multiply slowly.
 LR, CLIP = 1e-9, 1.0
+COMPILED = "SDPA, torch.compile"
 CAPTURED, REDUCED = "SDPA, captured", "SDPA, reduce-overhead"  # with CUDA graphs
 COURSE, COURSE_FP32 = "course", "course fp32"  # COURSE_FP32 in rows of another dtype
 
@@ -133,9 +134,7 @@ def makers(shape: Shape, dtype: str) -> dict[str, Callable[[], Run]]:
     found: dict[str, Callable[[], Run]] = {
         OURS: lambda: our_step(shape, dtype),
         "SDPA": lambda: torch_step(shape, dtype, peers.SdpaGPT),
-        "SDPA, torch.compile": lambda: torch_step(
-            shape, dtype, peers.SdpaGPT, compiled(peers.loss)
-        ),
+        COMPILED: lambda: torch_step(shape, dtype, peers.SdpaGPT, compiled(peers.loss)),
     }
     if torch.get_default_device().type == "cuda":
         found[CAPTURED] = lambda: torch_step(shape, dtype, peers.SdpaGPT, in_graph=True)
@@ -228,7 +227,7 @@ def step(shape: Shape, dtype: str) -> Case:
         contenders,
         shape.flops,
         functools.partial(verify, shape, dtype),
-        compiles=tuple(name for name in ("SDPA, torch.compile", REDUCED) if name in contenders),
+        compiles=tuple(name for name in (COMPILED, REDUCED) if name in contenders),
         other_dtype=(COURSE_FP32,),
     )
 

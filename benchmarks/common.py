@@ -73,9 +73,10 @@ class Timing:
 
 def random_tensors(*shapes: tuple[int, ...], dtype: str, scale: float = 1.0) -> list[Tensor]:
     """Makes normally distributed tensors of these shapes, from a fixed seed."""
-    generator = torch.Generator().manual_seed(1)
-    made = [torch.randn(shape, generator=generator, device="cpu") * scale for shape in shapes]
-    return [x.to(torch.get_default_device(), DTYPES[dtype]) for x in made]
+    device = torch.get_default_device()
+    generator = torch.Generator(device).manual_seed(1)
+    made = (torch.randn(shape, generator=generator, device=device) * scale for shape in shapes)
+    return [x.to(DTYPES[dtype]) for x in made]
 
 
 def forward_backward(

@@ -2,9 +2,10 @@
 
 It needs a GPU, torch and Triton, and no compiled extension. Kernels are compiled first, by many
 processes; then every section runs in a process of its own, with a time limit, so that an error in
-one does not hide the others. Results are written as they come, and compared with the largest copy
-and product that this GPU was seen to do. Exit code 1: something failed or was not finished;
-2: invalid options, or no GPU.
+one does not hide the others. A section's process is started during the one before: imports take
+seconds. Results are written as they come, and compared with the largest copy and product that this
+GPU was seen to do. Exit code 1: something failed or was not finished; 2: invalid options, or no
+GPU.
 """
 
 import argparse
@@ -44,16 +45,16 @@ class Section:
 
 # In this order: the tests compile many small kernels of their own, and get what time is left.
 SECTIONS = (
-    Section("train", 35),
-    Section("generate", 35),
-    Section("attention", 20),
-    Section("loss", 20),
-    Section("products", 20),
-    Section("profile", 20, rows=False),
-    Section("tests", 60, rows=False),
+    Section("train", 30),
+    Section("generate", 30),
+    Section("attention", 15),
+    Section("loss", 10),
+    Section("products", 15),
+    Section("profile", 15, rows=False),
+    Section("tests", 58, rows=False),
 )
-COMPILING, CEILINGS = Section("compiling", 60, rows=False), Section("ceilings", 15, rows=False)
-SECONDS = 200  # of everything, without --full
+COMPILING, CEILINGS = Section("compiling", 45, rows=False), Section("ceilings", 15, rows=False)
+SECONDS = 235  # of everything, without --full
 
 
 class Report:
@@ -108,7 +109,8 @@ def sentence(row: dict[str, Any], ceiling: dict[str, float]) -> str:
                 text += f" ({row['tflops'] / ceiling['tflops']:.0%} of the product)"
         if best:
             text += f", {row['ratio']:.2f} x {best} ({row['ms'][best]:.4g} ms)"
-        text += f", {row['peak_mib']['gptfast']:.0f} MiB"
+        if "peak_mib" in row:
+            text += f", {row['peak_mib']['gptfast']:.0f} MiB"
         if row["errors"]:
             text += f", error {row['errors']['gptfast']:.1e}"
         for name, note in row["notes"].items():
@@ -126,18 +128,21 @@ def sentence(row: dict[str, Any], ceiling: dict[str, float]) -> str:
     return f"{text}: " + ", ".join(f"{value:.4g} {name}" for name, value in numbers.items())
 
 
-def lines_of(
-    command: list[str], seconds: float, errors: Any, cwd: Path = ROOT
-) -> Iterator[str | int | None]:
+def started(command: list[str], errors: Any) -> "subprocess.Popen[str]":
+    """Starts a process."""
+    environment = {**os.environ, "PYTHONPATH": search_path(), "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, errors="replace", start_new_session=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+    )  # fmt: skip
+
+
+def lines_of(process: "subprocess.Popen[str]", seconds: float) -> Iterator[str | int | None]:
     """Yields the lines of a process as it writes them, at last its exit code.
 
-    After `seconds` the process and what it has started are killed; then the last is None.
+    It may wait for a line from here. `seconds` later the process and what it has started are
+    killed; then the last is None.
     """
-    environment = {**os.environ, "PYTHONPATH": search_path(), "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        command, cwd=cwd, env=environment, text=True, errors="replace", start_new_session=True,
-        stdout=subprocess.PIPE, stderr=errors,
-    )  # fmt: skip
     expired = threading.Event()
 
     def stop() -> None:
@@ -148,7 +153,10 @@ def lines_of(
     timer = threading.Timer(seconds, stop)
     timer.start()
     try:
-        assert process.stdout is not None
+        assert process.stdin is not None and process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write("go\n")
+            process.stdin.close()
         for line in process.stdout:
             yield line.rstrip("\n")
         code = process.wait()
@@ -165,14 +173,23 @@ def search_path() -> str:
     return os.pathsep.join([*own, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def run_section(section: Section, options: argparse.Namespace, report: Report) -> None:
+class Waiting:
+    """A section's process, which imports what it needs, and then waits for its turn."""
+
+    def __init__(self, section: Section, options: argparse.Namespace) -> None:
+        self.section = section
+        self.errors = tempfile.TemporaryFile("w+")
+        command = [sys.executable, __file__, "--section", section.name]
+        self.process = started([*command, *shared_options(options)], self.errors)
+
+
+def run_section(waiting: Waiting, options: argparse.Namespace, report: Report) -> None:
     """Runs a section in a process of its own and reports its rows as they come."""
+    section = waiting.section
     seconds, start = options.limit(section), time.monotonic()
-    command = [sys.executable, __file__, "--section", section.name]
-    command += shared_options(options)
-    with tempfile.TemporaryFile("w+") as errors:
+    with waiting.errors as errors:
         code: str | int | None = None
-        for code in lines_of(command, seconds, errors):
+        for code in lines_of(waiting.process, seconds):
             if isinstance(code, str) and code.startswith(MARK):
                 report.add(section.name, json.loads(code.removeprefix(MARK)))
         errors.seek(0)
@@ -190,7 +207,8 @@ def run_tests(options: argparse.Namespace, report: Report) -> None:
     """Runs the tests of the kernels on the GPU, in parallel where pytest-xdist is installed."""
     seconds, start = options.limit(SECTIONS[-1]), time.monotonic()
     code, outcomes, text = None, dict[str, str](), []
-    for line in lines_of(pytest_command(options.full), seconds, subprocess.STDOUT):
+    process = started(pytest_command(options.full), subprocess.STDOUT)
+    for line in lines_of(process, seconds):
         code = line
         if not isinstance(line, str):
             break
@@ -239,7 +257,8 @@ def compile_all(chosen: list[Section], options: argparse.Namespace, report: Repo
     def work(part: int, folder: str) -> None:
         command = [sys.executable, __file__, "--warm", f"{part}/{workers}/{folder}"]
         command += ["--only", *names, *shared_options(options)]
-        for line in lines_of(command, options.limit(COMPILING), subprocess.STDOUT):
+        process = started(command, subprocess.STDOUT)
+        for line in lines_of(process, options.limit(COMPILING)):
             if isinstance(line, str) and "failed" in line:
                 messages.append(line)
             elif line is None:
@@ -277,14 +296,18 @@ def warm(part: str, names: list[str], full: bool, only: str) -> None:
 
 
 def measure(name: str, full: bool, only: str) -> None:
-    """Runs a section in this process."""
-    module = importlib.import_module(f"gpu.{name}")
-    if hasattr(module, "main"):
-        module.main()
-        return
+    """Runs a section in this process, when the driver says so."""
     from gpu.measure import run
 
-    run(module.rows(full), getattr(module, "TIMING", "kernels"), full, only)
+    module = importlib.import_module(f"gpu.{name}")
+    for used in ("torch._dynamo", "gptfast.ops.triton"):  # AdamW and operators import them late
+        importlib.import_module(used)
+    if not sys.stdin.readline():
+        return  # the driver has ended
+    if hasattr(module, "main"):
+        module.main()
+    else:
+        run(module, full, only)
 
 
 def facts() -> dict[str, Any]:
@@ -368,13 +391,16 @@ def main(argv: list[str] | None = None) -> int:
         print(f"gpu_check: {error.filename}: cannot be written ({error.strerror})", file=sys.stderr)
         return EXIT_BAD_INPUT
     chosen = [each for each in SECTIONS if each.name in options.only]
+    current = Waiting(CEILINGS, options)
     compile_all(chosen, options, report)
-    run_section(CEILINGS, options, report)
-    for section in chosen:
-        if section.name == "tests":
-            run_tests(options, report)
-        else:
-            run_section(section, options, report)
+    for each in chosen:
+        if each.name != "tests":
+            following = Waiting(each, options)
+            run_section(current, options, report)
+            current = following
+    run_section(current, options, report)
+    if SECTIONS[-1] in chosen:
+        run_tests(options, report)
     seconds = report.found["seconds"]
     print(", ".join(f"{name} {value} s" for name, value in seconds.items()))
     for each in report.found["failed"]:

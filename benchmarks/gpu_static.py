@@ -226,15 +226,23 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--chip", nargs="+", choices=tuple(CHIPS), default=list(CHIPS))
     parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
-    parser.add_argument("--only", default="", metavar="SUBSTRING", help="cases with this in them")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[""],
+        metavar="SUBSTRING",
+        help="cases with one of these in them",
+    )
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table as JSON")
     options = parser.parse_args(argv)
     try:
         command.check_outputs(options.out, None)
-        chosen = [case for case in cases() if options.only in case.name]
-        if not chosen:
-            raise ConfigError(f"--only: no case has {options.only!r} in its name")
+        every = cases()
+        for part in options.only:
+            if not any(part in case.name for case in every):
+                raise ConfigError(f"--only: no case has {part!r} in its name")
+        chosen = [case for case in every if any(part in case.name for part in options.only)]
     except (ConfigError, OSError) as error:
         print(f"gpu_static: {command.sentence(error)}", file=sys.stderr)
         return command.EXIT_BAD_INPUT

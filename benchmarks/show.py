@@ -26,7 +26,7 @@ WIDTH = 200  # columns, if the output is not a terminal
 
 def card() -> dict[str, Any]:
     """Returns the machine, the build and the versions that the numbers belong to."""
-    from gptfast.cli.info import info  # here: gpu_check.py needs no command line
+    from gptfast.info import info  # here: gpu_check.py needs no command line
 
     facts = info()
     return {

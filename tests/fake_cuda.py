@@ -126,6 +126,13 @@ def convert(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool
     return module
 
 
+class Generator(torch.Generator):
+    """Stands for torch.Generator: a torch for the CPU has none of a GPU."""
+
+    def __new__(cls, device: Any = None) -> "Generator":
+        return super().__new__(cls)
+
+
 def check_close(*args: Any, **_: Any) -> None:
     """Stands for torch.testing.assert_close."""
     same_device(*args)
@@ -146,6 +153,7 @@ def on_fake_cuda(kernels: dict[str, Callable[..., Any]]) -> Iterator[None]:
         mock.patch.object(torch.cuda, "get_device_properties", lambda *_: CHIP),
         mock.patch.object(nn.Module, "_apply", convert),
         mock.patch.object(torch.testing, "assert_close", check_close),
+        mock.patch.object(torch, "Generator", Generator),
     ]
     with contextlib.ExitStack() as stack:
         for patch in patches:

@@ -14,7 +14,7 @@ import pybind11
 import pytest
 from torch.utils.cpp_extension import include_paths
 
-from gptfast.cli.info import build_info, cpu_name, torch_range
+from gptfast.info import build_info, cpu_name, torch_range
 from gptfast.ops import select
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +56,7 @@ def test_extension_loads_where_it_was_built():
 def test_one_openmp_runtime_in_the_process():
     code = """
 import torch, gptfast
-from gptfast.cli.info import openmp_runtimes
+from gptfast.info import openmp_runtimes
 q = torch.randn(2, 2, 64, 32)
 gptfast.ops.causal_attention(q, q, q)
 torch.randn(256, 256) @ torch.randn(256, 256)
@@ -201,7 +201,7 @@ def test_install_without_the_extension_runs_the_reference(tree):
 import sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in finder.__module__]
 import torch, gptfast
-from gptfast.cli.info import info
+from gptfast.info import info
 model = gptfast.GPT(gptfast.GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=2, n_embd=16))
 tokens = torch.arange(8).reshape(2, 4) % 5
 model.loss(tokens, tokens).backward()

@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bench_generate
+import bench_train
 import generation_peers
 import pytest
 import torch
@@ -41,7 +43,8 @@ def section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., di
         options = gpu_check.parse(["--out", str(out)])
         report = gpu_check.Report(out, dict(FACTS))
         report.write()
-        gpu_check.run_section(Section("attention", seconds), options, report)
+        waiting = gpu_check.Waiting(Section("attention", seconds), options)
+        gpu_check.run_section(waiting, options, report)
         return json.loads(out.read_text())
 
     return run
@@ -105,20 +108,27 @@ def test_exit_code_says_whether_something_failed(
 ) -> None:
     ran: list[str] = []
 
-    def run_section(section: Section, options: Any, report: gpu_check.Report) -> None:
-        ran.append(section.name)
-        if fails and section.name == "loss":
-            report.fail(section.name, "it broke")
+    def run_section(waiting: Any, options: Any, report: gpu_check.Report) -> None:
+        ran.append(waiting.section.name)
+        if fails and waiting.section.name == "loss":
+            report.fail("loss", "it broke")
 
     monkeypatch.setattr(gpu_check, "missing", lambda: None)
     monkeypatch.setattr(gpu_check, "facts", lambda: dict(FACTS))
     monkeypatch.setattr(gpu_check, "compile_all", lambda chosen, *_: ran.append(str(len(chosen))))
+    monkeypatch.setattr(gpu_check, "Waiting", lambda each, _: SimpleNamespace(section=each))
     monkeypatch.setattr(gpu_check, "run_section", run_section)
     options = ["--only", "loss", "train", "--out", str(tmp_path / "new" / "result.json")]
     assert gpu_check.main(options) == (gpu_check.EXIT_FAILED if fails else 0)
     assert ran == ["2", "ceilings", "train", "loss"]  # the order of the table, not of the options
     failed = json.loads((tmp_path / "new" / "result.json").read_text())["failed"]
     assert failed == (["loss: it broke"] if fails else [])
+
+
+def test_all_limits_together_fit_into_four_minutes() -> None:
+    sections = gpu_check.COMPILING, gpu_check.CEILINGS, *gpu_check.SECTIONS
+    assert sum(each.seconds for each in sections) <= gpu_check.SECONDS < 240.0
+    assert gpu_check.COMPILING.seconds < 60.0
 
 
 def test_what_pytest_says_becomes_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,15 +173,16 @@ def test_rows_keep_to_the_device(row: Row) -> None:
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available:UserWarning")
 def test_training_keeps_to_the_device() -> None:
-    model = replace(train.BATCHES[0].model, n_layer=1)
-    shape = replace(train.BATCHES[0], model=model, batch=2)
+    model = replace(train.SHAPES[0].model, n_layer=1)
+    shape = replace(train.SHAPES[0], model=model, batch=2)
     with fake_cuda.on_fake_cuda(kernels.KERNELS):
         with torch.device(fake_cuda.DEVICE):
-            found = train.case(shape, "bf16")
-            found.verify()
-        for name in (OURS, "SDPA", "course fp32"):
+            train.case(shape, "bf16").verify()
+            makers = bench_train.makers(shape, "bf16")
+            steps = [makers[name]() for name in (OURS, "SDPA", "course fp32")]
+        for step in steps:
             with pytest.raises(pytest.skip.Exception, match="no graph"):  # after the forward
-                found.contenders[name]()
+                step()
 
 
 @pytest.mark.parametrize("past", (False, True))
@@ -201,6 +212,16 @@ def test_a_kernel_is_compiled_by_the_process_that_claims_it(tmp_path: Path) -> N
         path.rename(path.with_suffix(".done"))
     claims.wait()  # returns
     assert claims.claim("kernel BM=64") is None
+
+
+def test_nothing_is_captured_while_threads_compile(tmp_path: Path) -> None:
+    called, before = [], torch.cuda.CUDAGraph
+    with compiling.compiling(compiling.Claims(tmp_path)):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            called.append(1)
+        graph.replay()
+    assert called == [1] and torch.cuda.CUDAGraph is before
 
 
 def test_a_call_without_launches_that_does_not_end_is_ended() -> None:

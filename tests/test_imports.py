@@ -25,7 +25,8 @@ ROOMS = {
     "generation": ("generation", "errors config ops data model"),
     "training": ("training", BELOW_TRAINING),
     "public": ("gptfast", f"{BELOW_TRAINING} generation training"),  # the names of gptfast itself
-    "cli": ("cli", f"{BELOW_TRAINING} attention_plots generation training public"),
+    "info": ("info", "config ops training"),
+    "cli": ("cli", f"{BELOW_TRAINING} attention_plots generation training public info"),
     "testing": ("testing", ""),  # for tests and benchmarks
 }
 
@@ -119,7 +120,7 @@ def test_nothing_imports_itself_by_others() -> None:
         ("errors.py", "import gptfast.config"),
         ("model.py", "def f():\n    from gptfast import training"),
         ("training/run.py", "from gptfast.generation import request"),
-        ("generation/request.py", "from gptfast.cli.info import info"),
+        ("generation/request.py", "from gptfast.info import info"),
     ],
 )
 def test_a_wrong_import_is_found(tmp_path: Path, file: str, line: str) -> None:

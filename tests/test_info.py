@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gptfast import ConfigError, threads
-from gptfast.cli import info
+from gptfast import ConfigError, info, threads
 from gptfast.ops import select
 
 

@@ -19,6 +19,7 @@ import bench_attention
 import fake_cuda
 import numpy as np
 import pytest
+import sanitize_gpu
 import torch
 from peers import ffn as torch_ffn
 from test_attention import check_attention, check_large_scores, check_overflow, heads
@@ -312,6 +313,31 @@ def test_a_row_of_a_batch_has_the_bits_it_has_alone(monkeypatch: pytest.MonkeyPa
     assert x is not None
     whole = ops.layer_norm_ffn(x, *params)
     assert torch.equal(ops.layer_norm_ffn(x[90:101], *params), whole[90:101])
+
+
+@needs_numbers
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_a_text_has_the_same_logits_in_any_batch(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The products of a large batch take other tiles than those of a small one."""
+    monkeypatch.setattr(np, "matmul", lambda a, b, dtype: np.einsum("ik,kj->ij", a, b, dtype=dtype))
+    counts, T, C = ((1, 3, 256), 64, 128) if CUDA else ((1, 3), 16, 32)
+    sizes = replace(SMALL, n_layer=1, block_size=T, n_embd=C, dropout=0.0)
+    model = GPT(sizes, backend="fused").to(DEVICE).eval()
+    idx = torch.randint(sizes.vocab_size, (counts[-1], T)).to(DEVICE)
+    found = []
+    with torch.no_grad(), torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+        for count in counts:
+            found.append(torch.cat([model(idx[:count])[:1], model(idx[-count:])[-1:]]))
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
+@needs_numbers
+@pytest.mark.parametrize("name", ("ffn", "loss", "generate"))  # the others take seconds
+def test_what_the_sanitizer_watches_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sanitize_gpu, "DEVICE", DEVICE)
+    sanitize_gpu.CASES[name]()
 
 
 @pytest.mark.parametrize("name", kernels.KERNELS)

@@ -1,5 +1,6 @@
 """The products of gptfast's Triton kernels: every tile, both ways to read operands, launches."""
 
+import itertools
 from collections import Counter
 from typing import Any
 
@@ -198,8 +199,7 @@ def test_launches_of_a_layer(dropout_p: float, monkeypatch: pytest.MonkeyPatch) 
     )  # dropout_kernel sums the columns of dqkv
 
 
-@pytest.mark.parametrize("wanted", range(0, 128, 5))
-def test_any_gradients_of_a_sublayer(wanted: int) -> None:
+def test_any_gradients_of_a_sublayer() -> None:
     """Each is the one that is computed with all others, up to the order of a sum."""
     x, *params = there(*block(40, 32, 128))
     h, *others = there(*attention_block(2, 20, 32))
@@ -213,7 +213,11 @@ def test_any_gradients_of_a_sublayer(wanted: int) -> None:
     ):  # fmt: skip
         _, *kept = forward(*given, *rest, True)
         every = backward(given[0], *given, *kept, *rest, 0b1111111)
-        for i, grad in enumerate(backward(given[0], *given, *kept, *rest, wanted)):
+        some = {
+            wanted: backward(given[0], *given, *kept, *rest, wanted) for wanted in range(0, 128, 5)
+        }
+        for wanted, i in itertools.product(some, range(7)):
+            grad = some[wanted][i]
             if wanted >> i & 1:
                 torch.testing.assert_close(grad, every[i], rtol=1e-5, atol=1e-5)
             else:
@@ -231,6 +235,7 @@ def test_sums_of_many_rows() -> None:
     for y, dtype in zip(got, (torch.float32, torch.float16), strict=True):
         exact = x.double().sum(0)[: y.numel()]
         assert y.dtype == dtype and torch.allclose(y.double(), exact, atol=1e-2)
+    x = x if x.is_cuda else x[:200]  # the interpreter takes long to draw masks
     d, parts = rows.dropped_and_sums(x, dropout_args(0.2, torch.tensor(5), 1, x.device))
     assert torch.equal(d, rows.dropped(x, dropout_args(0.2, torch.tensor(5), 1, x.device)))
     assert torch.allclose(parts.sum(0), d.sum(0), atol=1e-3)

@@ -28,7 +28,7 @@ from zipfile import ZipFile
 import pooch
 import pybind11
 
-from gptfast.cli.info import build_info, stale_build, torch_range
+from gptfast.info import build_info, stale_build, torch_range
 
 Version = tuple[int, int]
 

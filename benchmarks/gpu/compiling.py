@@ -1,8 +1,10 @@
 """Compiles the kernels of rows by several processes, into Triton's cache on disk.
 
 Each process first calls gptfast's contenders of its rows without launching anything: what would be
-launched is compiled by threads, each kernel by the one process that claims it first. When all are
-compiled, it calls the contenders in earnest, for what depends on results.
+launched is compiled by threads, each kernel by the one process that claims it first. Nothing is
+captured meanwhile: a graph would be empty, and captures were seen to fail while the threads held
+tensors of earlier steps. When all are compiled, the process calls the contenders in earnest, for
+what depends on results.
 """
 
 import contextlib
@@ -16,6 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from common import OURS, Row
@@ -75,6 +78,19 @@ def described(kernel: Any, whole: dict[str, Any]) -> str:
     return " ".join([kernel.name, *(f"{name}={of(name, x)}" for name, x in whole.items())])
 
 
+class NoGraph:
+    """Stands for a CUDA graph: what would be captured is called, and not again."""
+
+    def replay(self) -> None:
+        """Does nothing."""
+
+
+@contextlib.contextmanager
+def no_capture(*_: Any, **__: Any) -> Iterator[None]:
+    """Stands for torch.cuda.graph."""
+    yield
+
+
 @contextlib.contextmanager
 def compiling(claims: Claims) -> Iterator[None]:
     """Compiles, in threads, what would be launched; waits for them at the end."""
@@ -93,14 +109,18 @@ def compiling(claims: Claims) -> Iterator[None]:
                 whole = {**args, **chosen}
                 key = described(kernel, whole)
                 calls[key] += 1
-                if calls[key] > OFTEN and not torch.cuda.is_current_stream_capturing():
+                if calls[key] > OFTEN:
                     raise Enough
                 claimed = claims.claim(key) if calls[key] == 1 else None
                 if claimed is not None:
                     pool.submit(compile_one, kernel, whole, claimed)
             return False
 
-        with launch.watched(watch):
+        with (
+            launch.watched(watch),
+            mock.patch.object(torch.cuda, "CUDAGraph", NoGraph),
+            mock.patch.object(torch.cuda, "graph", no_capture),
+        ):
             yield
 
 

@@ -1,16 +1,17 @@
 """Verifies and times rows on a GPU, and says each result at once.
 
 A section is a module with `rows(full)`, which yields `common.Row`s whose case is built with the GPU
-as torch's default device, and optionally `TIMING`: "kernels" (the default) takes the median of
-CUDA events around single calls, with a cold L2 cache; "calls" that of the wall clock around several
-calls in a row, which is what a user waits for.
+as torch's default device, and optionally `TIMING` and `MEMORY`. TIMING "kernels" (the default)
+takes the median of CUDA events around single calls, with a cold L2 cache; "calls" that of the wall
+clock around several calls in a row, which is what a user waits for. MEMORY is whether the peak of
+allocated memory means anything. A case without contenders has them in its row's `alone`: they are
+made one after the other, each with all of the memory.
 """
 
 import gc
 import json
 import statistics
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,16 +34,18 @@ def emit(row: dict[str, Any]) -> None:
     print(f"{MARK}{json.dumps(row)}", flush=True)
 
 
-def run(rows: Iterator[Row], timing: str, full: bool, only: str = "") -> None:
-    """Measures the rows with `only` in their name; one that fails does not stop the others."""
-    for row in (each for each in rows if only in each.name):
+def run(module: Any, full: bool, only: str = "") -> None:
+    """Measures a section's rows with `only` in the name; one that fails does not stop others."""
+    timing, memory = getattr(module, "TIMING", "kernels"), getattr(module, "MEMORY", True)
+    gc.freeze()  # what has been imported need not be looked through in every row
+    for row in (each for each in module.rows(full) if only in each.name):
         gc.collect()
         torch.cuda.empty_cache()
         torch.compiler.reset()
         torch.manual_seed(0)
         line: dict[str, Any] = {"name": row.name, "dtype": row.dtype}
         try:
-            emit(line | measure(row, timing, full))
+            emit(line | measure(row, timing, memory, full))
         except Exception as error:
             emit(line | {"failed": reason(error)})
             if isinstance(error, torch.AcceleratorError):
@@ -56,8 +59,9 @@ def reason(error: BaseException) -> str:
     return text if isinstance(error, AssertionError) else f"{type(error).__name__}: {text}"
 
 
-def measure(row: Row, timing: str, full: bool) -> dict[str, Any]:
+def measure(row: Row, timing: str, memory: bool, full: bool) -> dict[str, Any]:
     """Builds, verifies and times one row; one that is wrong is timed, too, and says so."""
+    clock = [time.perf_counter()]
     with torch.device(DEVICE):
         case = row.build()
         for name in () if full else case.compiles:
@@ -70,24 +74,33 @@ def measure(row: Row, timing: str, full: bool) -> dict[str, Any]:
             case.verify()
         except AssertionError as error:
             wrong["failed"] = reason(error)
+    clock.append(time.perf_counter())
     timed = {"kernels": kernel_seconds, "calls": call_seconds}[timing]
-    names = list(case.contenders)
-    if all(name in row.alone for name in names):
-        case.contenders.clear()
-        gc.collect()
     seconds, peaks = {}, {}
-    for name in names:
+    for name in list(case.contenders or row.alone):
         before = torch.cuda.memory_allocated()
-        if name in case.contenders:
-            contender = case.contenders[name]
-        else:  # one after the other, each with all of its memory
-            with torch.device(DEVICE):
-                contender = row.alone[name]()
-        peaks[name] = peak_mib(contender, before)
-        seconds[name] = timed(contender)
-        del contender
+        try:
+            contender = contender_of(row, case, name)
+            if memory:
+                peaks[name] = peak_mib(contender, before)
+            seconds[name] = timed(contender)
+            del contender
+        except Exception as error:
+            if name == OURS or isinstance(error, torch.AcceleratorError):
+                raise
+            notes[name] = f"does not run: {reason(error)}"
         gc.collect()
-    return wrong | line_of(case, seconds, peaks, notes)
+    clock.append(time.perf_counter())
+    took = {"verifying": clock[1] - clock[0], "timing": clock[2] - clock[1]}
+    return wrong | line_of(case, seconds, peaks, notes) | {"took_s": took}
+
+
+def contender_of(row: Row, case: Case, name: str) -> Run:
+    """Returns a contender of a case, or makes it."""
+    if case.contenders:
+        return case.contenders[name]
+    with torch.device(DEVICE):
+        return row.alone[name]()
 
 
 def line_of(
@@ -102,9 +115,10 @@ def line_of(
         "best": best,
         "ratio": others[best] / seconds[OURS] if best else None,
         "errors": case.errors,
-        "peak_mib": peaks,
         "notes": notes,
     }
+    if peaks:
+        found["peak_mib"] = peaks
     if case.flops:
         found["tflops"] = 1e-12 * case.flops / seconds[OURS]
     if case.details:

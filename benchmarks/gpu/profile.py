@@ -1,4 +1,4 @@
-"""The time of each kernel in a training step of GPT-2 and in decode steps."""
+"""The time of each kernel in training steps and in generated tokens."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -6,19 +6,14 @@ from typing import Any
 
 import bench_generate
 import torch
-from bench_generate import Shape
 from bench_train import our_step
 from common import Row
 from torch.profiler import ProfilerActivity, profile
 
+from gpu import generate, train
 from gpu.measure import DEVICE, emit, reason
-from gpu.train import BATCHES
 
 STEPS, WARM_UPS = 3, 5
-GENERATED = (
-    Shape("S", bench_generate.S, 4, 32, 64),
-    Shape("GPT-2", bench_generate.L, 32, 32, 1),
-)
 MOST = 40  # kernels of a table
 
 
@@ -41,11 +36,11 @@ def kernels_of(step: Callable[[], Any], steps: int) -> list[dict[str, Any]]:
 
 def steps() -> Iterator[tuple[str, Callable[[], Callable[[], Any]], int]]:
     """Yields name, a builder and the number of steps per call of what is profiled."""
-    for shape in BATCHES:
+    for shape in train.SHAPES:
         if shape.name in ("gpt2", "shakespeare"):
             build = functools.partial(our_step, shape, "bf16")
             yield f"training step, {shape.name} {shape.batch}x{shape.model.block_size}", build, 1
-    for text in GENERATED:
+    for text in generate.SHAPES:
         ours = functools.partial(bench_generate.ours, text, "bf16")
         yield f"generated token, {text}", ours, text.new
 

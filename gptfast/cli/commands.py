@@ -343,7 +343,7 @@ class Info:
 
     def run(self) -> int:
         """Prints the table of `gptfast.cli.info`."""
-        from gptfast.cli.info import print_info
+        from gptfast.info import print_info
 
         print_info()
         return 0

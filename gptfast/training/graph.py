@@ -10,6 +10,7 @@ that it holds: parameters, what is trained, the optimizer's moments, the model's
 Letters: B batch, T time, N tokens of a text.
 """
 
+import contextlib
 import functools
 import threading
 import warnings
@@ -78,6 +79,9 @@ class Cuda:
                     result = run()
                 for action in self._pending:
                     action()
+            except RuntimeError:
+                self._leave_capture()
+                raise
             finally:
                 self._pending = None
 
@@ -87,6 +91,18 @@ class Cuda:
             return result
 
         return replay
+
+    def _leave_capture(self) -> None:
+        """Lets torch draw random numbers again, which a failed capture forbids until the next one.
+
+        Memory of the failed one stays in its pool, so that none can be captured there.
+        """
+        number = torch.zeros((), device=self._device)
+        with contextlib.suppress(RuntimeError):
+            with torch.cuda.graph(
+                torch.cuda.CUDAGraph(), stream=self._stream, capture_error_mode="thread_local"
+            ):
+                number.add_(1.0)
 
     def after_capture(self, action: Callable[[], None]) -> None:
         """Does this between the capture and the first replay; at once outside of a capture."""

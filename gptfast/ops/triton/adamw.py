@@ -162,15 +162,19 @@ class Table:
         self, weights: list[Tensor], grads: list[Tensor], means: list[Tensor],
         squares: list[Tensor], steps: list[Tensor], memory: Tensor | None = None,
     ) -> None:  # fmt: skip
+        device = weights[0].get_device()
         for name, tensors in zip(
             ("weights", "grads", "means", "squares"), (weights, grads, means, squares), strict=True
         ):
-            if not all(_fits(x, like) for x, like in zip(tensors, weights, strict=True)):
+            if not all(_fits(x, like, device) for x, like in zip(tensors, weights, strict=True)):
                 raise RuntimeError(
-                    f"adamw_: {name} must be contiguous float32 tensors of the weights' sizes"
+                    f"adamw_: {name} must be contiguous float32 tensors of the weights' sizes, "
+                    "on one device"
                 )
-        if not all(_fits(step, step) and step.numel() == 1 for step in steps):
-            raise RuntimeError("adamw_: steps must be float32 tensors of one element")
+        if not all(_fits(step, step, device) and step.numel() == 1 for step in steps):
+            raise RuntimeError(
+                "adamw_: steps must be float32 tensors of one element, on the weights' device"
+            )
         sizes = tuple(weight.numel() for weight in weights)
         self.chunk, chunks = _chunks(sizes)
         self.count, self.chunk_count = len(sizes), len(chunks)
@@ -213,8 +217,10 @@ class Table:
         return norm
 
 
-def _fits(x: Tensor, like: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.is_contiguous() and x.numel() == like.numel()
+def _fits(x: Tensor, like: Tensor, device: int) -> bool:
+    """Whether a kernel that is given x's address alone reads what it expects there."""
+    alike = x.dtype == torch.float32 and x.numel() == like.numel()
+    return alike and x.is_contiguous() and x.get_device() == device
 
 
 def adamw_(

@@ -19,7 +19,7 @@ from gptfast.training.capturable import unsupported
 
 Version = tuple[int, int]
 
-_PACKAGE = Path(__file__).resolve().parents[1]
+_PACKAGE = Path(__file__).resolve().parent
 
 
 def info() -> dict[str, Any]:
