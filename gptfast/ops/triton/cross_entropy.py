@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptfast.ops.triton.casts import padded
 from gptfast.ops.triton.launch import ASSERTING, absent, block_of, cdiv, kernel, wants
 from gptfast.ops.triton.matmul import matmul
 from gptfast.ops.triton.rows import layer_norm, norm_backward
@@ -34,15 +35,6 @@ COUNT_BLOCK = 2048  # targets that a program counts at a time
 # a kernel of its own counts them.
 COUNT_READS = 1 << 21
 LOWEST = tl.constexpr(-2e38)
-
-
-@kernel
-@triton.jit
-def padded_kernel(weight, padded, n, padded_n, BLOCK: tl.constexpr):
-    """Copies the n elements of the weight, in the dtype of `padded`, whose rest is 0."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(weight + i, mask=i < n, other=0.0)
-    tl.store(padded + i, value.to(padded.dtype.element_ty), mask=i < padded_n)
 
 
 @triton.jit
@@ -146,7 +138,10 @@ def linear_cross_entropy(
     M, columns = targets.numel(), cdiv(V, COLUMNS_MULTIPLE) * COLUMNS_MULTIPLE
     with_dx, with_dweight = wants(wanted, 0, 2), wants(wanted, 3)
     n, mean, rstd = (x, None, None) if ln_w is None else layer_norm(x, ln_w, ln_b)
-    n, own = n.view(M, K), _padded(weight, columns, x.dtype)
+    n = n.view(M, K)
+    # Products of 2-byte numbers take the fast matrix instructions only if their sizes are multiples
+    # of 16 bytes.
+    own = padded(weight, columns if x.element_size() == 2 else V, x.dtype)
     width = own.shape[0]
 
     rows = _block_rows(M, columns * x.element_size())
@@ -185,22 +180,6 @@ def linear_cross_entropy(
     if ln_w is None or mean is None or rstd is None:
         return loss, dn, absent(x), absent(x), dweight
     return loss, *norm_backward(dn, x, None, mean, rstd, ln_w, ln_b, wanted=wanted), dweight
-
-
-def _padded(weight: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """Returns the weight (V, K) in `dtype`, in 2 bytes with rows of zeros up to (columns, K).
-
-    Products of 2-byte numbers take the fast matrix instructions only if their sizes are multiples
-    of 16 bytes.
-    """
-    V, K = weight.shape
-    if dtype.itemsize != 2 or columns == V:
-        return weight.to(dtype)
-    padded = weight.new_empty(columns, K, dtype=dtype)
-    padded_kernel[(cdiv(columns * K, 2048),)](
-        weight, padded, V * K, columns * K, BLOCK=2048, num_warps=4
-    )
-    return padded
 
 
 def _block_rows(M: int, bytes_per_row: int) -> int:

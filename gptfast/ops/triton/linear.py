@@ -24,14 +24,15 @@ from gptfast.ops.triton.tiles import (
     parts_of,
     product,
     store_tile,
+    take_turns,
     tile_at,
 )
 
 
 @kernel
-@triton.jit(do_not_specialize=["M", "substream", "threshold"])
+@triton.jit(do_not_specialize=["M", "delay", "substream", "threshold"])
 def linear_kernel(
-    a, b, M, N, K, b_row, b_column, y, before, bias, residual,
+    a, b, M, N, K, b_row, b_column, delay, y, before, bias, residual,
     seed, substream, threshold, keep_scale,
     GELU: tl.constexpr, DESCRIBED: tl.constexpr, STORED: tl.constexpr, PRECISION: tl.constexpr,
     GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
@@ -41,6 +42,8 @@ def linear_kernel(
     `before`, if given, receives the input of GELU.
     """
     tl.assume(K > 0)
+    COLUMNS: tl.constexpr = BN // PARTS
+    take_turns(delay)
     tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
     done = tl.program_id(0)  # a second count: loads of the next tile need not wait for its end
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
@@ -49,16 +52,20 @@ def linear_kernel(
         m0, n0 = tile_at(done, M, N, BM, BN, GROUP)
         done += tl.num_programs(0)
         parts = parts_of(acc, BM, BN, PARTS)
+        added = load_tile(residual, m0, n0, M, N, BM, COLUMNS)
         for i in tl.static_range(PARTS):
+            addend = added  # that of the next part is on its way before it is needed
+            if i + 1 < PARTS:
+                added = load_tile(residual, m0, n0 + (i + 1) * COLUMNS, M, N, BM, COLUMNS)
             _finish(
-                parts[i], m0, n0 + i * (BN // PARTS), M, N, y, before, bias, residual,
-                seed, substream, threshold, keep_scale, GELU, STORED, BM, BN // PARTS,
+                parts[i], addend, m0, n0 + i * COLUMNS, M, N, y, before, bias,
+                seed, substream, threshold, keep_scale, GELU, STORED, BM, COLUMNS,
             )  # fmt: skip
 
 
 @triton.jit
 def _finish(
-    acc, m0, n0, M, N, y, before, bias, residual, seed, substream, threshold, keep_scale,
+    acc, addend, m0, n0, M, N, y, before, bias, seed, substream, threshold, keep_scale,
     GELU: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """What `linear_kernel` does to a part of a tile of A B."""
@@ -73,8 +80,8 @@ def _finish(
         acc *= dropout_factors(
             tl.load(seed), substream, 0, m0, n0, threshold, keep_scale, ROWS, COLUMNS
         )
-    if residual is not None:
-        acc += load_tile(residual, m0, n0, M, N, ROWS, COLUMNS)
+    if addend is not None:
+        acc += addend.to(tl.float32)
     store_tile(y, acc, m0, n0, M, N, STORED, ROWS, COLUMNS)
 
 
