@@ -115,8 +115,8 @@ class Product(NamedTuple):
     """A product of a kernel: how it reads the operands, and its tile.
 
     Attributes:
-        operands: The kernel's first arguments: a, b, M, N, K, the strides of b, and the delay of some
-            programs; see tiles.take_turns.
+        operands: The kernel's first arguments: a, b, M, N, K, the strides of b, and a delay: see
+            tiles.take_turns.
         options: Its constants, and options of the launch.
         grid: The number of programs.
     """

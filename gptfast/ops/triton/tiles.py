@@ -121,7 +121,7 @@ def tile_at(tile, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr)
 
 @triton.jit
 def _reciprocal(x):
-    """1 / x for x in [1, 2^126]: a root, and a step of Newton's. A division takes more."""
+    """1 / x for x from 1 on: a root, and a step of Newton's. A division takes longer."""
     root = tl.rsqrt(x)
     first = root * root
     return first * (2.0 - x * first)
@@ -141,11 +141,12 @@ def own_head(H, T, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
 def _logistic(u):
     """g = (1 + tanh(sqrt(2 / pi) (u + 0.044715 u^3))) / 2 = 1 / (1 + 2^(-u (c1 + c3 u^2))); 1 - g.
 
-    1 - g as a product: the difference would lose what a large u makes of it in the derivative.
+    The smaller of the two is a product: a difference would lose what the derivative makes of it.
     """
-    power = tl.exp2(tl.minimum(-u * (2.302208198 + 0.1029432397 * u * u), 126.0))
-    gate = _reciprocal(1.0 + power)
-    return gate, power * gate
+    power = tl.exp2(-tl.abs(u) * (2.302208198 + 0.1029432397 * u * u))
+    larger = _reciprocal(1.0 + power)
+    smaller = power * larger
+    return tl.where(u < 0.0, smaller, larger), tl.where(u < 0.0, larger, smaller)
 
 
 @triton.jit
