@@ -26,10 +26,13 @@ from gptfast.ops.triton.tiles import LN2, LOG2E
 
 # Bytes of the logits of a block of rows. Every block adds its part to the weight's gradient, which
 # passes through memory for it: on an H100 blocks of 128 MB take 10 % longer than those of 256 MB.
-BLOCK_BYTES = 160 << 20
+BLOCK_BYTES = 200 << 20
 ROWS_MULTIPLE = 128  # blocks have a multiple of so many rows, those of the products' tiles
 COLUMNS_MULTIPLE = 64  # rows of logits have a stride of a multiple of so many elements
-ROW_BLOCK = 4096  # columns of a row that a program of `loss_kernel` reads at a time
+# Columns of a row that a program of `loss_kernel` reads at a time, 32 elements per thread: so few
+# programs run on a multiprocessor that their rows are still in the L2 cache at the second reading.
+ROW_BLOCK = 8192
+SMALL_BLOCK = 4096  # columns of several rows, if they are short
 COUNT_BLOCK = 2048  # targets that a program counts at a time
 # Every program of `loss_kernel` counts the targets if they read at most so many in all; otherwise
 # a kernel of its own counts them.
@@ -147,7 +150,8 @@ def linear_cross_entropy(
     rows = _block_rows(M, columns * x.element_size())
     logits, losses = x.new_empty(rows, columns), x.new_empty(M, dtype=torch.float32)
     block = block_of(min(columns, ROW_BLOCK))
-    tile = {"ROWS": max(1, ROW_BLOCK // block), "BLOCK": block, "COUNT": COUNT_BLOCK}
+    tile = {"ROWS": max(1, SMALL_BLOCK // block), "BLOCK": block, "COUNT": COUNT_BLOCK}
+    warps = 8 if block > SMALL_BLOCK else 4
     total = None
     if reduction == "mean" and cdiv(M, tile["ROWS"]) * M > COUNT_READS:
         total = losses.new_empty(1)
@@ -166,7 +170,8 @@ def linear_cross_entropy(
         matmul(part, own.t(), out=own_logits)
         loss_kernel[(cdiv(count, tile["ROWS"]),)](
             logits, targets, token_weights, total, losses, ignore_index, first, count, M, V,
-            columns, MEAN=reduction == "mean", GRAD=wanted != 0, **tile, num_warps=4, **ASSERTING,
+            columns, MEAN=reduction == "mean", GRAD=wanted != 0, **tile, num_warps=warps,
+            **ASSERTING,
         )  # fmt: skip
         if with_dweight:
             matmul(own_logits.t(), part, dtype, out=dweight, accumulate=first > 0)

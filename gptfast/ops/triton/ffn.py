@@ -19,15 +19,14 @@ from gptfast.ops.triton.tiles import (
     parts_of,
     product,
     store_tile,
-    take_turns,
     tile_at,
 )
 
 
 @kernel
-@triton.jit(do_not_specialize=["M", "delay"])
+@triton.jit(do_not_specialize=["M"])
 def hidden_grad_kernel(
-    a, b, M, N, K, b_row, b_column, delay, before, dhidden, hidden, sums, GELU: tl.constexpr,
+    a, b, M, N, K, b_row, b_column, before, dhidden, hidden, sums, GELU: tl.constexpr,
     DESCRIBED: tl.constexpr, STORED: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -38,7 +37,6 @@ def hidden_grad_kernel(
     """
     tl.assume(K > 0)
     COLUMNS: tl.constexpr = BN // PARTS
-    take_turns(delay)
     tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
     done = tl.program_id(0)  # see linear_kernel
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
@@ -47,14 +45,15 @@ def hidden_grad_kernel(
         m0, n0 = tile_at(done, M, N, BM, BN, GROUP)
         done += tl.num_programs(0)
         parts = parts_of(acc, BM, BN, PARTS)
-        u = load_tile(before, m0, n0, M, N, BM, COLUMNS)
         for i in tl.static_range(PARTS):
             n1 = n0 + i * COLUMNS
+            if i == 0 or DESCRIBED is None:
+                u = load_tile(before, m0, n1, M, N, BM, COLUMNS)
             value, slope = gelu_and_slope(u.to(tl.float32), GELU)
             du = parts[i] * slope
             if hidden is not None:
                 store_tile(hidden, value, m0, n1, M, N, STORED, BM, COLUMNS)
-            if i + 1 < PARTS:  # on its way while this part is stored
+            if i + 1 < PARTS and DESCRIBED is not None:  # on its way while this part is stored
                 u = load_tile(before, m0, n1 + COLUMNS, M, N, BM, COLUMNS)
             store_tile(dhidden, du, m0, n1, M, N, STORED, BM, COLUMNS)
             if sums is not None:

@@ -24,15 +24,14 @@ from gptfast.ops.triton.tiles import (
     parts_of,
     product,
     store_tile,
-    take_turns,
     tile_at,
 )
 
 
 @kernel
-@triton.jit(do_not_specialize=["M", "delay", "substream", "threshold"])
+@triton.jit(do_not_specialize=["M", "substream", "threshold"])
 def linear_kernel(
-    a, b, M, N, K, b_row, b_column, delay, y, before, bias, residual,
+    a, b, M, N, K, b_row, b_column, y, before, bias, residual,
     seed, substream, threshold, keep_scale,
     GELU: tl.constexpr, DESCRIBED: tl.constexpr, STORED: tl.constexpr, PRECISION: tl.constexpr,
     GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
@@ -43,7 +42,6 @@ def linear_kernel(
     """
     tl.assume(K > 0)
     COLUMNS: tl.constexpr = BN // PARTS
-    take_turns(delay)
     tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
     done = tl.program_id(0)  # a second count: loads of the next tile need not wait for its end
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
@@ -52,23 +50,25 @@ def linear_kernel(
         m0, n0 = tile_at(done, M, N, BM, BN, GROUP)
         done += tl.num_programs(0)
         parts = parts_of(acc, BM, BN, PARTS)
-        added = load_tile(residual, m0, n0, M, N, BM, COLUMNS)
         for i in tl.static_range(PARTS):
-            addend = added  # that of the next part is on its way before it is needed
-            if i + 1 < PARTS:
-                added = load_tile(residual, m0, n0 + (i + 1) * COLUMNS, M, N, BM, COLUMNS)
-            _finish(
-                parts[i], addend, m0, n0 + i * COLUMNS, M, N, y, before, bias,
+            n1 = n0 + i * COLUMNS
+            if i == 0 or DESCRIBED is None:
+                addend = load_tile(residual, m0, n1, M, N, BM, COLUMNS)
+            part = _finished(
+                parts[i], addend, m0, n1, M, N, before, bias,
                 seed, substream, threshold, keep_scale, GELU, STORED, BM, COLUMNS,
             )  # fmt: skip
+            if i + 1 < PARTS and DESCRIBED is not None:  # on its way while this part is stored
+                addend = load_tile(residual, m0, n1 + COLUMNS, M, N, BM, COLUMNS)
+            store_tile(y, part, m0, n1, M, N, STORED, BM, COLUMNS)
 
 
 @triton.jit
-def _finish(
-    acc, addend, m0, n0, M, N, y, before, bias, seed, substream, threshold, keep_scale,
+def _finished(
+    acc, addend, m0, n0, M, N, before, bias, seed, substream, threshold, keep_scale,
     GELU: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """What `linear_kernel` does to a part of a tile of A B."""
+    """What `linear_kernel` makes of a part of a tile of A B."""
     if bias is not None:
         n = n0 + tl.arange(0, COLUMNS)
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
@@ -82,7 +82,7 @@ def _finish(
         )
     if addend is not None:
         acc += addend.to(tl.float32)
-    store_tile(y, acc, m0, n0, M, N, STORED, ROWS, COLUMNS)
+    return acc
 
 
 def multiply(

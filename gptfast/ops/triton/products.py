@@ -24,7 +24,6 @@ from gptfast.ops.triton.launch import (
 )
 
 GROUP = 8  # rows of tiles that are computed together; see tiles.tile_at
-DELAY = 4000  # ns by which one of two programs on a multiprocessor is late; see tiles.take_turns
 REGISTERS = 65536  # of a multiprocessor, on all of NVIDIA's chips
 
 
@@ -115,8 +114,7 @@ class Product(NamedTuple):
     """A product of a kernel: how it reads the operands, and its tile.
 
     Attributes:
-        operands: The kernel's first arguments: a, b, M, N, K, the strides of b, and a delay: see
-            tiles.take_turns.
+        operands: The kernel's first arguments: a, b, M, N, K, and the strides of b.
         options: Its constants, and options of the launch.
         grid: The number of programs.
     """
@@ -156,9 +154,7 @@ def product(a: Tensor, b: Tensor, tiles: tuple[Tile, ...] = DESCRIBED_TILES) -> 
         if most < 255:  # the most that a thread can have
             options["maxnreg"] = most
     blocks = cdiv(M, tile.BM) * cdiv(N, tile.BN)
-    grid = min(blocks, count * tile.programs)
-    delay = (DELAY if blocks >= 2 * grid else 0) if copies_tiles() else None
-    return Product((a, b, M, N, K, *strides, delay), options, (grid,))
+    return Product((a, b, M, N, K, *strides), options, (min(blocks, count * tile.programs),))
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -249,18 +249,3 @@ def _normal(u):
     p = p * t + 0.11652056
     tail = p * t * power
     return tl.where(u < 0.0, tail, 1.0 - tail), 0.3989422804014327 * power
-
-
-@triton.jit
-def take_turns(delay):
-    """Lets the second half of the programs wait for `delay` ns: one of two on a multiprocessor.
-
-    Two programs that start together multiply together, at half of the speed, and then finish their
-    tiles together, while the matrix units wait. Apart, one multiplies while the other finishes.
-    """
-    if delay is not None:
-        if 2 * tl.program_id(0) >= tl.num_programs(0):
-            tl.inline_asm_elementwise(
-                "nanosleep.u32 $1; mov.u32 $0, $1;", "=r,r", [tl.full([1], 0, tl.int32) + delay],
-                dtype=tl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
