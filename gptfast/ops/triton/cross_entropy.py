@@ -29,10 +29,10 @@ from gptfast.ops.triton.tiles import LN2, LOG2E
 BLOCK_BYTES = 200 << 20
 ROWS_MULTIPLE = 128  # blocks have a multiple of so many rows, those of the products' tiles
 COLUMNS_MULTIPLE = 64  # rows of logits have a stride of a multiple of so many elements
-# Columns of a row that a program of `loss_kernel` reads at a time, 32 elements per thread: so few
-# programs run on a multiprocessor that their rows are still in the L2 cache at the second reading.
+# Columns of a row that a program of `loss_kernel` reads at a time, 32 elements per thread. Two
+# programs run on a multiprocessor of an H100, so that the L2 cache can hold what they read twice.
 ROW_BLOCK = 8192
-SMALL_BLOCK = 4096  # columns of several rows, if they are short
+SMALL_BLOCK = 4096  # elements of several short rows
 COUNT_BLOCK = 2048  # targets that a program counts at a time
 # Every program of `loss_kernel` counts the targets if they read at most so many in all; otherwise
 # a kernel of its own counts them.
@@ -150,7 +150,8 @@ def linear_cross_entropy(
     rows = _block_rows(M, columns * x.element_size())
     logits, losses = x.new_empty(rows, columns), x.new_empty(M, dtype=torch.float32)
     block = block_of(min(columns, ROW_BLOCK))
-    tile = {"ROWS": max(1, SMALL_BLOCK // block), "BLOCK": block, "COUNT": COUNT_BLOCK}
+    several = max(1, SMALL_BLOCK // block) if columns <= ROW_BLOCK else 1
+    tile = {"ROWS": several, "BLOCK": block, "COUNT": COUNT_BLOCK}
     warps = 8 if block > SMALL_BLOCK else 4
     total = None
     if reduction == "mean" and cdiv(M, tile["ROWS"]) * M > COUNT_READS:
