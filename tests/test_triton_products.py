@@ -225,6 +225,24 @@ def test_any_gradients_of_a_sublayer() -> None:
 
 
 @needs_numbers
+@pytest.mark.parametrize("gelu", ("erf", "tanh"))
+def test_gelu_and_its_slope(gelu: str) -> None:
+    """Their errors are roundings of float32, also where 1 - Phi(u) is small, and far out."""
+    far = torch.tensor([-1e15, -1e4, -40.0, -13.0, 13.0, 40.0, 1e4, 1e15])
+    u = torch.cat([torch.linspace(-8, 8, 4088), far]).view(64, 64).to(DEVICE)
+    d, w2 = torch.zeros(64, 16, device=DEVICE), torch.ones(16, 64, device=DEVICE)
+    d[:, 0] = 1.0  # d w2 = 1
+    slope, value, _ = ffn._hidden_grad(d, w2, u, gelu, True, False)
+    exact = u.double().requires_grad_()
+    approximate = "none" if gelu == "erf" else "tanh"
+    value_exact = torch.nn.functional.gelu(exact, approximate=approximate)
+    value_exact.sum().backward()
+    assert exact.grad is not None
+    assert (slope - exact.grad).abs().max() < 6e-7
+    assert ((value - value_exact).abs() / exact.abs().clamp(1.0)).max() < 5e-7
+
+
+@needs_numbers
 def test_sums_of_many_rows() -> None:
     x = heads(1, 1, 3000, 200)[0, 0].to(DEVICE)
     outs = [torch.empty(n, dtype=d, device=DEVICE) for n, d in ((200, x.dtype), (7, torch.half))]

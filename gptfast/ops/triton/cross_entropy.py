@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptfast.ops.triton.casts import padded
 from gptfast.ops.triton.launch import ASSERTING, absent, block_of, cdiv, kernel, wants
 from gptfast.ops.triton.matmul import matmul
 from gptfast.ops.triton.rows import layer_norm, norm_backward
@@ -25,24 +26,18 @@ from gptfast.ops.triton.tiles import LN2, LOG2E
 
 # Bytes of the logits of a block of rows. Every block adds its part to the weight's gradient, which
 # passes through memory for it: on an H100 blocks of 128 MB take 10 % longer than those of 256 MB.
-BLOCK_BYTES = 160 << 20
+BLOCK_BYTES = 200 << 20
 ROWS_MULTIPLE = 128  # blocks have a multiple of so many rows, those of the products' tiles
 COLUMNS_MULTIPLE = 64  # rows of logits have a stride of a multiple of so many elements
-ROW_BLOCK = 4096  # columns of a row that a program of `loss_kernel` reads at a time
+# Columns of a row that a program of `loss_kernel` reads at a time, 32 elements per thread. Two
+# programs run on a multiprocessor of an H100, so that the L2 cache can hold what they read twice.
+ROW_BLOCK = 8192
+SMALL_BLOCK = 4096  # elements of several short rows
 COUNT_BLOCK = 2048  # targets that a program counts at a time
 # Every program of `loss_kernel` counts the targets if they read at most so many in all; otherwise
 # a kernel of its own counts them.
 COUNT_READS = 1 << 21
 LOWEST = tl.constexpr(-2e38)
-
-
-@kernel
-@triton.jit
-def padded_kernel(weight, padded, n, padded_n, BLOCK: tl.constexpr):
-    """Copies the n elements of the weight, in the dtype of `padded`, whose rest is 0."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(weight + i, mask=i < n, other=0.0)
-    tl.store(padded + i, value.to(padded.dtype.element_ty), mask=i < padded_n)
 
 
 @triton.jit
@@ -146,13 +141,18 @@ def linear_cross_entropy(
     M, columns = targets.numel(), cdiv(V, COLUMNS_MULTIPLE) * COLUMNS_MULTIPLE
     with_dx, with_dweight = wants(wanted, 0, 2), wants(wanted, 3)
     n, mean, rstd = (x, None, None) if ln_w is None else layer_norm(x, ln_w, ln_b)
-    n, own = n.view(M, K), _padded(weight, columns, x.dtype)
+    n = n.view(M, K)
+    # Products of 2-byte numbers take the fast matrix instructions only if their sizes are multiples
+    # of 16 bytes.
+    own = padded(weight, columns if x.element_size() == 2 else V, x.dtype)
     width = own.shape[0]
 
     rows = _block_rows(M, columns * x.element_size())
     logits, losses = x.new_empty(rows, columns), x.new_empty(M, dtype=torch.float32)
     block = block_of(min(columns, ROW_BLOCK))
-    tile = {"ROWS": max(1, ROW_BLOCK // block), "BLOCK": block, "COUNT": COUNT_BLOCK}
+    several = max(1, SMALL_BLOCK // block) if columns <= ROW_BLOCK else 1
+    tile = {"ROWS": several, "BLOCK": block, "COUNT": COUNT_BLOCK}
+    warps = 8 if block > SMALL_BLOCK else 4
     total = None
     if reduction == "mean" and cdiv(M, tile["ROWS"]) * M > COUNT_READS:
         total = losses.new_empty(1)
@@ -171,7 +171,8 @@ def linear_cross_entropy(
         matmul(part, own.t(), out=own_logits)
         loss_kernel[(cdiv(count, tile["ROWS"]),)](
             logits, targets, token_weights, total, losses, ignore_index, first, count, M, V,
-            columns, MEAN=reduction == "mean", GRAD=wanted != 0, **tile, num_warps=4, **ASSERTING,
+            columns, MEAN=reduction == "mean", GRAD=wanted != 0, **tile, num_warps=warps,
+            **ASSERTING,
         )  # fmt: skip
         if with_dweight:
             matmul(own_logits.t(), part, dtype, out=dweight, accumulate=first > 0)
@@ -185,22 +186,6 @@ def linear_cross_entropy(
     if ln_w is None or mean is None or rstd is None:
         return loss, dn, absent(x), absent(x), dweight
     return loss, *norm_backward(dn, x, None, mean, rstd, ln_w, ln_b, wanted=wanted), dweight
-
-
-def _padded(weight: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """Returns the weight (V, K) in `dtype`, in 2 bytes with rows of zeros up to (columns, K).
-
-    Products of 2-byte numbers take the fast matrix instructions only if their sizes are multiples
-    of 16 bytes.
-    """
-    V, K = weight.shape
-    if dtype.itemsize != 2 or columns == V:
-        return weight.to(dtype)
-    padded = weight.new_empty(columns, K, dtype=dtype)
-    padded_kernel[(cdiv(columns * K, 2048),)](
-        weight, padded, V * K, columns * K, BLOCK=2048, num_warps=4
-    )
-    return padded
 
 
 def _block_rows(M: int, bytes_per_row: int) -> int:

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.ops.triton import products
+from gptfast.ops.triton.casts import cast
 from gptfast.ops.triton.launch import cdiv, dropout_args, kernel, or_absent, wants
 from gptfast.ops.triton.linear import input_grad, multiply, weight_grad
 from gptfast.ops.triton.rows import Sums, column_sums, dropped_and_sums, layer_norm, norm_grads
@@ -35,6 +36,7 @@ def hidden_grad_kernel(
     holds U. `hidden` and `sums` are optional.
     """
     tl.assume(K > 0)
+    COLUMNS: tl.constexpr = BN // PARTS
     tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
     done = tl.program_id(0)  # see linear_kernel
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
@@ -44,28 +46,21 @@ def hidden_grad_kernel(
         done += tl.num_programs(0)
         parts = parts_of(acc, BM, BN, PARTS)
         for i in tl.static_range(PARTS):
-            _finish(
-                parts[i], m0, n0 + i * (BN // PARTS), M, N, before, dhidden, hidden, sums,
-                GELU, STORED, BM, BN // PARTS,
-            )  # fmt: skip
-
-
-@triton.jit
-def _finish(
-    acc, m0, n0, M, N, before, dhidden, hidden, sums, GELU: tl.constexpr, STORED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """What `hidden_grad_kernel` does to a part of a tile of A B."""
-    u = load_tile(before, m0, n0, M, N, ROWS, COLUMNS)
-    value, slope = gelu_and_slope(u, GELU)
-    if hidden is not None:
-        store_tile(hidden, value, m0, n0, M, N, STORED, ROWS, COLUMNS)
-    du = acc * slope
-    store_tile(dhidden, du, m0, n0, M, N, STORED, ROWS, COLUMNS)
-    if sums is not None:
-        m, n = m0 + tl.arange(0, ROWS), n0 + tl.arange(0, COLUMNS)
-        total = tl.sum(tl.where((m < M)[:, None], du, 0.0), 0)
-        tl.store(sums + (m0 // ROWS).to(tl.int64) * N + n, total, mask=n < N)
+            n1 = n0 + i * COLUMNS
+            if i == 0 or DESCRIBED is None:
+                u = load_tile(before, m0, n1, M, N, BM, COLUMNS)
+            value, slope = gelu_and_slope(u.to(tl.float32), GELU)
+            du = parts[i] * slope
+            if hidden is not None:
+                store_tile(hidden, value, m0, n1, M, N, STORED, BM, COLUMNS)
+            if i + 1 < PARTS and DESCRIBED is not None:  # on its way while this part is stored
+                u = load_tile(before, m0, n1 + COLUMNS, M, N, BM, COLUMNS)
+            store_tile(dhidden, du, m0, n1, M, N, STORED, BM, COLUMNS)
+            if sums is not None:
+                n = n1 + tl.arange(0, COLUMNS)
+                if DESCRIBED is None:  # otherwise rows from M on are 0
+                    du = tl.where((m0 + tl.arange(0, BM) < M)[:, None], du, 0.0)
+                tl.store(sums + (m0 // BM).to(tl.int64) * N + n, tl.sum(du, 0), mask=n < N)
 
 
 def ffn(
@@ -78,6 +73,7 @@ def ffn(
     n, mean, rstd = layer_norm(x, ln_w, ln_b)
     rows = x.numel() // x.shape[-1] if keep else 0
     before = x.new_empty(rows, w1.shape[0])
+    w1, w2 = cast(x.dtype, w1, w2)
     hidden = multiply(n, w1.t(), bias=b1, gelu=gelu, before=before if keep else None)
     dropout = dropout_args(dropout_p, seed, stream, x.device)
     y = multiply(hidden, w2.t(), bias=b2, dropout=dropout, residual=x)
@@ -94,17 +90,18 @@ def ffn_backward(
     n = dx = x.new_empty(0)
     dln_w = dln_b = dw1 = db1 = dw2 = db2 = None
     dropout = dropout_args(dropout_p, seed, stream, x.device)
+    first, second = cast(x.dtype, w1, w2)
     d, of_d = dy, None
     if dropout["seed"] is not None:
         d, of_d = dropped_and_sums(dy, dropout)
     du, hidden, of_du = _hidden_grad(
-        d, w2, before, gelu, wants(wanted, 5), b1 is not None and wants(wanted, 4)
+        d, second, before, gelu, wants(wanted, 5), b1 is not None and wants(wanted, 4)
     )
     if wants(wanted, 5):
         dw2 = weight_grad(d, hidden, w2)
     del hidden
     if wants(wanted, 0, 2):
-        dn = input_grad(du, w1)
+        dn = input_grad(du, first)
         back = norm_grads(dn, x, dy, mean, rstd, ln_w, ln_b, wants(wanted, 3))
         dx, n = back.dx, back.n
         dln_w, dln_b = sums.of_norm(back, ln_w, ln_b, wanted)
@@ -129,7 +126,7 @@ def _hidden_grad(
     du, hidden = torch.empty_like(before), torch.empty_like(before if with_hidden else before[:0])
     if not before.numel():
         return du, hidden, d.new_empty(0, N, dtype=torch.float32)
-    how = products.product(d.view(M, -1), w2.to(d.dtype), products.EPILOGUE_TILES)
+    how = products.product(d.view(M, -1), w2, products.EPILOGUE_TILES)
     parts = cdiv(M, how.options["BM"]) if with_sums else 0
     sums = d.new_empty(parts, N, dtype=torch.float32)
     hidden_grad_kernel[how.grid](

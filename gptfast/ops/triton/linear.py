@@ -41,6 +41,7 @@ def linear_kernel(
     `before`, if given, receives the input of GELU.
     """
     tl.assume(K > 0)
+    COLUMNS: tl.constexpr = BN // PARTS
     tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
     done = tl.program_id(0)  # a second count: loads of the next tile need not wait for its end
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
@@ -50,18 +51,24 @@ def linear_kernel(
         done += tl.num_programs(0)
         parts = parts_of(acc, BM, BN, PARTS)
         for i in tl.static_range(PARTS):
-            _finish(
-                parts[i], m0, n0 + i * (BN // PARTS), M, N, y, before, bias, residual,
-                seed, substream, threshold, keep_scale, GELU, STORED, BM, BN // PARTS,
+            n1 = n0 + i * COLUMNS
+            if i == 0 or DESCRIBED is None:
+                addend = load_tile(residual, m0, n1, M, N, BM, COLUMNS)
+            part = _finished(
+                parts[i], addend, m0, n1, M, N, before, bias,
+                seed, substream, threshold, keep_scale, GELU, STORED, BM, COLUMNS,
             )  # fmt: skip
+            if i + 1 < PARTS and DESCRIBED is not None:  # on its way while this part is stored
+                addend = load_tile(residual, m0, n1 + COLUMNS, M, N, BM, COLUMNS)
+            store_tile(y, part, m0, n1, M, N, STORED, BM, COLUMNS)
 
 
 @triton.jit
-def _finish(
-    acc, m0, n0, M, N, y, before, bias, residual, seed, substream, threshold, keep_scale,
+def _finished(
+    acc, addend, m0, n0, M, N, before, bias, seed, substream, threshold, keep_scale,
     GELU: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """What `linear_kernel` does to a part of a tile of A B."""
+    """What `linear_kernel` makes of a part of a tile of A B."""
     if bias is not None:
         n = n0 + tl.arange(0, COLUMNS)
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
@@ -73,9 +80,9 @@ def _finish(
         acc *= dropout_factors(
             tl.load(seed), substream, 0, m0, n0, threshold, keep_scale, ROWS, COLUMNS
         )
-    if residual is not None:
-        acc += load_tile(residual, m0, n0, M, N, ROWS, COLUMNS)
-    store_tile(y, acc, m0, n0, M, N, STORED, ROWS, COLUMNS)
+    if addend is not None:
+        acc += addend.to(tl.float32)
+    return acc
 
 
 def multiply(

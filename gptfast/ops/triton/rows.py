@@ -15,7 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.ops.reference import LAYER_NORM_EPS
-from gptfast.ops.triton.launch import NO_DROPOUT, block_of, cdiv, kernel, or_absent, programs, wants
+from gptfast.ops.triton.launch import (
+    NO_DROPOUT,
+    block_of,
+    cdiv,
+    kernel,
+    or_absent,
+    processors,
+    programs,
+    wants,
+)
 from gptfast.ops.triton.tiles import dropout_factors
 
 ELEMENTS = 4096  # elements of a program's tile, unless a row is longer
@@ -157,7 +166,7 @@ def norm_grads(
     K = x.shape[-1]
     M, block = x.numel() // K, block_of(K)
     rows = max(1, 2048 // block)
-    parts = max(1, min(2 * programs(x.device), cdiv(M, rows)))
+    parts = max(1, min(3 * processors(x.device), cdiv(M, rows)))  # as many as run at a time
     dx, sums = torch.empty_like(x), x.new_empty(parts, 3, K, dtype=torch.float32)
     n = torch.empty_like(x) if with_n else None
     norm_grad_kernel[(parts,)](

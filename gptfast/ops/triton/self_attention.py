@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gptfast.ops.triton.attention import attention
 from gptfast.ops.triton.attention_backward import write_grads
+from gptfast.ops.triton.casts import cast
 from gptfast.ops.triton.launch import dropout_args, or_absent, wants
 from gptfast.ops.triton.linear import input_grad, linear, multiply, weight_grad
 from gptfast.ops.triton.rows import Sums, column_sums, layer_norm, norm_grads
@@ -22,6 +23,7 @@ def self_attention(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """gptfast::self_attention."""
     x = x.contiguous()
+    w_qkv, w_proj = cast(x.dtype, w_qkv, w_proj)
     qkv, mean, rstd = linear(x, ln_w, ln_b, w_qkv, b_qkv, None)
     q, k, v = _unpacked(qkv, n_head)
     out, lse = attention(q, k, v, 1 / math.sqrt(q.shape[-1]), dropout_p, seed, stream)
@@ -46,15 +48,16 @@ def self_attention_backward(
     if wants(wanted, 5):
         dw_proj = weight_grad(dy, out, w_proj)
     if wants(wanted, 0, 4):
+        qkv_weight, proj_weight = cast(x.dtype, w_qkv, w_proj)
         q, k, v = _unpacked(qkv, n_head)
         dqkv = torch.empty_like(qkv)
         write_grads(
-            _heads(input_grad(dy, w_proj), n_head), q, k, v, _heads(out, n_head), lse,
+            _heads(input_grad(dy, proj_weight), n_head), q, k, v, _heads(out, n_head), lse,
             _unpacked(dqkv, n_head), 1 / math.sqrt(q.shape[-1]),
             dropout_args(dropout_p, seed, stream, x.device),
         )  # fmt: skip
         if wants(wanted, 0, 2):
-            dn = input_grad(dqkv, w_qkv)
+            dn = input_grad(dqkv, qkv_weight)
             back = norm_grads(dn, x, dy, mean, rstd, ln_w, ln_b, wants(wanted, 3))
             dx, n, of_dy = back.dx, back.n, back.sums[:, 2]
             dln_w, dln_b = sums.of_norm(back, ln_w, ln_b, wanted)
