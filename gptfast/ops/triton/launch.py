@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gptfast.ops.triton.signature import LATER, Launch, Reader, bound
@@ -143,6 +144,7 @@ class Kernel:
     @configs.setter
     def configs(self, configs: list[triton.Config]) -> None:
         self._configs, self._readers = configs, {}
+        forget()
 
     def __getitem__(self, grid: Grid) -> Callable[..., None]:
         return functools.partial(self._bound, grid)
@@ -167,17 +169,29 @@ class Kernel:
             found = reader.launches.get(key)
             if found is not None:
                 launcher, function, packed, constants, _ = found
-                x, y, z = (*(grid(constants) if callable(grid) else grid), 1, 1)[:3]
+                x, y, z = _size(grid, constants)
                 stream = reader.current_stream(device)
                 launcher(x, y, z, stream, function, packed, None, None, None, *words)
+                self._record(found, grid, values)
                 return
-        with self._lock:
-            self._launch_by_triton(grid, classes, values, options)
+        with self._lock, _disable_current_modes():  # a recording wants nothing of the tuner
+            found = self._launch_by_triton(grid, classes, values, options)
+        self._record(found, grid, values)
+
+    def _record(self, launch: Launch | None, grid: Grid, values: tuple[Any, ...]) -> None:
+        """Tells this thread's recording of a launch; launch is None if it was not kept."""
+        recording = _recordings.get(threading.get_ident()) if _recordings else None
+        if recording is not None:
+            size = () if launch is None else _size(grid, launch.constants)
+            recording.launched(launch, size, values)
 
     def _launch_by_triton(
         self, grid: Grid, classes: tuple[Any, ...], values: tuple[Any, ...], options: dict[str, Any]
-    ) -> None:
-        """Launches through Triton, and keeps what it resolved for `_launch`."""
+    ) -> Launch | None:
+        """Launches through Triton; returns what it resolved, which is kept for `_launch`, or None.
+
+        None: the next call is to go through Triton again.
+        """
         args = self._by_name(values)
         candidates = self._choose(args, Choice.candidates)
         # Nothing can be timed while a graph is captured (triton issue 10596).
@@ -190,16 +204,18 @@ class Kernel:
         constants = {name: x for name, x in args.items() if name in self._constants} | chosen
         size = grid(constants) if callable(grid) else grid
         compiled = self.function[size](**args, **options, **chosen)
-        if INTERPRETED or capturing or slow_launches() is not None:
-            return
+        if capturing or slow_launches() is not None:
+            return None
         if classes not in self._readers:
             numbers = [] if self.choice is None else self.choice.key
             self._readers[classes] = Reader(self.function.params, values, numbers)
         reader = self._readers[classes]
         key, _ = reader.read(reader.current_device(), *values)
-        reader.launches[key] = Launch(
+        found = Launch(
             compiled.run, compiled.function, compiled.packed_metadata, constants, compiled
         )
+        reader.launches[key] = found
+        return found
 
     def _by_name(self, values: tuple[Any, ...]) -> dict[str, Any]:
         pairs = zip(self._names, values, strict=True)
@@ -218,11 +234,18 @@ class Kernel:
         )
 
 
+def _size(grid: Grid, constants: Args) -> tuple[int, ...]:
+    """Returns the three sizes of a grid."""
+    return (*(grid(constants) if callable(grid) else grid), 1, 1)[:3]
+
+
 def slow_launches() -> str | None:
     """Returns why every launch goes through Triton, or None where only the first one does.
 
     On AMD, compiled code also depends on the sizes of tensors, and it has not run yet.
     """
+    if INTERPRETED:
+        return "Triton's interpreter runs the kernels"
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if not TRITON_RANGE[0] <= version <= TRITON_RANGE[1]:
         oldest, newest = (".".join(map(str, each)) for each in TRITON_RANGE)
@@ -239,8 +262,42 @@ def _hooked() -> bool:
     return bool(getattr(enter, "calls", True) or getattr(leave, "calls", True))
 
 
+FORGETTING: list[Callable[[], None]] = []  # who keeps what depends on the kernels' configurations
+
+
+def forget() -> None:
+    """Forgets how operators are called: a constant that their launchers read has changed."""
+    for each in FORGETTING:
+        each()
+
+
+_recordings: dict[int, Any] = {}  # `recording.Recording` by the thread that records
+
+
+@contextlib.contextmanager
+def recorded(recording: Any) -> Iterator[None]:
+    """Tells a `recording.Recording` of all launches by this thread."""
+    thread = threading.get_ident()
+    _recordings[thread] = recording
+    try:
+        yield
+    finally:
+        del _recordings[thread]
+
+
+def current_stream() -> Callable[[int], int]:
+    """Returns the function that returns the current stream of a device."""
+    found: Callable[[int], int] = triton.runtime.driver.active.get_current_stream
+    return found
+
+
 Watch = Callable[[Kernel, Args], bool]
 _watch: Watch | None = None
+
+
+def observed() -> bool:
+    """Whether somebody wants to see every launch."""
+    return _watch is not None or _hooked()
 
 
 @contextlib.contextmanager
