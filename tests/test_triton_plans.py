@@ -7,6 +7,7 @@ given addresses alone.
 import ctypes
 import itertools
 import re
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 from unittest.mock import Mock
@@ -19,6 +20,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 triton = pytest.importorskip("triton")
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
+from gptfast import ops  # noqa: E402
+from gptfast.ops import library, select  # noqa: E402
 from gptfast.ops import triton as kernels  # noqa: E402
 from gptfast.ops.triton import launch, plan_code, plans, recording, rows  # noqa: E402
 from gptfast.ops.triton.matmul import matmul  # noqa: E402
@@ -198,7 +201,7 @@ def assert_same(got: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("name", [name for name in kernels.KERNELS if name != "adamw_"])
 def test_a_plan_does_what_the_launcher_does(name: str) -> None:
-    planned = plans.Planned(kernels.KERNELS[name])
+    planned = plans.Planned(kernels.KERNELS[name], kernels.KERNELS)
     args = call_of(name)
     expected = kernels.KERNELS[name](*args)
     for _ in range(2):  # the second is recorded
@@ -237,7 +240,7 @@ def shifted(x: Tensor) -> Tensor:
 
 
 def test_a_signature_has_all_that_a_launcher_looks_at() -> None:
-    planned = plans.Planned(norm)
+    planned = plans.Planned(norm, kernels.KERNELS)
     float32 = [x.float() for x in (X, WEIGHT, BIAS)]
     signatures: list[tuple[Any, ...]] = [
         (X, WEIGHT, BIAS, False), (X, WEIGHT, BIAS, True), (X, WEIGHT, None, True),
@@ -258,14 +261,14 @@ def test_a_signature_has_all_that_a_launcher_looks_at() -> None:
 
 def test_one_tensor_as_two_arguments_is_no_signature() -> None:
     q, k, v = (normal(1, 2, 4, 16, seed=i) for i in range(3))
-    planned = plans.Planned(kernels.KERNELS["attention"])
+    planned = plans.Planned(kernels.KERNELS["attention"], kernels.KERNELS)
     for args in ((q, q, q), (q, q, q), (q, k, v), (q, k, q), (v, k, k)):
         last = by_plan(planned, *args, 0.25, 0.0, None, 0)
     assert last and len(planned.plans) == 1
 
 
 def test_a_tensor_map_is_that_of_the_address() -> None:
-    planned = plans.Planned(kernels.KERNELS["attention"])
+    planned = plans.Planned(kernels.KERNELS["attention"], kernels.KERNELS)
     memory = normal(4, 1, 2, 8, 16)
     options = 0.25, 0.0, None, 0
     for _ in range(2):
@@ -287,7 +290,7 @@ def test_a_tensor_map_is_that_of_the_address() -> None:
 
 def test_kept_tensor_maps_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recording, "MAX_MAPS", 3)
-    planned = plans.Planned(kernels.KERNELS["attention"])
+    planned = plans.Planned(kernels.KERNELS["attention"], kernels.KERNELS)
     memory = normal(6, 1, 1, 4, 16)
     for i in range(5):
         for k in (memory[i], memory[i + 1]):
@@ -321,13 +324,13 @@ def test_what_a_plan_cannot_do_goes_by_the_launcher(monkeypatch: pytest.MonkeyPa
         (item, "numbers"), (of_two, "several results"), (no_tensor, "something else"),
         (bits, "another dtype"), (hidden, "another way"),
     ):  # fmt: skip
-        planned = plans.Planned(launcher)
+        planned = plans.Planned(launcher, kernels.KERNELS)
         for _ in range(4):
             planned.call(x[:, 0] if launcher is item else x)
         assert not planned.plans and reason in str([*planned.seen.values()])
     streams = itertools.count()
     monkeypatch.setattr(launch, "current_stream", lambda: lambda device: next(streams))
-    planned = plans.Planned(rows.moments)
+    planned = plans.Planned(rows.moments, kernels.KERNELS)
     assert planned.tensors == ["x"]
     for _ in range(3):
         assert not by_plan(planned, x)
@@ -337,14 +340,14 @@ def test_what_a_plan_cannot_do_goes_by_the_launcher(monkeypatch: pytest.MonkeyPa
 def test_a_launch_that_is_not_kept_has_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     by_triton = launch.Kernel._launch_by_triton
     monkeypatch.setattr(launch.Kernel, "_launch_by_triton", lambda *args: by_triton(*args) and None)
-    planned = plans.Planned(rows.moments)
+    planned = plans.Planned(rows.moments, kernels.KERNELS)
     for _ in range(3):
         assert not by_plan(planned, X)
     assert "chosen" in str(planned.seen)
 
 
 def test_who_watches_launches_sees_those_of_plans() -> None:
-    planned = plans.Planned(norm)
+    planned = plans.Planned(norm, kernels.KERNELS)
     args = X, WEIGHT, BIAS, True
     for _ in range(3):
         planned.call(*args)
@@ -362,7 +365,7 @@ def test_plans_are_forgotten_with_a_kernels_configurations(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     kernel = kernels.attention.forward_kernel
-    planned = plans.Planned(kernels.KERNELS["attention"])
+    planned = plans.Planned(kernels.KERNELS["attention"], kernels.KERNELS)
     q = normal(1, 1, 4, 16)
     args = q, q, q, 0.25, 0.0, None, 0
     for _ in range(3):
@@ -389,7 +392,7 @@ def test_intermediate_results_end_with_their_last_use(monkeypatch: pytest.Monkey
     monkeypatch.setattr(plan_code, "exec", read, raising=False)
     for most in (2**20, 0):
         monkeypatch.setattr(plan_code, "SCRATCH_BYTES", most)
-        planned = plans.Planned(kernels.KERNELS["ffn_backward"])
+        planned = plans.Planned(kernels.KERNELS["ffn_backward"], kernels.KERNELS)
         for _ in range(3):
             assert_same(planned.call(*args), expected)
     small, large = lines
@@ -399,6 +402,75 @@ def test_intermediate_results_end_with_their_last_use(monkeypatch: pytest.Monkey
         ended = re.search(rf"\n    del .*\b{name}\b", body)
         assert (ended is None) == bool(re.search(rf"\b{name}\b", returned))
         assert ended is None or f"{name}" not in body[ended.end() :].split()
+
+
+@pytest.fixture
+def public(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, plans.Planned]]:
+    """Lets the public functions take plans on the CPU; the plans by the functions' names."""
+    monkeypatch.setitem(select.FUSED_DTYPES, "cpu", (torch.float32, torch.float16))
+    monkeypatch.setattr(select, "extension_error", None)
+    implemented = torch.library.Library("gptfast", "IMPL")
+    for name, kernel in kernels.KERNELS.items():
+        implemented.impl(name, kernel, "CPU", allow_override=True)
+    made = {}
+    for name, function in library.PUBLIC.items():
+        made[name] = plans.Planned(function, kernels.KERNELS)
+        monkeypatch.setitem(library.INSTEAD, (name, False), made[name].call)
+    yield made
+    implemented._destroy()
+
+
+def test_public_functions_go_by_plan_without_gradients(public: dict[str, plans.Planned]) -> None:
+    x, *params = call_of("ffn")[:7]
+    block, (q, k, v) = call_of("self_attention")[:7], call_of("attention")[:3]
+    loss, (idx, wte, wpe) = call_of("linear_cross_entropy")[:5], call_of("embedding")[:3]
+    dropout = {"dropout_p": 0.2, "seed": 3}
+    own: list[tuple[str, Any, dict[str, Any]]] = [
+        ("causal_attention", (q, k, v), {}),
+        ("causal_attention", (q, k, v), {"scale": 0.3, **dropout}),
+        ("layer_norm_ffn", (x, *params), {"gelu": "tanh"}),
+        ("layer_norm_attention", block, {"n_head": H, **dropout}),
+        ("layer_norm_linear", (x, *params[:4]), {}),
+        ("linear_residual", (x, params[4].view(4 * C, C)[:C], None, x), {}),
+        ("embedding", (idx, wte, wpe), {"dtype": torch.float16}),
+        ("linear_cross_entropy", (loss[0], loss[3], loss[4]), {}),
+    ]
+    assert {name for name, *_ in own} == {*public}
+    for name, args, options in own:
+        function, planned = getattr(ops, name), public[name]
+        expected = function(*args, **options)
+        function(*args, **options)
+        asked = Mock(side_effect=planned.launcher)
+        planned.launcher = asked
+        assert_same(function(*args, **options), expected)
+        assert not asked.called, planned.seen
+        needing = [y.clone().requires_grad_() if y is args[-1] and y.is_floating_point() else y
+                   for y in args]  # fmt: skip
+        with_gradient = any(isinstance(y, Tensor) and y.requires_grad for y in needing)
+        assert function(*needing, **options).requires_grad == with_gradient
+        with torch.no_grad():
+            assert not function(*needing, **options).requires_grad
+        planned.launcher = asked.side_effect
+
+
+def test_a_wrong_call_of_a_public_function_has_its_own_error(
+    public: dict[str, plans.Planned],
+) -> None:
+    q, k, v = call_of("attention")[:3]
+    for _ in range(3):
+        ops.causal_attention(q, k, v)
+    for args, options, error, words in (
+        ((q, None, v), {}, TypeError, "k must be a tensor, got NoneType"),
+        ((q, k, v[:, :, :2]), {}, ValueError, "v must have shape"),
+        ((q, k, v), {"dropout_p": 2.0}, ValueError, "dropout_p must be in"),
+        ((q, k, v), {"scale": torch.ones((), requires_grad=True)}, TypeError, "scale"),
+        ((q, k), {}, TypeError, "causal_attention.* missing 1 required positional argument"),
+        ((q, k, v), {"nothing": 1}, TypeError, "causal_attention.* unexpected keyword"),
+    ):
+        for _ in range(3):
+            with pytest.raises(error, match=words):
+                ops.causal_attention(*args, **options)
+    assert len(public["causal_attention"].plans) == 1
 
 
 class Maps:

@@ -43,5 +43,7 @@ def update(params: Any, *args: Any) -> Any:
 
 
 for name, kernel in KERNELS.items():
-    library.KERNELS[name, "cuda"] = call = update if name == "adamw_" else planned(kernel)
+    library.KERNELS[name, True] = call = update if name == "adamw_" else planned(kernel, KERNELS)
     library.LIBRARY.impl(name, call, "CUDA")
+for name, function in library.PUBLIC.items():
+    library.INSTEAD[name, True] = planned(function, KERNELS)

@@ -3,7 +3,7 @@
 import copy
 import math
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -161,11 +161,18 @@ class Recording(TorchDispatchMode):
 
     Args:
         args: The arguments of a call.
+        launchers: The launchers of gptfast's own operators, by name.
         current_stream: Returns the current stream of the device.
     """
 
-    def __init__(self, args: tuple[Any, ...], current_stream: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        args: tuple[Any, ...],
+        launchers: Mapping[str, Callable[..., Any]],
+        current_stream: Callable[[], int],
+    ) -> None:
         super().__init__()
+        self._launchers = launchers
         self.roots: list[Root] = []
         self.steps: list[Step] = []
         self.refused: str | None = None  # why there will be no plan
@@ -185,6 +192,9 @@ class Recording(TorchDispatchMode):
     ) -> Any:
         """Calls one of torch's operators, and notes it."""
         kwargs = kwargs or {}
+        if function.namespace == "gptfast":
+            with self:
+                return self._launchers[function.name().removeprefix("gptfast::")](*args)
         if torch.is_inference_mode_enabled():  # then composed operators come here, too
             with self:
                 result = function.decompose(*args, **kwargs)
