@@ -81,17 +81,16 @@ def _requires_grad(x: Any) -> bool:
     return isinstance(x, Tensor) and x.requires_grad
 
 
+_functions, _dispatches = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
+_traced, _profiled = torch._C._get_tracing_state, torch._C._autograd._profiler_enabled
+
+
 def unobserved(args: tuple[Any, ...]) -> bool:
     """Whether a call with these arguments is just that of a kernel.
 
     It is not for subclasses of tensors, such as fake ones, and not while a mode, a transform of
     torch.func, a tracer or a profiler is active.
     """
-    return (
-        PLAIN.issuperset(map(type, args))
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and not transformed()
-        and torch._C._get_tracing_state() is None
-        and not torch._C._autograd._profiler_enabled()
+    return PLAIN.issuperset(map(type, args)) and not (
+        _dispatches() or _functions() or transformed() or _traced() is not None or _profiled()
     )

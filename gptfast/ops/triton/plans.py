@@ -29,7 +29,7 @@ from gptfast.ops.triton import launch
 from gptfast.ops.triton.plan_code import write
 from gptfast.ops.triton.recording import Recording, Unplannable
 
-MAX_SIGNATURES = 4096  # of an operator; then all are forgotten
+MAX_SIGNATURES = 1024  # of an operator; then all are forgotten
 
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
