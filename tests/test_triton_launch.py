@@ -169,7 +169,7 @@ def test_plans_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for round in range(4):
         if round == 2:  # the second round was recorded
             never = Mock(side_effect=AssertionError("not by plan"))
-            monkeypatch.setattr(launch.Kernel, "_launch", never)
+            monkeypatch.setattr(launch.Kernel, "_record", never)
         for case, want in zip(cases, expected, strict=True):
             assert all(map(torch.equal, call(*case), want))
     stream = torch.cuda.Stream()
