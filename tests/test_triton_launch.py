@@ -30,7 +30,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from gptfast.ops import triton as kernels  # noqa: E402
-from gptfast.ops.triton import launch, rows  # noqa: E402
+from gptfast.ops.triton import launch, recording, rows  # noqa: E402
 
 SOURCES = [*Path(kernels.__file__).parent.glob("*.py")]
 
@@ -164,12 +164,12 @@ def test_plans_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     shapes = ((2, 4, 64, 32), (4, 4, 32, 32), (2, 2, 64, 64))
     cases = [*itertools.product(shapes, (0, 1, 8), (False, True))]
-    launch.forget()
+    recording.forget()
     expected = [call(*case) for case in cases]
     for round in range(4):
         if round == 2:  # the second round was recorded
             never = Mock(side_effect=AssertionError("not by plan"))
-            monkeypatch.setattr(launch.Kernel, "_record", never)
+            monkeypatch.setattr(launch, "tell", never)
         for case, want in zip(cases, expected, strict=True):
             assert all(map(torch.equal, call(*case), want))
     stream = torch.cuda.Stream()
@@ -182,7 +182,7 @@ def test_plans_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = ops.causal_attention(x, x, x)
-    launch.forget()  # a graph keeps a copy of what was launched
+    recording.forget()  # a graph keeps a copy of what was launched
     graph.replay()
     assert torch.equal(captured, out)
 

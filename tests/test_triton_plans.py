@@ -113,9 +113,10 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(launch.Kernel, "_launch_by_triton", kept)
     monkeypatch.setattr(launch, "slow_launches", lambda: None)
-    monkeypatch.setattr(launch, "current_stream", lambda: lambda device: 7)
+    monkeypatch.setattr(plans, "current_stream", lambda: lambda device: 7)
     monkeypatch.setattr(plans, "current_device", lambda: -1)
-    monkeypatch.setattr(launch, "FORGETTING", [])
+    monkeypatch.setattr(recording, "FORGETTING", [])
+    monkeypatch.setattr(plans, "FORGETTING", recording.FORGETTING)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float16, seed: int = 0) -> Tensor:
@@ -329,7 +330,7 @@ def test_what_a_plan_cannot_do_goes_by_the_launcher(monkeypatch: pytest.MonkeyPa
             planned.call(x[:, 0] if launcher is item else x)
         assert not planned.plans and reason in str([*planned.seen.values()])
     streams = itertools.count()
-    monkeypatch.setattr(launch, "current_stream", lambda: lambda device: next(streams))
+    monkeypatch.setattr(plans, "current_stream", lambda: lambda device: next(streams))
     planned = plans.Planned(rows.moments, kernels.KERNELS)
     assert planned.tensors == ["x"]
     for _ in range(3):

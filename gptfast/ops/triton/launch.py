@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gptfast.ops.triton.recording import forget, size_of, tell
 from gptfast.ops.triton.signature import LATER, Launch, Reader, bound
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -169,21 +170,14 @@ class Kernel:
             found = reader.launches.get(key)
             if found is not None:
                 launcher, function, packed, constants, _ = found
-                x, y, z = _size(grid, constants)
+                x, y, z = size_of(grid, constants)
                 stream = reader.current_stream(device)
                 launcher(x, y, z, stream, function, packed, None, None, None, *words)
-                self._record(found, grid, values)
+                tell(found, grid, values)
                 return
         with self._lock, _disable_current_modes():  # a recording wants nothing of the tuner
             found = self._launch_by_triton(grid, classes, values, options)
-        self._record(found, grid, values)
-
-    def _record(self, launch: Launch | None, grid: Grid, values: tuple[Any, ...]) -> None:
-        """Tells this thread's recording of a launch; launch is None if it was not kept."""
-        recording = _recordings.get(threading.get_ident()) if _recordings else None
-        if recording is not None:
-            size = () if launch is None else _size(grid, launch.constants)
-            recording.launched(launch, size, values)
+        tell(found, grid, values)
 
     def _launch_by_triton(
         self, grid: Grid, classes: tuple[Any, ...], values: tuple[Any, ...], options: dict[str, Any]
@@ -234,11 +228,6 @@ class Kernel:
         )
 
 
-def _size(grid: Grid, constants: Args) -> tuple[int, ...]:
-    """Returns the three sizes of a grid."""
-    return (*(grid(constants) if callable(grid) else grid), 1, 1)[:3]
-
-
 def slow_launches() -> str | None:
     """Returns why every launch goes through Triton, or None where only the first one does.
 
@@ -260,35 +249,6 @@ def _hooked() -> bool:
     runtime = triton.knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(getattr(enter, "calls", True) or getattr(leave, "calls", True))
-
-
-FORGETTING: list[Callable[[], None]] = []  # who keeps what depends on the kernels' configurations
-
-
-def forget() -> None:
-    """Forgets how operators are called: a constant that their launchers read has changed."""
-    for each in FORGETTING:
-        each()
-
-
-_recordings: dict[int, Any] = {}  # `recording.Recording` by the thread that records
-
-
-@contextlib.contextmanager
-def recorded(recording: Any) -> Iterator[None]:
-    """Tells a `recording.Recording` of all launches by this thread."""
-    thread = threading.get_ident()
-    _recordings[thread] = recording
-    try:
-        yield
-    finally:
-        del _recordings[thread]
-
-
-def current_stream() -> Callable[[int], int]:
-    """Returns the function that returns the current stream of a device."""
-    found: Callable[[int], int] = triton.runtime.driver.active.get_current_stream
-    return found
 
 
 Watch = Callable[[Kernel, Args], bool]

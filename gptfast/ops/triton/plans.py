@@ -23,15 +23,22 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from gptfast.ops.triton import launch
 from gptfast.ops.triton.plan_code import write
-from gptfast.ops.triton.recording import Recording, Unplannable
+from gptfast.ops.triton.recording import FORGETTING, Recording, Unplannable
 
 MAX_SIGNATURES = 1024  # of an operator; then all are forgotten
 
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+
+def current_stream() -> Callable[[int], int]:
+    """Returns the function that returns the current stream of a device."""
+    found: Callable[[int], int] = triton.runtime.driver.active.get_current_stream
+    return found
 
 
 def planned(
@@ -72,7 +79,7 @@ class Planned:
         self._optional = [name for name in kinds if kinds[name] == Tensor | None]
         self.tensors = [x for x in kinds if kinds[x] is Tensor or x in self._optional]
         self.call = self._caller()
-        launch.FORGETTING.append(self.forget)
+        FORGETTING.append(self.forget)
 
     def forget(self) -> None:
         """Forgets all plans."""
@@ -149,10 +156,10 @@ class Planned:
         return [x for name, x in zip(self.names, args, strict=True) if name in self.tensors]
 
     def _recorded(self, key: Any, args: tuple[Any, ...]) -> Any:
-        stream = launch.current_stream()
+        stream = current_stream()
         own_stream = lambda: stream(args[0].get_device())  # noqa: E731
         recording = Recording(args, self._launchers, own_stream)
-        with launch.recorded(recording), recording:
+        with recording.running():
             result = self._run(recording.args)
         try:
             if recording.refused is not None:

@@ -1,7 +1,9 @@
 """Records what an operator's launcher does: reservations, torch's operators, and launches."""
 
+import contextlib
 import copy
 import math
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -21,6 +23,35 @@ RESERVING = {
 }  # fmt: skip
 UNKNOWN = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 MAX_MAPS = 256  # that are kept of a descriptor
+
+
+_active: dict[int, "Recording"] = {}  # by the thread that records
+FORGETTING: list[Callable[[], None]] = []  # who keeps what was recorded
+
+
+def tell(launch: Launch | None, grid: Any, values: tuple[Any, ...]) -> None:
+    """Tells this thread's recording, if any, of a launch.
+
+    Args:
+        launch: What is kept of it; None if the next call may launch something else.
+        grid: As a kernel's launch takes it.
+        values: The kernel's arguments.
+    """
+    recording = _active.get(threading.get_ident()) if _active else None
+    if recording is not None:
+        size = () if launch is None else size_of(grid, launch.constants)
+        recording.launched(launch, size, values)
+
+
+def size_of(grid: Any, constants: Mapping[str, Any]) -> tuple[int, ...]:
+    """Returns the three sizes of a grid."""
+    return (*(grid(constants) if callable(grid) else grid), 1, 1)[:3]
+
+
+def forget() -> None:
+    """Forgets what was recorded: a constant that launchers read has changed."""
+    for each in FORGETTING:
+        each()
 
 
 class Unplannable(Exception):
@@ -157,7 +188,7 @@ def changed(tree: Any, change: Callable[[Any], Any]) -> Any:
 
 
 class Recording(TorchDispatchMode):
-    """Records a launcher that is called with `args`; `launch.Kernel` tells it of launches.
+    """Records a launcher that is called with `args`; `tell` tells it of launches.
 
     Args:
         args: The arguments of a call.
@@ -213,6 +244,17 @@ class Recording(TorchDispatchMode):
             self._note_call(function, args, kwargs, result)
         return result
 
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Records what this thread does."""
+        thread = threading.get_ident()
+        _active[thread] = self
+        try:
+            with self:
+                yield
+        finally:
+            del _active[thread]
+
     def _note_views(self, x: Tensor, result: Any) -> None:
         base = self.view(x)
         for each in leaves(result):
@@ -230,10 +272,7 @@ class Recording(TorchDispatchMode):
         self.steps.append(Step(self._add("result", new[0]) if new else None, function, *seen))
 
     def launched(self, launch: Launch | None, grid: tuple[int, ...], values: Any) -> None:
-        """Notes a launch and the kernel's arguments in Python.
-
-        launch is None if the next call may launch something else.
-        """
+        """Notes a launch; see `tell`."""
         if launch is None:
             self.refused = "a configuration is still to be chosen"
         elif self._current_stream() != self._stream:
