@@ -4,6 +4,7 @@ Triton's interpreter runs the kernels; what starts them stands for Triton's func
 given addresses alone.
 """
 
+import contextlib
 import ctypes
 import itertools
 import re
@@ -135,7 +136,7 @@ def unlike(call: Any, factor: float) -> list[Any]:
     return others
 
 
-B, T, C, H, D, V = 1, 5, 32, 2, 16, 24
+B, T, C, H, D, V = 1, 3, 16, 1, 16, 16
 SEED = torch.tensor(5)
 
 
@@ -336,6 +337,30 @@ def test_what_a_plan_cannot_do_goes_by_the_launcher(monkeypatch: pytest.MonkeyPa
     for _ in range(3):
         assert not by_plan(planned, x)
     assert "streams" in str(planned.seen)
+
+
+def test_a_call_runs_on_the_device_of_its_first_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    current, seen = [-1], []
+
+    @contextlib.contextmanager
+    def on(device: int) -> Iterator[None]:
+        before, current[0] = current[0], device
+        yield
+        current[0] = before
+
+    def launcher(x: Tensor) -> Tensor:
+        seen.append(current[0])
+        return x.new_empty(0)
+
+    monkeypatch.setattr(plans, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", on)
+    planned = plans.Planned(launcher, {})
+    current[0] = 2
+    planned.call(X)  # is not on a GPU
+    monkeypatch.setattr(Tensor, "get_device", lambda x: 1)
+    for _ in range(3):  # the third goes by plan
+        planned.call(X)
+    assert seen == [2, 1, 1] and current == [2]
 
 
 def test_a_launch_that_is_not_kept_has_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,8 +136,11 @@ class Planned:
 
     def _unplanned(self, key: Any, args: tuple[Any, ...]) -> Any:
         """Calls the launcher, and records it if the signature was seen before."""
-        if args[0].get_device() != current_device():
-            with torch.cuda.device_of(args[0]):
+        device = args[0].get_device()
+        if device != current_device():
+            if device < 0:
+                return self._run(args)  # it knows what is wrong
+            with torch.cuda.device(device):
                 return self._unplanned(key, args)
         modes = torch._C._len_torch_dispatch_stack()
         if launch.observed() or modes or launch.slow_launches() is not None:
