@@ -1,5 +1,6 @@
 """Writes a recording as Python: a function that does what the launcher did; see `plans`."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -66,6 +67,7 @@ def write(
     writer = _Writer(recording, recording.views(result), names)
     lines = writer.written()
     if any(step.launch for step in recording.steps):
+        # Numbers are constants of a plan, so it does not read its argument `stream`.
         writer.scope["current_stream"] = stream
         lines.insert(0, f"stream = current_stream({recording.device.index})")
     parameters = ", ".join([*names, *(f"{name}_at" for name in tensors)])
@@ -173,7 +175,7 @@ class _Writer:
             return self._address(x)
         if is_map(x):
             return next(self._maps)
-        if all(each is None or type(each) in (bool, int, str) for each in leaves(x)):
+        if all(map(_is_literal, leaves(x))):
             return repr(x)
         name = str(x)[6:] if isinstance(x, torch.dtype) else f"c{len(self.scope)}"
         self.scope[name] = x
@@ -252,6 +254,10 @@ class _Writer:
         args = ", ".join(self._of(x) for x in launched.args)
         self.scope[f"kept{len(self.scope)}"] = launched.launch  # holds the compiled kernel
         self._lines.append(f"{self._of(launched.start)}({args})")
+
+
+def _is_literal(x: Any) -> bool:
+    return x is None or type(x) in (bool, int, str) or (type(x) is float and math.isfinite(x))
 
 
 def _changes(x: Any) -> bool:
