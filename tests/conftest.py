@@ -1,6 +1,7 @@
 """Shared fixtures: texts, instruction sets, thread counts."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before a module with a kernel is imported
 
 SHAKESPEARE = Path(__file__).resolve().parents[2] / "shared" / "data" / "shakespeare.txt"
+
+
+@pytest.fixture(autouse=True)
+def no_plans_of_other_tests() -> None:
+    """Forgets how operators were called on a GPU: a test may change constants of their kernels."""
+    recording = sys.modules.get("gptfast.ops.triton.recording")
+    if recording is not None:
+        recording.forget()
 
 
 @pytest.fixture(scope="session")

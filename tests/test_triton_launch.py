@@ -4,6 +4,7 @@ import ast
 import contextlib
 import dataclasses
 import itertools
+import math
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from gptfast.ops import triton as kernels  # noqa: E402
-from gptfast.ops.triton import launch, rows  # noqa: E402
+from gptfast.ops.triton import launch, recording, rows  # noqa: E402
 
 SOURCES = [*Path(kernels.__file__).parent.glob("*.py")]
 
@@ -157,6 +158,45 @@ def test_torch_draws_random_numbers_after_a_capture_that_failed() -> None:
         Cuda(device).capture(lambda: torch.tensor(number.item()))
     assert bool(torch.rand(3, device="cuda").isfinite().all())
     assert Cuda(device).capture(lambda: number + 1)().item() == 2.0
+
+
+@pytest.mark.cuda
+def test_plans_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("torch finds no CUDA device")
+
+    def call(shape: tuple[int, ...], shift: int, grad: bool) -> list[Tensor]:
+        """Attention of new tensors, which lie where others have been, `shift` elements further."""
+        count = math.prod(shape)
+        torch.manual_seed(count + shift)
+        memory = torch.randn(3, count + 64, device="cuda").bfloat16()
+        q, k, v = (x[shift : shift + count].view(shape).requires_grad_(grad) for x in memory)
+        out = ops.causal_attention(q, k, v)
+        return [out, *(torch.autograd.grad(out, (q, k, v), torch.ones_like(out)) if grad else ())]
+
+    shapes = ((2, 4, 64, 32), (4, 4, 32, 32), (2, 2, 64, 64))
+    cases = [*itertools.product(shapes, (0, 1, 8), (False, True))]
+    recording.forget()
+    expected = [call(*case) for case in cases]
+    for round in range(4):
+        if round == 2:  # the second round was recorded
+            never = Mock(side_effect=AssertionError("not by plan"))
+            monkeypatch.setattr(launch, "tell", never)
+        for case, want in zip(cases, expected, strict=True):
+            assert all(map(torch.equal, call(*case), want))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)  # what runs on another stream comes too early
+        x = torch.randn(2, 4, 64, 32, device="cuda").bfloat16()
+        out = ops.causal_attention(x, x, x)
+    stream.synchronize()
+    assert torch.equal(ops.causal_attention(x, x, x), out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.causal_attention(x, x, x)
+    recording.forget()  # a graph keeps a copy of what was launched
+    graph.replay()
+    assert torch.equal(captured, out)
 
 
 def test_numbers_of_a_kind_share_a_kept_launch(recorder: Recorder) -> None:
@@ -337,7 +377,7 @@ def test_an_operator_goes_through_torch_where_anything_watches(
     torch.jit.trace(watch, x, check_trace=False)
     assert not any(seen[2:]) and len(seen) == 11
     called = Mock(return_value=(x, x))
-    monkeypatch.setitem(library.KERNELS, ("attention", "cpu"), called)
+    monkeypatch.setitem(library.KERNELS, ("attention", False), called)
     monkeypatch.setattr(select, "extension_error", None)
     assert ops.causal_attention(x, x, x).data_ptr() == x.data_ptr()
     called.assert_called_once_with(x, x, x, 1.0, 0.0, None, 0)

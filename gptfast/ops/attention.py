@@ -13,7 +13,7 @@ from gptfast.ops import select
 from gptfast.ops.arguments import Table, activation, check_dropout
 from gptfast.ops.autograd import Fused, backward_of, constant, needs_grad
 from gptfast.ops.flops import of_attention
-from gptfast.ops.library import define
+from gptfast.ops.library import define, public
 from gptfast.ops.random import seed_tensor
 
 
@@ -82,6 +82,7 @@ _TABLE = Table(
 )
 
 
+@public
 def causal_attention(
     q: Tensor,
     k: Tensor,

@@ -20,7 +20,7 @@ from gptfast.ops.autograd import (
     wanted,
 )
 from gptfast.ops.flops import of_product, of_product_backward
-from gptfast.ops.library import define
+from gptfast.ops.library import define, public
 from gptfast.ops.linear import fake_grads
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -171,6 +171,7 @@ _TABLE = Table(
 )
 
 
+@public
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,

@@ -11,7 +11,7 @@ from torch import Tensor
 from gptfast.ops import select
 from gptfast.ops.arguments import Argument, Kind, Table, check_dropout, parameter
 from gptfast.ops.autograd import Fused, backward_of, needs_grad, only_wanted, wanted
-from gptfast.ops.library import define
+from gptfast.ops.library import define, public
 from gptfast.ops.linear import fake_grad
 from gptfast.ops.random import seed_tensor
 
@@ -79,6 +79,7 @@ _TABLE = Table(
 )
 
 
+@public
 def embedding(
     idx: Tensor,
     wte: Tensor,

@@ -13,7 +13,7 @@ from gptfast.ops import select
 from gptfast.ops.arguments import Table, activation, check_choice, check_dropout, parameter
 from gptfast.ops.autograd import needs_grad
 from gptfast.ops.flops import of_product, of_product_backward
-from gptfast.ops.library import define
+from gptfast.ops.library import define, public
 from gptfast.ops.random import seed_tensor
 from gptfast.ops.sublayer import fake_backward, sublayer
 
@@ -71,6 +71,7 @@ _TABLE = Table(
 )
 
 
+@public
 def layer_norm_ffn(
     x: Tensor,
     ln_w: Tensor,

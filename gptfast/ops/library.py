@@ -1,7 +1,8 @@
 """The torch library in which the operators are defined and their kernels registered."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -10,9 +11,16 @@ from gptfast.ops import flops as formulas
 from gptfast.ops.autograd import transformed, vmap_in_a_loop
 
 LIBRARY = torch.library.Library("gptfast", "DEF")
-# Kernels in Python, by operator and device type, which `define`'s functions may call themselves.
-KERNELS: dict[tuple[str, str], Callable[..., Any]] = {}
-PLAIN = {Tensor, torch.nn.Parameter, int, float, bool, str, torch.dtype, type(None)}
+# Kernels in Python, by operator and `is_cuda`, which `define`'s functions may call themselves.
+KERNELS: dict[tuple[str, bool], Callable[..., Any]] = {}
+NUMBERS = {int, float, bool, str, torch.dtype, type(None)}
+PLAIN = NUMBERS | {Tensor, torch.nn.Parameter}
+# The public functions by name, and what does the same for tensors that need no gradient, by name
+# and `is_cuda`.
+PUBLIC: dict[str, Callable[..., Any]] = {}
+INSTEAD: dict[tuple[str, bool], Callable[..., Any]] = {}
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def define(schema: str, fake: Callable[..., Any], flops: Callable[..., int] | None = None) -> Any:
@@ -37,12 +45,44 @@ def define(schema: str, fake: Callable[..., Any], flops: Callable[..., int] | No
 
     def call(*args: Any) -> Any:
         if not torch.compiler.is_compiling() and isinstance(args[0], Tensor):
-            kernel = KERNELS.get((name, args[0].device.type))
+            kernel = KERNELS.get((name, args[0].is_cuda))
             if kernel is not None and unobserved(args):
                 return kernel(*args)
         return operator(*args)
 
     return call
+
+
+def public(function: Function) -> Function:
+    """Decorates a public function: where nothing watches or needs a gradient, a plan may do it.
+
+    Its arguments are checked when they are seen for the first time; see gptfast.ops.triton.plans.
+    """
+    name = function.__name__
+    PUBLIC[name] = function
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        if not torch.compiler.is_compiling() and args and isinstance(args[0], Tensor):
+            instead = INSTEAD.get((name, args[0].is_cuda))
+            if (
+                instead is not None
+                and NUMBERS.issuperset(map(type, options.values()))
+                and not (torch.is_grad_enabled() and any(map(_requires_grad, args)))
+                and unobserved(args)
+            ):
+                return instead(*args, **options)
+        return function(*args, **options)
+
+    return cast(Function, call)
+
+
+def _requires_grad(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad
+
+
+_functions, _dispatches = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
+_traced, _profiled = torch._C._get_tracing_state, torch._C._autograd._profiler_enabled
 
 
 def unobserved(args: tuple[Any, ...]) -> bool:
@@ -51,11 +91,6 @@ def unobserved(args: tuple[Any, ...]) -> bool:
     It is not for subclasses of tensors, such as fake ones, and not while a mode, a transform of
     torch.func, a tracer or a profiler is active.
     """
-    return (
-        PLAIN.issuperset(map(type, args))
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and not transformed()
-        and torch._C._get_tracing_state() is None
-        and not torch._C._autograd._profiler_enabled()
+    return PLAIN.issuperset(map(type, args)) and not (
+        _dispatches() or _functions() or transformed() or _traced() is not None or _profiled()
     )

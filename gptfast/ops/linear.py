@@ -13,7 +13,7 @@ from gptfast.ops import select
 from gptfast.ops.arguments import Table, activation, parameter
 from gptfast.ops.autograd import Fused, backward_of, needs_grad, only_wanted, wanted
 from gptfast.ops.flops import of_product, of_product_backward
-from gptfast.ops.library import define
+from gptfast.ops.library import define, public
 
 
 def fake_grad(param: Tensor | None, like: Tensor, want: bool = True) -> Tensor:
@@ -137,6 +137,7 @@ _RESIDUAL_TABLE = Table(
 )
 
 
+@public
 def layer_norm_linear(
     x: Tensor, ln_w: Tensor, ln_b: Tensor | None, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
@@ -165,6 +166,7 @@ def layer_norm_linear(
     return _LayerNormLinear.call(x, *params)[0]
 
 
+@public
 def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     """Computes residual + x weight' + bias.
 

@@ -12,7 +12,7 @@ from gptfast.ops import select
 from gptfast.ops.arguments import Table, activation, check_dropout, parameter
 from gptfast.ops.autograd import needs_grad
 from gptfast.ops.flops import of_attention, of_product, of_product_backward
-from gptfast.ops.library import define
+from gptfast.ops.library import define, public
 from gptfast.ops.random import seed_tensor
 from gptfast.ops.sublayer import fake_backward, sublayer
 
@@ -83,6 +83,7 @@ _TABLE = Table(
 )
 
 
+@public
 def layer_norm_attention(
     x: Tensor,
     ln_w: Tensor,

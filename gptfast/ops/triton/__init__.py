@@ -3,7 +3,6 @@
 gptfast.ops.select imports it when an operator is first used on such a device.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from gptfast.ops.triton import (
     linear,
     self_attention,
 )
+from gptfast.ops.triton.plans import planned
 
 KERNELS: dict[str, Any] = {
     "attention": attention.attention,
@@ -36,20 +36,14 @@ KERNELS: dict[str, Any] = {
 }
 
 
-def on_device(kernel: Any) -> Any:
-    """Wraps a kernel's launcher: it runs on the device of its first argument, or of its first."""
-
-    @functools.wraps(kernel)
-    def launch(first: Any, *args: Any) -> Any:
-        x = first[0] if isinstance(first, list) else first
-        if x.get_device() == torch.cuda.current_device():
-            return kernel(first, *args)
-        with torch.cuda.device_of(x):
-            return kernel(first, *args)
-
-    return launch
+def update(params: Any, *args: Any) -> Any:
+    """gptfast::adamw_ on the device of the parameters."""
+    with torch.cuda.device_of(params[0]):
+        return adamw.adamw_(params, *args)
 
 
 for name, kernel in KERNELS.items():
-    library.KERNELS[name, "cuda"] = launcher = on_device(kernel)
-    library.LIBRARY.impl(name, launcher, "CUDA")
+    library.KERNELS[name, True] = call = update if name == "adamw_" else planned(kernel, KERNELS)
+    library.LIBRARY.impl(name, call, "CUDA")
+for name, function in library.PUBLIC.items():
+    library.INSTEAD[name, True] = planned(function, KERNELS)

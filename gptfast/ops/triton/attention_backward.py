@@ -307,8 +307,11 @@ def attention_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """gptfast::attention_backward."""
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    heads = dout.transpose(1, 2)  # contiguous if it is the gradient of causal_attention's result
+    if not heads.is_contiguous():
+        heads = dout.contiguous().transpose(1, 2)
     write_grads(
-        dout.contiguous().transpose(1, 2), q, k, v, out.transpose(1, 2), lse, grads, scale,
+        heads, q, k, v, out.transpose(1, 2), lse, grads, scale,
         dropout_args(dropout_p, seed, stream, q.device),
     )  # fmt: skip
     return grads

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gptfast.ops.triton.recording import forget, size_of, tell
 from gptfast.ops.triton.signature import LATER, Launch, Reader, bound
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -143,6 +145,7 @@ class Kernel:
     @configs.setter
     def configs(self, configs: list[triton.Config]) -> None:
         self._configs, self._readers = configs, {}
+        forget()
 
     def __getitem__(self, grid: Grid) -> Callable[..., None]:
         return functools.partial(self._bound, grid)
@@ -167,17 +170,22 @@ class Kernel:
             found = reader.launches.get(key)
             if found is not None:
                 launcher, function, packed, constants, _ = found
-                x, y, z = (*(grid(constants) if callable(grid) else grid), 1, 1)[:3]
+                x, y, z = size_of(grid, constants)
                 stream = reader.current_stream(device)
                 launcher(x, y, z, stream, function, packed, None, None, None, *words)
+                tell(found, grid, values)
                 return
-        with self._lock:
-            self._launch_by_triton(grid, classes, values, options)
+        with self._lock, _disable_current_modes():  # a recording wants nothing of the tuner
+            found = self._launch_by_triton(grid, classes, values, options)
+        tell(found, grid, values)
 
     def _launch_by_triton(
         self, grid: Grid, classes: tuple[Any, ...], values: tuple[Any, ...], options: dict[str, Any]
-    ) -> None:
-        """Launches through Triton, and keeps what it resolved for `_launch`."""
+    ) -> Launch | None:
+        """Launches through Triton; returns what it resolved, which is kept for `_launch`, or None.
+
+        None: the next call is to go through Triton again.
+        """
         args = self._by_name(values)
         candidates = self._choose(args, Choice.candidates)
         # Nothing can be timed while a graph is captured (triton issue 10596).
@@ -190,16 +198,18 @@ class Kernel:
         constants = {name: x for name, x in args.items() if name in self._constants} | chosen
         size = grid(constants) if callable(grid) else grid
         compiled = self.function[size](**args, **options, **chosen)
-        if INTERPRETED or capturing or slow_launches() is not None:
-            return
+        if capturing or slow_launches() is not None:
+            return None
         if classes not in self._readers:
             numbers = [] if self.choice is None else self.choice.key
             self._readers[classes] = Reader(self.function.params, values, numbers)
         reader = self._readers[classes]
         key, _ = reader.read(reader.current_device(), *values)
-        reader.launches[key] = Launch(
+        found = Launch(
             compiled.run, compiled.function, compiled.packed_metadata, constants, compiled
         )
+        reader.launches[key] = found
+        return found
 
     def _by_name(self, values: tuple[Any, ...]) -> dict[str, Any]:
         pairs = zip(self._names, values, strict=True)
@@ -223,6 +233,8 @@ def slow_launches() -> str | None:
 
     On AMD, compiled code also depends on the sizes of tensors, and it has not run yet.
     """
+    if INTERPRETED:
+        return "Triton's interpreter runs the kernels"
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if not TRITON_RANGE[0] <= version <= TRITON_RANGE[1]:
         oldest, newest = (".".join(map(str, each)) for each in TRITON_RANGE)
@@ -241,6 +253,11 @@ def _hooked() -> bool:
 
 Watch = Callable[[Kernel, Args], bool]
 _watch: Watch | None = None
+
+
+def observed() -> bool:
+    """Whether somebody wants to see every launch."""
+    return _watch is not None or _hooked()
 
 
 @contextlib.contextmanager
