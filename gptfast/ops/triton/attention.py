@@ -25,7 +25,7 @@ from gptfast.ops.triton.launch import (
     precision,
     tuned,
 )
-from gptfast.ops.triton.tiles import dropout_kept, own_head
+from gptfast.ops.triton.tiles import dropped_rows, kept_of, own_head
 
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
@@ -214,6 +214,8 @@ def forward_kernel(
     acc = tl.zeros([BM, BLOCK_D], tl.float32)
     m = tl.full([BM], LOWEST, tl.float32)
     total = tl.zeros([BM], tl.float32)
+    if seed is not None:
+        key = tl.load(seed)
     # No query masks a key before `whole`; every query masks the keys from `last` on. A loop that
     # branches on j0 >= whole instead is slower with dropout.
     whole = tl.maximum(i0 + 1 + offset, 0) // BN * BN
@@ -233,8 +235,8 @@ def forward_kernel(
             shrink = tl.exp2((m - top) * scale_log2)
             total = total * shrink + tl.sum(p, 1)
             if seed is not None:
-                kept = dropout_kept(tl.load(seed), substream, head, i0, j0, threshold, BM, BN)
-                p = tl.where(kept, p, 0.0)
+                dropped = dropped_rows(key, substream, head, i0, j0, threshold, BM, BN)
+                p = tl.where(kept_of(dropped, BM, BN), p, 0.0)
             values = head_rows(v, v_tiles, b, h, j0, v_row, Tk, d, D, BLOCK_D, BN)
             acc = tl.dot(
                 p.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION
