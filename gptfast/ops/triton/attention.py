@@ -25,7 +25,7 @@ from gptfast.ops.triton.launch import (
     precision,
     tuned,
 )
-from gptfast.ops.triton.tiles import dropout_kept, own_head
+from gptfast.ops.triton.tiles import dropped_rows, kept_of, own_head
 
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
@@ -70,14 +70,41 @@ def row_products(
     """start + x y' for ROWS rows of x from i0 and COLUMNS of y from j0, PART columns at a time."""
     products = start
     if PART == BLOCK_D:
-        products = tl.dot(x, tl.trans(y), products, input_precision=PRECISION)
+        products = _add_product(x, y, products, PRECISION)
     else:
         for d0 in tl.static_range(0, BLOCK_D, PART):
             d = d0 + tl.arange(0, PART)
             rows = head_rows(x, None, 0, 0, i0, x_row, Tx, d, D, BLOCK_D, ROWS)
             columns = head_rows(y, None, 0, 0, j0, y_row, Ty, d, D, BLOCK_D, COLUMNS)
-            products = tl.dot(rows, tl.trans(columns), products, input_precision=PRECISION)
+            products = _add_product(rows, columns, products, PRECISION)
     return products
+
+
+@triton.jit
+def _add_product(x, y, start, PRECISION: tl.constexpr):
+    """start + x y'. tl.dot does it, except that its tf32x3 makes NaN of a product that overflows.
+
+    With x = x0 + x1, where x0 is x rounded to tf32, x y' is x0 y0' + x0 y1' + x1 y0'. If the first
+    is infinite, the others may be infinities of the other sign, so they only count where finite.
+    """
+    y = tl.trans(y)
+    if PRECISION == "tf32x3":
+        x0, y0 = _to_tf32(x), _to_tf32(y)
+        small = tl.dot(x - x0, y0, input_precision="tf32")
+        small = tl.dot(x0, y - y0, small, input_precision="tf32")
+        small = tl.where(tl.abs(small) < float("inf"), small, 0.0)
+        product = start + tl.dot(x0, y0, small, input_precision="tf32")
+    else:
+        product = tl.dot(x, y, start, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def _to_tf32(x):
+    """x rounded to the 10 bits of tf32's mantissa."""
+    return tl.inline_asm_elementwise(
+        "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 def head_kind(args: Any) -> tuple[int, int, bool]:
@@ -187,6 +214,8 @@ def forward_kernel(
     acc = tl.zeros([BM, BLOCK_D], tl.float32)
     m = tl.full([BM], LOWEST, tl.float32)
     total = tl.zeros([BM], tl.float32)
+    if seed is not None:
+        key = tl.load(seed)
     # No query masks a key before `whole`; every query masks the keys from `last` on. A loop that
     # branches on j0 >= whole instead is slower with dropout.
     whole = tl.maximum(i0 + 1 + offset, 0) // BN * BN
@@ -206,8 +235,8 @@ def forward_kernel(
             shrink = tl.exp2((m - top) * scale_log2)
             total = total * shrink + tl.sum(p, 1)
             if seed is not None:
-                kept = dropout_kept(tl.load(seed), substream, head, i0, j0, threshold, BM, BN)
-                p = tl.where(kept, p, 0.0)
+                dropped = dropped_rows(key, substream, head, i0, j0, threshold, BM, BN)
+                p = tl.where(kept_of(dropped, BM, BN), p, 0.0)
             values = head_rows(v, v_tiles, b, h, j0, v_row, Tk, d, D, BLOCK_D, BN)
             acc = tl.dot(
                 p.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION

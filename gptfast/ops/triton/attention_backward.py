@@ -25,9 +25,19 @@ from gptfast.ops.triton.attention import (
     row_tiles,
 )
 from gptfast.ops.triton.launch import cdiv, config, dropout_args, precision, tuned
-from gptfast.ops.triton.tiles import dropout_kept, own_head
+from gptfast.ops.triton.tiles import DROPOUT_ROWS, dropped_rows, kept_of, own_head
 
 TERM_ROWS = tl.constexpr(64)  # a multiple of the queries that key_grads_kernel reads at once
+MASK_BYTES = 1 << 26  # of dropout's mask at once, if a head does not take more
+
+
+@triton.jit
+def _masks_of(masks, head, i0, j0, padded, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Addresses of `dropped_rows`, one byte each, in a head's mask, (padded / 8, columns)."""
+    GROUPS: tl.constexpr = ROWS // DROPOUT_ROWS
+    group = head.to(tl.int64) * (padded // DROPOUT_ROWS) + i0 // DROPOUT_ROWS
+    rows = (group + tl.arange(0, GROUPS)).to(tl.int64)[:, None] * columns
+    return masks + rows + (j0 + tl.arange(0, COLUMNS))[None, :]
 
 
 @triton.jit
@@ -56,7 +66,7 @@ def kind_in(table: Mapping[Any, Any]) -> Callable[[Any], tuple[Any, ...]]:
     def kind(args: Any) -> tuple[Any, ...]:
         found = head_kind(args)
         dropout = *found, "dropout"
-        return dropout if args.get("seed") is not None and dropout in table else found
+        return dropout if args["masks"] is not None and dropout in table else found
 
     return kind
 
@@ -70,24 +80,26 @@ query_grad_kind = kind_in(QUERY_GRAD)
     lambda args: head_shared(2 * args["BM"], 2 * args["BN"], args),
     ["D", "PRECISION", "TILES"],
 )
-@triton.jit(do_not_specialize=["substream", "threshold", "Tq", "Tk"])
+@triton.jit(do_not_specialize=["first_head", "substream", "threshold", "Tq", "Tk"])
 def query_grad_kernel(
-    q, k, v, out, dout, dq, lse, terms, k_tiles, v_tiles, H, Tq, Tk, padded, scale, scale_log2,
+    q, k, v, out, dout, dq, lse, terms, masks, k_tiles, v_tiles,
+    first_head, H, Tq, Tk, padded, columns, scale, scale_log2,
     q_b, q_h, q_row, k_b, k_h, k_row, v_b, v_h, v_row, out_b, out_h, out_row,
     dout_b, dout_h, dout_row, dq_b, dq_h, dq_row,
     seed, substream, threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr, TILES: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """dQ of a block of BM queries of one head, and their top, log_sum and delta for dK and dV.
+    """dQ of a block of BM queries of one head, and what the kernel for dK and dV needs of them.
 
     P = 2^(c (q k' - top) - log_sum),  dP = dropout(dO v'),  delta_i = sum_d dO_id O_id, which is
     sum_j P_ij dP_ij,  dS = P (dP - delta),  dQ = scale dS K.
 
-    `terms` has these three for `padded` rows of each head, 0 from Tq on: the other kernel reads
-    them without masks, by one address.
+    `terms` has top, log_sum and delta for `padded` rows of each head, 0 from Tq on: the other
+    kernel reads them without masks, by one address. `masks` has what dropout drops, a bit for each
+    of (padded, columns) from `first_head` on: to draw it once more takes longer than to read it.
     """
-    head, b, h, i0 = own_head(H, Tq, BM, True)
+    head, b, h, i0 = own_head(H, Tq, BM, True, first_head)
     q += b * q_b + h * q_h
     k += b * k_b + h * k_h
     v += b * v_b + h * v_h
@@ -117,6 +129,10 @@ def query_grad_kernel(
             tl.store(end + TERM_ROWS, zeros, mask=rest < padded)
             tl.store(end + 2 * TERM_ROWS, zeros, mask=rest < padded)
     total = tl.zeros([BM, BLOCK_D], tl.float32)
+    if masks is not None:
+        key = tl.load(seed)
+        masks = _masks_of(masks, head - first_head, i0, 0, padded, columns, BM, BN)
+        in_mask = (i0 // DROPOUT_ROWS + tl.arange(0, BM // DROPOUT_ROWS)) < padded // DROPOUT_ROWS
     # No query masks a key before `whole`; every query masks the keys from `last` on.
     whole = tl.maximum(i0 + 1 + offset, 0) // BN * BN
     last = tl.minimum(Tk, i0 + BM + offset)
@@ -135,9 +151,10 @@ def query_grad_kernel(
                 PRECISION, D, BLOCK_D, PART, BM, BN,
             )  # fmt: skip
             p = tl.exp2((s - top[:, None]) * scale_log2 - log_sum[:, None])
-            if seed is not None:
-                kept = dropout_kept(tl.load(seed), substream, head, i0, j0, threshold, BM, BN)
-                dp = tl.where(kept, dp * keep_scale, 0.0)
+            if masks is not None:
+                dropped = dropped_rows(key, substream, head, i0, j0, threshold, BM, BN)
+                tl.store(masks + j0, dropped.to(tl.uint8), mask=in_mask[:, None])
+                dp = tl.where(kept_of(dropped, BM, BN), dp * keep_scale, 0.0)
             ds = p * (dp - row_delta[:, None])
             if MASKED:
                 j = j0 + tl.arange(0, BN)
@@ -158,7 +175,7 @@ KEY_GRADS = {
     (2, 128, False): [config(4, 1, BM=32, BN=32)],
     (2, 256, False): [config(4, 1, BM=16, BN=32)],
     (4, 64, False): [config(8, 1, BM=32, BN=16)],
-    (4, 128, False): [config(4, 1, BM=16, BN=16)],
+    (4, 128, False): [config(8, 1, BM=16, BN=16)],
     (4, 256, False): [config(8, 1, BM=16, BN=16)],
 }
 
@@ -172,12 +189,12 @@ key_grads_kind = kind_in(KEY_GRADS)
     lambda args: head_shared(2 * args["BN"], 2 * args["BM"], args),
     ["D", "PRECISION", "TILES"],
 )
-@triton.jit(do_not_specialize=["substream", "threshold", "Tq", "Tk"])
+@triton.jit(do_not_specialize=["first_head", "Tq", "Tk"])
 def key_grads_kernel(
-    q, k, v, dout, dk, dv, terms, q_tiles, dout_tiles, H, Tq, Tk, padded, scale, scale_log2,
+    q, k, v, dout, dk, dv, terms, masks, q_tiles, dout_tiles,
+    first_head, H, Tq, Tk, padded, columns, scale, scale_log2, keep_scale,
     q_b, q_h, q_row, k_b, k_h, k_row, v_b, v_h, v_row, dout_b, dout_h, dout_row,
     dk_b, dk_h, dk_row, dv_b, dv_h, dv_row,
-    seed, substream, threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr, TILES: tl.constexpr,
     PRECISION: tl.constexpr, COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -188,7 +205,7 @@ def key_grads_kernel(
     dV = dropout(P') dO,  dK = scale dS' Q.
     So P' and dS' are left operands of products, which take them from registers as they are.
     """
-    head, b, h, j0 = own_head(H, Tk, BN, False)
+    head, b, h, j0 = own_head(H, Tk, BN, False, first_head)
     q += b * q_b + h * q_h
     k += b * k_b + h * k_h
     v += b * v_b + h * v_h
@@ -205,6 +222,8 @@ def key_grads_kernel(
     key_total = tl.zeros([BN, COLUMNS], tl.float32)
     value_total = tl.zeros([BN, COLUMNS], tl.float32)
     seen_from = j - offset  # the first query that sees the key
+    if masks is not None:
+        masks = _masks_of(masks, head - first_head, 0, j0, padded, columns, BM, BN)
     # No query before `first` sees a key of the block, all those from `whole` on see every one.
     first = tl.maximum(j0 - offset, 0) // BM * BM
     whole = tl.minimum(tl.cdiv(tl.maximum(j0 + BN - 1 - offset, 0), BM), tl.cdiv(Tq, BM)) * BM
@@ -234,24 +253,25 @@ def key_grads_kernel(
             if not UNMASKED:
                 p = tl.where(seen_from[:, None] <= i[None, :], p, 0.0)
             weights = p  # without the dropout's factor
-            if seed is not None:
-                kept = dropout_kept(tl.load(seed), substream, head, i0, j0, threshold, BM, BN, True)
+            if masks is not None:
+                dropped = tl.load(masks + tl.cast(i0 // DROPOUT_ROWS, tl.int64) * columns)
+                kept = kept_of(dropped.to(tl.int32), BM, BN, True)
                 weights = tl.where(kept, p, 0.0)
             value_total = tl.dot(weights.to(do.dtype), do, value_total, input_precision=PRECISION)
             shown = do if PART == BLOCK_D else dout
             row_delta = tl.load(at + 2 * TERM_ROWS + row)
             start = tl.zeros([BN, BM], tl.float32)
-            if seed is None:
+            if masks is None:
                 start -= row_delta[None, :]
             ds = row_products(
                 values, j0, v_row, Tk, shown, i0, dout_row, Tq, start,
                 PRECISION, D, BLOCK_D, PART, BN, BM,
             )  # fmt: skip
-            if seed is not None:
+            if masks is not None:
                 ds = tl.where(kept, ds * keep_scale, 0.0) - row_delta[None, :]
             ds *= p
             key_total = tl.dot(ds.to(queries.dtype), queries, key_total, input_precision=PRECISION)
-    if seed is not None:
+    if masks is not None:
         value_total *= keep_scale
     inside = (j < Tk)[:, None] & (d < D)[None, :]
     rows = j.to(tl.int64)[:, None]
@@ -272,33 +292,40 @@ def write_grads(
     dq, dk, dv = grads
     B, H, Tq, _ = q.shape
     Tk = k.shape[2]
-    padded = cdiv(Tq, TERM_ROWS.value) * TERM_ROWS.value
+    padded, columns = (cdiv(T, TERM_ROWS.value) * TERM_ROWS.value for T in (Tq, Tk))
     terms = lse.new_empty(B, H, 3 * padded)
+    heads, masks = B * H, None
+    if dropout["seed"] is not None:
+        mask = padded // DROPOUT_ROWS.value * columns
+        heads = min(heads, max(1, MASK_BYTES // max(1, mask)))
+        masks = torch.empty(heads, mask, dtype=torch.uint8, device=q.device)
     shape: dict[str, Any] = {**parts_of(q), "PRECISION": precision(q.dtype)}
     shape["TILES"] = row_tiles(q, k, v, dout)
-    args = {"q": q, **shape, **dropout}
+    args = {"q": q, "masks": masks, **shape}
     kind, key_kind = query_grad_kind(args), key_grads_kind(args)
-    sizes = H, Tq, Tk, padded, scale, log2_scale(scale)
+    key_tiles = descriptors(query_grad_kernel, QUERY_GRAD, kind, "BN", k, v)
+    query_tiles = descriptors(key_grads_kernel, KEY_GRADS, key_kind, "BM", q, dout)
     inputs = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
-    if dq.numel():
-        queries = lambda meta: (cdiv(Tq, meta["BM"]) * B * H,)  # noqa: E731
-        query_grad_kernel[queries](
-            q, k, v, out, dout, dq, lse, terms,
-            *descriptors(query_grad_kernel, QUERY_GRAD, kind, "BN", k, v), *sizes,
-            *inputs, *out.stride()[:3], *dout.stride()[:3], *dq.stride()[:3],
-            **dropout, **shape,
-        )  # fmt: skip
-    if dk.numel():
-        block = columns = shape["BLOCK_D"]
-        if shape["PART"] < block:  # the threads of AMD's warps want 128 for loads of 16 bytes
-            columns = 64 if shape["PRECISION"] == "tf32x3" else 128
-        keys = lambda meta: (cdiv(Tk, meta["BN"]) * B * H, block // columns)  # noqa: E731
-        key_grads_kernel[keys](
-            q, k, v, dout, dk, dv, terms,
-            *descriptors(key_grads_kernel, KEY_GRADS, key_kind, "BM", q, dout), *sizes,
-            *inputs, *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
-            **dropout, **shape, COLUMNS=columns,
-        )  # fmt: skip
+    block = width = shape["BLOCK_D"]
+    if shape["PART"] < block:  # the threads of AMD's warps want 128 for loads of 16 bytes
+        width = 64 if shape["PRECISION"] == "tf32x3" else 128
+    for first in range(0, B * H, max(1, heads)):
+        some = min(heads, B * H - first)
+        sizes = first, H, Tq, Tk, padded, columns, scale, log2_scale(scale)
+        if dq.numel():
+            queries = lambda meta, some=some: (cdiv(Tq, meta["BM"]) * some,)  # noqa: E731
+            query_grad_kernel[queries](
+                q, k, v, out, dout, dq, lse, terms, masks, *key_tiles, *sizes,
+                *inputs, *out.stride()[:3], *dout.stride()[:3], *dq.stride()[:3],
+                **dropout, **shape,
+            )  # fmt: skip
+        if dk.numel():
+            keys = lambda meta, some=some: (cdiv(Tk, meta["BN"]) * some, block // width)  # noqa: E731
+            key_grads_kernel[keys](
+                q, k, v, dout, dk, dv, terms, masks, *query_tiles, *sizes, dropout["keep_scale"],
+                *inputs, *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
+                **shape, COLUMNS=width,
+            )  # fmt: skip
 
 
 def attention_backward(

@@ -29,14 +29,13 @@ def philox(seed, c0, c1, c2, c3):
 
 
 @triton.jit
-def dropout_kept(
-    seed, substream, matrix, i0, j0, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    TRANSPOSED: tl.constexpr = False,
-):  # fmt: skip
-    """Whether dropout keeps an element, for rows from i0 and columns from j0; see ops.random.
+def dropped_rows(
+    seed, substream, matrix, i0, j0, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """What dropout drops of rows from i0 and columns from j0, 8 rows to an integer: bit r of
+    element (g, j), (ROWS / 8, COLUMNS), is that of row 8 g + r; see ops.random.
 
-    (ROWS, COLUMNS), or (COLUMNS, ROWS) if TRANSPOSED. i0 and ROWS must be multiples of 8: a Philox
-    block has 16 bits for each of 8 rows of a column.
+    i0 and ROWS must be multiples of 8: a Philox block has 16 bits for each of 8 rows of a column.
     """
     GROUPS: tl.constexpr = ROWS // DROPOUT_ROWS
     group = (tl.arange(0, GROUPS) + i0 // DROPOUT_ROWS)[:, None]
@@ -54,7 +53,13 @@ def dropout_kept(
     dropped = _append_dropped(dropped, w0, threshold)
     # Several threads of a matrix product need the same word. The compiler would let each of them
     # compute Philox anew, rather than exchange words; it moves nothing across a reduction.
-    dropped = tl.sum(dropped[:, :, None], 2)
+    return tl.sum(dropped[:, :, None], 2)
+
+
+@triton.jit
+def kept_of(dropped, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr = False):
+    """Whether an element is kept, (ROWS, COLUMNS), or (COLUMNS, ROWS) if TRANSPOSED, by
+    `dropped_rows`."""
     bit = 1 << tl.arange(0, DROPOUT_ROWS)
     if TRANSPOSED:
         dropped = tl.reshape(tl.trans(dropped)[:, :, None] & bit[None, None, :], (COLUMNS, ROWS))
@@ -76,9 +81,9 @@ def _append_dropped(bits, word, threshold):
 def dropout_factors(
     seed, substream, matrix, i0, j0, threshold, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """The factors of `dropout_kept`: `scale`, or 0 for what is dropped."""
-    kept = dropout_kept(seed, substream, matrix, i0, j0, threshold, ROWS, COLUMNS)
-    return tl.where(kept, scale, 0.0)
+    """The factors of dropout, (ROWS, COLUMNS): `scale`, or 0 for what is dropped."""
+    dropped = dropped_rows(seed, substream, matrix, i0, j0, threshold, ROWS, COLUMNS)
+    return tl.where(kept_of(dropped, ROWS, COLUMNS), scale, 0.0)
 
 
 @triton.jit
@@ -128,10 +133,13 @@ def _reciprocal(x):
 
 
 @triton.jit
-def own_head(H, T, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """This program's head, the head's indices b and h, and the first of its BLOCK rows."""
+def own_head(H, T, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr, first_head=0):
+    """This program's head, the head's indices b and h, and the first of its BLOCK rows.
+
+    The first program's head is `first_head`.
+    """
     blocks = tl.cdiv(T, BLOCK)
-    head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    head, block = first_head + tl.program_id(0) // blocks, tl.program_id(0) % blocks
     if LAST_FIRST:
         block = blocks - 1 - block
     return head, (head // H).to(tl.int64), (head % H).to(tl.int64), block * BLOCK
