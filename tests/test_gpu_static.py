@@ -33,7 +33,9 @@ from gptfast.ops.triton import attention, attention_backward, decode, embedding,
 from gptfast.ops.triton import self_attention
 from gptfast.ops.triton.cross_entropy import linear_cross_entropy
 from gptfast.ops.triton.decode import fill_cache, next_windows
+from gptfast.ops.int8 import empty_int8
 from gptfast.ops.triton.few_rows import Append, Embedding, few_rows_linear
+from gptfast.ops.triton.int8 import round_to_int8
 from gptfast.ops.triton.sampling import Progress, kind_of, sample
 from gptfast.ops.sampling import Sampling
 
@@ -88,6 +90,8 @@ def few_rows(M, K, N):
     append = Append(empty(M, 2, 1, N, K), each, each, each)
     embedding = Embedding(each, each, *tables, N)
     few_rows_linear(x, empty(3 * K, K), None, x, norm=(b, None), embedding=embedding, append=append)
+    round_to_int8(w, empty_int8(w))
+    few_rows_linear(x, empty_int8(w), None, y)
     next_windows(each, each, each, each, each, long(M, N), N, N, 1)
     fill_cache(empty(M, N, 2 * K), each, each, append.cache)
 

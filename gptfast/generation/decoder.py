@@ -19,7 +19,8 @@ from torch import Tensor
 
 from gptfast import ops
 from gptfast.config import GPTConfig
-from gptfast.generation.weights import Weights
+from gptfast.generation.weights import Linear, Weights
+from gptfast.ops.int8 import Int8Weight
 from gptfast.ops.sampling import Sampling
 from gptfast.ops.triton.decode import decode_attention, fill_cache, next_windows
 from gptfast.ops.triton.few_rows import Append, Embedding, few_rows_linear
@@ -256,7 +257,7 @@ class Decoder:
         x = ops.embedding(idx, weights.wte, weights.wpe, dtype=weights.dtype)  # (n, T, C)
         for i, layer in enumerate(weights.layers):
             assert layer.ln_1 is not None and layer.qkv is not None and layer.proj is not None
-            weight, bias = layer.qkv
+            weight, bias = self._dense(layer.qkv)
             if i + 1 == config.n_layer:  # nothing reads the last layer's output
                 bias = None if bias is None else bias[C:]
                 kv = ops.layer_norm_linear(x, *layer.ln_1, weight[C:], bias)
@@ -266,8 +267,21 @@ class Decoder:
             fill_cache(qkv[:, :, C:], slots, progress.lengths, self._cache[i])
             heads = qkv.unflatten(-1, (3, config.n_head, -1)).permute(2, 0, 3, 1, 4)
             y = ops.causal_attention(*heads.unbind(0)).transpose(1, 2).flatten(2)  # (n, T, C)
-            x = ops.linear_residual(y, *layer.proj, x)
-            x = ops.layer_norm_ffn(x, *layer.ln_2, *layer.fc, *layer.fc_proj, gelu=config.gelu)
+            x = ops.linear_residual(y, *self._dense(layer.proj), x)
+            x = ops.layer_norm_ffn(
+                x, *layer.ln_2, *self._dense(layer.fc), *self._dense(layer.fc_proj),
+                gelu=config.gelu,
+            )  # fmt: skip
+
+    def _dense(self, linear: Linear) -> tuple[Tensor, Tensor | None]:
+        """A linear layer for the operators of training, which do not read weights of 8 bits.
+
+        Products of many rows take longer than this copy, whose memory the next layer uses again.
+        """
+        weight, bias = linear
+        if isinstance(weight, Int8Weight):
+            weight = weight.dense(self.weights.dtype)
+        return weight, bias
 
     def _run(self, key: Any, warmed_by: Any, function: Callable[[], None]) -> None:
         """Calls a function the first time, which compiles and tunes kernels; replays it later.

@@ -4,6 +4,9 @@ A step of decoding multiplies few rows by every weight, so it is the latency of 
 bytes of the weights that count. Each warp sums its own quarter of K: four short chains of matrix
 instructions instead of a long one. The quarters are added at the end.
 
+Weights of 8 bits are integers until they are in registers, where every dtype has them exactly; the
+sums are multiplied by the scales of their columns.
+
 A row has the same bits for any number of rows: how K is cut depends on K alone, and every tile uses
 the same matrix instruction (mma.sync on NVIDIA: three-dimensional tiles never become wgmma).
 
@@ -17,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptfast.ops.int8 import Int8Weight
 from gptfast.ops.reference import LAYER_NORM_EPS
 from gptfast.ops.triton import launch
 from gptfast.ops.triton.launch import INTERPRETED, block_of, cdiv, kernel, precision
@@ -88,7 +92,7 @@ def _moments(
 @kernel
 @triton.jit(do_not_specialize=["M"])
 def few_rows_kernel(
-    x, weight, bias, ln_w, ln_b, residual, y, M, N, y_row, eps,
+    x, weight, scales, bias, ln_w, ln_b, residual, y, M, N, y_row, eps,
     tokens, wte, wpe, lengths, capacity, cache, drawn, limits,
     K: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LENGTH: tl.constexpr,
@@ -96,6 +100,7 @@ def few_rows_kernel(
 ):  # fmt: skip
     """A tile of y = f(LayerNorm(x) weight' + bias) + residual, each part of it optional.
 
+    With `scales`, the weight has integers, of which row n is multiplied by scales[n].
     With `wte`, x is the sum of two embeddings, which the programs of the first columns also write
     to x. With `cache`, the N = 3 H D columns are queries, keys and values: y receives the queries,
     the cache the others.
@@ -133,8 +138,10 @@ def few_rows_kernel(
             mask=(n < N)[None, None, :] & (k < K)[:, :, None],
             other=0.0,
         )
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = tl.dot(a, b.to(a.dtype), acc, input_precision=PRECISION)
     out = tl.sum(acc, 0)
+    if scales is not None:
+        out *= tl.load(scales + n, mask=n < N, other=0.0)[None, :]
     if bias is not None:
         out += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if GELU is not None:
@@ -192,7 +199,7 @@ def tile_of(M: int, N: int, K: int, itemsize: int, embeds: bool = False) -> Tile
 
 
 def few_rows_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, *,
+    x: Tensor, weight: Tensor | Int8Weight, bias: Tensor | None, y: Tensor, *,
     norm: tuple[Tensor, Tensor | None] | None = None, gelu: str | None = None,
     residual: Tensor | None = None, embedding: Embedding | None = None,
     append: Append | None = None, tile: Tile | None = None,
@@ -201,7 +208,7 @@ def few_rows_linear(
 
     Args:
         x: (M, K), contiguous. With `embedding` (which needs `norm`), it receives the embeddings.
-        weight: (N, K), contiguous, in x's dtype.
+        weight: (N, K), contiguous, in x's dtype or of 8 bits.
         bias: (N,).
         y: (M, N), any stride between rows, in x's dtype or float32; (M, N / 3) with `append`. It
             may be `residual`, but not x.
@@ -212,6 +219,7 @@ def few_rows_linear(
         append: Where keys and values go, if the layer makes queries, keys and values.
         tile: Replaces the choice of `tile_of`, for measurements.
     """
+    weight, scales = weight if isinstance(weight, Int8Weight) else (weight, None)
     (M, K), N = x.shape, weight.shape[0]
     tile = tile or tile_of(M, N, K, x.element_size(), embedding is not None)
     tokens, wte, wpe = (None, None, None) if embedding is None else (
@@ -225,7 +233,7 @@ def few_rows_linear(
         lengths, capacity = embedding.lengths, embedding.capacity
     grid = (cdiv(M, tile.BM) * cdiv(N, tile.BN),)
     few_rows_kernel[grid](
-        x, weight, bias, *(norm or (None, None)), residual, y, M, N, y.stride(0),
+        x, weight, scales, bias, *(norm or (None, None)), residual, y, M, N, y.stride(0),
         LAYER_NORM_EPS,
         tokens, wte, wpe, lengths, capacity, cache,
         None if append is None else append.drawn, None if append is None else append.limits,
