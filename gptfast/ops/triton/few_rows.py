@@ -191,7 +191,8 @@ def tile_of(M: int, N: int, K: int, itemsize: int, embeds: bool = False) -> Tile
         columns = 32 if rows == 64 or (wide and rows == 32) else 64
     if INTERPRETED:  # whose time is that of the number of programs
         columns = 128
-    # In 2-byte dtypes BK is free: the sum goes on 16 columns at a time in any case.
+    # In 2-byte dtypes BK is free: the sum goes on 16 columns at a time in any case (with weights of
+    # 8 bits in an order of its own, which repeats every 32).
     deepest = 32 if wide or rows == 64 else 128 if rows == 16 and columns == 16 else 64
     block = min(BLOCK, block_of(K))
     stages = 3 if launch.shared_limit() > launch.MIN_SHARED else 1  # of up to 33 KB

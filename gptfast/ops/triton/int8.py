@@ -37,7 +37,7 @@ def int8_kernel(
         odd += w - w  # NaN if w is not finite
     scale = tl.div_rn(tl.max(largest, 1), tl.full([ROWS], LARGEST, tl.float32)) + tl.sum(odd, 1)
     tl.store(scales + n, scale, mask=n < N)
-    inverse = tl.div_rn(tl.full([ROWS], 1.0, tl.float32), scale)
+    inverse = tl.div_rn(tl.full([ROWS], 1.0, tl.float32), tl.where(scale > 0.0, scale, 1.0))
     for k0 in tl.range(0, K, BLOCK):  # the rows are in a cache now
         k = k0 + tl.arange(0, BLOCK)[None, :]
         inside = (n < N)[:, None] & (k < K)
