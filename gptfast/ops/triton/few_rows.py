@@ -177,13 +177,16 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def tile_of(M: int, N: int, K: int, itemsize: int, embeds: bool = False) -> Tile:
-    """Returns the tile for M rows; what the bits depend on follows from K and the dtype alone."""
+def tile_of(M: int, N: int, K: int, itemsize: int, embeds: int = 0) -> Tile:
+    """Returns the tile for M rows; what the bits depend on follows from K and the dtype alone.
+
+    embeds is the number of bytes per element of the embeddings that are summed, if any.
+    """
     length = cdiv(K, SLICES * UNIT) * UNIT
     divisor = length & -length  # the largest power of 2 that divides it
     wide = itemsize == 4
     small = N * K <= SMALL  # many small tiles read such a weight again and again, from the L2 cache
-    if M <= 16 or (M <= 128 and small) or (wide and embeds):
+    if M <= 16 or (M <= 128 and small) or embeds == 4:
         rows, columns = 16, 16
     else:
         rows, columns = (32, 32) if M <= 128 or wide or embeds else (64, 32)
@@ -222,7 +225,8 @@ def few_rows_linear(
     """
     weight, scales = weight if isinstance(weight, Int8Weight) else (weight, None)
     (M, K), N = x.shape, weight.shape[0]
-    tile = tile or tile_of(M, N, K, x.element_size(), embedding is not None)
+    embeds = 0 if embedding is None else embedding.wte.element_size()
+    tile = tile or tile_of(M, N, K, x.element_size(), embeds)
     tokens, wte, wpe = (None, None, None) if embedding is None else (
         embedding.tokens, embedding.wte, embedding.wpe
     )  # fmt: skip
