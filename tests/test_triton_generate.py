@@ -136,7 +136,7 @@ def test_a_row_has_the_same_bits_among_any_number_of_rows(
         found.append(y[0])
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     tiles = [tile_of(M, N, K, dtype.itemsize) for M in (1, 20, 140)]
-    assert len({(tile.LENGTH, tile.BLOCK) for tile in tiles}) == 1
+    assert len({(tile.LENGTH, tile.SLICES) for tile in tiles}) == 1
 
 
 def test_queries_keys_and_values_of_embedded_tokens() -> None:
