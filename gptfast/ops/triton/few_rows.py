@@ -92,7 +92,7 @@ def _moments(
 @kernel
 @triton.jit(do_not_specialize=["M"])
 def few_rows_kernel(
-    x, weight, scales, bias, ln_w, ln_b, residual, y, M, N, y_row, eps,
+    x, weight, weight_scale, bias, ln_w, ln_b, residual, y, M, N, y_row, eps,
     tokens, wte, wpe, lengths, capacity, cache, drawn, limits,
     K: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LENGTH: tl.constexpr,
@@ -100,7 +100,7 @@ def few_rows_kernel(
 ):  # fmt: skip
     """A tile of y = f(LayerNorm(x) weight' + bias) + residual, each part of it optional.
 
-    With `scales`, the weight has integers, of which row n is multiplied by scales[n].
+    With `weight_scale`, the weight has integers, of which row n is multiplied by weight_scale[n].
     With `wte`, x is the sum of two embeddings, which the programs of the first columns also write
     to x. With `cache`, the N = 3 H D columns are queries, keys and values: y receives the queries,
     the cache the others.
@@ -140,8 +140,8 @@ def few_rows_kernel(
         )
         acc = tl.dot(a, b.to(a.dtype), acc, input_precision=PRECISION)
     out = tl.sum(acc, 0)
-    if scales is not None:
-        out *= tl.load(scales + n, mask=n < N, other=0.0)[None, :]
+    if weight_scale is not None:
+        out *= tl.load(weight_scale + n, mask=n < N, other=0.0)[None, :]
     if bias is not None:
         out += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if GELU is not None:
@@ -223,7 +223,7 @@ def few_rows_linear(
         append: Where keys and values go, if the layer makes queries, keys and values.
         tile: Replaces the choice of `tile_of`, for measurements.
     """
-    weight, scales = weight if isinstance(weight, Int8Weight) else (weight, None)
+    weight, scale = weight if isinstance(weight, Int8Weight) else (weight, None)
     (M, K), N = x.shape, weight.shape[0]
     embeds = 0 if embedding is None else embedding.wte.element_size()
     tile = tile or tile_of(M, N, K, x.element_size(), embeds)
@@ -238,7 +238,7 @@ def few_rows_linear(
         lengths, capacity = embedding.lengths, embedding.capacity
     grid = (cdiv(M, tile.BM) * cdiv(N, tile.BN),)
     few_rows_kernel[grid](
-        x, weight, scales, bias, *(norm or (None, None)), residual, y, M, N, y.stride(0),
+        x, weight, scale, bias, *(norm or (None, None)), residual, y, M, N, y.stride(0),
         LAYER_NORM_EPS,
         tokens, wte, wpe, lengths, capacity, cache,
         None if append is None else append.drawn, None if append is None else append.limits,
