@@ -24,7 +24,7 @@ from torch import Tensor
 from gptfast.ops.int8 import Int8Weight
 from gptfast.ops.reference import LAYER_NORM_EPS
 from gptfast.ops.triton import launch
-from gptfast.ops.triton.launch import INTERPRETED, block_of, cdiv, kernel, precision
+from gptfast.ops.triton.launch import INTERPRETED, block_of, cdiv, copies_tiles, kernel, precision
 from gptfast.ops.triton.overlap import let_successor_start, overlap, wait_for_predecessor, when
 from gptfast.ops.triton.tiles import gelu
 
@@ -34,7 +34,7 @@ SIZES = (64, 32), (32, 32), (32, 16), (16, 16)  # rows and columns of a tile
 VOCABULARY_SIZES = (64, 64), *SIZES  # whose tiles take most registers
 PROGRAMS = 120  # enough for every multiprocessor; the larger of the tiles that make as many
 BLOCK = 128  # columns of x at once for LayerNorm's statistics; a thread has 16 bytes of them
-NORM_ROWS = 8  # rows of a program that has four warps, for the same order of sums
+NORM_ROWS = 4  # rows of a program of one warp
 AT_ONCE_BYTES = 80 * 1024  # of a program's operands, which need not be loaded step by step
 STAGE_BYTES = 32 * 1024  # of operands, else
 
@@ -300,24 +300,24 @@ class Tile(NamedTuple):
 
 def tile_of(M: int, N: int, K: int, itemsize: int, few_bits: bool = False) -> Tile:
     """Returns the tile for M rows; what the bits depend on follows from K and the dtype alone."""
-    slices = 4 if K <= 1024 else 8
+    slices, fetches = 4 if K <= 1024 else 8, copies_tiles()
     length = cdiv(K, slices * UNIT) * UNIT
     if M > 16 and (M > 128 or N * K > SMALL):
         sizes = SIZES if N < 8192 else VOCABULARY_SIZES
         enough = (each for each in sizes if cdiv(M, each[0]) * cdiv(N, each[1]) >= PROGRAMS)
         rows, columns = next(enough, SIZES[-1])
     else:
-        rows, columns = 1 if M == 1 else 16, 8 if K > 1024 else 16 if N < 8192 else 32
+        rows, columns = 16, 8 if K > 1024 and fetches else 16 if N < 8192 else 32
+        rows = 1 if M == 1 and fetches else 16
     if INTERPRETED:  # whose time is that of the number of programs
         columns = 128
     both = (rows + columns) * itemsize
-    shared = launch.shared_limit()
-    at_once = rows <= 16 and both * K <= min(AT_ONCE_BYTES, shared - launch.MIN_SHARED)
+    at_once = fetches and rows <= 16 and both * K <= AT_ONCE_BYTES
     # In 2-byte dtypes BK is free: the sum goes on 16 columns at a time in any case.
     deepest = UNIT if itemsize == 4 else min(128, block_of(STAGE_BYTES // (both * slices) + 1) // 2)
     if few_bits:  # their order of sums repeats every 32 columns
         deepest = max(deepest, UNIT)
-    stages = 3 if shared > launch.MIN_SHARED else 1
+    stages = 3 if launch.shared_limit() > launch.MIN_SHARED else 1
     return Tile(
         rows, columns, min(length & -length, deepest), length, slices, at_once, slices, stages
     )
@@ -356,11 +356,13 @@ def few_rows_linear(
         _, _, heads, capacity, head_dim = cache.shape
     elif embedding is not None:
         lengths, capacity = embedding.lengths, embedding.capacity
-    if norm is not None and tile.BM > 16:
+    # Embeddings of another dtype, float32's beside weights of 8 bits, would take many registers.
+    apart = tile.BM > 16 or (wte is not None and wte.dtype != x.dtype)
+    if norm is not None and apart:
         normal = torch.empty_like(x)
         norm_kernel[(cdiv(M, NORM_ROWS),)](
             x, *norm, normal, M, LAYER_NORM_EPS, tokens, wte, wpe, lengths, capacity,
-            K=K, BM=NORM_ROWS, BLOCK=BLOCK, **overlap(when(M)), num_warps=4,
+            K=K, BM=NORM_ROWS, BLOCK=BLOCK, **overlap(when(M)), num_warps=1,
         )  # fmt: skip
         x, norm, tokens, wte, wpe = normal, None, None, None, None
     grid = (cdiv(M, tile.BM) * cdiv(N, tile.BN),)
