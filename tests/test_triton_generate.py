@@ -22,7 +22,7 @@ from gptfast.generation import weights as weights_of_calls
 from gptfast.generation.decoder import Decoder, Shape
 from gptfast.generation.sequences import Update
 from gptfast.generation.snapshot import has_int8, snapshot
-from gptfast.generation.weights import Weights
+from gptfast.generation.weights import Weights, parameters_of
 from gptfast.ops.int8 import empty_int8, rounded
 from gptfast.ops.sampling import Sampling
 
@@ -285,7 +285,8 @@ def test_weights_of_8_bits_take_8_bits(own: torch.dtype) -> None:
     others = [param for name, param in parameters.items() if not has_int8(name, param)]
     assert whole.bytes - weights.bytes == sum(each.nbytes for each in others)
     model.wte.weight = torch.nn.Parameter(model.wte.weight.data.clone())
-    assert whole.fits(model) and not weights.fits(model)
+    now = parameters_of(model)
+    assert whole.fits(now) and not weights.fits(now)
 
 
 def test_a_decoder_serves_one_loop_at_a_time() -> None:

@@ -51,7 +51,7 @@ class Weights:
         self._n_layer = len(model.h)
         self._copies: dict[str, Any] = {}  # tensors and 8-bit weights
         self._named: dict[str, Any] = {}
-        given = _parameters(model)
+        given = parameters_of(model)
         for name, weight in given.items():
             if dtype == "int8" and has_int8(name, weight):
                 self._copies[name] = empty_int8(weight)
@@ -61,16 +61,16 @@ class Weights:
             if lasting or weight.dtype != kind or not weight.is_contiguous():
                 self._copies[name] = torch.empty(weight.shape, dtype=kind, device=weight.device)
         self._needed = self._needs(given)
-        self.take(model)
+        self.take(given)
 
     @property
     def bytes(self) -> int:
         """How many bytes the copies take."""
         return sum(each.nbytes for each in self._copies.values())
 
-    def fits(self, model: GPT) -> bool:
+    def fits(self, given: dict[str, Tensor]) -> bool:
         """Whether `take` would fill the same memory, and find the other weights where they were."""
-        return self._needs(_parameters(model)) == self._needed
+        return self._needs(given) == self._needed
 
     def _needs(self, given: dict[str, Tensor]) -> dict[str, Any]:
         """What a decoder that refers to these weights depends on."""
@@ -81,9 +81,8 @@ class Weights:
         }
 
     @torch.no_grad()
-    def take(self, model: GPT) -> None:
-        """Takes the model's weights as they are now."""
-        given = _parameters(model)
+    def take(self, given: dict[str, Tensor]) -> None:
+        """Takes a model's weights as they are now, see `parameters_of`."""
         copies, originals = [], []
         for name, copy in self._copies.items():
             if isinstance(copy, Int8Weight):
@@ -132,6 +131,7 @@ class Weights:
         return self._named[name + ".weight"], self._named.get(name + ".bias")
 
 
-def _parameters(model: GPT) -> dict[str, Tensor]:
+def parameters_of(model: GPT) -> dict[str, Tensor]:
+    """Returns the parameters of a model of plain layers by name."""
     found = model.named_parameters(remove_duplicate=False)
     return {name: param.detach() for name, param in found}
