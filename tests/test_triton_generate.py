@@ -285,8 +285,12 @@ def test_weights_of_8_bits_take_8_bits(own: torch.dtype) -> None:
     others = [param for name, param in parameters.items() if not has_int8(name, param)]
     assert whole.bytes - weights.bytes == sum(each.nbytes for each in others)
     model.wte.weight = torch.nn.Parameter(model.wte.weight.data.clone())
-    now = parameters_of(model)
-    assert whole.fits(now) and not weights.fits(now)
+    assert not weights.fits(parameters_of(model))
+    assert not whole.fits(parameters_of(model))  # it is no longer tied
+    tied = model_of(replace(TINY, tie_weights=True)).to(own)
+    halves = Weights(tied, "bf16", True)
+    assert halves.bytes == 2 * sum(each.numel() for each in tied.parameters())
+    assert halves.head[1] is halves.wte
 
 
 def test_a_decoder_serves_one_loop_at_a_time() -> None:

@@ -13,6 +13,8 @@ from gptfast.ops.triton.int8 import round_to_int8
 # Of activations and caches; bfloat16 has integers of 8 bits exactly.
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
 
+EMBEDDING, HEAD = "wte.weight", "lm_head.weight"
+
 Norm = tuple[Tensor, Tensor | None]
 Linear = tuple[Tensor | Int8Weight, Tensor | None]
 
@@ -52,9 +54,12 @@ class Weights:
         self._copies: dict[str, Any] = {}  # tensors and 8-bit weights
         self._named: dict[str, Any] = {}
         given = parameters_of(model)
+        self._tied = _is_tied(given)
         for name, weight in given.items():
             if dtype == "int8" and has_int8(name, weight):
                 self._copies[name] = empty_int8(weight)
+                continue
+            if name == HEAD and self._tied:
                 continue
             exact = dtype == "int8" and weight.dtype != self.dtype
             kind = torch.float32 if exact else self.dtype
@@ -70,7 +75,7 @@ class Weights:
 
     def fits(self, given: dict[str, Tensor]) -> bool:
         """Whether `take` would fill the same memory, and find the other weights where they were."""
-        return self._needs(given) == self._needed
+        return _is_tied(given) == self._tied and self._needs(given) == self._needed
 
     def _needs(self, given: dict[str, Tensor]) -> dict[str, Any]:
         """What a decoder that refers to these weights depends on."""
@@ -78,6 +83,7 @@ class Weights:
             name: (weight.dtype, weight.shape, weight.device)
             + (() if name in self._copies else (weight.data_ptr(), weight.stride()))
             for name, weight in given.items()
+            if not (self._tied and name == HEAD)
         }
 
     @torch.no_grad()
@@ -93,6 +99,8 @@ class Weights:
         if copies:
             torch._foreach_copy_(copies, originals)
         self._named = given | self._copies
+        if self._tied and HEAD not in self._copies:
+            self._named[HEAD] = self._named[EMBEDDING]
 
     def let_go(self) -> None:
         """Lets the model's own tensors go."""
@@ -101,7 +109,7 @@ class Weights:
     @property
     def wte(self) -> Tensor:
         """Token embedding, (V, C)."""
-        found: Tensor = self._named["wte.weight"]
+        found: Tensor = self._named[EMBEDDING]
         return found
 
     @property
@@ -113,7 +121,7 @@ class Weights:
     @property
     def head(self) -> tuple[Norm, Tensor | Int8Weight]:
         """The final norm and the head's weight, (V, C)."""
-        return self._pair("ln_f"), self._named["lm_head.weight"]
+        return self._pair("ln_f"), self._named[HEAD]
 
     @property
     def layers(self) -> list[Layer]:
@@ -133,5 +141,8 @@ class Weights:
 
 def parameters_of(model: GPT) -> dict[str, Tensor]:
     """Returns the parameters of a model of plain layers by name."""
-    found = model.named_parameters(remove_duplicate=False)
-    return {name: param.detach() for name, param in found}
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def _is_tied(given: dict[str, Tensor]) -> bool:
+    return given[HEAD] is given[EMBEDDING]
