@@ -39,16 +39,16 @@ def wait_for_predecessor(OVERLAP: tl.constexpr):
 
 @triton.jit
 def fetch_to_l2(start, size, OVERLAP: tl.constexpr):
-    """Has `size` bytes from address `start` on fetched into the L2 cache, divided by programs.
+    """Has `size` bytes (a multiple of 16) from `start` on fetched to the L2 cache by all programs.
 
-    Both are multiples of 16. It is a hint: nothing waits for it.
+    It is a hint: nothing waits for it.
     """
     if OVERLAP is not None:
         share = tl.cdiv(size, tl.num_programs(0) * 128) * 128
         first = tl.program_id(0) * share
         own = tl.minimum(share, size - first)
         if own > 0:
-            at = start.to(tl.int64, bitcast=True) + first
+            at = (start.to(tl.int64, bitcast=True) + first) & -16
             tl.inline_asm_elementwise(
                 """{ .reg .pred first; .reg .u32 thread; mov.u32 thread, %tid.x;
                 setp.eq.u32 first, thread, 0;
