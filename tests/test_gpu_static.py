@@ -21,8 +21,8 @@ def gpu_static(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def compiled(calls: str) -> int:
-    """Returns how many kernels these calls compile for sm_80."""
+def compiled(calls: str, chip: str = "sm_80", check: str = "") -> int:
+    """Returns how many kernels these calls compile; `check` is run for each `name` and `ptx`."""
     script = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "benchmarks")!r}]
@@ -95,8 +95,11 @@ def few_rows(M, K, N):
     next_windows(each, each, each, each, each, long(M, N), N, N, 1)
     fill_cache(empty(M, N, 2 * K), each, each, append.cache)
 
-with compiling_for(CHIPS["sm_80"]) as found:
+with compiling_for(CHIPS[{chip!r}]) as found:
     {calls}
+for _, function, kernel in found:
+    name, ptx = function.__name__, kernel.asm["ptx"]
+    {check}
 print(len(found))
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -130,6 +133,20 @@ def test_a_kernel_is_the_same_for_every_number_of_rows() -> None:
     )
     some = ["; ".join(calls).format(rows) for rows in (1, 64, 600)]
     assert compiled("; ".join((given, *some))) == compiled(f"{given}; {some[0]}")
+
+
+def test_kernels_that_start_early_wait_before_they_write() -> None:
+    calls = "decoded({0}, 1, 300, 16); drawn({0}, 2000, temperature=0.0); few_rows({0}, 64, 64)"
+    check = """
+    if name in ("window_kernel", "fill_kernel"):
+        continue
+    before, after = ptx.split("griddepcontrol.wait")
+    assert "st.global" not in before and "st.global" in after and kernel.metadata.launch_pdl
+    assert ("launch_dependents" in before) == {0}, "the next one starts {1}"
+    """
+    compiled(calls.format(1), "sm_90", check.format(True, "at once"))
+    compiled(calls.format(64), "sm_90", check.format(False, "at the end"))
+    compiled(calls.format(1), "sm_80", "assert 'griddepcontrol' not in ptx")
 
 
 @pytest.mark.parametrize("chip", ("sm_80", "sm_90", "sm_100", "gfx942"))

@@ -9,8 +9,9 @@ L layers.
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +31,8 @@ UNROLLED = 8  # steps in the larger of the two graphs
 MOST_STEPS = 128  # to be queued before a look
 FLIGHTS = 3  # queued results that may be unread at once, plus one
 FILL_ROWS = 16384  # rows of an activation at most, while windows are computed
+LARGE_BYTES = 32 << 20  # of weights, which do not stay in the L2 cache
+MOST_SLOTS_AHEAD = 128
 FIELDS = "tokens", "lengths", "offsets", "drawn", "limits", "seeds", "sequence_ids"
 
 
@@ -193,24 +196,26 @@ class Decoder:
         embedding: Embedding | None = Embedding(
             progress.tokens, progress.lengths, weights.wte, weights.wpe, self.shape.capacity
         )
+        ahead = _after_next(weights, self.shape.slots)
         for i, layer in enumerate(weights.layers):
             if layer.qkv is not None and layer.proj is not None:
                 append = Append(self._cache[i], progress.lengths, progress.drawn, progress.limits)
                 few_rows_linear(
-                    x, *layer.qkv, self._q, norm=layer.ln_1, embedding=embedding, append=append
-                )
+                    x, *layer.qkv, self._q, norm=layer.ln_1, embedding=embedding, append=append,
+                    ahead=next(ahead),
+                )  # fmt: skip
                 embedding = None
                 decode_attention(
                     self._q, self._cache[i], progress.lengths, self._attended,
                     self.shape.config.block_size,
                 )  # fmt: skip
-                few_rows_linear(self._attended, *layer.proj, x, residual=x)
+                few_rows_linear(self._attended, *layer.proj, x, residual=x, ahead=next(ahead))
             few_rows_linear(
                 x, *layer.fc, self._hidden, norm=layer.ln_2, gelu=self.shape.config.gelu,
-                embedding=embedding,
+                embedding=embedding, ahead=next(ahead),
             )  # fmt: skip
             embedding = None
-            few_rows_linear(self._hidden, *layer.fc_proj, x, residual=x)
+            few_rows_linear(self._hidden, *layer.fc_proj, x, residual=x, ahead=next(ahead))
         norm, head = weights.head
         few_rows_linear(x, head, None, self._logits, norm=norm)
         tokens, logprobs = found[:, : self.shape.slots]
@@ -313,6 +318,22 @@ class Decoder:
         if not self._state.is_cuda:
             return values
         return values.pin_memory().to(self._state.device, non_blocking=True)
+
+
+def _after_next(weights: Weights, slots: int) -> Iterator[Tensor | None]:
+    """Yields, for each linear layer in turn, the weight of the second one after it.
+
+    That is None if the weights stay in the L2 cache, or if so many slots keep the GPU busy longer
+    than it takes to read a weight.
+    """
+    linears = ((each.qkv, each.proj, each.fc, each.fc_proj) for each in weights.layers)
+    read = [linear[0] for layer in linears for linear in layer if linear is not None]
+    read.append(weights.head[1])
+    found = [each.values if isinstance(each, Int8Weight) else each for each in read]
+    if slots > MOST_SLOTS_AHEAD or sum(each.nbytes for each in found) < LARGE_BYTES:
+        found = []
+    yield from found[2:]
+    yield from itertools.repeat(None)
 
 
 def slots_bucket(slots: int) -> int:

@@ -19,6 +19,7 @@ from gptfast.ops.triton.overlap import let_successor_start, overlap, wait_for_pr
 
 PART = 256  # keys of a part
 TILE = 4096  # elements of a tile of keys
+WARPS = 2  # more of them repeat more of the work per program
 STAGES = 1
 
 
@@ -126,7 +127,7 @@ def decode_attention(
     part_kernel[(S * H * parts,)](
         q, cache, lengths, outs, tops, totals, H, capacity, parts, q.stride(0), scale_log2,
         D=D, BLOCK_D=block_of(D), PART=PART, KEYS=keys, ALONE=parts == 1,
-        STAGES=STAGES, **overlap(when(S)), num_warps=4,
+        STAGES=STAGES, **overlap(when(S)), num_warps=WARPS,
     )  # fmt: skip
     if parts > 1:
         join_kernel[(S * H,)](

@@ -25,7 +25,13 @@ from gptfast.ops.int8 import Int8Weight
 from gptfast.ops.reference import LAYER_NORM_EPS
 from gptfast.ops.triton import launch
 from gptfast.ops.triton.launch import INTERPRETED, block_of, cdiv, copies_tiles, kernel, precision
-from gptfast.ops.triton.overlap import let_successor_start, overlap, wait_for_predecessor, when
+from gptfast.ops.triton.overlap import (
+    fetch_to_l2,
+    let_successor_start,
+    overlap,
+    wait_for_predecessor,
+    when,
+)
 from gptfast.ops.triton.tiles import gelu
 
 UNIT = 32  # a slice's length is a multiple of it
@@ -36,6 +42,7 @@ PROGRAMS = 120  # enough for every multiprocessor; the larger of the tiles that 
 BLOCK = 128  # columns of x at once for LayerNorm's statistics; a thread has 16 bytes of them
 NORM_ROWS = 4  # rows of a program of one warp
 AT_ONCE_BYTES = 80 * 1024  # of a program's operands, which need not be loaded step by step
+AHEAD_BYTES = 8 << 20  # which take 3 us to arrive
 STAGE_BYTES = 32 * 1024  # of operands, else
 
 
@@ -171,11 +178,26 @@ def _activations(x, wte, wpe, m, token, place, k, M, K):
     return _columns(x, wte, wpe, row, token[None, :, None], place[None, :, None], own, inside, K)
 
 
+@triton.jit
+def _sum_of_slices(acc, SLICES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """acc (SLICES, BM, BN), which each have a warp, summed in pairs.
+
+    tl.sum would exchange numbers between warps one by one.
+    """
+    pairs = tl.permute(tl.reshape(acc, (2, SLICES // 2, BM, BN)), (1, 2, 3, 0))
+    first, second = tl.split(pairs)
+    if SLICES == 2:
+        total = tl.reshape(first + second, (BM, BN))
+    else:
+        total = _sum_of_slices(first + second, SLICES // 2, BM, BN)
+    return total
+
+
 @kernel
 @triton.jit(do_not_specialize=["M"])
 def few_rows_kernel(
     x, weight, weight_scale, bias, ln_w, ln_b, residual, y, M, N, y_row, eps,
-    tokens, wte, wpe, lengths, capacity, cache, drawn, limits,
+    tokens, wte, wpe, lengths, capacity, cache, drawn, limits, ahead, ahead_bytes,
     K: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LENGTH: tl.constexpr,
     BLOCK: tl.constexpr, SLICES: tl.constexpr, AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr,
@@ -190,6 +212,8 @@ def few_rows_kernel(
     even before the predecessor has ended; else they are loaded some steps ahead.
     """
     let_successor_start(OVERLAP, "at start")
+    if ahead is not None:
+        fetch_to_l2(ahead, ahead_bytes, OVERLAP)
     row_blocks = tl.cdiv(M, BM)
     m0, n0 = tl.program_id(0) % row_blocks * BM, tl.program_id(0) // row_blocks * BN
     m, n = m0 + tl.arange(0, BM), n0 + tl.arange(0, BN)
@@ -245,7 +269,7 @@ def few_rows_kernel(
         for i in tl.static_range(LENGTH // BK):
             a = left[i]
             if ln_w is not None:
-                shift = None
+                shift = None  # type: ignore[var-annotated]
                 if ln_b is not None:
                     shift = shifts[i]
                 a = _normal(a, mean[None, :, None], rstd[None, :, None], scales[i], shift)
@@ -263,7 +287,7 @@ def few_rows_kernel(
             b = _weights(weight, n, k, N, K).to(a.dtype)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
     let_successor_start(OVERLAP, "at end")
-    out = tl.sum(acc, 0)
+    out = _sum_of_slices(acc, SLICES, BM, BN)
     if weight_scale is not None:
         out *= factor[None, :]
     if bias is not None:
@@ -327,7 +351,7 @@ def few_rows_linear(
     x: Tensor, weight: Tensor | Int8Weight, bias: Tensor | None, y: Tensor, *,
     norm: tuple[Tensor, Tensor | None] | None = None, gelu: str | None = None,
     residual: Tensor | None = None, embedding: Embedding | None = None,
-    append: Append | None = None, tile: Tile | None = None,
+    append: Append | None = None, ahead: Tensor | None = None, tile: Tile | None = None,
 ) -> None:  # fmt: skip
     """Computes y = gelu(LayerNorm(x) weight' + bias) + residual; what is not given is left out.
 
@@ -342,6 +366,8 @@ def few_rows_linear(
         residual: (M, N), contiguous.
         embedding: Makes x.
         append: Where keys and values go, if the layer makes queries, keys and values.
+        ahead: What a later call reads, contiguous: its first AHEAD_BYTES are fetched into the L2
+            cache, where kernels can start early.
         tile: Replaces the choice of `tile_of`, for measurements.
     """
     weight, scale = weight if isinstance(weight, Int8Weight) else (weight, None)
@@ -371,6 +397,7 @@ def few_rows_linear(
         LAYER_NORM_EPS,
         tokens, wte, wpe, lengths, capacity, cache,
         None if append is None else append.drawn, None if append is None else append.limits,
+        ahead, 0 if ahead is None else min(ahead.nbytes, AHEAD_BYTES) & -16,
         K=K, H=heads, D=head_dim, GELU=gelu, PRECISION=precision(x.dtype), **tile._asdict(),
         BLOCK=BLOCK, LEAST=2 * tile.num_warps, **overlap(when(M)),
     )  # fmt: skip
