@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptfast.ops.int8 import empty_int8
 from gptfast.ops.sampling import Sampling
 from gptfast.ops.triton import (
     adamw,
@@ -21,6 +22,7 @@ from gptfast.ops.triton import (
     embedding,
     few_rows,
     ffn,
+    int8,
     launch,
     linear,
 )
@@ -142,21 +144,29 @@ def cases() -> list[Case]:
         kv, cache = empty(16, T, 2 * C, dtype=dtype), empty(16, 2, H, T, C // H, dtype=dtype)
         decode.fill_cache(kv, slots, slots, cache)
 
-    def few_rows_qkv(rows: int, dtype: torch.dtype) -> None:
-        x, w, b = (empty(*size, dtype=dtype) for size in ((rows, C), (3 * C, C), (3 * C,)))
-        each, tables = long(rows), (empty(V, C, dtype=dtype), empty(T, C, dtype=dtype))
+    def few_rows_qkv(rows: int, few_bits: bool, dtype: torch.dtype) -> None:
+        own = torch.float32 if few_bits else dtype  # of the model's weights
+        sizes = (3 * C, C), (3 * C,), (V, C), (T, C), (C,)
+        w, b, wte, wpe, n = (empty(*size, dtype=own) for size in sizes)
+        weight: Any = empty_int8(w) if few_bits else w
+        x, each = empty(rows, C, dtype=dtype), long(rows)
         cache = empty(rows, 2, H, T, C // H, dtype=dtype)
         append = few_rows.Append(cache, each, each, each)
-        for embedded in (few_rows.Embedding(each, each, *tables, T), None):
+        for embedded in (few_rows.Embedding(each, each, wte, wpe, T), None):
             few_rows.few_rows_linear(
-                x, w, b, x, norm=(x[0], x[0]), embedding=embedded, append=append
+                x, weight, b, x, norm=(n, n), embedding=embedded, append=append
             )
 
-    def few_rows_ffn(rows: int, dtype: torch.dtype) -> None:
+    def few_rows_ffn(rows: int, few_bits: bool, dtype: torch.dtype) -> None:
         x, hidden = empty(rows, C, dtype=dtype), empty(rows, F, dtype=dtype)
-        w = empty(F, C, dtype=dtype)
-        few_rows.few_rows_linear(x, w, hidden[0], hidden, norm=(x[0], x[0]), gelu="tanh")
-        few_rows.few_rows_linear(hidden, w.view(C, F), x[0], x, residual=x)
+        weights: Any = empty(F, C, dtype=dtype), empty(C, F, dtype=dtype)
+        first, second = map(empty_int8, weights) if few_bits else weights
+        few_rows.few_rows_linear(x, first, hidden[0], hidden, norm=(x[0], x[0]), gelu="tanh")
+        few_rows.few_rows_linear(hidden, second, x[0], x, residual=x)
+
+    def few_bits(dtype: torch.dtype) -> None:
+        weight = empty(V, C, dtype=dtype)
+        int8.round_to_int8(weight, empty_int8(weight))
 
     def few_rows_head(rows: int, dtype: torch.dtype) -> None:
         x, w = empty(rows, C, dtype=dtype), empty(V, C, dtype=dtype)
@@ -204,10 +214,15 @@ def cases() -> list[Case]:
         *(Case(f"decode attention, D {D}", functools.partial(decode_step, 64, D),
                4.0 * 64 * T * C, 2 * 64 * T * C) for D in (64, 128)),
         Case("filling the cache", fill_cache, 0.0, 4 * 16 * T * C),
-        *(Case(f"norm and qkv, {rows} rows", functools.partial(few_rows_qkv, rows),
+        *(Case(f"norm and qkv, {rows} rows", functools.partial(few_rows_qkv, rows, False),
                12.0 * rows * C * C, 6 * C * C) for rows in (1, 64, 512)),
-        *(Case(f"ffn, {rows} rows", functools.partial(few_rows_ffn, rows),
+        *(Case(f"norm and qkv of 8 bits, {rows} rows", functools.partial(few_rows_qkv, rows, True),
+               12.0 * rows * C * C, 0.0, 6.0 * C * C, ("bf16",)) for rows in (1, 64, 512)),
+        *(Case(f"ffn, {rows} rows", functools.partial(few_rows_ffn, rows, False),
                4.0 * rows * C * F, 2 * C * F) for rows in (1, 64, 512)),
+        *(Case(f"ffn of 8 bits, {rows} rows", functools.partial(few_rows_ffn, rows, True),
+               4.0 * rows * C * F, 0.0, 2.0 * C * F, ("bf16",)) for rows in (1, 64, 512)),
+        Case("rounding to 8 bits", few_bits, 0.0, V * C, 1.0 * V * C),
         *(Case(f"head, {rows} rows", functools.partial(few_rows_head, rows),
                2.0 * rows * C * V, C * V) for rows in (1, 64, 512)),
         *(Case(f"{name}, V {size}", functools.partial(sample, how, size), 0.0, 0.0,

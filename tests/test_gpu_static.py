@@ -29,8 +29,14 @@ def gpu_static(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def compiled(*calls: str) -> list[int]:
-    """Returns how many kernels have been compiled for sm_80 after each of these calls."""
+def compiled(*calls: str, chip: str = "sm_80", check: str = "") -> list[int]:
+    """Returns how many kernels have been compiled for a chip after each of these calls.
+
+    Args:
+        calls: Python code.
+        chip: One of gpu_static.CHIPS.
+        check: Is run for each kernel's `name` and `ptx`, indented by 4.
+    """
     script = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "benchmarks")!r}]
@@ -41,7 +47,9 @@ from gptfast.ops.triton import attention, attention_backward, decode, embedding,
 from gptfast.ops.triton import self_attention
 from gptfast.ops.triton.cross_entropy import linear_cross_entropy
 from gptfast.ops.triton.decode import fill_cache, next_windows
+from gptfast.ops.int8 import empty_int8
 from gptfast.ops.triton.few_rows import Append, Embedding, few_rows_linear
+from gptfast.ops.triton.int8 import round_to_int8
 from gptfast.ops.triton.sampling import Progress, kind_of, sample
 from gptfast.ops.sampling import Sampling
 
@@ -96,13 +104,18 @@ def few_rows(M, K, N):
     append = Append(empty(M, 2, 1, N, K), each, each, each)
     embedding = Embedding(each, each, *tables, N)
     few_rows_linear(x, empty(3 * K, K), None, x, norm=(b, None), embedding=embedding, append=append)
+    round_to_int8(w, empty_int8(w))
+    few_rows_linear(x, empty_int8(w), None, y)
     next_windows(each, each, each, each, each, long(M, N), N, N, 1)
     fill_cache(empty(M, N, 2 * K), each, each, append.cache)
 
-with compiling_for(CHIPS["sm_80"]) as found:
+with compiling_for(CHIPS[{chip!r}]) as found:
     for call in {calls!r}:
         exec(call)
         print(len(found))
+for _, function, kernel in found:
+    name, ptx = function.__name__, kernel.asm["ptx"]
+    {check}
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", script]
@@ -136,6 +149,20 @@ def test_a_kernel_is_the_same_for_every_number_of_rows() -> None:
     some = ["; ".join(calls).format(rows) for rows in (1, 64, 600)]
     _, one, *more = compiled(given, *some)
     assert 0 < one == more[0] == more[1]
+
+
+def test_kernels_that_start_early_wait_before_they_write() -> None:
+    calls = "decoded({0}, 1, 300, 16); drawn({0}, 2000, temperature=0.0); few_rows({0}, 64, 64)"
+    check = """
+    if name in ("window_kernel", "fill_kernel"):
+        continue
+    before, after = ptx.split("griddepcontrol.wait")
+    assert "st.global" not in before and "st.global" in after and kernel.metadata.launch_pdl
+    assert ("launch_dependents" in before) == {0}, "the next one starts {1}"
+    """
+    compiled(calls.format(1), "sm_90", check.format(True, "at once"))
+    compiled(calls.format(64), "sm_90", check.format(False, "at the end"))
+    compiled(calls.format(1), "sm_80", "assert 'griddepcontrol' not in ptx")
 
 
 def test_kernels_of_a_training_step_compile_for_every_chip() -> None:

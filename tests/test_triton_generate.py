@@ -5,6 +5,7 @@ Like test_triton.py, in Triton's interpreter where there is no GPU.
 
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,15 +18,19 @@ from torch import Tensor
 
 from gptfast import GPT, CharTokenizer, GPTConfig
 from gptfast.generation import kept, make_request
+from gptfast.generation import weights as weights_of_calls
 from gptfast.generation.decoder import Decoder, Shape
 from gptfast.generation.sequences import Update
-from gptfast.generation.weights import Weights
+from gptfast.generation.snapshot import has_int8, snapshot
+from gptfast.generation.weights import Weights, parameters_of
+from gptfast.ops.int8 import empty_int8, rounded
 from gptfast.ops.sampling import Sampling
 
 pytest.importorskip("triton")
 from gptfast.generation import device_loop  # noqa: E402
 from gptfast.ops.triton.decode import fill_cache, next_windows  # noqa: E402
 from gptfast.ops.triton.few_rows import Append, Embedding, few_rows_linear, tile_of  # noqa: E402
+from gptfast.ops.triton.int8 import round_to_int8  # noqa: E402
 from gptfast.ops.triton.sampling import kind_of  # noqa: E402
 
 pytestmark = needs_numbers
@@ -39,6 +44,14 @@ def products_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
         return np.einsum("...ik,...kj->...ij", a, b, dtype=dtype)
 
     monkeypatch.setattr(np, "matmul", product)
+
+
+@pytest.fixture
+def int8_activations(monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """The dtype of activations beside weights of 8 bits: one that the interpreter multiplies."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setitem(weights_of_calls.FLOATS, "int8", torch.float32)
+    return weights_of_calls.FLOATS["int8"]
 
 
 TINY = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16)
@@ -80,9 +93,42 @@ def test_few_rows_linear(M: int, K: int, N: int, gelu: Any, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_has_the_same_bits_among_any_number_of_rows(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("M", "K", "N"), ((1, 128, 48), (40, 50, 33)))
+def test_few_rows_linear_of_8_bits(M: int, K: int, N: int, dtype: torch.dtype) -> None:
+    x, b, residual = (normal(*size, dtype=dtype) for size in ((M, K), (N,), (M, N)))
+    w = rounded(normal(N, K, seed=1))
+    exact = F.linear(x.double(), w.dense(torch.float64), b.double())
+    budget = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    y = torch.full((M, N), math.nan, dtype=dtype, device=DEVICE)
+    few_rows_linear(x, w, b, y, gelu="tanh")
+    assert error(y, F.gelu(exact, approximate="tanh")) <= budget
+    few_rows_linear(x, w, b, residual, residual=residual)
+    assert error(residual, exact + normal(M, N, dtype=dtype).double()) <= budget
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_are_rounded_to_the_bits_of_the_specification(dtype: torch.dtype) -> None:
+    weights = normal(70, 1030, dtype=dtype)
+    weights[3] = 0.0
+    weights[5, 7], weights[6, 1029], weights[7, 0] = math.nan, math.inf, -math.inf
+    weights[8] = torch.arange(1030, device=DEVICE) % 255 - 126.5  # half of them are ties
+    weights[8, 0] = 127.0
+    for w in (weights, weights.t(), weights[:, :40], weights[:1, ::3]):
+        expected, found = rounded(w), empty_int8(w)
+        found.values.fill_(99)
+        round_to_int8(w, found)
+        assert torch.equal(found.values, expected.values)
+        assert torch.equal(found.scales.nan_to_num(-1.0), expected.scales.nan_to_num(-1.0))
+
+
+@pytest.mark.parametrize("few_bits", (False, True))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_has_the_same_bits_among_any_number_of_rows(
+    dtype: torch.dtype, few_bits: bool
+) -> None:
     K, N = 96, 40
     x, w, b = (normal(*size, dtype=dtype) for size in ((140, K), (N, K), (N,)))
+    w = rounded(w) if few_bits else w
     found = []
     for M in (1, 20, 140):
         y = x.new_empty(M, N)
@@ -90,7 +136,7 @@ def test_a_row_has_the_same_bits_among_any_number_of_rows(dtype: torch.dtype) ->
         found.append(y[0])
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     tiles = [tile_of(M, N, K, dtype.itemsize) for M in (1, 20, 140)]
-    assert len({(tile.LENGTH, tile.BLOCK) for tile in tiles}) == 1
+    assert len({(tile.LENGTH, tile.SLICES) for tile in tiles}) == 1
 
 
 def test_queries_keys_and_values_of_embedded_tokens() -> None:
@@ -167,11 +213,15 @@ def test_being_ahead_changes_nothing(overflow: str, monkeypatch: pytest.MonkeyPa
     assert {each.state for each in one_by_one} != {"length"}
 
 
-@pytest.mark.parametrize("overflow", ("recompute", "stride:5"))
-def test_a_sequence_has_the_same_bits_in_any_batch(overflow: str) -> None:
+@pytest.mark.parametrize(
+    ("overflow", "dtype"), (("recompute", None), ("stride:5", None), ("stride:5", "int8"))
+)
+def test_a_sequence_has_the_same_bits_in_any_batch(
+    overflow: str, dtype: str | None, int8_activations: torch.dtype
+) -> None:
     model = model_of(TINY)
     prompts, seeds = [[1], [2, 3, 4, 5, 6, 7, 8, 9, 10], [5] * 8], [7, 8, 9]
-    options: dict[str, Any] = {"max_new_tokens": 3, "overflow": overflow}
+    options: dict[str, Any] = {"max_new_tokens": 3, "overflow": overflow, "dtype": dtype}
     together = generated(model, prompts, seed=seeds, **options)
     for each, prompt, seed in zip(together, prompts, seeds, strict=True):
         (alone,) = generated(model, [prompt], seed=[seed], **options)
@@ -179,7 +229,9 @@ def test_a_sequence_has_the_same_bits_in_any_batch(overflow: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", (None, "int8"))
-def test_a_kept_decoder_has_the_weights_of_now(dtype: str | None) -> None:
+def test_a_kept_decoder_has_the_weights_of_now(
+    dtype: str | None, int8_activations: torch.dtype
+) -> None:
     options: dict[str, Any] = {"max_new_tokens": 4, "temperature": 0.0, "dtype": dtype}
     model = model_of(TINY)
     before = generated(model, [[1, 2]], **options)
@@ -196,6 +248,49 @@ def test_a_kept_decoder_has_the_weights_of_now(dtype: str | None) -> None:
         model.wte.weight = torch.nn.Parameter(model.wte.weight.data.neg())
         assert generated(model, [[1, 2]], **options) == before
         assert kept._kept[model] != [decoder]
+
+
+def test_weights_of_8_bits(int8_activations: torch.dtype) -> None:
+    """A text that goes past the window, against the rounded weights in float64."""
+    model = model_of(replace(TINY, n_layer=2, tie_weights=True), scale=0.5)
+    prompt = [1, 2, 3, 4, 5, 6, 7]
+    options: dict[str, Any] = {"max_new_tokens": 3, "overflow": "stride:3", "dtype": "int8"}
+    (found,) = generated(model, [prompt], **options)
+    exact = snapshot(model, "int8").double()
+    exact.backend = "reference"
+    text, first = list(prompt), 0
+    budget = 1e-5 if int8_activations == torch.float32 else 0.05
+    for token, logprob in zip(found.tokens, found.logprobs, strict=True):
+        if len(text) - first > TINY.block_size:
+            first += 3
+        logits = exact(torch.tensor([text[first:]], device=DEVICE))[0, -1]
+        assert abs(logits.log_softmax(-1)[token] - logprob) <= budget
+        text.append(token)
+    loop = device_loop.DeviceLoop(model, make_request(model, [prompt], **options), True)
+    while loop.run(0.0):
+        pass
+    assert loop.updates() == [found]  # by copies of all weights
+
+
+@pytest.mark.parametrize("own", (torch.float32, torch.bfloat16))
+def test_weights_of_8_bits_take_8_bits(own: torch.dtype) -> None:
+    model = model_of(replace(TINY, tie_weights=True)).to(own)
+    weights = Weights(model, "int8", False)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    rows = [param for name, param in parameters.items() if has_int8(name, param)]
+    assert weights.bytes == sum(each.numel() + 4 * len(each) for each in rows)
+    assert weights.wte.data_ptr() == model.wte.weight.data_ptr()
+    assert weights.dtype == torch.bfloat16
+    whole = Weights(model, "int8", True)  # the model may change: the other weights are copies
+    others = [param for name, param in parameters.items() if not has_int8(name, param)]
+    assert whole.bytes - weights.bytes == sum(each.nbytes for each in others)
+    model.wte.weight = torch.nn.Parameter(model.wte.weight.data.clone())
+    assert not weights.fits(parameters_of(model))
+    assert not whole.fits(parameters_of(model))  # it is no longer tied
+    tied = model_of(replace(TINY, tie_weights=True)).to(own)
+    halves = Weights(tied, "bf16", True)
+    assert halves.bytes == 2 * sum(each.numel() for each in tied.parameters())
+    assert halves.head[1] is halves.wte
 
 
 def test_a_decoder_serves_one_loop_at_a_time() -> None:

@@ -112,7 +112,7 @@ def generate(
         dtype: "fp32" or "bf16" for weights, activations and cache, "int8" for weights of 8 bits
             with a scale per output, whose activations are rounded to 16 bits where the processor
             multiplies bytes (VNNI); the model's own when None. With "int8", activations and cache
-            are bf16 where the processor multiplies bf16, else float32.
+            are bf16 on a GPU and where the processor multiplies bf16, else float32.
 
     Returns:
         `num_samples` Generations per prompt, in order.

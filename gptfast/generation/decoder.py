@@ -9,8 +9,9 @@ L layers.
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from gptfast import ops
 from gptfast.config import GPTConfig
-from gptfast.generation.weights import Weights
+from gptfast.generation.weights import Linear, Weights
+from gptfast.ops.int8 import Int8Weight
 from gptfast.ops.sampling import Sampling
 from gptfast.ops.triton.decode import decode_attention, fill_cache, next_windows
 from gptfast.ops.triton.few_rows import Append, Embedding, few_rows_linear
@@ -29,6 +31,8 @@ UNROLLED = 8  # steps in the larger of the two graphs
 MOST_STEPS = 128  # to be queued before a look
 FLIGHTS = 3  # queued results that may be unread at once, plus one
 FILL_ROWS = 16384  # rows of an activation at most, while windows are computed
+LARGE_BYTES = 32 << 20  # of weights, which do not stay in the L2 cache
+MOST_SLOTS_AHEAD = 128
 FIELDS = "tokens", "lengths", "offsets", "drawn", "limits", "seeds", "sequence_ids"
 
 
@@ -192,24 +196,26 @@ class Decoder:
         embedding: Embedding | None = Embedding(
             progress.tokens, progress.lengths, weights.wte, weights.wpe, self.shape.capacity
         )
+        ahead = _after_next(weights, self.shape.slots)
         for i, layer in enumerate(weights.layers):
             if layer.qkv is not None and layer.proj is not None:
                 append = Append(self._cache[i], progress.lengths, progress.drawn, progress.limits)
                 few_rows_linear(
-                    x, *layer.qkv, self._q, norm=layer.ln_1, embedding=embedding, append=append
-                )
+                    x, *layer.qkv, self._q, norm=layer.ln_1, embedding=embedding, append=append,
+                    ahead=next(ahead),
+                )  # fmt: skip
                 embedding = None
                 decode_attention(
                     self._q, self._cache[i], progress.lengths, self._attended,
                     self.shape.config.block_size,
                 )  # fmt: skip
-                few_rows_linear(self._attended, *layer.proj, x, residual=x)
+                few_rows_linear(self._attended, *layer.proj, x, residual=x, ahead=next(ahead))
             few_rows_linear(
                 x, *layer.fc, self._hidden, norm=layer.ln_2, gelu=self.shape.config.gelu,
-                embedding=embedding,
+                embedding=embedding, ahead=next(ahead),
             )  # fmt: skip
             embedding = None
-            few_rows_linear(self._hidden, *layer.fc_proj, x, residual=x)
+            few_rows_linear(self._hidden, *layer.fc_proj, x, residual=x, ahead=next(ahead))
         norm, head = weights.head
         few_rows_linear(x, head, None, self._logits, norm=norm)
         tokens, logprobs = found[:, : self.shape.slots]
@@ -256,7 +262,7 @@ class Decoder:
         x = ops.embedding(idx, weights.wte, weights.wpe, dtype=weights.dtype)  # (n, T, C)
         for i, layer in enumerate(weights.layers):
             assert layer.ln_1 is not None and layer.qkv is not None and layer.proj is not None
-            weight, bias = layer.qkv
+            weight, bias = self._dense(layer.qkv)
             if i + 1 == config.n_layer:  # nothing reads the last layer's output
                 bias = None if bias is None else bias[C:]
                 kv = ops.layer_norm_linear(x, *layer.ln_1, weight[C:], bias)
@@ -266,8 +272,21 @@ class Decoder:
             fill_cache(qkv[:, :, C:], slots, progress.lengths, self._cache[i])
             heads = qkv.unflatten(-1, (3, config.n_head, -1)).permute(2, 0, 3, 1, 4)
             y = ops.causal_attention(*heads.unbind(0)).transpose(1, 2).flatten(2)  # (n, T, C)
-            x = ops.linear_residual(y, *layer.proj, x)
-            x = ops.layer_norm_ffn(x, *layer.ln_2, *layer.fc, *layer.fc_proj, gelu=config.gelu)
+            x = ops.linear_residual(y, *self._dense(layer.proj), x)
+            x = ops.layer_norm_ffn(
+                x, *layer.ln_2, *self._dense(layer.fc), *self._dense(layer.fc_proj),
+                gelu=config.gelu,
+            )  # fmt: skip
+
+    def _dense(self, linear: Linear) -> tuple[Tensor, Tensor | None]:
+        """A linear layer for the operators of training, which do not read weights of 8 bits.
+
+        Products of many rows take longer than this copy, whose memory the next layer uses again.
+        """
+        weight, bias = linear
+        if isinstance(weight, Int8Weight):
+            weight = weight.dense(self.weights.dtype)
+        return weight, bias
 
     def _run(self, key: Any, warmed_by: Any, function: Callable[[], None]) -> None:
         """Calls a function the first time, which compiles and tunes kernels; replays it later.
@@ -299,6 +318,22 @@ class Decoder:
         if not self._state.is_cuda:
             return values
         return values.pin_memory().to(self._state.device, non_blocking=True)
+
+
+def _after_next(weights: Weights, slots: int) -> Iterator[Tensor | None]:
+    """Yields, for each linear layer in turn, the weight of the second one after it.
+
+    That is None if the weights stay in the L2 cache, or if so many slots keep the GPU busy longer
+    than it takes to read a weight.
+    """
+    linears = ((each.qkv, each.proj, each.fc, each.fc_proj) for each in weights.layers)
+    read = [linear[0] for layer in linears for linear in layer if linear is not None]
+    read.append(weights.head[1])
+    found = [each.values if isinstance(each, Int8Weight) else each for each in read]
+    if slots > MOST_SLOTS_AHEAD or sum(each.nbytes for each in found) < LARGE_BYTES:
+        found = []
+    yield from found[2:]
+    yield from itertools.repeat(None)
 
 
 def slots_bucket(slots: int) -> int:

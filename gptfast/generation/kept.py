@@ -3,7 +3,7 @@
 from weakref import WeakKeyDictionary
 
 from gptfast.generation.decoder import Decoder, Shape
-from gptfast.generation.weights import Weights
+from gptfast.generation.weights import Weights, parameters_of
 from gptfast.model import GPT
 from gptfast.ops.sampling import Sampling
 
@@ -14,12 +14,12 @@ _kept: WeakKeyDictionary[GPT, list[Decoder]] = WeakKeyDictionary()  # the last o
 
 def take_decoder(model: GPT, shape: Shape, how: Sampling) -> Decoder:
     """Returns a decoder, with the model's weights as they are now, that nobody else has."""
-    mine = _kept.get(model, [])
-    mine[:] = [each for each in mine if each.weights.fits(model)]  # of weights that have moved
+    mine, weights = _kept.get(model, []), parameters_of(model)
+    mine[:] = [each for each in mine if each.weights.fits(weights)]  # of weights that have moved
     for decoder in mine:
         if decoder.shape == shape:
             mine.remove(decoder)
-            decoder.weights.take(model)
+            decoder.weights.take(weights)
             decoder.clear()
             break
     else:

@@ -9,6 +9,7 @@ from torch import Tensor
 from gptfast.errors import ConfigError
 from gptfast.generation.supported import unsupported_part
 from gptfast.model import GPT
+from gptfast.ops.int8 import rounded
 
 
 def snapshot(model: GPT, dtype: str | None) -> GPT:
@@ -29,10 +30,11 @@ def snapshot(model: GPT, dtype: str | None) -> GPT:
     if dtype == "int8":
         copied = copied.float()
         for name, param in copied.named_parameters():
-            if param.dim() == 2 and not name.startswith(("wte", "wpe")):
-                param.data = rounded_to_int8(param.data)
+            if has_int8(name, param):
+                param.data = rounded(param.data).dense(torch.float32)
         if model.config.tie_weights:  # the head is rounded, the embedding is not
-            copied.lm_head.weight = torch.nn.Parameter(rounded_to_int8(copied.wte.weight.data))
+            head = rounded(copied.wte.weight.data).dense(torch.float32)
+            copied.lm_head.weight = torch.nn.Parameter(head)
     elif dtype is not None:
         copied = copied.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
     return copied
@@ -51,7 +53,6 @@ def _deep_copy(model: GPT) -> GPT:
     return copy.deepcopy(model, shared)
 
 
-def rounded_to_int8(weight: Tensor) -> Tensor:
-    """Rounds each row of a weight (N, K) to whole multiples of its max |w| / 127, as int8 does."""
-    unit = weight.abs().amax(1, keepdim=True) / 127  # (N, 1)
-    return torch.where(unit == 0, 0.0, (weight * (1 / unit)).round() * unit)
+def has_int8(name: str, param: Tensor) -> bool:
+    """Whether dtype="int8" rounds a parameter: the weights of linear layers, and no embedding."""
+    return param.dim() == 2 and not name.startswith(("wte", "wpe"))

@@ -1,17 +1,22 @@
-"""The weights that a decoder computes with: the model's own, or copies in another dtype."""
+"""The weights that a decoder computes with: the model's own, or copies in other dtypes."""
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gptfast.generation.snapshot import rounded_to_int8
+from gptfast.generation.snapshot import has_int8
 from gptfast.model import GPT
+from gptfast.ops.int8 import Int8Weight, empty_int8
+from gptfast.ops.triton.int8 import round_to_int8
 
-FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
+# Of activations and caches; bfloat16 has integers of 8 bits exactly.
+FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
+
+EMBEDDING, HEAD = "wte.weight", "lm_head.weight"
 
 Norm = tuple[Tensor, Tensor | None]
-Linear = tuple[Tensor, Tensor | None]
+Linear = tuple[Tensor | Int8Weight, Tensor | None]
 
 
 class Layer(NamedTuple):
@@ -28,9 +33,12 @@ class Layer(NamedTuple):
 class Weights:
     """The weights of a model, by name.
 
-    Where the model has the dtype and does not change during a call, they are its own tensors, which
-    are let go between calls. Else they are copies, which each call makes anew in the same place:
-    a change through `Parameter.data` leaves no trace that could be looked for.
+    Those in the dtype of the call are the model's own tensors if the model does not change during
+    it; they are let go between calls. Others are copies, which each call makes anew in the same
+    place: a change through `Parameter.data` leaves no trace that could be looked for.
+
+    With 8 bits the weights of linear layers are copies. All other weights stay exact: the kernels
+    take the model's own in the dtype of the activations or float32.
     """
 
     def __init__(self, model: GPT, dtype: str | None, lasting: bool) -> None:
@@ -42,65 +50,78 @@ class Weights:
             lasting: Whether the model may change before the call is done.
         """
         self.dtype = model.wte.weight.dtype if dtype is None else FLOATS[dtype]
-        self._int8 = dtype == "int8"
-        given = _parameters(model)
-        self._copied = lasting or self._int8 or not all(map(self._usable, given.values()))
         self._n_layer = len(model.h)
-        self._places = {name: _place(weight) for name, weight in given.items()}
-        self._tensors: dict[str, Tensor] = {}
-        if self._copied:
-            self._tensors = {
-                name: torch.empty(weight.shape, dtype=self.dtype, device=weight.device)
-                for name, weight in given.items()
-            }
-        self.take(model)
+        self._copies: dict[str, Any] = {}  # tensors and 8-bit weights
+        self._named: dict[str, Any] = {}
+        given = parameters_of(model)
+        self._tied = _is_tied(given)
+        for name, weight in given.items():
+            if dtype == "int8" and has_int8(name, weight):
+                self._copies[name] = empty_int8(weight)
+                continue
+            if name == HEAD and self._tied:
+                continue
+            exact = dtype == "int8" and weight.dtype != self.dtype
+            kind = torch.float32 if exact else self.dtype
+            if lasting or weight.dtype != kind or not weight.is_contiguous():
+                self._copies[name] = torch.empty(weight.shape, dtype=kind, device=weight.device)
+        self._needed = self._needs(given)
+        self.take(given)
 
     @property
     def bytes(self) -> int:
         """How many bytes the copies take."""
-        return sum(each.nbytes for each in self._tensors.values()) if self._copied else 0
+        return sum(each.nbytes for each in self._copies.values())
 
-    def fits(self, model: GPT) -> bool:
-        """Whether `take` would fill the same memory, or find the weights where they were."""
-        given = _parameters(model)
-        if not self._copied:
-            return self._places == {name: _place(weight) for name, weight in given.items()}
-        own = {name: (each.shape, each.device) for name, each in self._tensors.items()}
-        return own == {name: (each.shape, each.device) for name, each in given.items()}
+    def fits(self, given: dict[str, Tensor]) -> bool:
+        """Whether `take` would fill the same memory, and find the other weights where they were."""
+        return _is_tied(given) == self._tied and self._needs(given) == self._needed
+
+    def _needs(self, given: dict[str, Tensor]) -> dict[str, Any]:
+        """What a decoder that refers to these weights depends on."""
+        return {
+            name: (weight.dtype, weight.shape, weight.device)
+            + (() if name in self._copies else (weight.data_ptr(), weight.stride()))
+            for name, weight in given.items()
+            if not (self._tied and name == HEAD)
+        }
 
     @torch.no_grad()
-    def take(self, model: GPT) -> None:
-        """Takes the model's weights as they are now."""
-        given = _parameters(model)
-        if not self._copied:
-            self._tensors = given
-        elif self._int8:
-            for name, weight in given.items():
-                matrix = weight.dim() == 2 and not name.startswith(("wte", "wpe"))
-                value = rounded_to_int8(weight.float()) if matrix else weight
-                self._tensors[name].copy_(value)
-        else:
-            torch._foreach_copy_(list(self._tensors.values()), list(given.values()))
+    def take(self, given: dict[str, Tensor]) -> None:
+        """Takes a model's weights as they are now, see `parameters_of`."""
+        copies, originals = [], []
+        for name, copy in self._copies.items():
+            if isinstance(copy, Int8Weight):
+                round_to_int8(given[name], copy)
+            else:
+                copies.append(copy)
+                originals.append(given[name])
+        if copies:
+            torch._foreach_copy_(copies, originals)
+        self._named = given | self._copies
+        if self._tied and HEAD not in self._copies:
+            self._named[HEAD] = self._named[EMBEDDING]
 
     def let_go(self) -> None:
         """Lets the model's own tensors go."""
-        if not self._copied:
-            self._tensors = {}
+        self._named = {}
 
     @property
     def wte(self) -> Tensor:
         """Token embedding, (V, C)."""
-        return self._tensors["wte.weight"]
+        found: Tensor = self._named[EMBEDDING]
+        return found
 
     @property
     def wpe(self) -> Tensor:
         """Position embedding, (block_size, C)."""
-        return self._tensors["wpe.weight"]
+        found: Tensor = self._named["wpe.weight"]
+        return found
 
     @property
-    def head(self) -> tuple[Norm, Tensor]:
+    def head(self) -> tuple[Norm, Tensor | Int8Weight]:
         """The final norm and the head's weight, (V, C)."""
-        return self._pair("ln_f"), self._tensors["lm_head.weight"]
+        return self._pair("ln_f"), self._named[HEAD]
 
     @property
     def layers(self) -> list[Layer]:
@@ -109,22 +130,19 @@ class Weights:
 
     def _layer(self, at: str) -> Layer:
         attention: Any = None, None, None
-        if at + "attn.c_attn.weight" in self._tensors:
+        if at + "attn.c_attn.weight" in self._named:
             attention = map(self._pair, (at + "ln_1", at + "attn.c_attn", at + "attn.c_proj"))
         rest = map(self._pair, (at + "ln_2", at + "mlp.c_fc", at + "mlp.c_proj"))
         return Layer(*attention, *rest)
 
-    def _pair(self, name: str) -> tuple[Tensor, Tensor | None]:
-        return self._tensors[name + ".weight"], self._tensors.get(name + ".bias")
-
-    def _usable(self, weight: Tensor) -> bool:
-        return weight.dtype == self.dtype and weight.is_contiguous()
+    def _pair(self, name: str) -> Any:
+        return self._named[name + ".weight"], self._named.get(name + ".bias")
 
 
-def _parameters(model: GPT) -> dict[str, Tensor]:
-    found = model.named_parameters(remove_duplicate=False)
-    return {name: param.detach() for name, param in found}
+def parameters_of(model: GPT) -> dict[str, Tensor]:
+    """Returns the parameters of a model of plain layers by name."""
+    return dict(model.named_parameters(remove_duplicate=False))
 
 
-def _place(weight: Tensor) -> tuple[Any, ...]:
-    return weight.data_ptr(), weight.dtype, weight.shape, weight.stride(), weight.device
+def _is_tied(given: dict[str, Tensor]) -> bool:
+    return given[HEAD] is given[EMBEDDING]

@@ -15,9 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.ops.triton.launch import block_of, cdiv, kernel
+from gptfast.ops.triton.overlap import let_successor_start, overlap, wait_for_predecessor, when
 
 PART = 256  # keys of a part
-TILE = 16384  # elements of a tile of keys; a part whose keys fit is one iteration
+TILE = 4096  # elements of a tile of keys
+WARPS = 2  # more of them repeat more of the work per program
+STAGES = 1
 
 
 @kernel
@@ -25,7 +28,7 @@ TILE = 16384  # elements of a tile of keys; a part whose keys fit is one iterati
 def part_kernel(
     q, cache, lengths, outs, tops, totals, H, capacity, parts, q_stride, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr, KEYS: tl.constexpr,
-    ALONE: tl.constexpr,
+    ALONE: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A part's unnormalised output, maximum and sum of exponentials; nothing past the length.
 
@@ -34,6 +37,8 @@ def part_kernel(
     index = tl.program_id(0).to(tl.int64)
     part, head = index % parts, index // parts
     slot, h = head // H, head % H
+    let_successor_start(OVERLAP, "at start")
+    wait_for_predecessor(OVERLAP)
     length = tl.minimum(tl.load(lengths + slot), capacity)
     first = part * PART
     last = tl.minimum(first + PART, length)
@@ -43,20 +48,21 @@ def part_kernel(
     values = keys + H * capacity * D
     acc = tl.zeros([BLOCK_D], tl.float32)
     top, total = -float("inf"), 0.0
-    for j0 in tl.range(first, last, KEYS):
+    for j0 in tl.range(first, last, KEYS, num_stages=STAGES):
         j = j0 + tl.arange(0, KEYS)
         at = j[:, None] * D + d[None, :]
         inside = (j < last)[:, None] & (d < D)[None, :]
         k = tl.load(keys + at, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)  # now: it takes as long
         s = tl.where(j < last, tl.sum(k * query[None, :], 1), -float("inf"))
         higher = tl.maximum(top, tl.max(s, 0))
         finite = tl.where(higher == -float("inf"), 0.0, higher)
         p = tl.exp2((s - finite) * scale_log2)
         shrink = tl.exp2((top - finite) * scale_log2)
-        v = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
         acc = acc * shrink + tl.sum(v * p[:, None], 0)
         total = total * shrink + tl.sum(p, 0)
         top = higher
+    let_successor_start(OVERLAP, "at end")
     if ALONE:
         tl.store(outs + index * D + d, (acc / total).to(outs.dtype.element_ty), mask=d < D)
     elif first < length:
@@ -69,10 +75,12 @@ def part_kernel(
 @triton.jit
 def join_kernel(
     outs, tops, totals, lengths, out, H, capacity, parts, scale_log2,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out = sum_p w_p out_p / sum_p w_p total_p, p in order, with w_p = 2^(c (top_p - top))."""
     head = tl.program_id(0).to(tl.int64)
+    let_successor_start(OVERLAP, "at start")
+    wait_for_predecessor(OVERLAP)
     length = tl.minimum(tl.load(lengths + head // H), capacity)
     d = tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_D], tl.float32)
@@ -86,6 +94,7 @@ def join_kernel(
         acc = acc * shrink + tl.load(outs + index * D + d, mask=d < D, other=0.0) * grow
         total = total * shrink + tl.load(totals + index) * grow
         top = higher
+    let_successor_start(OVERLAP, "at end")
     tl.store(out + head * D + d, (acc / total).to(out.dtype.element_ty), mask=d < D)
 
 
@@ -118,12 +127,12 @@ def decode_attention(
     part_kernel[(S * H * parts,)](
         q, cache, lengths, outs, tops, totals, H, capacity, parts, q.stride(0), scale_log2,
         D=D, BLOCK_D=block_of(D), PART=PART, KEYS=keys, ALONE=parts == 1,
-        num_warps=8 if keys * block_of(D) > TILE // 2 else 4,
+        STAGES=STAGES, **overlap(when(S)), num_warps=WARPS,
     )  # fmt: skip
     if parts > 1:
         join_kernel[(S * H,)](
             outs, tops, totals, lengths, out, H, capacity, parts, scale_log2,
-            D=D, BLOCK_D=block_of(D), PART=PART,
+            D=D, BLOCK_D=block_of(D), PART=PART, **overlap(when(S)),
         )  # fmt: skip
     return out
 

@@ -4,6 +4,9 @@ A step of decoding multiplies few rows by every weight, so it is the latency of 
 bytes of the weights that count. Each warp sums its own quarter of K: four short chains of matrix
 instructions instead of a long one. The quarters are added at the end.
 
+Weights of 8 bits are integers until they are in registers, where every dtype has them exactly; the
+sums are multiplied by the scales of their columns.
+
 A row has the same bits for any number of rows: how K is cut depends on K alone, and every tile uses
 the same matrix instruction (mma.sync on NVIDIA: three-dimensional tiles never become wgmma).
 
@@ -13,19 +16,34 @@ H heads, D head_dim.
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptfast.ops.int8 import Int8Weight
 from gptfast.ops.reference import LAYER_NORM_EPS
 from gptfast.ops.triton import launch
-from gptfast.ops.triton.launch import INTERPRETED, block_of, cdiv, kernel, precision
+from gptfast.ops.triton.launch import INTERPRETED, block_of, cdiv, copies_tiles, kernel, precision
+from gptfast.ops.triton.overlap import (
+    fetch_to_l2,
+    let_successor_start,
+    overlap,
+    wait_for_predecessor,
+    when,
+)
 from gptfast.ops.triton.tiles import gelu
 
-SLICES = 4  # parts of K, one per warp
-UNIT = 32  # a part's length is a multiple of it
-SMALL = 1 << 20  # elements of a weight
-BLOCK = 128  # columns of x at once for LayerNorm's statistics
+UNIT = 32  # a slice's length is a multiple of it
+SMALL = 1 << 20  # elements of a weight that many small tiles read from the L2 cache
+SIZES = (64, 32), (32, 32), (32, 16), (16, 16)  # rows and columns of a tile
+VOCABULARY_SIZES = (64, 64), *SIZES  # whose tiles take most registers
+PROGRAMS = 120  # enough for every multiprocessor; the larger of the tiles that make as many
+BLOCK = 128  # columns of x at once for LayerNorm's statistics; a thread has 16 bytes of them
+NORM_ROWS = 4  # rows of a program of one warp
+AT_ONCE_BYTES = 80 * 1024  # of a program's operands, which need not be loaded step by step
+AHEAD_BYTES = 8 << 20  # which take 3 us to arrive
+STAGE_BYTES = 32 * 1024  # of operands, else
 
 
 class Embedding(NamedTuple):
@@ -85,123 +103,261 @@ def _moments(
     return mean, 1.0 / tl.sqrt(tl.sum(sums, 1) / K + eps)
 
 
+@triton.jit
+def _vector(vector, k, K):
+    """Elements k of a vector of K, 0 outside."""
+    return tl.load(vector + k, mask=k < K, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _normal(a, mean, rstd, scale, shift):
+    """LayerNorm of elements, whose means, scales and so on have the same shape."""
+    normal = (a.to(tl.float32) - mean) * rstd * scale
+    if shift is not None:
+        normal += shift
+    return normal.to(a.dtype)
+
+
+@triton.jit
+def _places(m, M, tokens, lengths, capacity):
+    """The tokens of the rows and their positions in the window, where they are needed."""
+    token, place = m.to(tl.int64), m.to(tl.int64)
+    if lengths is not None:
+        place = tl.minimum(tl.load(lengths + m, mask=m < M, other=1), capacity) - 1
+    if tokens is not None:
+        token = tl.load(tokens + m, mask=m < M, other=0)
+    return token, place
+
+
+@kernel
+@triton.jit(do_not_specialize=["M"])
+def norm_kernel(
+    x, ln_w, ln_b, y, M, eps, tokens, wte, wpe, lengths, capacity,
+    K: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """y = LayerNorm(x) for BM rows, with the bits of `few_rows_kernel`'s own.
+
+    With `wte`, x is the sum of two embeddings, and written.
+    """
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    row = m.to(tl.int64)
+    let_successor_start(OVERLAP, "at start")
+    wait_for_predecessor(OVERLAP)
+    token, place = _places(m, M, tokens, lengths, capacity)
+    mean, rstd = _moments(x, wte, wpe, row, token, place, m < M, eps, True, K, BM, BLOCK)
+    for k0 in tl.static_range(0, K, BLOCK):
+        k = k0 + tl.arange(0, BLOCK)[None, :]
+        inside = (m < M)[:, None] & (k < K)
+        tile = _columns(x, wte, wpe, row[:, None], token[:, None], place[:, None], k, inside, K)
+        shift = None
+        if ln_b is not None:
+            shift = _vector(ln_b, k, K)
+        tile = _normal(tile, mean[:, None], rstd[:, None], _vector(ln_w, k, K), shift)
+        tl.store(y + row[:, None] * K + k, tile, mask=inside)
+    let_successor_start(OVERLAP, "at end")
+
+
+@triton.jit
+def _sliced(k0, LENGTH: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr):
+    """Columns k0 to k0 + BK of every slice of K, (SLICES, BK)."""
+    return (tl.arange(0, SLICES) * LENGTH + k0)[:, None] + tl.arange(0, BK)[None, :]
+
+
+@triton.jit
+def _weights(weight, n, k, N, K):
+    """Columns k (SLICES, BK) of the weight's rows n, as right-hand operands (SLICES, BK, BN)."""
+    at = weight + n.to(tl.int64)[None, None, :] * K + k[:, :, None]
+    return tl.load(at, mask=(n < N)[None, None, :] & (k < K)[:, :, None], other=0.0)
+
+
+@triton.jit
+def _activations(x, wte, wpe, m, token, place, k, M, K):
+    """Columns k (SLICES, BK) of rows m, as left-hand operands (SLICES, BM, BK)."""
+    own, row = k[:, None, :], m.to(tl.int64)[None, :, None]
+    inside = (m < M)[None, :, None] & (own < K)
+    return _columns(x, wte, wpe, row, token[None, :, None], place[None, :, None], own, inside, K)
+
+
+@triton.jit
+def _sum_of_slices(acc, SLICES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """acc (SLICES, BM, BN), which each have a warp, summed in pairs.
+
+    tl.sum would exchange numbers between warps one by one.
+    """
+    pairs = tl.permute(tl.reshape(acc, (2, SLICES // 2, BM, BN)), (1, 2, 3, 0))
+    first, second = tl.split(pairs)
+    if SLICES == 2:
+        total = tl.reshape(first + second, (BM, BN))
+    else:
+        total = _sum_of_slices(first + second, SLICES // 2, BM, BN)
+    return total
+
+
 @kernel
 @triton.jit(do_not_specialize=["M"])
 def few_rows_kernel(
-    x, weight, bias, ln_w, ln_b, residual, y, M, N, y_row, eps,
-    tokens, wte, wpe, lengths, capacity, cache, drawn, limits,
+    x, weight, weight_scale, bias, ln_w, ln_b, residual, y, M, N, y_row, eps,
+    tokens, wte, wpe, lengths, capacity, cache, drawn, limits, ahead, ahead_bytes,
     K: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LENGTH: tl.constexpr,
-    BLOCK: tl.constexpr, SLICES: tl.constexpr,
+    BLOCK: tl.constexpr, SLICES: tl.constexpr, AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr,
+    LEAST: tl.constexpr,
 ):  # fmt: skip
     """A tile of y = f(LayerNorm(x) weight' + bias) + residual, each part of it optional.
 
+    With `weight_scale`, the weight has integers, of which row n is multiplied by weight_scale[n].
     With `wte`, x is the sum of two embeddings, which the programs of the first columns also write
     to x. With `cache`, the N = 3 H D columns are queries, keys and values: y receives the queries,
-    the cache the others.
+    the cache the others. AT_ONCE, all operands are loaded before the first product, the weights
+    even before the predecessor has ended; else they are loaded some steps ahead.
     """
+    let_successor_start(OVERLAP, "at start")
+    if ahead is not None:
+        fetch_to_l2(ahead, ahead_bytes, OVERLAP)
     row_blocks = tl.cdiv(M, BM)
     m0, n0 = tl.program_id(0) % row_blocks * BM, tl.program_id(0) // row_blocks * BN
     m, n = m0 + tl.arange(0, BM), n0 + tl.arange(0, BN)
-    row, token, place = m.to(tl.int64), m.to(tl.int64), m.to(tl.int64)
-    if lengths is not None:
-        place = tl.minimum(tl.load(lengths + m, mask=m < M, other=1), capacity) - 1
-    if wte is not None:
-        token = tl.load(tokens + m, mask=m < M, other=0)
+    row = m.to(tl.int64)
+    factor, offset = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
+    if weight_scale is not None:
+        factor = tl.load(weight_scale + n, mask=n < N, other=0.0)
+    if bias is not None:
+        offset = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    left, right, scales, shifts = (), (), (), ()
+    if AT_ONCE:
+        for k0 in tl.static_range(0, LENGTH, BK):
+            k = _sliced(k0, LENGTH, BK, SLICES)
+            right = right + (_weights(weight, n, k, N, K),)  # type: ignore[assignment]
+            if ln_w is not None:
+                scales = scales + (_vector(ln_w, k, K)[:, None, :],)  # type: ignore[assignment]
+            if ln_b is not None:
+                shifts = shifts + (_vector(ln_b, k, K)[:, None, :],)  # type: ignore[assignment]
+    wait_for_predecessor(OVERLAP)
+    token, place = _places(m, M, tokens, lengths, capacity)
+    # What the epilogue needs comes from the L2 cache as well, so it is fetched now.
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    old, runs = tl.zeros([BM, BN], tl.float32), m < M
+    if residual is not None:
+        at = row[:, None] * N + n[None, :]
+        old = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    if cache is not None:
+        runs &= tl.load(lengths + m, mask=m < M, other=1) <= capacity
+        count = tl.load(drawn + m, mask=m < M, other=0)
+        runs &= count < tl.load(limits + m, mask=m < M, other=0)
+    if AT_ONCE:
+        for k0 in tl.static_range(0, LENGTH, BK):
+            k = _sliced(k0, LENGTH, BK, SLICES)
+            a = _activations(x, wte, wpe, m, token, place, k, M, K)
+            left = left + (a,)  # type: ignore[assignment]
     mean, rstd = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
     if ln_w is not None:
-        mean, rstd = _moments(x, wte, wpe, row, token, place, m < M, eps, n0 == 0, K, BM, BLOCK)
-    acc = tl.zeros([SLICES, BM, BN], tl.float32)
-    for k0 in tl.range(0, LENGTH, BK):
-        part = tl.arange(0, SLICES) * LENGTH + k0
-        k = part[:, None] + tl.arange(0, BK)[None, :]  # (SLICES, BK)
-        own = k[:, None, :]
-        inside = (m < M)[None, :, None] & (own < K)
-        a = _columns(
-            x, wte, wpe, row[None, :, None], token[None, :, None], place[None, :, None], own,
-            inside, K,
-        )  # fmt: skip
-        if ln_w is not None:
-            g = tl.load(ln_w + k, mask=k < K, other=0.0).to(tl.float32)
-            normal = (a.to(tl.float32) - mean[None, :, None]) * rstd[None, :, None] * g[:, None, :]
-            if ln_b is not None:
-                shift = tl.load(ln_b + k, mask=k < K, other=0.0).to(tl.float32)
-                normal += shift[:, None, :]
-            a = normal.to(a.dtype)
-        b = tl.load(
-            weight + n.to(tl.int64)[None, None, :] * K + k[:, :, None],
-            mask=(n < N)[None, None, :] & (k < K)[:, :, None],
-            other=0.0,
+        # NORM_ROWS of them, if the tile has fewer: fewer would be summed in another order.
+        ROWS: tl.constexpr = max(BM, LEAST)
+        i = m0 + tl.arange(0, ROWS)
+        own_token, own_place = token, place
+        if ROWS > BM:
+            own_token, own_place = _places(i, M, tokens, lengths, capacity)
+        mean, rstd = _moments(
+            x, wte, wpe, i.to(tl.int64), own_token, own_place, i < M, eps, n0 == 0, K, ROWS, BLOCK
         )
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    out = tl.sum(acc, 0)
+        if ROWS > BM:
+            own = i[:, None] == m[None, :]
+            mean = tl.sum(tl.where(own, mean[:, None], 0.0), 0)
+            rstd = tl.sum(tl.where(own, rstd[:, None], 0.0), 0)
+    acc = tl.zeros([SLICES, BM, BN], tl.float32)
+    if AT_ONCE:
+        for i in tl.static_range(LENGTH // BK):
+            a = left[i]
+            if ln_w is not None:
+                shift = None  # type: ignore[var-annotated]
+                if ln_b is not None:
+                    shift = shifts[i]
+                a = _normal(a, mean[None, :, None], rstd[None, :, None], scales[i], shift)
+            acc = tl.dot(a, right[i].to(a.dtype), acc, input_precision=PRECISION)
+    else:
+        for k0 in tl.range(0, LENGTH, BK):
+            k = _sliced(k0, LENGTH, BK, SLICES)
+            a = _activations(x, wte, wpe, m, token, place, k, M, K)
+            if ln_w is not None:
+                shift = None
+                if ln_b is not None:
+                    shift = _vector(ln_b, k, K)[:, None, :]
+                scale = _vector(ln_w, k, K)[:, None, :]
+                a = _normal(a, mean[None, :, None], rstd[None, :, None], scale, shift)
+            b = _weights(weight, n, k, N, K).to(a.dtype)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    let_successor_start(OVERLAP, "at end")
+    out = _sum_of_slices(acc, SLICES, BM, BN)
+    if weight_scale is not None:
+        out *= factor[None, :]
     if bias is not None:
-        out += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        out += offset[None, :]
     if GELU is not None:
         out = gelu(out, GELU)
-    inside = (m < M)[:, None] & (n < N)[None, :]
-    at = row[:, None] * N + n[None, :]
     if residual is not None:
-        out += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        out += old
+    at = row[:, None] * y_row + n[None, :]
+    out = out.to(y.dtype.element_ty)
     if cache is None:
-        at = row[:, None] * y_row + n[None, :]
-        tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
+        tl.store(y + at, out, mask=inside)
     else:
         C: tl.constexpr = H * D
         kind, column = n // C, n % C  # 0 queries, 1 keys, 2 values
-        out = out.to(y.dtype.element_ty)
-        tl.store(y + row[:, None] * y_row + n[None, :], out, mask=inside & (n < C)[None, :])
-        length = tl.load(lengths + m, mask=m < M, other=1)
-        runs = tl.load(drawn + m, mask=m < M, other=0) < tl.load(limits + m, mask=m < M, other=0)
-        runs &= length <= capacity
+        tl.store(y + at, out, mask=inside & (n < C)[None, :])
         head = (row[:, None] * 2 + kind[None, :] - 1) * H + (column // D)[None, :]
         at = (head * capacity + place[:, None]) * D + (column % D)[None, :]
         tl.store(cache + at, out, mask=inside & (n >= C)[None, :] & runs[:, None])
 
 
 class Tile(NamedTuple):
-    """Sizes of a tile. A row's bits depend on LENGTH, BLOCK and, in float32, BK."""
+    """Sizes of a tile. A row's bits depend on LENGTH, SLICES and, in float32, BK."""
 
     BM: int
     BN: int
     BK: int
-    LENGTH: int  # of a part of K
-    BLOCK: int  # columns of x at once
+    LENGTH: int  # of a slice of K
+    SLICES: int
+    AT_ONCE: bool
+    num_warps: int  # a multiple of SLICES
     num_stages: int
 
 
-def tile_of(M: int, N: int, K: int, itemsize: int, embeds: bool = False) -> Tile:
+def tile_of(M: int, N: int, K: int, itemsize: int, few_bits: bool = False) -> Tile:
     """Returns the tile for M rows; what the bits depend on follows from K and the dtype alone."""
-    length = cdiv(K, SLICES * UNIT) * UNIT
-    divisor = length & -length  # the largest power of 2 that divides it
-    wide = itemsize == 4
-    small = N * K <= SMALL  # many small tiles read such a weight again and again, from the L2 cache
-    if M <= 16 or (M <= 128 and small) or (wide and embeds):
-        rows, columns = 16, 16
+    slices, fetches = 4 if K <= 1024 else 8, copies_tiles()
+    length = cdiv(K, slices * UNIT) * UNIT
+    if M > 16 and (M > 128 or N * K > SMALL):
+        sizes = SIZES if N < 8192 else VOCABULARY_SIZES
+        enough = (each for each in sizes if cdiv(M, each[0]) * cdiv(N, each[1]) >= PROGRAMS)
+        rows, columns = next(enough, SIZES[-1])
     else:
-        rows, columns = (32, 32) if M <= 128 or wide or embeds else (64, 32)
-    if N >= 8192:  # a vocabulary: enough columns for every multiprocessor
-        columns = 32 if rows == 64 or (wide and rows == 32) else 64
+        rows, columns = 16, 8 if K > 1024 and fetches else 16 if N < 8192 else 32
+        rows = 1 if M == 1 and fetches else 16
     if INTERPRETED:  # whose time is that of the number of programs
         columns = 128
+    both = (rows + columns) * itemsize
+    at_once = fetches and rows <= 16 and both * K <= AT_ONCE_BYTES
     # In 2-byte dtypes BK is free: the sum goes on 16 columns at a time in any case.
-    deepest = 32 if wide or rows == 64 else 128 if rows == 16 and columns == 16 else 64
-    block = min(BLOCK, block_of(K))
-    stages = 3 if launch.shared_limit() > launch.MIN_SHARED else 1  # of up to 33 KB
-    return Tile(rows, columns, min(divisor, deepest), length, block, stages)
+    deepest = UNIT if itemsize == 4 else min(128, block_of(STAGE_BYTES // (both * slices) + 1) // 2)
+    if few_bits:  # their order of sums repeats every 32 columns
+        deepest = max(deepest, UNIT)
+    stages = 3 if launch.shared_limit() > launch.MIN_SHARED else 1
+    return Tile(
+        rows, columns, min(length & -length, deepest), length, slices, at_once, slices, stages
+    )
 
 
 def few_rows_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, *,
+    x: Tensor, weight: Tensor | Int8Weight, bias: Tensor | None, y: Tensor, *,
     norm: tuple[Tensor, Tensor | None] | None = None, gelu: str | None = None,
     residual: Tensor | None = None, embedding: Embedding | None = None,
-    append: Append | None = None, tile: Tile | None = None,
+    append: Append | None = None, ahead: Tensor | None = None, tile: Tile | None = None,
 ) -> None:  # fmt: skip
     """Computes y = gelu(LayerNorm(x) weight' + bias) + residual; what is not given is left out.
 
     Args:
         x: (M, K), contiguous. With `embedding` (which needs `norm`), it receives the embeddings.
-        weight: (N, K), contiguous, in x's dtype.
+        weight: (N, K), contiguous, in x's dtype or of 8 bits.
         bias: (N,).
         y: (M, N), any stride between rows, in x's dtype or float32; (M, N / 3) with `append`. It
             may be `residual`, but not x.
@@ -210,10 +366,13 @@ def few_rows_linear(
         residual: (M, N), contiguous.
         embedding: Makes x.
         append: Where keys and values go, if the layer makes queries, keys and values.
+        ahead: What a later call reads, contiguous: its first AHEAD_BYTES are fetched into the L2
+            cache, where kernels can start early.
         tile: Replaces the choice of `tile_of`, for measurements.
     """
+    weight, scale = weight if isinstance(weight, Int8Weight) else (weight, None)
     (M, K), N = x.shape, weight.shape[0]
-    tile = tile or tile_of(M, N, K, x.element_size(), embedding is not None)
+    tile = tile or tile_of(M, N, K, x.element_size(), scale is not None)
     tokens, wte, wpe = (None, None, None) if embedding is None else (
         embedding.tokens, embedding.wte, embedding.wpe
     )  # fmt: skip
@@ -223,12 +382,22 @@ def few_rows_linear(
         _, _, heads, capacity, head_dim = cache.shape
     elif embedding is not None:
         lengths, capacity = embedding.lengths, embedding.capacity
+    # Embeddings of another dtype, float32's beside weights of 8 bits, would take many registers.
+    apart = tile.BM > 16 or (wte is not None and wte.dtype != x.dtype)
+    if norm is not None and apart:
+        normal = torch.empty_like(x)
+        norm_kernel[(cdiv(M, NORM_ROWS),)](
+            x, *norm, normal, M, LAYER_NORM_EPS, tokens, wte, wpe, lengths, capacity,
+            K=K, BM=NORM_ROWS, BLOCK=BLOCK, **overlap(when(M)), num_warps=1,
+        )  # fmt: skip
+        x, norm, tokens, wte, wpe = normal, None, None, None, None
     grid = (cdiv(M, tile.BM) * cdiv(N, tile.BN),)
     few_rows_kernel[grid](
-        x, weight, bias, *(norm or (None, None)), residual, y, M, N, y.stride(0),
+        x, weight, scale, bias, *(norm or (None, None)), residual, y, M, N, y.stride(0),
         LAYER_NORM_EPS,
         tokens, wte, wpe, lengths, capacity, cache,
         None if append is None else append.drawn, None if append is None else append.limits,
+        ahead, 0 if ahead is None else min(ahead.nbytes, AHEAD_BYTES) & -16,
         K=K, H=heads, D=head_dim, GELU=gelu, PRECISION=precision(x.dtype), **tile._asdict(),
-        SLICES=SLICES, num_warps=SLICES,
+        BLOCK=BLOCK, LEAST=2 * tile.num_warps, **overlap(when(M)),
     )  # fmt: skip

@@ -13,12 +13,14 @@ Letters: R rows of logits, V vocab_size, S slots.
 import math
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gptfast.ops.sampling import SAMPLING_STREAM, Sampling
-from gptfast.ops.triton.launch import block_of, kernel
+from gptfast.ops.triton.launch import block_of, cdiv, kernel
+from gptfast.ops.triton.overlap import let_successor_start, overlap, wait_for_predecessor, when
 from gptfast.ops.triton.tiles import LN2, LOG2E
 
 HELD, BLOCK = 1024, 4096  # columns that stay; columns at once of a longer row
@@ -125,13 +127,57 @@ def _step_on(row, token, tokens, seen, lengths, offsets, drawn, limits, text, ca
     return tl.where(runs, token, -1)
 
 
+@triton.jit
+def _highest(logits, seen, held, j, V, columns, penalty, HELD: tl.constexpr):
+    """Of a block: the highest score, the first token that has it, ln sum exp of the raw logits.
+
+    The last as the maximum `top` and the sum of exp(x - top); and how many are not finite.
+    """
+    z = _score(logits, seen, held, j, V, columns, penalty, HELD)
+    highest = tl.max(z, 0)
+    first = tl.min(tl.where((z == highest) & (z > -float("inf")), j, V), 0)
+    x = tl.where(j < V, tl.load(logits + j, mask=j < columns, other=0.0), -float("inf"))
+    wrong = tl.sum(((j < V) & ~(tl.abs(x) < float("inf"))).to(tl.int32), 0)
+    top = tl.max(x, 0)
+    return highest, first, top, tl.sum(tl.exp2((x - top) * LOG2E), 0), wrong
+
+
+@kernel
+@triton.jit
+def highest_kernel(
+    logits, seen, numbers, scores, counts, V, columns, parts,
+    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """`_highest` of a part of a row: (R, 3, parts) scores and (R, 2, parts) counts."""
+    row, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
+    let_successor_start(OVERLAP, "at start")
+    wait_for_predecessor(OVERLAP)
+    logits += row * columns
+    if seen is not None:
+        seen += row * columns
+    j = part * BLOCK + tl.arange(0, BLOCK)
+    penalty = tl.load(numbers + 4).to(tl.float32)
+    highest, first, top, total, wrong = _highest(
+        logits, seen, tl.zeros([BLOCK], tl.float32), j, V, columns, penalty, False
+    )
+    let_successor_start(OVERLAP, "at end")
+    scores += row * 3 * parts + part
+    counts += row * 2 * parts + part
+    tl.store(scores, highest)
+    tl.store(scores + parts, top)
+    tl.store(scores + 2 * parts, total)
+    tl.store(counts, first)
+    tl.store(counts + parts, wrong)
+
+
 @kernel
 @triton.jit
 def sample_kernel(
     logits, seen, seeds, sequence_ids, steps, numbers, found_tokens, found_logprobs, V, columns,
+    scores, counts, parts,
     tokens, lengths, offsets, limits, text, capacity, block_size,
     GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr,
-    HELD: tl.constexpr,
+    HELD: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Chooses a token of one row; also gives its log-probability under softmax(logits).
 
@@ -139,30 +185,34 @@ def sample_kernel(
     appends the token.
     """
     row = tl.program_id(0).to(tl.int64)
+    let_successor_start(OVERLAP, "at start")
+    wait_for_predecessor(OVERLAP)
     logits += row * columns
     sharpness = tl.load(numbers).to(tl.float32)
     penalty = tl.load(numbers + 4).to(tl.float32)
     if seen is not None:
         seen += row * columns
-    # One pass: the highest score, the first token that has it, and ln sum exp of the raw logits.
     lane = tl.arange(0, BLOCK)
     held = tl.zeros([BLOCK], tl.float32)
     if HELD:
         held = _score(logits, seen, held, lane, V, columns, penalty, False)
-    first, nothing = tl.cast(V, tl.int32), tl.cast(-float("inf"), tl.float32)
-    highest, top, total, wrong = nothing, nothing, 0.0, 0
-    for j0 in tl.range(0, V, BLOCK):
-        j = j0 + lane
-        z = _score(logits, seen, held, j, V, columns, penalty, HELD)
-        higher = tl.max(z, 0)
-        place = tl.min(tl.where((z == higher) & (j < V), j, V), 0)
-        first = tl.where(higher > highest, place, first)
-        highest = tl.maximum(highest, higher)
-        x = tl.where(j < V, tl.load(logits + j, mask=j < columns, other=0.0), -float("inf"))
-        wrong += tl.sum(((j < V) & ~(tl.abs(x) < float("inf"))).to(tl.int32), 0)
-        both = tl.maximum(top, tl.max(x, 0))
-        total = total * tl.exp2((top - both) * LOG2E) + tl.sum(tl.exp2((x - both) * LOG2E), 0)
-        top = both
+        highest, first, top, total, wrong = _highest(
+            logits, seen, held, lane, V, columns, penalty, HELD
+        )
+    else:  # of the parts that `highest_kernel` has looked at
+        part = tl.arange(0, PARTS)
+        some, lowest = part < parts, -float("inf")
+        scores += row * 3 * parts + part
+        counts += row * 2 * parts + part
+        best = tl.load(scores, mask=some, other=lowest)
+        highest = tl.max(best, 0)
+        firsts = tl.load(counts, mask=some, other=V)
+        first = tl.min(tl.where(best == highest, firsts, V), 0)
+        tops = tl.load(scores + parts, mask=some, other=lowest)
+        top = tl.max(tops, 0)
+        own = tl.load(scores + 2 * parts, mask=some, other=0.0)
+        total = tl.sum(tl.where(some, own * tl.exp2((tops - top) * LOG2E), 0.0), 0)
+        wrong = tl.sum(tl.load(counts + parts, mask=some, other=0), 0)
     token = first
     if not GREEDY:
         min_score, min_weight = MIN_SCORE, 0
@@ -246,6 +296,7 @@ def sample_kernel(
                 token = tl.min(tl.where((sums > target) & (p > 0.0), j, V), 0)
             before = after
         token = tl.where(token < V, token, last)  # rounding may leave the target unreached
+    let_successor_start(OVERLAP, "at end")
     lse = top + tl.log2(total) * LN2
     token = tl.minimum(token, V - 1).to(tl.int64)  # logits that are all NaN have no first token
     logprob = tl.where(wrong > 0, float("nan"), tl.load(logits + token) - lse)
@@ -289,9 +340,25 @@ def sample(
     if progress is not None:
         where = progress.tokens, progress.lengths, progress.offsets, progress.limits, progress.text
         capacity, block_size = progress.text.shape[1], progress.block_size
+    seen, starts = seen if kind.penalty else None, overlap(when(R))
+    scores, counts, parts = None, None, cdiv(vocab_size, BLOCK)
+    if not held:
+        scores = logits.new_empty(R, 3, parts)
+        counts = logits.new_empty(R, 2, parts, dtype=torch.int32)
+        highest_kernel[(R * parts,)](
+            logits, seen, numbers, scores, counts, vocab_size, columns, parts, BLOCK=BLOCK,
+            **starts, num_warps=8,
+        )  # fmt: skip
     sample_kernel[(R,)](
-        logits, seen if kind.penalty else None, seeds, sequence_ids, steps, numbers, tokens,
-        logprobs, vocab_size, columns, *where, capacity, block_size,
+        logits, seen, seeds, sequence_ids, steps, numbers, tokens, logprobs, vocab_size, columns,
+        scores, counts, parts, *where, capacity, block_size,
         GREEDY=kind.greedy, TOP_K=kind.top_k, TOP_P=kind.top_p, BLOCK=block if held else BLOCK,
-        HELD=held, num_warps=1 if block <= 128 else 4 if held else 16,
+        HELD=held, PARTS=block_of(parts), **starts, num_warps=_warps(kind, block),
     )  # fmt: skip
+
+
+def _warps(kind: Kind, block: int) -> int:
+    """Returns how many warps a row takes, of `block` columns."""
+    if block <= 128 or (kind.greedy and block > HELD):
+        return 1
+    return 4 if block <= HELD else 16

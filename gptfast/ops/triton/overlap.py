@@ -1,0 +1,73 @@
+"""Kernels that start while the one before them ends: CUDA's programmatic dependent launch.
+
+A kernel of a decode step takes 2 us, half of which is its start, the fetching of its first bytes
+and its end. So it may start when its predecessor says so, and fetches weights, which no kernel of a
+step writes, before it waits for the predecessor.
+
+A kernel that starts early reads and writes nothing else before `wait_for_predecessor`, which every
+one of its programs calls. That returns when the predecessor has ended and what it wrote is visible.
+The predecessor had waited for its own, and so on: when a kernel goes on, all before it have ended,
+as without early starts. So it may overwrite what any of them read.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from gptfast.ops.triton.launch import copies_tiles
+
+AT_START, AT_WAIT, AT_END = "at start", "at wait", "at end"
+
+
+@triton.jit
+def let_successor_start(OVERLAP: tl.constexpr, WHERE: tl.constexpr):
+    """Lets the next kernel start, if it is to start HERE, when all programs have come here."""
+    if OVERLAP == WHERE:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_predecessor(OVERLAP: tl.constexpr):
+    """Waits until all kernels before have ended."""
+    if OVERLAP is not None:
+        if OVERLAP == "at wait":
+            gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
+def fetch_to_l2(start, size, OVERLAP: tl.constexpr):
+    """Has `size` bytes (a multiple of 16) from `start` on fetched to the L2 cache by all programs.
+
+    It is a hint: nothing waits for it.
+    """
+    if OVERLAP is not None:
+        share = tl.cdiv(size, tl.num_programs(0) * 128) * 128
+        first = tl.program_id(0) * share
+        own = tl.minimum(share, size - first)
+        if own > 0:
+            at = (start.to(tl.int64, bitcast=True) + first) & -16
+            tl.inline_asm_elementwise(
+                """{ .reg .pred first; .reg .u32 thread; mov.u32 thread, %tid.x;
+                setp.eq.u32 first, thread, 0;
+                @first cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }""",
+                "=r,l,r", [at, own], tl.int32, False, 1,
+            )  # fmt: skip
+
+
+def overlap(when: str | None) -> dict[str, Any]:
+    """Returns arguments of a kernel with the parameter OVERLAP, without overlap on other chips.
+
+    Args:
+        when: When the next kernel may start, if that has overlap, too.
+    """
+    if when is None or not copies_tiles():  # the same chips have both, NVIDIA's from Hopper on
+        return {"OVERLAP": None}
+    return {"OVERLAP": when, "launch_pdl": True}
+
+
+def when(rows: int) -> str | None:
+    """Returns when the kernel after one of a decode step of so many rows may start."""
+    return AT_START if rows <= 16 else AT_END
