@@ -266,6 +266,7 @@ def few_rows_kernel(
             rstd = tl.sum(tl.where(own, rstd[:, None], 0.0), 0)
     acc = tl.zeros([SLICES, BM, BN], tl.float32)
     if AT_ONCE:
+        operands = ()
         for i in tl.static_range(LENGTH // BK):
             a = left[i]
             if ln_w is not None:
@@ -273,6 +274,9 @@ def few_rows_kernel(
                 if ln_b is not None:
                     shift = shifts[i]
                 a = _normal(a, mean[None, :, None], rstd[None, :, None], scales[i], shift)
+            operands = operands + (a,)  # type: ignore[assignment]
+        for i in tl.static_range(LENGTH // BK):  # apart: all operands pass by one barrier
+            a = operands[i]
             acc = tl.dot(a, right[i].to(a.dtype), acc, input_precision=PRECISION)
     else:
         for k0 in tl.range(0, LENGTH, BK):
