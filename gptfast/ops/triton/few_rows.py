@@ -1,8 +1,8 @@
-"""Linear layers of few rows, as decoding needs them: fixed tiles, nothing tuned, LayerNorm inside.
+"""Linear layers of few rows, as decoding needs them: fixed tiles, nothing tuned.
 
 A step of decoding multiplies few rows by every weight, so it is the latency of a kernel and the
-bytes of the weights that count. Each warp sums its own quarter of K: four short chains of matrix
-instructions instead of a long one. The quarters are added at the end.
+bytes of the weights that count. Each warp sums its own slice of K: short chains of matrix
+instructions instead of a long one. The slices' sums are added in a fixed order at the end.
 
 A row has the same bits for any number of rows: how K is cut depends on K alone, and every tile uses
 the same matrix instruction (mma.sync on NVIDIA: three-dimensional tiles never become wgmma).
