@@ -18,9 +18,7 @@ from gptfast.ops.triton.launch import block_of, cdiv, kernel
 from gptfast.ops.triton.overlap import let_successor_start, overlap, wait_for_predecessor, when
 
 PART = 256  # keys of a part
-TILE = 4096  # elements of a tile of keys
-WARPS = 2  # more of them repeat more of the work per program
-STAGES = 1
+TILE = 4096  # elements of a tile of keys, of which a thread has 128 bytes
 
 
 @kernel
@@ -28,7 +26,7 @@ STAGES = 1
 def part_kernel(
     q, cache, lengths, outs, tops, totals, H, capacity, parts, q_stride, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr, KEYS: tl.constexpr,
-    ALONE: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    ALONE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A part's unnormalised output, maximum and sum of exponentials; nothing past the length.
 
@@ -48,7 +46,7 @@ def part_kernel(
     values = keys + H * capacity * D
     acc = tl.zeros([BLOCK_D], tl.float32)
     top, total = -float("inf"), 0.0
-    for j0 in tl.range(first, last, KEYS, num_stages=STAGES):
+    for j0 in tl.range(first, last, KEYS):
         j = j0 + tl.arange(0, KEYS)
         at = j[:, None] * D + d[None, :]
         inside = (j < last)[:, None] & (d < D)[None, :]
@@ -127,7 +125,7 @@ def decode_attention(
     part_kernel[(S * H * parts,)](
         q, cache, lengths, outs, tops, totals, H, capacity, parts, q.stride(0), scale_log2,
         D=D, BLOCK_D=block_of(D), PART=PART, KEYS=keys, ALONE=parts == 1,
-        STAGES=STAGES, **overlap(when(S)), num_warps=WARPS,
+        **overlap(when(S)), num_warps=q.element_size(),
     )  # fmt: skip
     if parts > 1:
         join_kernel[(S * H,)](

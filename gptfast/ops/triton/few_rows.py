@@ -1,8 +1,8 @@
-"""Linear layers of few rows, as decoding needs them: fixed tiles, nothing tuned, LayerNorm inside.
+"""Linear layers of few rows, as decoding needs them: fixed tiles, nothing tuned.
 
 A step of decoding multiplies few rows by every weight, so it is the latency of a kernel and the
-bytes of the weights that count. Each warp sums its own quarter of K: four short chains of matrix
-instructions instead of a long one. The quarters are added at the end.
+bytes of the weights that count. Each warp sums its own slice of K: short chains of matrix
+instructions instead of a long one. The slices' sums are added in a fixed order at the end.
 
 Weights of 8 bits are integers until they are in registers, where every dtype has them exactly; the
 sums are multiplied by the scales of their columns.
@@ -328,19 +328,23 @@ class Tile(NamedTuple):
 
 def tile_of(M: int, N: int, K: int, itemsize: int, few_bits: bool = False) -> Tile:
     """Returns the tile for M rows; what the bits depend on follows from K and the dtype alone."""
-    slices, fetches = 4 if K <= 1024 else 8, copies_tiles()
+    slices = 4 if K <= 1024 else 8
     length = cdiv(K, slices * UNIT) * UNIT
+    early, at_once = copies_tiles(), False  # whether kernels can start early
     if M > 16 and (M > 128 or N * K > SMALL):
         sizes = SIZES if N < 8192 else VOCABULARY_SIZES
         enough = (each for each in sizes if cdiv(M, each[0]) * cdiv(N, each[1]) >= PROGRAMS)
         rows, columns = next(enough, SIZES[-1])
+        if itemsize == 4:  # whose operands take three times as many registers
+            rows, columns = min(rows, 32), min(columns, 32)
     else:
-        rows, columns = 16, 8 if K > 1024 and fetches else 16 if N < 8192 else 32
-        rows = 1 if M == 1 and fetches else 16
+        rows, columns = 16, 32 if N >= 8192 else 8 if K > 1024 and early else 16
+        alone = 1 if M == 1 else 16
+        at_once = early and (alone + columns) * K * itemsize <= AT_ONCE_BYTES * 2 // itemsize
+        rows = alone if at_once else 16
     if INTERPRETED:  # whose time is that of the number of programs
         columns = 128
     both = (rows + columns) * itemsize
-    at_once = fetches and rows <= 16 and both * K <= AT_ONCE_BYTES
     # In 2-byte dtypes BK is free: the sum goes on 16 columns at a time in any case.
     deepest = UNIT if itemsize == 4 else min(128, block_of(STAGE_BYTES // (both * slices) + 1) // 2)
     if few_bits:  # their order of sums repeats every 32 columns

@@ -1,13 +1,16 @@
 """Kernels that start while the one before them ends: CUDA's programmatic dependent launch.
 
-A kernel of a decode step takes 2 us, half of which is its start, the fetching of its first bytes
-and its end. So it may start when its predecessor says so, and fetches weights, which no kernel of a
-step writes, before it waits for the predecessor.
+A kernel of a decode step takes a few microseconds, of which its start, its first loads and its end
+are a large part. So the next kernel may start when this one says so, and loads weights before it
+waits.
 
-A kernel that starts early reads and writes nothing else before `wait_for_predecessor`, which every
-one of its programs calls. That returns when the predecessor has ended and what it wrote is visible.
-The predecessor had waited for its own, and so on: when a kernel goes on, all before it have ended,
-as without early starts. So it may overwrite what any of them read.
+Before `wait_for_predecessor`, which every program calls, a kernel reads nothing but weights, which
+no kernel of a step writes, and writes nothing. The wait ends when the predecessor has ended and
+what it wrote is visible. The predecessor had waited for its own, and so on: when a kernel goes on,
+all before it have ended, as without early starts. So it may overwrite what any of them read.
+
+Weights that have just been written are visible too: between them and a step are kernels that let
+nothing start early, those that give sequences their slots.
 """
 
 from typing import Any
@@ -18,13 +21,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gptfast.ops.triton.launch import copies_tiles
 
-AT_START, AT_WAIT, AT_END = "at start", "at wait", "at end"
+AT_START, AT_END = "at start", "at end"
 
 
 @triton.jit
-def let_successor_start(OVERLAP: tl.constexpr, WHERE: tl.constexpr):
-    """Lets the next kernel start, if it is to start HERE, when all programs have come here."""
-    if OVERLAP == WHERE:
+def let_successor_start(OVERLAP: tl.constexpr, NOW: tl.constexpr):
+    """Lets the next kernel start, if that is to happen NOW, when all programs have come here."""
+    if OVERLAP == NOW:
         gdc_launch_dependents()
 
 
@@ -32,8 +35,6 @@ def let_successor_start(OVERLAP: tl.constexpr, WHERE: tl.constexpr):
 def wait_for_predecessor(OVERLAP: tl.constexpr):
     """Waits until all kernels before have ended."""
     if OVERLAP is not None:
-        if OVERLAP == "at wait":
-            gdc_launch_dependents()
         gdc_wait()
 
 
@@ -68,6 +69,10 @@ def overlap(when: str | None) -> dict[str, Any]:
     return {"OVERLAP": when, "launch_pdl": True}
 
 
-def when(rows: int) -> str | None:
-    """Returns when the kernel after one of a decode step of so many rows may start."""
+def when(rows: int) -> str:
+    """Returns when the kernel after one of a decode step of so many rows may start.
+
+    Few rows leave room for the programs of several kernels, which load weights meanwhile. Programs
+    of many rows would be put where there is room by chance, and not where they run fastest.
+    """
     return AT_START if rows <= 16 else AT_END

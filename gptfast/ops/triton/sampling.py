@@ -2,7 +2,8 @@
 
 Each filter keeps the tokens that reach a threshold. A search over the ordered bit patterns of
 floats finds it, two bits at a time, which needs no sort. A row of at most HELD logits stays in
-registers; a longer one is read again for every two bits.
+registers; the highest score of a longer one is found by a kernel of many programs, and it is read
+again for every two bits.
 
 The kernel also ends a step of generation: it writes the token down, counts it, and so decides which
 slots draw another one. Nothing of that waits for the host.
