@@ -45,7 +45,7 @@ class Section:
 
 # In this order: the tests compile many small kernels of their own, and get what time is left.
 SECTIONS = (
-    Section("train", 30),
+    Section("train", 35),
     Section("generate", 30),
     Section("attention", 15),
     Section("loss", 10),
@@ -53,8 +53,9 @@ SECTIONS = (
     Section("profile", 15, rows=False),
     Section("tests", 58, rows=False),
 )
-COMPILING, CEILINGS = Section("compiling", 45, rows=False), Section("ceilings", 15, rows=False)
+COMPILING, CEILINGS = Section("compiling", 45, rows=False), Section("ceilings", 8, rows=False)
 SECONDS = 235  # of everything, without --full
+IMPORTING = 30  # seconds that a section's process has before its limit begins
 
 
 class Report:
@@ -147,8 +148,7 @@ def lines_of(process: "subprocess.Popen[str]", seconds: float) -> Iterator[str |
 
     def stop() -> None:
         expired.set()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        kill(process)
 
     timer = threading.Timer(seconds, stop)
     timer.start()
@@ -163,8 +163,13 @@ def lines_of(process: "subprocess.Popen[str]", seconds: float) -> Iterator[str |
         yield None if expired.is_set() else code
     finally:
         timer.cancel()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        kill(process)
+
+
+def kill(process: "subprocess.Popen[str]") -> None:
+    """Ends a process and what it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def search_path() -> str:
@@ -182,10 +187,19 @@ class Waiting:
         command = [sys.executable, __file__, "--section", section.name]
         self.process = started([*command, *shared_options(options)], self.errors)
 
+    def wait_for_imports(self) -> None:
+        """Waits for the first line of the process, which is not a row."""
+        timer = threading.Timer(IMPORTING, kill, [self.process])
+        timer.start()
+        assert self.process.stdout is not None
+        self.process.stdout.readline()
+        timer.cancel()
+
 
 def run_section(waiting: Waiting, options: argparse.Namespace, report: Report) -> None:
     """Runs a section in a process of its own and reports its rows as they come."""
     section = waiting.section
+    waiting.wait_for_imports()
     seconds, start = options.limit(section), time.monotonic()
     with waiting.errors as errors:
         code: str | int | None = None
@@ -302,6 +316,7 @@ def measure(name: str, full: bool, only: str) -> None:
     module = importlib.import_module(f"gpu.{name}")
     for used in ("torch._dynamo", "gptfast.ops.triton"):  # AdamW and operators import them late
         importlib.import_module(used)
+    print("imported", flush=True)
     if not sys.stdin.readline():
         return  # the driver has ended
     if hasattr(module, "main"):

@@ -38,7 +38,8 @@ def section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., di
 
     def run(script: str, seconds: float = 60.0) -> dict[str, Any]:
         place, out = tmp_path / "section.py", tmp_path / "result.json"
-        place.write_text(f"import sys, time\nROW = 'ROW '\n{script}")
+        begin = "import sys, time\nROW = 'ROW '\nprint('imported', flush=True)\n"
+        place.write_text(begin + script)
         monkeypatch.setattr(gpu_check, "__file__", str(place))
         options = gpu_check.parse(["--out", str(out)])
         report = gpu_check.Report(out, dict(FACTS))

@@ -131,7 +131,7 @@ def test_masks_have_the_bits_of_the_reference() -> None:
 @every_dtype
 @pytest.mark.parametrize("dropout_p", (0.0, 0.2))
 @pytest.mark.parametrize(
-    ("T", "D"), ((1, 16), full(5, 8), (17, 33), (70, 64), full(129, 100), (200, 256))
+    ("T", "D"), ((1, 16), full(5, 8), (17, 33), (70, 64), full(129, 100), (100, 256))
 )
 def test_attention(T: int, D: int, dropout_p: float, dtype: torch.dtype) -> None:
     q, k, v = (heads(2, 2, T, D, seed=i).to(DEVICE) for i in range(3))
@@ -481,7 +481,7 @@ def test_decode_attention(H: int, D: int, capacity: int, dtype: torch.dtype) -> 
 )
 @pytest.mark.parametrize("V", (full(1), full(5), 66, 1500))
 def test_the_cpu_draws_the_same_tokens(V: int, how: Sampling) -> None:
-    R = 10
+    R = 10 if CUDA else 5
     generator = torch.Generator().manual_seed(V)
     logits = 3 * torch.randn(R, V, generator=generator)
     logits[0, :] = 1.0  # ties
@@ -561,8 +561,9 @@ def test_generation_is_that_of_the_uncached_loop(options: dict[str, Any], overfl
     with torch.no_grad():
         for param in model.parameters():
             param.mul_(1.5)
-    prompts = [[1], [4, 5, 6, 7], [3, 1] * 10]
-    request = make_request(model, prompts, max_new_tokens=14, overflow=overflow, **options)
+    prompts = [[1], [4, 5, 6, 7] * 3, [3, 1] * 10]  # the second soon fills the window
+    new = 14 if CUDA else 8
+    request = make_request(model, prompts, max_new_tokens=new, overflow=overflow, **options)
     on_device = device_loop.DeviceLoop(model, request)
     model.backend = "reference"
     plainly = ReferenceLoop(model, request)

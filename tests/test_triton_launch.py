@@ -125,6 +125,17 @@ def test_a_kept_launch_is_the_one_that_triton_makes(recorder: Recorder) -> None:
 
 
 @pytest.mark.cuda
+def test_torch_draws_random_numbers_after_a_capture_that_failed() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("torch finds no CUDA device")
+    device, number = torch.device("cuda"), torch.ones((), device="cuda")
+    with pytest.raises(RuntimeError, match="captur"):
+        Cuda(device).capture(lambda: torch.tensor(number.item()))
+    assert bool(torch.rand(3, device="cuda").isfinite().all())
+    assert Cuda(device).capture(lambda: number + 1)().item() == 2.0
+
+
+@pytest.mark.cuda
 def test_kept_launches_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA device")
@@ -147,17 +158,6 @@ def test_kept_launches_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             expected = torch.nn.functional.layer_norm(x.float(), (48,))
             torch.testing.assert_close(y.float(), expected, atol=2e-2, rtol=2e-2)
             torch.testing.assert_close(mean, x.float().mean(1))
-
-
-@pytest.mark.cuda
-def test_torch_draws_random_numbers_after_a_capture_that_failed() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("torch finds no CUDA device")
-    device, number = torch.device("cuda"), torch.ones((), device="cuda")
-    with pytest.raises(RuntimeError, match="captur"):
-        Cuda(device).capture(lambda: torch.tensor(number.item()))
-    assert bool(torch.rand(3, device="cuda").isfinite().all())
-    assert Cuda(device).capture(lambda: number + 1)().item() == 2.0
 
 
 @pytest.mark.cuda
