@@ -53,9 +53,9 @@ def hidden_grad_kernel(
             du = parts[i] * slope
             if hidden is not None:
                 store_tile(hidden, value, m0, n1, M, N, STORED, BM, COLUMNS)
-            if i + 1 < PARTS and DESCRIBED is not None:  # on its way while this part is stored
-                u = load_tile(before, m0, n1 + COLUMNS, M, N, BM, COLUMNS)
             store_tile(dhidden, du, m0, n1, M, N, STORED, BM, COLUMNS)
+            if i + 1 < PARTS and DESCRIBED is not None:  # on its way while this part is summed
+                u = load_tile(before, m0, n1 + COLUMNS, M, N, BM, COLUMNS)
             if sums is not None:
                 n = n1 + tl.arange(0, COLUMNS)
                 if DESCRIBED is None:  # otherwise rows from M on are 0
