@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gptfast import plain
 from gptfast.generation.snapshot import rounded_to_int8
 from gptfast.model import GPT
 
@@ -43,7 +44,7 @@ class Weights:
         """
         self.dtype = model.wte.weight.dtype if dtype is None else FLOATS[dtype]
         self._int8 = dtype == "int8"
-        given = _parameters(model)
+        given = parameters_of(model)
         self._copied = lasting or self._int8 or not all(map(self._usable, given.values()))
         self._n_layer = len(model.h)
         self._places = {name: _place(weight) for name, weight in given.items()}
@@ -53,25 +54,23 @@ class Weights:
                 name: torch.empty(weight.shape, dtype=self.dtype, device=weight.device)
                 for name, weight in given.items()
             }
-        self.take(model)
+        self.take(given)
 
     @property
     def bytes(self) -> int:
         """How many bytes the copies take."""
         return sum(each.nbytes for each in self._tensors.values()) if self._copied else 0
 
-    def fits(self, model: GPT) -> bool:
+    def fits(self, given: dict[str, Tensor]) -> bool:
         """Whether `take` would fill the same memory, or find the weights where they were."""
-        given = _parameters(model)
         if not self._copied:
             return self._places == {name: _place(weight) for name, weight in given.items()}
         own = {name: (each.shape, each.device) for name, each in self._tensors.items()}
         return own == {name: (each.shape, each.device) for name, each in given.items()}
 
     @torch.no_grad()
-    def take(self, model: GPT) -> None:
-        """Takes the model's weights as they are now."""
-        given = _parameters(model)
+    def take(self, given: dict[str, Tensor]) -> None:
+        """Takes a model's weights as they are now, see `parameters_of`."""
         if not self._copied:
             self._tensors = given
         elif self._int8:
@@ -121,9 +120,18 @@ class Weights:
         return weight.dtype == self.dtype and weight.is_contiguous()
 
 
-def _parameters(model: GPT) -> dict[str, Tensor]:
-    found = model.named_parameters(remove_duplicate=False)
-    return {name: param.detach() for name, param in found}
+def parameters_of(model: GPT) -> dict[str, Tensor]:
+    """Returns the parameters of a model of plain layers by name.
+
+    In a third of the time that named_parameters takes, which looks for them everywhere.
+    """
+    layers = plain.layers_of(model, plain.called, plain.called)
+    return {
+        f"{name}.{own}": param
+        for name, module, _ in layers
+        for own, param in module.__dict__["_parameters"].items()
+        if param is not None
+    }
 
 
 def _place(weight: Tensor) -> tuple[Any, ...]:
