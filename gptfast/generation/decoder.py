@@ -184,9 +184,10 @@ class Decoder:
         """Returns the logits that the last step drew from, (n, V) float32."""
         return self._logits[self._uploaded(slots), : self.shape.config.vocab_size]
 
-    def _steps(self, count: int) -> None:
-        for i in range(count):
-            self._step(self._drawn[i])
+    def _steps(self, found: Tensor) -> None:
+        """Takes a step of all slots for each item of `found`, (steps, 2, >= S) int32."""
+        for each in found:
+            self._step(each)
 
     @torch.no_grad()
     def _step(self, found: Tensor) -> None:
@@ -237,14 +238,16 @@ class Decoder:
                 if slots is not None:
                     self._fill(slots, T, stride)
                     count, slots = (1, slots) if each else (count, None)
-                self._run(("steps", count), "step", functools.partial(self._steps, count))
+                self._run(
+                    ("steps", count), "step", functools.partial(self._steps, self._drawn[:count])
+                )
             yield count
             left -= count
 
     def _moving_steps(self, count: int, n: int, T: int, stride: int) -> None:
         for i in range(count):
             self._compute_windows(n, T, stride)
-            self._step(self._drawn[i])
+            self._steps(self._drawn[i : i + 1])
 
     def _fill_by_length(self, slots: Ints, lengths: Ints) -> None:
         """Computes the first positions of slots, those of similar lengths together."""

@@ -153,11 +153,12 @@ class DeviceLoop:
     def _steps_per_look(self, left: int) -> int:
         """How many steps to queue of those that are left.
 
-        Half of them at most, for to make lists of the last results takes time that nothing hides.
+        At the end half of them, for to make lists of the last results takes time that nothing
+        hides.
         """
         timely = int(LOOK_SECONDS / self._own_decoder.step_seconds)
-        units = min(timely, MOST_STEPS, left // 2 + UNROLLED - 1) // UNROLLED
-        return max(1, units) * UNROLLED
+        half = max(left // 2 + UNROLLED - 1, 2 * UNROLLED)
+        return max(1, min(timely, MOST_STEPS, half) // UNROLLED) * UNROLLED
 
     def _fill_slots(self) -> None:
         """Gives free slots to sequences that wait."""
@@ -188,17 +189,23 @@ class DeviceLoop:
         of 1 it moves before every step from then on.
         """
         size, stride = self._config.block_size, self._request.stride or 0
+        taken = np.minimum(self._left, steps)
+        if stride == 0 or int((self._lengths + taken).max()) <= size + 1:
+            self._left -= taken
+            self._lengths += taken
+            yield Stretch(steps)
+            return
         while steps > 0:
             # Steps of each slot until its window must move, or for ever if it stops before that.
             room = size + 1 - self._lengths
             room[self._left <= room] = MOST_STEPS
             moving = None
-            if stride > 0 and int(room.min()) <= 0:
+            if int(room.min()) <= 0:
                 (moving,) = np.nonzero(room <= 0)
                 over = self._lengths[moving] - size
                 self._lengths[moving] -= -(-over // stride) * stride
                 room[moving] = MOST_STEPS if stride == 1 else size + 1 - self._lengths[moving]
-            count = min(steps, int(room.min())) if stride > 0 else steps
+            count = min(steps, int(room.min()))
             yield Stretch(count, moving, stride, each=stride == 1 and moving is not None)
             taken = np.minimum(self._left, count)
             self._left -= taken

@@ -44,7 +44,6 @@ class Sequences:
     def __init__(self, request: Request, block_size: int) -> None:
         self._request = request
         count, most = len(request.prompts), request.max_new_tokens
-        self._last_state = "length"  # of a sequence that grows to its limit
         self.limits = [most] * count  # how many tokens may follow each prompt
         self.states = ["running" if most > 0 else "length"] * count  # as in Update
         if most > 0 and request.stride is None:
@@ -54,8 +53,10 @@ class Sequences:
                     self.states[i] = "window"
         self.tokens: list[list[int]] = [[] for _ in range(count)]
         self.logprobs: list[list[float]] = [[] for _ in range(count)]  # of these tokens
-        self.top_logprobs: list[list[TopLogprobs]] = [[] for _ in range(count)]
-        self._reported: list[tuple[str, int]] = [("", 0)] * count  # state and length
+        self._top_logprobs: list[list[TopLogprobs]] = []
+        if request.top_logprobs:
+            self._top_logprobs = [[] for _ in range(count)]
+        self._reported: list[tuple[str, int]] = []  # states and lengths; [] before the first time
         self._reach = max(map(len, request.stop_strings), default=1) - 1
         self._tails = [""] * count if self._reach else []  # of texts: part of a stop, perhaps
 
@@ -79,6 +80,7 @@ class Sequences:
             top_logprobs: Of the same positions, if the request wants them.
         """
         request, limits = self._request, self.limits
+        all_tokens, all_logprobs = self.tokens, self.logprobs
         stops = bool(request.stop_tokens or request.stop_strings)
         for n, (i, new, values) in enumerate(zip(sequences, tokens, logprobs, strict=True)):
             stopped = False
@@ -87,11 +89,15 @@ class Sequences:
                 stopped = count is not None
                 new, values = new[:count], values[:count]
             if top_logprobs is not None:
-                self.top_logprobs[i] += top_logprobs[n][: len(new)]
-            self.logprobs[i] += values
+                self._top_logprobs[i] += top_logprobs[n][: len(new)]
             # Ctrl-C may come at any point; `updates` counts tokens, so these come last.
-            own = self.tokens[i]
-            own += new
+            own = all_tokens[i]
+            if own:
+                all_logprobs[i] += values
+                own += new
+            else:
+                all_logprobs[i] = values
+                all_tokens[i] = own = new
             if stopped:
                 self.states[i] = "stop"
             elif len(own) == limits[i]:
@@ -128,19 +134,18 @@ class Sequences:
         return not_finite("prompt", i // self._request.num_samples)
 
     def updates(self) -> list[Update]:
-        """See Loop."""
+        """See Loop. Lists of sequences that have ended are handed over, not copied."""
+        states, tokens, logprobs = self.states, self.tokens, self.logprobs
+        likeliest = self._top_logprobs or [[] for _ in states]
+        before, self._reported = self._reported, [*zip(states, map(len, tokens), strict=True)]
+        if not before and "running" not in states:
+            parts = zip(range(len(states)), states, tokens, logprobs, likeliest, strict=True)
+            return [*map(Update._make, parts)]
         found = []
-        for i, state in enumerate(self.states):
-            before, start = self._reported[i]
-            end = len(self.tokens[i])
-            if (before, start) == (state, end):
-                continue
-            self._reported[i] = state, end
-            whole = not before and state != "running"  # as they are, for nothing will follow
-            parts = self.tokens[i], self.logprobs[i], self.top_logprobs[i]
-            if whole:
-                found.append(Update(i, state, *parts))
-            else:
+        for i, (state, end) in enumerate(self._reported):
+            last, start = before[i] if before else ("", 0)
+            if (last, start) != (state, end):
                 new = slice(start, end)
-                found.append(Update(i, state, parts[0][new], parts[1][new], parts[2][new]))
+                own = tokens[i][new], logprobs[i][new], likeliest[i][new]
+                found.append(Update(i, state, *own))
         return found
