@@ -132,7 +132,7 @@ def generate(
             pass
     except KeyboardInterrupt:
         pass  # the loop still has what it generated
-    return [_generation(update, request) for update in loop.updates()]
+    return _generations(loop.updates(), request)
 
 
 def stream(
@@ -251,19 +251,22 @@ def _loop(model: GPT | PackedModel, request: Request, lasting: bool = False) -> 
     return ReferenceLoop(model, request)
 
 
-def _generation(update: Update, request: Request) -> Generation:
-    _, state, tokens, logprobs, likeliest = update
-    reason: Any = "interrupted" if state in ("waiting", "running") else state
-    text = None
-    if request.pieces is not None:
-        text = "".join(map(request.pieces.__getitem__, tokens))
-        end, count = _stop_start(text, state, request), len(tokens)
-        while len(text) > end:  # drops the tokens that wrote the stop
-            count -= 1
-            text = text[: len(text) - len(request.pieces[tokens[count]])]
-        if count < len(tokens):
-            tokens, logprobs, likeliest = tokens[:count], logprobs[:count], likeliest[:count]
-    return Generation(text, tokens, logprobs, reason, likeliest)
+def _generations(updates: list[Update], request: Request) -> list[Generation]:
+    found = []
+    for _, state, tokens, logprobs, likeliest in updates:
+        reason: Any = "interrupted" if state in ("waiting", "running") else state
+        text = None
+        if request.pieces is not None:
+            text = "".join(map(request.pieces.__getitem__, tokens))
+            end, count = _stop_start(text, state, request), len(tokens)
+            while len(text) > end:  # drops the tokens that wrote the stop
+                count -= 1
+                text = text[: len(text) - len(request.pieces[tokens[count]])]
+            if count < len(tokens):
+                tokens, logprobs = tokens[:count], logprobs[:count]
+                likeliest = likeliest[:count]
+        found.append(Generation(text, tokens, logprobs, reason, likeliest))
+    return found
 
 
 def _stop_start(text: str, state: str, request: Request) -> int:

@@ -26,7 +26,8 @@ from gptfast.ops.triton.few_rows import Append, Embedding, few_rows_linear
 from gptfast.ops.triton.sampling import Kind, Progress, numbers_of, sample
 from gptfast.ops.triton.slots import FIELDS, start_slots
 
-UNROLLED = 8  # steps in the largest graph; there are others of 4, 2 and 1
+MOST_UNROLLED = 32  # steps in a graph
+GRAPH_LAUNCHES = 512  # in a graph of steps, if that is no less than 8 of them
 MOST_STEPS = 128  # to be queued before a look
 FLIGHTS = 3  # queued results that may be unread at once
 FILL_ROWS = 16384  # rows of an activation at most, while windows are computed
@@ -89,7 +90,10 @@ class Decoder:
             return torch.zeros(size, dtype=dtype, device=device)
 
         even = S + S % 2  # aligns every field
-        self._state = zeros(len(FIELDS), even, dtype=torch.int64)[:, :S]
+        self._idle = zeros(len(FIELDS), even, dtype=torch.int64)
+        self._idle[FIELDS.index("lengths")] = 1  # steps compute idle slots along with the others
+        self._whole_state = self._idle.clone()
+        self._state = self._whole_state[:, :S]
         fields = dict(zip(FIELDS, self._state, strict=True))
         self._seeds, self._sequence_ids = fields.pop("seeds"), fields.pop("sequence_ids")
         text = zeros(S, shape.capacity, dtype=torch.int64)
@@ -105,7 +109,8 @@ class Decoder:
         self._members = zeros(S, dtype=torch.int64)  # the slots whose windows are computed
         self._listed = np.zeros(0, np.int64)  # what `_members` begins with
         padded = -(-S // 4) * 4  # aligns every step's results
-        self._drawn = zeros(UNROLLED, 2, padded, dtype=torch.int32)
+        self._unrolled = unrolled(config.n_layer)
+        self._drawn = zeros(self._unrolled, 2, padded, dtype=torch.int32)
         self._results = torch.zeros(
             FLIGHTS, MOST_STEPS, 2, padded, dtype=torch.int32, device="cpu",
             pin_memory=device.type == "cuda",
@@ -137,7 +142,7 @@ class Decoder:
 
     def clear(self) -> None:
         """Stops all slots."""
-        self._state.zero_()
+        self._whole_state.copy_(self._idle)
         self._arrived = None
 
     def start(self, starts: Starts) -> None:
@@ -229,7 +234,7 @@ class Decoder:
         together = each and slots is not None and len(slots) <= self._at_once(T)
         n = self._list(slots) if together and slots is not None else 0
         while left > 0:
-            count = 1 << min(UNROLLED, left).bit_length() - 1
+            count = 1 << min(self._unrolled, left).bit_length() - 1
             if together:
                 key: Any = "moving", n, T, stride
                 steps = functools.partial(self._moving_steps, count, n, T, stride)
@@ -340,6 +345,12 @@ class Decoder:
         host = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=cuda)
         np.concatenate(arrays, out=host.numpy())
         return host.to(self._state.device, non_blocking=True)
+
+
+def unrolled(layers: int) -> int:
+    """Returns how many steps the largest graph has: between two graphs 20 us pass."""
+    launches = 5 * layers + 2
+    return min(MOST_UNROLLED, max(8, 1 << (GRAPH_LAUNCHES // launches).bit_length() - 1))
 
 
 def slots_bucket(slots: int) -> int:

@@ -23,7 +23,6 @@ import torch
 from gptfast.generation.decoder import (
     FLIGHTS,
     MOST_STEPS,
-    UNROLLED,
     Decoder,
     Flight,
     Ints,
@@ -42,6 +41,7 @@ from gptfast.ops.sampling import top_logprobs
 from gptfast.ops.triton.sampling import kind_of
 
 LOOK_SECONDS = 0.0025  # of steps that are queued and looked at together, at most
+LOOK_STEPS = 8  # that are queued together, at least
 MOST_SLOTS = 4096  # where the request does not say; more would not be faster
 
 
@@ -69,7 +69,8 @@ class DeviceLoop:
         """
         self._model, self._request, self._config = model, request, model.config
         self._sequences = Sequences(request, model.config.block_size)
-        self._waiting = np.array(self._sequences.running(), np.int64)
+        running = self._sequences.running()
+        self._waiting = np.fromiter(running, np.int64, len(running))
         self._unfinished = len(self._waiting)
         self._stops = bool(request.stop_tokens or request.stop_strings)
         self._queued: deque[_Queued] = deque()
@@ -157,8 +158,8 @@ class DeviceLoop:
         hides.
         """
         timely = int(LOOK_SECONDS / self._own_decoder.step_seconds)
-        half = max(left // 2 + UNROLLED - 1, 2 * UNROLLED)
-        return max(1, min(timely, MOST_STEPS, half) // UNROLLED) * UNROLLED
+        half = max(left // 2 + LOOK_STEPS - 1, 2 * LOOK_STEPS)
+        return max(1, min(timely, MOST_STEPS, half) // LOOK_STEPS) * LOOK_STEPS
 
     def _fill_slots(self) -> None:
         """Gives free slots to sequences that wait."""
