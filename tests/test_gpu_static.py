@@ -35,6 +35,7 @@ from gptfast.ops.triton.cross_entropy import linear_cross_entropy
 from gptfast.ops.triton.decode import fill_cache, next_windows
 from gptfast.ops.triton.few_rows import Append, Embedding, few_rows_linear
 from gptfast.ops.triton.sampling import Progress, kind_of, sample
+from gptfast.ops.triton.slots import start_slots
 from gptfast.ops.sampling import Sampling
 
 def layer(M, K, N):
@@ -90,6 +91,7 @@ def few_rows(M, K, N):
     few_rows_linear(x, empty(3 * K, K), None, x, norm=(b, None), embedding=embedding, append=append)
     next_windows(each, each, each, each, each, long(M, N), N, N, 1)
     fill_cache(empty(M, N, 2 * K), each, each, append.cache)
+    start_slots(long(8 * M), M, long(7, M), long(M, N), None)
 
 with compiling_for(CHIPS["sm_80"]) as found:
     {calls}
