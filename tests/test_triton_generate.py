@@ -332,6 +332,18 @@ def test_a_kept_decoder_has_the_weights_of_now(dtype: str | None) -> None:
         assert kept._kept[model] != [decoder]
 
 
+def test_slots_without_a_sequence_read_within_the_tables() -> None:
+    model = model_of(TINY)
+    request = make_request(model, [[1, 2], [3], [4]], max_new_tokens=3)
+    for _ in range(2):  # a new decoder, and the same one kept
+        loop = device_loop.DeviceLoop(model, request)
+        decoder = loop._own_decoder
+        assert decoder._progress.lengths.tolist() == [1] * 4  # positions count from 1
+        while loop.run(1e9):
+            pass
+        assert decoder._progress.lengths[3] == 1 and bool(decoder._logits.isfinite().all())
+
+
 def test_a_decoder_serves_one_loop_at_a_time() -> None:
     model = model_of(TINY)
     request = make_request(model, [[1, 2]], max_new_tokens=4, temperature=0.0)

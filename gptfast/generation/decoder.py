@@ -180,7 +180,8 @@ class Decoder:
         if flight.arrived is not None:
             flight.arrived.synchronize()
             if flight.before is not None:
-                self.step_seconds = flight.before.elapsed_time(flight.arrived) / 1e3 / flight.steps
+                milliseconds = flight.before.elapsed_time(flight.arrived)
+                self.step_seconds = max(1e-3 * milliseconds / flight.steps, 1e-7)
         found = flight.results[: flight.steps, :, : self.shape.slots].numpy()
         tokens, logprobs = (np.ascontiguousarray(found[:, i].T) for i in range(2))
         return tokens, logprobs.view(np.float32)
@@ -259,7 +260,7 @@ class Decoder:
         slots, lengths = slots[lengths > 0], lengths[lengths > 0]
         powers = 1 << np.frexp(lengths - 1.0)[1].astype(np.int64)  # the least power >= length
         padded = np.clip(powers, FILL_LENGTH, self.shape.capacity)
-        for T in np.unique(padded).tolist():
+        for T in sorted(set(padded.tolist())):
             self._fill(slots[padded == T], T, 0)
 
     def _fill(self, slots: Ints, T: int, stride: int) -> None:
