@@ -18,8 +18,9 @@ from torch import Tensor
 
 from gptfast import GPT, CharTokenizer, DataError, GPTConfig
 from gptfast.generation import kept, make_request
-from gptfast.generation.decoder import Decoder, Flight, Shape, slots_bucket
+from gptfast.generation.decoder import Decoder, Flight, Shape
 from gptfast.generation.sequences import Update
+from gptfast.generation.sizes import slots_bucket
 from gptfast.generation.weights import Weights
 from gptfast.ops.sampling import Sampling
 

@@ -9,7 +9,6 @@ L layers.
 """
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from gptfast import ops
 from gptfast.config import GPTConfig
+from gptfast.generation.sizes import fill_length, slots_bucket, unrolled
 from gptfast.generation.weights import Weights
 from gptfast.ops.sampling import Sampling
 from gptfast.ops.triton.decode import decode_attention, fill_cache, next_windows
@@ -26,12 +26,9 @@ from gptfast.ops.triton.few_rows import Append, Embedding, few_rows_linear
 from gptfast.ops.triton.sampling import Kind, Progress, numbers_of, sample
 from gptfast.ops.triton.slots import FIELDS, start_slots
 
-MOST_UNROLLED = 32  # steps in a graph
-GRAPH_LAUNCHES = 512  # in a graph of steps, if that is no less than 8 of them
 MOST_STEPS = 128  # to be queued before a look
 FLIGHTS = 3  # queued results that may be unread at once
 FILL_ROWS = 16384  # rows of an activation at most, while windows are computed
-FILL_LENGTH = 4  # positions of a window at least, which are computed together
 UNKNOWN_SECONDS = 1.0
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
@@ -107,7 +104,9 @@ class Decoder:
         caches = config.n_layer if config.attention else 0
         self._cache = zeros(caches, S, 2, config.n_head, shape.capacity, config.head_dim)
         self._members = zeros(S, dtype=torch.int64)  # the slots whose windows are computed
-        self._listed = np.zeros(0, np.int64)  # what `_members` begins with
+        self._listed = b""  # what `_members` begins with
+        sizes = [fill_length(length, shape.capacity) for length in range(shape.capacity + 1)]
+        self._padded = np.array(sizes, np.int64)
         padded = -(-S // 4) * 4  # aligns every step's results
         self._unrolled = unrolled(config.n_layer)
         self._drawn = zeros(self._unrolled, 2, padded, dtype=torch.int32)
@@ -257,11 +256,10 @@ class Decoder:
 
     def _fill_by_length(self, slots: Ints, lengths: Ints) -> None:
         """Computes the first positions of slots, those of similar lengths together."""
-        slots, lengths = slots[lengths > 0], lengths[lengths > 0]
-        powers = 1 << np.frexp(lengths - 1.0)[1].astype(np.int64)  # the least power >= length
-        padded = np.clip(powers, FILL_LENGTH, self.shape.capacity)
+        padded = self._padded[lengths]
         for T in sorted(set(padded.tolist())):
-            self._fill(slots[padded == T], T, 0)
+            if T > 0:
+                self._fill(slots[padded == T], T, 0)
 
     def _fill(self, slots: Ints, T: int, stride: int) -> None:
         """Computes the first T positions of slots, whose windows move by `stride` tokens first."""
@@ -280,9 +278,9 @@ class Decoder:
         n = min(slots_bucket(len(slots)), self.shape.slots)
         listed = np.full(n, -1)
         listed[: len(slots)] = slots
-        if not np.array_equal(listed, self._listed[:n]):
+        if not self._listed.startswith(listed.tobytes()):
             self._members[:n] = self._uploaded(listed)
-            self._listed = listed
+            self._listed = listed.tobytes()
         return n
 
     @torch.no_grad()
@@ -346,21 +344,3 @@ class Decoder:
         host = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=cuda)
         np.concatenate(arrays, out=host.numpy())
         return host.to(self._state.device, non_blocking=True)
-
-
-def unrolled(layers: int) -> int:
-    """Returns how many steps the largest graph has: between two graphs 20 us pass."""
-    launches = 5 * layers + 2
-    return min(MOST_UNROLLED, max(8, 1 << (GRAPH_LAUNCHES // launches).bit_length() - 1))
-
-
-def slots_bucket(slots: int) -> int:
-    """Rounds slots up, so that calls of similar sizes share a decoder: by a quarter at most."""
-    power = 1 << (slots - 1).bit_length()
-    unit = max(16, power // 8)
-    return power if power <= 64 else -(-slots // unit) * unit
-
-
-def capacity_bucket(capacity: int, block_size: int) -> int:
-    """Rounds a capacity up to 64, 128, ... tokens, at most block_size."""
-    return min(block_size, max(64, 1 << math.ceil(math.log2(capacity))))

@@ -29,12 +29,11 @@ from gptfast.generation.decoder import (
     Shape,
     Starts,
     Stretch,
-    capacity_bucket,
-    slots_bucket,
 )
 from gptfast.generation.kept import keep_decoder, take_decoder
 from gptfast.generation.request import Request, slots_at_once
 from gptfast.generation.sequences import Sequences, Update
+from gptfast.generation.sizes import capacity_bucket, slots_bucket
 from gptfast.generation.weights import FLOATS
 from gptfast.model import GPT
 from gptfast.ops.sampling import top_logprobs

@@ -149,7 +149,7 @@ def _all_ids(texts: list[Any], vocab_size: int) -> bool:
     if set(map(type, texts)) != {list} or not all(texts):
         return False
     ids = list(chain.from_iterable(texts))
-    if set(map(type, ids)) != {int}:
+    if [*map(type, ids)].count(int) != len(ids):
         return False
     distinct = set(ids)
     return min(distinct) >= 0 and max(distinct) < vocab_size
