@@ -39,7 +39,8 @@ from gptfast.model import GPT
 from gptfast.ops.sampling import top_logprobs
 from gptfast.ops.triton.sampling import kind_of
 
-LOOK_SECONDS = 0.0025  # of steps that are queued and looked at together, at most
+LOOK_SECONDS = 0.0025  # of steps that are queued and looked at together, at most; or,
+LOOK_SHARE = 4  # if there are no stops, the seconds of a run divided by this
 LOOK_STEPS = 8  # that are queued together, at least
 MOST_SLOTS = 4096  # where the request does not say; more would not be faster
 
@@ -73,6 +74,7 @@ class DeviceLoop:
         self._unfinished = len(self._waiting)
         self._stops = bool(request.stop_tokens or request.stop_strings)
         self._queued: deque[_Queued] = deque()
+        self._look_seconds = LOOK_SECONDS
         self._decoder: Decoder | None = None
         slots = 0
         if self._unfinished:
@@ -116,6 +118,9 @@ class DeviceLoop:
         end = perf_counter() + seconds
         one_by_one = seconds <= 0.0 or self._request.top_logprobs > 0
         ahead = 1 if one_by_one else FLIGHTS - 1 if self._stops else FLIGHTS
+        self._look_seconds = LOOK_SECONDS
+        if not self._stops:
+            self._look_seconds = max(LOOK_SECONDS, seconds / LOOK_SHARE)
         device = self._decoder.device
         with torch.cuda.device(device if device.type == "cuda" else -1), _no_autocast(device.type):
             while self._unfinished:
@@ -156,7 +161,7 @@ class DeviceLoop:
         At the end half of them, for to make lists of the last results takes time that nothing
         hides.
         """
-        timely = int(LOOK_SECONDS / self._own_decoder.step_seconds)
+        timely = int(self._look_seconds / self._own_decoder.step_seconds)
         half = max(left // 2 + LOOK_STEPS - 1, 2 * LOOK_STEPS)
         return max(1, min(timely, MOST_STEPS, half) // LOOK_STEPS) * LOOK_STEPS
 
