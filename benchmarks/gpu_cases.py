@@ -27,6 +27,7 @@ from gptfast.ops.triton import (
     linear,
 )
 from gptfast.ops.triton import sampling as device_sampling
+from gptfast.ops.triton.slots import start_slots
 
 DTYPES = {
     "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32,
@@ -143,6 +144,8 @@ def cases() -> list[Case]:
         decode.next_windows(slots, slots, slots, slots, slots, text, T, T, 1)
         kv, cache = empty(16, T, 2 * C, dtype=dtype), empty(16, 2, H, T, C // H, dtype=dtype)
         decode.fill_cache(kv, slots, slots, cache)
+        seen = empty(16, V + 15, dtype=torch.uint8)
+        start_slots(long(16 * (7 + T)), 16, long(7, 16), text, seen)
 
     def few_rows_qkv(rows: int, few_bits: bool, dtype: torch.dtype) -> None:
         own = torch.float32 if few_bits else dtype  # of the model's weights

@@ -59,7 +59,7 @@ PRODUCTS = (
     "forward_kernel", "query_grad_kernel", "key_grads_kernel", "linear_kernel",
     "hidden_grad_kernel", "one_hot_kernel", "few_rows_kernel",
 )  # fmt: skip
-SMALL = ("join_kernel", "window_kernel")  # they read only one or two numbers per thread
+SMALL = ("join_kernel", "window_kernel", "start_kernel")  # they read a few numbers per thread
 
 
 @dataclass(frozen=True)

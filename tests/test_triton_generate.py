@@ -4,6 +4,7 @@ Like test_triton.py, in Triton's interpreter where there is no GPU.
 """
 
 import math
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,11 +17,12 @@ import torch.nn.functional as F
 from test_triton import DEVICE, needs_numbers, where  # noqa: F401 (a fixture of every test here)
 from torch import Tensor
 
-from gptfast import GPT, CharTokenizer, GPTConfig
+from gptfast import GPT, CharTokenizer, DataError, GPTConfig
 from gptfast.generation import kept, make_request
 from gptfast.generation import weights as weights_of_calls
-from gptfast.generation.decoder import Decoder, Shape
+from gptfast.generation.decoder import Decoder, Flight, Shape
 from gptfast.generation.sequences import Update
+from gptfast.generation.sizes import slots_bucket
 from gptfast.generation.snapshot import has_int8, snapshot
 from gptfast.generation.weights import Weights, parameters_of
 from gptfast.ops.int8 import empty_int8, rounded
@@ -32,6 +34,7 @@ from gptfast.ops.triton.decode import fill_cache, next_windows  # noqa: E402
 from gptfast.ops.triton.few_rows import Append, Embedding, few_rows_linear, tile_of  # noqa: E402
 from gptfast.ops.triton.int8 import round_to_int8  # noqa: E402
 from gptfast.ops.triton.sampling import kind_of  # noqa: E402
+from gptfast.ops.triton.slots import FIELDS, start_slots  # noqa: E402
 
 pytestmark = needs_numbers
 
@@ -195,6 +198,25 @@ def test_windows_move_and_fill_the_cache() -> None:
         assert bool(cache[slot, :, :, filled:].isnan().all())
 
 
+def test_sequences_get_slots() -> None:
+    S, capacity, V = 4, 5, 9
+    texts, offsets = [[1, 2, 3, 4, 5, 6, 7], [8]], [3, 0]
+    columns = [[2, 0], [14, 21], [7, 1], offsets, [20, 30], [2**62, 5], [6, 7]]
+    given = torch.tensor([*sum(columns, []), *sum(texts, [])], device=DEVICE)
+    state = torch.full((len(FIELDS), S + 1), -1, device=DEVICE)[:, :S]
+    text = torch.full((S, capacity), -1, device=DEVICE)
+    seen = torch.full((S, V), 2, dtype=torch.uint8, device=DEVICE)
+    start_slots(given, 2, state, text, seen)
+    assert state[:, 2].tolist() == [7, 4, 3, 0, 20, 2**62, 6]  # FIELDS
+    assert state[:, 0].tolist() == [8, 1, 0, 0, 30, 5, 7]
+    assert text[2].tolist() == [6, 7, -1, 4, 5]  # tokens 3 to 6 at their number modulo 5
+    assert text[0].tolist() == [8, -1, -1, -1, -1]
+    assert seen[2].tolist() == [0, 1, 1, 1, 1, 1, 1, 1, 0]  # of the whole text
+    assert seen[0].tolist() == [0] * 8 + [1]
+    assert bool((state[:, [1, 3]] == -1).all() & (text[[1, 3]] == -1).all())
+    assert bool((seen[[1, 3]] == 2).all())
+
+
 def model_of(config: GPTConfig, scale: float = 2.0) -> GPT:
     torch.manual_seed(0)
     model = GPT(config).to(DEVICE)
@@ -238,6 +260,119 @@ def test_a_sequence_has_the_same_bits_in_any_batch(
     for each, prompt, seed in zip(together, prompts, seeds, strict=True):
         (alone,) = generated(model, [prompt], seed=[seed], **options)
         assert (alone.tokens, alone.logprobs) == (each.tokens, each.logprobs)
+
+
+def test_slots_go_to_the_next_sequences_without_a_look() -> None:
+    model = model_of(TINY)
+    prompts, options = [[1], [2, 3], [4] * 9, [5], [6, 7]], {"max_new_tokens": 5, "seed": 3}
+    together = generated(model, prompts, seconds=1e9, **options)
+    loop = device_loop.DeviceLoop(model, make_request(model, prompts, max_batch=2, **options))
+    queued = 0
+    while loop._queue(one_by_one=False):
+        queued += 1
+    assert queued == 3  # two sequences, two more, and the last one
+    for _ in range(queued):
+        loop._look()
+    assert loop.updates() == together
+
+
+class Prepared:
+    """A decoder whose slots draw prepared tokens; looks at no window and no text."""
+
+    step_seconds = 1e-4
+    device = torch.device("cpu")
+
+    def __init__(self, tokens: Any, logprobs: Any) -> None:
+        self._tokens, self._logprobs, self._drawn = tokens, logprobs, 0
+
+    def start(self, starts: Any) -> None:
+        """Nothing."""
+
+    def queue(self, stretches: Any) -> Flight:
+        """Says how many steps there are."""
+        steps = sum(each.steps for each in stretches)
+        self._drawn += steps
+        return Flight(steps, torch.empty(0), self._drawn, None)
+
+    def read(self, flight: Flight) -> tuple[Any, Any]:
+        """Returns the tokens of these steps."""
+        new = slice(flight.arrived - flight.steps, flight.arrived)
+        return self._tokens[:, new], self._logprobs[:, new]
+
+
+def loop_over(
+    monkeypatch: pytest.MonkeyPatch, tokens: Any, logprobs: Any, **options: Any
+) -> device_loop.DeviceLoop:
+    """Makes a loop whose sequences draw these tokens, (S, steps)."""
+    decoder = Prepared(tokens, logprobs)
+    monkeypatch.setattr(device_loop, "take_decoder", lambda *_: decoder)
+    monkeypatch.setattr(device_loop, "keep_decoder", lambda *_: None)
+    model = GPT(GPTConfig(block_size=512, vocab_size=300, n_layer=1, n_embd=16)).to(DEVICE)
+    prompts = [[1, 2]] * len(tokens)
+    request = make_request(model, prompts, max_new_tokens=tokens.shape[1], **options)
+    return device_loop.DeviceLoop(model, request)
+
+
+@pytest.mark.parametrize("stop", (None, [7]))
+def test_the_host_takes_no_step_per_token(stop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    S, steps = 64, 300
+    tokens = np.random.default_rng(0).integers(8, 300, (S, steps), np.int32)
+    tokens[::2, 200] = 7
+    logprobs = -tokens.astype(np.float32)
+    loop = loop_over(monkeypatch, tokens, logprobs, stop=stop)
+    calls = 0
+
+    def count(_: Any, event: str, __: Any) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        while loop.run(1e9):
+            pass
+        found = loop.updates()
+    finally:
+        sys.setprofile(None)
+    assert calls < 0.2 * S * steps
+    for i, each in enumerate(found):
+        length = 200 if stop and i % 2 == 0 else steps
+        assert each.state == ("length" if length == steps else "stop")
+        assert each.tokens == tokens[i, :length].tolist()
+        assert each.logprobs == logprobs[i, :length].tolist()
+
+
+@pytest.mark.parametrize("stop", (None, [7]))
+def test_what_is_not_finite_after_a_stop_does_not_matter(
+    stop: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = np.full((3, 40), 5, np.int32)
+    tokens[1, 20] = 7
+    logprobs = np.full((3, 40), -1.0, np.float32)
+    logprobs[1, 25:] = math.nan
+    loop = loop_over(monkeypatch, tokens, logprobs, stop=stop)
+    if stop is None:
+        with pytest.raises(DataError, match="the model's logits are not finite for prompt 1"):
+            loop.run(1e9)
+        assert [len(each.tokens) for each in loop.updates()] == [40, 25, 40]
+    else:
+        assert not loop.run(1e9)
+        assert [each.state for each in loop.updates()] == ["length", "stop", "length"]
+
+
+def test_as_many_sequences_run_at_once_as_the_memory_holds() -> None:
+    model, prompts = model_of(TINY), [[1]] * 5000
+
+    def slots(**options: Any) -> int:
+        request = make_request(model, prompts, max_new_tokens=4, **options)
+        loop = device_loop.DeviceLoop(model, request._replace(max_new_tokens=0))
+        loop._request = request
+        return loop._shape(False).slots
+
+    slot_bytes = 2 * 4 * TINY.n_embd * 4  # keys and values of 4 tokens in float32
+    assert slots() == device_loop.MOST_SLOTS
+    assert slots(max_batch=70) == 80  # rounded up, for a later call of similar size
+    assert slots(max_cache_bytes=70 * slot_bytes) == 70
+    assert all(n <= slots_bucket(n) <= max(64, 1.25 * n) for n in range(1, 5000))
 
 
 @pytest.mark.parametrize("dtype", (None, "int8"))
@@ -303,6 +438,18 @@ def test_weights_of_8_bits_take_8_bits(own: torch.dtype) -> None:
     halves = Weights(tied, "bf16", True)
     assert halves.bytes == 2 * sum(each.numel() for each in tied.parameters())
     assert halves.head[1] is halves.wte
+
+
+def test_slots_without_a_sequence_read_within_the_tables() -> None:
+    model = model_of(TINY)
+    request = make_request(model, [[1, 2], [3], [4]], max_new_tokens=3)
+    for _ in range(2):  # a new decoder, and the same one kept
+        loop = device_loop.DeviceLoop(model, request)
+        decoder = loop._own_decoder
+        assert decoder._progress.lengths.tolist() == [1] * 4  # positions count from 1
+        while loop.run(1e9):
+            pass
+        assert decoder._progress.lengths[3] == 1 and bool(decoder._logits.isfinite().all())
 
 
 def test_a_decoder_serves_one_loop_at_a_time() -> None:

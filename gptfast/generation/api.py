@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from gptfast.checks import as_int, check_count, is_iterable
 from gptfast.errors import ConfigError, DataError
-from gptfast.generation.engine import Engine, PackedModel, packed_for
+from gptfast.generation.engine import Engine, PackedModel, engine_device
 from gptfast.generation.reference_loop import ReferenceLoop
 from gptfast.generation.request import (
     GIB,
@@ -22,7 +22,6 @@ from gptfast.generation.request import (
     window_stride,
 )
 from gptfast.generation.sequences import Loop, Update
-from gptfast.generation.supported import unsupported_part
 from gptfast.model import GPT
 from gptfast.ops import select
 from gptfast.ops.sampling import Sampling
@@ -72,7 +71,7 @@ def generate(
     num_samples: int = 1,
     overflow: str = "recompute",
     logprobs: int = 0,
-    max_batch: int = 256,
+    max_batch: int | None = None,
     max_cache_bytes: int = 4 * GIB,
     dtype: str | None = None,
 ) -> list[Generation]:
@@ -106,8 +105,9 @@ def generate(
             drops K tokens at a time, which computes less; "stop" ends the text; "error" refuses
             before any work.
         logprobs: How many of the likeliest tokens to report in `top_logprobs` for each token.
-        max_batch: Sequences that run at once; the others wait for one to end. Results depend on
-            neither this nor the next option.
+        max_batch: Sequences that run at once; the others wait for one to end. None stands for 256
+            on a CPU, and on a GPU for as many as `max_cache_bytes` holds, up to 4096. Results
+            depend on neither this nor the next option.
         max_cache_bytes: Bytes for keys and values.
         dtype: "fp32" or "bf16" for weights, activations and cache, "int8" for weights of 8 bits
             with a scale per output, whose activations are rounded to 16 bits where the processor
@@ -132,7 +132,7 @@ def generate(
             pass
     except KeyboardInterrupt:
         pass  # the loop still has what it generated
-    return [_generation(update, request) for update in loop.updates()]
+    return _generations(loop.updates(), request)
 
 
 def stream(
@@ -191,7 +191,7 @@ def _request(
     num_samples: int,
     overflow: str,
     logprobs: int,
-    max_batch: int,
+    max_batch: int | None,
     max_cache_bytes: int,
     dtype: str | None,
     **sampling: Any,
@@ -201,23 +201,25 @@ def _request(
     max_new_tokens = check_count("max_new_tokens", max_new_tokens, 0)
     num_samples = check_count("num_samples", num_samples, 1)
     logprobs = check_count("logprobs", logprobs, 0)
-    max_batch = check_count("max_batch", max_batch, 1)
+    max_batch = None if max_batch is None else check_count("max_batch", max_batch, 1)
     max_cache_bytes = check_count("max_cache_bytes", max_cache_bytes, 1, most=2**62)
     check_dtype(dtype)
     check_tokenizer(tokenizer, config)
     stop_tokens, stop_strings = stops_of(stop, tokenizer is not None, config.vocab_size)
     encoded = encode("prompt", prompts, tokenizer, config.vocab_size)
-    for i, tokens in enumerate(encoded):
+    for i, tokens in enumerate(encoded if overflow == "error" else ()):
         needed = len(tokens) + max(max_new_tokens - 1, 0)
-        if overflow == "error" and needed > config.block_size:
+        if needed > config.block_size:
             raise DataError(
                 f"prompt {i} has {len(tokens)} tokens and needs a window of {needed} for"
                 f" {max_new_tokens} more,"
                 f" but block_size is {config.block_size} (overflow='error')"
             )
     seeds, sequence_ids = seeds_of(seed, len(encoded), num_samples)
+    if num_samples > 1:
+        encoded = [tokens for tokens in encoded for _ in range(num_samples)]
     return Request(
-        prompts=[tokens for tokens in encoded for _ in range(num_samples)],
+        prompts=encoded,
         seeds=seeds,
         sequence_ids=sequence_ids,
         num_samples=num_samples,
@@ -236,33 +238,35 @@ def _request(
 
 def _loop(model: GPT | PackedModel, request: Request, lasting: bool = False) -> Loop:
     """Chooses the loop; `lasting` says that the model may change before the loop is done."""
-    packed = packed_for("generate", model, request.dtype, lasting)
-    if packed is not None:
-        return Engine(packed, request)
-    assert not isinstance(model, PackedModel)
-    weight, on_kernels = model.main_weight, model.backend != "reference"
-    if (
-        weight.is_cuda
-        and on_kernels
-        and not select.unavailable("cuda", weight.dtype, model.config.head_dim)
-        and unsupported_part(model) is None
-    ):
+    if isinstance(model, PackedModel):
+        model.check_dtype(request.dtype)
+        return Engine(model, request)
+    device, weight = engine_device("generate", model, request.dtype), model.main_weight
+    if device == "cpu":
+        return Engine(PackedModel(model, request.dtype, lasting), request)
+    if device == "cuda" and not select.unavailable(device, weight.dtype):
         from gptfast.generation.device_loop import DeviceLoop  # imports Triton
 
         return DeviceLoop(model, request, lasting)
     return ReferenceLoop(model, request)
 
 
-def _generation(update: Update, request: Request) -> Generation:
-    tokens, text = update.tokens, None
-    if request.pieces is not None:
-        text = "".join(request.pieces[token] for token in tokens)
-        end = _stop_start(text, update.state, request)
-        while len(text) > end:  # drops the tokens that wrote the stop
-            text = text[: len(text) - len(request.pieces[tokens.pop()])]
-    count = len(tokens)
-    reason: Any = "interrupted" if update.state in ("waiting", "running") else update.state
-    return Generation(text, tokens, update.logprobs[:count], reason, update.top_logprobs[:count])
+def _generations(updates: list[Update], request: Request) -> list[Generation]:
+    found = []
+    for _, state, tokens, logprobs, likeliest in updates:
+        reason: Any = "interrupted" if state in ("waiting", "running") else state
+        text = None
+        if request.pieces is not None:
+            text = "".join(map(request.pieces.__getitem__, tokens))
+            end, count = _stop_start(text, state, request), len(tokens)
+            while len(text) > end:  # drops the tokens that wrote the stop
+                count -= 1
+                text = text[: len(text) - len(request.pieces[tokens[count]])]
+            if count < len(tokens):
+                tokens, logprobs = tokens[:count], logprobs[:count]
+                likeliest = likeliest[:count]
+        found.append(Generation(text, tokens, logprobs, reason, likeliest))
+    return found
 
 
 def _stop_start(text: str, state: str, request: Request) -> int:

@@ -10,8 +10,7 @@ L layers.
 
 import functools
 import itertools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,32 +19,44 @@ from torch import Tensor
 
 from gptfast import ops
 from gptfast.config import GPTConfig
+from gptfast.generation.sizes import fill_length, slots_bucket, unrolled
 from gptfast.generation.weights import Linear, Weights
 from gptfast.ops.int8 import Int8Weight
 from gptfast.ops.sampling import Sampling
 from gptfast.ops.triton.decode import decode_attention, fill_cache, next_windows
 from gptfast.ops.triton.few_rows import Append, Embedding, few_rows_linear
 from gptfast.ops.triton.sampling import Kind, Progress, numbers_of, sample
+from gptfast.ops.triton.slots import FIELDS, start_slots
 
-UNROLLED = 8  # steps in the larger of the two graphs
 MOST_STEPS = 128  # to be queued before a look
-FLIGHTS = 3  # queued results that may be unread at once, plus one
+FLIGHTS = 3  # queued results that may be unread at once
 FILL_ROWS = 16384  # rows of an activation at most, while windows are computed
 LARGE_BYTES = 32 << 20  # of weights, which do not stay in the L2 cache
 MOST_SLOTS_AHEAD = 128
-FIELDS = "tokens", "lengths", "offsets", "drawn", "limits", "seeds", "sequence_ids"
+UNKNOWN_SECONDS = 1.0
+
+Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 
-class Start(NamedTuple):
-    """A sequence that gets a slot."""
+class Starts(NamedTuple):
+    """n sequences that get slots."""
 
-    slot: int
-    window: list[int]
-    offset: int  # where the window starts
-    limit: int  # tokens to draw
-    seed: int
-    sequence_id: int
-    text: list[int]  # what the repetition penalty applies to
+    slots: Ints  # (n,)
+    texts: Ints  # the tokens of all texts, one after the other
+    lengths: Ints  # (n,), of the texts
+    offsets: Ints  # (n,), where in its text each window starts
+    limits: Ints  # (n,), tokens to draw
+    seeds: Ints  # (n,)
+    sequence_ids: Ints  # (n,)
+
+
+class Stretch(NamedTuple):
+    """Steps in a row. Windows of some slots may move before the first of them, or before each."""
+
+    steps: int
+    slots: Ints | None = None  # whose windows move; they are full
+    stride: int = 0  # by how many tokens
+    each: bool = False
 
 
 class Shape(NamedTuple):
@@ -63,8 +74,9 @@ class Flight(NamedTuple):
     """Steps that have been queued: their results, and when these have arrived."""
 
     steps: int
-    results: Tensor  # (>= steps, 2, >= S) int32: tokens, -1 where a slot did not run; logprobs
+    results: Tensor  # (MOST_STEPS, 2, >= S) int32: tokens, -1 where a slot did not run; logprobs
     arrived: Any  # torch.cuda.Event; None on the CPU
+    before: Any  # that of the flight queued before it
 
 
 class Decoder:
@@ -79,7 +91,10 @@ class Decoder:
             return torch.zeros(size, dtype=dtype, device=device)
 
         even = S + S % 2  # aligns every field
-        self._state = zeros(len(FIELDS), even, dtype=torch.int64)[:, :S]
+        self._idle = zeros(len(FIELDS), even, dtype=torch.int64)
+        self._idle[FIELDS.index("lengths")] = 1  # steps compute idle slots along with the others
+        self._whole_state = self._idle.clone()
+        self._state = self._whole_state[:, :S]
         fields = dict(zip(FIELDS, self._state, strict=True))
         self._seeds, self._sequence_ids = fields.pop("seeds"), fields.pop("sequence_ids")
         text = zeros(S, shape.capacity, dtype=torch.int64)
@@ -93,17 +108,28 @@ class Decoder:
         caches = config.n_layer if config.attention else 0
         self._cache = zeros(caches, S, 2, config.n_head, shape.capacity, config.head_dim)
         self._members = zeros(S, dtype=torch.int64)  # the slots whose windows are computed
-        self._listed: list[int] = []  # what `_members` holds
+        self._listed = b""  # what `_members` begins with
+        sizes = [fill_length(length, shape.capacity) for length in range(shape.capacity + 1)]
+        self._padded = np.array(sizes, np.int64)
         padded = -(-S // 4) * 4  # aligns every step's results
-        self._drawn = zeros(UNROLLED, 2, padded, dtype=torch.int32)
+        self._unrolled = unrolled(config.n_layer)
+        self._drawn = zeros(self._unrolled, 2, padded, dtype=torch.int32)
         self._results = torch.zeros(
-            FLIGHTS, MOST_STEPS + UNROLLED, 2, padded, dtype=torch.int32,
+            FLIGHTS, MOST_STEPS, 2, padded, dtype=torch.int32, device="cpu",
             pin_memory=device.type == "cuda",
         )  # fmt: skip
         self._flight = 0
+        self._arrived: Any = None  # of the flight queued last
+        self.step_seconds = UNKNOWN_SECONDS  # of the device, as last measured
+        self._sampled: list[float] = []
         self._used: set[Any] = set()
         self._graphs: dict[Any, Any] = {}
         self._pool: Any = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self._state.device
 
     @property
     def bytes(self) -> int:
@@ -112,61 +138,40 @@ class Decoder:
 
     def set_sampling(self, how: Sampling) -> None:
         """Sets the numbers of sampling, whose kind is that of the decoder."""
-        self._numbers.copy_(torch.tensor(numbers_of(how), dtype=torch.float64))
+        numbers = numbers_of(how)
+        if numbers != self._sampled:
+            self._numbers.copy_(torch.tensor(numbers, dtype=torch.float64))
+            self._sampled = numbers
 
     def clear(self) -> None:
         """Stops all slots."""
-        self._state.zero_()
+        self._whole_state.copy_(self._idle)
+        self._arrived = None
 
-    def start(self, sequences: list[Start]) -> None:
+    def start(self, starts: Starts) -> None:
         """Gives slots to sequences, and fills their caches for all tokens but the last."""
-        capacity = self.shape.capacity
-        rows = np.zeros((len(sequences), 1 + len(FIELDS) + capacity), np.int64)
-        for row, each in zip(rows, sequences, strict=True):
-            length = len(each.window)
-            row[: 1 + len(FIELDS)] = (
-                each.slot, each.window[-1], length, each.offset, 0, each.limit, each.seed,
-                each.sequence_id,
-            )  # fmt: skip
-            text = row[1 + len(FIELDS) :]
-            text[(each.offset + np.arange(length)) % capacity] = each.window
-        moved = self._on_device(torch.from_numpy(rows))
-        slots, fields, texts = moved.tensor_split((1, 1 + len(FIELDS)), 1)
-        self._state[:, slots[:, 0]] = fields.t()
-        self._progress.text[slots[:, 0]] = texts
-        if self._seen is not None:
-            seen = torch.zeros(len(sequences), self._seen.shape[1], dtype=torch.uint8)
-            for i, each in enumerate(sequences):
-                seen[i, each.text] = 1
-            self._seen[slots[:, 0]] = self._on_device(seen)
+        slots, texts, lengths, offsets, *rest = starts
+        n = len(slots)
+        begins = 7 * n + np.cumsum(lengths) - lengths
+        given = self._uploaded(slots, begins, lengths, offsets, *rest, texts)
+        start_slots(given, n, self._state, self._progress.text, self._seen)
         if self.shape.config.attention:
-            self._fill_by_length({each.slot: len(each.window) - 1 for each in sequences})
+            self._fill_by_length(slots, lengths - offsets - 1)
 
-    def slide(self, slots: list[int], stride: int) -> None:
-        """Moves the windows of slots, which are full, by `stride` tokens, and computes them."""
-        self._fill(slots, max(1, self.shape.config.block_size - stride), stride)
-
-    def queue(self, steps: int, before_each: Callable[[int], int]) -> Flight:
-        """Queues steps of all slots.
-
-        Args:
-            steps: How many at least, at most MOST_STEPS.
-            before_each: Called with the number of steps still to be queued; returns how many are to
-                follow at once, 1 or UNROLLED. It may queue slides.
-        """
+    def queue(self, stretches: Iterable[Stretch]) -> Flight:
+        """Queues steps of all slots, at most MOST_STEPS."""
         self._flight = (self._flight + 1) % FLIGHTS
         results = self._results[self._flight]
         done = 0
-        while done < steps:
-            count = before_each(steps - done)
-            self._run(("steps", count), "step", functools.partial(self._steps, count))
-            results[done : done + count].copy_(self._drawn[:count], non_blocking=True)
-            done += count
-        arrived = None
+        for stretch in stretches:
+            for count in self._run_stretch(stretch):
+                results[done : done + count].copy_(self._drawn[:count], non_blocking=True)
+                done += count
+        before, self._arrived = self._arrived, None
         if self._state.is_cuda:
-            arrived = torch.cuda.Event()
-            arrived.record()
-        return Flight(done, results, arrived)
+            self._arrived = torch.cuda.Event(enable_timing=True)
+            self._arrived.record()
+        return Flight(done, results, self._arrived, before)
 
     def read(self, flight: Flight) -> tuple[Any, Any]:
         """Waits for queued steps.
@@ -177,18 +182,21 @@ class Decoder:
         """
         if flight.arrived is not None:
             flight.arrived.synchronize()
+            if flight.before is not None:
+                milliseconds = flight.before.elapsed_time(flight.arrived)
+                self.step_seconds = max(1e-3 * milliseconds / flight.steps, 1e-7)
         found = flight.results[: flight.steps, :, : self.shape.slots].numpy()
         tokens, logprobs = (np.ascontiguousarray(found[:, i].T) for i in range(2))
         return tokens, logprobs.view(np.float32)
 
-    def logits(self, slots: list[int]) -> Tensor:
+    def logits(self, slots: Ints) -> Tensor:
         """Returns the logits that the last step drew from, (n, V) float32."""
-        at = self._on_device(torch.tensor(slots))
-        return self._logits[at, : self.shape.config.vocab_size]
+        return self._logits[self._uploaded(slots), : self.shape.config.vocab_size]
 
-    def _steps(self, count: int) -> None:
-        for i in range(count):
-            self._step(self._drawn[i])
+    def _steps(self, found: Tensor) -> None:
+        """Takes a step of all slots for each item of `found`, (steps, 2, >= S) int32."""
+        for each in found:
+            self._step(each)
 
     @torch.no_grad()
     def _step(self, found: Tensor) -> None:
@@ -225,27 +233,61 @@ class Decoder:
             logprobs.view(torch.float32), progress,
         )  # fmt: skip
 
-    def _fill_by_length(self, lengths: dict[int, int]) -> None:
-        """Computes the first positions of slots, those of similar lengths together."""
-        groups: dict[int, list[int]] = {}
-        for slot, length in lengths.items():
-            if length > 0:
-                longest = min(max(16, 1 << (length - 1).bit_length()), self.shape.capacity)
-                groups.setdefault(longest, []).append(slot)
-        for longest in sorted(groups):
-            self._fill(groups[longest], longest, 0)
+    def _run_stretch(self, stretch: Stretch) -> Iterator[int]:
+        """Queues steps in runs that have a graph; yields how many, after each run."""
+        left, slots, stride, each = stretch
+        T = max(1, self.shape.config.block_size - stride)
+        together = each and slots is not None and len(slots) <= self._at_once(T)
+        n = self._list(slots) if together and slots is not None else 0
+        while left > 0:
+            count = 1 << min(self._unrolled, left).bit_length() - 1
+            if together:
+                key: Any = "moving", n, T, stride
+                steps = functools.partial(self._moving_steps, count, n, T, stride)
+                self._run((*key, count), key, steps)
+            else:
+                if slots is not None:
+                    self._fill(slots, T, stride)
+                    count, slots = (1, slots) if each else (count, None)
+                self._run(
+                    ("steps", count), "step", functools.partial(self._steps, self._drawn[:count])
+                )
+            yield count
+            left -= count
 
-    def _fill(self, slots: list[int], T: int, stride: int) -> None:
-        most = 1 << (max(1, FILL_ROWS // T).bit_length() - 1)
+    def _moving_steps(self, count: int, n: int, T: int, stride: int) -> None:
+        for i in range(count):
+            self._compute_windows(n, T, stride)
+            self._steps(self._drawn[i : i + 1])
+
+    def _fill_by_length(self, slots: Ints, lengths: Ints) -> None:
+        """Computes the first positions of slots, those of similar lengths together."""
+        padded = self._padded[lengths]
+        for T in sorted(set(padded.tolist())):
+            if T > 0:
+                self._fill(slots[padded == T], T, 0)
+
+    def _fill(self, slots: Ints, T: int, stride: int) -> None:
+        """Computes the first T positions of slots, whose windows move by `stride` tokens first."""
+        most = self._at_once(T)
         for first in range(0, len(slots), most):
-            group = slots[first : first + most]
-            n = min(1 << (len(group) - 1).bit_length(), self.shape.slots)
-            listed = group + [-1] * (n - len(group))
-            if listed != self._listed:
-                self._members[:n] = self._on_device(torch.tensor(listed))
-                self._listed = listed
+            n = self._list(slots[first : first + most])
             key = ("windows", n, T, stride)
             self._run(key, key, functools.partial(self._compute_windows, n, T, stride))
+
+    def _at_once(self, T: int) -> int:
+        """Of how many slots T positions are computed together."""
+        return 1 << max(1, FILL_ROWS // T).bit_length() - 1
+
+    def _list(self, slots: Ints) -> int:
+        """Writes down whose windows are computed next; returns how many places they take."""
+        n = min(slots_bucket(len(slots)), self.shape.slots)
+        listed = np.full(n, -1)
+        listed[: len(slots)] = slots
+        if not self._listed.startswith(listed.tobytes()):
+            self._members[:n] = self._uploaded(listed)
+            self._listed = listed.tobytes()
+        return n
 
     @torch.no_grad()
     def _compute_windows(self, n: int, T: int, stride: int) -> None:
@@ -314,10 +356,13 @@ class Decoder:
             function()
         return graph
 
-    def _on_device(self, values: Tensor) -> Tensor:
-        if not self._state.is_cuda:
-            return values
-        return values.pin_memory().to(self._state.device, non_blocking=True)
+    def _uploaded(self, *arrays: Ints) -> Tensor:
+        """Copies arrays of int64 to the device, one after the other."""
+        cuda = self._state.is_cuda
+        size = sum(map(len, arrays))
+        host = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=cuda)
+        np.concatenate(arrays, out=host.numpy())
+        return host.to(self._state.device, non_blocking=True)
 
 
 def _after_next(weights: Weights, slots: int) -> Iterator[Tensor | None]:
@@ -334,13 +379,3 @@ def _after_next(weights: Weights, slots: int) -> Iterator[Tensor | None]:
         found = []
     yield from found[2:]
     yield from itertools.repeat(None)
-
-
-def slots_bucket(slots: int) -> int:
-    """Rounds slots up to a power of 2, so that calls of similar sizes share a decoder."""
-    return 1 << (slots - 1).bit_length()
-
-
-def capacity_bucket(capacity: int, block_size: int) -> int:
-    """Rounds a capacity up to 64, 128, ... tokens, at most block_size."""
-    return min(block_size, max(64, 1 << math.ceil(math.log2(capacity))))

@@ -1,52 +1,62 @@
 """Generation on a GPU: the host gives slots to sequences, queues steps, and reads what they drew.
 
 While queued steps run, the host looks at the results of those before them, so the device does not
-wait for it. A sequence that ends at a stop is found at the look; what its slot has drawn since is
-dropped. Draws come from counters, so no result depends on when the host looks.
+wait for it. How many tokens each slot draws until its sequence is as long as it may become is known
+beforehand: slots go to the next sequences without a look. A sequence that ends at a stop is found
+at the look; what its slot has drawn since is dropped. Draws come from counters, so no result
+depends on when the host looks.
+
+All that is done per token or per slot is done on whole arrays: a step of a thousand slots takes a
+tenth of a millisecond.
 """
 
-import time
+import contextlib
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Iterator
+from itertools import chain
+from time import perf_counter
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from gptfast.generation.decoder import (
+    FLIGHTS,
     MOST_STEPS,
-    UNROLLED,
     Decoder,
     Flight,
+    Ints,
     Shape,
-    Start,
-    capacity_bucket,
-    slots_bucket,
+    Starts,
+    Stretch,
 )
 from gptfast.generation.kept import keep_decoder, take_decoder
 from gptfast.generation.request import Request, slots_at_once
-from gptfast.generation.sequences import Sequence, Sequences, Update
+from gptfast.generation.sequences import Sequences, Update
+from gptfast.generation.sizes import capacity_bucket, slots_bucket
 from gptfast.generation.weights import FLOATS
 from gptfast.model import GPT
 from gptfast.ops.sampling import top_logprobs
 from gptfast.ops.triton.sampling import kind_of
 
-LOOK_SECONDS = 0.0025  # of queued steps; as many are queued behind them
+LOOK_SECONDS = 0.0025  # of steps that are queued and looked at together, at most; or,
+LOOK_SHARE = 4  # if there are no stops, the seconds of a run divided by this
+LOOK_STEPS = 8  # that are queued together, at least
+MOST_SLOTS = 4096  # where the request does not say; more would not be faster
 
 
-@dataclass
-class _Slot:
-    """A sequence's slot, and how far it will be when all queued steps are done."""
+class _Queued(NamedTuple):
+    """Steps that have been queued, and whose they are."""
 
-    index: int
-    sequence: Sequence
-    length: int  # of the window
-    left: int  # tokens still to be drawn
+    flight: Flight
+    owners: Ints  # (S,), the sequence of each slot
+    counts: Ints  # (S,), how many tokens each slot draws
 
 
 class DeviceLoop:
     """Generates on the model's device, as many sequences at once as the memory allows.
 
-    See sequences.Loop.
+    See sequences.Loop. Letters: n sequences, S slots.
     """
 
     def __init__(self, model: GPT, request: Request, lasting: bool = False) -> None:
@@ -59,19 +69,24 @@ class DeviceLoop:
         """
         self._model, self._request, self._config = model, request, model.config
         self._sequences = Sequences(request, model.config.block_size)
-        self._sequences.slide_windows()
-        self._waiting = deque(self._sequences.running())
-        self._slots: dict[int, _Slot] = {}
-        self._flights: deque[tuple[Flight, list[_Slot], float]] = deque()
-        self._steps, self._looked_at = 1, 0.0
+        running = self._sequences.running()
+        self._waiting = np.fromiter(running, np.int64, len(running))
+        self._unfinished = len(self._waiting)
+        self._stops = bool(request.stop_tokens or request.stop_strings)
+        self._queued: deque[_Queued] = deque()
+        self._look_seconds = LOOK_SECONDS
         self._decoder: Decoder | None = None
-        self._free: list[int] = []
-        if self._waiting:
+        slots = 0
+        if self._unfinished:
             shape = self._shape(lasting)
             with torch.cuda.device_of(model.wte.weight):
                 self._decoder = take_decoder(model, shape, request.sampling)
-            allowed = min(shape.slots, request.max_batch)
-            self._free = list(range(allowed))[::-1]
+            slots = shape.slots
+        self._allowed = min(slots, request.max_batch or slots)
+        # Of each slot, as it will be when all queued steps are done.
+        self._owners = np.full(slots, -1)
+        self._lengths = np.zeros(slots, np.int64)  # of the window
+        self._left = np.zeros(slots, np.int64)  # tokens still to be drawn
 
     def _shape(self, lasting: bool) -> Shape:
         request, config = self._request, self._config
@@ -80,13 +95,9 @@ class DeviceLoop:
         layers = config.n_layer if config.attention else 0
         dtype = FLOATS[request.dtype] if request.dtype else weight.dtype
         token_bytes = 2 * layers * config.n_embd * dtype.itemsize
-
-        def slots(capacity: int) -> int:
-            sizes = capacity, capacity * token_bytes
-            return slots_at_once(request, len(request.prompts), *sizes)
-
         needed = max(1, min(config.block_size, longest - 1))
-        capacity, fitting = capacity_bucket(needed, config.block_size), slots(needed)
+        capacity = capacity_bucket(needed, config.block_size)
+        fitting = slots_at_once(request, MOST_SLOTS, needed, needed * token_bytes)
         if fitting * capacity * token_bytes > request.max_cache_bytes:
             capacity = needed
         rounded = slots_bucket(fitting)
@@ -104,136 +115,165 @@ class DeviceLoop:
         """See sequences.Loop."""
         if self._decoder is None:
             return False
-        end = time.perf_counter() + seconds
-        ahead = 1 if seconds > 0.0 and not self._request.top_logprobs else 0
-        weight = self._model.wte.weight
-        # Autocast would lower the dtype of a prefill, but not that of a captured decode step.
-        with torch.cuda.device_of(weight), torch.autocast(weight.device.type, enabled=False):
-            while True:
-                self._fill_slots()
-                if seconds > 0.0:
-                    self._steps = max(self._steps, UNROLLED)
-                queued = self._queue()
-                if not self._flights:
+        end = perf_counter() + seconds
+        one_by_one = seconds <= 0.0 or self._request.top_logprobs > 0
+        ahead = 1 if one_by_one else FLIGHTS - 1 if self._stops else FLIGHTS
+        self._look_seconds = LOOK_SECONDS
+        if not self._stops:
+            self._look_seconds = max(LOOK_SECONDS, seconds / LOOK_SHARE)
+        device = self._decoder.device
+        with torch.cuda.device(device if device.type == "cuda" else -1), _no_autocast(device.type):
+            while self._unfinished:
+                while len(self._queued) < ahead and self._queue(one_by_one):
+                    pass
+                self._look()
+                if perf_counter() >= end:
                     break
-                if len(self._flights) > ahead or not queued:
-                    self._look()
-                    if time.perf_counter() >= end:
-                        break
-        more = bool(self._slots or self._waiting)
-        if not more:
-            keep_decoder(self._model, self._decoder)
-            self._decoder = None
-        return more
+        if self._unfinished:
+            return True
+        self._queued.clear()  # of sequences that have ended at stops
+        keep_decoder(self._model, self._decoder)
+        self._decoder = None
+        return False
 
     def updates(self) -> list[Update]:
         """See sequences.Loop."""
         return self._sequences.updates()
 
-    def _fill_slots(self) -> None:
-        starts = []
-        while self._waiting and self._free:
-            each = self._waiting.popleft()
-            slot = self._free.pop()
-            limit = self._request.max_new_tokens
-            self._slots[slot] = _Slot(slot, each, each.window_length, limit)
-            start = slot, each.window, each.offset, limit, each.seed, each.sequence_id, each.tokens
-            starts.append(Start(*start))
-        if starts:
-            self._own_decoder.start(starts)
-
-    def _queue(self) -> bool:
-        """Queues steps, as many as the sequences need, and takes note of how far they will be."""
-        needed = [self._steps_left(each) for each in self._slots.values()]
-        needed = [count for count in needed if count]
-        if not needed:
+    def _queue(self, one_by_one: bool) -> bool:
+        """Queues steps, and takes note of how far the slots will be; False if none are needed."""
+        self._fill_slots()
+        running = self._left[self._left > 0]
+        if not len(running):
             return False
-        if self._request.top_logprobs:
-            steps = 1
-        else:
-            # Where others wait for a slot, up to the first that becomes free.
-            steps = min(self._steps, min(needed) if self._waiting else max(needed))
-        owners = list(self._slots.values())
-        flight = self._own_decoder.queue(steps, self._before_steps)
-        self._flights.append((flight, owners, time.perf_counter()))
+        # Where others wait for a slot, up to the first that becomes free.
+        left = int(running.min() if len(self._waiting) else running.max())
+        steps = 1 if one_by_one else min(left, self._steps_per_look(left))
+        owners, counts = self._owners.copy(), np.minimum(self._left, steps)
+        flight = self._own_decoder.queue(self._stretches(steps))
+        self._queued.append(_Queued(flight, owners, counts))
+        self._owners[self._left == 0] = -1
         return True
 
-    def _steps_left(self, slot: _Slot) -> int:
-        if self._request.stride is not None:
-            return slot.left
-        return max(0, min(slot.left, self._config.block_size - slot.length + 1))
+    def _steps_per_look(self, left: int) -> int:
+        """How many steps to queue of those that are left.
 
-    def _before_steps(self, wanted: int) -> int:
-        """Slides windows that are too long, and returns how many steps are to follow at once.
-
-        These may be more than wanted: a slot that has drawn all its tokens stands still.
+        At the end half of them, for to make lists of the last results takes time that nothing
+        hides.
         """
-        size, stride = self._config.block_size, self._request.stride
-        running = [each for each in self._slots.values() if self._steps_left(each)]
-        count = UNROLLED if wanted >= UNROLLED // 2 else 1
-        if stride is not None:
-            over = [each for each in running if each.length > size]
-            if over:
-                self._own_decoder.slide([each.index for each in over], stride)
-                for each in over:
-                    each.length -= -(-(each.length - size) // stride) * stride
-            if any(each.length + count > size + 1 for each in running):
-                count = 1
-        for each in running:
-            steps = min(count, self._steps_left(each))
-            each.length += steps
-            each.left -= steps
-        return count
+        timely = int(self._look_seconds / self._own_decoder.step_seconds)
+        half = max(left // 2 + LOOK_STEPS - 1, 2 * LOOK_STEPS)
+        return max(1, min(timely, MOST_STEPS, half) // LOOK_STEPS) * LOOK_STEPS
+
+    def _fill_slots(self) -> None:
+        """Gives free slots to sequences that wait."""
+        if not len(self._waiting):
+            return
+        slots = np.flatnonzero(self._owners[: self._allowed] < 0)[: len(self._waiting)]
+        if not len(slots):
+            return
+        request = self._request
+        chosen, self._waiting = np.split(self._waiting, [len(slots)])
+        listed = chosen.tolist()
+        prompts = [request.prompts[i] for i in listed]
+        lengths = np.fromiter(map(len, prompts), np.int64, len(prompts))
+        texts = np.fromiter(chain.from_iterable(prompts), np.int64, int(lengths.sum()))
+        limits = _of(self._sequences.limits, listed)
+        stride = request.stride or 1
+        over = np.maximum(lengths - self._config.block_size, 0)
+        offsets = -(-over // stride) * stride
+        seeds, sequence_ids = _of(request.seeds, listed), _of(request.sequence_ids, listed)
+        self._own_decoder.start(Starts(slots, texts, lengths, offsets, limits, seeds, sequence_ids))
+        self._owners[slots], self._left[slots] = chosen, limits
+        self._lengths[slots] = lengths - offsets
+
+    def _stretches(self, steps: int) -> Iterator[Stretch]:
+        """Divides steps by where windows move, and counts them.
+
+        A window that is longer than block_size moves before its slot takes a step. With a stride
+        of 1 it moves before every step from then on.
+        """
+        size, stride = self._config.block_size, self._request.stride or 0
+        taken = np.minimum(self._left, steps)
+        if stride == 0 or int((self._lengths + taken).max()) <= size + 1:
+            self._left -= taken
+            self._lengths += taken
+            yield Stretch(steps)
+            return
+        while steps > 0:
+            # Steps of each slot until its window must move, or for ever if it stops before that.
+            room = size + 1 - self._lengths
+            room[self._left <= room] = MOST_STEPS
+            moving = None
+            if int(room.min()) <= 0:
+                (moving,) = np.nonzero(room <= 0)
+                over = self._lengths[moving] - size
+                self._lengths[moving] -= -(-over // stride) * stride
+                room[moving] = MOST_STEPS if stride == 1 else size + 1 - self._lengths[moving]
+            count = min(steps, int(room.min()))
+            yield Stretch(count, moving, stride, each=stride == 1 and moving is not None)
+            taken = np.minimum(self._left, count)
+            self._left -= taken
+            self._lengths += taken
+            if moving is not None and stride == 1:
+                self._lengths[moving] = size + 1
+            steps -= count
 
     def _look(self) -> None:
         """Reads the oldest queued steps, and appends what they drew."""
-        flight, owners, queued_at = self._flights.popleft()
+        flight, owners, counts = self._queued.popleft()
         tokens, logprobs = self._own_decoder.read(flight)
-        now = time.perf_counter()
-        each_step = (now - max(queued_at, self._looked_at)) / flight.steps
-        self._looked_at = now
-        most = max(1, min(MOST_STEPS, int(LOOK_SECONDS / max(each_step, 1e-9))))
-        self._steps = min(most, 2 * self._steps)
-        running = [each for each in owners if each.sequence.state == "running"]
-        if self._request.top_logprobs:
-            self._append_with_likeliest(running, tokens, logprobs)
+        (slots,) = np.nonzero(counts)
+        sequences, states = owners[slots].tolist(), self._sequences.states
+        if self._stops:
+            slots = slots[[states[i] == "running" for i in sequences]]
+            sequences = owners[slots].tolist()
+        counts = counts[slots]
+        if np.isnan(logprobs).any():
+            self._append_until_not_finite(slots, sequences, counts, tokens, logprobs)
         else:
-            self._append(running, tokens, logprobs)
-        if self._request.stride is None:
-            self._sequences.slide_windows()
-        for each in running:
-            if each.sequence.state != "running" and self._slots.get(each.index) is each:
-                del self._slots[each.index]
-                self._free.append(each.index)
+            self._append(slots, sequences, counts, tokens, logprobs)
+        ended = [states[i] != "running" for i in sequences]
+        self._unfinished -= sum(ended)
+        if self._stops:
+            slots = slots[ended]
+            slots = slots[self._owners[slots] == owners[slots]]
+            self._owners[slots], self._left[slots] = -1, 0
 
-    def _append(self, running: list[_Slot], tokens: "np.ndarray", logprobs: "np.ndarray") -> None:
-        finite = not np.isnan(logprobs).any()
-        columns, values = tokens.tolist(), logprobs.tolist()
-        for each in sorted(running, key=lambda each: each.sequence.index):
-            drawn, own = columns[each.index], values[each.index]
-            if drawn[-1] < 0:
-                drawn = drawn[: drawn.index(-1)]
-                own = own[: len(drawn)]
-            if finite or not np.isnan(own).any():
-                self._sequences.extend(each.sequence, drawn, own)
-                continue
-            first = next(i for i, value in enumerate(own) if value != value)
-            self._sequences.extend(each.sequence, drawn[:first], own[:first])
-            if each.sequence.state == "running":
-                raise self._sequences.not_finite(each.sequence)
-
-    def _append_with_likeliest(
-        self, running: list[_Slot], tokens: "np.ndarray", logprobs: "np.ndarray"
+    def _append(
+        self, slots: Ints, sequences: list[int], counts: Ints, tokens: Any, logprobs: Any
     ) -> None:
-        drawing = [each for each in running if tokens[each.index, 0] >= 0]
-        if not drawing:
-            return
-        logits = self._own_decoder.logits([each.index for each in drawing])
-        likeliest = top_logprobs(logits.double().log_softmax(-1), self._request.top_logprobs)
-        for each, own in sorted(
-            zip(drawing, likeliest, strict=True), key=lambda pair: pair[0].sequence.index
-        ):
-            logprob = float(logprobs[each.index, 0])
-            if logprob != logprob:
-                raise self._sequences.not_finite(each.sequence)
-            self._sequences.append(each.sequence, int(tokens[each.index, 0]), logprob, own)
+        """Appends the first tokens of slots, `counts` of each, to sequences."""
+        drawn, values = tokens[slots].tolist(), logprobs[slots].tolist()
+        for n in np.flatnonzero(counts < tokens.shape[1]).tolist():
+            del drawn[n][counts[n] :], values[n][counts[n] :]
+        likeliest = None
+        if self._request.top_logprobs:
+            logits = self._own_decoder.logits(slots)  # of the only step
+            found = top_logprobs(logits.double().log_softmax(-1), self._request.top_logprobs)
+            likeliest = [[each] for each in found]
+        self._sequences.extend(sequences, drawn, values, likeliest)
+
+    def _append_until_not_finite(
+        self, slots: Ints, sequences: list[int], counts: Ints, tokens: Any, logprobs: Any
+    ) -> None:
+        """Appends what was drawn from finite logits; raises if a sequence needs more than that."""
+        wrong = np.isnan(logprobs[slots])  # (n, steps)
+        finite = np.where(wrong.any(1), wrong.argmax(1), wrong.shape[1])
+        self._append(slots, sequences, np.minimum(counts, finite), tokens, logprobs)
+        states = self._sequences.states
+        for n in np.argsort(sequences).tolist():
+            if finite[n] < counts[n] and states[sequences[n]] == "running":
+                raise self._sequences.not_finite(sequences[n])
+
+
+def _of(values: list[int], places: list[int]) -> Ints:
+    chosen = values if len(places) == len(values) else [values[i] for i in places]
+    return np.array(chosen, np.int64)
+
+
+def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Autocast would lower the dtype of a prefill, but not that of a captured decode step."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()

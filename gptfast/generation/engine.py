@@ -9,6 +9,7 @@ import torch
 from gptfast.errors import BackendError, ConfigError
 from gptfast.generation.request import (
     DTYPES,
+    MAX_BATCH,
     Request,
     check_dtype,
     not_finite,
@@ -46,38 +47,28 @@ def pack(model: GPT, dtype: str | None = None) -> "PackedModel":
     return PackedModel(model, dtype)
 
 
-def packed_for(
-    op: str, model: "GPT | PackedModel", dtype: str | None, lasting: bool = False
-) -> "PackedModel | None":
-    """Packs a model for the compiled engine where that computes the call.
+def engine_device(op: str, model: GPT, dtype: str | None) -> str | None:
+    """Returns the device whose engine computes a call, None where the modules are called instead.
 
     Args:
         op: The function that the user called, for errors and for the warning that a module keeps
             the engine from computing it.
-        model: The GPT, or one that is packed already.
+        model: The GPT.
         dtype: As for `generate`.
-        lasting: Whether the model may change before the call is done.
-
-    Returns:
-        The packed model; None where another loop computes the call.
 
     Raises:
-        ConfigError: The model has been packed for another dtype.
         BackendError: `model.backend` is "fused" and the kernels cannot run, or a module is no plain
             layer.
     """
-    if isinstance(model, PackedModel):
-        if dtype not in (None, model.name):
-            raise ConfigError(f"dtype must be the packed model's, {model.name!r}, got {dtype!r}")
-        return model
     device, chosen = model.main_weight.device.type, _activations(model, dtype)
+    head_dim = model.config.head_dim
     if model.backend == "fused":
-        select.require_fused(op, device, chosen, "backend='reference'")
-    if model.backend == "reference" or select.unavailable(device, chosen):
+        select.require_fused(op, device, chosen, "backend='reference'", head_dim)
+    if model.backend == "reference" or select.unavailable(device, chosen, head_dim):
         return None
     unsupported = unsupported_part(model)
     if unsupported is None:
-        return PackedModel(model, dtype, lasting) if device == "cpu" else None
+        return device
     reason = not_fused(unsupported)
     if model.backend == "fused":
         raise BackendError(f"{op}: {reason}; backend='auto' calls it, without a cache")
@@ -139,6 +130,11 @@ class PackedModel:
             copy=lasting,
         )
 
+    def check_dtype(self, dtype: str | None) -> None:
+        """Raises ConfigError where the model has been packed for another dtype."""
+        if dtype not in (None, self.name):
+            raise ConfigError(f"dtype must be the packed model's, {self.name!r}, got {dtype!r}")
+
     @property
     def packed_bytes(self) -> int:
         """How many bytes the packed weights take."""
@@ -167,9 +163,7 @@ class Engine:
         slot = packed.compiled.cache_bytes(options.capacity)
         options.first_layer_table = _table_pays(packed, request, slot)
         table = packed.compiled.first_layer_table_bytes() if options.first_layer_table else 0
-        options.slots = slots_at_once(
-            request, len(request.prompts), options.capacity, slot, used_bytes=table
-        )
+        options.slots = slots_at_once(request, MAX_BATCH, options.capacity, slot, used_bytes=table)
         options.sampling = astuple(request.sampling)
         options.max_new_tokens = request.max_new_tokens
         options.stride = request.stride or 0

@@ -2,12 +2,15 @@
 
 from weakref import WeakKeyDictionary
 
+import torch
+
 from gptfast.generation.decoder import Decoder, Shape
 from gptfast.generation.weights import Weights, parameters_of
 from gptfast.model import GPT
 from gptfast.ops.sampling import Sampling
 
-KEPT_BYTES = 512 << 20  # of the decoders kept for a model, at most
+KEPT_BYTES = 512 << 20  # of the decoders kept for a model, at most, or
+KEPT_SHARE = 16  # the GPU's memory divided by this, where that is more
 
 _kept: WeakKeyDictionary[GPT, list[Decoder]] = WeakKeyDictionary()  # the last one used last
 
@@ -33,5 +36,9 @@ def keep_decoder(model: GPT, decoder: Decoder) -> None:
     decoder.weights.let_go()
     mine = _kept.setdefault(model, [])
     mine.append(decoder)
-    while sum(each.bytes for each in mine) > KEPT_BYTES:
+    most = KEPT_BYTES
+    if decoder.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(decoder.device).total_memory
+        most = max(most, memory // KEPT_SHARE)
+    while sum(each.bytes for each in mine) > most:
         mine.pop(0)

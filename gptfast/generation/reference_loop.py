@@ -2,8 +2,8 @@
 
 import torch
 
-from gptfast.generation.request import Request
-from gptfast.generation.sequences import Sequence, Sequences, Update, by_window_length
+from gptfast.generation.request import MAX_BATCH, Request
+from gptfast.generation.sequences import Sequences, Update
 from gptfast.generation.snapshot import snapshot
 from gptfast.model import GPT
 from gptfast.ops.sampling import choose, draws, top_logprobs
@@ -23,9 +23,8 @@ class ReferenceLoop:
     @torch.no_grad()
     def run(self, seconds: float) -> bool:
         """Generates one token for every sequence, however long that takes; see sequences.Loop."""
-        self._sequences.slide_windows()
-        most = self._request.max_batch
-        for group in by_window_length(self._sequences.running()):
+        most = self._request.max_batch or MAX_BATCH
+        for group in self._by_window_length():
             for first in range(0, len(group), most):
                 self._generate(group[first : first + most])
         return bool(self._sequences.running())
@@ -34,21 +33,38 @@ class ReferenceLoop:
         """See sequences.Loop."""
         return self._sequences.updates()
 
-    def _generate(self, group: list[Sequence]) -> None:
+    def _by_window_length(self) -> list[list[int]]:
+        """Groups running sequences whose windows have the same length, the shortest first."""
+        groups: dict[int, list[int]] = {}
+        for i in self._sequences.running():
+            groups.setdefault(len(self._window(i)), []).append(i)
+        return [groups[length] for length in sorted(groups)]
+
+    def _window(self, i: int) -> list[int]:
+        """The tokens that the next one of a sequence is computed from."""
+        text = self._request.prompts[i] + self._sequences.tokens[i]
+        over = len(text) - self._model.config.block_size
+        stride = self._request.stride or 1
+        return text if over <= 0 else text[-(-over // stride) * stride :]
+
+    def _generate(self, group: list[int]) -> None:
         """The next token of sequences whose windows have the same length."""
-        idx = torch.tensor([each.window for each in group])  # (n, T)
+        request, sequences = self._request, self._sequences
+        idx = torch.tensor([self._window(i) for i in group])  # (n, T)
         logits = self._model(idx.to(self._model.main_weight.device))[:, -1].float().cpu()  # (n, V)
-        for each, finite in zip(group, logits.isfinite().all(-1).tolist(), strict=True):
+        for i, finite in zip(group, logits.isfinite().all(-1).tolist(), strict=True):
             if not finite:
-                raise self._sequences.not_finite(each)
+                raise sequences.not_finite(i)
         uniforms = draws(
-            torch.tensor([each.seed for each in group]),
-            torch.tensor([each.sequence_id for each in group]),
-            torch.tensor([each.generated_length for each in group]),
+            torch.tensor([request.seeds[i] for i in group]),
+            torch.tensor([request.sequence_ids[i] for i in group]),
+            torch.tensor([len(sequences.tokens[i]) for i in group]),
         )
-        seen = [each.tokens for each in group]
-        tokens = choose(self._request.sampling, logits, seen, uniforms)  # (n,)
+        seen = [request.prompts[i] + sequences.tokens[i] for i in group]
+        tokens = choose(request.sampling, logits, seen, uniforms)[:, None]  # (n, 1)
         logprobs = logits.double().log_softmax(-1)
-        likeliest = top_logprobs(logprobs, self._request.top_logprobs)
-        for i, (each, token) in enumerate(zip(group, tokens.tolist(), strict=True)):
-            self._sequences.append(each, token, float(logprobs[i, token]), likeliest[i])
+        likeliest = None
+        if request.top_logprobs:
+            likeliest = [[each] for each in top_logprobs(logprobs, request.top_logprobs)]
+        own = logprobs.gather(1, tokens)
+        sequences.extend(group, tokens.tolist(), own.tolist(), likeliest)

@@ -1,9 +1,11 @@
 """What is to be generated, checked: the input of every loop."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from itertools import accumulate, chain, pairwise
 from typing import Any, NamedTuple
 
-from gptfast.checks import as_int, check_seed, is_iterable
+from gptfast.checks import SEEDS, as_int, check_seed, is_iterable
 from gptfast.config import GPTConfig
 from gptfast.errors import ConfigError, DataError
 from gptfast.ops.sampling import Sampling
@@ -12,6 +14,7 @@ from gptfast.tokenizer import CharTokenizer
 Prompt = str | Sequence[int]
 DTYPES = ("bf16", "fp32", "int8")
 GIB = 1 << 30
+MAX_BATCH = 256  # sequences at once on a CPU where nothing else is asked for
 
 
 class Request(NamedTuple):
@@ -32,7 +35,7 @@ class Request(NamedTuple):
     stop_tokens: list[int]
     stop_strings: list[str]
     pieces: list[str] | None  # the text of each token id; None without a tokenizer
-    max_batch: int
+    max_batch: int | None  # None: as many as suit the device
     max_cache_bytes: int
     dtype: str | None  # None: the model's own
 
@@ -43,13 +46,13 @@ def not_finite(name: str, i: int) -> DataError:
 
 
 def slots_at_once(
-    request: Request, sequences: int, capacity: int, slot_bytes: int, used_bytes: int = 0
+    request: Request, most: int, capacity: int, slot_bytes: int, used_bytes: int = 0
 ) -> int:
-    """Computes how many sequences may run at once.
+    """Computes how many sequences run at once.
 
     Args:
         request: Limits them by `max_batch` and `max_cache_bytes`.
-        sequences: How many there are.
+        most: What suits the device, where there is no `max_batch`.
         capacity: Tokens that a slot of the cache has room for.
         slot_bytes: Bytes of a slot.
         used_bytes: Bytes of `max_cache_bytes` that something else takes.
@@ -57,13 +60,13 @@ def slots_at_once(
     Raises:
         ConfigError: The memory does not hold one sequence.
     """
-    left = request.max_cache_bytes - used_bytes
+    left, sequences = request.max_cache_bytes - used_bytes, len(request.prompts)
     if sequences and left < slot_bytes:
         raise ConfigError(
             f"max_cache_bytes must hold one sequence of {capacity} tokens, {slot_bytes} bytes,"
             f" got {request.max_cache_bytes}"
         )
-    return min(sequences, request.max_batch, left // max(1, slot_bytes))
+    return min(sequences, request.max_batch or most, left // max(1, slot_bytes))
 
 
 def window_stride(overflow: str, block_size: int) -> int | None:
@@ -119,6 +122,12 @@ def encode(
         raise ConfigError(f"{name}s must be a list of {name}s, got one str; wrap it in a list")
     if not is_iterable(texts):
         raise ConfigError(f"{name}s must be a list of {name}s, got {texts!r}")
+    if type(texts) is list and _all_ids(texts, vocab_size):
+        return [ids.copy() for ids in texts]
+    if tokenizer is not None and set(map(type, texts)) == {str} and all(texts):
+        with suppress(DataError):  # below, which names the text
+            ids, ends = tokenizer.encode("".join(texts)), [0, *accumulate(map(len, texts))]
+            return [ids[start:end] for start, end in pairwise(ends)]
     encoded = []
     for i, text in enumerate(texts):
         if isinstance(text, str):
@@ -135,10 +144,21 @@ def encode(
     return encoded
 
 
+def _all_ids(texts: list[Any], vocab_size: int) -> bool:
+    """Whether these are lists of token ids, none of them empty; tells no more, but soon."""
+    if set(map(type, texts)) != {list} or not all(texts):
+        return False
+    ids = list(chain.from_iterable(texts))
+    if [*map(type, ids)].count(int) != len(ids):
+        return False
+    distinct = set(ids)
+    return min(distinct) >= 0 and max(distinct) < vocab_size
+
+
 def _tokens(name: str, i: int, ids: Iterable[Any], vocab_size: int) -> list[int]:
     given = list(ids)
-    if set(map(type, given)) == {int} and min(given) >= 0 and max(given) < vocab_size:
-        return given  # ten times as fast as checking one by one
+    if _all_ids([given], vocab_size):
+        return given
     found = []
     for token in given:
         value = as_int(token)
@@ -195,12 +215,15 @@ def seeds_of(
         count = prompts * num_samples
         return [check_seed(seed)] * count, list(range(count))
     given: list[Any] = list(seed) if is_iterable(seed) else [seed]
-    wrong = [each for each in given if as_int(each) is None]
+    plain = set(map(type, given)) == {int}
+    wrong = [] if plain else [each for each in given if as_int(each) is None]
     if wrong:
         raise ConfigError(f"seed must be one int or one per prompt ({prompts}), got {wrong[0]!r}")
     if len(given) != prompts:
         raise ConfigError(
             f"seed must be one int or one per prompt ({prompts}), got {len(given)} seeds"
         )
-    seeds = [each for each in map(check_seed, given) for _ in range(num_samples)]
+    if not plain or min(given) < 0 or max(given) >= SEEDS:
+        given = [*map(check_seed, given)]
+    seeds = [each for each in given for _ in range(num_samples)]
     return seeds, [*range(num_samples)] * prompts

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from gptfast.checks import check_count
-from gptfast.generation.engine import PackedModel, packed_for
+from gptfast.generation.engine import PackedModel, engine_device
 from gptfast.generation.request import (
     Prompt,
     check_dtype,
@@ -125,9 +125,12 @@ def _score(
     model: GPT | PackedModel, texts: list[list[int]], windows: list[_Window], dtype: str | None
 ) -> list[list[float]]:
     """Per window, the log-probabilities of all its predictions."""
-    packed = packed_for("score", model, dtype)
-    if packed is None:
-        assert not isinstance(model, PackedModel)
+    if isinstance(model, PackedModel):
+        model.check_dtype(dtype)
+        packed = model
+    elif engine_device("score", model, dtype) == "cpu":
+        packed = PackedModel(model, dtype, lasting=False)
+    else:
         reference = snapshot(model, dtype)
         return [_reference_scores(reference, texts[w.text], w) for w in windows]
     results: list[list[float]] = [[] for _ in windows]

