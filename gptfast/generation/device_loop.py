@@ -252,7 +252,11 @@ class DeviceLoop:
             logits = self._own_decoder.logits(slots)  # of the only step
             found = top_logprobs(logits.double().log_softmax(-1), self._request.top_logprobs)
             likeliest = [[each] for each in found]
-        self._sequences.extend(sequences, drawn, values, likeliest)
+        suspects = None
+        if self._stops and not self._request.stop_strings:
+            stops = np.isin(tokens[slots], self._request.stop_tokens).any(1)
+            suspects = np.flatnonzero(stops).tolist()
+        self._sequences.extend(sequences, drawn, values, likeliest, suspects)
 
     def _append_until_not_finite(
         self, slots: Ints, sequences: list[int], counts: Ints, tokens: Any, logprobs: Any

@@ -74,22 +74,24 @@ class Sequences:
         tokens: list[list[int]],
         logprobs: list[list[float]],
         top_logprobs: list[list[TopLogprobs]] | None = None,
+        suspects: list[int] | None = None,
     ) -> None:
         """Appends to running sequences what was drawn for each, up to the sequence's end.
 
         Args:
             sequences: Which ones.
-            tokens: Of each, no more than its limit leaves room for.
+            tokens: Of each, no more than its limit leaves room for. These lists and those of the
+                next argument become the sequences' own.
             logprobs: Of these tokens.
             top_logprobs: Of the same positions, if the request wants them.
+            suspects: Places in these lists where a stop may be among the tokens; all if None.
         """
         request, limits = self._request, self.limits
+        lengths: list[int | None] = [None] * len(sequences)
         if request.stop_tokens or request.stop_strings:
-            lengths = [*map(self._length_at_stop, sequences, tokens)]
-            tokens = [new[:length] for new, length in zip(tokens, lengths, strict=True)]
-            logprobs = [new[:length] for new, length in zip(logprobs, lengths, strict=True)]
-        else:
-            lengths = [None] * len(sequences)
+            for n in range(len(sequences)) if suspects is None else suspects:
+                lengths[n] = length = self._length_at_stop(sequences[n], tokens[n])
+                tokens[n], logprobs[n] = tokens[n][:length], logprobs[n][:length]
         if top_logprobs is not None:
             for i, likeliest, new in zip(sequences, top_logprobs, tokens, strict=True):
                 self._top_logprobs[i] += likeliest[: len(new)]
