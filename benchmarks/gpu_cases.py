@@ -226,6 +226,7 @@ def cases() -> list[Case]:
         *(Case(f"head, {rows} rows", functools.partial(few_rows_head, rows),
                2.0 * rows * C * V, C * V) for rows in (1, 64, 512)),
         *(Case(f"{name}, V {size}", functools.partial(sample, how, size), 0.0, 0.0,
-               4.0 * 64 * size, ("fp32",), wide=size > 1000) for size in (66, V)
+               4.0 * 64 * size, ("fp32",), wide=size > 1000 and how is everything)
+          for size in (66, V)
           for name, how in (("sampling", everything), ("sampling, greedy", greedy))),
     ]  # fmt: skip

@@ -139,6 +139,18 @@ def test_a_row_has_the_same_bits_among_any_number_of_rows(
     assert len({(tile.LENGTH, tile.SLICES) for tile in tiles}) == 1
 
 
+def test_a_row_by_itself_has_all_operands_at_once() -> None:
+    K, N = 96, 40
+    x, w, b = (normal(*size) for size in ((1, K), (N, K), (N,)))
+    tile = tile_of(16, N, K, 4)._replace(AT_ONCE=False)
+    found = []
+    for each in (tile, tile._replace(AT_ONCE=True), tile._replace(BM=1, BN=8, AT_ONCE=True)):
+        y = x.new_full((1, N), math.nan)
+        few_rows_linear(x, w, b, y, norm=(x[0], x[0]), gelu="erf", tile=each)
+        found.append(y)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 def test_queries_keys_and_values_of_embedded_tokens() -> None:
     S, C, H, capacity = 3, 16, 2, 5
     wte, wpe, w, b = (normal(*size) for size in ((7, C), (capacity, C), (3 * C, C), (3 * C,)))

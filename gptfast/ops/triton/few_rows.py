@@ -266,6 +266,7 @@ def few_rows_kernel(
             rstd = tl.sum(tl.where(own, rstd[:, None], 0.0), 0)
     acc = tl.zeros([SLICES, BM, BN], tl.float32)
     if AT_ONCE:
+        operands = ()
         for i in tl.static_range(LENGTH // BK):
             a = left[i]
             if ln_w is not None:
@@ -273,7 +274,10 @@ def few_rows_kernel(
                 if ln_b is not None:
                     shift = shifts[i]
                 a = _normal(a, mean[None, :, None], rstd[None, :, None], scales[i], shift)
-            acc = tl.dot(a, right[i].to(a.dtype), acc, input_precision=PRECISION)
+            operands = operands + (a,)  # type: ignore[assignment]
+        for i in tl.static_range(LENGTH // BK):  # apart: all operands pass by one barrier
+            b = right[i].to(operands[i].dtype)
+            acc = tl.dot(operands[i], b, acc, input_precision=PRECISION)
     else:
         for k0 in tl.range(0, LENGTH, BK):
             k = _sliced(k0, LENGTH, BK, SLICES)
@@ -324,19 +328,23 @@ class Tile(NamedTuple):
 
 def tile_of(M: int, N: int, K: int, itemsize: int, few_bits: bool = False) -> Tile:
     """Returns the tile for M rows; what the bits depend on follows from K and the dtype alone."""
-    slices, fetches = 4 if K <= 1024 else 8, copies_tiles()
+    slices = 4 if K <= 1024 else 8
     length = cdiv(K, slices * UNIT) * UNIT
+    early, at_once = copies_tiles(), False  # whether kernels can start early
     if M > 16 and (M > 128 or N * K > SMALL):
         sizes = SIZES if N < 8192 else VOCABULARY_SIZES
         enough = (each for each in sizes if cdiv(M, each[0]) * cdiv(N, each[1]) >= PROGRAMS)
         rows, columns = next(enough, SIZES[-1])
+        if itemsize == 4:  # whose operands take three times as many registers
+            rows, columns = min(rows, 32), min(columns, 32)
     else:
-        rows, columns = 16, 8 if K > 1024 and fetches else 16 if N < 8192 else 32
-        rows = 1 if M == 1 and fetches else 16
+        rows, columns = 16, 32 if N >= 8192 else 8 if K > 1024 and early else 16
+        alone = 1 if M == 1 else 16
+        at_once = early and (alone + columns) * K * itemsize <= AT_ONCE_BYTES * 2 // itemsize
+        rows = alone if at_once else 16
     if INTERPRETED:  # whose time is that of the number of programs
         columns = 128
     both = (rows + columns) * itemsize
-    at_once = fetches and rows <= 16 and both * K <= AT_ONCE_BYTES
     # In 2-byte dtypes BK is free: the sum goes on 16 columns at a time in any case.
     deepest = UNIT if itemsize == 4 else min(128, block_of(STAGE_BYTES // (both * slices) + 1) // 2)
     if few_bits:  # their order of sums repeats every 32 columns
