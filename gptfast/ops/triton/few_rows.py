@@ -276,7 +276,7 @@ def few_rows_kernel(
                 a = _normal(a, mean[None, :, None], rstd[None, :, None], scales[i], shift)
             operands = operands + (a,)  # type: ignore[assignment]
         for i in tl.static_range(LENGTH // BK):  # apart: all operands pass by one barrier
-            b = right[i].to(operands[i].dtype)
+            b = right[i].to(operands[i].dtype)  # type: ignore[var-annotated]
             acc = tl.dot(operands[i], b, acc, input_precision=PRECISION)
     else:
         for k0 in tl.range(0, LENGTH, BK):
