@@ -276,8 +276,8 @@ def few_rows_kernel(
                 a = _normal(a, mean[None, :, None], rstd[None, :, None], scales[i], shift)
             operands = operands + (a,)  # type: ignore[assignment]
         for i in tl.static_range(LENGTH // BK):  # apart: all operands pass by one barrier
-            a = operands[i]
-            acc = tl.dot(a, right[i].to(a.dtype), acc, input_precision=PRECISION)
+            b = right[i].to(operands[i].dtype)  # type: ignore[var-annotated]
+            acc = tl.dot(operands[i], b, acc, input_precision=PRECISION)
     else:
         for k0 in tl.range(0, LENGTH, BK):
             k = _sliced(k0, LENGTH, BK, SLICES)
