@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptfast import ops
 from gptfast.ops import reference
-from gptfast.ops.triton import ffn, launch, linear, products, rows, self_attention
+from gptfast.ops.triton import casts, ffn, launch, linear, products, rows, self_attention
 from gptfast.ops.triton.launch import dropout_args
 from gptfast.testing import check_op
 
@@ -222,6 +222,18 @@ def test_any_gradients_of_a_sublayer() -> None:
                 torch.testing.assert_close(grad, every[i], rtol=1e-5, atol=1e-5)
             else:
                 assert i == 0 or grad.numel() == 0
+
+
+@needs_numbers
+def test_two_weights_are_cast_by_one_launch() -> None:
+    a, b = normal(70, 66).to(DEVICE), normal(3, 5, seed=2).to(DEVICE)
+    with launch.counted() as launches:
+        for got, weight in zip(casts.cast(torch.half, a, b), (a, b), strict=True):
+            assert torch.equal(got, weight.half())
+        assert casts.cast(torch.float32, a, b)[0] is a
+    assert launches == Counter(cast_kernel=1)
+    padded = casts.padded(b, 64, torch.half)
+    assert torch.equal(padded[:3], b.half()) and not padded[3:].any()
 
 
 @needs_numbers
