@@ -143,7 +143,7 @@ class Weights:
 def parameters_of(model: GPT) -> dict[str, Tensor]:
     """Returns the parameters of a model of plain layers by name.
 
-    In a third of the time that named_parameters takes, which looks for them everywhere.
+    In half of the time that named_parameters takes, which looks for them everywhere.
     """
     layers = plain.layers_of(model, plain.bypassable, plain.bypassable)
     return {
