@@ -9,7 +9,6 @@ L layers.
 """
 
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -31,8 +30,6 @@ from gptfast.ops.triton.slots import FIELDS, start_slots
 MOST_STEPS = 128  # to be queued before a look
 FLIGHTS = 3  # queued results that may be unread at once
 FILL_ROWS = 16384  # rows of an activation at most, while windows are computed
-LARGE_BYTES = 32 << 20  # of weights, which do not stay in the L2 cache
-MOST_SLOTS_AHEAD = 128
 UNKNOWN_SECONDS = 1.0
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
@@ -204,26 +201,24 @@ class Decoder:
         embedding: Embedding | None = Embedding(
             progress.tokens, progress.lengths, weights.wte, weights.wpe, self.shape.capacity
         )
-        ahead = _after_next(weights, self.shape.slots)
         for i, layer in enumerate(weights.layers):
             if layer.qkv is not None and layer.proj is not None:
                 append = Append(self._cache[i], progress.lengths, progress.drawn, progress.limits)
                 few_rows_linear(
                     x, *layer.qkv, self._q, norm=layer.ln_1, embedding=embedding, append=append,
-                    ahead=next(ahead),
                 )  # fmt: skip
                 embedding = None
                 decode_attention(
                     self._q, self._cache[i], progress.lengths, self._attended,
                     self.shape.config.block_size,
                 )  # fmt: skip
-                few_rows_linear(self._attended, *layer.proj, x, residual=x, ahead=next(ahead))
+                few_rows_linear(self._attended, *layer.proj, x, residual=x)
             few_rows_linear(
                 x, *layer.fc, self._hidden, norm=layer.ln_2, gelu=self.shape.config.gelu,
-                embedding=embedding, ahead=next(ahead),
+                embedding=embedding,
             )  # fmt: skip
             embedding = None
-            few_rows_linear(self._hidden, *layer.fc_proj, x, residual=x, ahead=next(ahead))
+            few_rows_linear(self._hidden, *layer.fc_proj, x, residual=x)
         norm, head = weights.head
         few_rows_linear(x, head, None, self._logits, norm=norm)
         tokens, logprobs = found[:, : self.shape.slots]
@@ -363,19 +358,3 @@ class Decoder:
         host = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=cuda)
         np.concatenate(arrays, out=host.numpy())
         return host.to(self._state.device, non_blocking=True)
-
-
-def _after_next(weights: Weights, slots: int) -> Iterator[Tensor | None]:
-    """Yields, for each linear layer in turn, the weight of the second one after it.
-
-    That is None if the weights stay in the L2 cache, or if so many slots keep the GPU busy longer
-    than it takes to read a weight.
-    """
-    linears = ((each.qkv, each.proj, each.fc, each.fc_proj) for each in weights.layers)
-    read = [linear[0] for layer in linears for linear in layer if linear is not None]
-    read.append(weights.head[1])
-    found = [each.values if isinstance(each, Int8Weight) else each for each in read]
-    if slots > MOST_SLOTS_AHEAD or sum(each.nbytes for each in found) < LARGE_BYTES:
-        found = []
-    yield from found[2:]
-    yield from itertools.repeat(None)

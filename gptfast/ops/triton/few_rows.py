@@ -26,7 +26,6 @@ from gptfast.ops.reference import LAYER_NORM_EPS
 from gptfast.ops.triton import launch
 from gptfast.ops.triton.launch import INTERPRETED, block_of, cdiv, copies_tiles, kernel, precision
 from gptfast.ops.triton.overlap import (
-    fetch_to_l2,
     let_successor_start,
     overlap,
     wait_for_predecessor,
@@ -42,7 +41,6 @@ PROGRAMS = 120  # enough for every multiprocessor; the larger of the tiles that 
 BLOCK = 128  # columns of x at once for LayerNorm's statistics; a thread has 16 bytes of them
 NORM_ROWS = 4  # rows of a program of one warp
 AT_ONCE_BYTES = 80 * 1024  # of a program's operands, which need not be loaded step by step
-AHEAD_BYTES = 8 << 20  # which take 3 us to arrive
 STAGE_BYTES = 32 * 1024  # of operands, else
 
 
@@ -197,7 +195,7 @@ def _sum_of_slices(acc, SLICES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 @triton.jit(do_not_specialize=["M"])
 def few_rows_kernel(
     x, weight, weight_scale, bias, ln_w, ln_b, residual, y, M, N, y_row, eps,
-    tokens, wte, wpe, lengths, capacity, cache, drawn, limits, ahead, ahead_bytes,
+    tokens, wte, wpe, lengths, capacity, cache, drawn, limits,
     K: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LENGTH: tl.constexpr,
     BLOCK: tl.constexpr, SLICES: tl.constexpr, AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr,
@@ -212,8 +210,6 @@ def few_rows_kernel(
     even before the predecessor has ended; else they are loaded some steps ahead.
     """
     let_successor_start(OVERLAP, "at start")
-    if ahead is not None:
-        fetch_to_l2(ahead, ahead_bytes, OVERLAP)
     row_blocks = tl.cdiv(M, BM)
     m0, n0 = tl.program_id(0) % row_blocks * BM, tl.program_id(0) // row_blocks * BN
     m, n = m0 + tl.arange(0, BM), n0 + tl.arange(0, BN)
@@ -359,7 +355,7 @@ def few_rows_linear(
     x: Tensor, weight: Tensor | Int8Weight, bias: Tensor | None, y: Tensor, *,
     norm: tuple[Tensor, Tensor | None] | None = None, gelu: str | None = None,
     residual: Tensor | None = None, embedding: Embedding | None = None,
-    append: Append | None = None, ahead: Tensor | None = None, tile: Tile | None = None,
+    append: Append | None = None, tile: Tile | None = None,
 ) -> None:  # fmt: skip
     """Computes y = gelu(LayerNorm(x) weight' + bias) + residual; what is not given is left out.
 
@@ -374,8 +370,6 @@ def few_rows_linear(
         residual: (M, N), contiguous.
         embedding: Makes x.
         append: Where keys and values go, if the layer makes queries, keys and values.
-        ahead: What a later call reads, contiguous: its first AHEAD_BYTES are fetched into the L2
-            cache, where kernels can start early.
         tile: Replaces the choice of `tile_of`, for measurements.
     """
     weight, scale = weight if isinstance(weight, Int8Weight) else (weight, None)
@@ -405,7 +399,6 @@ def few_rows_linear(
         LAYER_NORM_EPS,
         tokens, wte, wpe, lengths, capacity, cache,
         None if append is None else append.drawn, None if append is None else append.limits,
-        ahead, 0 if ahead is None else min(ahead.nbytes, AHEAD_BYTES) & -16,
         K=K, H=heads, D=head_dim, GELU=gelu, PRECISION=precision(x.dtype), **tile._asdict(),
         BLOCK=BLOCK, LEAST=2 * tile.num_warps, **overlap(when(M)),
     )  # fmt: skip

@@ -38,26 +38,6 @@ def wait_for_predecessor(OVERLAP: tl.constexpr):
         gdc_wait()
 
 
-@triton.jit
-def fetch_to_l2(start, size, OVERLAP: tl.constexpr):
-    """Has `size` bytes (a multiple of 16) from `start` on fetched to the L2 cache by all programs.
-
-    It is a hint: nothing waits for it.
-    """
-    if OVERLAP is not None:
-        share = tl.cdiv(size, tl.num_programs(0) * 128) * 128
-        first = tl.program_id(0) * share
-        own = tl.minimum(share, size - first)
-        if own > 0:
-            at = (start.to(tl.int64, bitcast=True) + first) & -16
-            tl.inline_asm_elementwise(
-                """{ .reg .pred first; .reg .u32 thread; mov.u32 thread, %tid.x;
-                setp.eq.u32 first, thread, 0;
-                @first cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }""",
-                "=r,l,r", [at, own], tl.int32, False, 1,
-            )  # fmt: skip
-
-
 def overlap(when: str | None) -> dict[str, Any]:
     """Returns arguments of a kernel with the parameter OVERLAP, without overlap on other chips.
 
