@@ -165,34 +165,18 @@ def log2_scale(scale: float) -> float:
     return max(scale / math.log(2), 1e-37)
 
 
-def _forward(warps: int, stages: int, HELD: bool = False, **tile: int) -> Any:
-    """A configuration of `forward_kernel`.
-
-    HELD moves the queries to registers, so that four programs of 4 warps fit a multiprocessor, and
-    has one loop.
-    """
-    return config(warps, stages, HELD=HELD, **tile)
-
-
 # Tile sizes: BM queries, BN keys.
 FORWARD = {
-    (2, 64, True): [_forward(4, 3, BM=64, BN=64, HELD=True)],
-    (2, 128, True): [_forward(4, 3, BM=64, BN=64)],
-    (2, 256, True): [_forward(4, 2, BM=64, BN=32)],
-    (2, 64, False): [_forward(8, 3, BM=128, BN=64), _forward(4, 1, BM=64, BN=64)],
-    (2, 128, False): [_forward(8, 3, BM=128, BN=64), _forward(4, 1, BM=32, BN=64)],
-    (2, 256, False): [_forward(8, 2, BM=64, BN=32), _forward(4, 1, BM=32, BN=32)],
-    (4, 64, False): [_forward(8, 1, BM=32, BN=16), _forward(4, 1, BM=16, BN=16)],
-    (4, 128, False): [_forward(8, 1, BM=32, BN=16), _forward(4, 1, BM=16, BN=16)],
-    (4, 256, False): [_forward(4, 1, BM=16, BN=16)],
+    (2, 64, True): [config(4, 3, BM=64, BN=64)],
+    (2, 128, True): [config(4, 3, BM=64, BN=64)],
+    (2, 256, True): [config(4, 2, BM=64, BN=32)],
+    (2, 64, False): [config(8, 3, BM=128, BN=64), config(4, 1, BM=64, BN=64)],
+    (2, 128, False): [config(8, 3, BM=128, BN=64), config(4, 1, BM=32, BN=64)],
+    (2, 256, False): [config(8, 2, BM=64, BN=32), config(4, 1, BM=32, BN=32)],
+    (4, 64, False): [config(8, 1, BM=32, BN=16), config(4, 1, BM=16, BN=16)],
+    (4, 128, False): [config(8, 1, BM=32, BN=16), config(4, 1, BM=16, BN=16)],
+    (4, 256, False): [config(4, 1, BM=16, BN=16)],
 }
-
-
-@triton.jit
-def _in_registers(x, COLUMNS: tl.constexpr):
-    """x as a product leaves its result: in registers, where the next one takes its left operand."""
-    unit = tl.arange(0, COLUMNS)[:, None] == tl.arange(0, COLUMNS)[None, :]
-    return tl.dot(x, unit.to(x.dtype)).to(x.dtype)
 
 
 @tuned(
@@ -207,7 +191,7 @@ def forward_kernel(
     q_b, q_h, q_row, k_b, k_h, k_row, v_b, v_h, v_row, out_b, out_h, out_row,
     seed, substream, threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr, TILES: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HELD: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """A block of BM queries of one head; the blocks with the most keys start first.
 
@@ -227,28 +211,25 @@ def forward_kernel(
     i, d = i0 + tl.arange(0, BM), tl.arange(0, BLOCK_D)
     offset = Tk - Tq
     queries = held_rows(q, None, b, h, i0, q_row, Tq, d, D, BLOCK_D, PART, BM)
-    if HELD and PART == BLOCK_D:
-        queries = _in_registers(queries, BLOCK_D)
     acc = tl.zeros([BM, BLOCK_D], tl.float32)
     m = tl.full([BM], LOWEST, tl.float32)
     total = tl.zeros([BM], tl.float32)
     if seed is not None:
         key = tl.load(seed)
-    # No query masks a key before `whole`; every query masks the keys from `last` on.
+    # No query masks a key before `whole`; every query masks the keys from `last` on. A loop that
+    # branches on j0 >= whole instead is slower with dropout.
     whole = tl.maximum(i0 + 1 + offset, 0) // BN * BN
     last = tl.minimum(Tk, i0 + BM + offset)
-    for MASKED in tl.static_range(1 if HELD else 2):
-        for j0 in tl.range(whole if MASKED else 0, last if MASKED or HELD else whole, BN):
+    for MASKED in tl.static_range(2):
+        for j0 in tl.range(whole if MASKED else 0, last if MASKED else whole, BN):
             keys = held_rows(k, k_tiles, b, h, j0, k_row, Tk, d, D, BLOCK_D, PART, BN)
             s = row_products(
                 queries, i0, q_row, Tq, keys, j0, k_row, Tk, tl.zeros([BM, BN], tl.float32),
                 PRECISION, D, BLOCK_D, PART, BM, BN,
             )  # fmt: skip
             if MASKED:
-                s = _masked(s, i0 + offset, j0, BM, BN)
-            elif HELD:
-                if j0 >= whole:
-                    s = _masked(s, i0 + offset, j0, BM, BN)
+                j = j0 + tl.arange(0, BN)
+                s = tl.where(j[None, :] <= i[:, None] + offset, s, -float("inf"))
             top = tl.maximum(m, tl.max(s, 1))
             p = tl.exp2((s - top[:, None]) * scale_log2)
             shrink = tl.exp2((m - top) * scale_log2)
@@ -271,13 +252,6 @@ def forward_kernel(
     lse += head.to(tl.int64) * 2 * Tq
     tl.store(lse + i, m, mask=i < Tq)
     tl.store(lse + Tq + i, tl.log2(total), mask=i < Tq)
-
-
-@triton.jit
-def _masked(s, i0, j0, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """s, -inf where column j0 + j is above row i0 + i."""
-    i, j = i0 + tl.arange(0, ROWS), j0 + tl.arange(0, COLUMNS)
-    return tl.where(j[None, :] <= i[:, None], s, -float("inf"))
 
 
 def attention(
