@@ -56,7 +56,7 @@ QUERY_GRAD = {
     (2, 256, False): [config(4, 1, BM=16, BN=32)],
     (4, 64, False): [config(8, 1, BM=32, BN=16), config(4, 1, BM=16, BN=16)],
     (4, 128, False): [config(4, 1, BM=16, BN=16)],
-    (4, 256, False): [config(4, 1, BM=16, BN=16)],
+    (4, 256, False): [config(8, 1, BM=16, BN=16)],
 }
 
 
@@ -138,12 +138,11 @@ def query_grad_kernel(
     last = tl.minimum(Tk, i0 + BM + offset)
     for MASKED in tl.static_range(2):
         for j0 in tl.range(whole if MASKED else 0, last if MASKED else whole, BN):
-            keys = head_rows(k, k_tiles, b, h, j0, k_row, Tk, d, D, BLOCK_D, BN)
+            keys = held_rows(k, k_tiles, b, h, j0, k_row, Tk, d, D, BLOCK_D, PART, BN)
             values = held_rows(v, v_tiles, b, h, j0, v_row, Tk, d, D, BLOCK_D, PART, BN)
             zeros = tl.zeros([BM, BN], tl.float32)
-            shown = keys if PART == BLOCK_D else k
             s = row_products(
-                queries, i0, q_row, Tq, shown, j0, k_row, Tk, zeros,
+                queries, i0, q_row, Tq, keys, j0, k_row, Tk, zeros,
                 PRECISION, D, BLOCK_D, PART, BM, BN,
             )  # fmt: skip
             dp = row_products(
@@ -159,6 +158,8 @@ def query_grad_kernel(
             if MASKED:
                 j = j0 + tl.arange(0, BN)
                 ds = tl.where(j[None, :] <= i[:, None] + offset, ds, 0.0)
+            if PART < BLOCK_D:  # not earlier: registers would spill
+                keys = head_rows(k, k_tiles, b, h, j0, k_row, Tk, d, D, BLOCK_D, BN)
             total = tl.dot(ds.to(keys.dtype), keys, total, input_precision=PRECISION)
     at = dq + i.to(tl.int64)[:, None] * dq_row + d[None, :]
     inside = (i < Tq)[:, None] & (d < D)[None, :]
@@ -176,7 +177,7 @@ KEY_GRADS = {
     (2, 256, False): [config(4, 1, BM=16, BN=32)],
     (4, 64, False): [config(8, 1, BM=32, BN=16)],
     (4, 128, False): [config(8, 1, BM=16, BN=16)],
-    (4, 256, False): [config(8, 1, BM=16, BN=16)],
+    (4, 256, False): [config(4, 1, BM=16, BN=16)],
 }
 
 
