@@ -144,6 +144,24 @@ def test_ten_thousand_prompts_come_in_order() -> None:
     assert results[:36] * 277 == results[: 36 * 277]  # every 36th prompt is the same
 
 
+def test_prompts_may_be_read_once() -> None:
+    model, tokenizer = make("course"), CharTokenizer("abcd")
+    texts, options = ["ab", "cd"], {"max_new_tokens": 3, "temperature": 0.0}
+    expected = gptfast.generate(model, texts, tokenizer=tokenizer, **options)
+    assert gptfast.generate(model, iter(texts), tokenizer=tokenizer, **options) == expected
+    ids = [tokenizer.encode(text) for text in texts]
+    found = gptfast.generate(model, iter(ids), **options)
+    assert [each.tokens for each in found] == [each.tokens for each in expected]
+    assert len(gptfast.score(model, map(str.strip, texts), tokenizer=tokenizer)) == 2
+
+
+def test_a_generation_of_no_tokens_has_lists_of_its_own() -> None:
+    model = make("course")
+    model.backend = "reference"
+    (found,) = gptfast.generate(model, [[1]], max_new_tokens=0)
+    assert found.tokens == found.logprobs == [] and found.tokens is not found.logprobs
+
+
 def test_samples_share_the_prompt_and_differ() -> None:
     model = make("odd")
     prompts = [[1, 2, 3, 4], [5], [6] * 60]

@@ -22,7 +22,7 @@ from gptfast.generation import kept, make_request
 from gptfast.generation import weights as weights_of_calls
 from gptfast.generation.decoder import Decoder, Flight, Shape
 from gptfast.generation.sequences import Update
-from gptfast.generation.sizes import slots_bucket
+from gptfast.generation.sizes import slots_bucket, unrolled
 from gptfast.generation.snapshot import has_int8, snapshot
 from gptfast.generation.weights import Weights, parameters_of
 from gptfast.ops.int8 import empty_int8, rounded
@@ -438,6 +438,28 @@ def test_weights_of_8_bits_take_8_bits(own: torch.dtype) -> None:
     halves = Weights(tied, "bf16", True)
     assert halves.bytes == 2 * sum(each.numel() for each in tied.parameters())
     assert halves.head[1] is halves.wte
+
+
+def test_a_weight_may_be_a_plain_tensor() -> None:
+    model, other = model_of(TINY), model_of(TINY)
+    layer: Any = other.h[0].attn.c_attn
+    weight = layer.weight.detach()
+    del layer.weight
+    layer.weight = weight
+    options: dict[str, Any] = {"max_new_tokens": 3, "temperature": 0.0}
+    assert generated(other, [[1], [2, 3]], **options) == generated(model, [[1], [2, 3]], **options)
+
+
+def test_a_decoder_serves_calls_in_and_out_of_inference_mode() -> None:
+    model, options = model_of(TINY), {"max_new_tokens": 3, "temperature": 0.0}
+    with torch.inference_mode():
+        first = generated(model, [[1, 2]], **options)
+    assert generated(model, [[1, 2]], **options) == first
+
+
+@pytest.mark.parametrize("layers", (1, 12, 500))
+def test_a_graph_has_at_least_eight_steps(layers: int) -> None:
+    assert 8 <= unrolled(layers) <= 32
 
 
 def test_slots_without_a_sequence_read_within_the_tables() -> None:

@@ -23,7 +23,6 @@ from gptfast.generation.request import (
 )
 from gptfast.generation.sequences import Loop, Update
 from gptfast.model import GPT
-from gptfast.ops import select
 from gptfast.ops.sampling import Sampling
 from gptfast.tokenizer import CharTokenizer
 
@@ -241,10 +240,10 @@ def _loop(model: GPT | PackedModel, request: Request, lasting: bool = False) -> 
     if isinstance(model, PackedModel):
         model.check_dtype(request.dtype)
         return Engine(model, request)
-    device, weight = engine_device("generate", model, request.dtype), model.main_weight
+    device = engine_device("generate", model, request.dtype)
     if device == "cpu":
         return Engine(PackedModel(model, request.dtype, lasting), request)
-    if device == "cuda" and not select.unavailable(device, weight.dtype):
+    if device == "cuda":
         from gptfast.generation.device_loop import DeviceLoop  # imports Triton
 
         return DeviceLoop(model, request, lasting)

@@ -39,8 +39,8 @@ from gptfast.model import GPT
 from gptfast.ops.sampling import top_logprobs
 from gptfast.ops.triton.sampling import kind_of
 
-LOOK_SECONDS = 0.0025  # of steps that are queued and looked at together, at most; or,
-LOOK_SHARE = 4  # if there are no stops, the seconds of a run divided by this
+LOOK_SECONDS = 0.0025  # of steps that are queued and looked at together, at most
+LOOK_SHARE = 4  # where there are no stops: the seconds of a run divided by this, if that is more
 LOOK_STEPS = 8  # that are queued together, at least
 MOST_SLOTS = 4096  # where the request does not say; more would not be faster
 
@@ -158,7 +158,7 @@ class DeviceLoop:
     def _steps_per_look(self, left: int) -> int:
         """How many steps to queue of those that are left.
 
-        At the end half of them, for to make lists of the last results takes time that nothing
+        At the end half of them, because making lists of the last results takes time that nothing
         hides.
         """
         timely = int(self._look_seconds / self._own_decoder.step_seconds)

@@ -26,7 +26,8 @@ def take_decoder(model: GPT, shape: Shape, how: Sampling) -> Decoder:
             decoder.clear()
             break
     else:
-        decoder = Decoder(shape, Weights(model, shape.dtype, shape.copied))
+        with torch.inference_mode(False):  # or its tensors could not be written outside of it
+            decoder = Decoder(shape, Weights(model, shape.dtype, shape.copied))
     decoder.set_sampling(how)
     return decoder
 

@@ -14,7 +14,7 @@ from gptfast.tokenizer import CharTokenizer
 Prompt = str | Sequence[int]
 DTYPES = ("bf16", "fp32", "int8")
 GIB = 1 << 30
-MAX_BATCH = 256  # sequences at once on a CPU where nothing else is asked for
+MAX_BATCH = 256  # sequences at once where nothing else is asked for; a GPU's kernels take more
 
 
 class Request(NamedTuple):
@@ -122,14 +122,15 @@ def encode(
         raise ConfigError(f"{name}s must be a list of {name}s, got one str; wrap it in a list")
     if not is_iterable(texts):
         raise ConfigError(f"{name}s must be a list of {name}s, got {texts!r}")
-    if type(texts) is list and _all_ids(texts, vocab_size):
-        return [ids.copy() for ids in texts]
-    if tokenizer is not None and set(map(type, texts)) == {str} and all(texts):
+    given: list[Any] = list(texts)  # an iterator gives them once
+    if _all_ids(given, vocab_size):
+        return [ids.copy() for ids in given]
+    if tokenizer is not None and set(map(type, given)) == {str} and all(given):
         with suppress(DataError):  # below, which names the text
-            ids, ends = tokenizer.encode("".join(texts)), [0, *accumulate(map(len, texts))]
+            ids, ends = tokenizer.encode("".join(given)), [0, *accumulate(map(len, given))]
             return [ids[start:end] for start, end in pairwise(ends)]
     encoded = []
-    for i, text in enumerate(texts):
+    for i, text in enumerate(given):
         if isinstance(text, str):
             if tokenizer is None:
                 raise ConfigError(f"{name}s given as text need a tokenizer")

@@ -53,9 +53,12 @@ class Sequences:
                 if self.limits[i] == 0:
                     self.states[i] = "window"
         nothing: list[Any] = []  # of those that have not begun; it never changes, and stays here
-        empty = [nothing if state == "running" else [] for state in self.states]
-        self.tokens: list[list[int]] = empty
-        self.logprobs: list[list[float]] = empty.copy()  # of these tokens
+
+        def empty() -> list[list[Any]]:
+            return [nothing if state == "running" else [] for state in self.states]
+
+        self.tokens: list[list[int]] = empty()
+        self.logprobs: list[list[float]] = empty()  # of these tokens
         self._top_logprobs: list[list[TopLogprobs]] = []
         if request.top_logprobs:
             self._top_logprobs = [[] for _ in range(count)]

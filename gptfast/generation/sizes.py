@@ -11,13 +11,16 @@ def fill_length(length: int, capacity: int) -> int:
 
 
 def unrolled(layers: int) -> int:
-    """Returns how many steps the largest graph has: between two graphs 20 us pass."""
+    """Returns how many steps the largest graph has: the host starts each with one call."""
     launches = 5 * layers + 2
-    return min(MOST_UNROLLED, max(8, 1 << (GRAPH_LAUNCHES // launches).bit_length() - 1))
+    return min(MOST_UNROLLED, max(8, 1 << max(1, GRAPH_LAUNCHES // launches).bit_length() - 1))
 
 
 def slots_bucket(slots: int) -> int:
-    """Rounds slots up, so that calls of similar sizes share a decoder: by a quarter at most."""
+    """Rounds slots up, so that calls of similar sizes share a decoder.
+
+    To a power of 2 up to 64, then by a quarter at most.
+    """
     power = 1 << (slots - 1).bit_length()
     unit = max(16, power // 8)
     return power if power <= 64 else -(-slots // unit) * unit

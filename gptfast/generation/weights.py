@@ -8,6 +8,7 @@ from torch import Tensor
 from gptfast import plain
 from gptfast.generation.snapshot import has_int8
 from gptfast.model import GPT
+from gptfast.modules import Block
 from gptfast.ops.int8 import Int8Weight, empty_int8
 from gptfast.ops.triton.int8 import round_to_int8
 
@@ -147,11 +148,18 @@ def parameters_of(model: GPT) -> dict[str, Tensor]:
     """
     layers = plain.layers_of(model, plain.bypassable, plain.bypassable)
     return {
-        f"{name}.{own}": param
+        f"{name}.{kind}": param
         for name, module, _ in layers
-        for own, param in module.__dict__["_parameters"].items()
-        if param is not None
+        if not isinstance(module, GPT | Block)
+        for kind in ("weight", "bias")
+        if (param := _own(module, kind)) is not None
     }
+
+
+def _own(module: Any, kind: str) -> Tensor | None:
+    own = module.__dict__["_parameters"]
+    found: Tensor | None = own[kind] if kind in own else getattr(module, kind, None)
+    return found
 
 
 def _is_tied(given: dict[str, Tensor]) -> bool:

@@ -48,7 +48,7 @@ def unavailable(device: str, dtype: torch.dtype, head_dim: int = 0) -> tuple[str
         reasons.append(f"they compute in {' and '.join(known)}, not {got[0]}")
     max_head_dim = MAX_HEAD_DIM.get(device, head_dim)
     if head_dim > max_head_dim:
-        reasons.append(f"head_dim is at max_head_dim {max_head_dim} there, not {head_dim}")
+        reasons.append(f"head_dim is at most {max_head_dim} there, not {head_dim}")
     error = extension_error if device == "cpu" else triton_error()
     if error is not None:
         reasons.append(error)

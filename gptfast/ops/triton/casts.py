@@ -38,7 +38,8 @@ def cast_kernel(x, y, n, size, x2, y2, n2, BLOCK: tl.constexpr):
 
 def cast(dtype: torch.dtype, weight: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Returns two contiguous weights in `dtype`; where they have another one, by one launch."""
-    if weight.dtype == dtype or other.dtype == dtype:
+    alike = weight.dtype == dtype or other.dtype == dtype
+    if alike or not (weight.is_contiguous() and other.is_contiguous()):
         return weight.to(dtype), other.to(dtype)
     results = torch.empty_like(weight, dtype=dtype), torch.empty_like(other, dtype=dtype)
     _launch(weight, results[0], other, results[1])
@@ -50,6 +51,7 @@ def padded(weight: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     V, K = weight.shape
     if rows == V:
         return weight.to(dtype)
+    weight = weight.contiguous()
     result = weight.new_empty(rows, K, dtype=dtype)
     _launch(weight, result, None, None)
     return result

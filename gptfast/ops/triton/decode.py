@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.ops.triton.launch import block_of, cdiv, kernel
-from gptfast.ops.triton.overlap import let_successor_start, overlap, wait_for_predecessor, when
+from gptfast.ops.triton.overlap import let_successor_start, overlap, wait_for_predecessor
 
 PART = 256  # keys of a part
 TILE = 4096  # elements of a tile of keys, of which a thread has 128 bytes
@@ -125,12 +125,12 @@ def decode_attention(
     part_kernel[(S * H * parts,)](
         q, cache, lengths, outs, tops, totals, H, capacity, parts, q.stride(0), scale_log2,
         D=D, BLOCK_D=block_of(D), PART=PART, KEYS=keys, ALONE=parts == 1,
-        **overlap(when(S)), num_warps=q.element_size(),
+        **overlap(S), num_warps=q.element_size(),  # a thread has 128 bytes of a tile
     )  # fmt: skip
     if parts > 1:
         join_kernel[(S * H,)](
             outs, tops, totals, lengths, out, H, capacity, parts, scale_log2,
-            D=D, BLOCK_D=block_of(D), PART=PART, **overlap(when(S)),
+            D=D, BLOCK_D=block_of(D), PART=PART, **overlap(S),
         )  # fmt: skip
     return out
 

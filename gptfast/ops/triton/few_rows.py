@@ -29,7 +29,6 @@ from gptfast.ops.triton.overlap import (
     let_successor_start,
     overlap,
     wait_for_predecessor,
-    when,
 )
 from gptfast.ops.triton.tiles import gelu
 
@@ -199,7 +198,7 @@ def few_rows_kernel(
     K: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LENGTH: tl.constexpr,
     BLOCK: tl.constexpr, SLICES: tl.constexpr, AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr,
-    LEAST: tl.constexpr,
+    NORM_LEAST: tl.constexpr,
 ):  # fmt: skip
     """A tile of y = f(LayerNorm(x) weight' + bias) + residual, each part of it optional.
 
@@ -247,8 +246,8 @@ def few_rows_kernel(
             left = left + (a,)  # type: ignore[assignment]
     mean, rstd = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
     if ln_w is not None:
-        # NORM_ROWS of them, if the tile has fewer: fewer would be summed in another order.
-        ROWS: tl.constexpr = max(BM, LEAST)
+        # Two rows per warp, as norm_kernel has them: fewer would be summed in another order.
+        ROWS: tl.constexpr = max(BM, NORM_LEAST)
         i = m0 + tl.arange(0, ROWS)
         own_token, own_place = token, place
         if ROWS > BM:
@@ -390,7 +389,7 @@ def few_rows_linear(
         normal = torch.empty_like(x)
         norm_kernel[(cdiv(M, NORM_ROWS),)](
             x, *norm, normal, M, LAYER_NORM_EPS, tokens, wte, wpe, lengths, capacity,
-            K=K, BM=NORM_ROWS, BLOCK=BLOCK, **overlap(when(M)), num_warps=1,
+            K=K, BM=NORM_ROWS, BLOCK=BLOCK, **overlap(M), num_warps=1,
         )  # fmt: skip
         x, norm, tokens, wte, wpe = normal, None, None, None, None
     grid = (cdiv(M, tile.BM) * cdiv(N, tile.BN),)
@@ -400,5 +399,5 @@ def few_rows_linear(
         tokens, wte, wpe, lengths, capacity, cache,
         None if append is None else append.drawn, None if append is None else append.limits,
         K=K, H=heads, D=head_dim, GELU=gelu, PRECISION=precision(x.dtype), **tile._asdict(),
-        BLOCK=BLOCK, LEAST=2 * tile.num_warps, **overlap(when(M)),
+        BLOCK=BLOCK, NORM_LEAST=2 * tile.num_warps, **overlap(M),
     )  # fmt: skip

@@ -21,8 +21,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gptfast.ops.triton.launch import copies_tiles
 
-AT_START, AT_END = "at start", "at end"
-
 
 @triton.jit
 def let_successor_start(OVERLAP: tl.constexpr, NOW: tl.constexpr):
@@ -38,21 +36,15 @@ def wait_for_predecessor(OVERLAP: tl.constexpr):
         gdc_wait()
 
 
-def overlap(when: str | None) -> dict[str, Any]:
+def overlap(rows: int) -> dict[str, Any]:
     """Returns arguments of a kernel with the parameter OVERLAP, without overlap on other chips.
-
-    Args:
-        when: When the next kernel may start, if that has overlap, too.
-    """
-    if when is None or not copies_tiles():  # the same chips have both, NVIDIA's from Hopper on
-        return {"OVERLAP": None}
-    return {"OVERLAP": when, "launch_pdl": True}
-
-
-def when(rows: int) -> str:
-    """Returns when the kernel after one of a decode step of so many rows may start.
 
     Few rows leave room for the programs of several kernels, which load weights meanwhile. Programs
     of many rows would be put where there is room by chance, and not where they run fastest.
+
+    Args:
+        rows: The rows of the decode step.
     """
-    return AT_START if rows <= 16 else AT_END
+    if not copies_tiles():  # the same chips have both, NVIDIA's from Hopper on
+        return {"OVERLAP": None}
+    return {"OVERLAP": "at start" if rows <= 16 else "at end", "launch_pdl": True}

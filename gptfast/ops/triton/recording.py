@@ -127,6 +127,7 @@ class Launched:
         self.launch, self._grid, self._values = launch, grid, values
         self.described: list[Place] = [x.base for x in values if isinstance(x, TensorDescriptor)]
         self.maps: list[dict[int, Any]] = [{} for _ in self.described]
+        self._lock = threading.Lock()
         self._run, self.start, see = copy.copy(run), run.launch, self._see
         if isinstance(run.launch, types.FunctionType):
             closure: Any = run.launch.__closure__
@@ -156,13 +157,14 @@ class Launched:
 
         A map consists of the address and of what is the same in all calls of a plan.
         """
-        for place, at in zip(self.described, addresses, strict=True):
-            place.at = at
-        made = [x for x in leaves(self._made()) if is_map(x)]
-        for kept, at, each in zip(self.maps, addresses, made, strict=True):
-            if len(kept) >= MAX_MAPS:
-                kept.clear()
-            kept[at] = each
+        with self._lock:  # the places are those of all threads
+            for place, at in zip(self.described, addresses, strict=True):
+                place.at = at
+            made = [x for x in leaves(self._made()) if is_map(x)]
+            for kept, at, each in zip(self.maps, addresses, made, strict=True):
+                if len(kept) >= MAX_MAPS:
+                    kept.clear()
+                kept[at] = each
         return made
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gptfast.ops.sampling import SAMPLING_STREAM, Sampling
 from gptfast.ops.triton.launch import block_of, cdiv, kernel
-from gptfast.ops.triton.overlap import let_successor_start, overlap, wait_for_predecessor, when
+from gptfast.ops.triton.overlap import let_successor_start, overlap, wait_for_predecessor
 from gptfast.ops.triton.tiles import LN2, LOG2E
 
 HELD, BLOCK = 1024, 4096  # columns that stay; columns at once of a longer row
@@ -341,7 +341,7 @@ def sample(
     if progress is not None:
         where = progress.tokens, progress.lengths, progress.offsets, progress.limits, progress.text
         capacity, block_size = progress.text.shape[1], progress.block_size
-    seen, starts = seen if kind.penalty else None, overlap(when(R))
+    seen, starts = seen if kind.penalty else None, overlap(R)
     scores, counts, parts = None, None, cdiv(vocab_size, BLOCK)
     if not held:
         scores = logits.new_empty(R, 3, parts)

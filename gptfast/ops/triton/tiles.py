@@ -245,10 +245,10 @@ def _normal(u):
     """Phi(u), the normal distribution, and its density, by one exponential for both.
 
     Phi(-|u|) = t P(t) exp(-u^2 / 2) with t = 1 / (1 + 0.28 |u|), the form of Hastings' erf
-    (Abramowitz and Stegun 7.1.26); P was fitted by least squares, to an error of 1e-8. An epilogue
+    (Abramowitz and Stegun 7.1.26); P was fitted by least squares, to an error of 2e-8. An epilogue
     is bound by its instructions, and tl.erf takes twice as many.
     """
-    t = _reciprocal(1.0 + 0.28 * tl.abs(u))
+    t = _reciprocal(1.0 + 0.28 * tl.minimum(tl.abs(u), 1e18))  # an infinite one would give NaN
     power = tl.exp2(-0.7213475204444817 * u * u)
     p = 0.38987116 - 0.10580753 * t
     p = p * t - 0.23698896
