@@ -31,7 +31,8 @@ from gptfast.ops.sampling import Sampling
 pytest.importorskip("triton")
 from gptfast.generation import device_loop  # noqa: E402
 from gptfast.ops.triton.decode import fill_cache, next_windows  # noqa: E402
-from gptfast.ops.triton.few_rows import Append, Embedding, few_rows_linear, tile_of  # noqa: E402
+from gptfast.ops.triton.few_rows import Append, Embedding, few_rows_linear  # noqa: E402
+from gptfast.ops.triton.few_rows_tile import tile_of  # noqa: E402
 from gptfast.ops.triton.int8 import round_to_int8  # noqa: E402
 from gptfast.ops.triton.sampling import kind_of  # noqa: E402
 from gptfast.ops.triton.slots import FIELDS, start_slots  # noqa: E402

@@ -25,7 +25,7 @@ from gptfast.ops.sampling import Sampling
 from gptfast.ops.triton.decode import decode_attention, fill_cache, next_windows
 from gptfast.ops.triton.few_rows import Append, Embedding, few_rows_linear
 from gptfast.ops.triton.sampling import Kind, Progress, numbers_of, sample
-from gptfast.ops.triton.slots import FIELDS, start_slots
+from gptfast.ops.triton.slots import COLUMNS, FIELDS, start_slots
 
 MOST_STEPS = 128  # to be queued before a look
 FLIGHTS = 3  # queued results that may be unread at once
@@ -149,7 +149,7 @@ class Decoder:
         """Gives slots to sequences, and fills their caches for all tokens but the last."""
         slots, texts, lengths, offsets, *rest = starts
         n = len(slots)
-        begins = 7 * n + np.cumsum(lengths) - lengths
+        begins = len(COLUMNS) * n + np.cumsum(lengths) - lengths
         given = self._uploaded(slots, begins, lengths, offsets, *rest, texts)
         start_slots(given, n, self._state, self._progress.text, self._seen)
         if self.shape.config.attention:

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from gptfast.ops.int8 import Int8Weight
 from gptfast.ops.reference import LAYER_NORM_EPS
-from gptfast.ops.triton import launch
-from gptfast.ops.triton.launch import INTERPRETED, block_of, cdiv, copies_tiles, kernel, precision
+from gptfast.ops.triton.few_rows_tile import Tile, tile_of
+from gptfast.ops.triton.launch import cdiv, kernel, precision
 from gptfast.ops.triton.overlap import (
     let_successor_start,
     overlap,
@@ -32,15 +32,8 @@ from gptfast.ops.triton.overlap import (
 )
 from gptfast.ops.triton.tiles import gelu
 
-UNIT = 32  # a slice's length is a multiple of it
-SMALL = 1 << 20  # elements of a weight that many small tiles read from the L2 cache
-SIZES = (64, 32), (32, 32), (32, 16), (16, 16)  # rows and columns of a tile
-VOCABULARY_SIZES = (64, 64), *SIZES  # whose tiles take most registers
-PROGRAMS = 120  # enough for every multiprocessor; the larger of the tiles that make as many
 BLOCK = 128  # columns of x at once for LayerNorm's statistics; a thread has 16 bytes of them
 NORM_ROWS = 4  # rows of a program of one warp
-AT_ONCE_BYTES = 80 * 1024  # of a program's operands, which need not be loaded step by step
-STAGE_BYTES = 32 * 1024  # of operands, else
 
 
 class Embedding(NamedTuple):
@@ -306,48 +299,6 @@ def few_rows_kernel(
         head = (row[:, None] * 2 + kind[None, :] - 1) * H + (column // D)[None, :]
         at = (head * capacity + place[:, None]) * D + (column % D)[None, :]
         tl.store(cache + at, out, mask=inside & (n >= C)[None, :] & runs[:, None])
-
-
-class Tile(NamedTuple):
-    """Sizes of a tile. A row's bits depend on LENGTH, SLICES and, in float32, BK."""
-
-    BM: int
-    BN: int
-    BK: int
-    LENGTH: int  # of a slice of K
-    SLICES: int
-    AT_ONCE: bool
-    num_warps: int  # a multiple of SLICES
-    num_stages: int
-
-
-def tile_of(M: int, N: int, K: int, itemsize: int, few_bits: bool = False) -> Tile:
-    """Returns the tile for M rows; what the bits depend on follows from K and the dtype alone."""
-    slices = 4 if K <= 1024 else 8
-    length = cdiv(K, slices * UNIT) * UNIT
-    early, at_once = copies_tiles(), False  # whether kernels can start early
-    if M > 16 and (M > 128 or N * K > SMALL):
-        sizes = SIZES if N < 8192 else VOCABULARY_SIZES
-        enough = (each for each in sizes if cdiv(M, each[0]) * cdiv(N, each[1]) >= PROGRAMS)
-        rows, columns = next(enough, SIZES[-1])
-        if itemsize == 4:  # whose operands take three times as many registers
-            rows, columns = min(rows, 32), min(columns, 32)
-    else:
-        rows, columns = 16, 32 if N >= 8192 else 8 if K > 1024 and early else 16
-        alone = 1 if M == 1 else 16
-        at_once = early and (alone + columns) * K * itemsize <= AT_ONCE_BYTES * 2 // itemsize
-        rows = alone if at_once else 16
-    if INTERPRETED:  # whose time is that of the number of programs
-        columns = 128
-    both = (rows + columns) * itemsize
-    # In 2-byte dtypes BK is free: the sum goes on 16 columns at a time in any case.
-    deepest = UNIT if itemsize == 4 else min(128, block_of(STAGE_BYTES // (both * slices) + 1) // 2)
-    if few_bits:  # their order of sums repeats every 32 columns
-        deepest = max(deepest, UNIT)
-    stages = 3 if launch.shared_limit() > launch.MIN_SHARED else 1
-    return Tile(
-        rows, columns, min(length & -length, deepest), length, slices, at_once, slices, stages
-    )
 
 
 def few_rows_linear(
