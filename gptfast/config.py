@@ -10,8 +10,17 @@ from gptfast.errors import ConfigError
 
 Precision = Literal["fp32", "bf16"]
 PRECISIONS = ("fp32", "bf16")
-GRAPHS = ("auto", "off")
-COUNTS = ("batch_size", "steps", "epochs", "eval_every", "eval_tokens", "save_every", "threads")
+CHOICES = {  # of fields of TrainConfig
+    "precision": PRECISIONS,
+    "graph": ("auto", "off"),
+    "schedule": ("constant", "cosine", "linear", "wsd"),
+    "decayed": ("all", "matrices"),
+    "parallel": ("ddp", "fsdp"),
+}
+COUNTS = (  # fields of TrainConfig that are positive, or None where that is their default
+    *("batch_size", "accumulation_steps", "steps", "epochs", "eval_every", "eval_tokens"),
+    *("save_every", "threads", "patience", "decay_steps"),
+)
 
 if TYPE_CHECKING:
     VocabSize = Any  # a model's config always has an int: its readers need no check for None
@@ -98,15 +107,30 @@ class TrainConfig:
         ConfigError: A field has a wrong value.
     """
 
-    lr: float = 1e-3  # AdamW's learning rate, the same in all steps
+    lr: float = 1e-3  # AdamW's learning rate, the largest of the schedule
+    # after the warm-up lr stays (constant), falls to min_lr along half a cosine or a line until the
+    # last step, or stays and falls along a line in the last decay_steps (wsd)
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "constant"
+    warmup_steps: int = 0  # steps in which the learning rate first grows along a line up to lr
+    min_lr: float = 0.0  # the learning rate of the last step, unless the schedule is constant
+    decay_steps: int | None = None  # of wsd; None: a tenth of the run's steps
     clip: float | None = None  # the gradient's largest norm; None does not clip
-    weight_decay: float = 0.01  # AdamW's, on all parameters
+    weight_decay: float = 0.01  # AdamW's
+    # what decays: all parameters, or matrices and embeddings alone, not biases and norms
+    decayed: Literal["all", "matrices"] = "all"
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW's
-    batch_size: int = 64  # B, windows per step
+    label_smoothing: float = 0.0  # the part of the target's probability that all tokens share
+    # of the running mean of the weights, e.g. 0.999, which is what is evaluated and saved
+    ema: float | None = None  # None: there is none
+    batch_size: int = 64  # B, windows per step, of all processes and accumulated parts together
+    accumulation_steps: int = 1  # parts of a batch, one after the other, which saves memory
+    recompute: bool = False  # compute each block again in the backward pass, which saves memory
     steps: int | None = None  # so many steps, on windows drawn at random; wins over epochs
     epochs: int | None = None  # without steps: so many passes over all windows, each in a new order
     eval_every: int | None = None  # steps; None: after each epoch, or at the end where steps is set
     eval_tokens: int | None = None  # held-out tokens that all evaluations but the last read at most
+    patience: int | None = None  # end after so many evaluations without a better loss; None: never
+    sample: str | None = None  # at each evaluation, continue this text and show what comes
     save_every: int | None = None  # steps; None: at evaluations, at the end and by save_minutes
     save_minutes: float | None = 10.0  # at most so long without a save; None: see save_every
     seed: int = 1  # of the initial weights, the windows and the dropout masks
@@ -116,16 +140,27 @@ class TrainConfig:
     threads: int | None = None  # of torch while the run lasts; None leaves torch's number
     # auto: on a GPU each step is one CUDA graph, where the model allows it; off: never
     graph: Literal["auto", "off"] = "auto"
+    # of several processes: each has the whole model (ddp), or a part of each weight (fsdp)
+    parallel: Literal["ddp", "fsdp"] = "ddp"
 
     def __post_init__(self) -> None:
         for name in COUNTS:
-            if name == "batch_size" or getattr(self, name) is not None:
+            default = self.__dataclass_fields__[name].default
+            if default is not None or getattr(self, name) is not None:
                 object.__setattr__(self, name, _positive(name, getattr(self, name)))
-        _check_number("lr", self.lr, above=0.0)
-        if self.clip is not None:
-            _check_number("clip", self.clip, above=0.0)
-        if self.save_minutes is not None:
-            _check_number("save_minutes", self.save_minutes, above=0.0)
+        warmup = as_int(self.warmup_steps)
+        if warmup is None or warmup < 0:
+            raise ConfigError(
+                f"warmup_steps must be a whole number, at least 0, got {self.warmup_steps!r}"
+            )
+        object.__setattr__(self, "warmup_steps", warmup)
+        for name in ("lr", "clip", "save_minutes"):
+            if name == "lr" or getattr(self, name) is not None:
+                _check_number(name, getattr(self, name), above=0.0)
+        _check_number("min_lr", self.min_lr, least=0.0, most=self.lr)
+        _check_number("label_smoothing", self.label_smoothing, least=0.0, below=1.0)
+        if self.ema is not None:
+            _check_number("ema", self.ema, above=0.0, below=1.0)
         _check_number("weight_decay", self.weight_decay, least=0.0)
         _check_number("text_fraction", self.text_fraction, above=0.0, most=1.0)
         _check_number("val_fraction", self.val_fraction, least=0.0, below=1.0)
@@ -135,10 +170,18 @@ class TrainConfig:
         # A list, as JSON gives it, would not be hashable.
         object.__setattr__(self, "betas", tuple(self.betas))
         object.__setattr__(self, "seed", check_seed(self.seed))
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
-        if self.graph not in GRAPHS:
-            raise ConfigError(f"graph must be one of {GRAPHS}, got {self.graph!r}")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        if self.recompute not in (True, False):
+            raise ConfigError(f"recompute must be True or False, got {self.recompute!r}")
+        if self.sample is not None and not (isinstance(self.sample, str) and self.sample):
+            raise ConfigError(f"sample must be a text of at least a character, got {self.sample!r}")
+        if self.accumulation_steps > self.batch_size:
+            raise ConfigError(
+                f"accumulation_steps must be at most batch_size={self.batch_size}, "
+                f"got {self.accumulation_steps}"
+            )
 
 
 def _positive(name: str, value: Any) -> int:

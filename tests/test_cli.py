@@ -63,7 +63,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 def shell(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "gptfast.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "gptfast", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 
@@ -483,7 +483,7 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path):
 def test_a_signal_saves_the_run(tmp_path, text_file, name):
     out, number = tmp_path / "run", getattr(signal, name.split()[0])
     options = ["--data", text_file, "--out", out, *SMALL, "--train.steps=1000000"]
-    command = [sys.executable, "-m", "gptfast.cli", "train", "abc", "--train.eval-every=5"]
+    command = [sys.executable, "-m", "gptfast", "train", "abc", "--train.eval-every=5"]
     # If a shell started the tests in the background, child processes ignore SIGINT.
     at_start = signal.SIG_IGN if "ignored" in name else signal.SIG_DFL
     process = subprocess.Popen(
@@ -590,7 +590,7 @@ def test_ctrl_c_prints_what_is_generated(capsys, monkeypatch, run_path, loop, pr
 @pytest.mark.skipif(os.name != "posix", reason="needs signals and pipes as POSIX has them")
 def test_a_closed_pipe_is_quiet(run_path):
     process = subprocess.Popen(
-        [sys.executable, "-m", "gptfast.cli", "generate", str(run_path)]
+        [sys.executable, "-m", "gptfast", "generate", str(run_path)]
         + ["--prompt", "to", "--max-new-tokens", "2000"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -26,7 +26,7 @@ ROOMS = {
     "training": ("training", BELOW_TRAINING),
     "public": ("gptfast", f"{BELOW_TRAINING} generation training"),  # the names of gptfast itself
     "info": ("info", "config ops training"),
-    "cli": ("cli", f"{BELOW_TRAINING} attention_plots generation training public info"),
+    "cli": ("cli __main__", f"{BELOW_TRAINING} attention_plots generation training public info"),
     "testing": ("testing", ""),  # for tests and benchmarks
 }
 
@@ -144,11 +144,15 @@ def test_a_circle_is_found(tmp_path: Path, inside: str) -> None:
     assert set(cycle(tmp_path)) == {"gptfast.model", "gptfast.modules"}
 
 
+COMMANDS = " ".join(
+    name_of(file, ROOT).removeprefix("gptfast.")
+    for file in (ROOT / "gptfast" / "cli" / "commands").glob("*.py")
+)
 # The modules that a statement loads: of the package, and expensive or optional ones.
 SLOW = {"torch", "triton", "matplotlib", "rich.progress", "safetensors"}
 LOADED = {
     "import gptfast": "",
-    "import gptfast.cli": "cli cli.cli cli.commands errors files",
+    "import gptfast.cli": f"cli cli.cli cli.options {COMMANDS} errors files",
     "from gptfast import GPTConfig, TrainConfig": "checks config errors",
     "import gptfast.presets": "abc_corpus checks config data errors presets torch",
 }

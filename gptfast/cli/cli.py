@@ -10,7 +10,7 @@ from typing import TypeVar
 import tyro
 
 from gptfast.cli import commands
-from gptfast.cli.commands import EXIT_INTERRUPTED, Command
+from gptfast.cli.options import EXIT_INTERRUPTED, Command
 from gptfast.errors import ConfigError, GptfastError
 
 Parsed = TypeVar("Parsed")

@@ -1,4 +1,4 @@
-"""`python -m gptfast.cli`."""
+"""`python -m gptfast`."""
 
 import sys
 

@@ -1,0 +1,115 @@
+"""`gptfast train`."""
+
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from gptfast.cli.options import (
+    EXIT_SIGNAL,
+    Command,
+    ComputeOptions,
+    File,
+    shape_of,
+    use_threads,
+)
+from gptfast.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from gptfast.presets import Preset
+    from gptfast.training import UnsavedError
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a model on a text by a preset."""
+
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]  # the run's directory
+    compute: ComputeOptions
+    data: File = None  # UTF-8 text; None: the preset's own text
+    # start from the model of a run, or of any checkpoint directory: its weights, shape, tokenizer
+    init_from: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
+    resume: bool = False  # go on with the interrupted run in DIR
+    overwrite: bool = False  # replace the run in DIR
+    plot: File = None  # draw the losses to this picture: .png, .svg or .pdf (needs matplotlib)
+
+    def source(self) -> Path | None:
+        """Returns the checkpoint whose shape the model has, None for that of the preset."""
+        if self.init_from is None and not self.resume:
+            return None
+        from gptfast.training.training import source_of
+
+        path, _ = source_of(self.init_from, self.out if self.resume else None)
+        return None if path is None else Path(path)
+
+    def fit(self, preset: "Preset", fields: dict[str, Any]) -> int:
+        """Trains by a preset with these values in all fields of its configs.
+
+        Returns:
+            0, or 128 and the number of the signal that ended the run, as 130 after Ctrl-C.
+        """
+        from gptfast.pictures import check_picture
+        from gptfast.training import UnsavedError, plots, train
+        from gptfast.training.progress import handles_ctrl_c
+
+        if self.plot is not None:  # what would fail after the training fails before it
+            check_picture(self.plot)
+        use_threads(self.compute.threads)
+        try:
+            with handles_ctrl_c():
+                result = train(
+                    preset,
+                    self.out,
+                    data=self.data,
+                    init_from=self.init_from,
+                    backend=self.compute.backend,
+                    device=self.compute.device,
+                    resume=self.resume,
+                    overwrite=self.overwrite,
+                    **fields,
+                )
+        except UnsavedError as error:
+            raise _rescued(self.out, error) from error
+        if self.plot is not None and result.history:
+            plots.plot_history(result.history, self.plot)
+        if not result.interrupted:
+            print(f"saved in {self.out}")
+        return 0 if result.signal is None else EXIT_SIGNAL + result.signal
+
+
+def _rescued(out: Path, error: "UnsavedError") -> CheckpointError:
+    """Saves the model of a run, whose directory does not take it, in another one, and says so."""
+    from gptfast import checkpoint
+
+    why = f"{out}: the last save failed ({error.__cause__})"
+    try:
+        place = tempfile.mkdtemp(prefix="gptfast-")
+        checkpoint.save(error.result.model, error.result.tokenizer, place)
+    except (OSError, CheckpointError) as again:
+        return CheckpointError(f"{why}, and so did one elsewhere ({again})")
+    return CheckpointError(f"{why}; the trained model is saved in {place}")
+
+
+def train_preset(preset: "Preset", source: Path | None) -> type[Command]:
+    """Makes the command that trains a preset, whose configs are the defaults of the options.
+
+    Args:
+        preset: The preset.
+        source: The checkpoint whose shape the model has, see `Train.source`; None: the preset's.
+    """
+    from gptfast.config import GPTConfig, TrainConfig
+
+    shape = preset.model if source is None else shape_of(source)
+
+    @dataclass(frozen=True)
+    class TrainPreset(Train):
+        model: GPTConfig = shape
+        train: TrainConfig = preset.train
+
+        def run(self) -> int:
+            return self.fit(preset, asdict(self.model) | asdict(self.train))
+
+    TrainPreset.__doc__ = f"{Train.__doc__}\n\n{preset.name}: {preset.help}."
+    return TrainPreset

@@ -1,0 +1,81 @@
+"""What the commands share: types of options, threads, models from checkpoints.
+
+Nothing that loads torch is imported before a command runs, so that help comes at once.
+"""
+
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+
+import tyro
+
+from gptfast.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from gptfast.config import GPTConfig
+    from gptfast.model import GPT
+    from gptfast.tokenizer import CharTokenizer
+
+EXIT_SIGNAL = 128  # and the number of the signal that ended it
+EXIT_INTERRUPTED = EXIT_SIGNAL + signal.SIGINT
+
+Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
+File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
+Count = Annotated[int | None, tyro.conf.arg(metavar="N")]
+Fraction = Annotated[float | None, tyro.conf.arg(metavar="P")]
+Texts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")]
+
+
+class Command(Protocol):
+    """What the command line needs of a command."""
+
+    def run(self) -> int:
+        """Does the work and returns the exit code."""
+        ...
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How it computes."""
+
+    threads: Count = None  # CPU threads; None: as many as can run at once
+    # fused: the kernels; reference: plain torch; auto: the kernels where they can run
+    backend: Literal["auto", "fused", "reference"] = "auto"
+    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "cpu"  # or cuda, as torch names it
+
+
+ComputeOptions = Annotated[Compute, tyro.conf.OmitArgPrefixes]
+
+
+def use_threads(threads: int | None) -> None:
+    """Sets torch's number of threads; None takes as many as can run at once."""
+    import torch
+
+    from gptfast.threads import check_threads, use_usable_threads
+
+    if threads is None:
+        use_usable_threads()
+    else:
+        torch.set_num_threads(check_threads("--threads", threads))
+
+
+def load_text_model(path: Path, compute: Compute | None = None) -> "tuple[GPT, CharTokenizer]":
+    """Loads a checkpoint that must have a tokenizer, and chooses how its model computes."""
+    from gptfast import checkpoint
+
+    device = "cpu" if compute is None else compute.device
+    model, tokenizer = checkpoint.load(path, device)
+    if tokenizer is None:
+        raise CheckpointError(f"{path}: the checkpoint has no tokenizer, so it cannot take text")
+    if compute is not None:
+        model.backend = compute.backend
+    return model, tokenizer
+
+
+def shape_of(path: Path) -> "GPTConfig":
+    """The shape of a checkpoint's model."""
+    from gptfast import checkpoint
+    from gptfast.config import GPTConfig
+
+    return GPTConfig.from_dict(checkpoint.read_config(path)["config"])
