@@ -29,7 +29,7 @@ from gptfast.files import write_atomic
 from gptfast.integrity import load_sealed, reading, save_sealed
 from gptfast.model import GPT
 from gptfast.storable import mismatch, stored_config
-from gptfast.tokenizer import CharTokenizer
+from gptfast.tokenizer import Tokenizer
 from gptfast.training.lock import locked
 
 HISTORY_NAME = "history.jsonl"
@@ -178,7 +178,7 @@ class RunDirectory:
     def save(
         self,
         model: GPT,
-        tokenizer: CharTokenizer | None,
+        tokenizer: Tokenizer | None,
         config: TrainConfig,
         state: RunState,
         resumable: dict[str, Any],
