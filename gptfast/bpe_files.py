@@ -144,8 +144,8 @@ def _from_pair(folder: Path) -> str:
         if vocabulary.is_file() and merges.is_file():
             break
     else:
-        names = " or ".join((JSON_NAME, *(" with ".join(pair) for pair in PAIRS)))
-        raise DataError(f"{folder}: no tokenizer, it has no {names}")
+        files = " or ".join((JSON_NAME, *(" with ".join(pair) for pair in PAIRS)))
+        raise DataError(f"{folder}: no tokenizer, it has no {files}")
     try:
         ids = json.loads(_read(vocabulary))
         end = ids.get(END_OF_TEXT)
