@@ -28,7 +28,9 @@ def quick(out=None, **options):
 
 def numbers(history):
     """What of a history does not depend on time."""
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "seconds")} for row in history]
+    return [
+        {k: v for k, v in row.items() if k not in ("tokens_per_s", "seconds")} for row in history
+    ]
 
 
 def samples_in(path):
@@ -84,31 +86,35 @@ def test_a_callback_that_watches_changes_nothing(tmp_path):
 
 def test_a_callback_can_end_the_run(tmp_path):
     def act(what, run):
-        if what == "step" and run.state.step == 3:
-            run.stop()
+        if what == "step" and run.state.step == 1:
+            run.stop()  # the second one is under way
 
     result = quick(tmp_path / "run", callbacks=[Notes(act)])
-    assert result.signal is None
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["extra"]["step"] == 3
+    assert result.signal is None and not result.interrupted
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["extra"]["step"] == 2
     again = quick(tmp_path / "run", resume=True)
     assert numbers(again.history) == numbers(quick().history)
 
 
-@pytest.mark.parametrize("where, ended", [("start", ["end0", None]), ("step", ["end1", "end1"])])
+@pytest.mark.parametrize(
+    "where, ended", [("start", ["end0", "start0"]), ("step", ["end1", "end1"])]
+)
 def test_an_error_ends_the_run_and_every_callback_that_has_begun(where, ended):
     errors = []
 
     def act(what, run):
         if what == where:
             raise OSError("full")
+
+    def note_error(what, run):
         if what == "end":
             errors.append(run.error)
 
-    first, second = Notes(act), Notes()
+    first, second = Notes(note_error), Notes(act)
     with pytest.raises(OSError, match="full"):
         quick(callbacks=[first, second])
-    last = [each.calls[-1] if each.calls else None for each in (first, second)]
-    assert last == ended and str(errors[0]) == "full"
+    assert [each.calls[-1] for each in (first, second)] == ended
+    assert str(errors[0]) == "full"
 
 
 # ---- samples
@@ -119,7 +125,7 @@ def test_samples_are_kept_and_shown(tmp_path, capsys):
     samples = samples_in(tmp_path / "run")
     assert [each["step"] for each in samples] == [2, 4, 6]
     assert {each["prompt"] for each in samples} == {"AB"}
-    assert all(len(each["text"]) == 200 for each in samples)
+    assert all(150 < len(each["text"]) <= 200 for each in samples)
     assert f"AB{samples[-1]['text']}" in capsys.readouterr().err
 
 
@@ -195,8 +201,9 @@ def test_the_bar_shows_the_part_of_the_peak(capsys):
 
 def test_the_bar_is_updated_few_times_a_second(monkeypatch):
     shown = []
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: 1000.0 + 0.03 * len(asked))
     asked = []
+    clock = SimpleNamespace(perf_counter=lambda: 1000.0 + 0.03 * len(asked))
+    monkeypatch.setattr(progress, "time", clock)
 
     class Bar(progress.ProgressBar):
         def on_step(self, run):

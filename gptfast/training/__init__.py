@@ -8,6 +8,7 @@ from gptfast.training.trainer import Evaluation, Trainer, evaluate
 from gptfast.training.training import held_out, split, train
 from gptfast.training.watching.sampler import Sampler
 from gptfast.training.watching.tensorboard import TensorBoard
+from gptfast.training.watching.tracker import Tracker
 from gptfast.training.watching.wandb import WandB
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "TrainConfig",
     "TrainError",
     "TrainResult",
+    "Tracker",
     "Trainer",
     "UnsavedError",
     "WandB",

@@ -63,11 +63,12 @@ class ProgressBar(Callback):
         self._show(run, row["train_loss"], row["tokens_per_s"])
 
     def on_end(self, run: "Loop") -> None:
-        """Takes the bar away; says where a run that was interrupted is kept."""
+        """Ends the bar; says where a run that was interrupted is kept."""
         state = run.state
-        self._bar.update(self._task, completed=state.step)
+        if run.error is None:
+            self._bar.update(self._task, completed=state.step)
         self._bar.stop()
-        if state.step < run.total:
+        if run.error is None and run.interrupted:
             kept = "nothing was saved"
             if run.path is not None:
                 kept = f"saved in {run.path}; resume goes on from there"

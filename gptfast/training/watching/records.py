@@ -30,10 +30,12 @@ class Records(Callback):
 
     def on_end(self, run: "Loop") -> None:
         """Draws the losses, once there are two evaluations."""
-        rows = run.state.history
-        if run.path is None or len(rows) < 2 or importlib.util.find_spec("matplotlib") is None:
+        rows, path = run.state.history, run.path
+        if path is None or run.error is not None or len(rows) < 2:
+            return
+        if importlib.util.find_spec("matplotlib") is None:
             return
         try:
-            plot_history(rows, run.path / PLOT_NAME, title=run.path.absolute().name)
+            plot_history(rows, path / PLOT_NAME, title=path.absolute().name)
         except Exception as error:  # a run does not fail for a picture
-            run.warn(f"{run.path / PLOT_NAME}: cannot be drawn ({error})")
+            run.warn(f"{path / PLOT_NAME}: cannot be drawn ({error})")

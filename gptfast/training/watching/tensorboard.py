@@ -40,9 +40,11 @@ class TensorBoard(Tracker):
 
     def on_start(self, run: "Loop") -> None:
         """Opens the file of events."""
-        if self._directory is None and run.path is None:
-            raise ConfigError("TensorBoard needs a directory: the run's (out) or its own")
-        directory = self._directory or run.path / FOLDER_NAME
+        directory = self._directory
+        if directory is None:
+            if run.path is None:
+                raise ConfigError("TensorBoard needs a directory: the run's (out) or its own")
+            directory = run.path / FOLDER_NAME
         if run.state.step == 0:
             for file in directory.glob(EVENTS):
                 file.unlink()
