@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gptfast import GPT, Callback, ConfigError, DataError, GPTConfig, TrainConfig, data
+from gptfast import (
+    GPT,
+    Callback,
+    ConfigError,
+    DataError,
+    GPTConfig,
+    TrainConfig,
+    data,
+    generate,
+)
 from gptfast.cli import main
 from gptfast.presets import Preset
 from gptfast.training import Sampler, TensorBoard, Tracker, WandB, run, train
@@ -84,18 +93,6 @@ def test_a_callback_that_watches_changes_nothing(tmp_path):
     assert numbers(watched.history) == numbers(quick().history)
 
 
-def test_a_callback_can_end_the_run(tmp_path):
-    def act(what, run):
-        if what == "step" and run.state.step == 1:
-            run.stop()  # the second one is under way
-
-    result = quick(tmp_path / "run", callbacks=[Notes(act)])
-    assert result.signal is None and not result.interrupted
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["extra"]["step"] == 2
-    again = quick(tmp_path / "run", resume=True)
-    assert numbers(again.history) == numbers(quick().history)
-
-
 @pytest.mark.parametrize(
     "where, ended", [("start", ["end0", "start0"]), ("step", ["end1", "end1"])]
 )
@@ -138,6 +135,21 @@ def test_samples_go_on_with_the_run(tmp_path):
     assert samples_in(tmp_path / "run") == samples_in(tmp_path / "whole")
     quick(tmp_path / "run", overwrite=True)
     assert not (tmp_path / "run" / run.SAMPLES_NAME).exists()
+
+
+def test_a_sample_is_what_generate_gives(tmp_path):
+    """With the kernels and with the reference, whose model is in training mode then."""
+    result = quick(tmp_path / "fused", sample="AB", ema=0.5)
+    [own] = generate(
+        result.model, ["AB"], tokenizer=result.tokenizer, max_new_tokens=200, temperature=0.8
+    )
+    assert samples_in(tmp_path / "fused")[-1]["text"] == own.text
+    state = torch.get_rng_state()
+    quick(tmp_path / "reference", sample="AB", ema=0.5, steps=2, backend="reference")
+    assert (
+        samples_in(tmp_path / "reference")[0]["text"] == (samples_in(tmp_path / "fused")[0]["text"])
+    )
+    assert bool((torch.get_rng_state() == state).all())
 
 
 def test_a_sample_needs_a_text_that_the_tokenizer_knows(tmp_path):
