@@ -95,7 +95,8 @@ def _help() -> str:
 def _train_help() -> str:
     from gptfast.presets import PRESETS
 
-    rows = [f"  {preset.name:<13}{preset.help}" for preset in PRESETS.values()]
+    width = max(map(len, PRESETS)) + 2
+    rows = [f"  {preset.name:<{width}}{preset.help}" for preset in PRESETS.values()]
     return "\n".join(
         [
             "usage: gptfast train PRESET --out DIR [OPTIONS]",
