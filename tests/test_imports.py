@@ -16,7 +16,7 @@ BELOW_TRAINING = "errors pictures config ops data model checkpoint"
 ROOMS = {
     "errors": ("errors checks files", ""),
     "pictures": ("pictures", "errors"),
-    "config": ("config threads", "errors"),
+    "config": ("config run_file threads", "errors"),
     "ops": ("ops", "errors"),
     "data": ("abc_corpus data presets tokenizer", "errors config"),
     "model": ("course heads initial model modules plain", "errors config ops"),
