@@ -74,7 +74,9 @@ def test_help_names_every_command(capsys):
         assert re.search(rf"^  {name} +\w", out, re.M), name
 
 
-@pytest.mark.parametrize("name", ["demo", "data", "train abc", "eval", "generate", "inspect"])
+@pytest.mark.parametrize(
+    "name", ["demo", "data", "train abc", "eval", "generate", "inspect", "reproduce"]
+)
 def test_every_option_has_a_help_text(capsys, name):
     assert cli.main([*name.split(), "--help"]) == 0
     out = capsys.readouterr().out

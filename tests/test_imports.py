@@ -26,7 +26,11 @@ ROOMS = {
     "training": ("training", BELOW_TRAINING),
     "public": ("gptfast", f"{BELOW_TRAINING} generation training"),  # the names of gptfast itself
     "info": ("info", "config ops training"),
-    "cli": ("cli __main__", f"{BELOW_TRAINING} attention_plots generation training public info"),
+    "reproduction": ("reproduction", f"{BELOW_TRAINING} generation training info"),
+    "cli": (
+        "cli __main__",
+        f"{BELOW_TRAINING} attention_plots generation training public info reproduction",
+    ),
     "testing": ("testing", ""),  # for tests and benchmarks
 }
 
