@@ -142,6 +142,7 @@ class Trainer:
                 "there is nothing to train: all parameters of the model are frozen (requires_grad "
                 "is False)"
             )
+        gpt.recompute = bool(config.recompute)
         self.names, self.parameters = list(trained), list(trained.values())
         self.optimizer = AdamW(
             self.parameters,
@@ -233,11 +234,14 @@ class Trainer:
         self, idx: Tensor, targets: Tensor, key: Tensor | None, weight: Tensor | None
     ) -> Tensor:
         """Adds the gradients of a part's loss times `weight` (None: 1); returns the loss itself."""
+        options: dict[str, Any] = {"seed": key}
+        if self.config.label_smoothing:  # which a loss of the user's own need not know
+            options["label_smoothing"] = self.config.label_smoothing
         with _autocast(self.device, self.config.precision):
             if self.model is self.gpt:
-                loss = self.gpt.loss(idx, targets, seed=key)
+                loss = self.gpt.loss(idx, targets, **options)
             else:
-                loss = self.model(idx, targets=targets, seed=key)
+                loss = self.model(idx, targets=targets, **options)
         if weight is None:
             weight = one(loss.device) if loss.dtype == torch.float32 else None
         loss.backward(weight if weight is None else weight.to(loss.dtype))
