@@ -18,6 +18,21 @@ Unknown = Literal["error", "skip"]
 
 
 @dataclass(frozen=True)
+class Place:
+    """A place in a text, as errors name it."""
+
+    position: int = 0  # characters before it
+    line: int = 1
+    column: int = 1
+
+    def after(self, text: str) -> "Place":
+        """The place behind `text`, which starts here."""
+        lines = text.count("\n")
+        column = len(text) - text.rfind("\n") if lines else self.column + len(text)
+        return Place(self.position + len(text), self.line + lines, column)
+
+
+@dataclass(frozen=True)
 class CharTokenizer:
     """Maps characters to ids and back: `chars[i]` has id `i + 1`, and id 0 is `<PAD>`.
 
@@ -82,7 +97,20 @@ class CharTokenizer:
             return ids
         if unknown == "skip":
             return ids[known]
-        raise DataError(_unknown_message(text, int(np.argmin(known)), self.vocab_size))
+        position = int(np.argmin(known))
+        raise self.unknown_character(text[position], Place().after(text[:position]))
+
+    def first_unknown(self, text: str) -> int | None:
+        """Returns the position of the first character outside the vocabulary, if there is one."""
+        known = set(self.chars)
+        return next((i for i, char in enumerate(text) if char not in known), None)
+
+    def unknown_character(self, char: str, place: Place) -> DataError:
+        """Returns the error that says that a text has a character outside the vocabulary."""
+        return DataError(
+            f"character {char!r} at position {place.position} (line {place.line}, column "
+            f"{place.column}) is not in the vocabulary of {len(self.chars)} characters"
+        )
 
     def encode(self, text: str, unknown: Unknown = "error") -> list[int]:
         """Returns the ids of the characters of `text`.
@@ -143,12 +171,3 @@ class CharTokenizer:
         if points is None and isinstance(chars, str):
             return cls(tuple(chars))
         raise DataError("expected a tokenizer of the form {'kind': 'char', 'code_points': [...]}")
-
-
-def _unknown_message(text: str, position: int, vocab_size: int) -> str:
-    line = text.count("\n", 0, position) + 1
-    column = position - (text.rfind("\n", 0, position) + 1) + 1
-    return (
-        f"character {text[position]!r} at position {position} (line {line}, column {column}) "
-        f"is not in the vocabulary of {vocab_size - 1} characters"
-    )

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,7 +89,7 @@ class Loop:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.epoch_start = self.generator.get_state()
         self.windows = data.EpochWindows(
-            train_ids.to(trainer.device),
+            data.placed(train_ids, trainer.device),
             trainer.gpt.config.block_size,
             config.batch_size,
             self.generator,
@@ -165,7 +164,7 @@ class Loop:
         done = self.state.step % len(windows)
         while True:
             self.epoch_start = self.generator.get_state()
-            yield from islice(windows.starts(), done, None)
+            yield from windows.starts(done)
             done = 0
 
     def _evaluate(self) -> Row:

@@ -24,6 +24,7 @@ import torch
 
 from gptfast import checkpoint
 from gptfast.config import GPTConfig, TrainConfig
+from gptfast.data import as_int64
 from gptfast.errors import CheckpointError, ConfigError
 from gptfast.files import write_atomic
 from gptfast.integrity import load_sealed, reading, save_sealed
@@ -35,6 +36,7 @@ from gptfast.training.lock import locked
 HISTORY_NAME = "history.jsonl"
 STATE_NAME = "training_state.pt"
 LOCK_NAME = ".lock"
+HASHED_AT_ONCE = 2**20  # tokens
 FILES = (STATE_NAME, HISTORY_NAME, checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME)
 FORMAT = "gptfast-training-state"
 VERSION = 2  # added the checksum and the run's id; version 1 is still read
@@ -329,11 +331,13 @@ def _other_moments(resumable: dict[str, Any], model: GPT) -> str | None:
 
 
 def fingerprint(*parts: torch.Tensor | None) -> str:
-    """The sha256 of token sequences, by which a resumed run knows its text again."""
+    """The sha256 of token sequences as int64, by which a resumed run knows its text again."""
     sha = hashlib.sha256()
     for part in parts:
-        tokens = b"" if part is None else part.cpu().numpy().tobytes()
-        sha.update(len(tokens).to_bytes(8, "little") + tokens)
+        ids = torch.empty(0, dtype=torch.int64) if part is None else part
+        sha.update((8 * len(ids)).to_bytes(8, "little"))
+        for some in ids.split(HASHED_AT_ONCE):
+            sha.update(as_int64(some.cpu()).numpy().tobytes())
     return sha.hexdigest()
 
 
