@@ -17,6 +17,10 @@ PAD_ID = 0
 Unknown = Literal["error", "skip"]
 
 
+class UnknownCharacterError(DataError):
+    """A text has a character outside the vocabulary."""
+
+
 @dataclass(frozen=True)
 class Place:
     """A place in a text, as errors name it."""
@@ -105,9 +109,9 @@ class CharTokenizer:
         known = set(self.chars)
         return next((i for i, char in enumerate(text) if char not in known), None)
 
-    def unknown_character(self, char: str, place: Place) -> DataError:
-        """Returns the error that says that a text has a character outside the vocabulary."""
-        return DataError(
+    def unknown_character(self, char: str, place: Place) -> UnknownCharacterError:
+        """Returns the error that names a character outside the vocabulary and its place."""
+        return UnknownCharacterError(
             f"character {char!r} at position {place.position} (line {place.line}, column "
             f"{place.column}) is not in the vocabulary of {len(self.chars)} characters"
         )

@@ -20,7 +20,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gptfast import checkpoint, data, files
+from gptfast import checkpoint, data, files, lock
 from gptfast.config import GPTConfig, TrainConfig
 from gptfast.errors import CheckpointError, ConfigError, DataError
 from gptfast.model import GPT
@@ -33,7 +33,6 @@ from gptfast.training import (
     UnsavedError,
     evaluate,
     held_out,
-    lock,
     loop,
     run,
     split,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gptfast.data.texts import cut, last_cut
 from gptfast.errors import DataError
-from gptfast.tokenizer import CharTokenizer, Place, Unknown
+from gptfast.tokenizer import CharTokenizer, Place, Unknown, UnknownCharacterError
 from gptfast.tokenizer import CharTokenizer as Tokenizer
 
 CHECKED = 20_000  # characters whose tokens are compared with those of two parts
@@ -47,7 +47,7 @@ def encoded(tokenizer: Tokenizer, blocks: Blocks, unknown: Unknown = "error") ->
             check_cuts(tokenizer, piece)
         try:
             ids = tokenizer.encode_tensor(piece, unknown)
-        except DataError as error:
+        except UnknownCharacterError as error:
             raise located(error, tokenizer, blocks()) from None
         parts.append(ids.numpy().astype(dtype))
     return torch.from_numpy(np.concatenate(parts or [np.zeros(0, dtype)]))
@@ -67,12 +67,12 @@ def check_cuts(tokenizer: Tokenizer, text: str) -> None:
         )
 
 
-def located(error: DataError, tokenizer: Tokenizer, blocks: Iterable[str]) -> DataError:
+def located(
+    error: UnknownCharacterError, tokenizer: Tokenizer, blocks: Iterable[str]
+) -> UnknownCharacterError:
     """Returns the error of an unknown character in a piece with its place in the whole text."""
-    if not isinstance(tokenizer, CharTokenizer):
-        return error
     place = Place()
-    for block in blocks:
+    for block in blocks if isinstance(tokenizer, CharTokenizer) else ():
         position = tokenizer.first_unknown(block)
         if position is not None:
             return tokenizer.unknown_character(block[position], place.after(block[:position]))

@@ -81,11 +81,12 @@ class Loop:
         val_ids: Tensor | None,
         tokenizer: CharTokenizer | None,
         extra: dict[str, Any],
+        fingerprint: str | None,
     ) -> None:
         config = trainer.config
         self.trainer, self.config, self.directory = trainer, config, directory
         self.tokenizer, self.extra, self.val_ids = tokenizer, extra, val_ids
-        self.text = run.fingerprint(train_ids, val_ids)
+        self.text = fingerprint or run.fingerprint(train_ids, val_ids)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.epoch_start = self.generator.get_state()
         self.windows = data.EpochWindows(

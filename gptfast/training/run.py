@@ -28,10 +28,10 @@ from gptfast.data import as_int64
 from gptfast.errors import CheckpointError, ConfigError
 from gptfast.files import write_atomic
 from gptfast.integrity import load_sealed, reading, save_sealed
+from gptfast.lock import locked
 from gptfast.model import GPT
 from gptfast.storable import mismatch, stored_config
 from gptfast.tokenizer import CharTokenizer
-from gptfast.training.lock import locked
 
 HISTORY_NAME = "history.jsonl"
 STATE_NAME = "training_state.pt"

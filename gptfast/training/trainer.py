@@ -229,6 +229,7 @@ class Trainer:
         overwrite: bool = False,
         progress: bool = False,
         extra: dict[str, Any] | None = None,
+        fingerprint: str | None = None,
     ) -> TrainResult:
         """Trains for `config.steps` or `config.epochs`, with evaluations and checkpoints.
 
@@ -252,6 +253,7 @@ class Trainer:
             overwrite: replace the run in `out`.
             progress: show a progress bar and the evaluations on stderr.
             extra: JSON-serialisable values, stored in the checkpoint with those of training.
+            fingerprint: what the run knows its text by when it is resumed; None hashes all tokens.
 
         Returns:
             The model and the history, one row per evaluation: `step`, `epoch` (passes over the
@@ -274,7 +276,7 @@ class Trainer:
             check_storable(self.gpt)
         check_lengths(self.gpt.config.block_size, train_ids, val_ids)
         directory = RunDirectory(out)
-        loop = Loop(self, directory, train_ids, val_ids, tokenizer, extra or {})
+        loop = Loop(self, directory, train_ids, val_ids, tokenizer, extra or {}, fingerprint)
         self.generator.manual_seed(self.config.seed)
         self.graphs.clear()  # an earlier call's are of another text
         with _threads(self.config.threads), directory.opened(resume, overwrite):
