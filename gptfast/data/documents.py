@@ -4,8 +4,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from gptfast.data.texts import PIECE, cut, stream_text
+from gptfast.data.texts import cut, stream_text
 from gptfast.errors import DataError
+
+JOB = 2**20  # characters
 
 Part = tuple[str, bool]  # a piece of a document, and whether the document ends with it
 
@@ -90,13 +92,13 @@ def _split_lines(text: str, line: re.Pattern[str], at_start: bool) -> Iterator[s
 
 
 def jobs(parts: Iterable[Part]) -> Iterator[list[Part]]:
-    """Yields parts together, about PIECE characters at a time."""
+    """Yields parts together, about JOB characters at a time."""
     job: list[Part] = []
     size = 0
     for part in parts:
         job.append(part)
         size += len(part[0])
-        if size >= PIECE:
+        if size >= JOB:
             yield job
             job, size = [], 0
     if job:

@@ -32,8 +32,8 @@ def shuffled(
         # On a GPU the order depends on the dtype.
         dtype = torch.int32 if device.type == "cpu" else torch.int64
         table = torch.randperm(n, generator=generator, device=device, dtype=dtype)
-        for chosen in table[first:].split(batch_size):
-            yield chosen.long()
+        for start in range(first, n, batch_size):
+            yield table[start : start + batch_size].long()
         return
     permutation = Permutation(n, generator)
     step = max(1, BLOCK // batch_size) * batch_size

@@ -8,8 +8,8 @@ from typing import BinaryIO
 
 from gptfast.errors import DataError
 
-PIECE = 2**20  # bytes or characters that are read, cut or encoded at once
-MOST_UNCUT = 16 * PIECE
+PIECE = 2**17  # bytes or characters that are read, cut or encoded at once
+MOST_UNCUT = 128 * PIECE
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from gptfast.tokenizer import CharTokenizer as Tokenizer
 
 CHECKED = 20_000  # characters whose tokens are compared with those of two parts
 
+SEGMENT = 2**25  # bytes; the allocator gives so much back to the system as soon as it is freed
+
 Blocks = Callable[[], Iterable[str]]  # a text, in pieces that are cut anywhere; can be called again
 
 
@@ -20,6 +22,46 @@ def dtype_for(vocab_size: int) -> np.dtype:
     """Returns the smallest unsigned dtype, of 8, 16 or 32 bits, that holds all ids."""
     sizes = (np.uint8, np.uint16, np.uint32)
     return np.dtype(next(size for size in sizes if vocab_size - 1 <= np.iinfo(size).max))
+
+
+class Growing:
+    """An array that grows, of which no more than a segment is ever there twice.
+
+    Args:
+        dtype: its elements'.
+    """
+
+    def __init__(self, dtype: np.dtype) -> None:
+        self._dtype = dtype
+        self._full: list[np.ndarray] = []
+        self._last = self._segment()  # memory that is not written to is not taken
+        self._used = 0  # elements of the last one
+
+    def _segment(self) -> np.ndarray:
+        return np.empty(SEGMENT // self._dtype.itemsize, self._dtype)
+
+    def append(self, values: np.ndarray) -> None:
+        """Adds values, which the dtype must hold."""
+        while len(values):
+            if self._used == len(self._last):
+                self._full.append(self._last)
+                self._last, self._used = self._segment(), 0
+            some = values[: len(self._last) - self._used]
+            self._last[self._used : self._used + len(some)] = some
+            self._used += len(some)
+            values = values[len(some) :]
+
+    def whole(self) -> np.ndarray:
+        """Returns the array; the last call."""
+        if not self._full:
+            return self._last[: self._used]
+        out = np.empty(len(self._full) * len(self._last) + self._used, self._dtype)
+        out[len(out) - self._used :] = self._last[: self._used]
+        del self._last
+        for end in range(len(self._full), 0, -1):
+            segment = self._full.pop()
+            out[(end - 1) * len(segment) : end * len(segment)] = segment
+        return out
 
 
 def char_tokenizer(blocks: Iterable[str]) -> CharTokenizer:
@@ -41,16 +83,16 @@ def encoded(tokenizer: Tokenizer, blocks: Blocks, unknown: Unknown = "error") ->
             it is cut.
     """
     dtype = dtype_for(tokenizer.vocab_size)
-    parts: list[np.ndarray] = []
-    for piece in cut(blocks()):
-        if len(parts) == 1:
+    found = Growing(dtype)
+    for i, piece in enumerate(cut(blocks())):
+        if i == 1:
             check_cuts(tokenizer, piece)
         try:
             ids = tokenizer.encode_tensor(piece, unknown)
         except UnknownCharacterError as error:
             raise located(error, tokenizer, blocks()) from None
-        parts.append(ids.numpy().astype(dtype))
-    return torch.from_numpy(np.concatenate(parts or [np.zeros(0, dtype)]))
+        found.append(ids.numpy())
+    return torch.from_numpy(found.whole())
 
 
 def check_cuts(tokenizer: Tokenizer, text: str) -> None:

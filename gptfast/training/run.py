@@ -36,7 +36,7 @@ from gptfast.tokenizer import CharTokenizer
 HISTORY_NAME = "history.jsonl"
 STATE_NAME = "training_state.pt"
 LOCK_NAME = ".lock"
-HASHED_AT_ONCE = 2**20  # tokens
+HASHED_AT_ONCE = 2**17  # tokens
 FILES = (STATE_NAME, HISTORY_NAME, checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME)
 FORMAT = "gptfast-training-state"
 VERSION = 2  # added the checksum and the run's id; version 1 is still read
