@@ -18,7 +18,7 @@ ROOMS = {
     "pictures": ("pictures", "errors"),
     "config": ("config threads", "errors"),
     "ops": ("ops", "errors"),
-    "data": ("abc_corpus data presets tokenizer", "errors config"),
+    "data": ("abc_corpus bpe bpe_files data encoding presets tokenizer", "errors config"),
     "model": ("course heads initial model modules plain", "errors config ops"),
     "checkpoint": ("checkpoint integrity storable", "errors config ops data model"),
     "attention_plots": ("attention_plots", "errors pictures model"),

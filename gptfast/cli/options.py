@@ -15,7 +15,7 @@ from gptfast.errors import CheckpointError
 if TYPE_CHECKING:
     from gptfast.config import GPTConfig
     from gptfast.model import GPT
-    from gptfast.tokenizer import CharTokenizer
+    from gptfast.tokenizer import Tokenizer
 
 EXIT_SIGNAL = 128  # and the number of the signal that ended it
 EXIT_INTERRUPTED = EXIT_SIGNAL + signal.SIGINT
@@ -60,7 +60,7 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(check_threads("--threads", threads))
 
 
-def load_text_model(path: Path, compute: Compute | None = None) -> "tuple[GPT, CharTokenizer]":
+def load_text_model(path: Path, compute: Compute | None = None) -> "tuple[GPT, Tokenizer]":
     """Loads a checkpoint that must have a tokenizer, and chooses how its model computes."""
     from gptfast import checkpoint
 

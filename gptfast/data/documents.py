@@ -3,13 +3,22 @@
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from gptfast.data.texts import cut, stream_text
+from gptfast.encoding import Place
 from gptfast.errors import DataError
 
 JOB = 2**20  # characters
 
-Part = tuple[str, bool]  # a piece of a document, and whether the document ends with it
+
+class Part(NamedTuple):
+    """A piece of a document."""
+
+    text: str
+    ends: bool  # whether the document ends with it
+    document: str  # the document's name, for errors
+    start: Place  # the piece's place in the document
 
 
 def parts(
@@ -27,17 +36,19 @@ def parts(
         DataError: see `stream_text`; there is no document in the file.
     """
     blocks = stream_text(path, read)
-    found = False
+    number = 0
     for document in [blocks] if separator is None else _separated(blocks, separator):
-        held = None  # the piece before, which is the last one if no other comes
+        name = f"{path}" if separator is None else f"{path}, document {number + 1}"
+        held, start = "", Place()  # the piece before, which is the last one if no other comes
         for piece in cut(document):
-            if held is not None:
-                yield held, False
+            if held:
+                yield Part(held, False, name, start)
+                start = start.after(held)
             held = piece
-        if held is not None:
-            found = True
-            yield held, True
-    if not found:
+        if held:
+            number += 1
+            yield Part(held, True, name, start)
+    if not number:
         raise DataError(f"{path}: the file has nothing but separators")
 
 
@@ -97,7 +108,7 @@ def jobs(parts: Iterable[Part]) -> Iterator[list[Part]]:
     size = 0
     for part in parts:
         job.append(part)
-        size += len(part[0])
+        size += len(part.text)
         if size >= JOB:
             yield job
             job, size = [], 0

@@ -16,7 +16,6 @@ from typing import Any, BinaryIO
 
 from gptfast.checks import check_count
 from gptfast.data.documents import Part, jobs, parts
-from gptfast.data.texts import stream_text
 from gptfast.data.token_files import (
     FORMAT,
     META_NAME,
@@ -25,12 +24,12 @@ from gptfast.data.token_files import (
     TokenFile,
     open_tokens,
 )
-from gptfast.data.tokens import check_cuts, dtype_for, located
+from gptfast.data.tokens import check_cuts, dtype_for
+from gptfast.encoding import UnknownCharacterError
 from gptfast.errors import DataError
 from gptfast.files import write_atomic
 from gptfast.lock import locked
-from gptfast.tokenizer import CharTokenizer, UnknownCharacterError
-from gptfast.tokenizer import CharTokenizer as Tokenizer
+from gptfast.tokenizer import Tokenizer, from_dict
 
 LOCK_NAME = ".lock"
 JOBS_PER_PROCESS = 4  # that wait at most, which bounds the memory
@@ -89,8 +88,6 @@ def prepare(
         raise DataError("a process that encoded texts was ended from outside") from None
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror or error})") from error
-    except UnknownCharacterError as error:
-        raise _placed(error, paths, tokenizer) from None
     return open_tokens(out)
 
 
@@ -123,29 +120,19 @@ def pieces(
 ) -> Iterator[str]:
     """Yields all that `prepare` would encode, for a tokenizer to be made of it; see there."""
     for path in texts:
-        for text, _ in parts(Path(path), separator, read):
-            yield text
+        for part in parts(Path(path), separator, read):
+            yield part.text
 
 
 def _checked(parts: Iterator[Part], tokenizer: Tokenizer) -> Iterator[Part]:
     """Yields parts; checks the first cut within a document."""
     checked = within = False
-    for text, ends in parts:
+    for part in parts:
         if within and not checked:
-            check_cuts(tokenizer, text)
+            check_cuts(tokenizer, part.text)
             checked = True
-        within = not ends
-        yield text, ends
-
-
-def _placed(error: UnknownCharacterError, paths: Sequence[Path], tokenizer: Tokenizer) -> DataError:
-    """Returns the error of an unknown character with its file and its place there."""
-    for path in paths:
-        with suppress(DataError):  # that cannot be read a second time
-            found = located(error, tokenizer, stream_text(path))
-            if found is not error:
-                return DataError(f"{path}: {found}")
-    return error
+        within = not part.ends
+        yield part
 
 
 class _Writer:
@@ -209,7 +196,7 @@ _here: list[Tokenizer] = []  # of a process that encodes
 
 def _start(tokenizer: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's, which ends us
-    _here.append(CharTokenizer.from_dict(tokenizer))
+    _here.append(from_dict(tokenizer))
 
 
 def _encode_there(job: list[Part]) -> Encoded:
@@ -218,11 +205,15 @@ def _encode_there(job: list[Part]) -> Encoded:
 
 def _encode(tokenizer: Tokenizer, job: list[Part]) -> Encoded:
     dtype = dtype_for(tokenizer.vocab_size).newbyteorder("<")
-    end = getattr(tokenizer, "end_of_text", None)
+    end = tokenizer.end_of_text
     mark = b"" if end is None else end.to_bytes(dtype.itemsize, "little")
     content = bytearray()
-    for text, ends in job:
-        content += tokenizer.encode_tensor(text).numpy().astype(dtype).tobytes()
-        if ends:
+    for part in job:
+        try:
+            ids = tokenizer.encode_tensor(part.text)
+        except UnknownCharacterError as error:
+            raise DataError(f"{part.document}: {error.within(part.start)}") from None
+        content += ids.numpy().astype(dtype).tobytes()
+        if part.ends:
             content += mark
-    return bytes(content), len(content) // dtype.itemsize, sum(ends for _, ends in job)
+    return bytes(content), len(content) // dtype.itemsize, sum(part.ends for part in job)

@@ -19,8 +19,7 @@ from torch import Tensor
 from gptfast.data.texts import PIECE
 from gptfast.data.tokens import dtype_for
 from gptfast.errors import DataError
-from gptfast.tokenizer import CharTokenizer
-from gptfast.tokenizer import CharTokenizer as Tokenizer
+from gptfast.tokenizer import Tokenizer, from_dict
 
 TOKENS_NAME = "tokens.bin"
 META_NAME = "meta.json"
@@ -53,7 +52,7 @@ def open_tokens(path: str | Path) -> TokenFile:
     file, meta = path / TOKENS_NAME, _read_meta(path)
     try:
         dtype, tokens, documents = np.dtype(meta["dtype"]), meta["tokens"], meta["documents"]
-        tokenizer, sha256 = CharTokenizer.from_dict(meta["tokenizer"]), meta["sha256"]
+        tokenizer, sha256 = from_dict(meta["tokenizer"]), meta["sha256"]
         if dtype != dtype_for(tokenizer.vocab_size) or not isinstance(sha256, str):
             raise ValueError(f"dtype {dtype} for {tokenizer.vocab_size} ids")
         size = tokens * dtype.itemsize

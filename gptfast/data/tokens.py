@@ -1,21 +1,19 @@
 """Texts as tokens of the smallest dtype, encoded piece by piece."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gptfast.data.texts import cut, last_cut
+from gptfast.encoding import Place, Unknown, UnknownCharacterError
 from gptfast.errors import DataError
-from gptfast.tokenizer import CharTokenizer, Place, Unknown, UnknownCharacterError
-from gptfast.tokenizer import CharTokenizer as Tokenizer
+from gptfast.tokenizer import CharTokenizer, Tokenizer
 
 CHECKED = 20_000  # characters whose tokens are compared with those of two parts
 
 SEGMENT = 2**25  # bytes; the allocator gives so much back to the system as soon as it is freed
-
-Blocks = Callable[[], Iterable[str]]  # a text, in pieces that are cut anywhere; can be called again
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
@@ -72,7 +70,7 @@ def char_tokenizer(blocks: Iterable[str]) -> CharTokenizer:
     return CharTokenizer.from_text("".join(found))
 
 
-def encoded(tokenizer: Tokenizer, blocks: Blocks, unknown: Unknown = "error") -> Tensor:
+def encoded(tokenizer: Tokenizer, blocks: Iterable[str], unknown: Unknown = "error") -> Tensor:
     """Encodes a text without ever having it, or its tokens as int64, as a whole.
 
     Returns:
@@ -83,15 +81,16 @@ def encoded(tokenizer: Tokenizer, blocks: Blocks, unknown: Unknown = "error") ->
             it is cut.
     """
     dtype = dtype_for(tokenizer.vocab_size)
-    found = Growing(dtype)
-    for i, piece in enumerate(cut(blocks())):
+    found, start = Growing(dtype), Place()
+    for i, piece in enumerate(cut(blocks)):
         if i == 1:
             check_cuts(tokenizer, piece)
         try:
             ids = tokenizer.encode_tensor(piece, unknown)
         except UnknownCharacterError as error:
-            raise located(error, tokenizer, blocks()) from None
+            raise error.within(start) from None
         found.append(ids.numpy())
+        start = start.after(piece)
     return torch.from_numpy(found.whole())
 
 
@@ -107,16 +106,3 @@ def check_cuts(tokenizer: Tokenizer, text: str) -> None:
             "the tokenizer gives other tokens for a text that is cut between a word and the white "
             "space after it: it can encode no text of more than a million characters"
         )
-
-
-def located(
-    error: UnknownCharacterError, tokenizer: Tokenizer, blocks: Iterable[str]
-) -> UnknownCharacterError:
-    """Returns the error of an unknown character in a piece with its place in the whole text."""
-    place = Place()
-    for block in blocks if isinstance(tokenizer, CharTokenizer) else ():
-        position = tokenizer.first_unknown(block)
-        if position is not None:
-            return tokenizer.unknown_character(block[position], place.after(block[:position]))
-        place = place.after(block)
-    return error

@@ -14,7 +14,7 @@ from gptfast import data
 from gptfast.config import TrainConfig
 from gptfast.errors import CheckpointError, ConfigError, GptfastError
 from gptfast.model import GPT
-from gptfast.tokenizer import CharTokenizer
+from gptfast.tokenizer import Tokenizer
 from gptfast.training import progress, run
 from gptfast.training.callbacks import Callback
 from gptfast.training.run import Row, RunDirectory, RunState
@@ -34,7 +34,7 @@ class TrainResult:
     """The result of a run that is finished or was interrupted."""
 
     model: GPT  # in evaluation mode
-    tokenizer: CharTokenizer | None
+    tokenizer: Tokenizer | None
     history: list[Row]  # the rows of history.jsonl
     interrupted: bool  # a signal ended the run before its last step
     signal: int | None = None  # the signal that was received, also if during the last step
@@ -84,7 +84,7 @@ class Loop:
         directory: RunDirectory,
         train_ids: Tensor,
         val_ids: Tensor | None,
-        tokenizer: CharTokenizer | None,
+        tokenizer: Tokenizer | None,
         extra: dict[str, Any],
         callbacks: Sequence[Callback] = (),
         fingerprint: str | None = None,

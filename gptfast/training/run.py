@@ -33,7 +33,7 @@ from gptfast.integrity import load_sealed, reading, save_sealed
 from gptfast.lock import locked
 from gptfast.model import GPT
 from gptfast.storable import mismatch, stored_config
-from gptfast.tokenizer import CharTokenizer
+from gptfast.tokenizer import Tokenizer
 
 HISTORY_NAME = "history.jsonl"
 STATE_NAME = "training_state.pt"
@@ -197,7 +197,7 @@ class RunDirectory:
     def save(
         self,
         model: GPT,
-        tokenizer: CharTokenizer | None,
+        tokenizer: Tokenizer | None,
         config: TrainConfig,
         state: RunState,
         resumable: dict[str, Any],

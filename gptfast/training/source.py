@@ -10,10 +10,10 @@ from torch import Tensor
 from gptfast.data import read_text
 from gptfast.data.texts import blocks_of, stream_text
 from gptfast.data.token_files import TokenFile, open_tokens
-from gptfast.data.tokens import Blocks, char_tokenizer, encoded
+from gptfast.data.tokens import char_tokenizer, encoded
 from gptfast.errors import ConfigError
 from gptfast.presets import Preset
-from gptfast.tokenizer import CharTokenizer as Tokenizer
+from gptfast.tokenizer import Tokenizer
 from gptfast.training import run
 
 
@@ -21,7 +21,7 @@ from gptfast.training import run
 class Source:
     """The tokens of a run, not read yet: exactly one of the first two is there."""
 
-    blocks: Blocks | None  # the text
+    blocks: Callable[[], Iterable[str]] | None  # gives the text in pieces, each time anew
     file: TokenFile | None  # a folder of tokens
     preset: str | None  # with `data`, where `held_out` finds the text again: nowhere if both None
     data: str | None
@@ -42,7 +42,7 @@ class Source:
         """
         if self.file is None:
             assert self.blocks is not None
-            return encoded(tokenizer, self.blocks)
+            return encoded(tokenizer, self.blocks())
         if self.file.tokenizer.to_dict() != tokenizer.to_dict():
             raise ConfigError(f"{self.file.path}: its tokens are those of another tokenizer")
         return self.file.ids

@@ -23,7 +23,7 @@ from gptfast.ops.cross_entropy import one
 from gptfast.ops.random import seed_tensor
 from gptfast.storable import check_storable
 from gptfast.threads import check_threads
-from gptfast.tokenizer import CharTokenizer
+from gptfast.tokenizer import Tokenizer
 from gptfast.training import progress as terminal
 from gptfast.training.averages import with_weights
 from gptfast.training.callbacks import Callback
@@ -281,7 +281,7 @@ class Trainer:
         train_ids: Tensor,
         val_ids: Tensor | None = None,
         *,
-        tokenizer: CharTokenizer | None = None,
+        tokenizer: Tokenizer | None = None,
         out: str | Path | None = None,
         resume: bool = False,
         overwrite: bool = False,

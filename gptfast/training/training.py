@@ -15,7 +15,8 @@ from gptfast.errors import CheckpointError, ConfigError, DataError
 from gptfast.model import GPT, Backend
 from gptfast.ops.select import usable_device
 from gptfast.presets import PRESETS, Preset, preset
-from gptfast.tokenizer import CharTokenizer
+from gptfast.tokenizer import PAD_ID, Tokenizer
+from gptfast.tokenizer import from_dict as tokenizer_from
 from gptfast.training import run
 from gptfast.training.callbacks import Callback
 from gptfast.training.loop import TrainResult
@@ -29,7 +30,7 @@ def train(
     *,
     text: str | None = None,
     data: str | Path | None = None,
-    tokenizer: CharTokenizer | None = None,
+    tokenizer: Tokenizer | None = None,
     init_from: str | Path | None = None,
     backend: Backend = "auto",
     device: str | torch.device = "cpu",
@@ -50,7 +51,8 @@ def train(
         text: the text; without it `data`, without both the preset's own.
         data: a UTF-8 text file, or a folder that `gptfast data prepare` wrote, whose tokens are
             read when they are needed.
-        tokenizer: None takes that of `init_from`, or of the folder, or makes one of the whole text.
+        tokenizer: None takes that of `init_from`, of the run to resume, or of the folder, or makes
+            one of the text's characters.
         init_from: a run, or any checkpoint directory, whose model this run starts from: weights,
             shape and tokenizer are its own, the training is that of `chosen`. Of the shape only
             `dropout` may be given another value. Resuming such a run does not need it again.
@@ -86,6 +88,8 @@ def train(
     recipe = recipe.override(overrides)
     tokens = source_of_text(recipe, text, data)
     if known is None:
+        if tokenizer is None and resume:
+            tokenizer = _tokens_of(out)
         tokenizer = tokenizer or tokens.tokenizer()
         model = GPT(
             _with_vocabulary(recipe.model, tokenizer),
@@ -114,8 +118,23 @@ def train(
     )
 
 
-def _with_vocabulary(config: GPTConfig, tokenizer: CharTokenizer) -> GPTConfig:
-    """Returns the config of a model for the tokenizer; sets vocab_size where it is None."""
+def _tokens_of(out: str | Path | None) -> Tokenizer | None:
+    """The tokenizer of a run, unless the run's text makes it anew."""
+    try:
+        stored = None if out is None else checkpoint.read_config(out)["tokenizer"]
+    except CheckpointError:  # its training state is enough to go on
+        return None
+    own = None if stored is None else tokenizer_from(stored)
+    return None if own is None or own.unit == "character" else own
+
+
+def _with_vocabulary(config: GPTConfig, tokenizer: Tokenizer) -> GPTConfig:
+    """Returns the config of a model for the tokenizer: its vocab_size where that is None.
+
+    The default padding_idx is the padding of characters, which other tokenizers lack.
+    """
+    if tokenizer.padding is None and config.padding_idx == PAD_ID:
+        config = replace(config, padding_idx=None)
     if config.vocab_size is None:
         return replace(config, vocab_size=tokenizer.vocab_size)
     if config.vocab_size < tokenizer.vocab_size:
@@ -163,10 +182,10 @@ def source_of(
 def _prepared(
     path: str,
     model: GPT,
-    stored: CharTokenizer | None,
+    stored: Tokenizer | None,
     wanted: GPTConfig,
-    tokenizer: CharTokenizer | None,
-) -> tuple[GPT, CharTokenizer]:
+    tokenizer: Tokenizer | None,
+) -> tuple[GPT, Tokenizer]:
     """Returns a checkpoint's model, in float32 at least, and the tokenizer to train it with."""
     if tokenizer is None:
         tokenizer = stored
@@ -239,7 +258,7 @@ def held_out_tokens(path: str | Path) -> Tensor:
             f"({type(error).__name__}: {error}): give a text"
         ) from error
     tokens = source_of_text(recipe, None, data)
-    train_ids, val_ids = split(tokens.ids(CharTokenizer.from_dict(tokenizer)), config)
+    train_ids, val_ids = split(tokens.ids(tokenizer_from(tokenizer)), config)
     if tokens.fingerprint(train_ids, val_ids) != fingerprint:
         source = name if data is None else data
         raise DataError(f"{path}: {source} is no longer the text that it was trained on")

@@ -9,7 +9,7 @@ from gptfast.cli.options import ComputeOptions, File, Run, load_text_model, use_
 
 @dataclass(frozen=True)
 class Eval:
-    """Measure a model on a text: loss, perplexity and bits per character."""
+    """Measure a model on a text: loss, perplexity, bits per character and per byte."""
 
     run_path: Run  # a run of `gptfast train`, or any checkpoint directory
     compute: ComputeOptions
@@ -20,6 +20,7 @@ class Eval:
     def run(self) -> int:
         """Prints the numbers."""
         from gptfast.data import read_text
+        from gptfast.tokenizer import text_size
         from gptfast.training import evaluate, held_out
 
         use_threads(self.compute.threads)
@@ -30,12 +31,18 @@ class Eval:
         else:
             text = read_text(self.data)
             ids = tokenizer.encode_tensor(text, self.unknown)  # (N,)
-            skipped = len(text) - len(ids)
+            skipped = len(text) - text_size(tokenizer, ids).characters
         result = evaluate(model, ids)
-        print(f"loss        {result.loss:.4f} nats per character")
+        size = text_size(tokenizer, ids[1:])
+        bits = result.loss / math.log(2) * result.tokens
+        print(f"loss        {result.loss:.4f} nats per {tokenizer.unit}")
         print(f"perplexity  {result.perplexity:.4f}")
-        print(f"bits        {result.loss / math.log(2):.4f} per character")
-        print(f"characters  {result.tokens:,}")
+        for unit, count in (("character", size.characters), ("byte", size.utf8_bytes)):
+            if count:
+                print(f"bits        {bits / count:.4f} per {unit}")
+        if tokenizer.unit == "token":
+            print(f"tokens      {result.tokens:,}")
+        print(f"characters  {size.characters:,}")
         if skipped:
             print(f"skipped     {skipped:,} characters that the vocabulary lacks")
         return 0
