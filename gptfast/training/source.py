@@ -11,6 +11,7 @@ from gptfast.data import read_text
 from gptfast.data.texts import blocks_of, stream_text
 from gptfast.data.token_files import TokenFile, open_tokens
 from gptfast.data.tokens import char_tokenizer, encoded
+from gptfast.encoding import Unknown
 from gptfast.errors import ConfigError
 from gptfast.presets import Preset
 from gptfast.tokenizer import Tokenizer
@@ -33,7 +34,7 @@ class Source:
         assert self.blocks is not None
         return char_tokenizer(self.blocks())
 
-    def ids(self, tokenizer: Tokenizer) -> Tensor:
+    def ids(self, tokenizer: Tokenizer, unknown: Unknown = "error") -> Tensor:
         """Returns the tokens, (N,) of the smallest dtype that holds them.
 
         Raises:
@@ -42,7 +43,7 @@ class Source:
         """
         if self.file is None:
             assert self.blocks is not None
-            return encoded(tokenizer, self.blocks())
+            return encoded(tokenizer, self.blocks(), unknown)
         if self.file.tokenizer.to_dict() != tokenizer.to_dict():
             raise ConfigError(f"{self.file.path}: its tokens are those of another tokenizer")
         return self.file.ids

@@ -12,6 +12,7 @@ from gptfast.cli.options import (
     Command,
     ComputeOptions,
     File,
+    TextOrTokens,
     shape_of,
     use_threads,
 )
@@ -28,7 +29,8 @@ class Train:
 
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]  # the run's directory
     compute: ComputeOptions
-    data: File = None  # UTF-8 text; None: the preset's own text
+    # UTF-8 text, or a folder by `gptfast data prepare`; None: the preset's own text
+    data: TextOrTokens = None
     # start from the model of a run, or of any checkpoint directory: its weights, shape, tokenizer
     init_from: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
     resume: bool = False  # go on with the interrupted run in DIR
