@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gptfast.generation import Generation, PackedModel, Score, generate, pack, score, stream
     from gptfast.model import GPT, Intermediates
     from gptfast.tokenizer import CharTokenizer, Tokenizer
-    from gptfast.training import Trainer, train
+    from gptfast.training import Callback, Trainer, train
 
 __version__ = "0.1.0"
 
@@ -26,6 +26,7 @@ __all__ = [
     "GPT",
     "BPETokenizer",
     "BackendError",
+    "Callback",
     "CharTokenizer",
     "CheckpointError",
     "ConfigError",
@@ -57,7 +58,7 @@ _HOMES = {
     "generation": ("Generation", "PackedModel", "Score", "generate", "pack", "score", "stream"),
     "model": ("GPT", "Intermediates"),
     "tokenizer": ("CharTokenizer", "Tokenizer"),
-    "training": ("Trainer", "train"),
+    "training": ("Callback", "Trainer", "train"),
 }
 
 

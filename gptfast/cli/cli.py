@@ -28,6 +28,7 @@ COMMANDS: dict[str, type] = {
     "eval": commands.Eval,
     "generate": commands.Generate,
     "inspect": commands.Inspect,
+    "plot": commands.Plot,
     "info": commands.Info,
 }
 

@@ -6,6 +6,18 @@ from gptfast.cli.commands.eval import Eval
 from gptfast.cli.commands.generate import Generate
 from gptfast.cli.commands.info import Info
 from gptfast.cli.commands.inspect import Inspect
+from gptfast.cli.commands.plot import Plot
 from gptfast.cli.commands.train import Train, train_preset
 
-__all__ = ["DATA", "Data", "Demo", "Eval", "Generate", "Info", "Inspect", "Train", "train_preset"]
+__all__ = [
+    "DATA",
+    "Data",
+    "Demo",
+    "Eval",
+    "Generate",
+    "Info",
+    "Inspect",
+    "Plot",
+    "Train",
+    "train_preset",
+]
