@@ -107,7 +107,8 @@ def rows_in(path):
 
 
 def files_in(path):
-    return {file.name for file in path.iterdir() if file.is_file()}
+    """The files of a directory, without those of callbacks."""
+    return {file.name for file in path.iterdir() if file.is_file()} - set(run.OTHER_FILES)
 
 
 def assert_same_weights(a, b):

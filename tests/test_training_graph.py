@@ -425,8 +425,8 @@ def test_the_option_has_two_values(value: Any) -> None:
 
 def test_a_note_says_whether_there_is_a_graph(cuda: Simulated) -> None:
     trainer = trainer_of(cuda)
-    assert trainer._note() is None  # on the CPU there is nothing to say
+    assert trainer.note() is None  # on the CPU there is nothing to say
     trainer.device = torch.device("cuda")
-    assert trainer._note() == "each step is one CUDA graph"
+    assert trainer.note() == "each step is one CUDA graph"
     trainer.config = replace(trainer.config, graph="off")
-    assert trainer._note() == "steps run without a CUDA graph: graph is 'off'"
+    assert trainer.note() == "steps run without a CUDA graph: graph is 'off'"
