@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 SLOTS = 4  # steps that the host may be ahead of the device
 MAX_GRAPHS = 4  # shapes of a batch, the first ones; others run without a graph
-NUMBERS, HEADER = 6, 8  # words of a message: the optimizer's options; what precedes the starts
 
 Run = Callable[[], Tensor]
 
@@ -119,20 +118,23 @@ class Messages:
     them, and the host waits only for a buffer that has not been read yet.
 
     Args:
+        numbers: How many options the optimizer has.
         starts: B, how many starts of windows a message has.
         device: That of the model.
         cuda: See Cuda.
     """
 
-    def __init__(self, starts: int, device: torch.device, cuda: Cuda) -> None:
-        words = HEADER + starts
+    def __init__(self, numbers: int, starts: int, device: torch.device, cuda: Cuda) -> None:
+        # The parts are at multiples of 16 bytes, as tensors are: a kernel would know if not.
+        self._key_at = numbers + numbers % 2
+        self._starts_at = self._key_at + 2
+        words = self._starts_at + starts
         self._device = torch.zeros(words, dtype=torch.int64, device=device)
         self._slots = [(cuda.host_buffer(words), cuda.event()) for _ in range(SLOTS)]
         self._sent = 0
-        # At addresses that are multiples of 16 bytes, as those of tensors are.
-        self.numbers = self._device[:NUMBERS].view(torch.float64)
-        self.key = self._device[NUMBERS]
-        self.starts = self._device[HEADER:]
+        self.numbers = self._device[:numbers].view(torch.float64)
+        self.key = self._device[self._key_at]
+        self.starts = self._device[self._starts_at :]
 
     def send(self, numbers: tuple[float, ...], key: Tensor | None, starts: Tensor | None) -> None:
         """Sends the optimizer's options, the dropout's key and the starts of windows, if any."""
@@ -140,11 +142,11 @@ class Messages:
         self._sent += 1
         has_been_read.synchronize()
         words = buffer.numpy()
-        words[:NUMBERS].view(np.float64)[:] = numbers
+        words[: len(self.numbers)].view(np.float64)[:] = numbers
         if key is not None:
-            words[NUMBERS] = key.item()
+            words[self._key_at] = key.item()
         if starts is not None:
-            words[HEADER:] = starts.numpy()
+            words[self._starts_at :] = starts.numpy()
         self._device.copy_(buffer, non_blocking=True)
         has_been_read.record()
 
@@ -165,7 +167,8 @@ class StepGraph:
     ) -> None:
         self._cuda, self._ids = cuda, ids
         B, self._T = shape
-        self._messages = Messages(0 if ids is None else B, trainer.device, cuda)
+        numbers = len(trainer.optimizer.numbers(None))
+        self._messages = Messages(numbers, 0 if ids is None else B, trainer.device, cuda)
         if ids is None:
             self._given = torch.zeros(2, *shape, dtype=torch.int64, device=trainer.device)
         self._table_memory: Tensor | None = None

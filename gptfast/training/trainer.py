@@ -26,7 +26,7 @@ from gptfast.tokenizer import CharTokenizer
 from gptfast.training import progress as terminal
 from gptfast.training.graph import Cuda, StepGraphs
 from gptfast.training.loop import Loop, TrainResult
-from gptfast.training.optimizer import AdamW
+from gptfast.training.optimizer import AdamW, weight_groups
 from gptfast.training.run import RunDirectory
 
 EVAL_TOKENS_AT_ONCE = 8192  # limits the memory of an evaluation
@@ -139,10 +139,15 @@ class Trainer:
                 "there is nothing to train: all parameters of the model are frozen (requires_grad "
                 "is False)"
             )
-        self.names, self.parameters = list(trained), list(trained.values())
+        groups = weight_groups(list(trained.values()), config.decayed)
+        # In the order of the optimizer, by which its state is stored.
+        self.parameters = [param for group in groups for param in group["params"]]
+        name_of = {param: name for name, param in trained.items()}
+        self.names = [name_of[param] for param in self.parameters]
         self.optimizer = AdamW(
-            self.parameters,
+            groups,
             fused_kernel=gpt.backend != "reference",
+            ema=config.ema,
             lr=config.lr,
             betas=config.betas,
             weight_decay=config.weight_decay,
