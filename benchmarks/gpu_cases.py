@@ -114,7 +114,7 @@ def cases() -> list[Case]:
 
     def loss(with_grad: bool, dtype: torch.dtype) -> None:
         x = empty(M, C, dtype=dtype)
-        options: Any = None, -100, "mean", 0b1111 if with_grad else 0
+        options: Any = None, -100, "mean", 0.0, 0b1111 if with_grad else 0
         cross_entropy.linear_cross_entropy(x, *norm, empty(V, C), long(M), *options)
 
     def embed(dtype: torch.dtype) -> None:

@@ -147,7 +147,8 @@ def cross_entropy_cases(dtype: torch.dtype, param: torch.dtype) -> Iterator[tupl
             targets[M // 3 :: 4] = -100
             args = (normal(M, K, dtype=dtype), normal(V, K, dtype=param), targets)
             norm = {"ln_w": normal(K, dtype=param), "ln_b": normal(K, dtype=param)}
-            yield ops.linear_cross_entropy, args, norm if V % 2 else {}
+            smoothing = {"label_smoothing": 0.1 if M == 49 else 0.0}
+            yield ops.linear_cross_entropy, args, smoothing | (norm if V % 2 else {})
 
 
 def embedding_cases(dtype: torch.dtype, param: torch.dtype) -> Iterator[tuple]:
