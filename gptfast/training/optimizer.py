@@ -112,7 +112,9 @@ class AdamW(torch.optim.AdamW):
         numbers = self.numbers(clip)
         decay = [numbers[OPTIONS + group] for group in groups]
         adamw_(*tensors, decay, *numbers[:OPTIONS])
-        torch.autograd.graph.increment_version(tensors[0])  # autograd does not see kernels write
+        weights, *_, averages = tensors
+        # Autograd does not see the kernels write.
+        torch.autograd.graph.increment_version([*weights, *averages])
 
     def table(self, memory: Tensor | None) -> "Table":
         """Returns the table by which the GPU's kernels find what a step reads and writes."""
