@@ -75,7 +75,7 @@ def test_help_names_every_command(capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["demo", "data", "train abc", "eval", "generate", "inspect", "plot"]
+    "name", ["demo", "data", "train abc", "eval", "generate", "inspect", "plot", "reproduce"]
 )
 def test_every_option_has_a_help_text(capsys, name):
     assert cli.main([*name.split(), "--help"]) == 0
