@@ -108,7 +108,8 @@ def rows_in(path):
 
 
 def files_in(path):
-    return {file.name for file in path.iterdir() if file.is_file()}
+    """The files of a run, without those that callbacks write."""
+    return {file.name for file in path.iterdir() if file.is_file()} - {*run.OTHER_FILES}
 
 
 def assert_same_weights(a, b):

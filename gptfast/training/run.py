@@ -30,6 +30,7 @@ from gptfast.errors import CheckpointError, ConfigError
 from gptfast.files import write_atomic
 from gptfast.integrity import load_sealed, reading, save_sealed
 from gptfast.model import GPT
+from gptfast.run_file import RUN_FILE_NAME
 from gptfast.storable import mismatch, stored_config
 from gptfast.tokenizer import CharTokenizer
 from gptfast.training.lock import locked
@@ -41,6 +42,7 @@ BEST_NAME = "best"
 CHECKPOINT_FILES = (checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME)
 FILES = (STATE_NAME, HISTORY_NAME, *CHECKPOINT_FILES)
 BEST_FILES = tuple(f"{BEST_NAME}/{name}" for name in CHECKPOINT_FILES)
+OTHER_FILES = (RUN_FILE_NAME,)  # of callbacks
 FORMAT = "gptfast-training-state"
 VERSION = 3  # added the best evaluation; 2 the checksum and the run's id; all are still read
 
@@ -177,7 +179,7 @@ class RunDirectory:
             return
         try:
             if not resume:
-                for name in (*FILES, *BEST_FILES):
+                for name in (*FILES, *BEST_FILES, *OTHER_FILES):
                     (self.path / name).unlink(missing_ok=True)
             self._write_history(history)
         except OSError as error:

@@ -19,6 +19,7 @@ from gptfast.tokenizer import CharTokenizer
 from gptfast.training import run
 from gptfast.training.callbacks import Callback
 from gptfast.training.loop import TrainResult
+from gptfast.training.run_file import RunFile, options_of
 from gptfast.training.trainer import Trainer, check_lengths
 
 
@@ -82,6 +83,8 @@ def train(
         recipe = replace(recipe, model=known[0].config)
     recipe = recipe.override(overrides)
     text, origin = _text_of(recipe, text, data)
+    extra = {**origin, "init_from": noted}
+    options = options_of(recipe, extra, tokenizer is not None)
     if known is None:
         tokenizer = tokenizer or CharTokenizer.from_text(text)
         model = GPT(
@@ -102,8 +105,8 @@ def train(
         resume=resume,
         overwrite=overwrite,
         progress=progress,
-        callbacks=callbacks,
-        extra={**origin, "init_from": noted},
+        callbacks=[RunFile({**options, "backend": backend, "device": str(device)}), *callbacks],
+        extra=extra,
     )
 
 
