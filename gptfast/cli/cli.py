@@ -27,6 +27,7 @@ COMMANDS: dict[str, type] = {
     "eval": commands.Eval,
     "generate": commands.Generate,
     "inspect": commands.Inspect,
+    "plot": commands.Plot,
     "reproduce": commands.Reproduce,
     "info": commands.Info,
 }

@@ -42,7 +42,8 @@ BEST_NAME = "best"
 CHECKPOINT_FILES = (checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME)
 FILES = (STATE_NAME, HISTORY_NAME, *CHECKPOINT_FILES)
 BEST_FILES = tuple(f"{BEST_NAME}/{name}" for name in CHECKPOINT_FILES)
-OTHER_FILES = (RUN_FILE_NAME,)  # of callbacks
+MACHINE_NAME, SAMPLES_NAME, PLOT_NAME = "machine.json", "samples.jsonl", "loss.png"
+OTHER_FILES = (RUN_FILE_NAME, MACHINE_NAME, SAMPLES_NAME, PLOT_NAME)  # of callbacks
 FORMAT = "gptfast-training-state"
 VERSION = 3  # added the best evaluation; 2 the checksum and the run's id; all are still read
 

@@ -23,7 +23,6 @@ from gptfast.ops.random import seed_tensor
 from gptfast.storable import check_storable
 from gptfast.threads import check_threads
 from gptfast.tokenizer import CharTokenizer
-from gptfast.training import progress as terminal
 from gptfast.training.averages import with_weights
 from gptfast.training.callbacks import Callback
 from gptfast.training.graph import Cuda, StepGraphs
@@ -31,6 +30,10 @@ from gptfast.training.loop import Loop, TrainResult
 from gptfast.training.optimizer import AdamW
 from gptfast.training.run import RunDirectory
 from gptfast.training.schedule import is_constant, learning_rate, part_sizes
+from gptfast.training.signals import first_interrupt
+from gptfast.training.watching.progress import ProgressBar
+from gptfast.training.watching.records import Records
+from gptfast.training.watching.sampler import Sampler
 
 EVAL_TOKENS_AT_ONCE = 8192  # limits the memory of an evaluation
 
@@ -326,28 +329,28 @@ class Trainer:
             check_storable(self.gpt)
         check_lengths(self.gpt.config.block_size, train_ids, val_ids)
         directory = RunDirectory(out)
-        loop = Loop(self, directory, train_ids, val_ids, tokenizer, extra or {}, callbacks)
+        watching: list[Callback] = [ProgressBar()] if progress else []
+        if self.config.sample is not None:
+            watching.append(Sampler(self.config.sample, tokenizer, shown=progress))
+        watching += [Records(), *callbacks]
+        loop = Loop(self, directory, train_ids, val_ids, tokenizer, extra or {}, watching, progress)
         self.generator.manual_seed(self.config.seed)
         self.steps_done = 0
         self.graphs.clear()  # an earlier call's are of another text
         with _threads(self.config.threads), directory.opened(resume, overwrite):
             if resume:
                 loop.load()
-            state, note = loop.state, self._note()
-            directory.start(state.history, resume)
+            directory.start(loop.state.history, resume)
             try:
-                with (
-                    terminal.first_interrupt() as loop.received_signal,
-                    terminal.bar(state, loop.total, directory.path, progress, note) as report,
-                ):
-                    loop.train(report)
+                with first_interrupt() as loop.received_signal:
+                    loop.train()
             finally:
                 self.model.eval()
                 self.graphs.clear()
         return loop.result()
 
-    def _note(self) -> str | None:
-        """Says whether a step on a GPU is a graph."""
+    def note(self) -> str | None:
+        """Says whether a step on a GPU is a graph; None for other devices."""
         if self.device.type != "cuda":
             return None
         obstacle = self.graphs.obstacle(self)

@@ -22,7 +22,7 @@ class Reproduce:
     def run(self) -> int:
         """Trains and writes the report; 1 if the course's loss is not reached."""
         from gptfast.reproduction import reproduce
-        from gptfast.training.progress import handles_ctrl_c
+        from gptfast.training.signals import handles_ctrl_c
 
         use_threads(self.compute.threads)
         with handles_ctrl_c():

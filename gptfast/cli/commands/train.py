@@ -19,7 +19,7 @@ from gptfast.errors import CheckpointError
 if TYPE_CHECKING:
     from gptfast.cli.run_file import RunFile
     from gptfast.presets import Preset
-    from gptfast.training import UnsavedError
+    from gptfast.training import Callback, UnsavedError
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,9 @@ class Train:
     resume: bool = False  # go on with the interrupted run in DIR
     overwrite: bool = False  # replace the run in DIR
     plot: File = None  # draw the losses to this picture: .png, .svg or .pdf (needs matplotlib)
+    tensorboard: bool = False  # write the losses to DIR/tensorboard, for TensorBoard
+    # send the losses to this project of Weights & Biases
+    wandb: Annotated[str | None, tyro.conf.arg(metavar="PROJECT")] = None
 
     def source(self) -> Path | None:
         """Returns the checkpoint whose shape the model has, None for that of the preset."""
@@ -54,7 +57,7 @@ class Train:
         """
         from gptfast.pictures import check_picture
         from gptfast.training import UnsavedError, plots, train
-        from gptfast.training.progress import handles_ctrl_c
+        from gptfast.training.signals import handles_ctrl_c
 
         if self.plot is not None:  # what would fail after the training fails before it
             check_picture(self.plot)
@@ -70,6 +73,7 @@ class Train:
                     device=self.compute.device,
                     resume=self.resume,
                     overwrite=self.overwrite,
+                    callbacks=self._trackers(),
                     **fields,
                 )
         except UnsavedError as error:
@@ -79,6 +83,13 @@ class Train:
         if not result.interrupted:
             print(f"saved in {self.out}")
         return 0 if result.signal is None else EXIT_SIGNAL + result.signal
+
+    def _trackers(self) -> "list[Callback]":
+        """What follows the run besides the terminal."""
+        from gptfast.training import TensorBoard, WandB
+
+        trackers: list[Callback] = [TensorBoard()] if self.tensorboard else []
+        return trackers if self.wandb is None else [*trackers, WandB(self.wandb)]
 
 
 def _rescued(out: Path, error: "UnsavedError") -> CheckpointError:
