@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from gptfast import data
 from gptfast.config import TrainConfig
 from gptfast.errors import CheckpointError, ConfigError, GptfastError
 from gptfast.model import GPT
-from gptfast.tokenizer import CharTokenizer
+from gptfast.tokenizer import Tokenizer
 from gptfast.training import run
 from gptfast.training.callbacks import Callback
 from gptfast.training.run import Row, RunDirectory, RunState
@@ -36,7 +35,7 @@ class TrainResult:
     """The result of a run that is finished or was interrupted."""
 
     model: GPT  # in evaluation mode
-    tokenizer: CharTokenizer | None
+    tokenizer: Tokenizer | None
     history: list[Row]  # the rows of history.jsonl
     interrupted: bool  # a signal ended the run before its last step
     signal: int | None = None  # the signal that was received, also if during the last step
@@ -86,19 +85,20 @@ class Loop:
         directory: RunDirectory,
         train_ids: Tensor,
         val_ids: Tensor | None,
-        tokenizer: CharTokenizer | None,
+        tokenizer: Tokenizer | None,
         extra: dict[str, Any],
         callbacks: Sequence[Callback] = (),
         shown: bool = False,
+        fingerprint: str | None = None,
     ) -> None:
         config = trainer.config
         self.trainer, self.config, self.directory = trainer, config, directory
         self.tokenizer, self.extra, self.val_ids = tokenizer, extra, val_ids
-        self.text = run.fingerprint(train_ids, val_ids)
+        self.text = fingerprint or run.fingerprint(train_ids, val_ids)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.epoch_start = self.generator.get_state()
         self.windows = data.EpochWindows(
-            train_ids.to(trainer.device),
+            data.placed(train_ids, trainer.device),
             trainer.gpt.config.block_size,
             config.batch_size,
             self.generator,
@@ -226,7 +226,7 @@ class Loop:
         done = self.state.step % len(windows)
         while True:
             self.epoch_start = self.generator.get_state()
-            yield from islice(windows.starts(), done, None)
+            yield from windows.starts(done)
             done = 0
 
     def _evaluate(self) -> Row:

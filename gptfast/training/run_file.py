@@ -2,16 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptfast.errors import CheckpointError
+from gptfast.errors import CheckpointError, ConfigError
 from gptfast.files import write_atomic
 from gptfast.presets import PRESETS, Preset
-from gptfast.run_file import RUN_FILE_NAME, to_toml
+from gptfast.run_file import RUN_FILE_NAME, read_run_file, to_toml
 from gptfast.training.callbacks import Callback
 
 if TYPE_CHECKING:
     from gptfast.training.loop import Loop
+
+
+TEXT_NAMES = ("preset", "data")  # the options that say which text it is
 
 
 class RunFile(Callback):
@@ -28,15 +32,25 @@ class RunFile(Callback):
         """Writes the file. Raises CheckpointError if it cannot be written."""
         if run.path is None:
             return
-        tables = {"run": self._options, "model": run.trainer.gpt.config.to_dict()}
+        file, options = run.path / RUN_FILE_NAME, self._options
+        if file.exists() and not names_text(file):  # of the run that goes on
+            options = {name: options[name] for name in options if name not in TEXT_NAMES}
+        tables = {"run": options, "model": run.trainer.gpt.config.to_dict()}
         content = to_toml(tables | {"train": asdict(run.config)})
-        file = run.path / RUN_FILE_NAME
         try:
             write_atomic({file: content.encode("utf-8", "replace")})
         except OSError as error:
             raise CheckpointError(
                 f"{file}: cannot be written ({error.strerror or error})"
             ) from error
+
+
+def names_text(file: Path) -> bool:
+    """Whether a file of options says on which text to train."""
+    try:
+        return any(name in read_run_file(file)["run"] for name in TEXT_NAMES)
+    except ConfigError:  # edited by hand
+        return False
 
 
 def options_of(

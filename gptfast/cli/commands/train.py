@@ -11,6 +11,7 @@ from gptfast.cli.options import (
     EXIT_SIGNAL,
     ComputeOptions,
     File,
+    TextOrTokens,
     shape_of,
     use_threads,
 )
@@ -30,7 +31,8 @@ class Train:
     compute: ComputeOptions
     # options from a TOML file, such as the run.toml of another run; those given here win over it
     config: File = None
-    data: File = None  # UTF-8 text; None: the preset's own text
+    # UTF-8 text, or a folder by `gptfast data prepare`; None: the preset's own text
+    data: TextOrTokens = None
     # start from the model of a run, or of any checkpoint directory: its weights, shape, tokenizer
     init_from: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
     resume: bool = False  # go on with the interrupted run in DIR

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from gptfast.errors import ConfigError
 from gptfast.files import write_atomic
 from gptfast.generation import generate
-from gptfast.tokenizer import CharTokenizer
+from gptfast.tokenizer import Tokenizer
 from gptfast.training.callbacks import Callback
 from gptfast.training.run import SAMPLES_NAME, Row
 
@@ -38,7 +38,7 @@ class Sampler(Callback):
     def __init__(
         self,
         prompt: str,
-        tokenizer: CharTokenizer | None,
+        tokenizer: Tokenizer | None,
         *,
         shown: bool = True,
         max_new_tokens: int = 200,
