@@ -212,7 +212,7 @@ ATTENTION = [
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("kernel", "config"), ATTENTION, ids=str)
+@pytest.mark.parametrize(("kernel", "config"), ATTENTION, ids=lambda x: getattr(x, "name", f"{x}"))
 def test_attention_in_every_configuration(
     kernel: Any, config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,9 +334,11 @@ def test_a_text_has_the_same_logits_in_any_batch(
 
 
 @needs_numbers
-@pytest.mark.parametrize("name", ("ffn", "loss", "generate"))  # the others take seconds
+@pytest.mark.parametrize("name", ("ffn", "embedding", "loss", "generate"))  # others take seconds
 def test_what_the_sanitizer_watches_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sanitize_gpu, "DEVICE", DEVICE)
+    if not CUDA:
+        monkeypatch.setattr(sanitize_gpu, "MANY", 3)  # tokens; each is a program
     sanitize_gpu.CASES[name]()
 
 
