@@ -1,4 +1,4 @@
-// Prints the levels that this machine runs. Build: c++ -std=c++20 THIS csrc/kernels/isa/dispatch.cpp
+// Prints the levels that this machine runs; to be compiled with csrc/kernels/isa/dispatch.cpp.
 #include <cstdio>
 #include <cstring>
 
