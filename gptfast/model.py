@@ -110,6 +110,7 @@ class GPT(nn.Module):
         return_intermediates: bool = False,
         targets: Tensor | None = None,
         seed: int | Tensor | None = None,
+        label_smoothing: float = 0.0,
     ) -> Tensor | Intermediates:
         """Computes the logits of the token after each position.
 
@@ -119,12 +120,13 @@ class GPT(nn.Module):
             targets: Compute `loss` instead, because wrappers such as DistributedDataParallel and
                 torch.compile only follow this method.
             seed: See `loss`.
+            label_smoothing: See `loss`.
 
         Returns:
             (B, T, V) in the activations' dtype, or Intermediates; () float32 with `targets`.
         """
         if targets is not None:
-            return self.loss(idx, targets, seed=seed)
+            return self.loss(idx, targets, seed=seed, label_smoothing=label_smoothing)
         x, context = self._trunk(idx, seed)
         if context.fuses(plain.first_replaced(self.head_layers())):
             logits = context.ops.layer_norm_linear(
@@ -147,6 +149,7 @@ class GPT(nn.Module):
         *,
         ignore_index: int = -100,
         seed: int | Tensor | None = None,
+        label_smoothing: float = 0.0,
     ) -> Tensor:
         """Computes the mean cross-entropy of `targets` in nats, by blocks of logits.
 
@@ -158,6 +161,7 @@ class GPT(nn.Module):
             ignore_index: See targets.
             seed: The key of the dropout masks; None draws one from torch's default generator. A
                 model that does not drop out takes none.
+            label_smoothing: The part of the target's probability that all tokens share, in [0, 1).
 
         Returns:
             () float32.
@@ -170,14 +174,16 @@ class GPT(nn.Module):
             x = self.ln_f(x).to(x.dtype)
         if plain.head(head) is None:
             return context.ops.linear_cross_entropy(
-                x, head.weight, targets, ignore_index=ignore_index, **norm
-            )
+                x, head.weight, targets, ignore_index=ignore_index,
+                label_smoothing=label_smoothing, **norm,
+            )  # fmt: skip
         logits = head(x).flatten(0, 1)  # (B T, V)
         total = F.cross_entropy(
             logits.to(torch.promote_types(logits.dtype, torch.float32)),
             targets.flatten(),
             ignore_index=ignore_index,
             reduction="sum",
+            label_smoothing=label_smoothing,
         )
         return total / (targets != ignore_index).sum().clamp(min=1)
 

@@ -301,7 +301,11 @@ class Prepared:
 
 
 def loop_over(
-    monkeypatch: pytest.MonkeyPatch, tokens: Any, logprobs: Any, **options: Any
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: Any,
+    logprobs: Any,
+    end: int | None = None,
+    **options: Any,
 ) -> device_loop.DeviceLoop:
     """Makes a loop whose sequences draw these tokens, (S, steps)."""
     decoder = Prepared(tokens, logprobs)
@@ -310,16 +314,18 @@ def loop_over(
     model = GPT(GPTConfig(block_size=512, vocab_size=300, n_layer=1, n_embd=16)).to(DEVICE)
     prompts = [[1, 2]] * len(tokens)
     request = make_request(model, prompts, max_new_tokens=tokens.shape[1], **options)
-    return device_loop.DeviceLoop(model, request)
+    return device_loop.DeviceLoop(model, request._replace(end_token=end))
 
 
-@pytest.mark.parametrize("stop", (None, [7]))
-def test_the_host_takes_no_step_per_token(stop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("stop", "end"), ((None, None), ([7], None), (None, 7)))
+def test_the_host_takes_no_step_per_token(
+    stop: Any, end: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     S, steps = 64, 300
     tokens = np.random.default_rng(0).integers(8, 300, (S, steps), np.int32)
     tokens[::2, 200] = 7
     logprobs = -tokens.astype(np.float32)
-    loop = loop_over(monkeypatch, tokens, logprobs, stop=stop)
+    loop = loop_over(monkeypatch, tokens, logprobs, end, stop=stop)
     calls = 0
 
     def count(_: Any, event: str, __: Any) -> None:
@@ -335,8 +341,8 @@ def test_the_host_takes_no_step_per_token(stop: Any, monkeypatch: pytest.MonkeyP
         sys.setprofile(None)
     assert calls < 0.2 * S * steps
     for i, each in enumerate(found):
-        length = 200 if stop and i % 2 == 0 else steps
-        assert each.state == ("length" if length == steps else "stop")
+        length = 200 if (stop or end) and i % 2 == 0 else steps
+        assert each.state == ("length" if length == steps else "stop" if stop else "end")
         assert each.tokens == tokens[i, :length].tolist()
         assert each.logprobs == logprobs[i, :length].tolist()
 

@@ -161,7 +161,7 @@ def calls() -> dict[str, list[Any]]:
         "ffn": [*ffn, "erf", *dropout, True],
         "linear_cross_entropy": [
             x, *ln, normal(V, C, dtype=torch.float32), torch.arange(B * T).view(B, T) % V, None,
-            -100, "mean", 0b1111,
+            -100, "mean", 0.0, 0b1111,
         ],
         "embedding": [
             torch.arange(B * T).view(B, T) % V, normal(V, C, dtype=torch.float32),

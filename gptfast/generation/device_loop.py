@@ -72,7 +72,7 @@ class DeviceLoop:
         running = self._sequences.running()
         self._waiting = np.fromiter(running, np.int64, len(running))
         self._unfinished = len(self._waiting)
-        self._stops = bool(request.stop_tokens or request.stop_strings)
+        self._stops = bool(self._sequences.stop_tokens or request.stop_strings)
         self._queued: deque[_Queued] = deque()
         self._look_seconds = LOOK_SECONDS
         self._decoder: Decoder | None = None
@@ -254,7 +254,7 @@ class DeviceLoop:
             likeliest = [[each] for each in found]
         suspects = None
         if self._stops and not self._request.stop_strings:
-            stops = np.isin(tokens[slots], self._request.stop_tokens).any(1)
+            stops = np.isin(tokens[slots], self._sequences.stop_tokens).any(1)
             suspects = np.flatnonzero(stops).tolist()
         self._sequences.extend(sequences, drawn, values, likeliest, suspects)
 

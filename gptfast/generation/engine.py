@@ -162,9 +162,10 @@ class Engine:
         options.stride = request.stride or 0
         options.top_logprobs = request.top_logprobs
         options.stop_tokens = request.stop_tokens
+        if request.end_token is not None:
+            options.end_token = request.end_token
         if request.stop_strings:
-            options.stop_strings = [_bytes(text) for text in request.stop_strings]
-            options.pieces = [_bytes(piece) for piece in request.pieces or ()]
+            options.stop_strings, options.pieces = request.stop_strings, request.pieces or []
         self._session = extension.Session(
             packed.compiled, request.prompts, request.seeds, request.sequence_ids, options
         )
@@ -210,7 +211,3 @@ def _table_pays(packed: PackedModel, request: Request, slot_bytes: int) -> bool:
         return False
     left = request.max_cache_bytes - slot_bytes
     return packed.compiled.first_layer_table_bytes() <= left // 4
-
-
-def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")

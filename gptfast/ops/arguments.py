@@ -238,6 +238,19 @@ def check_dropout(op: str, dropout_p: float) -> float:
     return dropout_p
 
 
+def check_smoothing(op: str, label_smoothing: float) -> float:
+    """Checks the part of a target's probability that all tokens share, and returns it as a number.
+
+    Raises:
+        ValueError: It is not in [0, 1).
+        TypeError: It is a tensor whose gradient would be lost.
+    """
+    label_smoothing = constant(op, "label_smoothing", label_smoothing)
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"{op}: label_smoothing must be in [0, 1), got {label_smoothing}")
+    return label_smoothing
+
+
 def check_choice(op: str, name: str, value: str, known: tuple[str, ...]) -> None:
     """Raises ValueError unless `value` is one of the `known` ones."""
     if value not in known:
