@@ -3,7 +3,7 @@ PYTHON ?= python
 CLANG_FORMAT = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('scripts'))")/clang-format
 CSRC = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: build test test-isa test-amx emulated-amx test-torch-range asan tsan bench lint format clean
+.PHONY: build test test-isa test-amx emulated-amx test-kill test-torch-range asan tsan bench lint format clean
 
 build:  ## compile what has changed and write gptfast/_C*.so
 	$(PYTHON) setup.py --quiet build_ext --inplace
@@ -36,6 +36,10 @@ emulated-amx:
 		cp -p build/temp/isa_$$isa.* $(EMULATED)/build/temp || true; done
 	cd $(EMULATED) && GPTFAST_AMX_EMULATED=1 $(PYTHON) setup.py --quiet build_ext --inplace
 	cd $(EMULATED) && $(PYTHON) -m pytest -k amx tests
+
+# Kills runs at 100 random moments and goes on with them.
+test-kill: build
+	PYTHONPATH=$(CURDIR) $(PYTHON) tests/kill_runs.py
 
 # Compiles against the headers of every torch that pip offers, from the oldest in pyproject.toml on,
 # and tests the extension of the newest with some. Downloads some 3 GB; uses up to 3 GB of disk.
