@@ -3,9 +3,9 @@
     python tests/kill_runs.py            `make test-kill`: 100 times, in a few minutes
     python tests/kill_runs.py 20 7       20 times, with 7 as the seed of the moments
 
-A run saves every few steps. It is killed (kill -9), what lies in its directory is read, and it is resumed and
-killed again until it ends. Then weights and history are compared with those of a run that nobody
-disturbed. A run that is killed before its first save starts anew.
+A run saves every few steps. It is killed (kill -9), what lies in its directory is read, and it is
+resumed and killed again until it ends. Then weights and history are compared with those of a run
+that nobody disturbed. A run that is killed before its first save starts anew.
 """
 
 import multiprocessing
