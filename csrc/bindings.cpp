@@ -200,7 +200,8 @@ std::vector<std::vector<float>> score_windows(const BoundModel& bound,
 }
 
 const char* name_of(State state) {
-  constexpr const char* names[] = {"waiting", "running", "length", "stop", "window", "invalid"};
+  constexpr const char* names[] = {"waiting", "running", "length", "stop",
+                                   "end",     "window",  "invalid"};
   return names[static_cast<int>(state)];
 }
 
@@ -298,6 +299,7 @@ void bind_engine(py::module_& m) {
       .def_readwrite("stride", &SessionOptions::stride)
       .def_readwrite("top_logprobs", &SessionOptions::top_logprobs)
       .def_readwrite("stop_tokens", &SessionOptions::stop_tokens)
+      .def_readwrite("end_token", &SessionOptions::end_token)
       .def_readwrite("stop_strings", &SessionOptions::stop_strings)
       .def_readwrite("pieces", &SessionOptions::pieces)
       .def_readwrite("slots", &SessionOptions::slots)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gptfast import ops
+    from gptfast.bpe import BPETokenizer
     from gptfast.checkpoint import load, save
     from gptfast.config import GPTConfig, TrainConfig
     from gptfast.errors import (
@@ -16,14 +17,16 @@ if TYPE_CHECKING:
     )
     from gptfast.generation import Generation, PackedModel, Score, generate, pack, score, stream
     from gptfast.model import GPT, Intermediates
-    from gptfast.tokenizer import CharTokenizer
-    from gptfast.training import Trainer, train
+    from gptfast.tokenizer import CharTokenizer, Tokenizer
+    from gptfast.training import Callback, Trainer, train
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GPT",
+    "BPETokenizer",
     "BackendError",
+    "Callback",
     "CharTokenizer",
     "CheckpointError",
     "ConfigError",
@@ -35,6 +38,7 @@ __all__ = [
     "PackedModel",
     "Score",
     "TrainConfig",
+    "Tokenizer",
     "Trainer",
     "generate",
     "load",
@@ -47,13 +51,14 @@ __all__ = [
 ]
 
 _HOMES = {
+    "bpe": ("BPETokenizer",),
     "checkpoint": ("load", "save"),
     "config": ("GPTConfig", "TrainConfig"),
     "errors": ("BackendError", "CheckpointError", "ConfigError", "DataError", "GptfastError"),
     "generation": ("Generation", "PackedModel", "Score", "generate", "pack", "score", "stream"),
     "model": ("GPT", "Intermediates"),
-    "tokenizer": ("CharTokenizer",),
-    "training": ("Trainer", "train"),
+    "tokenizer": ("CharTokenizer", "Tokenizer"),
+    "training": ("Callback", "Trainer", "train"),
 }
 
 

@@ -15,17 +15,18 @@ from gptfast.pictures import COLOURS, GREY, save_picture, visible
 
 BLUE, ORANGE = COLOURS[:2]
 LIGHT_ORANGE = "#EBA675"
+LONGEST = 12  # characters of a token's label
 UNSEEN = "#eeeeee"  # keys that the causal mask hides
 FONT = 7  # points
 POINTS = 72  # per inch
 
 
-def plot_attention(weights: Tensor, text: str, path: str | Path) -> Path:
+def plot_attention(weights: Tensor, labels: Sequence[str], path: str | Path) -> Path:
     """Draws a heat map per layer and head, the entropy of each of its rows beside it.
 
     Args:
         weights: (L, H, T, T), the attention weights.
-        text: T characters, on both axes.
+        labels: T characters, or what T tokens write, on both axes.
         path: the picture, PNG, SVG or PDF by its suffix; its directory is made if missing.
 
     Returns:
@@ -35,7 +36,7 @@ def plot_attention(weights: Tensor, text: str, path: str | Path) -> Path:
         ConfigError: an unknown suffix, or matplotlib is missing.
         DataError: the picture cannot be written.
     """
-    return save_picture(path, lambda: _draw_maps(weights.float().cpu(), text))
+    return save_picture(path, lambda: _draw_maps(weights.float().cpu(), labels))
 
 
 def plot_contributions(shares: Shares, where: str, path: str | Path) -> Path:
@@ -98,12 +99,16 @@ class _Grid(NamedTuple):
         )
 
 
-def _draw_maps(weights: Tensor, text: str) -> Any:
+def _draw_maps(weights: Tensor, labels: Sequence[str]) -> Any:
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
     L, H, T, _ = weights.shape
-    grid = _Grid(L, H, side=min(3.2, max(1.2, 8 / max(L, H))))
+    side, longer = min(3.2, max(1.2, 8 / max(L, H))), 0.0
+    if max(map(len, labels)) > 1:  # of tokens
+        labels = [each if len(each) <= LONGEST else f"{each[: LONGEST - 1]}…" for each in labels]
+        longer = max(map(len, labels)) * 0.7 * FONT / POINTS
+    grid = _Grid(L, H, side, left=0.75 + longer, bottom=0.45 + longer)
     figure = Figure(figsize=(grid.width, grid.height))
     hidden = weights.new_ones(T, T).triu(1).bool()
     norm = PowerNorm(0.5, 0, 1)  # so that small weights, of long texts, are seen
@@ -115,14 +120,15 @@ def _draw_maps(weights: Tensor, text: str) -> Any:
             axes = grid.add_axes(figure, x, y, grid.side)
             axes.set_facecolor(UNSEEN)
             image = axes.imshow(shown[layer, head], cmap="Blues", norm=norm, aspect="auto")
-            _label_maps(axes, text, grid, layer, head)
+            _label_maps(axes, labels, grid, layer, head)
             _draw_entropies(figure, grid, entropies[layer][head], x + grid.side, y)
     scale = grid.add_axes(figure, *grid.corner(0, H), 0.12)
     bar = figure.colorbar(image, cax=scale, ticks=[0, 0.05, 0.2, 0.5, 1], format="%g")
     bar.set_label("attention weight", color=GREY, fontsize=FONT)
     _soften(scale)
     lines = [
-        "Row: the character that attends. Column: the one that it attends to.",
+        f"Row: the {'token' if longer else 'character'} that attends."
+        " Column: the one that it attends to.",
         f"Bar: the entropy of the row, at most ln {T} = {math.log(T):.2f} nats. Line: if all"
         " weights were equal.",
     ]
@@ -130,27 +136,30 @@ def _draw_maps(weights: Tensor, text: str) -> Any:
     return figure
 
 
-def _label_maps(axes: Any, text: str, grid: _Grid, layer: int, head: int) -> None:
-    """Names the layer, the head and the characters, at the borders of the grid alone."""
+def _label_maps(axes: Any, names: Sequence[str], grid: _Grid, layer: int, head: int) -> None:
+    """Names the layer, the head and the tokens, at the borders of the grid alone."""
     _soften(axes)
-    places, labels = _ticks(text, grid.side)
-    numbered = len(places) < len(text)
+    places, labels = _ticks(names, grid.side)
+    numbered = len(places) < len(names)
+    before = [f"{i} {c}" if numbered else c for i, c in zip(places, labels, strict=True)]
     axes.set_xticks([])
     axes.set_yticks([])
     if layer == 0:
         axes.set_title(f"head {head}", fontsize=FONT + 2, pad=4)
     if layer == grid.L - 1:
-        below = [f"{c}\n{i}" if numbered else c for i, c in zip(places, labels, strict=True)]
-        axes.set_xticks(places, below)
+        if max(map(len, names)) > 1:
+            axes.set_xticks(places, before, rotation=90)
+        else:
+            below = [f"{c}\n{i}" if numbered else c for i, c in zip(places, labels, strict=True)]
+            axes.set_xticks(places, below)
     if head == 0:
-        before = [f"{i} {c}" if numbered else c for i, c in zip(places, labels, strict=True)]
         axes.set_yticks(places, before)
         axes.set_ylabel(f"layer {layer}", fontsize=FONT + 2)
-        axes.yaxis.set_label_coords(-0.5 / grid.side, 0.5)
+        axes.yaxis.set_label_coords((0.25 - grid.left) / grid.side, 0.5)
 
 
-def _ticks(text: str, side: float) -> tuple[list[int], list[str]]:
-    """The characters that have room on an axis, evenly spaced, and where they are."""
+def _ticks(text: Sequence[str], side: float) -> tuple[list[int], list[str]]:
+    """The tokens that have room on an axis, evenly spaced, and where they are."""
     room = side * POINTS / FONT  # in characters
     step = 1 if len(text) * 1.15 <= room else 2  # numbers, beside thinned ones, are wider
     while len(text) / step * 1.6 > room and step > 1:

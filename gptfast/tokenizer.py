@@ -1,20 +1,118 @@
-"""Character tokenizer: id 0 is padding, ids from 1 on are the text's characters, sorted."""
+"""What a tokenizer is, and the one of characters: id 0 is padding, then come the text's, sorted."""
 
+import codecs
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
+from gptfast.encoding import Unknown, characters_in, check_text, checked_ids, unknown_character
 from gptfast.errors import DataError
 
 PAD = "<PAD>"
 PAD_ID = 0
+COUNTED_AT_ONCE = 2**20  # tokens
 
-Unknown = Literal["error", "skip"]
+
+class Tokenizer(Protocol):
+    """What training and generation need of a tokenizer: CharTokenizer, BPETokenizer or a user's."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of ids."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """What an id stands for: "character" (each for one) or "token"."""
+        ...
+
+    @property
+    def padding(self) -> int | None:
+        """The id that stands for no text and is not trained; None: there is none."""
+        ...
+
+    @property
+    def end_of_text(self) -> int | None:
+        """The id that ends a text, and separates those of a token file; None: there is none."""
+        ...
+
+    @property
+    def pieces(self) -> list[bytes]:
+        """The bytes in UTF-8 that each id stands for, perhaps a part of a character, or nothing."""
+        ...
+
+    def decoder(self) -> codecs.IncrementalDecoder:
+        """Makes what turns the bytes of `pieces` into text, part by part."""
+        ...
+
+    def encode(self, text: str, unknown: Unknown = "error") -> list[int]:
+        """Returns the ids of a text.
+
+        Args:
+            text: Any string; an empty one gives an empty list.
+            unknown: What to do with characters that have no id: "error" or "skip".
+
+        Raises:
+            DataError: A character has no id; names it and its position.
+        """
+        ...
+
+    def encode_tensor(self, text: str, unknown: Unknown = "error") -> torch.Tensor:
+        """Like `encode`, but returns a 1-D int64 tensor; faster, for a whole corpus."""
+        ...
+
+    def decode(self, ids: Iterable[int] | torch.Tensor) -> str:
+        """Returns the text of ids, a flat sequence or 1-D tensor of integers.
+
+        Raises:
+            DataError: An id is negative or not below `vocab_size`.
+            TypeError: `ids` is not a flat sequence of integers.
+        """
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the tokenizer as a JSON-able dict, which `from_dict` takes."""
+        ...
+
+
+class TextSize(NamedTuple):
+    """How long a text is."""
+
+    characters: int
+    utf8_bytes: int
+
+
+def text_size(tokenizer: Tokenizer, ids: torch.Tensor) -> TextSize:
+    """Measures the text of ids.
+
+    Args:
+        tokenizer: Theirs.
+        ids: (N,) int64 or smaller integers.
+    """
+    counts = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
+    for some in ids.split(COUNTED_AT_ONCE):
+        counts += torch.bincount(some.long(), minlength=tokenizer.vocab_size)
+    each = list(zip(counts.tolist(), tokenizer.pieces, strict=True))
+    characters = sum(n * characters_in(piece) for n, piece in each)
+    return TextSize(characters, sum(n * len(piece) for n, piece in each))
+
+
+def from_dict(d: dict[str, Any]) -> Tokenizer:
+    """Rebuilds a tokenizer of either kind from its `to_dict`.
+
+    Raises:
+        DataError: `d` is of neither kind, or is no valid tokenizer.
+    """
+    if isinstance(d, dict) and d.get("kind") == "bpe":
+        from gptfast.bpe import BPETokenizer
+
+        return BPETokenizer.from_dict(d)
+    return CharTokenizer.from_dict(d)
 
 
 @dataclass(frozen=True)
@@ -29,6 +127,10 @@ class CharTokenizer:
     """
 
     chars: tuple[str, ...]
+
+    unit = "character"
+    padding = PAD_ID
+    end_of_text = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "chars", tuple(self.chars))
@@ -69,10 +171,7 @@ class CharTokenizer:
         return table
 
     def _ids(self, text: str, unknown: Unknown) -> np.ndarray:
-        if unknown not in ("error", "skip"):
-            raise ValueError(f"encode: unknown must be 'error' or 'skip', got {unknown!r}")
-        if not isinstance(text, str):
-            raise TypeError(f"encode: text must be a str, got {type(text).__name__}")
+        check_text(text, unknown)
         # surrogatepass: Python decodes arguments that are not UTF-8 to lone surrogates.
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
         table = self._id_of_code
@@ -82,18 +181,11 @@ class CharTokenizer:
             return ids
         if unknown == "skip":
             return ids[known]
-        raise DataError(_unknown_message(text, int(np.argmin(known)), self.vocab_size))
+        why = f"is not in the vocabulary of {len(self.chars)} characters"
+        raise unknown_character(text, int(np.argmin(known)), why)
 
     def encode(self, text: str, unknown: Unknown = "error") -> list[int]:
-        """Returns the ids of the characters of `text`.
-
-        Args:
-            text: any string; an empty one gives an empty list.
-            unknown: what to do with characters outside the vocabulary: "error" or "skip".
-
-        Raises:
-            DataError: if a character is not in the vocabulary; names it and its position.
-        """
+        """Returns the ids of the characters of `text`; see Tokenizer."""
         return self._ids(text, unknown).tolist()
 
     def encode_tensor(self, text: str, unknown: Unknown = "error") -> torch.Tensor:
@@ -101,24 +193,17 @@ class CharTokenizer:
         return torch.from_numpy(self._ids(text, unknown))
 
     def decode(self, ids: Iterable[int] | torch.Tensor) -> str:
-        """Returns the text of `ids`, a flat sequence or 1-D tensor of integers; skips padding.
-
-        Raises:
-            DataError: if an id is negative or not below `vocab_size`.
-            TypeError: if `ids` is not a flat sequence of integers.
-        """
-        values = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
-        if not all(isinstance(i, int | np.integer) for i in values):
-            raise TypeError("decode: ids must be a flat sequence of integers")
-        for i in values:
-            if not 0 <= i < self.vocab_size:
-                raise DataError(f"token id {i} is out of range: expected 0 to {len(self.chars)}")
-        return "".join(self.chars[i - 1] for i in values if i != PAD_ID)
+        """Returns the text of `ids`; skips padding. See Tokenizer."""
+        return "".join(self.chars[i - 1] for i in checked_ids(ids, self.vocab_size) if i != PAD_ID)
 
     @property
-    def pieces(self) -> list[str]:
-        """The text of each id; that of padding is empty."""
-        return ["", *self.chars]
+    def pieces(self) -> list[bytes]:
+        """The UTF-8 of each id; that of padding is empty, that of half a surrogate pair 3 bytes."""
+        return [b"", *(char.encode("utf-8", "surrogatepass") for char in self.chars)]
+
+    def decoder(self) -> codecs.IncrementalDecoder:
+        """See Tokenizer."""
+        return codecs.getincrementaldecoder("utf-8")("surrogatepass")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-serialisable dict for `from_dict`: the code points in order of their ids.
@@ -143,12 +228,3 @@ class CharTokenizer:
         if points is None and isinstance(chars, str):
             return cls(tuple(chars))
         raise DataError("expected a tokenizer of the form {'kind': 'char', 'code_points': [...]}")
-
-
-def _unknown_message(text: str, position: int, vocab_size: int) -> str:
-    line = text.count("\n", 0, position) + 1
-    column = position - (text.rfind("\n", 0, position) + 1) + 1
-    return (
-        f"character {text[position]!r} at position {position} (line {line}, column {column}) "
-        f"is not in the vocabulary of {vocab_size - 1} characters"
-    )

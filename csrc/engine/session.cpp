@@ -240,10 +240,11 @@ void Session::append(Sequence& s, const float* logits) const {
   row.top_logprobs = s.top_logprobs.data() + end;
   const Sample chosen = model_->kernels().sample(options_.sampling, row);
   const auto& stops = options_.stop_tokens;
+  const bool ended = chosen.token == options_.end_token;
   const bool stopped = std::find(stops.begin(), stops.end(), chosen.token) != stops.end();
   const bool finite = std::isfinite(chosen.logprob);
-  if (!finite || stopped) {
-    s.state = finite ? State::stop : State::invalid;
+  if (!finite || ended || stopped) {
+    s.state = !finite ? State::invalid : ended ? State::end : State::stop;
     s.top_tokens.resize(end), s.top_logprobs.resize(end);
     return;
   }

@@ -18,6 +18,7 @@ enum class State {
   running,
   length,   // has max_new_tokens tokens
   stop,     // generated a stop token or a stop string
+  end,      // generated the token that ends a text
   window,   // filled a window that does not move
   invalid,  // the model's logits are not finite
 };
@@ -28,6 +29,7 @@ struct SessionOptions {
   int64_t stride = 0;                     // tokens by which a full window moves; 0: it does not
   int64_t top_logprobs = 0;               // how many of the most probable tokens to report each
   std::vector<int64_t> stop_tokens;       // each ends a sequence and is not part of it
+  int64_t end_token = -1;                 // likewise, of the tokenizer; -1: none
   std::vector<std::string> stop_strings;  // bytes; each ends a sequence and is part of it
   std::vector<std::string> pieces;        // the bytes that each token writes, for stop_strings
   int64_t slots = 1;                      // sequences that run at once

@@ -4,8 +4,9 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import tyro
 
@@ -27,6 +28,8 @@ COMMANDS: dict[str, type] = {
     "eval": commands.Eval,
     "generate": commands.Generate,
     "inspect": commands.Inspect,
+    "plot": commands.Plot,
+    "reproduce": commands.Reproduce,
     "info": commands.Info,
 }
 
@@ -75,12 +78,13 @@ def _run(arguments: list[str]) -> int:
     name, options = arguments[0], arguments[1:]
     if name not in COMMANDS:
         raise ConfigError(f"there is no command {name!r}; there are {', '.join(COMMANDS)}")
-    if name != "train":
+    if name not in CHOOSING:
         return _parse(COMMANDS[name], f"gptfast {name}", options).run()
+    choose = CHOOSING[name]
     if not options or options[0] in ("-h", "--help"):
-        print(_train_help())
+        print(choose.help(name))
         return 0
-    return _parse_train(options).run()
+    return choose.parse(options).run()
 
 
 def _help() -> str:
@@ -92,49 +96,78 @@ def _help() -> str:
     )
 
 
-def _train_help() -> str:
+@dataclass(frozen=True)
+class Choosing:
+    """A command whose first word says which options it has."""
+
+    word: str  # what that word is
+    needed: str  # options without a default
+    choices: Callable[[], dict[str, str]]  # the words, and what each does
+    parse: Callable[[list[str]], Command]
+
+    def help(self, name: str) -> str:
+        """What `gptfast NAME --help` shows."""
+        choices = self.choices()
+        width = max(map(len, choices)) + 2
+        return "\n".join(
+            [f"usage: gptfast {name} {self.word} {self.needed}[OPTIONS]", ""]
+            + [COMMANDS[name].__doc__ or "", ""]
+            + [f"  {choice:<{width}}{help}" for choice, help in choices.items()]
+            + ["", f"`gptfast {name} {self.word} --help` shows the options."]
+        )
+
+
+def _presets() -> dict[str, str]:
     from gptfast.presets import PRESETS
 
-    rows = [f"  {preset.name:<13}{preset.help}" for preset in PRESETS.values()]
-    return "\n".join(
-        [
-            "usage: gptfast train PRESET --out DIR [OPTIONS]",
-            "",
-            commands.Train.__doc__ or "",
-            "",
-            *rows,
-        ]
-        + ["", "`gptfast train PRESET --help` shows the options."]
-    )
+    return {name: preset.help for name, preset in PRESETS.items()}
+
+
+def _parse_data(arguments: list[str]) -> Command:
+    name, options = arguments[0], arguments[1:]
+    if name not in commands.DATA:
+        raise ConfigError(f"there is no data {name!r}; there are {', '.join(commands.DATA)}")
+    return _parse(commands.DATA[name], f"gptfast data {name}", options)
 
 
 def _parse_train(arguments: list[str]) -> Command:
+    from gptfast.cli.run_file import ConfigOption, RunFile
     from gptfast.presets import preset
 
-    name, options = arguments[0], arguments[1:]
-    if name.startswith("-"):
-        raise ConfigError(f"the preset comes first: gptfast train PRESET {name} ...")
+    others = [each for each in arguments if each not in ("-h", "--help")]
+    file = RunFile(_parse(ConfigOption, "gptfast train", others, ignore_unknown=True).config)
+    if not arguments[0].startswith("-"):
+        name, options = arguments[0], arguments[1:]
+    elif file.preset is not None:
+        name, options = file.preset, arguments
+    else:
+        raise ConfigError(f"the preset comes first: gptfast train PRESET {arguments[0]} ...")
     chosen, prog = preset(name), f"gptfast train {name}"
     source = None
-    if not {"-h", "--help"} & set(options):
+    if others == arguments:
         # The defaults of the model's options depend on where its weights come from.
-        source = _parse(commands.Train, prog, options, ignore_unknown=True).source()
-    return _parse(commands.train_preset(chosen, source), prog, options)
+        start = file.defaults(commands.Train)
+        source = _parse(commands.Train, prog, options, start, ignore_unknown=True).source()
+    command = commands.train_preset(chosen, source, file)
+    return cast(Command, _parse(command, prog, options, file.defaults(command)))
 
 
 def _parse(
-    command: type[Parsed], prog: str, arguments: Sequence[str], ignore_unknown: bool = False
+    command: type[Parsed],
+    prog: str,
+    arguments: Sequence[str],
+    default: Parsed | None = None,
+    ignore_unknown: bool = False,
 ) -> Parsed:
     """Runs tyro; its boxes about mistakes become one sentence."""
     box = io.StringIO()
-    config = (tyro.conf.FlagCreatePairsOff,)
+    options: dict[str, Any] = {"prog": prog, "args": arguments, "default": default}
+    options["config"] = (tyro.conf.FlagCreatePairsOff,)
     try:
         with contextlib.redirect_stderr(box):
             if ignore_unknown:
-                return tyro.cli(
-                    command, prog=prog, args=arguments, config=config, return_unknown_args=True
-                )[0]
-            return tyro.cli(command, prog=prog, args=arguments, config=config)
+                return tyro.cli(command, return_unknown_args=True, **options)[0]
+            return tyro.cli(command, **options)
     except SystemExit as error:
         if error.code != EXIT_BAD_INPUT:
             raise
@@ -152,6 +185,17 @@ def _message(box: str) -> str:
         elif not line.startswith(10 * " "):  # where the help text of an option is
             message.append(text)
     return " ".join(message).rstrip(".")
+
+
+CHOOSING = {
+    "data": Choosing(
+        "NAME",
+        "",
+        lambda: {name: each.__doc__ or "" for name, each in commands.DATA.items()},
+        _parse_data,
+    ),
+    "train": Choosing("PRESET", "--out DIR ", _presets, _parse_train),
+}
 
 
 def _sentence(error: Exception) -> str:

@@ -12,7 +12,7 @@ from gptfast.errors import ConfigError, DataError
 from gptfast.heads import Shares, attention_terms, entropy, shares
 from gptfast.model import GPT
 from gptfast.pictures import visible
-from gptfast.tokenizer import CharTokenizer
+from gptfast.tokenizer import CharTokenizer, Tokenizer
 
 
 def parameter_table(model: GPT) -> Table:
@@ -37,7 +37,7 @@ def parameter_table(model: GPT) -> Table:
 
 def attention_report(
     model: GPT,
-    tokenizer: CharTokenizer | None,
+    tokenizer: Tokenizer | None,
     text: str,
     position: int | None = None,
     plot: Path | None = None,
@@ -48,48 +48,64 @@ def attention_report(
         model: the model.
         tokenizer: its tokenizer.
         text: what it reads.
-        position: the character at which contributions are shown; negative ones count from the end.
+        position: the token at which contributions are shown; negative ones count from the end.
         plot: a picture: of the contributions, or of the attention where no position is given.
     """
     if tokenizer is None or not text:
         raise ConfigError("--attention needs at least one character, and a model with a tokenizer")
-    T = len(text)
+    idx = tokenizer.encode_tensor(text)[None]  # (1, T)
+    T, unit = idx.shape[1], tokenizer.unit
     if model.config.block_size < T:
         raise DataError(
-            f"--attention takes at most block_size={model.config.block_size} characters, got {T}"
+            f"--attention takes at most block_size={model.config.block_size} {unit}s, got {T}"
         )
     if position is not None and not -T <= position < T:
         raise ConfigError(
             f"--contributions takes a position from 0 to {T - 1}, or from {-T} to -1, counted from"
             f" the end, got {position}"
         )
-    idx = tokenizer.encode_tensor(text)[None]  # (1, T)
+    labels = [*text] if unit == "character" else token_labels(tokenizer, idx[0].tolist())
     weights = model.attention_weights(idx)[:, 0]  # (L, H, T, T)
-    report = _attention_maps(weights, text)
+    report = _attention_maps(weights, labels)
     if position is not None:
         found = shares(attention_terms(model, idx), 0, position)
-        where = f"position {position % T}, {text[position]!r}"
+        where = f"position {position % T}, {labels[position]!r}"
         if plot is None:
             return report + _contribution_table(found, where)
         plot_contributions(found, where, plot)
     elif plot is not None:
-        plot_attention(weights, text, plot)
+        plot_attention(weights, labels, plot)
     return report
 
 
-def _attention_maps(weights: Tensor, text: str) -> str:
-    """The attention weights (L, H, T, T) in tenths, with entropies, a row per character."""
-    shown = visible(text)
+def token_labels(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    """Returns what tokens write, spaces made visible and parts of characters in hexadecimal."""
+    pieces = tokenizer.pieces
+    return [pieces[i].decode("utf-8", "backslashreplace").replace(" ", "␣") for i in ids]
+
+
+def tokenizer_line(tokenizer: Tokenizer | None) -> str:
+    """Describes a tokenizer."""
+    if isinstance(tokenizer, CharTokenizer):
+        return f"{tokenizer.vocab_size} ids: <PAD> and {''.join(tokenizer.chars)!r}"
+    return "none" if tokenizer is None else repr(tokenizer)
+
+
+def _attention_maps(weights: Tensor, labels: list[str]) -> str:
+    """The attention weights (L, H, T, T) in tenths, with entropies, a row per token."""
+    shown = [visible(label) for label in labels]
+    width = max(map(len, shown))
     entropies = entropy(weights).tolist()
     lines = []
     for layer, heads in enumerate(weights.tolist()):
         for head, rows in enumerate(heads):
             lines += ["", f"layer {layer}, head {head}: tenths of the attention, entropy in nats"]
-            lines.append(f"    {shown}")
+            if width == 1:  # the names of the columns
+                lines.append(f"    {''.join(shown)}")
             for i, row in enumerate(rows):
                 tenths = "".join(str(min(9, int(10 * weight))) for weight in row[: i + 1])
                 nats = entropies[layer][head][i]
-                lines.append(f"  {shown[i]} {tenths:<{len(text)}}  {nats:.2f}")
+                lines.append(f"  {shown[i]:<{width}} {tenths:<{len(rows)}}  {nats:.2f}")
     return "\n".join([*lines, ""])
 
 

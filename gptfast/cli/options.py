@@ -15,13 +15,14 @@ from gptfast.errors import CheckpointError
 if TYPE_CHECKING:
     from gptfast.config import GPTConfig
     from gptfast.model import GPT
-    from gptfast.tokenizer import CharTokenizer
+    from gptfast.tokenizer import Tokenizer
 
 EXIT_SIGNAL = 128  # and the number of the signal that ended it
 EXIT_INTERRUPTED = EXIT_SIGNAL + signal.SIGINT
 
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
+TextOrTokens = Annotated[Path | None, tyro.conf.arg(metavar="FILE|DIR")]
 Count = Annotated[int | None, tyro.conf.arg(metavar="N")]
 Fraction = Annotated[float | None, tyro.conf.arg(metavar="P")]
 Texts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")]
@@ -60,7 +61,7 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(check_threads("--threads", threads))
 
 
-def load_text_model(path: Path, compute: Compute | None = None) -> "tuple[GPT, CharTokenizer]":
+def load_text_model(path: Path, compute: Compute | None = None) -> "tuple[GPT, Tokenizer]":
     """Loads a checkpoint that must have a tokenizer, and chooses how its model computes."""
     from gptfast import checkpoint
 

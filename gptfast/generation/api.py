@@ -1,5 +1,6 @@
 """What users call to generate: `generate`, `stream`, and the result `Generation`."""
 
+import codecs
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,22 +25,28 @@ from gptfast.generation.request import (
 from gptfast.generation.sequences import Loop, Update
 from gptfast.model import GPT
 from gptfast.ops.sampling import Sampling
-from gptfast.tokenizer import CharTokenizer
+from gptfast.tokenizer import Tokenizer
 
-FinishReason = Literal["length", "stop", "window", "interrupted"]
+FinishReason = Literal["length", "stop", "end", "window", "interrupted"]
 Piece = str | list[int]
+GOING_ON = ("waiting", "running")  # states
 INTERRUPT_SECONDS = 0.1  # Python handles Ctrl-C between two runs of so long
 STREAM_SECONDS = 0.005  # a run of so long makes one piece of a stream
 
 
 @dataclass
 class Generation:
-    """What was generated for one prompt, without the prompt and without the stop that ended it."""
+    """What was generated for one prompt, without the prompt and without the stop that ended it.
+
+    A text that ends within a character ends with U+FFFD. Where a stop string begins within a token,
+    that token is the last one, and the text ends before the stop.
+    """
 
     text: str | None  # None without a tokenizer
     tokens: list[int]
     logprobs: list[float]  # of each token, in nats, before penalty, temperature and filters
-    finish_reason: FinishReason  # "window": the window is full, and overflow="stop"
+    # "end": the tokenizer's end of a text came; "window": it is full, and overflow="stop"
+    finish_reason: FinishReason
     # per token, the likeliest tokens and their log-probabilities; empty with logprobs=0
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
 
@@ -58,7 +65,7 @@ def generate(
     model: GPT | PackedModel,
     prompts: Sequence[Prompt],
     *,
-    tokenizer: CharTokenizer | None = None,
+    tokenizer: Tokenizer | None = None,
     max_new_tokens: int = 100,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -67,6 +74,7 @@ def generate(
     repetition_penalty: float = 1.0,
     seed: int | Sequence[int] = 0,
     stop: str | int | Sequence[str | int] | None = None,
+    stop_at_end: bool = True,
     num_samples: int = 1,
     overflow: str = "recompute",
     logprobs: int = 0,
@@ -83,6 +91,7 @@ def generate(
             torch; or what `gptfast.pack` made of it. The engine computes plain layers alone: with
             others (adapters, hooks), "auto" takes the uncached loop and warns.
         prompts: Texts (with `tokenizer`) or token lists, of any mix of lengths, none of them empty.
+            With a tokenizer that has an end of texts, "" begins a new text.
         tokenizer: Encodes prompts and decodes results.
         max_new_tokens: Tokens to generate per prompt.
         temperature: Divides the logits; 0 takes the likeliest token.
@@ -97,6 +106,7 @@ def generate(
         seed: An int in [0, 2**63), with which the draws of a result depend on its place in the
             list; or one int per prompt.
         stop: Strings or token ids that end a text; they are not part of the result.
+        stop_at_end: Whether the tokenizer's end of texts, if it has one, ends a text as well.
         num_samples: Results per prompt, which follow one another; the engine computes the prompt
             once for them.
         overflow: What happens past `block_size` tokens, positions being absolute: "recompute"
@@ -183,10 +193,11 @@ def _request(
     model: GPT | PackedModel,
     prompts: Sequence[Prompt],
     *,
-    tokenizer: CharTokenizer | None,
+    tokenizer: Tokenizer | None,
     max_new_tokens: int,
     seed: int | Sequence[int],
     stop: str | int | Sequence[str | int] | None,
+    stop_at_end: bool,
     num_samples: int,
     overflow: str,
     logprobs: int,
@@ -227,8 +238,10 @@ def _request(
         stride=stride,
         top_logprobs=min(logprobs, config.vocab_size),
         stop_tokens=stop_tokens,
+        end_token=tokenizer.end_of_text if tokenizer is not None and stop_at_end else None,
         stop_strings=stop_strings,
         pieces=pieces_of(tokenizer, config.vocab_size),
+        decoder=codecs.getincrementaldecoder("utf-8") if tokenizer is None else tokenizer.decoder,
         max_batch=max_batch,
         max_cache_bytes=max_cache_bytes,
         dtype=dtype,
@@ -251,16 +264,18 @@ def _loop(model: GPT | PackedModel, request: Request, lasting: bool = False) -> 
 
 
 def _generations(updates: list[Update], request: Request) -> list[Generation]:
-    found = []
+    found, decoder = [], request.decoder()
     for _, state, tokens, logprobs, likeliest in updates:
-        reason: Any = "interrupted" if state in ("waiting", "running") else state
+        reason: Any = "interrupted" if state in GOING_ON else state
         text = None
         if request.pieces is not None:
-            text = "".join(map(request.pieces.__getitem__, tokens))
-            end, count = _stop_start(text, state, request), len(tokens)
-            while len(text) > end:  # drops the tokens that wrote the stop
-                count -= 1
-                text = text[: len(text) - len(request.pieces[tokens[count]])]
+            written = b"".join(map(request.pieces.__getitem__, tokens))
+            end, count = _stop_start(written, state, request), len(tokens)
+            text = decoder.decode(written[:end], True)
+            start = len(written)
+            while start > end:  # drops the tokens that wrote nothing but the stop
+                start -= len(request.pieces[tokens[count - 1]])
+                count -= start >= end
             if count < len(tokens):
                 tokens, logprobs = tokens[:count], logprobs[:count]
                 likeliest = likeliest[:count]
@@ -268,12 +283,12 @@ def _generations(updates: list[Update], request: Request) -> list[Generation]:
     return found
 
 
-def _stop_start(text: str, state: str, request: Request) -> int:
+def _stop_start(written: bytes, state: str, request: Request) -> int:
     """Where the first stop string starts; the text's length where none ended it."""
     if state != "stop":
-        return len(text)
-    starts = (text.find(stop) for stop in request.stop_strings)
-    return min((start for start in starts if start >= 0), default=len(text))
+        return len(written)
+    starts = (written.find(stop) for stop in request.stop_strings)
+    return min((start for start in starts if start >= 0), default=len(written))
 
 
 class _PendingText:
@@ -281,20 +296,21 @@ class _PendingText:
 
     def __init__(self, request: Request) -> None:
         self._request = request
-        self._text = ""
+        self._written = b""
+        self._decoder = request.decoder()
 
     def next_piece(self, update: Update) -> Piece:
-        """Returns what may be yielded; text that may become part of a stop waits."""
+        """Returns what may be yielded; what may become part of a stop or a character waits."""
         request = self._request
         if request.pieces is None:
             return update.tokens
-        text = self._text + "".join(request.pieces[token] for token in update.tokens)
-        end = _stop_start(text, update.state, request)
-        if update.state in ("waiting", "running"):
+        written = self._written + b"".join(request.pieces[token] for token in update.tokens)
+        end, more = _stop_start(written, update.state, request), update.state in GOING_ON
+        if more:
             prefixes = (stop[:n] for stop in request.stop_strings for n in range(1, len(stop)))
-            end -= max((len(prefix) for prefix in prefixes if text.endswith(prefix)), default=0)
-        self._text = text[end:]
-        return text[:end]
+            end -= max((len(prefix) for prefix in prefixes if written.endswith(prefix)), default=0)
+        self._written = written[end:]
+        return self._decoder.decode(written[:end], not more)
 
 
 def _pieces(loop: Loop, request: Request) -> Iterator[tuple[int, Piece]]:

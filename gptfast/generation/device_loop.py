@@ -30,11 +30,11 @@ from gptfast.generation.decoder import (
     Starts,
     Stretch,
 )
+from gptfast.generation.dtypes import activations
 from gptfast.generation.kept import keep_decoder, take_decoder
 from gptfast.generation.request import Request, slots_at_once
 from gptfast.generation.sequences import Sequences, Update
 from gptfast.generation.sizes import capacity_bucket, slots_bucket
-from gptfast.generation.weights import FLOATS
 from gptfast.model import GPT
 from gptfast.ops.sampling import top_logprobs
 from gptfast.ops.triton.sampling import kind_of
@@ -72,7 +72,7 @@ class DeviceLoop:
         running = self._sequences.running()
         self._waiting = np.fromiter(running, np.int64, len(running))
         self._unfinished = len(self._waiting)
-        self._stops = bool(request.stop_tokens or request.stop_strings)
+        self._stops = bool(self._sequences.stop_tokens or request.stop_strings)
         self._queued: deque[_Queued] = deque()
         self._look_seconds = LOOK_SECONDS
         self._decoder: Decoder | None = None
@@ -93,7 +93,7 @@ class DeviceLoop:
         weight = self._model.wte.weight
         longest = max(map(len, request.prompts)) + request.max_new_tokens
         layers = config.n_layer if config.attention else 0
-        dtype = FLOATS[request.dtype] if request.dtype else weight.dtype
+        dtype = activations(weight.dtype, request.dtype, weight.device.type)
         token_bytes = 2 * layers * config.n_embd * dtype.itemsize
         needed = max(1, min(config.block_size, longest - 1))
         capacity = capacity_bucket(needed, config.block_size)
@@ -254,7 +254,7 @@ class DeviceLoop:
             likeliest = [[each] for each in found]
         suspects = None
         if self._stops and not self._request.stop_strings:
-            stops = np.isin(tokens[slots], self._request.stop_tokens).any(1)
+            stops = np.isin(tokens[slots], self._sequences.stop_tokens).any(1)
             suspects = np.flatnonzero(stops).tolist()
         self._sequences.extend(sequences, drawn, values, likeliest, suspects)
 

@@ -1,6 +1,7 @@
 """What is to be generated, checked: the input of every loop."""
 
-from collections.abc import Iterable, Sequence
+import codecs
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from itertools import accumulate, chain, pairwise
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from gptfast.checks import SEEDS, as_int, check_seed, is_iterable
 from gptfast.config import GPTConfig
 from gptfast.errors import ConfigError, DataError
 from gptfast.ops.sampling import Sampling
-from gptfast.tokenizer import CharTokenizer
+from gptfast.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 DTYPES = ("bf16", "fp32", "int8")
@@ -33,8 +34,10 @@ class Request(NamedTuple):
     stride: int | None  # how many tokens a full window drops; None: the sequence ends there
     top_logprobs: int  # how many of the likeliest tokens to report per token
     stop_tokens: list[int]
-    stop_strings: list[str]
-    pieces: list[str] | None  # the text of each token id; None without a tokenizer
+    end_token: int | None  # the tokenizer's, which ends a text as well; None: none does
+    stop_strings: list[bytes]
+    pieces: list[bytes] | None  # what each token id writes; None without a tokenizer
+    decoder: Callable[[], codecs.IncrementalDecoder]  # makes what turns that into text
     max_batch: int | None  # None: as many as suit the device
     max_cache_bytes: int
     dtype: str | None  # None: the model's own
@@ -94,7 +97,7 @@ def check_dtype(dtype: str | None) -> None:
         raise ConfigError(f"dtype must be None or one of {list(DTYPES)}, got {dtype!r}")
 
 
-def check_tokenizer(tokenizer: CharTokenizer | None, config: GPTConfig) -> None:
+def check_tokenizer(tokenizer: Tokenizer | None, config: GPTConfig) -> None:
     """Raises ConfigError where the tokenizer has ids that the model does not have."""
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
@@ -104,7 +107,7 @@ def check_tokenizer(tokenizer: CharTokenizer | None, config: GPTConfig) -> None:
 
 
 def encode(
-    name: str, texts: Sequence[Prompt], tokenizer: CharTokenizer | None, vocab_size: int
+    name: str, texts: Sequence[Prompt], tokenizer: Tokenizer | None, vocab_size: int
 ) -> list[list[int]]:
     """Encodes texts, and checks lists of token ids.
 
@@ -125,7 +128,8 @@ def encode(
     given: list[Any] = list(texts)  # an iterator gives them once
     if _all_ids(given, vocab_size):
         return [ids.copy() for ids in given]
-    if tokenizer is not None and set(map(type, given)) == {str} and all(given):
+    by_character = tokenizer is not None and tokenizer.unit == "character"
+    if tokenizer is not None and by_character and set(map(type, given)) == {str} and all(given):
         with suppress(DataError):  # below, which names the text
             ids, ends = tokenizer.encode("".join(given)), [0, *accumulate(map(len, given))]
             return [ids[start:end] for start, end in pairwise(ends)]
@@ -135,6 +139,8 @@ def encode(
             if tokenizer is None:
                 raise ConfigError(f"{name}s given as text need a tokenizer")
             tokens = tokenizer.encode(text)
+            if not tokens and name == "prompt" and tokenizer.end_of_text is not None:
+                tokens = [tokenizer.end_of_text]  # a new text begins after it
         elif is_iterable(text) and not isinstance(text, bytes | bytearray):
             tokens = _tokens(name, i, text, vocab_size)
         else:
@@ -169,8 +175,8 @@ def _tokens(name: str, i: int, ids: Iterable[Any], vocab_size: int) -> list[int]
     return found
 
 
-def stops_of(stop: Any, has_text: bool, vocab_size: int) -> tuple[list[int], list[str]]:
-    """Splits the option `stop` into token ids and strings.
+def stops_of(stop: Any, has_text: bool, vocab_size: int) -> tuple[list[int], list[bytes]]:
+    """Splits the option `stop` into token ids and strings, as UTF-8.
 
     Raises:
         ConfigError: A stop is neither a token id nor, where there is a tokenizer, a string.
@@ -183,7 +189,7 @@ def stops_of(stop: Any, has_text: bool, vocab_size: int) -> tuple[list[int], lis
     for each in stops:
         token = as_int(each)
         if isinstance(each, str) and each and has_text:
-            strings.append(each)
+            strings.append(each.encode("utf-8", "surrogatepass"))
         elif token is not None and 0 <= token < vocab_size:
             tokens.append(token)
         else:
@@ -194,12 +200,12 @@ def stops_of(stop: Any, has_text: bool, vocab_size: int) -> tuple[list[int], lis
     return tokens, strings
 
 
-def pieces_of(tokenizer: CharTokenizer | None, vocab_size: int) -> list[str] | None:
-    """Lists the text of each token id, "" for ids of the model that the tokenizer does not have."""
+def pieces_of(tokenizer: Tokenizer | None, vocab_size: int) -> list[bytes] | None:
+    """Lists what each token id writes: nothing, for those that only the model has."""
     if tokenizer is None:
         return None
     known = tokenizer.pieces
-    return known + [""] * (vocab_size - len(known))
+    return known + [b""] * (vocab_size - len(known))
 
 
 def seeds_of(

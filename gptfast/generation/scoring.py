@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from gptfast.checks import check_count
+from gptfast.encoding import characters_in
 from gptfast.generation.engine import PackedModel, engine_device
 from gptfast.generation.request import (
     Prompt,
@@ -18,7 +19,7 @@ from gptfast.generation.request import (
 )
 from gptfast.generation.snapshot import snapshot
 from gptfast.model import GPT
-from gptfast.tokenizer import CharTokenizer
+from gptfast.tokenizer import Tokenizer
 
 TOKENS_AT_ONCE = 2048  # per call of the engine, bounds its memory; results do not depend on it
 
@@ -29,7 +30,8 @@ class Score:
 
     tokens: list[int]
     logprobs: list[float]  # of tokens[1:], each given the tokens before it in its window
-    characters: int | None  # how many tokens[1:] decode to; None without a tokenizer
+    characters: int | None  # how many begin in tokens[1:]; None without a tokenizer
+    utf8_bytes: int | None  # how many tokens[1:] write; None without a tokenizer
 
     @property
     def logprob(self) -> float:
@@ -39,12 +41,23 @@ class Score:
     @property
     def bits_per_token(self) -> float | None:
         """Mean cross-entropy per token, in bits; None where there is only one token."""
-        return -self.logprob / math.log(2) / len(self.logprobs) if self.logprobs else None
+        return self._bits_per(len(self.logprobs))
 
     @property
     def bits_per_character(self) -> float | None:
         """Mean cross-entropy per character, in bits; None without characters or a tokenizer."""
-        return -self.logprob / math.log(2) / self.characters if self.characters else None
+        return self._bits_per(self.characters)
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Mean cross-entropy per byte in UTF-8, which compares models of different tokenizers.
+
+        In bits; None without bytes or a tokenizer.
+        """
+        return self._bits_per(self.utf8_bytes)
+
+    def _bits_per(self, count: int | None) -> float | None:
+        return -self.logprob / math.log(2) / count if count else None
 
 
 @dataclass(frozen=True)
@@ -66,7 +79,7 @@ def score(
     model: GPT | PackedModel,
     texts: Sequence[Prompt],
     *,
-    tokenizer: CharTokenizer | None = None,
+    tokenizer: Tokenizer | None = None,
     stride: int | None = None,
     dtype: str | None = None,
 ) -> list[Score]:
@@ -106,10 +119,12 @@ def score(
             raise not_finite("text", window.text)
         logprobs[window.text] += values[len(values) - window.new :]
     pieces = pieces_of(tokenizer, model.config.vocab_size)
-    return [
-        Score(tokens, own, None if pieces is None else sum(len(pieces[t]) for t in tokens[1:]))
-        for tokens, own in zip(encoded, logprobs, strict=True)
-    ]
+    scores = []
+    for tokens, own in zip(encoded, logprobs, strict=True):
+        written = None if pieces is None else b"".join(pieces[token] for token in tokens[1:])
+        sizes = (None, None) if written is None else (characters_in(written), len(written))
+        scores.append(Score(tokens, own, *sizes))
+    return scores
 
 
 def _windows(text: int, length: int, T: int, stride: int) -> list[_Window]:

@@ -17,7 +17,7 @@ class Update(NamedTuple):
     """What is new of one sequence; tokens that write a stop string are included."""
 
     sequence: int  # its place in the request
-    state: str  # waiting, running, or why it ended: length, stop, window, invalid (an error)
+    state: str  # waiting, running, or why it ended: length, stop, end, window, invalid (an error)
     tokens: list[int]
     logprobs: list[float]
     top_logprobs: list[TopLogprobs]
@@ -64,8 +64,10 @@ class Sequences:
             self._top_logprobs = [[] for _ in range(count)]
         # States and lengths: none before the first time, and None when nothing will follow.
         self._reported: list[tuple[str, int]] | None = []
+        end = [] if request.end_token is None else [request.end_token]
+        self.stop_tokens = [*request.stop_tokens, *end]  # none of which becomes part of a text
         self._reach = max(map(len, request.stop_strings), default=1) - 1
-        self._tails = [""] * count if self._reach else []  # of texts: part of a stop, perhaps
+        self._tails = [b""] * count if self._reach else []  # of texts: part of a stop, perhaps
 
     def running(self) -> list[int]:
         """Lists the sequences that need another token."""
@@ -90,10 +92,10 @@ class Sequences:
             suspects: Places in these lists where a stop may be among the tokens; all if None.
         """
         request, limits = self._request, self.limits
-        lengths: list[int | None] = [None] * len(sequences)
-        if request.stop_tokens or request.stop_strings:
+        stops: list[str | None] = [None] * len(sequences)
+        if self.stop_tokens or request.stop_strings:
             for n in range(len(sequences)) if suspects is None else suspects:
-                lengths[n] = length = self._length_at_stop(sequences[n], tokens[n])
+                length, stops[n] = self._find_stop(sequences[n], tokens[n])
                 tokens[n], logprobs[n] = tokens[n][:length], logprobs[n][:length]
         if top_logprobs is not None:
             for i, likeliest, new in zip(sequences, top_logprobs, tokens, strict=True):
@@ -101,36 +103,39 @@ class Sequences:
         # Ctrl-C may come at any point; `updates` counts tokens, so these come last.
         _grow(self.logprobs, sequences, logprobs)
         _grow(self.tokens, sequences, tokens)
-        for i, stopped_at in zip(sequences, lengths, strict=True):
-            if stopped_at is not None:
-                self.states[i] = "stop"
+        for i, state in zip(sequences, stops, strict=True):
+            if state is not None:
+                self.states[i] = state
             elif len(self.tokens[i]) == limits[i]:
                 self.states[i] = "length" if limits[i] == request.max_new_tokens else "window"
 
-    def _length_at_stop(self, i: int, tokens: list[int]) -> int | None:
-        """Returns how many of the new tokens of a sequence stay if a stop is among them.
+    def _find_stop(self, i: int, tokens: list[int]) -> tuple[int, str | None]:
+        """Returns how many of the new tokens of a sequence stay, and its state if one is a stop.
 
         A stop token goes; the tokens that write a stop string stay.
         """
         request = self._request
-        places = [tokens.index(stop) for stop in request.stop_tokens if stop in tokens]
-        end = min(places) if places else None
+        places = [tokens.index(stop) for stop in self.stop_tokens if stop in tokens]
+        end, state = len(tokens), None
+        if places:
+            end = min(places)
+            state = "end" if tokens[end] == request.end_token else "stop"
         if request.pieces is None or not request.stop_strings:
-            return end
+            return end, state
         pieces = [request.pieces[token] for token in tokens[:end]]
-        tail = self._tails[i] if self._reach else ""
-        text = tail + "".join(pieces)
+        tail = self._tails[i] if self._reach else b""
+        text = tail + b"".join(pieces)
         found = ((text.find(stop), len(stop)) for stop in request.stop_strings)
         stop_ends = [start + length for start, length in found if start >= 0]
         if not stop_ends:
             if self._reach:
                 self._tails[i] = text[-self._reach :]
-            return end
+            return end, state
         written = len(tail)
         for count, piece in enumerate(pieces, start=1):
             written += len(piece)
             if written >= min(stop_ends):
-                return count
+                return count, "stop"
         raise AssertionError("a stop string ends within the text")
 
     def not_finite(self, i: int) -> DataError:

@@ -53,6 +53,11 @@ def parameter(shape: str, optional: bool = False) -> Argument:
     return Argument(Kind.PARAMETER, shape, optional)
 
 
+def affine(weight: str, bias: str, shape: str) -> dict[str, Argument]:
+    """Returns a table's entries for a weight and its optional bias, of the weight's first size."""
+    return {weight: parameter(shape), bias: parameter(shape.split()[0], optional=True)}
+
+
 class Table:
     """The tensors of one operator. The first one is floating-point.
 

@@ -2,19 +2,29 @@
 
 from gptfast.config import TrainConfig
 from gptfast.presets import PRESETS, Preset, preset
+from gptfast.training.callbacks import Callback
 from gptfast.training.loop import TrainError, TrainResult, UnsavedError
 from gptfast.training.trainer import Evaluation, Trainer, evaluate
 from gptfast.training.training import held_out, split, train
+from gptfast.training.watching.sampler import Sampler
+from gptfast.training.watching.tensorboard import TensorBoard
+from gptfast.training.watching.tracker import Tracker
+from gptfast.training.watching.wandb import WandB
 
 __all__ = [
     "PRESETS",
+    "Callback",
     "Evaluation",
     "Preset",
+    "Sampler",
+    "TensorBoard",
     "TrainConfig",
     "TrainError",
     "TrainResult",
+    "Tracker",
     "Trainer",
     "UnsavedError",
+    "WandB",
     "evaluate",
     "held_out",
     "preset",

@@ -1,10 +1,12 @@
 """The loop of a training run: steps, evaluations and saves, for a new or a resumed run."""
 
 import math
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +17,13 @@ from gptfast import data
 from gptfast.config import TrainConfig
 from gptfast.errors import CheckpointError, ConfigError, GptfastError
 from gptfast.model import GPT
-from gptfast.tokenizer import CharTokenizer
-from gptfast.training import progress, run
+from gptfast.tokenizer import Tokenizer
+from gptfast.training import run
 from gptfast.training.callbacks import Callback
 from gptfast.training.run import Row, RunDirectory, RunState
 
 if TYPE_CHECKING:
     from gptfast.training.trainer import Trainer
-
-REPORTS_PER_SECOND = 10
 
 
 class TrainError(GptfastError):
@@ -35,7 +35,7 @@ class TrainResult:
     """The result of a run that is finished or was interrupted."""
 
     model: GPT  # in evaluation mode
-    tokenizer: CharTokenizer | None
+    tokenizer: Tokenizer | None
     history: list[Row]  # the rows of history.jsonl
     interrupted: bool  # a signal ended the run before its last step
     signal: int | None = None  # the signal that was received, also if during the last step
@@ -85,18 +85,20 @@ class Loop:
         directory: RunDirectory,
         train_ids: Tensor,
         val_ids: Tensor | None,
-        tokenizer: CharTokenizer | None,
+        tokenizer: Tokenizer | None,
         extra: dict[str, Any],
         callbacks: Sequence[Callback] = (),
+        shown: bool = False,
+        fingerprint: str | None = None,
     ) -> None:
         config = trainer.config
         self.trainer, self.config, self.directory = trainer, config, directory
         self.tokenizer, self.extra, self.val_ids = tokenizer, extra, val_ids
-        self.text = run.fingerprint(train_ids, val_ids)
+        self.text = fingerprint or run.fingerprint(train_ids, val_ids)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.epoch_start = self.generator.get_state()
         self.windows = data.EpochWindows(
-            train_ids.to(trainer.device),
+            data.placed(train_ids, trainer.device),
             trainer.gpt.config.block_size,
             config.batch_size,
             self.generator,
@@ -104,7 +106,8 @@ class Loop:
         self.state = RunState()
         self.pending: tuple[Later, int] | None = None  # the last step's loss and tokens
         self.loss = math.nan  # of the step that was counted last
-        self.callbacks = callbacks
+        self.callbacks, self.shown = callbacks, shown
+        self.error: BaseException | None = None  # what ended the run before its time
         self.clock = 0.0  # until when the steps' time has been counted
         self.has_checkpoint = False  # whether the directory contains a checkpoint of this run
         self.stopped = False  # whether `stop` was called
@@ -128,10 +131,21 @@ class Loop:
         """Ends the run after the current step, as a finished one; for callbacks."""
         self.stopped = True
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal ended the run before its last step."""
+        return self.state.step < self.total and not self._is_stopped()
+
+    def warn(self, message: str) -> None:
+        """Warns on stderr where the run is shown there, else by Python's `warnings`."""
+        if self.shown:
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            warnings.warn(message, stacklevel=2)
+
     def result(self) -> TrainResult:
         """Returns the result of `Trainer.fit`."""
-        state, signal = self.state, self.received_signal()
-        interrupted = state.step < self.total and not self._is_stopped()
+        state, signal, interrupted = self.state, self.received_signal(), self.interrupted
         best = next((row for row in state.history if row["step"] == state.best_step), None)
         return TrainResult(
             self.model.eval(), self.tokenizer, state.history, interrupted, signal, best
@@ -142,20 +156,24 @@ class Loop:
         patience = self.config.patience
         return self.stopped or patience is not None and self.state.not_better >= patience
 
-    def train(self, report: progress.Report) -> None:
+    def train(self) -> None:
         """Trains until the last step, or until the end of the step in which a signal arrives."""
-        self._call("on_start")
-        try:
-            self._train(report)
-        finally:
-            self._call("on_end")
+        with ExitStack() as begun:
+            try:
+                for callback in self.callbacks:
+                    callback.on_start(self)
+                    begun.callback(callback.on_end, self)
+                self._train()
+            except BaseException as error:
+                self.error = error
+                raise
 
-    def _train(self, report: progress.Report) -> None:
-        reported, step = 0.0, self.state.step
+    def _train(self) -> None:
+        step = self.state.step
         batches = self._batches()
         last = step >= self.total or self._is_stopped()
         if last:
-            self._save(last, report)
+            self._save(last)
         saved_at = time.monotonic()
         self.clock = time.perf_counter()
         while not last:
@@ -172,12 +190,9 @@ class Loop:
             waited = time.monotonic() - saved_at
             if row or last or _is_due(self.config, step, waited):
                 self._count()
-                self._save(last, report)
+                self._save(last)
                 saved_at = time.monotonic()
                 self.clock = time.perf_counter()
-            if row or self.clock - reported > 1 / REPORTS_PER_SECOND:
-                report(row)
-                reported = self.clock
 
     def _call(self, method: str, *arguments: Any) -> None:
         for callback in self.callbacks:
@@ -211,7 +226,7 @@ class Loop:
         done = self.state.step % len(windows)
         while True:
             self.epoch_start = self.generator.get_state()
-            yield from islice(windows.starts(), done, None)
+            yield from windows.starts(done)
             done = 0
 
     def _evaluate(self) -> Row:
@@ -252,7 +267,7 @@ class Loop:
             f"or gradient clipping (clip, now {self.config.clip}) may help{kept}"
         )
 
-    def _save(self, last: bool, report: progress.Report) -> None:
+    def _save(self, last: bool) -> None:
         """Saves. A failure is reported and training continues, except after the last step."""
         if self.directory.path is None:
             return
@@ -266,7 +281,7 @@ class Loop:
                     f"{failed}, the trained model is in this error's `result`: {error}",
                     self.result(),
                 ) from error
-            report(f"{failed}, training goes on: {error}")
+            self.warn(f"{failed}, training goes on: {error}")
         else:
             self.has_checkpoint = True
             self._call("on_save")

@@ -26,13 +26,15 @@ import torch
 
 from gptfast import checkpoint
 from gptfast.config import GPTConfig, TrainConfig
+from gptfast.data import as_int64
 from gptfast.errors import CheckpointError, ConfigError
 from gptfast.files import write_atomic
 from gptfast.integrity import load_sealed, reading, save_sealed
+from gptfast.lock import locked
 from gptfast.model import GPT
+from gptfast.run_file import RUN_FILE_NAME
 from gptfast.storable import mismatch, stored_config
-from gptfast.tokenizer import CharTokenizer
-from gptfast.training.lock import locked
+from gptfast.tokenizer import Tokenizer
 
 HISTORY_NAME = "history.jsonl"
 STATE_NAME = "training_state.pt"
@@ -41,7 +43,10 @@ BEST_NAME = "best"
 CHECKPOINT_FILES = (checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME)
 FILES = (STATE_NAME, HISTORY_NAME, *CHECKPOINT_FILES)
 BEST_FILES = tuple(f"{BEST_NAME}/{name}" for name in CHECKPOINT_FILES)
+MACHINE_NAME, SAMPLES_NAME, PLOT_NAME = "machine.json", "samples.jsonl", "loss.png"
+OTHER_FILES = (RUN_FILE_NAME, MACHINE_NAME, SAMPLES_NAME, PLOT_NAME)  # of callbacks
 FORMAT = "gptfast-training-state"
+HASHED_AT_ONCE = 2**17  # tokens
 VERSION = 3  # added the best evaluation; 2 the checksum and the run's id; all are still read
 
 # May differ when a run goes on: how long it lasts, what it shows and saves, how it computes. (The
@@ -177,7 +182,7 @@ class RunDirectory:
             return
         try:
             if not resume:
-                for name in (*FILES, *BEST_FILES):
+                for name in (*FILES, *BEST_FILES, *OTHER_FILES):
                     (self.path / name).unlink(missing_ok=True)
             self._write_history(history)
         except OSError as error:
@@ -195,7 +200,7 @@ class RunDirectory:
     def save(
         self,
         model: GPT,
-        tokenizer: CharTokenizer | None,
+        tokenizer: Tokenizer | None,
         config: TrainConfig,
         state: RunState,
         resumable: dict[str, Any],
@@ -342,7 +347,7 @@ def _other_moments(resumable: dict[str, Any], model: GPT) -> str | None:
     params = dict(model.named_parameters())
     # Version 1 did not note the names.
     names = resumable.get("trained", [name for name in params if params[name].requires_grad])
-    held = len(resumable["optimizer"]["param_groups"][0]["params"])
+    held = sum(len(group["params"]) for group in resumable["optimizer"]["param_groups"])
     if held != len(names):
         return f"the optimizer has {held} parameters, the model trains {len(names)}"
     for i, moments in resumable["optimizer"]["state"].items():
@@ -354,11 +359,13 @@ def _other_moments(resumable: dict[str, Any], model: GPT) -> str | None:
 
 
 def fingerprint(*parts: torch.Tensor | None) -> str:
-    """The sha256 of token sequences, by which a resumed run knows its text again."""
+    """The sha256 of token sequences as int64, by which a resumed run knows its text again."""
     sha = hashlib.sha256()
     for part in parts:
-        tokens = b"" if part is None else part.cpu().numpy().tobytes()
-        sha.update(len(tokens).to_bytes(8, "little") + tokens)
+        ids = torch.empty(0, dtype=torch.int64) if part is None else part
+        sha.update((8 * len(ids)).to_bytes(8, "little"))
+        for some in ids.split(HASHED_AT_ONCE):
+            sha.update(as_int64(some.cpu()).numpy().tobytes())
     return sha.hexdigest()
 
 

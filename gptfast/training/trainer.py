@@ -16,21 +16,25 @@ from torch import Tensor, nn
 
 from gptfast import data
 from gptfast.config import PRECISIONS, Precision, TrainConfig
+from gptfast.data.windows import TOKEN_DTYPES
 from gptfast.errors import ConfigError, DataError
 from gptfast.model import GPT, unwrapped
 from gptfast.ops.cross_entropy import one
 from gptfast.ops.random import seed_tensor
 from gptfast.storable import check_storable
 from gptfast.threads import check_threads
-from gptfast.tokenizer import CharTokenizer
-from gptfast.training import progress as terminal
+from gptfast.tokenizer import Tokenizer
 from gptfast.training.averages import with_weights
 from gptfast.training.callbacks import Callback
 from gptfast.training.graph import Cuda, StepGraphs
 from gptfast.training.loop import Loop, TrainResult
-from gptfast.training.optimizer import AdamW
+from gptfast.training.optimizer import AdamW, weight_groups
 from gptfast.training.run import RunDirectory
 from gptfast.training.schedule import is_constant, learning_rate, part_sizes
+from gptfast.training.signals import first_interrupt
+from gptfast.training.watching.progress import ProgressBar
+from gptfast.training.watching.records import Records
+from gptfast.training.watching.sampler import Sampler
 
 EVAL_TOKENS_AT_ONCE = 8192  # limits the memory of an evaluation
 
@@ -51,7 +55,8 @@ def evaluate(model: nn.Module, ids: Tensor, precision: Precision = "fp32") -> Ev
     Args:
         model: a GPT, which torch.compile or DistributedDataParallel may wrap. Its modules are
             switched to evaluation mode and back to their previous mode.
-        ids: (N,) int64, at least 2 tokens. Windows have block_size tokens; the last may be shorter.
+        ids: (N,) int64 or smaller integers, at least 2 tokens. Windows have block_size tokens; the
+            last may be shorter.
         precision: "fp32", or "bf16" for activations in bfloat16.
 
     Returns:
@@ -59,18 +64,18 @@ def evaluate(model: nn.Module, ids: Tensor, precision: Precision = "fp32") -> Ev
 
     Raises:
         ConfigError: `precision` is unknown.
-        DataError: `ids` is not 1-D int64, or has fewer than 2 tokens.
+        DataError: `ids` is not a 1-D tensor of integers, or has fewer than 2 tokens.
     """
     if precision not in PRECISIONS:
         raise ConfigError(f"precision must be one of {PRECISIONS}, got {precision!r}")
-    if ids.dim() != 1 or ids.dtype != torch.int64 or len(ids) < 2:
+    if ids.dim() != 1 or ids.dtype not in TOKEN_DTYPES or len(ids) < 2:
         raise DataError(
-            "evaluate: ids must be a 1-D int64 tensor of at least 2 tokens, "
+            "evaluate: ids must be a 1-D tensor of at least 2 tokens, int64 or smaller integers, "
             f"got shape {tuple(ids.shape)} of {str(ids.dtype)[6:]}"
         )
     gpt = unwrapped(model)
     T, device = gpt.config.block_size, gpt.main_weight.device
-    ids = ids.to(device)
+    ids = data.placed(ids, device)
     tokens = len(ids) - 1
     whole = tokens // T * T
     rows = max(1, EVAL_TOKENS_AT_ONCE // T)
@@ -84,13 +89,17 @@ def evaluate(model: nn.Module, ids: Tensor, precision: Precision = "fp32") -> Ev
     gpt.eval()
     try:
         with _autocast(device, precision):
-            total = sum(gpt.loss(x, y).item() * y.numel() for x, y in batches)
+            total = sum(_loss(gpt, x.to(device), y.to(device)) * y.numel() for x, y in batches)
     finally:
         for module, training in modes:
             module.training = training
     loss = total / tokens
     # The exponent is clamped, because math.exp raises OverflowError when a run has diverged.
     return Evaluation(loss, math.exp(min(loss, 700.0)), tokens)
+
+
+def _loss(gpt: GPT, idx: Tensor, targets: Tensor) -> float:
+    return gpt.loss(data.as_int64(idx), data.as_int64(targets)).item()
 
 
 def _autocast(device: torch.device, precision: Precision) -> torch.autocast:
@@ -143,16 +152,21 @@ class Trainer:
                 "is False)"
             )
         gpt.recompute = bool(config.recompute)
-        self.names, self.parameters = list(trained), list(trained.values())
+        groups = weight_groups(list(trained.values()), config.decayed)
+        # In the order of the optimizer, by which its state is stored.
+        self.parameters = [param for group in groups for param in group["params"]]
+        name_of = {param: name for name, param in trained.items()}
+        self.names = [name_of[param] for param in self.parameters]
         self.optimizer = AdamW(
-            self.parameters,
+            groups,
             fused_kernel=gpt.backend != "reference",
+            ema=config.ema,
             lr=config.lr,
             betas=config.betas,
             weight_decay=config.weight_decay,
         )
         self.graphs = StepGraphs(Cuda(self.device) if self.device.type == "cuda" else None)
-        self._averaged: tuple[Tensor, GPT] | None = None
+        self._averaged: tuple[list[Tensor], GPT] | None = None
         self.steps_done = 0
         self.total_steps = config.steps  # None: the schedule knows no end
 
@@ -183,15 +197,18 @@ class Trainer:
         """Trains on the windows of a text that start at `starts`; otherwise like `step`.
 
         Args:
-            ids: (N,) int64 on the model's device.
+            ids: (N,) int64 or smaller integers, on the model's device or, where they are too many
+                for it, on the CPU.
             starts: (B,) int64 on the CPU, in [0, N - block_size).
         """
-        self._prepare()
-        loss = self.graphs.step_at(self, ids, starts)
-        if loss is None:
-            return self.step(*data.gather(ids, starts, self.gpt.config.block_size))
-        self.steps_done += 1
-        return loss
+        if ids.device == self.device:
+            self._prepare()
+            loss = self.graphs.step_at(self, ids, starts)
+            if loss is not None:
+                self.steps_done += 1
+                return loss
+        idx, targets = data.gather(ids, starts, self.gpt.config.block_size)
+        return self.step(idx.to(self.device), targets.to(self.device))
 
     def _prepare(self) -> None:
         if not self.gpt.training:
@@ -263,9 +280,11 @@ class Trainer:
         averages = self.optimizer.averages
         if not averages:
             return self.gpt
-        if self._averaged is None or self._averaged[0] is not averages[0]:
-            self._averaged = averages[0], with_weights(self.gpt, self.parameters, averages)
-        return self._averaged[1]
+        known, model = self._averaged or ([], None)
+        if model is None or any(a is not b for a, b in zip(known, averages, strict=True)):
+            model = with_weights(self.gpt, self.parameters, averages)
+            self._averaged = averages, model
+        return model
 
     def evaluate(self, ids: Tensor) -> Evaluation:
         """Computes the mean loss over the text `ids`, see `evaluate`, of the model `averaged`."""
@@ -276,13 +295,14 @@ class Trainer:
         train_ids: Tensor,
         val_ids: Tensor | None = None,
         *,
-        tokenizer: CharTokenizer | None = None,
+        tokenizer: Tokenizer | None = None,
         out: str | Path | None = None,
         resume: bool = False,
         overwrite: bool = False,
         progress: bool = False,
         callbacks: Sequence[Callback] = (),
         extra: dict[str, Any] | None = None,
+        fingerprint: str | None = None,
     ) -> TrainResult:
         """Trains for `config.steps` or `config.epochs`, with evaluations and checkpoints.
 
@@ -298,8 +318,9 @@ class Trainer:
         handlers; outside the main thread, all signals do.
 
         Args:
-            train_ids: (N,) int64, more than block_size tokens.
-            val_ids: (M,) int64, the held-out text, more than block_size tokens, or None.
+            train_ids: (N,) int64 or smaller integers, more than block_size tokens. Of a mapped file
+                no more is read than the windows.
+            val_ids: (M,) the same of the held-out text, more than block_size tokens, or None.
             tokenizer: stored in the checkpoint.
             out: directory of the run; None writes nothing.
             resume: continue the interrupted run in `out`; the results are bitwise those of an
@@ -308,6 +329,7 @@ class Trainer:
             progress: show a progress bar and the evaluations on stderr.
             callbacks: what else watches the run.
             extra: JSON-serialisable values, stored in the checkpoint with those of training.
+            fingerprint: what the run knows its text by when it is resumed; None hashes all tokens.
 
         Returns:
             The model and the history, one row per evaluation: `step`, `epoch` (passes over the
@@ -330,28 +352,29 @@ class Trainer:
             check_storable(self.gpt)
         check_lengths(self.gpt.config.block_size, train_ids, val_ids)
         directory = RunDirectory(out)
-        loop = Loop(self, directory, train_ids, val_ids, tokenizer, extra or {}, callbacks)
+        watching: list[Callback] = [ProgressBar()] if progress else []
+        if self.config.sample is not None:
+            watching.append(Sampler(self.config.sample, tokenizer, shown=progress))
+        watching += [Records(), *callbacks]
+        given = tokenizer, extra or {}, watching, progress, fingerprint
+        loop = Loop(self, directory, train_ids, val_ids, *given)
         self.generator.manual_seed(self.config.seed)
         self.steps_done = 0
         self.graphs.clear()  # an earlier call's are of another text
         with _threads(self.config.threads), directory.opened(resume, overwrite):
             if resume:
                 loop.load()
-            state, note = loop.state, self._note()
-            directory.start(state.history, resume)
+            directory.start(loop.state.history, resume)
             try:
-                with (
-                    terminal.first_interrupt() as loop.received_signal,
-                    terminal.bar(state, loop.total, directory.path, progress, note) as report,
-                ):
-                    loop.train(report)
+                with first_interrupt() as loop.received_signal:
+                    loop.train()
             finally:
                 self.model.eval()
                 self.graphs.clear()
         return loop.result()
 
-    def _note(self) -> str | None:
-        """Says whether a step on a GPU is a graph."""
+    def note(self) -> str | None:
+        """Says whether a step on a GPU is a graph; None for other devices."""
         if self.device.type != "cuda":
             return None
         obstacle = self.graphs.obstacle(self)

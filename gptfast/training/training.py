@@ -10,15 +10,18 @@ from torch import Tensor
 
 from gptfast import checkpoint
 from gptfast.config import GPTConfig, TrainConfig
-from gptfast.data import read_text
+from gptfast.data import as_int64
 from gptfast.errors import CheckpointError, ConfigError, DataError
 from gptfast.model import GPT, Backend
 from gptfast.ops.select import usable_device
 from gptfast.presets import PRESETS, Preset, preset
-from gptfast.tokenizer import CharTokenizer
+from gptfast.tokenizer import PAD_ID, Tokenizer
+from gptfast.tokenizer import from_dict as tokenizer_from
 from gptfast.training import run
 from gptfast.training.callbacks import Callback
 from gptfast.training.loop import TrainResult
+from gptfast.training.run_file import RunFile, options_of
+from gptfast.training.source import source_of_text
 from gptfast.training.trainer import Trainer, check_lengths
 
 
@@ -28,7 +31,7 @@ def train(
     *,
     text: str | None = None,
     data: str | Path | None = None,
-    tokenizer: CharTokenizer | None = None,
+    tokenizer: Tokenizer | None = None,
     init_from: str | Path | None = None,
     backend: Backend = "auto",
     device: str | torch.device = "cpu",
@@ -47,8 +50,10 @@ def train(
         chosen: a preset or its name, see PRESETS.
         out: directory of the run; None writes nothing. See `Trainer.fit`.
         text: the text; without it `data`, without both the preset's own.
-        data: a UTF-8 text file.
-        tokenizer: None makes one of the whole text, or takes that of `init_from`.
+        data: a UTF-8 text file, or a folder that `gptfast data prepare` wrote, whose tokens are
+            read when they are needed.
+        tokenizer: None takes that of `init_from`, of the run to resume, or of the folder, or makes
+            one of the text's characters.
         init_from: a run, or any checkpoint directory, whose model this run starts from: weights,
             shape and tokenizer are its own, the training is that of `chosen`. Of the shape only
             `dropout` may be given another value. Resuming such a run does not need it again.
@@ -63,7 +68,8 @@ def train(
 
     Raises:
         ConfigError: an unknown preset or field, a wrong value, a device that is not there, an `out`
-            that holds another run, or a shape or tokenizer other than that of `init_from`.
+            that holds another run, or a shape or tokenizer other than that of `init_from`, or a
+            tokenizer other than that of the folder `data`.
         DataError: the text is missing, empty, shorter than a window, or has characters that the
             tokenizer lacks.
         CheckpointError: `out` or `init_from` cannot be written or read.
@@ -81,9 +87,12 @@ def train(
     if known is not None:
         recipe = replace(recipe, model=known[0].config)
     recipe = recipe.override(overrides)
-    text, origin = _text_of(recipe, text, data)
+    tokens = source_of_text(recipe, text, data)
+    given = tokenizer is not None
     if known is None:
-        tokenizer = tokenizer or CharTokenizer.from_text(text)
+        if tokenizer is None and resume:
+            tokenizer = _tokens_of(out)
+        tokenizer = tokenizer or tokens.tokenizer()
         model = GPT(
             _with_vocabulary(recipe.model, tokenizer),
             backend,
@@ -92,8 +101,12 @@ def train(
     else:
         model, tokenizer = _prepared(f"{source}", *known, recipe.model, tokenizer)
         model.backend = backend
-    train_ids, val_ids = split(tokenizer.encode_tensor(text), recipe.train)
+    train_ids, val_ids = split(tokens.ids(tokenizer), recipe.train)
     check_lengths(model.config.block_size, train_ids, val_ids)
+    fingerprint = tokens.fingerprint(train_ids, val_ids)
+    extra = {"preset": tokens.preset, "data": tokens.data, "init_from": noted}
+    options = options_of(recipe, extra, given) | {"backend": backend, "device": str(device)}
+    del tokens, text  # a text takes memory, and is not needed any more
     return Trainer(model.to(device), recipe.train).fit(
         train_ids,
         val_ids,
@@ -102,25 +115,29 @@ def train(
         resume=resume,
         overwrite=overwrite,
         progress=progress,
-        callbacks=callbacks,
-        extra={**origin, "init_from": noted},
+        callbacks=[RunFile(options), *callbacks],
+        extra=extra,
+        fingerprint=fingerprint,
     )
 
 
-def _text_of(
-    recipe: Preset, text: str | None, data: str | Path | None
-) -> tuple[str, dict[str, str | None]]:
-    """Returns the text, and where `held_out` finds it again: nowhere if it was given as such."""
-    if text is None:
-        path = None if data is None else str(Path(data).absolute())
-        return _read(recipe, data), {"preset": recipe.name, "data": path}
-    if data is not None:
-        raise ConfigError("give the text or a file with it, not both")
-    return text, {"preset": None, "data": None}
+def _tokens_of(out: str | Path | None) -> Tokenizer | None:
+    """The tokenizer of a run, unless the run's text makes it anew."""
+    try:
+        stored = None if out is None else checkpoint.read_config(out)["tokenizer"]
+    except CheckpointError:  # its training state is enough to go on
+        return None
+    own = None if stored is None else tokenizer_from(stored)
+    return None if own is None or own.unit == "character" else own
 
 
-def _with_vocabulary(config: GPTConfig, tokenizer: CharTokenizer) -> GPTConfig:
-    """Returns the config of a model for the tokenizer; sets vocab_size where it is None."""
+def _with_vocabulary(config: GPTConfig, tokenizer: Tokenizer) -> GPTConfig:
+    """Returns the config of a model for the tokenizer: its vocab_size where that is None.
+
+    The default padding_idx is the padding of characters, which other tokenizers lack.
+    """
+    if tokenizer.padding is None and config.padding_idx == PAD_ID:
+        config = replace(config, padding_idx=None)
     if config.vocab_size is None:
         return replace(config, vocab_size=tokenizer.vocab_size)
     if config.vocab_size < tokenizer.vocab_size:
@@ -168,10 +185,10 @@ def source_of(
 def _prepared(
     path: str,
     model: GPT,
-    stored: CharTokenizer | None,
+    stored: Tokenizer | None,
     wanted: GPTConfig,
-    tokenizer: CharTokenizer | None,
-) -> tuple[GPT, CharTokenizer]:
+    tokenizer: Tokenizer | None,
+) -> tuple[GPT, Tokenizer]:
     """Returns a checkpoint's model, in float32 at least, and the tokenizer to train it with."""
     if tokenizer is None:
         tokenizer = stored
@@ -223,6 +240,11 @@ def held_out(path: str | Path) -> Tensor:
         CheckpointError: there is no checkpoint, or a damaged one.
         DataError: no text is known, it was not cut in two, or the file holds another one now.
     """
+    return as_int64(held_out_tokens(path))
+
+
+def held_out_tokens(path: str | Path) -> Tensor:
+    """Like `held_out`, but in the smallest dtype and, from a folder of tokens, not read yet."""
     header = checkpoint.read_config(path)
     extra, tokenizer = header["extra"], header["tokenizer"]
     extra = extra if isinstance(extra, dict) else {}
@@ -238,20 +260,11 @@ def held_out(path: str | Path) -> Tensor:
             f"{path}: it is not known which part of its text was held out "
             f"({type(error).__name__}: {error}): give a text"
         ) from error
-    text = _read(recipe, data)
-    ids = CharTokenizer.from_dict(tokenizer).encode_tensor(text)
-    train_ids, val_ids = split(ids, config)
-    if run.fingerprint(train_ids, val_ids) != fingerprint:
+    tokens = source_of_text(recipe, None, data)
+    train_ids, val_ids = split(tokens.ids(tokenizer_from(tokenizer)), config)
+    if tokens.fingerprint(train_ids, val_ids) != fingerprint:
         source = name if data is None else data
         raise DataError(f"{path}: {source} is no longer the text that it was trained on")
     if val_ids is None:
         raise DataError(f"{path}: nothing of its text was held out: give one")
     return val_ids
-
-
-def _read(recipe: Preset | None, path: str | Path | None) -> str:
-    if path is not None:
-        return read_text(path)
-    if recipe is None or recipe.text is None:
-        raise ConfigError("the preset has no text of its own: give one")
-    return recipe.text()

@@ -42,8 +42,9 @@ std::vector<float> generate(std::shared_ptr<const Model> model, const std::vecto
   options.first_layer_table = tabulated && c.n_layer > 1 && c.attention;
   if (with.stops) {
     // Token t writes the letter a + t, so that tokens 1 and 0 write the stop string; token 2 is a
-    // stop token.
+    // stop token, and token 3 ends a text.
     options.stop_tokens = {2};
+    options.end_token = 3;
     options.stop_strings = {"ba"};
     for (int64_t v = 0; v < c.vocab_size; ++v)
       options.pieces.emplace_back(1, static_cast<char>('a' + v));

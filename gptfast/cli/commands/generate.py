@@ -27,7 +27,9 @@ class Generate:
 
     run_path: Run  # a run of `gptfast train`, or any checkpoint directory
     compute: ComputeOptions
-    prompt: Texts = ()  # text to continue; - reads it from standard input
+    # text to continue; - reads it from standard input; '' begins a new text where the tokenizer has
+    # an end of texts
+    prompt: Texts = ()
     prompt_file: File = None  # a file whose text is a further prompt
     # error: refuse a character that the model does not know; skip: leave it out of the prompt
     unknown: Literal["error", "skip"] = "error"
@@ -40,6 +42,7 @@ class Generate:
     num_samples: int = 1  # texts per prompt
     seed: int = 0  # of the draws, not negative; equal seeds give equal texts
     stop: Texts = ()  # end before this text
+    stop_at_end: bool = True  # end where the tokenizer's token for the end of a text comes
     # what to do past the window: slide it by one token (exact) or by K (faster), end, or refuse
     overflow: Annotated[str, tyro.conf.arg(metavar="recompute|stride:K|stop|error")] = "recompute"
     dtype: Literal["fp32", "bf16", "int8"] | None = None  # of the weights; None: the model's own
@@ -53,10 +56,9 @@ class Generate:
         model, tokenizer = load_text_model(self.run_path, self.compute)
         prompts = [tokenizer.decode(tokenizer.encode(text, self.unknown)) for text in prompts]
         names = "max_new_tokens temperature top_k top_p min_p repetition_penalty num_samples seed"
-        options: dict[str, Any] = {
-            name: getattr(self, name) for name in [*names.split(), "overflow", "dtype"]
-        }
-        options |= {"tokenizer": tokenizer, "stop": self.stop}
+        names += " stop stop_at_end overflow dtype"
+        options: dict[str, Any] = {name: getattr(self, name) for name in names.split()}
+        options["tokenizer"] = tokenizer
         if len(prompts) == 1 and self.num_samples == 1:
             pieces = stream(model, prompts[0], **options)  # checks all before the first output
             _write([prompts[0]])
@@ -71,7 +73,7 @@ class Generate:
         return EXIT_INTERRUPTED if interrupted else 0
 
     def _prompts(self) -> list[str]:
-        from gptfast.data import read_text, without_byte_order_mark
+        from gptfast.data.texts import read_text, without_byte_order_mark
 
         prompts = [
             without_byte_order_mark(sys.stdin.read()) if text == "-" else text

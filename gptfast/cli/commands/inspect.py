@@ -14,9 +14,9 @@ class Inspect:
     """Show what is in a checkpoint: parameters, tokenizer, configuration."""
 
     run_path: Run  # a run of `gptfast train`, or any checkpoint directory
-    # show, in tenths, what each character of TEXT attends to, and the entropy of that
+    # show, in tenths, what each character or token of TEXT attends to, and the entropy of that
     attention: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
-    # show what each head adds at character N of TEXT: 0 is the first one, -1 the last
+    # show what each head adds at character or token N of TEXT: 0 is the first one, -1 the last
     contributions: Count = None
     # draw the attention, or the contributions where they are asked for, to this picture: .png, .svg
     # or .pdf (needs matplotlib)
@@ -35,7 +35,12 @@ class Inspect:
         from rich.console import Console
 
         from gptfast import checkpoint
-        from gptfast.cli.inspection import attention_report, lines_of, parameter_table
+        from gptfast.cli.inspection import (
+            attention_report,
+            lines_of,
+            parameter_table,
+            tokenizer_line,
+        )
 
         model, tokenizer = checkpoint.load(self.run_path)
         attention = ""
@@ -45,10 +50,7 @@ class Inspect:
             )
         Console().print(parameter_table(model))
         header = checkpoint.read_config(self.run_path)
-        chars = "none"
-        if tokenizer is not None:
-            chars = f"{tokenizer.vocab_size} ids: <PAD> and {''.join(tokenizer.chars)!r}"
-        print(f"\ntokenizer: {chars}")
+        print(f"\ntokenizer: {tokenizer_line(tokenizer)}")
         for title in ("config", "extra"):
             values = header[title]
             print(f"\n{title}:")
