@@ -35,7 +35,7 @@ class Pair:
         for pipe in self._pipes:
             pipe.send((function, args))
         results = [pipe.recv() for pipe in self._pipes]
-        for rank, (result, error) in enumerate(results):
+        for rank, (_, error) in enumerate(results):
             assert error is None, f"rank {rank}: {error}"
         return [result for result, _ in results]
 
