@@ -403,14 +403,16 @@ def test_the_host_waits_for_a_buffer_that_has_not_been_read(cuda: Simulated) -> 
         return SimpleNamespace(synchronize=lambda: waits.append(own), record=lambda: None)
 
     cuda.event = event  # type: ignore[method-assign]
-    messages = graph.Messages(2, torch.device("cpu"), cuda)
+    messages = graph.Messages(2, 2, torch.device("cpu"), cuda)
     for i in range(graph.SLOTS + 1):
         options = (float(i), 0.9, 0.99, 1e-8, 0.1, math.inf)
-        messages.send(options, torch.tensor(2**61 + i), torch.tensor([i, 7]))
+        keys = [torch.tensor(2**61 + i), torch.tensor(i)]
+        messages.send(options, keys, torch.tensor([i, 7]))
         assert messages.numbers.tolist() == list(options)
-        assert (messages.key.item(), messages.starts.tolist()) == (2**61 + i, [i, 7])
+        assert [key.item() for key in messages.keys] == [2**61 + i, i]
+        assert messages.starts.tolist() == [i, 7]
     assert waits == [*range(graph.SLOTS), 0]
-    for each in (messages.numbers, messages.key, messages.starts):
+    for each in (messages.numbers, *messages.keys, messages.starts):
         # Their kernels are those of tensors at usual addresses.
         assert (each.data_ptr() - messages.numbers.data_ptr()) % 16 == 0
 

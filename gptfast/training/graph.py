@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SLOTS = 4  # steps that the host may be ahead of the device
 MAX_GRAPHS = 4  # shapes of a batch, the first ones; others run without a graph
-NUMBERS, HEADER = 6, 8  # words of a message: the optimizer's options; what precedes the starts
+NUMBERS = 6  # words of a message: the optimizer's options, first of all
 
 Run = Callable[[], Tensor]
 
@@ -120,31 +120,35 @@ class Messages:
 
     Args:
         starts: B, how many starts of windows a message has.
+        keys: How many keys of dropout masks.
         device: That of the model.
         cuda: See Cuda.
     """
 
-    def __init__(self, starts: int, device: torch.device, cuda: Cuda) -> None:
-        words = HEADER + starts
+    def __init__(self, starts: int, keys: int, device: torch.device, cuda: Cuda) -> None:
+        header = NUMBERS + 2 * keys
+        words = header + starts
         self._device = torch.zeros(words, dtype=torch.int64, device=device)
         self._slots = [(cuda.host_buffer(words), cuda.event()) for _ in range(SLOTS)]
         self._sent = 0
         # At addresses that are multiples of 16 bytes, as those of tensors are.
         self.numbers = self._device[:NUMBERS].view(torch.float64)
-        self.key = self._device[NUMBERS]
-        self.starts = self._device[HEADER:]
+        self.keys = [self._device[i] for i in range(NUMBERS, header, 2)]
+        self.starts = self._device[header:]
 
-    def send(self, numbers: tuple[float, ...], key: Tensor | None, starts: Tensor | None) -> None:
-        """Sends the optimizer's options, the dropout's key and the starts of windows, if any."""
+    def send(
+        self, numbers: tuple[float, ...], keys: list[Tensor] | None, starts: Tensor | None
+    ) -> None:
+        """Sends the optimizer's options, the dropout's keys and the starts of windows, if any."""
         buffer, has_been_read = self._slots[self._sent % SLOTS]
         self._sent += 1
         has_been_read.synchronize()
         words = buffer.numpy()
         words[:NUMBERS].view(np.float64)[:] = numbers
-        if key is not None:
-            words[NUMBERS] = key.item()
+        for i, key in enumerate(keys or []):
+            words[NUMBERS + 2 * i] = key.item()
         if starts is not None:
-            words[HEADER:] = starts.numpy()
+            words[len(words) - len(starts) :] = starts.numpy()
         self._device.copy_(buffer, non_blocking=True)
         has_been_read.record()
 
@@ -165,7 +169,9 @@ class StepGraph:
     ) -> None:
         self._cuda, self._ids = cuda, ids
         B, self._T = shape
-        self._messages = Messages(0 if ids is None else B, trainer.device, cuda)
+        self._messages = Messages(
+            0 if ids is None else B, trainer.config.accumulation_steps, trainer.device, cuda
+        )
         if ids is None:
             self._given = torch.zeros(2, *shape, dtype=torch.int64, device=trainer.device)
         self._table_memory: Tensor | None = None
@@ -189,7 +195,7 @@ class StepGraph:
             for own, given in zip(self._given, batch, strict=True):
                 own.copy_(given, non_blocking=True)
         options = trainer.optimizer.numbers(trainer.config.clip)
-        self._messages.send(options, trainer.dropout_key(), starts)
+        self._messages.send(options, trainer.dropout_keys(), starts)
         if self._replay is None:
             loss = self._cuda.rehearse(functools.partial(self._run, trainer))
             self._rehearsed = True
@@ -205,8 +211,8 @@ class StepGraph:
             idx, targets = self._given
         else:
             idx, targets = data.gather(self._ids, messages.starts, self._T)
-        key = messages.key if trainer.gpt.config.dropout > 0.0 else None
-        loss = trainer.loss_and_grads(idx, targets, key)
+        keys = messages.keys if trainer.gpt.config.dropout > 0.0 else None
+        loss = trainer.loss_and_grads(idx, targets, keys)
         table = trainer.optimizer.table(self._table_memory)
         self._table_memory = table.memory  # in the capture, that of the rehearsal
         self._cuda.after_capture(table.upload)

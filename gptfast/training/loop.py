@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from gptfast.errors import CheckpointError, ConfigError, GptfastError
 from gptfast.model import GPT
 from gptfast.tokenizer import CharTokenizer
 from gptfast.training import progress, run
+from gptfast.training.callbacks import Callback
 from gptfast.training.run import Row, RunDirectory, RunState
 
 if TYPE_CHECKING:
@@ -37,6 +39,9 @@ class TrainResult:
     history: list[Row]  # the rows of history.jsonl
     interrupted: bool  # a signal ended the run before its last step
     signal: int | None = None  # the signal that was received, also if during the last step
+    # the history's row with the best loss, whose weights are in the run's `best`; None without
+    # held-out text
+    best: Row | None = None
 
 
 class UnsavedError(CheckpointError):
@@ -82,6 +87,7 @@ class Loop:
         val_ids: Tensor | None,
         tokenizer: CharTokenizer | None,
         extra: dict[str, Any],
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         config = trainer.config
         self.trainer, self.config, self.directory = trainer, config, directory
@@ -97,28 +103,60 @@ class Loop:
         )
         self.state = RunState()
         self.pending: tuple[Later, int] | None = None  # the last step's loss and tokens
+        self.loss = math.nan  # of the step that was counted last
+        self.callbacks = callbacks
         self.clock = 0.0  # until when the steps' time has been counted
         self.has_checkpoint = False  # whether the directory contains a checkpoint of this run
+        self.stopped = False  # whether `stop` was called
         # Returns the signal received, if any.
         self.received_signal: Callable[[], int | None] = lambda: None
         per_epoch = len(self.windows)
-        self.total = config.steps or per_epoch * (config.epochs or 0)
+        self.total = trainer.total_steps = config.steps or per_epoch * (config.epochs or 0)
         self.eval_every = config.eval_every or (self.total if config.steps else per_epoch)
+
+    @property
+    def model(self) -> GPT:
+        """The model that is evaluated and saved; with `ema`, that of the mean weights."""
+        return self.trainer.averaged
+
+    @property
+    def path(self) -> Path | None:
+        """The run's directory."""
+        return self.directory.path
+
+    def stop(self) -> None:
+        """Ends the run after the current step, as a finished one; for callbacks."""
+        self.stopped = True
 
     def result(self) -> TrainResult:
         """Returns the result of `Trainer.fit`."""
-        state, left = self.state, self.state.step < self.total
-        signal = self.received_signal()
-        return TrainResult(self.trainer.gpt, self.tokenizer, state.history, left, signal)
+        state, signal = self.state, self.received_signal()
+        interrupted = state.step < self.total and not self._is_stopped()
+        best = next((row for row in state.history if row["step"] == state.best_step), None)
+        return TrainResult(
+            self.model.eval(), self.tokenizer, state.history, interrupted, signal, best
+        )
+
+    def _is_stopped(self) -> bool:
+        """Whether the run ends before its last step, because that is of no use."""
+        patience = self.config.patience
+        return self.stopped or patience is not None and self.state.not_better >= patience
 
     def train(self, report: progress.Report) -> None:
         """Trains until the last step, or until the end of the step in which a signal arrives."""
-        config, reported, step = self.config, 0.0, self.state.step
+        self._call("on_start")
+        try:
+            self._train(report)
+        finally:
+            self._call("on_end")
+
+    def _train(self, report: progress.Report) -> None:
+        reported, step = 0.0, self.state.step
         batches = self._batches()
-        saved_at = time.monotonic()
-        last = step >= self.total
+        last = step >= self.total or self._is_stopped()
         if last:
             self._save(last, report)
+        saved_at = time.monotonic()
         self.clock = time.perf_counter()
         while not last:
             starts = next(batches)
@@ -130,9 +168,9 @@ class Loop:
             if step == self.total or step % self.eval_every == 0:
                 self._count()
                 row = self._evaluate()
-            last = step == self.total or self.received_signal() is not None
+            last = step == self.total or self._is_stopped() or self.received_signal() is not None
             waited = time.monotonic() - saved_at
-            if row or last or _is_due(config, step, waited):
+            if row or last or _is_due(self.config, step, waited):
                 self._count()
                 self._save(last, report)
                 saved_at = time.monotonic()
@@ -140,6 +178,10 @@ class Loop:
             if row or self.clock - reported > 1 / REPORTS_PER_SECOND:
                 report(row)
                 reported = self.clock
+
+    def _call(self, method: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, method)(self, *arguments)
 
     def _count(self) -> None:
         """Waits for the step before, whose loss has not been read yet, if there is one.
@@ -152,8 +194,12 @@ class Loop:
         loss, before = later.value(), self.clock
         self.clock = time.perf_counter()
         self.state.count(loss, tokens, self.clock - before)
+        self.loss = loss
         if not math.isfinite(loss):
             raise self._not_finite(f"the loss became {loss}")
+        if self.callbacks:
+            self._call("on_step")
+            self.clock = time.perf_counter()
 
     def _batches(self) -> Iterator[Tensor]:
         """Yields where the windows of each batch start, from the current step on, endlessly."""
@@ -177,6 +223,10 @@ class Loop:
             last = state.step == self.total
             limit = None if last or config.eval_tokens is None else config.eval_tokens + 1
             result = self.trainer.evaluate(self.val_ids[:limit])
+            compared = result
+            if limit is None and config.eval_tokens is not None:  # all compare the same tokens
+                compared = self.trainer.evaluate(self.val_ids[: config.eval_tokens + 1])
+            state.is_best(compared.loss)
         row = {
             "step": state.step,
             "epoch": round(state.step / len(self.windows), 4),
@@ -185,9 +235,10 @@ class Loop:
             "perplexity": result.perplexity if result else None,
             "tokens_per_s": round(state.row_tokens / state.row_seconds, 1),
             "seconds": round(state.seconds, 3),
-            "lr": config.lr,
+            "lr": self.trainer.lr,
         }
         state.end_row(row)
+        self._call("on_evaluation", row)
         return row
 
     def _check_weights(self) -> None:
@@ -218,6 +269,7 @@ class Loop:
             report(f"{failed}, training goes on: {error}")
         else:
             self.has_checkpoint = True
+            self._call("on_save")
 
     def save(self) -> None:
         """Writes the checkpoint and the training state."""
@@ -237,7 +289,13 @@ class Loop:
             "text_sha256": self.text,
         }
         self.directory.save(
-            self.trainer.gpt, self.tokenizer, self.config, self.state, resumable, extra
+            self.trainer.gpt,
+            self.tokenizer,
+            self.config,
+            self.state,
+            resumable,
+            extra,
+            self.model,
         )
 
     def load(self) -> None:
@@ -253,6 +311,7 @@ class Loop:
             trainer.optimizer.load_state_dict(resumable["optimizer"])
             trainer.generator.set_state(resumable["dropout"])
             self.generator.set_state(resumable["windows"])
+        trainer.steps_done = self.state.step
         self.has_checkpoint = True
 
 

@@ -43,6 +43,11 @@ class AdamW(torch.optim.AdamW):
         self._kernel = fused_kernel and plain and not select.unavailable(device, torch.float32)
 
     @property
+    def averages(self) -> Tensors:
+        """The running means of the parameters; [] without `ema`."""
+        return []
+
+    @property
     def by_kernel(self) -> bool:
         """Whether the kernels do the step."""
         group = self.param_groups[0]

@@ -1,7 +1,8 @@
 """The directory of a training run, and the state from which an interrupted run goes on.
 
 It holds the last checkpoint (`model.safetensors` and `config.json`: what `gptfast.load` reads),
-`history.jsonl` with one JSON object per evaluation, and `training_state.pt`. The last has all that
+`history.jsonl` with one JSON object per evaluation, and `training_state.pt`. `best/` has the
+checkpoint of the best evaluation so far. The last has all that
 is needed to go on, weights and history included, and is replaced in one step: a crash between two
 files never mixes the parts of two moments. It ends with its own checksum, which `torch.load` skips.
 While a run writes there, `.lock` is locked.
@@ -12,6 +13,7 @@ crash leaves one of the state's step or a later one; any other pair was put toge
 
 import hashlib
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterator
@@ -35,14 +37,18 @@ from gptfast.training.lock import locked
 HISTORY_NAME = "history.jsonl"
 STATE_NAME = "training_state.pt"
 LOCK_NAME = ".lock"
-FILES = (STATE_NAME, HISTORY_NAME, checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME)
+BEST_NAME = "best"
+CHECKPOINT_FILES = (checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME)
+FILES = (STATE_NAME, HISTORY_NAME, *CHECKPOINT_FILES)
+BEST_FILES = tuple(f"{BEST_NAME}/{name}" for name in CHECKPOINT_FILES)
 FORMAT = "gptfast-training-state"
-VERSION = 2  # added the checksum and the run's id; version 1 is still read
+VERSION = 3  # added the best evaluation; 2 the checksum and the run's id; all are still read
 
-# May differ when a run goes on: how long it lasts, what it shows and saves, not what it computes.
+# May differ when a run goes on: how long it lasts, what it shows and saves, how it computes. (The
+# parts of a batch change the rounding and the dropout masks.)
 FREE_FIELDS = (
     *("steps", "epochs", "eval_every", "eval_tokens", "save_every", "save_minutes", "threads"),
-    "graph",
+    *("graph", "recompute", "parallel", "accumulation_steps", "patience", "sample"),
 )
 
 Row = dict[str, Any]
@@ -59,6 +65,9 @@ class RunState:
     row_tokens: int = 0
     row_seconds: float = 0.0
     history: list[Row] = field(default_factory=list)
+    best_loss: float = math.inf  # of the best evaluation so far, on eval_tokens at most
+    best_step: int = 0  # 0: there is none
+    not_better: int = 0  # evaluations since the best one
 
     def count(self, loss: float, tokens: int, seconds: float) -> None:
         """Counts one more step."""
@@ -73,6 +82,14 @@ class RunState:
         """Adds a row to the history and starts the sums of the next one."""
         self.history.append(row)
         self.loss_sum, self.loss_steps, self.row_tokens, self.row_seconds = 0.0, 0, 0, 0.0
+
+    def is_best(self, loss: float) -> bool:
+        """Notes an evaluation's held-out loss; returns whether it is the best so far."""
+        if loss < self.best_loss:
+            self.best_loss, self.best_step, self.not_better = loss, self.step, 0
+            return True
+        self.not_better += 1
+        return False
 
 
 def check(out: str | Path | None, resume: bool = False, overwrite: bool = False) -> None:
@@ -160,7 +177,7 @@ class RunDirectory:
             return
         try:
             if not resume:
-                for name in FILES:
+                for name in (*FILES, *BEST_FILES):
                     (self.path / name).unlink(missing_ok=True)
             self._write_history(history)
         except OSError as error:
@@ -183,23 +200,28 @@ class RunDirectory:
         state: RunState,
         resumable: dict[str, Any],
         extra: dict[str, Any],
+        result: GPT,
     ) -> None:
         """Replaces checkpoint, training state and, after them, history by those of this moment.
 
         Args:
-            model: the model.
+            model: the model that is trained, whose weights the training state holds.
             tokenizer: stored in the checkpoint.
             config: how the run trains.
             state: where it is.
             resumable: what else `load` is to give back, the states of optimizer and generators.
             extra: JSON-able, stored in the checkpoint.
+            result: the model of the checkpoint.
 
         Raises:
             CheckpointError: a file cannot be written; the one that was there before is kept.
         """
         if self.path is None:
             return
-        checkpoint.save(model, tokenizer, self.path, extra=extra | {"run": self.id})
+        extra = extra | {"run": self.id}
+        if state.best_step == state.step > 0:
+            checkpoint.save(result, tokenizer, self.path / BEST_NAME, extra=extra)
+        checkpoint.save(result, tokenizer, self.path, extra=extra)
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -243,7 +265,7 @@ class RunDirectory:
             saved = GPTConfig().to_dict() | content["model"]
             _check_same(self.path, saved, stored_config(model).to_dict())
             _check_same(self.path, asdict(TrainConfig()) | content["train"], asdict(config))
-            state = _run_state(content["state"])
+            state = _run_state(content["state"], content["version"])
             if content["version"] > 1:
                 self.id = content["run"]
                 self._check_checkpoint(state.step)
@@ -292,8 +314,11 @@ def _read_state(file: Path) -> dict[str, Any]:
     return content
 
 
-def _run_state(values: dict[str, Any]) -> RunState:
+def _run_state(values: dict[str, Any], version: int) -> RunState:
     """Raises KeyError, TypeError or ValueError where the values are of no run."""
+    if version < 3:
+        new = ("best_loss", "best_step", "not_better")
+        values = {name: getattr(RunState(), name) for name in new} | values
     for each in fields(RunState):
         value = values[each.name]
         wanted: Any = type(getattr(RunState(), each.name))
@@ -338,9 +363,11 @@ def fingerprint(*parts: torch.Tensor | None) -> str:
 
 
 def _check_same(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    ends = wanted.get("schedule") in ("cosine", "linear")  # and wants to know when
     for name, value in wanted.items():
         # A run by steps draws its windows otherwise than one by epochs.
         other_way = name == "steps" and (value is None) != (saved.get(name) is None)
+        other_way |= ends and name in ("steps", "epochs")
         if saved.get(name) != value and (name not in FREE_FIELDS or other_way):
             raise ConfigError(
                 f"{path}: the run was started with {name}={saved.get(name)!r} "

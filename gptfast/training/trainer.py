@@ -5,7 +5,7 @@ Letters: B batch, T time, N tokens of a text. `run.py` describes the files of a 
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +17,20 @@ from torch import Tensor, nn
 from gptfast import data
 from gptfast.config import PRECISIONS, Precision, TrainConfig
 from gptfast.errors import ConfigError, DataError
-from gptfast.model import unwrapped
+from gptfast.model import GPT, unwrapped
 from gptfast.ops.cross_entropy import one
 from gptfast.ops.random import seed_tensor
 from gptfast.storable import check_storable
 from gptfast.threads import check_threads
 from gptfast.tokenizer import CharTokenizer
 from gptfast.training import progress as terminal
+from gptfast.training.averages import with_weights
+from gptfast.training.callbacks import Callback
 from gptfast.training.graph import Cuda, StepGraphs
 from gptfast.training.loop import Loop, TrainResult
 from gptfast.training.optimizer import AdamW
 from gptfast.training.run import RunDirectory
+from gptfast.training.schedule import is_constant, learning_rate, part_sizes
 
 EVAL_TOKENS_AT_ONCE = 8192  # limits the memory of an evaluation
 
@@ -148,6 +151,9 @@ class Trainer:
             weight_decay=config.weight_decay,
         )
         self.graphs = StepGraphs(Cuda(self.device) if self.device.type == "cuda" else None)
+        self._averaged: tuple[Tensor, GPT] | None = None
+        self.steps_done = 0
+        self.total_steps = config.steps  # None: the schedule knows no end
 
     def step(self, idx: Tensor, targets: Tensor) -> Tensor:
         """Trains on one batch: forward pass, backward pass, gradient clipping, AdamW.
@@ -163,13 +169,13 @@ class Trainer:
             () float32, the loss before the update, detached. It is the caller's: later steps do not
             overwrite it.
         """
-        if not self.gpt.training:
-            self.model.train()
+        self._prepare()
         loss = self.graphs.step(self, idx, targets)
         if loss is None:
-            loss = self.loss_and_grads(idx, targets, self.dropout_key())
+            loss = self.loss_and_grads(idx, targets, self.dropout_keys())
             self.optimizer.clipped_step(self.config.clip)
             self.drop_grads()
+        self.steps_done += 1
         return loss
 
     def step_at(self, ids: Tensor, starts: Tensor) -> Tensor:
@@ -179,25 +185,62 @@ class Trainer:
             ids: (N,) int64 on the model's device.
             starts: (B,) int64 on the CPU, in [0, N - block_size).
         """
-        if not self.gpt.training:
-            self.model.train()
+        self._prepare()
         loss = self.graphs.step_at(self, ids, starts)
         if loss is None:
             return self.step(*data.gather(ids, starts, self.gpt.config.block_size))
+        self.steps_done += 1
         return loss
 
-    def dropout_key(self) -> Tensor | None:
-        """Draws the key of a step's dropout masks, () int64 on the CPU; None without dropout."""
-        return seed_tensor(None, self.generator) if self.gpt.config.dropout > 0.0 else None
+    def _prepare(self) -> None:
+        if not self.gpt.training:
+            self.model.train()
+        if not is_constant(self.config):  # otherwise it is the caller's, who may change it
+            lr = learning_rate(self.config, self.steps_done, self.total_steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
 
-    def loss_and_grads(self, idx: Tensor, targets: Tensor, key: Tensor | None) -> Tensor:
-        """Gives the parameters their gradients and returns the loss, () float32, detached."""
+    def dropout_keys(self) -> list[Tensor] | None:
+        """Draws a step's keys of dropout masks, one per accumulated part; None without dropout.
+
+        Each is () int64 on the CPU.
+        """
+        if self.gpt.config.dropout == 0.0:
+            return None
+        return [seed_tensor(None, self.generator) for _ in range(self.config.accumulation_steps)]
+
+    def loss_and_grads(self, idx: Tensor, targets: Tensor, keys: list[Tensor] | None) -> Tensor:
+        """Gives the parameters their gradients and returns the loss, () float32, detached.
+
+        The batch is cut into accumulation_steps parts, whose gradients add up one after another:
+
+            loss = sum over the parts of rows of the part / rows of the batch * mean loss of it
+        """
+        parts = part_sizes(len(idx), self.config.accumulation_steps)
+        if len(parts) == 1:
+            return self._part_loss_and_grads(idx, targets, None if keys is None else keys[0], None)
+        losses = []
+        batches = zip(idx.split(parts), targets.split(parts), strict=True)
+        for i, (part, wanted) in enumerate(batches):
+            if not parts[i]:
+                continue  # a batch of fewer rows than parts
+            weight = torch.full((), parts[i] / len(idx), device=self.device)
+            key = None if keys is None else keys[i]
+            losses.append(weight * self._part_loss_and_grads(part, wanted, key, weight))
+        return torch.stack(losses).sum()
+
+    def _part_loss_and_grads(
+        self, idx: Tensor, targets: Tensor, key: Tensor | None, weight: Tensor | None
+    ) -> Tensor:
+        """Adds the gradients of a part's loss times `weight` (None: 1); returns the loss itself."""
         with _autocast(self.device, self.config.precision):
             if self.model is self.gpt:
                 loss = self.gpt.loss(idx, targets, seed=key)
             else:
                 loss = self.model(idx, targets=targets, seed=key)
-        loss.backward(one(loss.device) if loss.dtype == torch.float32 else None)
+        if weight is None:
+            weight = one(loss.device) if loss.dtype == torch.float32 else None
+        loss.backward(weight if weight is None else weight.to(loss.dtype))
         return loss.detach()
 
     def drop_grads(self) -> None:
@@ -205,9 +248,24 @@ class Trainer:
         for param in self.parameters:
             param.grad = None
 
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last step."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    @property
+    def averaged(self) -> GPT:
+        """The model of the weights' running means, which it shares; without `ema`, the model."""
+        averages = self.optimizer.averages
+        if not averages:
+            return self.gpt
+        if self._averaged is None or self._averaged[0] is not averages[0]:
+            self._averaged = averages[0], with_weights(self.gpt, self.parameters, averages)
+        return self._averaged[1]
+
     def evaluate(self, ids: Tensor) -> Evaluation:
-        """Computes the mean loss over the text `ids` in `config.precision`; see `evaluate`."""
-        return evaluate(self.gpt, ids, self.config.precision)
+        """Computes the mean loss over the text `ids`, see `evaluate`, of the model `averaged`."""
+        return evaluate(self.averaged, ids, self.config.precision)
 
     def fit(
         self,
@@ -219,14 +277,17 @@ class Trainer:
         resume: bool = False,
         overwrite: bool = False,
         progress: bool = False,
+        callbacks: Sequence[Callback] = (),
         extra: dict[str, Any] | None = None,
     ) -> TrainResult:
         """Trains for `config.steps` or `config.epochs`, with evaluations and checkpoints.
 
-        The directory `out` holds the last checkpoint (not the best). It is written at each
-        evaluation, at the intervals `config.save_every` and `config.save_minutes`, and at the end.
-        If a save fails, training continues with a warning, except after the last step. `out` is
-        locked against other runs; if several processes train one model, pass it to only one.
+        The directory `out` holds the last checkpoint and, in `best`, that of the evaluation with
+        the smallest held-out loss; with `config.ema` both are of the mean weights. They are written
+        at each evaluation, at the intervals `config.save_every` and `config.save_minutes` and at
+        the end. If a save fails, training continues with a warning, except after the last step.
+        `out` is locked against other runs; if several processes train one model, pass it to only
+        one.
 
         The first Ctrl-C, SIGTERM or SIGHUP ends the run after the current step; a second one takes
         effect at once, without a save. Signals that the program handles or ignores keep their
@@ -241,6 +302,7 @@ class Trainer:
                 uninterrupted run.
             overwrite: replace the run in `out`.
             progress: show a progress bar and the evaluations on stderr.
+            callbacks: what else watches the run.
             extra: JSON-serialisable values, stored in the checkpoint with those of training.
 
         Returns:
@@ -264,8 +326,9 @@ class Trainer:
             check_storable(self.gpt)
         check_lengths(self.gpt.config.block_size, train_ids, val_ids)
         directory = RunDirectory(out)
-        loop = Loop(self, directory, train_ids, val_ids, tokenizer, extra or {})
+        loop = Loop(self, directory, train_ids, val_ids, tokenizer, extra or {}, callbacks)
         self.generator.manual_seed(self.config.seed)
+        self.steps_done = 0
         self.graphs.clear()  # an earlier call's are of another text
         with _threads(self.config.threads), directory.opened(resume, overwrite):
             if resume:

@@ -1,5 +1,6 @@
 """A whole run from a preset and a text: what `gptfast train` calls."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from gptfast.ops.select import usable_device
 from gptfast.presets import PRESETS, Preset, preset
 from gptfast.tokenizer import CharTokenizer
 from gptfast.training import run
+from gptfast.training.callbacks import Callback
 from gptfast.training.loop import TrainResult
 from gptfast.training.trainer import Trainer, check_lengths
 
@@ -33,6 +35,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    callbacks: Sequence[Callback] = (),
     **overrides: Any,
 ) -> TrainResult:
     """Trains a new model on a text, for example `train("abc", "runs/abc", steps=200, n_layer=4)`.
@@ -54,6 +57,7 @@ def train(
         resume: go on with the interrupted run in `out`, with the text and options of its start.
         overwrite: replace the run in `out`.
         progress: show a progress bar and the evaluations on stderr.
+        callbacks: what else watches the run.
         **overrides: other values for fields of GPTConfig and TrainConfig. A preset that has
             `steps` goes by epochs with `steps=None, epochs=2`.
 
@@ -98,6 +102,7 @@ def train(
         resume=resume,
         overwrite=overwrite,
         progress=progress,
+        callbacks=callbacks,
         extra={**origin, "init_from": noted},
     )
 
