@@ -10,7 +10,7 @@ from torch import Tensor, distributed
 
 from gptfast import GPT, CheckpointError, GPTConfig, TrainConfig
 from gptfast.training import reduction, sharding
-from gptfast.training.distributed import Processes, joined
+from gptfast.training.distributed import Processes, join
 
 pytestmark = pytest.mark.skipif(
     not distributed.is_available() or not distributed.is_gloo_available(),
@@ -31,8 +31,7 @@ def make_model(config: GPTConfig = CONFIG) -> GPT:
 
 
 def processes() -> Processes:
-    with joined(torch.device("cpu")) as found:
-        return found
+    return join(torch.device("cpu"))
 
 
 def _sums(sizes: list[int]) -> list[Tensor]:

@@ -2,14 +2,18 @@
 
 from gptfast.config import TrainConfig
 from gptfast.presets import PRESETS, Preset, preset
+from gptfast.training.distributed import Processes, ProcessError, join
+from gptfast.training.evaluation import Evaluation, evaluate
 from gptfast.training.loop import TrainError, TrainResult, UnsavedError
-from gptfast.training.trainer import Evaluation, Trainer, evaluate
+from gptfast.training.trainer import Trainer
 from gptfast.training.training import held_out, split, train
 
 __all__ = [
     "PRESETS",
     "Evaluation",
     "Preset",
+    "ProcessError",
+    "Processes",
     "TrainConfig",
     "TrainError",
     "TrainResult",
@@ -17,6 +21,7 @@ __all__ = [
     "UnsavedError",
     "evaluate",
     "held_out",
+    "join",
     "preset",
     "split",
     "train",

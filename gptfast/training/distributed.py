@@ -7,12 +7,15 @@ other besides gradients goes through the CPU, by gloo.
 The word `first` is for the process of rank 0, which alone writes and shows.
 """
 
+import atexit
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +32,16 @@ ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 class ProcessError(GptfastError, RuntimeError):
     """Another process of the run has ended or does not answer, or they did not find each other."""
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What the processes of a run know of each other after a step."""
+
+    loss: float = math.nan  # the sum of their shares, in the order of ranks
+    signal: int | None = None  # that one of them received
+    stopped: bool = False  # whether a callback of one has ended the run
+    waited: float = 0.0  # seconds since the last save, by the first one's clock
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,12 @@ class Processes:
         with _answered():
             dist.all_gather(found, own, group=self.control)
         return [each.tolist() for each in found]
+
+    def agreed(self, loss: float, signal: int | None, stopped: bool, waited: float) -> Agreed:
+        """Tells the others, and returns what all know then; see `Agreed`."""
+        rows = self.gathered(loss, float(signal or 0), float(stopped), waited)
+        losses, signals, stops, waits = zip(*rows, strict=True)
+        return Agreed(sum(losses), int(max(signals)) or None, any(stops), waits[0])
 
     def from_first(self, work: Callable[[], T]) -> T:
         """Has the first process do something; all get its result, or raise its error."""
@@ -99,6 +118,7 @@ class Processes:
             raise ProcessError(f"{_GONE}: {kept}") from error
 
 
+ALONE = Processes()
 _GONE = f"another process of the run has ended, or did not answer for {TIMEOUT.seconds // 60} min"
 
 
@@ -116,9 +136,8 @@ def _is_of_a_loss(error: Exception) -> bool:
     return isinstance(error, known) or isinstance(error, RuntimeError) and "gloo" in str(error)
 
 
-@contextmanager
-def joined(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[Processes]:
-    """Finds the other processes of the run, until the end of the `with`.
+def join(device: torch.device, timeout: timedelta = TIMEOUT) -> Processes:
+    """Finds the other processes of the run; at the first call, which waits for them.
 
     A process that torchrun did not start is alone, unless the program has made a process group,
     which is used then.
@@ -131,31 +150,32 @@ def joined(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[Proce
         ProcessError: they did not find each other.
     """
     if not dist.is_available():
-        yield Processes()
-    elif dist.is_initialized():
-        yield _of_group()
-    elif not all(name in os.environ for name in ENVIRONMENT) or os.environ["WORLD_SIZE"] == "1":
-        yield Processes()
-    else:
+        return ALONE
+    if not dist.is_initialized():
+        if not is_one_of_several():
+            return ALONE
         try:
             backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
             dist.init_process_group(backend, timeout=timeout)
         except (RuntimeError, ValueError) as error:
             first_line = str(error).splitlines()[0]
             raise ProcessError(f"the processes did not find each other: {first_line}") from error
-        try:
-            yield _of_group()
-        finally:
-            dist.destroy_process_group()
+        atexit.register(dist.destroy_process_group)
+    if dist.get_world_size() == 1:
+        return ALONE
+    return Processes(dist.get_rank(), dist.get_world_size(), _control())
 
 
-def _of_group() -> Processes:
-    size = dist.get_world_size()
-    if size == 1:
-        return Processes()
-    plain = dist.get_backend() == "gloo"
-    control = dist.group.WORLD if plain else dist.new_group(backend="gloo", timeout=TIMEOUT)
-    return Processes(dist.get_rank(), size, control)
+@cache
+def _control() -> Any:
+    if dist.get_backend() == "gloo":
+        return dist.group.WORLD
+    return dist.new_group(backend="gloo", timeout=TIMEOUT)
+
+
+def is_one_of_several() -> bool:
+    """Whether torchrun, or what sets the same variables, started this process and others."""
+    return all(name in os.environ for name in ENVIRONMENT) and os.environ["WORLD_SIZE"] != "1"
 
 
 def own_device(device: torch.device) -> torch.device:
@@ -191,7 +211,7 @@ def says(sentence: str) -> bool:
 
     A process that cannot ask the others says it.
     """
-    if not all(name in os.environ for name in ENVIRONMENT) or os.environ["WORLD_SIZE"] == "1":
+    if not is_one_of_several():
         return True
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     key = f"gptfast/{attempt}/{hashlib.sha256(sentence.encode()).hexdigest()}"

@@ -4,6 +4,8 @@ With FSDP2 a parameter is a DTensor, of which a process has some rows. The model
 sees that: in a forward or backward pass, FSDP puts plain whole weights in the place of the parts.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -14,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gptfast.config import TrainConfig
 from gptfast.errors import ConfigError
 from gptfast.model import GPT, unwrapped
-from gptfast.storable import empty
+from gptfast.storable import check_storable, empty
 from gptfast.training import reduction
 from gptfast.training.distributed import Processes
 
@@ -34,6 +36,7 @@ def shared(model: nn.Module, config: TrainConfig, processes: Processes) -> nn.Mo
 
     Raises:
         ConfigError: "fsdp" for a GPT within a wrapper.
+        CheckpointError: "fsdp" for a GPT that a checkpoint cannot hold.
     """
     if processes.size == 1:
         return model
@@ -46,6 +49,7 @@ def shared(model: nn.Module, config: TrainConfig, processes: Processes) -> nn.Mo
         raise ConfigError(
             f"parallel='fsdp' takes a GPT without a wrapper, got a {type(model).__name__}"
         )
+    check_storable(model)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -63,6 +67,14 @@ def shared(model: nn.Module, config: TrainConfig, processes: Processes) -> nn.Mo
 def is_sharded(model: nn.Module) -> bool:
     """Whether each process has a part of every weight."""
     return any(hasattr(param, "to_local") for param in model.parameters())
+
+
+def unsummed(model: nn.Module) -> AbstractContextManager[None]:
+    """Adds up gradients of backward passes in each process, which the next one outside sums.
+
+    FSDP sums those of each pass, and so keeps no whole gradients.
+    """
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def local(x: Tensor) -> Tensor:
@@ -84,6 +96,24 @@ def clip_(grads: list[Tensor], clip: float, group: Any) -> None:
     dist.all_gather(parts, own, group=group)
     norm = sum(parts[1:], parts[0]).sqrt().float()
     torch._foreach_mul_(grads, (clip / (norm + 1e-6)).clamp(max=1.0))
+
+
+@contextmanager
+def exchanged(first: Sequence[Tensor], second: Sequence[Tensor]) -> Iterator[None]:
+    """Exchanges the contents of tensors with those of others, if there are any, for a while."""
+
+    @torch.no_grad()
+    def exchange() -> None:
+        for one, other in zip(first, second, strict=False):
+            kept = local(one).clone()
+            local(one).copy_(local(other))
+            local(other).copy_(kept)
+
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()
 
 
 def whole(x: Tensor) -> Tensor:
@@ -132,7 +162,7 @@ def whole_state(state: dict[str, Any]) -> dict[str, Any]:
     return state | {"state": moments}
 
 
-def parts_of_state(state: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:
+def parts_of_state(state: dict[str, Any], params: Sequence[Tensor]) -> dict[str, Any]:
     """Returns the state_dict that `whole_state` made with the parts of this process."""
     moments = {
         i: {

@@ -18,6 +18,7 @@ from gptfast.presets import PRESETS, Preset, preset
 from gptfast.tokenizer import CharTokenizer
 from gptfast.training import run
 from gptfast.training.callbacks import Callback
+from gptfast.training.distributed import join, own_device
 from gptfast.training.loop import TrainResult
 from gptfast.training.trainer import Trainer, check_lengths
 
@@ -42,6 +43,9 @@ def train(
 
     The result depends on the arguments and the thread count alone: initial weights, windows and
     dropout come from `seed`, and the caller's random numbers are left as they were.
+
+    Processes that torchrun has started train one model together. All need the same arguments and
+    the same files; the first of them writes, shows and calls callbacks.
 
     Args:
         chosen: a preset or its name, see PRESETS.
@@ -69,10 +73,12 @@ def train(
         CheckpointError: `out` or `init_from` cannot be written or read.
         UnsavedError: the last save failed; the error's `result` has the trained model.
         TrainError: the loss is no longer finite; the last checkpoint stays.
+        ProcessError: another process of the run has ended; the last checkpoint stays.
     """
     recipe = preset(chosen) if isinstance(chosen, str) else chosen
-    device = usable_device(device)
-    run.check(out, resume, overwrite)
+    device = own_device(usable_device(device))
+    processes = join(device)
+    processes.from_first(lambda: run.check(out, resume, overwrite))
     if init_from is not None and out is not None and not resume:
         if Path(init_from).resolve() == Path(out).resolve():
             raise ConfigError(f"{out}: a run cannot start from the run that it replaces")
@@ -94,7 +100,7 @@ def train(
         model.backend = backend
     train_ids, val_ids = split(tokenizer.encode_tensor(text), recipe.train)
     check_lengths(model.config.block_size, train_ids, val_ids)
-    return Trainer(model.to(device), recipe.train).fit(
+    return Trainer(model.to(device), recipe.train, processes).fit(
         train_ids,
         val_ids,
         tokenizer=tokenizer,
