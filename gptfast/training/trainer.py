@@ -117,15 +117,10 @@ class Trainer:
             () float32, the loss before the update, detached. It is the caller's: later steps do not
             overwrite it. Of several processes each gets its share: the sum is the loss.
         """
-        own = self._own_rows(len(idx))
-        return self._step(idx[own], targets[own], len(idx))
-
-    def _step(self, idx: Tensor, targets: Tensor, rows: int) -> Tensor:
-        """Trains on this process's rows of a batch."""
         self._prepare()
         loss = self.graphs.step(self, idx, targets)
         if loss is None:
-            loss = self.loss_and_grads(idx, targets, self.dropout_keys(), rows)
+            loss = self.loss_and_grads(idx, targets, self.dropout_keys())
             self.optimizer.clipped_step(self.config.clip)
             self.drop_grads()
         self.steps_done += 1
@@ -141,9 +136,7 @@ class Trainer:
         self._prepare()
         loss = self.graphs.step_at(self, ids, starts)
         if loss is None:
-            own = starts[self._own_rows(len(starts))]
-            batch = data.gather(ids, own, self.gpt.config.block_size)
-            return self._step(*batch, len(starts))
+            return self.step(*data.gather(ids, starts, self.gpt.config.block_size))
         self.steps_done += 1
         return loss
 
@@ -156,17 +149,9 @@ class Trainer:
                 group["lr"] = lr
 
     def _own_parts(self) -> slice:
-        """Which parts of a batch this process computes, see `part_sizes`."""
+        """Which parts of a batch this process computes."""
         first, count = self.processes.rank, self.config.accumulation_steps
         return slice(first * count, (first + 1) * count)
-
-    def _part_sizes(self, rows: int) -> list[int]:
-        return part_sizes(rows, self.processes.size * self.config.accumulation_steps)
-
-    def _own_rows(self, rows: int) -> slice:
-        """Which rows of a batch this process computes."""
-        sizes, own = self._part_sizes(rows), self._own_parts()
-        return slice(sum(sizes[: own.start]), sum(sizes[: own.stop]))
 
     def dropout_keys(self) -> list[Tensor] | None:
         """Draws a step's keys of dropout masks, one per accumulated part; None without dropout.
@@ -178,38 +163,30 @@ class Trainer:
         count = self.processes.size * self.config.accumulation_steps
         return [seed_tensor(None, self.generator) for _ in range(count)][self._own_parts()]
 
-    def loss_and_grads(
-        self, idx: Tensor, targets: Tensor, keys: list[Tensor] | None, rows: int | None = None
-    ) -> Tensor:
+    def loss_and_grads(self, idx: Tensor, targets: Tensor, keys: list[Tensor] | None) -> Tensor:
         """Gives the parameters their gradients and returns the loss, () float32, detached.
 
         The batch is cut into accumulation_steps parts, whose gradients add up one after another:
 
             loss = sum over the parts of rows of the part / rows of the batch * mean loss of it
 
-        Args:
-            idx: (B, T) int64, the rows of this process.
-            targets: (B, T) int64.
-            keys: Of the dropout masks, one per part.
-            rows: Of the batch of all processes; None: B.
+        Of several processes each has as many parts, and the gradients of all add up.
         """
-        rows = len(idx) if rows is None else rows
-        parts = self._part_sizes(rows)[self._own_parts()]
-        if parts == [rows]:
+        sizes = part_sizes(len(idx), self.processes.size * self.config.accumulation_steps)
+        if len(sizes) == 1:
             return self._part_loss_and_grads(idx, targets, None if keys is None else keys[0], None)
-        losses = []
-        batches = zip(idx.split(parts), targets.split(parts), strict=True)
+        losses, own = [], self._own_parts()
+        batches = list(zip(idx.split(sizes), targets.split(sizes), strict=True))[own]
         for i, (part, wanted) in enumerate(batches):
-            if not parts[i]:  # a batch of fewer rows than parts
+            weight = torch.full((), len(part) / len(idx), device=self.device)
+            if not len(part):  # a batch of fewer rows than parts
                 if self.processes.size == 1:
                     continue
                 # The others wait for the gradients of this process, which are zero.
                 part = wanted = idx.new_zeros(1, idx.shape[1])
-            weight = torch.full((), parts[i] / rows, device=self.device)
             key = None if keys is None else keys[i]
-            with nullcontext() if i == len(parts) - 1 else unsummed(self.model):
-                loss = self._part_loss_and_grads(part, wanted, key, weight)
-            losses.append(weight * loss)
+            with nullcontext() if i == len(batches) - 1 else unsummed(self.model):
+                losses.append(weight * self._part_loss_and_grads(part, wanted, key, weight))
         return torch.stack(losses).sum()
 
     def _part_loss_and_grads(
