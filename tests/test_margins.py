@@ -206,7 +206,7 @@ def move_weights() -> None:
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((1,), (37,), (5, 129))]
     for param in params:
         param.grad = torch.randn(param.shape)
-    AdamW(params).clipped_step(0.5)
+    AdamW(params, ema=0.9).clipped_step(0.5)
 
 
 def described(op: Any, args: tuple, options: dict) -> str:

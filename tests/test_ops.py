@@ -56,7 +56,8 @@ def _cases() -> dict[str, tuple[Any, ...]]:
         "embedding": (idx, *tables, 0.1, SEED, 0, torch.bfloat16),
         "embedding_backward": (R(2, 9, 32), idx, *tables, 0, 0.1, SEED, 0, 0b11),
         "adamw_": (*([R(20), R(3, 5)] for _ in range(3)), [R(20).abs(), R(3, 5).abs()],
-            [torch.ones(()), torch.ones(())], 1e-3, 0.9, 0.99, 1e-8, 0.1, 1.0),
+            [torch.ones(()), torch.ones(())], [R(20), R(3, 5)], [0.1, 0.0],
+            1e-3, 0.9, 0.99, 1e-8, 1.0, 0.9),
     }  # fmt: skip
 
 

@@ -289,10 +289,12 @@ class CountOps(TorchDispatchMode):
 
 
 @FUSED
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_runs_few_operators(precision):
+@pytest.mark.parametrize(
+    "options", [{}, {"precision": "bf16"}, {"decayed": "matrices", "ema": 0.99}]
+)
+def test_a_step_runs_few_operators(options):
     """An operator costs microseconds, which matter for small models; new ones must fail here."""
-    trainer = Trainer(make_model(n_layer=2), TrainConfig(precision=precision, clip=1.0))
+    trainer = Trainer(make_model(n_layer=2), TrainConfig(clip=1.0, **options))
     idx = torch.ones(4, 8, dtype=torch.int64)
     trainer.step(idx, idx)  # creates AdamW's state
     with CountOps() as mode:
@@ -814,6 +816,31 @@ def test_a_run_goes_on_with_the_parameters_that_it_trained(tmp_path):
     fit(["wpe.weight"], resume=True)
     with pytest.raises(ConfigError, match="started with other parameters frozen"):
         fit(["wte.weight"], resume=True)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_matrices_alone_decay_and_the_averages_are_resumed(tmp_path, backend):
+    def trained(steps, **options):
+        config = TrainConfig(steps=steps, batch_size=4, decayed="matrices", ema=0.9, clip=0.1)
+        model = make_model()
+        model.backend = backend
+        trainer = Trainer(model, config)
+        trainer.fit(torch.arange(40) % 5, **options)
+        return trainer
+
+    whole = trained(6)
+    trained(3, out=tmp_path / "run")
+    resumed = trained(6, out=tmp_path / "run", resume=True)
+    for trainer in whole, resumed:
+        for name, param in zip(trainer.names, trainer.parameters, strict=True):
+            assert trainer.gpt.get_parameter(name) is param
+        groups = trainer.optimizer.param_groups
+        decays = [(group["weight_decay"], p.dim() > 1) for group in groups for p in group["params"]]
+        assert set(decays) == {(0.01, True), (0.0, False)}
+    averages = whole.optimizer.averages
+    assert len(averages) == len(whole.parameters)
+    for average, again in zip(averages, resumed.optimizer.averages, strict=True):
+        assert torch.equal(average, again)
 
 
 # ---- from the model of another run

@@ -121,6 +121,6 @@ class Watch:
         return (
             (gpt.config, gpt.backend, gpt.__class__, id(trainer.model), config),
             torch.backends.cuda.matmul.fp32_precision,
-            (id(optimizer.state), len(optimizer.state), optimizer.by_kernel),
+            (id(optimizer.state), len(optimizer.state), optimizer.by_kernel, optimizer.ema),
             [param.requires_grad for param in self._params],
         )

@@ -349,7 +349,7 @@ def _other_moments(resumable: dict[str, Any], model: GPT) -> str | None:
     params = dict(model.named_parameters())
     # Version 1 did not note the names.
     names = resumable.get("trained", [name for name in params if params[name].requires_grad])
-    held = len(resumable["optimizer"]["param_groups"][0]["params"])
+    held = sum(len(group["params"]) for group in resumable["optimizer"]["param_groups"])
     if held != len(names):
         return f"the optimizer has {held} parameters, the model trains {len(names)}"
     for i, moments in resumable["optimizer"]["state"].items():

@@ -28,7 +28,7 @@ from gptfast.training.distributed import ALONE, Processes
 from gptfast.training.evaluation import Evaluation, autocast, evaluate
 from gptfast.training.graph import Cuda, StepGraphs
 from gptfast.training.loop import Loop, TrainResult
-from gptfast.training.optimizer import AdamW
+from gptfast.training.optimizer import AdamW, weight_groups
 from gptfast.training.run import RunDirectory
 from gptfast.training.schedule import is_constant, learning_rate, part_sizes
 from gptfast.training.sharding import (
@@ -89,16 +89,21 @@ class Trainer:
                 "there is nothing to train: all parameters of the model are frozen (requires_grad "
                 "is False)"
             )
-        self.names, self.parameters = list(trained), list(trained.values())
+        groups = weight_groups(list(trained.values()), config.decayed)
+        # In the order of the optimizer, by which its state is stored.
+        self.parameters = [param for group in groups for param in group["params"]]
+        name_of = {param: name for name, param in trained.items()}
+        self.names = [name_of[param] for param in self.parameters]
         self.optimizer = AdamW(
-            self.parameters,
+            groups,
             fused_kernel=gpt.backend != "reference",
+            ema=config.ema,
             lr=config.lr,
             betas=config.betas,
             weight_decay=config.weight_decay,
         )
         self.graphs = StepGraphs(Cuda(self.device) if self.device.type == "cuda" else None)
-        self._averaged: tuple[Tensor, GPT] | None = None
+        self._averaged: tuple[list[Tensor], GPT] | None = None
         self.steps_done = 0
         self.sharded = is_sharded(gpt)  # whether this process has a part of every weight
         self.total_steps = config.steps  # None: the schedule knows no end
@@ -224,9 +229,11 @@ class Trainer:
         averages = self.optimizer.averages
         if not averages:
             return self.gpt
-        if self._averaged is None or self._averaged[0] is not averages[0]:
-            self._averaged = averages[0], with_weights(self.gpt, self.parameters, averages)
-        return self._averaged[1]
+        known, model = self._averaged or ([], None)
+        if model is None or any(a is not b for a, b in zip(known, averages, strict=True)):
+            model = with_weights(self.gpt, self.parameters, averages)
+            self._averaged = averages, model
+        return model
 
     def evaluate(self, ids: Tensor) -> Evaluation:
         """Computes the mean loss over the text `ids`, see `evaluate`, of the model `averaged`."""
