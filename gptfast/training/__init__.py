@@ -2,7 +2,7 @@
 
 from gptfast.config import TrainConfig
 from gptfast.presets import PRESETS, Preset, preset
-from gptfast.training.distributed import Processes, ProcessError, join
+from gptfast.training.distributed import ProcessError, Processes, join
 from gptfast.training.evaluation import Evaluation, evaluate
 from gptfast.training.loop import TrainError, TrainResult, UnsavedError
 from gptfast.training.trainer import Trainer

@@ -82,16 +82,15 @@ def local(x: Tensor) -> Tensor:
     return cast(Any, x).to_local() if hasattr(x, "to_local") else x
 
 
-def clip_(grads: list[Tensor], clip: float, group: Any) -> None:
-    """Scales gradients, of which each process has a part, to a joint norm of at most `clip`.
+def clip_parts_(params: Sequence[Tensor], clip: float) -> None:
+    """Scales the gradients of parameters that are in parts to a joint norm of at most `clip`.
 
-    Args:
-        grads: this process's parts; changed in place.
-        clip: the largest norm.
-        group: the processes.
+    The squares are summed in the order of ranks. A norm that is not finite shows in the weights.
     """
-    norms = [torch.linalg.vector_norm(grad) for grad in grads]
-    own = torch.stack(norms).double().square().sum()
+    shards: Any = [param for param in params if param.grad is not None]
+    group = shards[0].device_mesh.get_group()
+    grads = [local(param.grad) for param in shards]
+    own = torch.stack([torch.linalg.vector_norm(grad) for grad in grads]).double().square().sum()
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, own, group=group)
     norm = sum(parts[1:], parts[0]).sqrt().float()
@@ -172,6 +171,11 @@ def parts_of_state(state: dict[str, Any], params: Sequence[Tensor]) -> dict[str,
         for i, each in state["state"].items()
     }
     return state | {"state": moments}
+
+
+def reshard(model: GPT) -> None:
+    """Drops whole weights that an evaluation has gathered, which the next step would take."""
+    cast(Any, model).reshard()
 
 
 @torch.no_grad()

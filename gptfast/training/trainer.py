@@ -34,6 +34,7 @@ from gptfast.training.schedule import is_constant, learning_rate, part_sizes
 from gptfast.training.sharding import (
     exchanged,
     is_sharded,
+    reshard,
     shared,
     unsummed,
     whole_model,
@@ -240,7 +241,9 @@ class Trainer:
         if not self.sharded:
             return evaluate(self.averaged, ids, self.config.precision, self.processes)
         with exchanged(self.parameters, self.optimizer.averages):
-            return evaluate(self.gpt, ids, self.config.precision, self.processes)
+            result = evaluate(self.gpt, ids, self.config.precision, self.processes)
+            reshard(self.gpt)
+        return result
 
     def whole(self) -> tuple[GPT, GPT, dict[str, Any]]:
         """Returns the model, `averaged`, and the optimizer's state_dict, none of them in parts.
@@ -254,7 +257,7 @@ class Trainer:
         if self.optimizer.averages:
             with exchanged(self.parameters, self.optimizer.averages):
                 averaged = whole_model(self.gpt)
-        self._averaged = averaged.main_weight, averaged
+        self._averaged = [], averaged
         return model, averaged, whole_state(state)
 
     def fit(
