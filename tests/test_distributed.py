@@ -1,6 +1,10 @@
 """Two processes that train one model, by gloo on this machine."""
 
+import json
+import os
+import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,8 +12,19 @@ import torch
 from pair import Pair
 from torch import Tensor, distributed
 
-from gptfast import GPT, CheckpointError, GPTConfig, TrainConfig, train
+from gptfast import (
+    GPT,
+    CheckpointError,
+    ConfigError,
+    GPTConfig,
+    TrainConfig,
+    Trainer,
+    checkpoint,
+    load,
+    train,
+)
 from gptfast.training import reduction, sharding
+from gptfast.training.callbacks import Callback
 from gptfast.training.distributed import Processes, join
 
 pytestmark = pytest.mark.skipif(
@@ -121,12 +136,115 @@ def is_same(one: Outcome, other: Outcome) -> bool:
     return weights and one[1:] == other[1:]
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize("options", [{}, {"ema": 0.9, "weight_decay": 0.1, "decayed": "matrices"}])
+DECAYED = {"ema": 0.9, "weight_decay": 0.1, "decayed": "matrices"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"parallel": "ddp"},
+        {"parallel": "fsdp"},
+        {"parallel": "ddp", "batch_size": 43},  # the last one has one row, for the first process
+        {"parallel": "fsdp", "batch_size": 43, **DECAYED},
+        {"parallel": "ddp", "clip": 0.1, **DECAYED},
+    ],
+)
 def test_two_processes_have_the_bits_of_one_with_two_parts(
-    pair: Pair, parallel: str, options: dict[str, Any]
+    pair: Pair, options: dict[str, Any]
 ) -> None:
-    # 87 windows in batches of 7: the last one has 3 rows, of which the second process gets one.
     alone = _trained(accumulation_steps=2, **options)
-    for found in pair(_train, {"parallel": parallel, **options}):
+    for found in pair(_train, options):
         assert is_same(found, alone)
+
+
+def _close(one: Outcome, other: Outcome) -> None:
+    for name, weight in one[0].items():
+        torch.testing.assert_close(weight, other[0][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"parallel": "fsdp", "clip": 0.1},  # the norm is summed in another order
+        {"parallel": "fsdp", "clip": 0.1, "backend": "reference"},
+        {"parallel": "ddp", "accumulation_steps": 2},
+        {"parallel": "fsdp", "accumulation_steps": 2},
+    ],
+)
+def test_two_processes_train_as_one(pair: Pair, options: dict[str, Any]) -> None:
+    # A bias of keys has no gradient but rounding errors, which AdamW makes as large as any other.
+    options = {"bias": False, **options}
+    alone = _trained(**options | {"accumulation_steps": 2 * options.get("accumulation_steps", 1)})
+    first, second = pair(_train, options)
+    assert is_same(first, second)
+    _close(first, alone)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_run_goes_on_with_another_number_of_processes(
+    pair: Pair, tmp_path: Path, parallel: str
+) -> None:
+    options = {"steps": 8, "eval_every": 2, **DECAYED, "parallel": parallel}
+    undisturbed = _trained(accumulation_steps=2, **options)
+    pair(_train, {**options, "steps": 3, "out": tmp_path})
+    halfway = {"steps": 5, "out": tmp_path, "resume": True, "accumulation_steps": 2}
+    _trained(**options | halfway)
+    for found in pair(_train, {**options, "out": tmp_path, "resume": True}):
+        assert all(torch.equal(found[0][name], undisturbed[0][name]) for name in found[0])
+    model, _ = load(tmp_path)
+    assert all(torch.equal(model.state_dict()[name], undisturbed[0][name]) for name in found[0])
+    lines = (tmp_path / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 3, 4, 5, 6, 8]
+
+
+class _Stops(Callback):
+    def on_step(self, run: Any) -> None:
+        assert distributed.get_rank() == 0, "callbacks are the first one's"
+        if run.state.step == 3:
+            run.stop()
+
+
+def _ended(out: Path, by_signal: bool) -> tuple[int | None, bool, int]:
+    calls, usual = [], Trainer.step_at
+
+    def step_at(trainer: Trainer, ids: Tensor, starts: Tensor) -> Tensor:
+        calls.append(1)
+        if by_signal and distributed.get_rank() == 1 and len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return usual(trainer, ids, starts)
+
+    options = {**OPTIONS, "steps": 50, "out": out}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Trainer, "step_at", step_at)
+        callbacks = () if by_signal else (_Stops(),)
+        result = train("abc", text=TEXT, progress=False, callbacks=callbacks, **options)
+    return result.signal, result.interrupted, len(calls)
+
+
+def test_a_signal_to_one_process_ends_all_at_one_step(pair: Pair, tmp_path: Path) -> None:
+    first, second = pair(_ended, tmp_path, True)
+    assert first == second == (signal.SIGTERM, True, 3)
+    assert checkpoint.read_config(tmp_path)["extra"]["step"] == 3
+
+
+def test_a_callback_of_the_first_ends_all(pair: Pair, tmp_path: Path) -> None:
+    first, second = pair(_ended, tmp_path, False)
+    assert first == second == (None, False, 5)
+    assert checkpoint.read_config(tmp_path)["extra"]["step"] == 5
+
+
+def _refused(**options: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        _trained(**options)
+    return str(caught.value)
+
+
+def _refusal(options: dict[str, Any]) -> str:
+    return _refused(**options)
+
+
+def test_a_mistake_is_the_same_sentence_in_all(pair: Pair, tmp_path: Path) -> None:
+    pair(_train, {"steps": 1, "out": tmp_path})
+    for options in ({"out": tmp_path}, {"out": tmp_path, "resume": True, "lr": 1.0}):
+        first, second = pair(_refusal, {"steps": 1, **options})
+        assert first == second and str(tmp_path) in first
