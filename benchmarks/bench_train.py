@@ -19,6 +19,7 @@ from gptfast import GPT, GPTConfig, TrainConfig, Trainer
 from gptfast.config import Precision
 from gptfast.presets import PRESETS
 from gptfast.testing import GRADIENT_FACTOR, RESULT_FACTOR, Op, assert_budget, error
+from gptfast.training.watching.machine import flops_per_token
 
 # LR is tiny so that the model does not learn its batch: its gradients would become denormals, which
 # some processors multiply slowly.
@@ -39,11 +40,8 @@ class Shape:
 
     @property
     def flops(self) -> float:
-        """FLOPs: 3 times the forward pass's matrix products and unmasked half of attention."""
-        m, T = self.model, self.model.block_size
-        products = 2 * T * m.n_embd * (12 * m.n_layer * m.n_embd + m.vocab_size)
-        attention = m.n_layer * 2 * 2 * m.n_embd * T * (T + 1) / 2
-        return 3 * self.batch * (products + attention)
+        """The useful FLOPs of a step."""
+        return self.batch * self.model.block_size * flops_per_token(self.model)
 
 
 SMALL = GPTConfig(block_size=256, vocab_size=66, n_layer=6, n_head=6, n_embd=384)

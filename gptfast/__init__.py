@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from gptfast.generation import Generation, PackedModel, Score, generate, pack, score, stream
     from gptfast.model import GPT, Intermediates
     from gptfast.tokenizer import CharTokenizer
-    from gptfast.training import Trainer, train
+    from gptfast.training import Callback, Trainer, train
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GPT",
     "BackendError",
+    "Callback",
     "CharTokenizer",
     "CheckpointError",
     "ConfigError",
@@ -53,7 +54,7 @@ _HOMES = {
     "generation": ("Generation", "PackedModel", "Score", "generate", "pack", "score", "stream"),
     "model": ("GPT", "Intermediates"),
     "tokenizer": ("CharTokenizer",),
-    "training": ("Trainer", "train"),
+    "training": ("Callback", "Trainer", "train"),
 }
 
 

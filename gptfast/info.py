@@ -16,6 +16,7 @@ from rich.text import Text
 from gptfast import threads
 from gptfast.ops import select
 from gptfast.training.capturable import unsupported
+from gptfast.training.watching.machine import cpu_name, version
 
 Version = tuple[int, int]
 
@@ -58,7 +59,7 @@ def info() -> dict[str, Any]:
         if reason is not None:
             warnings.append(f"launching a kernel takes 50 us more than it need: {reason}")
     return {
-        "gptfast": _version(),
+        "gptfast": version(),
         "torch": torch.__version__,
         "torch_range": tested and tuple(map(_dotted, tested)),
         "python": platform.python_version(),
@@ -123,15 +124,6 @@ def openmp_runtimes() -> list[str]:
     return sorted(set(re.findall(r"/\S*/lib(?:g|i)?omp\d?\b[^/\s]*\.so\S*", maps)))
 
 
-def cpu_name() -> str:
-    """Returns the processor's name as the system reports it."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        found = None
-    return found.group(1) if found else platform.processor() or platform.machine()
-
-
 def print_info() -> None:
     """Prints the facts of `info` as a table, followed by the warnings."""
     facts = info()
@@ -174,13 +166,6 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
             ("built from", f"commit {build['git'] or 'unknown'}, csrc {build['csrc'][:12]}")
         )
     return rows
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("gptfast-kernels")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _dotted(version: Version) -> str:

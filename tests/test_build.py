@@ -14,8 +14,9 @@ import pybind11
 import pytest
 from torch.utils.cpp_extension import include_paths
 
-from gptfast.info import build_info, cpu_name, torch_range
+from gptfast.info import build_info, torch_range
 from gptfast.ops import select
+from gptfast.training.watching.machine import cpu_name
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTENSION = select.extension()

@@ -70,11 +70,13 @@ def shell(*arguments: object, **options: object) -> subprocess.CompletedProcess[
 def test_help_names_every_command(capsys):
     assert cli.main([]) == 0
     out = capsys.readouterr().out
-    for name in ("demo", "data", "train", "eval", "generate", "inspect", "info"):
+    for name in ("demo", "data", "train", "eval", "generate", "inspect", "plot", "info"):
         assert re.search(rf"^  {name} +\w", out, re.M), name
 
 
-@pytest.mark.parametrize("name", ["demo", "data", "train abc", "eval", "generate", "inspect"])
+@pytest.mark.parametrize(
+    "name", ["demo", "data", "train abc", "eval", "generate", "inspect", "plot", "reproduce"]
+)
 def test_every_option_has_a_help_text(capsys, name):
     assert cli.main([*name.split(), "--help"]) == 0
     out = capsys.readouterr().out

@@ -16,17 +16,21 @@ BELOW_TRAINING = "errors pictures config ops data model checkpoint"
 ROOMS = {
     "errors": ("errors checks files", ""),
     "pictures": ("pictures", "errors"),
-    "config": ("config threads", "errors"),
+    "config": ("config run_file threads", "errors"),
     "ops": ("ops", "errors"),
     "data": ("abc_corpus data presets tokenizer", "errors config"),
     "model": ("course heads initial model modules plain", "errors config ops"),
     "checkpoint": ("checkpoint integrity storable", "errors config ops data model"),
     "attention_plots": ("attention_plots", "errors pictures model"),
     "generation": ("generation", "errors config ops data model"),
-    "training": ("training", BELOW_TRAINING),
+    "training": ("training", f"{BELOW_TRAINING} generation"),
     "public": ("gptfast", f"{BELOW_TRAINING} generation training"),  # the names of gptfast itself
     "info": ("info", "config ops training"),
-    "cli": ("cli __main__", f"{BELOW_TRAINING} attention_plots generation training public info"),
+    "reproduction": ("reproduction", f"{BELOW_TRAINING} generation training info"),
+    "cli": (
+        "cli __main__",
+        f"{BELOW_TRAINING} attention_plots generation training public info reproduction",
+    ),
     "testing": ("testing", ""),  # for tests and benchmarks
 }
 
@@ -119,7 +123,7 @@ def test_nothing_imports_itself_by_others() -> None:
         ("ops/library.py", "from gptfast.model import GPT"),
         ("errors.py", "import gptfast.config"),
         ("model.py", "def f():\n    from gptfast import training"),
-        ("training/run.py", "from gptfast.generation import request"),
+        ("training/run.py", "from gptfast.info import info"),
         ("generation/request.py", "from gptfast.info import info"),
     ],
 )

@@ -27,8 +27,8 @@ def drawn(monkeypatch):
     curves = {}
     draw = plots._draw
 
-    def note(histories, title):
-        figure = draw(histories, title)
+    def note(*arguments):
+        figure = draw(*arguments)
         curves.clear()
         for line in figure.axes[0].lines:
             curves[line.get_label()] = (

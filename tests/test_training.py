@@ -26,7 +26,7 @@ from gptfast.config import GPTConfig, TrainConfig
 from gptfast.errors import CheckpointError, ConfigError, DataError
 from gptfast.model import GPT
 from gptfast.ops import select
-from gptfast.presets import PRESETS, Preset, preset
+from gptfast.presets import Preset, preset
 from gptfast.tokenizer import CharTokenizer
 from gptfast.training import (
     Trainer,
@@ -212,23 +212,6 @@ def test_a_whole_number_of_numpy_is_one():
     config = TrainConfig(steps=np.int64(3), seed=np.uint8(5), batch_size=np.int32(2))
     assert config == TrainConfig(steps=3, seed=5, batch_size=2)
     assert {type(x) for x in (config.steps, config.seed, config.batch_size)} == {int}
-
-
-def test_the_presets_are_the_courses_runs():
-    abc, shakespeare = preset("abc"), preset("shakespeare")
-    assert (abc.model.block_size, shakespeare.model.block_size) == (16, 64)
-    assert (abc.model.vocab_size, shakespeare.model.vocab_size) == (None, None)
-    assert (abc.train.steps, abc.train.epochs, abc.train.batch_size) == (400, None, 64)
-    assert (abc.train.lr, abc.train.clip, abc.train.val_fraction) == (0.003, None, 0.2)
-    assert (shakespeare.train.steps, shakespeare.train.epochs) == (None, 3)
-    assert (shakespeare.train.lr, shakespeare.train.clip) == (0.001, 1.0)
-    assert (shakespeare.train.text_fraction, shakespeare.train.val_fraction) == (0.3, 0.1)
-    assert all(name == p.name and p.help and p.text for name, p in PRESETS.items())
-
-
-def test_an_unknown_preset_is_answered_with_the_known_ones():
-    with pytest.raises(ConfigError, match=r"'abd'.*abc, shakespeare"):
-        train("abd")
 
 
 def test_overrides_go_to_model_or_training_and_unknown_ones_are_named():

@@ -2,23 +2,33 @@
 
 from gptfast.config import TrainConfig
 from gptfast.presets import PRESETS, Preset, preset
+from gptfast.training.callbacks import Callback
 from gptfast.training.distributed import ProcessError, Processes, join
 from gptfast.training.evaluation import Evaluation, evaluate
 from gptfast.training.loop import TrainError, TrainResult, UnsavedError
 from gptfast.training.trainer import Trainer
 from gptfast.training.training import held_out, split, train
+from gptfast.training.watching.sampler import Sampler
+from gptfast.training.watching.tensorboard import TensorBoard
+from gptfast.training.watching.tracker import Tracker
+from gptfast.training.watching.wandb import WandB
 
 __all__ = [
     "PRESETS",
+    "Callback",
     "Evaluation",
     "Preset",
     "ProcessError",
     "Processes",
+    "Sampler",
+    "TensorBoard",
     "TrainConfig",
     "TrainError",
     "TrainResult",
+    "Tracker",
     "Trainer",
     "UnsavedError",
+    "WandB",
     "evaluate",
     "held_out",
     "join",

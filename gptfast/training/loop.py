@@ -1,8 +1,11 @@
 """The loop of a training run: steps, evaluations and saves, for a new or a resumed run."""
 
 import math
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -16,7 +19,7 @@ from gptfast.config import TrainConfig
 from gptfast.errors import CheckpointError, ConfigError, GptfastError
 from gptfast.model import GPT
 from gptfast.tokenizer import CharTokenizer
-from gptfast.training import progress, run
+from gptfast.training import run
 from gptfast.training.callbacks import Callback
 from gptfast.training.distributed import Agreed
 from gptfast.training.run import Row, RunDirectory, RunState
@@ -24,8 +27,6 @@ from gptfast.training.sharding import load_whole, local, parts_of_state
 
 if TYPE_CHECKING:
     from gptfast.training.trainer import Trainer
-
-REPORTS_PER_SECOND = 10
 
 
 class TrainError(GptfastError):
@@ -90,6 +91,7 @@ class Loop:
         tokenizer: CharTokenizer | None,
         extra: dict[str, Any],
         callbacks: Sequence[Callback] = (),
+        shown: bool = False,
     ) -> None:
         config = trainer.config
         self.trainer, self.config, self.directory = trainer, config, directory
@@ -108,8 +110,8 @@ class Loop:
         self.state = RunState()
         self.pending: tuple[Later, int] | None = None  # the last step's loss and tokens
         self.loss = math.nan  # of the step that was counted last
-        self.callbacks = callbacks if self.processes.first else ()
-        self.watched = bool(callbacks)
+        self.callbacks, self.shown = callbacks if self.processes.first else (), shown
+        self.error: BaseException | None = None  # what ended the run before its time
         self.clock = 0.0  # until when the steps' time has been counted
         self.saved_at = time.monotonic()
         self.has_checkpoint = False  # whether the directory contains a checkpoint of this run
@@ -134,10 +136,21 @@ class Loop:
         """Ends the run after the current step, as a finished one; for callbacks."""
         self.stopped = True
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal ended the run before its last step."""
+        return self.state.step < self.total and not self._is_stopped()
+
+    def warn(self, message: str) -> None:
+        """Warns on stderr where the run is shown there, else by Python's `warnings`."""
+        if self.shown:
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            warnings.warn(message, stacklevel=2)
+
     def result(self) -> TrainResult:
         """Returns the result of `Trainer.fit`."""
-        state, signal = self.state, self._signal()
-        interrupted = state.step < self.total and not self._is_stopped()
+        state, signal, interrupted = self.state, self._signal(), self.interrupted
         best = next((row for row in state.history if row["step"] == state.best_step), None)
         return TrainResult(
             self.model.eval(), self.tokenizer, state.history, interrupted, signal, best
@@ -153,21 +166,25 @@ class Loop:
         """The signal that ends the run; of several processes, the one that all know of."""
         return self.received_signal() if self.processes.size == 1 else self.agreed.signal
 
-    def train(self, report: progress.Report) -> None:
+    def train(self) -> None:
         """Trains until the last step, or until the end of the step in which a signal arrives."""
         self._gather_for_callbacks()
-        self._call("on_start")
-        try:
-            self._train(report)
-        finally:
-            self._call("on_end")
+        with ExitStack() as begun:
+            try:
+                for callback in self.callbacks:
+                    callback.on_start(self)
+                    begun.callback(callback.on_end, self)
+                self._train()
+            except BaseException as error:
+                self.error = error
+                raise
 
-    def _train(self, report: progress.Report) -> None:
-        reported, step = 0.0, self.state.step
+    def _train(self) -> None:
+        step = self.state.step
         batches = self._batches()
         last = step >= self.total or self._is_stopped()
         if last:
-            self._save(last, report)
+            self._save(last)
         self.saved_at = time.monotonic()
         self.clock = time.perf_counter()
         while not last:
@@ -184,12 +201,9 @@ class Loop:
             waited = self._waited() if self.processes.size == 1 else self.agreed.waited
             if row or last or _is_due(self.config, step, waited):
                 self._count()
-                self._save(last, report)
+                self._save(last)
                 self.saved_at, self.agreed = time.monotonic(), replace(self.agreed, waited=0.0)
                 self.clock = time.perf_counter()
-            if row or self.clock - reported > 1 / REPORTS_PER_SECOND:
-                report(row)
-                reported = self.clock
 
     def _waited(self) -> float:
         """Seconds since the last save."""
@@ -197,7 +211,7 @@ class Loop:
 
     def _gather_for_callbacks(self) -> None:
         """Gathers a model of which each process has a part, for the first one's callbacks."""
-        if self.watched and self.trainer.sharded:
+        if self.trainer.sharded:
             self.trainer.whole()
 
     def _call(self, method: str, *arguments: Any) -> None:
@@ -280,7 +294,7 @@ class Loop:
             f"or gradient clipping (clip, now {self.config.clip}) may help{kept}"
         )
 
-    def _save(self, last: bool, report: progress.Report) -> None:
+    def _save(self, last: bool) -> None:
         """Saves. A failure is reported and training continues, except after the last step."""
         if self.directory.path is None:
             return
@@ -294,7 +308,7 @@ class Loop:
                     f"{failed}, the trained model is in this error's `result`: {error}",
                     self.result(),
                 ) from error
-            report(f"{failed}, training goes on: {error}")
+            self.warn(f"{failed}, training goes on: {error}")
         else:
             self.has_checkpoint = True
             self._call("on_save")

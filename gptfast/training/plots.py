@@ -1,42 +1,50 @@
 """Plots of training runs. Requires matplotlib (the extra `plot`)."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from gptfast.errors import ConfigError, DataError
 from gptfast.pictures import COLOURS, GREY, save_picture
 from gptfast.training.run import HISTORY_NAME, Row
 
 Run = str | Path | Sequence[Row]
+Quantity = Literal["loss", "perplexity", "lr"]
+LABELS = {"loss": "loss (nats per token)", "perplexity": "perplexity", "lr": "learning rate"}
 
 
 def plot_history(
     runs: Run | Sequence[str | Path] | Mapping[str, Run],
     path: str | Path,
     *,
+    quantity: Quantity = "loss",
     title: str | None = None,
 ) -> Path:
     """Plots loss against step: held-out solid, training dashed, one colour per run.
 
     A training loss is the mean over the steps since the previous evaluation, with dropout; it is
-    drawn at the middle of those steps.
+    drawn at the middle of those steps. A perplexity is the exponential of a loss.
 
     Args:
         runs: one run, or several to compare. A run is its directory, its `history.jsonl`, or its
             history (rows with `step`, `train_loss`, `val_loss`); a mapping gives runs names.
         path: the file, PNG, SVG or PDF by its suffix; its directory is created if missing.
+        quantity: what is plotted.
         title: the title of the plot.
 
     Returns:
         The path of the file.
 
     Raises:
-        ConfigError: unknown suffix, no runs or more runs than colours, or matplotlib is missing.
+        ConfigError: unknown suffix or quantity, no runs or more than colours, or matplotlib is
+            missing.
         DataError: a history is missing, empty or invalid, or the file cannot be written.
     """
-    return save_picture(path, lambda: _draw(_histories(runs), title))
+    if quantity not in LABELS:
+        raise ConfigError(f"quantity must be one of {', '.join(LABELS)}, got {quantity!r}")
+    return save_picture(path, lambda: _draw(_histories(runs), quantity, title))
 
 
 def read_history(path: str | Path) -> list[Row]:
@@ -99,43 +107,50 @@ def _name(run: str | Path) -> str:
     return path.parent.absolute().name if path.name == HISTORY_NAME else path.absolute().name
 
 
-def _draw(histories: Mapping[str, list[Row]], title: str | None) -> Any:
+class _Curve(NamedTuple):
+    label: str
+    points: list[tuple[float, float]]  # step, value
+    solid: bool
+
+
+def _curves(rows: list[Row], quantity: Quantity) -> list[_Curve]:
+    """The curves of a run, the main one first; some may have no points."""
+    if quantity == "lr":
+        rates = [(row["step"], row["lr"]) for row in rows if row.get("lr") is not None]
+        return [_Curve("learning rate", rates, True)]
+    held_out = [(row["step"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
+    # A training loss is a mean over the steps since the previous row: draw it at their middle.
+    steps = [row["step"] for row in rows]
+    middles = [(a + b) / 2 for a, b in zip([0, *steps], steps, strict=False)]
+    training = list(zip(middles, [row["train_loss"] for row in rows], strict=True))
+    if quantity == "perplexity":  # the exponent is clamped for runs that have diverged
+        held_out = [(step, math.exp(min(loss, 700.0))) for step, loss in held_out]
+        training = [(step, math.exp(min(loss, 700.0))) for step, loss in training]
+    return [_Curve("held-out", held_out, True), _Curve("training", training, False)]
+
+
+def _draw(histories: Mapping[str, list[Row]], quantity: Quantity, title: str | None) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     # Use Figure directly, because pyplot would need a backend and global state.
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
+    several = len(histories) > 1
     for colour, (name, rows) in zip(COLOURS, histories.items(), strict=False):
-        prefix = f"{name}, " if len(histories) > 1 else ""
-        size = 4.0 if len(rows) <= 40 else 0.0
-        steps = [row["step"] for row in rows]
-        held_out = [
-            (row["step"], row["val_loss"]) for row in rows if row.get("val_loss") is not None
-        ]
-        if held_out:
-            axes.plot(
-                *zip(*held_out, strict=True),
-                label=f"{prefix}held-out",
-                color=colour,
-                linewidth=1.8,
-                marker="o",
-                markersize=size,
-            )
-        # A training loss is a mean over the steps since the previous row: draw it at their middle.
-        middles = [(a + b) / 2 for a, b in zip([0, *steps], steps, strict=False)]
-        axes.plot(
-            middles,
-            [row["train_loss"] for row in rows],
-            label=f"{prefix}training",
-            color=colour if len(histories) > 1 else COLOURS[1],
-            linewidth=1.2,
-            linestyle=(0, (4, 2)),
-            marker="o",
-            markersize=0.6 * size,
-        )
+        for curve in _curves(rows, quantity):
+            if curve.points:
+                axes.plot(
+                    *zip(*curve.points, strict=True),
+                    label=f"{name}, {curve.label}" if several else curve.label,
+                    color=colour if several or curve.solid else COLOURS[1],
+                    linewidth=1.8 if curve.solid else 1.2,
+                    linestyle="solid" if curve.solid else (0, (4, 2)),
+                    marker="o",
+                    markersize=(4.0 if curve.solid else 2.4) if len(rows) <= 40 else 0.0,
+                )
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(LABELS[quantity])
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -146,5 +161,5 @@ def _draw(histories: Mapping[str, list[Row]], title: str | None) -> Any:
     axes.tick_params(colors=GREY)
     axes.legend(frameon=False)
     if title:
-        axes.set_title(title, loc="left")
+        axes.set_title(title, loc="left", parse_math=False)
     return figure

@@ -41,6 +41,8 @@ BEST_NAME = "best"
 CHECKPOINT_FILES = (checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME)
 FILES = (STATE_NAME, HISTORY_NAME, *CHECKPOINT_FILES)
 BEST_FILES = tuple(f"{BEST_NAME}/{name}" for name in CHECKPOINT_FILES)
+MACHINE_NAME, SAMPLES_NAME, PLOT_NAME = "machine.json", "samples.jsonl", "loss.png"
+OTHER_FILES = (MACHINE_NAME, SAMPLES_NAME, PLOT_NAME)  # of callbacks
 FORMAT = "gptfast-training-state"
 VERSION = 3  # added the best evaluation; 2 the checksum and the run's id; all are still read
 
@@ -183,7 +185,7 @@ class RunDirectory:
             return
         try:
             if not resume:
-                for name in (*FILES, *BEST_FILES):
+                for name in (*FILES, *BEST_FILES, *OTHER_FILES):
                     (self.path / name).unlink(missing_ok=True)
             self._write_history(history)
         except OSError as error:

@@ -21,7 +21,6 @@ from gptfast.ops.random import seed_tensor
 from gptfast.storable import check_storable
 from gptfast.threads import check_threads, local_processes, use_usable_threads
 from gptfast.tokenizer import CharTokenizer
-from gptfast.training import progress as terminal
 from gptfast.training.averages import with_weights
 from gptfast.training.callbacks import Callback
 from gptfast.training.distributed import ALONE, Processes
@@ -40,6 +39,10 @@ from gptfast.training.sharding import (
     whole_model,
     whole_state,
 )
+from gptfast.training.signals import first_interrupt
+from gptfast.training.watching.progress import ProgressBar
+from gptfast.training.watching.records import Records
+from gptfast.training.watching.sampler import Sampler
 
 
 def check_lengths(block_size: int, train_ids: Tensor, val_ids: Tensor | None) -> None:
@@ -321,7 +324,11 @@ class Trainer:
         check_lengths(self.gpt.config.block_size, train_ids, val_ids)
         processes = self.processes
         directory = RunDirectory(out, writes=processes.first)
-        loop = Loop(self, directory, train_ids, val_ids, tokenizer, extra or {}, callbacks)
+        watching: list[Callback] = [ProgressBar()] if progress else []
+        if self.config.sample is not None:
+            watching.append(Sampler(self.config.sample, tokenizer, shown=progress))
+        watching += [Records(), *callbacks]
+        loop = Loop(self, directory, train_ids, val_ids, tokenizer, extra or {}, watching, progress)
         kept = "nothing was saved" if out is None else f"{out} keeps the last checkpoint, if any"
         self.generator.manual_seed(self.config.seed)
         self.steps_done = 0
@@ -332,22 +339,17 @@ class Trainer:
             )
             if resume:
                 loop.load()
-            state, note = loop.state, self._note()
-            processes.from_first(lambda: directory.start(state.history, resume))
-            progress = progress and processes.first
+            processes.from_first(lambda: directory.start(loop.state.history, resume))
             try:
-                with (
-                    terminal.first_interrupt() as loop.received_signal,
-                    terminal.bar(state, loop.total, directory.path, progress, note) as report,
-                ):
-                    loop.train(report)
+                with first_interrupt() as loop.received_signal:
+                    loop.train()
             finally:
                 self.model.eval()
                 self.graphs.clear()
         return loop.result()
 
-    def _note(self) -> str | None:
-        """Says whether a step on a GPU is a graph."""
+    def note(self) -> str | None:
+        """Says whether a step on a GPU is a graph; None for other devices."""
         if self.device.type != "cuda":
             return None
         obstacle = self.graphs.obstacle(self)

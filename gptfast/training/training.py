@@ -259,5 +259,6 @@ def _read(recipe: Preset | None, path: str | Path | None) -> str:
     if path is not None:
         return read_text(path)
     if recipe is None or recipe.text is None:
-        raise ConfigError("the preset has no text of its own: give one")
+        name = "the run" if recipe is None else f"the preset {recipe.name!r}"
+        raise ConfigError(f"{name} has no text of its own: give one (data)")
     return recipe.text()

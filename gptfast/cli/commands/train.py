@@ -9,7 +9,6 @@ import tyro
 
 from gptfast.cli.options import (
     EXIT_SIGNAL,
-    Command,
     ComputeOptions,
     File,
     shape_of,
@@ -18,8 +17,9 @@ from gptfast.cli.options import (
 from gptfast.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from gptfast.cli.run_file import RunFile
     from gptfast.presets import Preset
-    from gptfast.training import UnsavedError
+    from gptfast.training import Callback, UnsavedError
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,17 @@ class Train:
 
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]  # the run's directory
     compute: ComputeOptions
+    # options from a TOML file, such as the run.toml of another run; those given here win over it
+    config: File = None
     data: File = None  # UTF-8 text; None: the preset's own text
     # start from the model of a run, or of any checkpoint directory: its weights, shape, tokenizer
     init_from: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
     resume: bool = False  # go on with the interrupted run in DIR
     overwrite: bool = False  # replace the run in DIR
     plot: File = None  # draw the losses to this picture: .png, .svg or .pdf (needs matplotlib)
+    tensorboard: bool = False  # write the losses to DIR/tensorboard, for TensorBoard
+    # send the losses to this project of Weights & Biases
+    wandb: Annotated[str | None, tyro.conf.arg(metavar="PROJECT")] = None
 
     def source(self) -> Path | None:
         """Returns the checkpoint whose shape the model has, None for that of the preset."""
@@ -52,7 +57,7 @@ class Train:
         """
         from gptfast.pictures import check_picture
         from gptfast.training import UnsavedError, plots, train
-        from gptfast.training.progress import handles_ctrl_c
+        from gptfast.training.signals import handles_ctrl_c
 
         if self.plot is not None:  # what would fail after the training fails before it
             check_picture(self.plot)
@@ -68,6 +73,7 @@ class Train:
                     device=self.compute.device,
                     resume=self.resume,
                     overwrite=self.overwrite,
+                    callbacks=self._trackers(),
                     **fields,
                 )
         except UnsavedError as error:
@@ -77,6 +83,13 @@ class Train:
         if not result.interrupted:
             print(f"saved in {self.out}")
         return 0 if result.signal is None else EXIT_SIGNAL + result.signal
+
+    def _trackers(self) -> "list[Callback]":
+        """What follows the run besides the terminal."""
+        from gptfast.training import TensorBoard, WandB
+
+        trackers: list[Callback] = [TensorBoard()] if self.tensorboard else []
+        return trackers if self.wandb is None else [*trackers, WandB(self.wandb)]
 
 
 def _rescued(out: Path, error: "UnsavedError") -> CheckpointError:
@@ -92,12 +105,13 @@ def _rescued(out: Path, error: "UnsavedError") -> CheckpointError:
     return CheckpointError(f"{why}; the trained model is saved in {place}")
 
 
-def train_preset(preset: "Preset", source: Path | None) -> type[Command]:
+def train_preset(preset: "Preset", source: Path | None, file: "RunFile") -> type[Train]:
     """Makes the command that trains a preset, whose configs are the defaults of the options.
 
     Args:
         preset: The preset.
         source: The checkpoint whose shape the model has, see `Train.source`; None: the preset's.
+        file: Has other defaults.
     """
     from gptfast.config import GPTConfig, TrainConfig
 
@@ -105,8 +119,8 @@ def train_preset(preset: "Preset", source: Path | None) -> type[Command]:
 
     @dataclass(frozen=True)
     class TrainPreset(Train):
-        model: GPTConfig = shape
-        train: TrainConfig = preset.train
+        model: GPTConfig = file.configured("model", shape)
+        train: TrainConfig = file.configured("train", preset.train)
 
         def run(self) -> int:
             return self.fit(preset, asdict(self.model) | asdict(self.train))

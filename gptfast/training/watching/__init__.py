@@ -1,0 +1,1 @@
+"""The callbacks that come with gptfast: the progress bar, samples, records, TensorBoard, wandb."""

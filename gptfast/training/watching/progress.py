@@ -1,0 +1,80 @@
+"""The progress bar of a run."""
+
+import math
+import time
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gptfast.training.callbacks import Callback
+from gptfast.training.run import Row
+from gptfast.training.watching import machine
+
+if TYPE_CHECKING:
+    from gptfast.training.loop import Loop
+
+UPDATES_PER_SECOND = 10
+
+
+class ProgressBar(Callback):
+    """Shows on stderr the loss, tokens/s, their part of the machine's peak, and the time left.
+
+    Each evaluation is a line above the bar. The part of the peak is what the steps compute, see
+    `flops_per_token`, of the rate of the fastest matrix product, see `peak`.
+    """
+
+    def on_start(self, run: "Loop") -> None:
+        """Measures the machine's peak and shows the bar."""
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        note = run.trainer.note()
+        if note is not None:
+            self._console.print(note, markup=False)
+        peak = 1e9 * machine.peak(run.trainer.device, run.config.precision)  # FLOP/s
+        peak *= run.processes.size
+        self._peak_tokens = peak / machine.flops_per_token(run.model.config)  # per second
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._task = self._bar.add_task("", total=run.total, completed=run.state.step, numbers="")
+        self._updated = 0.0
+        self._bar.start()
+
+    def on_step(self, run: "Loop") -> None:
+        """Updates the bar, at most UPDATES_PER_SECOND times a second."""
+        now, state = time.perf_counter(), run.state
+        if now - self._updated < 1 / UPDATES_PER_SECOND:
+            return
+        self._updated = now
+        if state.loss_steps:
+            speed = state.row_tokens / state.row_seconds if state.row_seconds else math.nan
+            self._show(run, state.loss_sum / state.loss_steps, speed)
+
+    def on_evaluation(self, run: "Loop", row: Row) -> None:
+        """Prints the row as a line."""
+        held_out = ""
+        if row["val_loss"] is not None:
+            held_out = f", held-out loss {row['val_loss']:.4f} (perplexity {row['perplexity']:.3f})"
+        self._console.print(f"step {row['step']}: train loss {row['train_loss']:.4f}{held_out}")
+        self._show(run, row["train_loss"], row["tokens_per_s"])
+
+    def on_end(self, run: "Loop") -> None:
+        """Ends the bar; says where a run that was interrupted is kept."""
+        state = run.state
+        if run.error is None:
+            self._bar.update(self._task, completed=state.step)
+        self._bar.stop()
+        if run.error is None and run.interrupted:
+            kept = "nothing was saved"
+            if run.path is not None:
+                kept = f"saved in {run.path}; resume goes on from there"
+            self._console.print(f"interrupted at step {state.step} of {run.total}, {kept}")
+
+    def _show(self, run: "Loop", loss: float, speed: float) -> None:
+        numbers = f"loss {loss:.4f}  {speed:,.0f} tokens/s  {speed / self._peak_tokens:.0%} of peak"
+        self._bar.update(self._task, completed=run.state.step, numbers=numbers)

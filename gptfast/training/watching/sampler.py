@@ -1,0 +1,95 @@
+"""Samples while training: what the model writes, at each evaluation."""
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from gptfast.errors import ConfigError
+from gptfast.files import write_atomic
+from gptfast.generation import generate
+from gptfast.tokenizer import CharTokenizer
+from gptfast.training.callbacks import Callback
+from gptfast.training.run import SAMPLES_NAME, Row
+
+if TYPE_CHECKING:
+    from gptfast.training.loop import Loop
+
+
+class Sampler(Callback):
+    """Continues a text at each evaluation; `TrainConfig.sample` makes one.
+
+    The continuations go to `samples.jsonl` in the run's directory, one JSON object per evaluation
+    with `step`, `prompt` and `text`. All are drawn with the same seed, so that they differ by what
+    the model has learned; the draws have a generator of their own and do not change the run.
+
+    Args:
+        prompt: the text to continue.
+        tokenizer: the run's.
+        shown: print them on stderr, too.
+        max_new_tokens: tokens to generate.
+        temperature: divides the logits.
+        seed: of the draws.
+
+    Raises:
+        ConfigError: there is no tokenizer.
+        DataError: the tokenizer lacks a character of the prompt.
+    """
+
+    def __init__(
+        self,
+        prompt: str,
+        tokenizer: CharTokenizer | None,
+        *,
+        shown: bool = True,
+        max_new_tokens: int = 200,
+        temperature: float = 0.8,
+        seed: int = 0,
+    ) -> None:
+        if tokenizer is None:
+            raise ConfigError("a sample while training needs a tokenizer, got none")
+        tokenizer.encode(prompt)
+        self.prompt, self.tokenizer, self.shown = prompt, tokenizer, shown
+        self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
+
+    def on_start(self, run: "Loop") -> None:
+        """Drops the samples of steps that are trained again, after a crash between two saves."""
+        if run.path is None or not (run.path / SAMPLES_NAME).exists():
+            return
+        lines = (run.path / SAMPLES_NAME).read_bytes().splitlines(keepends=True)
+        kept = b"".join(line for line in lines if _step(line) <= run.state.step)
+        write_atomic({run.path / SAMPLES_NAME: kept})
+
+    def on_evaluation(self, run: "Loop", row: Row) -> None:
+        """Continues the text, shows and keeps the result."""
+        [result] = generate(
+            run.model,
+            [self.prompt],
+            tokenizer=self.tokenizer,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            seed=self.seed,
+        )
+        if result.finish_reason == "interrupted":  # a second Ctrl-C, see `first_interrupt`
+            raise KeyboardInterrupt
+        if self.shown:
+            print(
+                f"--- a sample of step {row['step']}:\n{self.prompt}{result.text}\n---",
+                file=sys.stderr,
+            )
+        if run.path is not None:
+            line = {"step": row["step"], "prompt": self.prompt, "text": result.text}
+            try:
+                with open(run.path / SAMPLES_NAME, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            except OSError as error:
+                run.warn(
+                    f"{run.path / SAMPLES_NAME}: cannot be written ({error.strerror or error})"
+                )
+
+
+def _step(line: bytes) -> float:
+    """The step of a line; infinity where a crash left half of it."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
