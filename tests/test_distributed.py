@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -248,3 +251,52 @@ def test_a_mistake_is_the_same_sentence_in_all(pair: Pair, tmp_path: Path) -> No
     for options in ({"out": tmp_path}, {"out": tmp_path, "resume": True, "lr": 1.0}):
         first, second = pair(_refusal, {"steps": 1, **options})
         assert first == second and str(tmp_path) in first
+
+
+COMMAND = "train abc --train.epochs None --train.batch-size 4 --train.save-every 1"
+
+
+def _launch(out: Path, *options: str) -> "subprocess.Popen[str]":
+    text = out.parent / "text.txt"
+    text.write_text(TEXT)
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        + ["-m", "gptfast", *COMMAND.split(), "--data", str(text), "--out", str(out), *options],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _worker(launcher: int, rank: int) -> int:
+    """The process of a rank that torchrun has started."""
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        told = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        if f"RANK={rank}".encode() in told:
+            return int(child)
+    raise AssertionError(f"torchrun has no process of rank {rank}")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_a_killed_process_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run = _launch(out, "--train.steps", "1000000")
+    try:
+        while not (out / "model.safetensors").exists():
+            assert run.poll() is None, run.communicate()
+            time.sleep(0.05)
+        os.kill(_worker(run.pid, 1), signal.SIGKILL)
+        _, errors = run.communicate(timeout=120)
+    finally:
+        run.kill()
+    assert run.returncode == 1, errors
+    [sentence] = [line for line in errors.splitlines() if line.startswith("gptfast: ")]
+    assert sentence.startswith("gptfast: another process of the run has ended, or did not answer")
+    assert sentence.endswith(f"{out} keeps the last checkpoint, if any")
+    step = checkpoint.read_config(out)["extra"]["step"]
+    data = str(tmp_path / "text.txt")
+    result = train("abc", out, data=data, resume=True, steps=step + 2, batch_size=4, save_every=1)
+    assert result.history[-1]["step"] == step + 2

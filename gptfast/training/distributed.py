@@ -11,6 +11,8 @@ import atexit
 import hashlib
 import math
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -73,9 +75,9 @@ class Processes:
             dist.all_gather(found, own, group=self.control)
         return [each.tolist() for each in found]
 
-    def agreed(self, loss: float, signal: int | None, stopped: bool, waited: float) -> Agreed:
+    def agreed(self, loss: float, received: int | None, stopped: bool, waited: float) -> Agreed:
         """Tells the others, and returns what all know then; see `Agreed`."""
-        rows = self.gathered(loss, float(signal or 0), float(stopped), waited)
+        rows = self.gathered(loss, float(received or 0), float(stopped), waited)
         losses, signals, stops, waits = zip(*rows, strict=True)
         return Agreed(sum(losses), int(max(signals)) or None, any(stops), waits[0])
 
@@ -107,6 +109,8 @@ class Processes:
     def losses_noticed(self, kept: str) -> Iterator[None]:
         """Makes one sentence of what is raised where another process is gone.
 
+        torchrun ends the others then, by SIGTERM: it is ignored, so that they say the sentence.
+
         Args:
             kept: the end of that sentence.
         """
@@ -115,6 +119,8 @@ class Processes:
         except Exception as error:
             if self.size == 1 or not _is_of_a_loss(error):
                 raise
+            if is_one_of_several() and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
             raise ProcessError(f"{_GONE}: {kept}") from error
 
 
@@ -203,7 +209,7 @@ def own_device(device: torch.device) -> torch.device:
 
 def is_first() -> bool:
     """Whether this process is the one of its run that shows, as torchrun has told it."""
-    return os.environ.get("RANK", "0") == "0"
+    return not is_one_of_several() or os.environ["RANK"] == "0"
 
 
 def says(sentence: str) -> bool:

@@ -333,7 +333,7 @@ class Trainer:
         self.generator.manual_seed(self.config.seed)
         self.steps_done = 0
         self.graphs.clear()  # an earlier call's are of another text
-        with processes.losses_noticed(kept), _threads(self.config.threads), ExitStack() as held:
+        with _threads(self.config.threads), ExitStack() as held:
             processes.from_first(
                 lambda: held.enter_context(directory.opened(resume, overwrite)) and None
             )
@@ -341,7 +341,7 @@ class Trainer:
                 loop.load()
             processes.from_first(lambda: directory.start(loop.state.history, resume))
             try:
-                with first_interrupt() as loop.received_signal:
+                with first_interrupt() as loop.received_signal, processes.losses_noticed(kept):
                     loop.train()
             finally:
                 self.model.eval()
