@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from gptfast import (
 )
 from gptfast.training import reduction, sharding
 from gptfast.training.callbacks import Callback
-from gptfast.training.distributed import Processes, join
+from gptfast.training.distributed import ProcessError, Processes, join, own_device, says
 
 pytestmark = pytest.mark.skipif(
     not distributed.is_available() or not distributed.is_gloo_available(),
@@ -251,6 +252,41 @@ def test_a_mistake_is_the_same_sentence_in_all(pair: Pair, tmp_path: Path) -> No
     for options in ({"out": tmp_path}, {"out": tmp_path, "resume": True, "lr": 1.0}):
         first, second = pair(_refusal, {"steps": 1, **options})
         assert first == second and str(tmp_path) in first
+
+
+def _torchrun(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
+    told = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in (told | variables).items():
+        monkeypatch.setenv(name, value)
+
+
+def test_processes_that_do_not_find_each_other_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    _torchrun(monkeypatch)
+    with pytest.raises(ProcessError, match="^the processes did not find each other: "):
+        join(torch.device("cpu"), timedelta(seconds=1))
+
+
+def test_each_process_of_a_machine_has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, chosen = torch.device("cuda"), []
+    assert own_device(gpu) == gpu
+    _torchrun(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert own_device(gpu) == torch.device("cuda", 1) == chosen[0]
+    assert own_device(torch.device("cpu")) == torch.device("cpu")
+    with pytest.raises(ConfigError, match="need a GPU each, device 'cuda', got device 'cuda:0' on"):
+        own_device(torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="^2 processes on this machine need a GPU each"):
+        own_device(gpu)
+
+
+def test_a_sentence_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert says("a mistake") and says("a mistake")  # alone
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    _torchrun(monkeypatch, MASTER_PORT=str(store.port))
+    assert [says("a mistake"), says("another"), says("a mistake")] == [True, True, False]
 
 
 COMMAND = "train abc --train.epochs None --train.batch-size 4 --train.save-every 1"
