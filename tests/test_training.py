@@ -316,7 +316,9 @@ def test_a_step_trains_with_dropout_whatever_mode_the_model_was_in():
 
 @pytest.mark.parametrize("tokens", [2, 8, 9, 10, 41])
 def test_evaluation_is_the_mean_over_all_tokens_of_disjoint_windows(tokens, monkeypatch):
-    monkeypatch.setattr("gptfast.training.trainer.EVAL_TOKENS_AT_ONCE", 16)  # two windows at once
+    monkeypatch.setattr(
+        "gptfast.training.evaluation.EVAL_TOKENS_AT_ONCE", 16
+    )  # two windows at once
     model = make_model(dropout=0.5)
     ids = torch.randint(1, 5, (tokens,), generator=torch.Generator().manual_seed(1))
     result = evaluate(model, ids)
