@@ -16,7 +16,7 @@ BELOW_TRAINING = "errors pictures config ops data model checkpoint"
 ROOMS = {
     "errors": ("errors checks files lock", ""),
     "pictures": ("pictures", "errors"),
-    "config": ("config threads", "errors"),
+    "config": ("config run_file threads", "errors"),
     "ops": ("ops", "errors"),
     "data": ("abc_corpus bpe bpe_files data encoding presets tokenizer", "errors config"),
     "model": ("course heads initial model modules plain", "errors config ops"),
@@ -26,7 +26,11 @@ ROOMS = {
     "training": ("training", f"{BELOW_TRAINING} generation"),
     "public": ("gptfast", f"{BELOW_TRAINING} generation training"),  # the names of gptfast itself
     "info": ("info", "config ops training"),
-    "cli": ("cli __main__", f"{BELOW_TRAINING} attention_plots generation training public info"),
+    "reproduction": ("reproduction", f"{BELOW_TRAINING} generation training info"),
+    "cli": (
+        "cli __main__",
+        f"{BELOW_TRAINING} attention_plots generation training public info reproduction",
+    ),
     "testing": ("testing", ""),  # for tests and benchmarks
 }
 

@@ -26,7 +26,7 @@ from gptfast.config import GPTConfig, TrainConfig
 from gptfast.errors import CheckpointError, ConfigError, DataError
 from gptfast.model import GPT
 from gptfast.ops import select
-from gptfast.presets import PRESETS, Preset, preset
+from gptfast.presets import Preset, preset
 from gptfast.tokenizer import CharTokenizer
 from gptfast.training import (
     Trainer,
@@ -107,7 +107,8 @@ def rows_in(path):
 
 
 def files_in(path):
-    return {file.name for file in path.iterdir() if file.is_file()}
+    """The files of a directory, without those of callbacks."""
+    return {file.name for file in path.iterdir() if file.is_file()} - set(run.OTHER_FILES)
 
 
 def assert_same_weights(a, b):
@@ -213,23 +214,6 @@ def test_a_whole_number_of_numpy_is_one():
     assert {type(x) for x in (config.steps, config.seed, config.batch_size)} == {int}
 
 
-def test_the_presets_are_the_courses_runs():
-    abc, shakespeare = preset("abc"), preset("shakespeare")
-    assert (abc.model.block_size, shakespeare.model.block_size) == (16, 64)
-    assert (abc.model.vocab_size, shakespeare.model.vocab_size) == (None, None)
-    assert (abc.train.steps, abc.train.epochs, abc.train.batch_size) == (400, None, 64)
-    assert (abc.train.lr, abc.train.clip, abc.train.val_fraction) == (0.003, None, 0.2)
-    assert (shakespeare.train.steps, shakespeare.train.epochs) == (None, 3)
-    assert (shakespeare.train.lr, shakespeare.train.clip) == (0.001, 1.0)
-    assert (shakespeare.train.text_fraction, shakespeare.train.val_fraction) == (0.3, 0.1)
-    assert all(name == p.name and p.help and p.text for name, p in PRESETS.items())
-
-
-def test_an_unknown_preset_is_answered_with_the_known_ones():
-    with pytest.raises(ConfigError, match=r"'abd'.*abc, shakespeare"):
-        train("abd")
-
-
 def test_overrides_go_to_model_or_training_and_unknown_ones_are_named():
     changed = preset("abc").override({"n_layer": 3, "vocab_size": 7, "lr": 0.5})
     assert (changed.model.n_layer, changed.model.vocab_size, changed.train.lr) == (3, 7, 0.5)
@@ -288,10 +272,12 @@ class CountOps(TorchDispatchMode):
 
 
 @FUSED
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_runs_few_operators(precision):
+@pytest.mark.parametrize(
+    "options", [{}, {"precision": "bf16"}, {"decayed": "matrices", "ema": 0.99}]
+)
+def test_a_step_runs_few_operators(options):
     """An operator costs microseconds, which matter for small models; new ones must fail here."""
-    trainer = Trainer(make_model(n_layer=2), TrainConfig(precision=precision, clip=1.0))
+    trainer = Trainer(make_model(n_layer=2), TrainConfig(clip=1.0, **options))
     idx = torch.ones(4, 8, dtype=torch.int64)
     trainer.step(idx, idx)  # creates AdamW's state
     with CountOps() as mode:
@@ -310,6 +296,16 @@ def test_a_step_runs_few_operators(precision):
     )
     assert mode.counts["gptfast::adamw_"] == 1
     assert mode.counts - allowed == Counter()
+
+
+def test_labels_are_smoothed_in_training_alone():
+    idx, targets = torch.randint(1, 5, (2, 4, 8), generator=torch.Generator().manual_seed(1))
+    model = make_model(dropout=0.0)
+    smoothed = model.loss(idx, targets, label_smoothing=0.2).item()
+    evaluated = evaluate(model, idx[0]).loss
+    trainer = Trainer(model, TrainConfig(label_smoothing=0.2))
+    assert trainer.evaluate(idx[0]).loss == evaluated
+    assert trainer.step(idx, targets).item() == smoothed != evaluate(model, idx[0]).loss
 
 
 def test_a_step_trains_with_dropout_whatever_mode_the_model_was_in():
@@ -811,6 +807,31 @@ def test_a_run_goes_on_with_the_parameters_that_it_trained(tmp_path):
     fit(["wpe.weight"], resume=True)
     with pytest.raises(ConfigError, match="started with other parameters frozen"):
         fit(["wte.weight"], resume=True)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_matrices_alone_decay_and_the_averages_are_resumed(tmp_path, backend):
+    def trained(steps, **options):
+        config = TrainConfig(steps=steps, batch_size=4, decayed="matrices", ema=0.9, clip=0.1)
+        model = make_model()
+        model.backend = backend
+        trainer = Trainer(model, config)
+        trainer.fit(torch.arange(40) % 5, **options)
+        return trainer
+
+    whole = trained(6)
+    trained(3, out=tmp_path / "run")
+    resumed = trained(6, out=tmp_path / "run", resume=True)
+    for trainer in whole, resumed:
+        for name, param in zip(trainer.names, trainer.parameters, strict=True):
+            assert trainer.gpt.get_parameter(name) is param
+        groups = trainer.optimizer.param_groups
+        decays = [(group["weight_decay"], p.dim() > 1) for group in groups for p in group["params"]]
+        assert set(decays) == {(0.01, True), (0.0, False)}
+    averages = whole.optimizer.averages
+    assert len(averages) == len(whole.parameters)
+    for average, again in zip(averages, resumed.optimizer.averages, strict=True):
+        assert torch.equal(average, again)
 
 
 # ---- from the model of another run

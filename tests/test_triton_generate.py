@@ -18,8 +18,7 @@ from test_triton import DEVICE, needs_numbers, where  # noqa: F401 (a fixture of
 from torch import Tensor
 
 from gptfast import GPT, CharTokenizer, DataError, GPTConfig
-from gptfast.generation import kept, make_request
-from gptfast.generation import weights as weights_of_calls
+from gptfast.generation import dtypes, kept, make_request
 from gptfast.generation.decoder import Decoder, Flight, Shape
 from gptfast.generation.sequences import Update
 from gptfast.generation.sizes import slots_bucket, unrolled
@@ -54,8 +53,8 @@ def products_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
 def int8_activations(monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """The dtype of activations beside weights of 8 bits: one that the interpreter multiplies."""
     if DEVICE.type == "cpu":
-        monkeypatch.setitem(weights_of_calls.FLOATS, "int8", torch.float32)
-    return weights_of_calls.FLOATS["int8"]
+        monkeypatch.setattr(dtypes, "multiplies_bf16", lambda device: False)
+    return dtypes.activations(torch.float32, "int8", DEVICE.type)
 
 
 TINY = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16)
@@ -302,7 +301,11 @@ class Prepared:
 
 
 def loop_over(
-    monkeypatch: pytest.MonkeyPatch, tokens: Any, logprobs: Any, **options: Any
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: Any,
+    logprobs: Any,
+    end: int | None = None,
+    **options: Any,
 ) -> device_loop.DeviceLoop:
     """Makes a loop whose sequences draw these tokens, (S, steps)."""
     decoder = Prepared(tokens, logprobs)
@@ -311,16 +314,18 @@ def loop_over(
     model = GPT(GPTConfig(block_size=512, vocab_size=300, n_layer=1, n_embd=16)).to(DEVICE)
     prompts = [[1, 2]] * len(tokens)
     request = make_request(model, prompts, max_new_tokens=tokens.shape[1], **options)
-    return device_loop.DeviceLoop(model, request)
+    return device_loop.DeviceLoop(model, request._replace(end_token=end))
 
 
-@pytest.mark.parametrize("stop", (None, [7]))
-def test_the_host_takes_no_step_per_token(stop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("stop", "end"), ((None, None), ([7], None), (None, 7)))
+def test_the_host_takes_no_step_per_token(
+    stop: Any, end: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     S, steps = 64, 300
     tokens = np.random.default_rng(0).integers(8, 300, (S, steps), np.int32)
     tokens[::2, 200] = 7
     logprobs = -tokens.astype(np.float32)
-    loop = loop_over(monkeypatch, tokens, logprobs, stop=stop)
+    loop = loop_over(monkeypatch, tokens, logprobs, end, stop=stop)
     calls = 0
 
     def count(_: Any, event: str, __: Any) -> None:
@@ -336,8 +341,8 @@ def test_the_host_takes_no_step_per_token(stop: Any, monkeypatch: pytest.MonkeyP
         sys.setprofile(None)
     assert calls < 0.2 * S * steps
     for i, each in enumerate(found):
-        length = 200 if stop and i % 2 == 0 else steps
-        assert each.state == ("length" if length == steps else "stop")
+        length = 200 if (stop or end) and i % 2 == 0 else steps
+        assert each.state == ("length" if length == steps else "stop" if stop else "end")
         assert each.tokens == tokens[i, :length].tolist()
         assert each.logprobs == logprobs[i, :length].tolist()
 
@@ -421,7 +426,8 @@ def test_weights_of_8_bits(int8_activations: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("own", (torch.float32, torch.bfloat16))
-def test_weights_of_8_bits_take_8_bits(own: torch.dtype) -> None:
+def test_weights_of_8_bits_take_8_bits(own: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dtypes, "multiplies_bf16", lambda device: True)
     model = model_of(replace(TINY, tie_weights=True)).to(own)
     weights = Weights(model, "int8", False)
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import tyro
 
@@ -29,6 +29,7 @@ COMMANDS: dict[str, type] = {
     "generate": commands.Generate,
     "inspect": commands.Inspect,
     "plot": commands.Plot,
+    "reproduce": commands.Reproduce,
     "info": commands.Info,
 }
 
@@ -130,32 +131,43 @@ def _parse_data(arguments: list[str]) -> Command:
 
 
 def _parse_train(arguments: list[str]) -> Command:
+    from gptfast.cli.run_file import ConfigOption, RunFile
     from gptfast.presets import preset
 
-    name, options = arguments[0], arguments[1:]
-    if name.startswith("-"):
-        raise ConfigError(f"the preset comes first: gptfast train PRESET {name} ...")
+    others = [each for each in arguments if each not in ("-h", "--help")]
+    file = RunFile(_parse(ConfigOption, "gptfast train", others, ignore_unknown=True).config)
+    if not arguments[0].startswith("-"):
+        name, options = arguments[0], arguments[1:]
+    elif file.preset is not None:
+        name, options = file.preset, arguments
+    else:
+        raise ConfigError(f"the preset comes first: gptfast train PRESET {arguments[0]} ...")
     chosen, prog = preset(name), f"gptfast train {name}"
     source = None
-    if not {"-h", "--help"} & set(options):
+    if others == arguments:
         # The defaults of the model's options depend on where its weights come from.
-        source = _parse(commands.Train, prog, options, ignore_unknown=True).source()
-    return _parse(commands.train_preset(chosen, source), prog, options)
+        start = file.defaults(commands.Train)
+        source = _parse(commands.Train, prog, options, start, ignore_unknown=True).source()
+    command = commands.train_preset(chosen, source, file)
+    return cast(Command, _parse(command, prog, options, file.defaults(command)))
 
 
 def _parse(
-    command: type[Parsed], prog: str, arguments: Sequence[str], ignore_unknown: bool = False
+    command: type[Parsed],
+    prog: str,
+    arguments: Sequence[str],
+    default: Parsed | None = None,
+    ignore_unknown: bool = False,
 ) -> Parsed:
     """Runs tyro; its boxes about mistakes become one sentence."""
     box = io.StringIO()
-    config = (tyro.conf.FlagCreatePairsOff,)
+    options: dict[str, Any] = {"prog": prog, "args": arguments, "default": default}
+    options["config"] = (tyro.conf.FlagCreatePairsOff,)
     try:
         with contextlib.redirect_stderr(box):
             if ignore_unknown:
-                return tyro.cli(
-                    command, prog=prog, args=arguments, config=config, return_unknown_args=True
-                )[0]
-            return tyro.cli(command, prog=prog, args=arguments, config=config)
+                return tyro.cli(command, return_unknown_args=True, **options)[0]
+            return tyro.cli(command, **options)
     except SystemExit as error:
         if error.code != EXIT_BAD_INPUT:
             raise

@@ -32,6 +32,7 @@ from gptfast.files import write_atomic
 from gptfast.integrity import load_sealed, reading, save_sealed
 from gptfast.lock import locked
 from gptfast.model import GPT
+from gptfast.run_file import RUN_FILE_NAME
 from gptfast.storable import mismatch, stored_config
 from gptfast.tokenizer import Tokenizer
 
@@ -43,7 +44,7 @@ CHECKPOINT_FILES = (checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME)
 FILES = (STATE_NAME, HISTORY_NAME, *CHECKPOINT_FILES)
 BEST_FILES = tuple(f"{BEST_NAME}/{name}" for name in CHECKPOINT_FILES)
 MACHINE_NAME, SAMPLES_NAME, PLOT_NAME = "machine.json", "samples.jsonl", "loss.png"
-OTHER_FILES = (MACHINE_NAME, SAMPLES_NAME, PLOT_NAME)  # of callbacks
+OTHER_FILES = (RUN_FILE_NAME, MACHINE_NAME, SAMPLES_NAME, PLOT_NAME)  # of callbacks
 FORMAT = "gptfast-training-state"
 HASHED_AT_ONCE = 2**17  # tokens
 VERSION = 3  # added the best evaluation; 2 the checksum and the run's id; all are still read
@@ -346,7 +347,7 @@ def _other_moments(resumable: dict[str, Any], model: GPT) -> str | None:
     params = dict(model.named_parameters())
     # Version 1 did not note the names.
     names = resumable.get("trained", [name for name in params if params[name].requires_grad])
-    held = len(resumable["optimizer"]["param_groups"][0]["params"])
+    held = sum(len(group["params"]) for group in resumable["optimizer"]["param_groups"])
     if held != len(names):
         return f"the optimizer has {held} parameters, the model trains {len(names)}"
     for i, moments in resumable["optimizer"]["state"].items():

@@ -28,7 +28,7 @@ from gptfast.training.averages import with_weights
 from gptfast.training.callbacks import Callback
 from gptfast.training.graph import Cuda, StepGraphs
 from gptfast.training.loop import Loop, TrainResult
-from gptfast.training.optimizer import AdamW
+from gptfast.training.optimizer import AdamW, weight_groups
 from gptfast.training.run import RunDirectory
 from gptfast.training.schedule import is_constant, learning_rate, part_sizes
 from gptfast.training.signals import first_interrupt
@@ -151,16 +151,22 @@ class Trainer:
                 "there is nothing to train: all parameters of the model are frozen (requires_grad "
                 "is False)"
             )
-        self.names, self.parameters = list(trained), list(trained.values())
+        gpt.recompute = bool(config.recompute)
+        groups = weight_groups(list(trained.values()), config.decayed)
+        # In the order of the optimizer, by which its state is stored.
+        self.parameters = [param for group in groups for param in group["params"]]
+        name_of = {param: name for name, param in trained.items()}
+        self.names = [name_of[param] for param in self.parameters]
         self.optimizer = AdamW(
-            self.parameters,
+            groups,
             fused_kernel=gpt.backend != "reference",
+            ema=config.ema,
             lr=config.lr,
             betas=config.betas,
             weight_decay=config.weight_decay,
         )
         self.graphs = StepGraphs(Cuda(self.device) if self.device.type == "cuda" else None)
-        self._averaged: tuple[Tensor, GPT] | None = None
+        self._averaged: tuple[list[Tensor], GPT] | None = None
         self.steps_done = 0
         self.total_steps = config.steps  # None: the schedule knows no end
 
@@ -245,11 +251,14 @@ class Trainer:
         self, idx: Tensor, targets: Tensor, key: Tensor | None, weight: Tensor | None
     ) -> Tensor:
         """Adds the gradients of a part's loss times `weight` (None: 1); returns the loss itself."""
+        options: dict[str, Any] = {"seed": key}
+        if self.config.label_smoothing:  # which a loss of the user's own need not know
+            options["label_smoothing"] = self.config.label_smoothing
         with _autocast(self.device, self.config.precision):
             if self.model is self.gpt:
-                loss = self.gpt.loss(idx, targets, seed=key)
+                loss = self.gpt.loss(idx, targets, **options)
             else:
-                loss = self.model(idx, targets=targets, seed=key)
+                loss = self.model(idx, targets=targets, **options)
         if weight is None:
             weight = one(loss.device) if loss.dtype == torch.float32 else None
         loss.backward(weight if weight is None else weight.to(loss.dtype))
@@ -271,9 +280,11 @@ class Trainer:
         averages = self.optimizer.averages
         if not averages:
             return self.gpt
-        if self._averaged is None or self._averaged[0] is not averages[0]:
-            self._averaged = averages[0], with_weights(self.gpt, self.parameters, averages)
-        return self._averaged[1]
+        known, model = self._averaged or ([], None)
+        if model is None or any(a is not b for a, b in zip(known, averages, strict=True)):
+            model = with_weights(self.gpt, self.parameters, averages)
+            self._averaged = averages, model
+        return model
 
     def evaluate(self, ids: Tensor) -> Evaluation:
         """Computes the mean loss over the text `ids`, see `evaluate`, of the model `averaged`."""

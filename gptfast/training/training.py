@@ -20,6 +20,7 @@ from gptfast.tokenizer import from_dict as tokenizer_from
 from gptfast.training import run
 from gptfast.training.callbacks import Callback
 from gptfast.training.loop import TrainResult
+from gptfast.training.run_file import RunFile, options_of
 from gptfast.training.source import source_of_text
 from gptfast.training.trainer import Trainer, check_lengths
 
@@ -87,6 +88,7 @@ def train(
         recipe = replace(recipe, model=known[0].config)
     recipe = recipe.override(overrides)
     tokens = source_of_text(recipe, text, data)
+    given = tokenizer is not None
     if known is None:
         if tokenizer is None and resume:
             tokenizer = _tokens_of(out)
@@ -103,6 +105,7 @@ def train(
     check_lengths(model.config.block_size, train_ids, val_ids)
     fingerprint = tokens.fingerprint(train_ids, val_ids)
     extra = {"preset": tokens.preset, "data": tokens.data, "init_from": noted}
+    options = options_of(recipe, extra, given) | {"backend": backend, "device": str(device)}
     del tokens, text  # a text takes memory, and is not needed any more
     return Trainer(model.to(device), recipe.train).fit(
         train_ids,
@@ -112,7 +115,7 @@ def train(
         resume=resume,
         overwrite=overwrite,
         progress=progress,
-        callbacks=callbacks,
+        callbacks=[RunFile(options), *callbacks],
         extra=extra,
         fingerprint=fingerprint,
     )

@@ -7,6 +7,7 @@ from gptfast.cli.commands.generate import Generate
 from gptfast.cli.commands.info import Info
 from gptfast.cli.commands.inspect import Inspect
 from gptfast.cli.commands.plot import Plot
+from gptfast.cli.commands.reproduce import Reproduce
 from gptfast.cli.commands.train import Train, train_preset
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Info",
     "Inspect",
     "Plot",
+    "Reproduce",
     "Train",
     "train_preset",
 ]

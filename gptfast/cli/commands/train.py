@@ -9,7 +9,6 @@ import tyro
 
 from gptfast.cli.options import (
     EXIT_SIGNAL,
-    Command,
     ComputeOptions,
     File,
     TextOrTokens,
@@ -19,6 +18,7 @@ from gptfast.cli.options import (
 from gptfast.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from gptfast.cli.run_file import RunFile
     from gptfast.presets import Preset
     from gptfast.training import Callback, UnsavedError
 
@@ -29,6 +29,8 @@ class Train:
 
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]  # the run's directory
     compute: ComputeOptions
+    # options from a TOML file, such as the run.toml of another run; those given here win over it
+    config: File = None
     # UTF-8 text, or a folder by `gptfast data prepare`; None: the preset's own text
     data: TextOrTokens = None
     # start from the model of a run, or of any checkpoint directory: its weights, shape, tokenizer
@@ -105,12 +107,13 @@ def _rescued(out: Path, error: "UnsavedError") -> CheckpointError:
     return CheckpointError(f"{why}; the trained model is saved in {place}")
 
 
-def train_preset(preset: "Preset", source: Path | None) -> type[Command]:
+def train_preset(preset: "Preset", source: Path | None, file: "RunFile") -> type[Train]:
     """Makes the command that trains a preset, whose configs are the defaults of the options.
 
     Args:
         preset: The preset.
         source: The checkpoint whose shape the model has, see `Train.source`; None: the preset's.
+        file: Has other defaults.
     """
     from gptfast.config import GPTConfig, TrainConfig
 
@@ -118,8 +121,8 @@ def train_preset(preset: "Preset", source: Path | None) -> type[Command]:
 
     @dataclass(frozen=True)
     class TrainPreset(Train):
-        model: GPTConfig = shape
-        train: TrainConfig = preset.train
+        model: GPTConfig = file.configured("model", shape)
+        train: TrainConfig = file.configured("train", preset.train)
 
         def run(self) -> int:
             return self.fit(preset, asdict(self.model) | asdict(self.train))
