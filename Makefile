@@ -3,7 +3,7 @@ PYTHON ?= python
 CLANG_FORMAT = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('scripts'))")/clang-format
 CSRC = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: build test test-isa test-amx test-torch-range asan tsan bench lint format clean
+.PHONY: build test test-isa test-amx emulated-amx test-kill test-torch-range asan tsan bench lint format clean
 
 build:  ## compile what has changed and write gptfast/_C*.so
 	$(PYTHON) setup.py --quiet build_ext --inplace
@@ -18,15 +18,28 @@ test-isa: build
 	nm -A build/temp/isa_*.o > build/temp/isa.symbols
 	! grep ' [WVu] ' build/temp/isa.symbols | grep -v ' V DW.ref.__gxx_personality_v0'
 
-# Tests the AMX kernels on a processor without AMX: emulates the tiles, in a copy of the tree.
+# Tests the AMX kernels on a processor without AMX, which must have AVX512_BF16: emulates the tiles,
+# in a copy of the tree. The objects of the other levels are the same there.
 EMULATED = build/emulated
 test-amx:
-	mkdir -p $(EMULATED)
+	mkdir -p $(EMULATED)/build/temp
+	$${CXX:-c++} -std=c++20 -DGPTFAST_AMX_EMULATED=1 tests/levels.cpp \
+		csrc/kernels/isa/dispatch.cpp -o $(EMULATED)/levels
+	if $(EMULATED)/levels | grep -qx amx; then $(MAKE) emulated-amx; \
+		else echo 'left out: this machine has no AVX512_BF16'; fi
+
+emulated-amx:
 	rm -rf $(addprefix $(EMULATED)/,benchmarks csrc gptfast tests)
 	cp -rp benchmarks csrc gptfast tests setup.py pyproject.toml $(EMULATED)
 	rm -f $(EMULATED)/gptfast/_C*.so
+	for isa in generic avx2 avx512 avx512_bf16; do \
+		cp -p build/temp/isa_$$isa.* $(EMULATED)/build/temp || true; done
 	cd $(EMULATED) && GPTFAST_AMX_EMULATED=1 $(PYTHON) setup.py --quiet build_ext --inplace
 	cd $(EMULATED) && $(PYTHON) -m pytest -k amx tests
+
+# Kills runs at 100 random moments and goes on with them.
+test-kill: build
+	PYTHONPATH=$(CURDIR) $(PYTHON) tests/kill_runs.py
 
 # Compiles against the headers of every torch that pip offers, from the oldest in pyproject.toml on,
 # and tests the extension of the newest with some. Downloads some 3 GB; uses up to 3 GB of disk.
@@ -54,6 +67,8 @@ bench: build
 	$(call benchmark,bench_train,train,--memory)
 	$(call benchmark,bench_generate,generate)
 	$(call benchmark,loss_curves,loss_curves,$(if $(TEXT),--data $(TEXT)))
+	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/time_to_loss.py $(if $(TEXT),--data $(TEXT)) \
+		--out benchmarks/results/time_to_loss.json
 	$(PYTHON) benchmarks/report.py
 
 lint:

@@ -63,11 +63,12 @@ def compile_isa(isa: str) -> str:
     """Compiles isa/levels/<isa>.cpp unless its object is up to date (same flags, same kernels)."""
     target, stamp = TEMP / f"isa_{isa}.o", TEMP / f"isa_{isa}.stamp"
     command = f"{CXX} {FLAGS} {KERNEL_FLAGS} {ISA_FLAGS[isa]} "
-    command += f"-c {quote(str(KERNELS / f'isa/levels/{isa}.cpp'))} -o {quote(str(target))}"
+    # Without the folder's name, so that objects are up to date in a copy of it too.
+    command += f"-c csrc/kernels/isa/levels/{isa}.cpp -o build/temp/isa_{isa}.o"
     state = f"{digest(KERNELS)} {command}"
     if not (target.exists() and stamp.exists() and stamp.read_text() == state):
         stamp.unlink(missing_ok=True)
-        subprocess.run(f"set -x; {command}", shell=True, check=True)
+        subprocess.run(f"set -x; {command}", shell=True, check=True, cwd=ROOT)
         stamp.write_text(state)
     return str(target)
 

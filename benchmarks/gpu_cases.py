@@ -114,7 +114,7 @@ def cases() -> list[Case]:
 
     def loss(with_grad: bool, dtype: torch.dtype) -> None:
         x = empty(M, C, dtype=dtype)
-        options: Any = None, -100, "mean", 0b1111 if with_grad else 0
+        options: Any = None, -100, "mean", 0.0, 0b1111 if with_grad else 0
         cross_entropy.linear_cross_entropy(x, *norm, empty(V, C), long(M), *options)
 
     def embed(dtype: torch.dtype) -> None:
@@ -126,10 +126,10 @@ def cases() -> list[Case]:
         dy = empty(B, T, C, dtype=dtype)
         embedding.embedding_backward(dy, long(B, T), *tables, 0, 0.1, long(), 0, 0b11)
 
-    def adamw_step(_: torch.dtype) -> None:
+    def adamw_step(averaged: bool, _: torch.dtype) -> None:
         tables = [empty(V, C), empty(C)]
-        steps = [empty(), empty()]
-        adamw.adamw_(tables, tables, tables, tables, steps, 1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0)
+        state = tables, tables, tables, tables, [empty(), empty()], tables if averaged else []
+        adamw.adamw_(*state, [0.1, 0.0], 1e-3, 0.9, 0.95, 1e-8, 1.0, 0.999)
 
     def embed_backward_of_few_tokens(dtype: torch.dtype) -> None:
         tables, dy = (empty(65, C), empty(64, C)), empty(64, 64, C, dtype=dtype)
@@ -211,7 +211,9 @@ def cases() -> list[Case]:
              2 * M * C + 2 * V * C),
         Case("embedding", embed, 0.0, 2 * M * C),
         Case("embedding, backward", embed_backward, 0.0, 2 * M * C + V * C),
-        Case("AdamW", adamw_step, 0.0, 8 * V * C, dtypes=("fp32",)),
+        Case("AdamW", functools.partial(adamw_step, False), 0.0, 8 * V * C, dtypes=("fp32",)),
+        Case("AdamW with averages", functools.partial(adamw_step, True), 0.0, 10 * V * C,
+             dtypes=("fp32",)),
         Case("embedding of 65 tokens, backward", embed_backward_of_few_tokens, 0.0,
              64 * 64 * C + 129 * C),
         *(Case(f"decode attention, D {D}", functools.partial(decode_step, 64, D),

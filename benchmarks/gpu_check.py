@@ -198,7 +198,7 @@ def compile_all(chosen: list[Section], options: argparse.Namespace, report: Repo
         return
     start = time.monotonic()
     workers = options.workers
-    messages: list[str] = []
+    failed: list[str] = []
 
     def work(part: int, folder: str) -> None:
         command = [sys.executable, __file__, "--warm", f"{part}/{workers}/{folder}"]
@@ -206,9 +206,9 @@ def compile_all(chosen: list[Section], options: argparse.Namespace, report: Repo
         process = started(command, subprocess.STDOUT)
         for line in lines_of(process, options.limit(COMPILING)):
             if isinstance(line, str) and "failed" in line:
-                messages.append(line)
-            elif line is None:
-                messages.append(f"part {part} of {workers} was not finished")
+                failed.append(line)
+            elif line is None:  # the sections compile the rest
+                print(f"compiling: part {part} of {workers} was not finished")
 
     with tempfile.TemporaryDirectory() as folder:
         threads = [threading.Thread(target=work, args=(i, folder)) for i in range(workers)]
@@ -217,8 +217,8 @@ def compile_all(chosen: list[Section], options: argparse.Namespace, report: Repo
         for each in threads:
             each.join()
     report.found["seconds"][COMPILING.name] = round(time.monotonic() - start, 1)
-    for message in messages:
-        print(f"compiling: {message[:300]}")
+    for line in failed:
+        report.fail(COMPILING.name, line[:300])
 
 
 def shared_options(options: argparse.Namespace) -> list[str]:

@@ -19,7 +19,7 @@ import torch
 
 from gptfast.bpe_files import END_OF_TEXT, ENDINGS, Parsed, parse, read_json
 from gptfast.checks import as_int
-from gptfast.encoding import Unknown, check_text, checked_ids, place_of
+from gptfast.encoding import Unknown, check_text, checked_ids, unknown_character
 from gptfast.errors import ConfigError, DataError
 
 CHARACTERS_AT_ONCE = 1 << 16  # of a long text, which the library needs fifty times the memory of
@@ -246,6 +246,6 @@ def _without_surrogates(text: str) -> str:
 def _refuse_surrogates(text: str) -> str:
     found = _SURROGATE.search(text)
     if found is not None:
-        place = place_of(text, found.start())
-        raise DataError(f"{place} is half of a surrogate pair, which UTF-8 does not have")
+        why = "is half of a surrogate pair, which UTF-8 does not have"
+        raise unknown_character(text, found.start(), why)
     return text

@@ -17,9 +17,10 @@ from gptfast import heads, ops, plain
 from gptfast.config import GPTConfig
 from gptfast.course import from_course_name
 from gptfast.errors import CheckpointError, ConfigError
-from gptfast.initial import InitialDraws
+from gptfast.initial import InitialDraws, init_gpt2, init_torch
 from gptfast.modules import Block, ForwardContext
 from gptfast.ops import reference, select
+from gptfast.ops.autograd import transformed
 from gptfast.ops.random import seed_tensor
 
 Backend = Literal["auto", "fused", "reference"]
@@ -47,6 +48,10 @@ class GPT(nn.Module):
     the model by calling its modules, and "fused" refuses and names the module. Hooks on GPT and
     Block are always called and do not prevent the use of the kernels.
 
+    Where `recompute` is set, the backward pass computes each block once more. In between, a block
+    keeps its input alone, which saves memory and changes no result. (Inside a transform of
+    torch.func it has no effect.)
+
     Args:
         config: The shape, with a vocabulary's size.
         backend: How it computes.
@@ -56,6 +61,8 @@ class GPT(nn.Module):
     Raises:
         ConfigError: `config.vocab_size` is None, or `backend` is unknown.
     """
+
+    recompute: bool = False
 
     def __init__(
         self,
@@ -83,7 +90,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=reference.LAYER_NORM_EPS, bias=config.bias)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        _init_torch(self) if config.init == "torch" else _init_gpt2(self)
+        init_torch(self) if config.init == "torch" else init_gpt2(self)
         if config.tie_weights:
             self.lm_head.weight = self.wte.weight
 
@@ -110,6 +117,7 @@ class GPT(nn.Module):
         return_intermediates: bool = False,
         targets: Tensor | None = None,
         seed: int | Tensor | None = None,
+        label_smoothing: float = 0.0,
     ) -> Tensor | Intermediates:
         """Computes the logits of the token after each position.
 
@@ -119,12 +127,13 @@ class GPT(nn.Module):
             targets: Compute `loss` instead, because wrappers such as DistributedDataParallel and
                 torch.compile only follow this method.
             seed: See `loss`.
+            label_smoothing: See `loss`.
 
         Returns:
             (B, T, V) in the activations' dtype, or Intermediates; () float32 with `targets`.
         """
         if targets is not None:
-            return self.loss(idx, targets, seed=seed)
+            return self.loss(idx, targets, seed=seed, label_smoothing=label_smoothing)
         x, context = self._trunk(idx, seed)
         if context.fuses(plain.first_replaced(self.head_layers())):
             logits = context.ops.layer_norm_linear(
@@ -147,6 +156,7 @@ class GPT(nn.Module):
         *,
         ignore_index: int = -100,
         seed: int | Tensor | None = None,
+        label_smoothing: float = 0.0,
     ) -> Tensor:
         """Computes the mean cross-entropy of `targets` in nats, by blocks of logits.
 
@@ -158,6 +168,7 @@ class GPT(nn.Module):
             ignore_index: See targets.
             seed: The key of the dropout masks; None draws one from torch's default generator. A
                 model that does not drop out takes none.
+            label_smoothing: The part of the target's probability that all tokens share, in [0, 1).
 
         Returns:
             () float32.
@@ -170,14 +181,16 @@ class GPT(nn.Module):
             x = self.ln_f(x).to(x.dtype)
         if plain.head(head) is None:
             return context.ops.linear_cross_entropy(
-                x, head.weight, targets, ignore_index=ignore_index, **norm
-            )
+                x, head.weight, targets, ignore_index=ignore_index,
+                label_smoothing=label_smoothing, **norm,
+            )  # fmt: skip
         logits = head(x).flatten(0, 1)  # (B T, V)
         total = F.cross_entropy(
             logits.to(torch.promote_types(logits.dtype, torch.float32)),
             targets.flatten(),
             ignore_index=ignore_index,
             reduction="sum",
+            label_smoothing=label_smoothing,
         )
         return total / (targets != ignore_index).sum().clamp(min=1)
 
@@ -264,7 +277,13 @@ class GPT(nn.Module):
         dropout_p = self.config.dropout if self.training else 0.0
         # Drawn on the CPU: masks are the same on every device, which is not waited for.
         key = seed_tensor(seed).to(idx.device, non_blocking=True) if dropout_p > 0.0 else None
-        context = ForwardContext(self._ops(), dropout_p, key, strict=self.backend == "fused")
+        context = ForwardContext(
+            self._ops(),
+            dropout_p,
+            key,
+            strict=self.backend == "fused",
+            recompute=self.recompute and torch.is_grad_enabled() and not transformed(),
+        )
         x = self.embed(idx, context)
         for block in self.blocks:
             x = block(x, context)
@@ -361,26 +380,3 @@ def unwrapped(model: nn.Module) -> GPT:
                 f"got a {type(model).__name__}{within}"
             )
     return inner
-
-
-def _init_torch(model: GPT) -> None:
-    """As nn.Embedding, nn.MultiheadAttention and nn.Linear initialise themselves."""
-    for block in model.blocks if model.config.attention else ():
-        nn.init.xavier_uniform_(block.attn.c_attn.weight)
-        for linear in (block.attn.c_attn, block.attn.c_proj):
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
-
-
-def _init_gpt2(model: GPT) -> None:
-    """N(0, 0.02); residual projections 1 / sqrt(2 L) of that (Radford et al., 2019)."""
-    for name, param in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(param)
-        elif param.dim() == 2:
-            residual = name.endswith("c_proj.weight")
-            nn.init.normal_(
-                param, std=0.02 / (2 * model.config.n_layer) ** 0.5 if residual else 0.02
-            )
-    if model.config.padding_idx is not None:
-        nn.init.zeros_(model.wte.weight.data[model.config.padding_idx])

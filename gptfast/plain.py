@@ -107,13 +107,15 @@ def bypassable(module: nn.Module) -> str | None:
     return "has a forward of its own" if "forward" in own else None
 
 
+def parameter(module: nn.Module, name: str) -> Any:
+    """Returns a plain layer's weight or bias; None where it has none."""
+    own = module.__dict__["_parameters"]
+    return own[name] if name in own else getattr(module, name, None)
+
+
 def params(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Returns weight and bias of a plain layer."""
-    own = module.__dict__["_parameters"]
-    if "weight" in own and "bias" in own:
-        return own["weight"], own["bias"]
-    layer: Any = module
-    return layer.weight, layer.bias
+    return parameter(module, "weight"), parameter(module, "bias")
 
 
 def layers_of(model: "GPT", of_model: Check, of_block: Check) -> Iterator[Layer]:
@@ -137,9 +139,9 @@ def first_replaced(layers: Iterable[Layer]) -> str | None:
 
 
 def _weight(module: nn.Module) -> str | None:
-    if type(module.__dict__["_parameters"].get("weight")) is Parameter:
+    weight = parameter(module, "weight")
+    if type(weight) is Parameter:
         return None
-    weight = module.weight
     # FSDP and functional_call replace the Parameter by a Tensor; the other two occur in tracing.
     if type(weight) is Tensor or isinstance(weight, FakeTensor | FunctionalTensor):
         return None

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from gptfast.encoding import Unknown, characters_in, check_text, checked_ids, place_of
+from gptfast.encoding import Unknown, characters_in, check_text, checked_ids, unknown_character
 from gptfast.errors import DataError
 
 PAD = "<PAD>"
 PAD_ID = 0
+COUNTED_AT_ONCE = 2**20  # tokens
 
 
 class Tokenizer(Protocol):
@@ -91,12 +92,14 @@ def text_size(tokenizer: Tokenizer, ids: torch.Tensor) -> TextSize:
 
     Args:
         tokenizer: Theirs.
-        ids: (N,) int64.
+        ids: (N,) int64 or smaller integers.
     """
-    counts = torch.bincount(ids, minlength=tokenizer.vocab_size).tolist()
-    pieces = tokenizer.pieces
-    characters = sum(n * characters_in(piece) for n, piece in zip(counts, pieces, strict=True))
-    return TextSize(characters, sum(n * len(p) for n, p in zip(counts, pieces, strict=True)))
+    counts = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
+    for some in ids.split(COUNTED_AT_ONCE):
+        counts += torch.bincount(some.long(), minlength=tokenizer.vocab_size)
+    each = list(zip(counts.tolist(), tokenizer.pieces, strict=True))
+    characters = sum(n * characters_in(piece) for n, piece in each)
+    return TextSize(characters, sum(n * len(piece) for n, piece in each))
 
 
 def from_dict(d: dict[str, Any]) -> Tokenizer:
@@ -178,8 +181,8 @@ class CharTokenizer:
             return ids
         if unknown == "skip":
             return ids[known]
-        place = place_of(text, int(np.argmin(known)))
-        raise DataError(f"{place} is not in the vocabulary of {len(self.chars)} characters")
+        why = f"is not in the vocabulary of {len(self.chars)} characters"
+        raise unknown_character(text, int(np.argmin(known)), why)
 
     def encode(self, text: str, unknown: Unknown = "error") -> list[int]:
         """Returns the ids of the characters of `text`; see Tokenizer."""

@@ -6,9 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from gptfast.ops import select
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the processes of `pytest -n` share the cores
+    tell = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    threads = len(tell(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+
+import torch  # noqa: E402
+
+from gptfast.ops import select  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before a module with a kernel is imported

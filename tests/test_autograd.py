@@ -60,8 +60,12 @@ CASES: dict[str, tuple[Call, list[Tensor]]] = {
         [R(2, 6, 8), R(8), R(8), R(12, 8), R(12), R(8, 12), R(8)],
     ),
     "linear_cross_entropy mean": loss_case(),
-    "linear_cross_entropy sum": loss_case(reduction="sum", token_weights=WEIGHTS),
-    "linear_cross_entropy none": loss_case(reduction="none", token_weights=WEIGHTS),
+    "linear_cross_entropy sum": loss_case(
+        reduction="sum", token_weights=WEIGHTS, label_smoothing=0.1
+    ),
+    "linear_cross_entropy none": loss_case(
+        reduction="none", token_weights=WEIGHTS, label_smoothing=0.1
+    ),
     "embedding": (lambda o, *tables: o.embedding(IDX, *tables), [R(5, 8), R(7, 8)]),
 }  # fmt: skip
 

@@ -161,6 +161,12 @@ def test_errors_name_argument_expected_and_got() -> None:
         ops.linear_cross_entropy(x, weight, targets.to("meta"))
     with pytest.raises(ValueError, match=r"targets must have shape \(40,\), got \(39,\)"):
         ops.linear_cross_entropy(x, weight, targets[1:])
+    for wrong in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match=rf"label_smoothing must be in \[0, 1\), got {wrong}"):
+            ops.linear_cross_entropy(x, weight, targets, label_smoothing=wrong)
+    with pytest.raises(TypeError, match="label_smoothing must be a number, got a tensor"):
+        learned = torch.tensor(0.1, requires_grad=True)
+        ops.linear_cross_entropy(x, weight, targets, label_smoothing=learned)
     with pytest.raises(ValueError, match="ln_b needs ln_w, got ln_b alone"):
         ops.linear_cross_entropy(x, weight, targets, ln_b=torch.ones(16))
 
@@ -171,9 +177,12 @@ def token_weights(M: int) -> Tensor:
 
 
 def torch_weighted(
-    x: Tensor, weight: Tensor, targets: Tensor, *, reduction: str, token_weights: Tensor | None
-) -> Tensor:
-    losses = F.cross_entropy(F.linear(x, weight).float(), targets, reduction="none")
+    x: Tensor, weight: Tensor, targets: Tensor, *, reduction: str, token_weights: Tensor | None,
+    label_smoothing: float = 0.0,
+) -> Tensor:  # fmt: skip
+    losses = F.cross_entropy(
+        F.linear(x, weight).float(), targets, reduction="none", label_smoothing=label_smoothing
+    )
     if token_weights is not None:
         losses = losses * token_weights.to(losses)
     if reduction == "none":
@@ -195,6 +204,32 @@ def test_reductions_and_token_weights(
     }
     args = (ops.linear_cross_entropy, reference.linear_cross_entropy, torch_weighted)
     check_op(*args, case(M, K, V), dtype, **options)
+
+
+# One block of columns, and several, of which the last has another maximum than the first.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
+@pytest.mark.parametrize(("M", "K", "V"), ((3, 8, 2), (250, 33, 66), (97, 24, 3100)))
+def test_label_smoothing(
+    isa: str, M: int, K: int, V: int, reduction: str, dtype: torch.dtype
+) -> None:
+    options = {
+        "reduction": reduction,
+        "token_weights": token_weights(M) + 0.1 if V == 66 else None,
+        "label_smoothing": 0.7 if V == 66 else 0.1,
+    }
+    args = (ops.linear_cross_entropy, reference.linear_cross_entropy, torch_weighted)
+    check_op(*args, case(M, K, V), dtype, **options)
+
+
+def test_label_smoothing_and_ignored_targets(isa: str) -> None:
+    x, weight, targets = case(120, 32, 50)
+    targets[::3] = 7
+    options = {"ignore_index": 7, "label_smoothing": 0.2}
+    args = (ops.linear_cross_entropy, reference.linear_cross_entropy, torch_linear_cross_entropy)
+    check_op(*args, [x, weight, targets], torch.float32, **options)
+    dx = run(args[0], [x, weight, targets], torch.float32, torch.ones(()), **options)[1]
+    assert (dx[::3] == 0).all() and (dx[1::3] != 0).any()
 
 
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
@@ -257,19 +292,25 @@ def test_errors_of_reductions_and_token_weights() -> None:
         )
 
 
+@pytest.mark.parametrize("smoothing", (0.0, 0.1))
 @pytest.mark.parametrize("V", (50, 1600))
 @pytest.mark.parametrize("offset", (1e4, 1e8))
-def test_a_common_offset_of_the_logits_costs_no_digits(isa: str, V: int, offset: float) -> None:
+def test_a_common_offset_of_the_logits_costs_no_digits(
+    isa: str, V: int, offset: float, smoothing: float
+) -> None:
     """The sum of exponentials is kept apart: added to the maximum it would be rounded away."""
     x, weight, targets = case(40, 8, V)
     x[:, 0], weight[:, 0] = 1.0, offset
     weight = weight.round()  # with x rounded as well, the logits are integers
     x = x.round()
-    found = run(ops.linear_cross_entropy, [x, weight, targets], torch.float32, torch.ones(()))
+    found = run(
+        ops.linear_cross_entropy, [x, weight, targets], torch.float32, torch.ones(()),
+        label_smoothing=smoothing,
+    )  # fmt: skip
     wide = [x.double(), weight.double(), targets]
     logits = F.linear(x, weight)  # rounded to float32, as the kernel's are
-    loss = F.cross_entropy(logits.double(), targets)
+    loss = F.cross_entropy(logits.double(), targets, label_smoothing=smoothing)
     assert found[0].item() == pytest.approx(loss.item(), rel=1e-5)
-    probability = logits.double().softmax(-1)
-    dlogits = (probability - F.one_hot(targets, V)) / 40
+    expected = (1 - smoothing) * F.one_hot(targets, V) + smoothing / V
+    dlogits = (logits.double().softmax(-1) - expected) / 40
     torch.testing.assert_close(found[2].double(), dlogits.t() @ wide[0], rtol=1e-4, atol=1e-6)

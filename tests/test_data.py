@@ -343,11 +343,11 @@ def test_the_shortest_text_has_one_window():
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_wrong_arguments_of_windows_are_named(make):
-    with pytest.raises(DataError, match="1-D int64 tensor, got 2-D int64"):
+    with pytest.raises(DataError, match="1-D tensor of int64 or smaller integers, got 2-D int64"):
         make(torch.zeros(2, 9, dtype=torch.int64), 4, 2)
-    with pytest.raises(DataError, match="1-D int64 tensor, got 1-D float32"):
+    with pytest.raises(DataError, match="1-D tensor of int64 or smaller integers, got 1-D float32"):
         make(torch.zeros(9), 4, 2)
-    with pytest.raises(DataError, match="1-D int64 tensor, got ndarray"):
+    with pytest.raises(DataError, match="1-D tensor of int64 or smaller integers, got ndarray"):
         make(np.arange(9), 4, 2)
     with pytest.raises(DataError, match="block_size must be a whole number, at least 1, got 0"):
         make(torch.arange(9), 0, 2)

@@ -1,5 +1,7 @@
 """layer_norm_ffn against the float64 oracle and torch, at every instruction set."""
 
+import math
+
 import pytest
 import torch
 from peers import ffn as torch_ffn
@@ -67,6 +69,21 @@ def test_gelu_over_its_whole_range(isa: str, gelu: str, dtype: torch.dtype) -> N
         expected = F.gelu(hidden, approximate="none" if gelu == "erf" else "tanh")
         bound = torch.finfo(dtype).eps * expected.abs() + precision * (1 + hidden.abs())
         assert ((out.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gelu", ("erf", "tanh"))
+def test_gelu_of_infinity_shows(isa: str, gelu: str, dtype: torch.dtype) -> None:
+    x, w1, w2 = torch.tensor([[1.0, -1.0]], dtype=dtype), torch.zeros(1, 2), torch.ones(2, 1)
+
+    def of(bias: float) -> Tensor:
+        params = torch.ones(2), None, w1, torch.tensor([bias]), w2, None
+        return ops.layer_norm_ffn(x, *params, gelu=gelu)
+
+    assert (of(math.inf) == math.inf).all()  # as torch's, whose GELU(-inf) is NaN
+    assert not of(-math.inf).isfinite().any()
+    assert (of(1e38) >= 0.99e38).all()
+    assert (of(-1e38).abs() <= 1e32).all()  # the error is relative to the input
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -126,6 +126,19 @@ def test_exit_code_says_whether_something_failed(
     assert failed == (["loss: it broke"] if fails else [])
 
 
+def test_a_kernel_that_does_not_compile_is_in_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "gpu_check.py"
+    script.write_text("print('norm_kernel: failed: out of registers'); print('compiled 3')")
+    monkeypatch.setattr(gpu_check, "__file__", str(script))
+    report = gpu_check.Report(tmp_path / "result.json", dict(FACTS))
+    chosen = [each for each in gpu_check.SECTIONS if each.name == "loss"]
+    gpu_check.compile_all(chosen, gpu_check.parse(["--workers", "1"]), report)
+    failed = json.loads((tmp_path / "result.json").read_text())["failed"]
+    assert failed == ["compiling: norm_kernel: failed: out of registers"]
+
+
 def test_all_limits_together_fit_into_four_minutes() -> None:
     sections = gpu_check.COMPILING, gpu_check.CEILINGS, *gpu_check.SECTIONS
     assert sum(each.seconds for each in sections) <= gpu_check.SECONDS < 240.0

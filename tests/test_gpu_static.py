@@ -79,8 +79,8 @@ def block(M, C, F):
     kept = empty(M), empty(M), empty(M, F)
     ffn.ffn_backward(x, x, *params, *kept, "erf", 0.1, long(), 2, 0b1111111)
 
-def loss(M, K, V):
-    args = empty(M, K), empty(K), empty(K), empty(V, K), long(M), None, 1, "mean", 0b1111
+def loss(M, K, V, smoothing=0.0):
+    args = empty(M, K), empty(K), empty(K), empty(V, K), long(M), None, 1, "mean", smoothing, 0b1111
     linear_cross_entropy(*args)
 
 def tables(B, T, V, C):
@@ -128,7 +128,7 @@ for _, function, kernel in found:
 
 def test_sizes_of_one_compile() -> None:  # the compiler treats an argument of 1 as a constant
     layers = "layer(1, 1, 1); heads(1, 1, 1, 1); attention_block(1, 1, 1, 1); block(1, 1, 1)"
-    ends = "loss(1, 1, 1); tables(1, 1, 1, 1)"
+    ends = "loss(1, 1, 1); loss(1, 1, 1, 0.1); tables(1, 1, 1, 1)"
     decoding = "decoded(1, 1, 1, 1); drawn(1, 1, top_k=1, top_p=1, min_p=1); few_rows(1, 1, 1)"
     assert compiled(f"{layers}; {ends}; {decoding}") > [0]
 

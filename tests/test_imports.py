@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # For each room (layer): its modules and packages, and the other rooms that it may import.
 BELOW_TRAINING = "errors pictures config ops data model checkpoint"
 ROOMS = {
-    "errors": ("errors checks files", ""),
+    "errors": ("errors checks files lock", ""),
     "pictures": ("pictures", "errors"),
     "config": ("config run_file threads", "errors"),
     "ops": ("ops", "errors"),
@@ -158,7 +158,10 @@ LOADED = {
     "import gptfast": "",
     "import gptfast.cli": f"cli cli.cli cli.options {COMMANDS} errors files",
     "from gptfast import GPTConfig, TrainConfig": "checks config errors",
-    "import gptfast.presets": "abc_corpus checks config data errors presets torch",
+    "import gptfast.presets": (
+        "abc_corpus checks config data data.corpora data.shuffle data.texts data.windows errors "
+        "presets torch"
+    ),
 }
 
 

@@ -52,11 +52,12 @@ def _cases() -> dict[str, tuple[Any, ...]]:
         "linear_backward": (R(2, 9, 20), x, ln_w, ln_b, mean, rstd, weight, None, 0b11101),
         "ffn": (x, *ffn, "tanh", 0.1, SEED, 2, False),
         "ffn_backward": (R(2, 9, 32), x, *ffn, mean2, rstd2, hidden, "erf", 0.1, SEED, 2, 0b100101),
-        "linear_cross_entropy": (x, ln_w, ln_b, R(5, 32), idx, R(2, 9), -100, "mean", 0b1011),
+        "linear_cross_entropy": (x, ln_w, ln_b, R(5, 32), idx, R(2, 9), -100, "mean", 0.1, 0b1011),
         "embedding": (idx, *tables, 0.1, SEED, 0, torch.bfloat16),
         "embedding_backward": (R(2, 9, 32), idx, *tables, 0, 0.1, SEED, 0, 0b11),
         "adamw_": (*([R(20), R(3, 5)] for _ in range(3)), [R(20).abs(), R(3, 5).abs()],
-            [torch.ones(()), torch.ones(())], 1e-3, 0.9, 0.99, 1e-8, 0.1, 1.0),
+            [torch.ones(()), torch.ones(())], [R(20), R(3, 5)], [0.1, 0.0],
+            1e-3, 0.9, 0.99, 1e-8, 1.0, 0.9),
     }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gptfast import checkpoint, data, files
+from gptfast import checkpoint, data, files, lock
 from gptfast.config import GPTConfig, TrainConfig
 from gptfast.errors import CheckpointError, ConfigError, DataError
 from gptfast.model import GPT
@@ -34,7 +34,6 @@ from gptfast.training import (
     UnsavedError,
     evaluate,
     held_out,
-    lock,
     loop,
     run,
     split,
@@ -108,7 +107,8 @@ def rows_in(path):
 
 
 def files_in(path):
-    return {file.name for file in path.iterdir() if file.is_file()}
+    """The files of a directory, without those of callbacks."""
+    return {file.name for file in path.iterdir() if file.is_file()} - set(run.OTHER_FILES)
 
 
 def assert_same_weights(a, b):
@@ -272,10 +272,12 @@ class CountOps(TorchDispatchMode):
 
 
 @FUSED
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_runs_few_operators(precision):
+@pytest.mark.parametrize(
+    "options", [{}, {"precision": "bf16"}, {"decayed": "matrices", "ema": 0.99}]
+)
+def test_a_step_runs_few_operators(options):
     """An operator costs microseconds, which matter for small models; new ones must fail here."""
-    trainer = Trainer(make_model(n_layer=2), TrainConfig(precision=precision, clip=1.0))
+    trainer = Trainer(make_model(n_layer=2), TrainConfig(clip=1.0, **options))
     idx = torch.ones(4, 8, dtype=torch.int64)
     trainer.step(idx, idx)  # creates AdamW's state
     with CountOps() as mode:
@@ -296,6 +298,16 @@ def test_a_step_runs_few_operators(precision):
     assert mode.counts - allowed == Counter()
 
 
+def test_labels_are_smoothed_in_training_alone():
+    idx, targets = torch.randint(1, 5, (2, 4, 8), generator=torch.Generator().manual_seed(1))
+    model = make_model(dropout=0.0)
+    smoothed = model.loss(idx, targets, label_smoothing=0.2).item()
+    evaluated = evaluate(model, idx[0]).loss
+    trainer = Trainer(model, TrainConfig(label_smoothing=0.2))
+    assert trainer.evaluate(idx[0]).loss == evaluated
+    assert trainer.step(idx, targets).item() == smoothed != evaluate(model, idx[0]).loss
+
+
 def test_a_step_trains_with_dropout_whatever_mode_the_model_was_in():
     trainer = Trainer(make_model(dropout=0.5).eval(), TrainConfig(lr=1e-9))
     idx = torch.ones(4, 8, dtype=torch.int64)
@@ -304,7 +316,9 @@ def test_a_step_trains_with_dropout_whatever_mode_the_model_was_in():
 
 @pytest.mark.parametrize("tokens", [2, 8, 9, 10, 41])
 def test_evaluation_is_the_mean_over_all_tokens_of_disjoint_windows(tokens, monkeypatch):
-    monkeypatch.setattr("gptfast.training.trainer.EVAL_TOKENS_AT_ONCE", 16)  # two windows at once
+    monkeypatch.setattr(
+        "gptfast.training.evaluation.EVAL_TOKENS_AT_ONCE", 16
+    )  # two windows at once
     model = make_model(dropout=0.5)
     ids = torch.randint(1, 5, (tokens,), generator=torch.Generator().manual_seed(1))
     result = evaluate(model, ids)
@@ -322,7 +336,7 @@ def test_evaluation_is_the_mean_over_all_tokens_of_disjoint_windows(tokens, monk
 
 @pytest.mark.parametrize("ids", [torch.ones(1).long(), torch.ones(9), torch.ones(3, 9).long()])
 def test_evaluation_refuses_what_is_no_text(ids):
-    with pytest.raises(DataError, match="1-D int64"):
+    with pytest.raises(DataError, match="1-D tensor of at least 2 tokens"):
         evaluate(make_model(), ids)
     with pytest.raises(ConfigError, match="'fp32', 'bf16'.*'half'"):
         evaluate(make_model(), torch.ones(9).long(), "half")
@@ -795,6 +809,31 @@ def test_a_run_goes_on_with_the_parameters_that_it_trained(tmp_path):
     fit(["wpe.weight"], resume=True)
     with pytest.raises(ConfigError, match="started with other parameters frozen"):
         fit(["wte.weight"], resume=True)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_matrices_alone_decay_and_the_averages_are_resumed(tmp_path, backend):
+    def trained(steps, **options):
+        config = TrainConfig(steps=steps, batch_size=4, decayed="matrices", ema=0.9, clip=0.1)
+        model = make_model()
+        model.backend = backend
+        trainer = Trainer(model, config)
+        trainer.fit(torch.arange(40) % 5, **options)
+        return trainer
+
+    whole = trained(6)
+    trained(3, out=tmp_path / "run")
+    resumed = trained(6, out=tmp_path / "run", resume=True)
+    for trainer in whole, resumed:
+        for name, param in zip(trainer.names, trainer.parameters, strict=True):
+            assert trainer.gpt.get_parameter(name) is param
+        groups = trainer.optimizer.param_groups
+        decays = [(group["weight_decay"], p.dim() > 1) for group in groups for p in group["params"]]
+        assert set(decays) == {(0.01, True), (0.0, False)}
+    averages = whole.optimizer.averages
+    assert len(averages) == len(whole.parameters)
+    for average, again in zip(averages, resumed.optimizer.averages, strict=True):
+        assert torch.equal(average, again)
 
 
 # ---- from the model of another run

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten
 from gptfast import GPT, ConfigError, GPTConfig, TrainConfig, Trainer
 from gptfast.config import Precision
 from gptfast.ops import select
-from gptfast.ops.adamw import adamw_
+from gptfast.ops.adamw import OPTIONS, adamw_
 from gptfast.training import graph
 
 pytest.importorskip("triton")
@@ -82,8 +82,9 @@ def tensors(values: Any) -> list[Tensor]:
 class HostTable:
     """In the place of `adamw.Table`: AdamW by the CPU's kernel, by the same options in memory."""
 
-    def __init__(self, *tensors: list[Tensor], memory: Tensor | None) -> None:
-        self.tensors, self.uploaded = tensors, False
+    def __init__(self, *args: Any, memory: Tensor | None) -> None:
+        *self.tensors, self.groups = args
+        self.uploaded = False
         self.memory = torch.zeros(1) if memory is None else memory
 
     def upload(self) -> None:
@@ -91,7 +92,8 @@ class HostTable:
 
     def update(self, numbers: Tensor) -> Tensor:
         assert self.uploaded
-        return adamw_(*self.tensors, *numbers.tolist())
+        options, decays = numbers.tolist()[:OPTIONS], numbers.tolist()[OPTIONS:]
+        return adamw_(*self.tensors, [decays[group] for group in self.groups], *options)
 
 
 class Simulated(graph.Cuda):
@@ -183,6 +185,8 @@ def test_steps_have_the_bits_of_those_without_a_graph(
     cuda: Simulated, precision: Precision, options: dict[str, Any]
 ) -> None:
     config = replace(CONFIG, precision=precision)
+    if options:
+        config = replace(config, decayed="matrices", ema=0.9)
     captured, plainly = trainer_of(cuda, config, **options), trainer_of(None, config, **options)
     losses = [(captured.step(*batch(i)), plainly.step(*batch(i))) for i in range(6)]
     assert all(torch.equal(a, b) for a, b in losses)  # no step has overwritten an earlier loss
@@ -191,12 +195,24 @@ def test_steps_have_the_bits_of_those_without_a_graph(
     assert (cuda.captures, cuda.replays) == (1, 3)
 
 
+def test_a_graph_recomputes_and_smooths_as_the_step_does(cuda: Simulated) -> None:
+    config = replace(CONFIG, recompute=True, label_smoothing=0.1)
+    captured, plainly = trainer_of(cuda, config), trainer_of(None, config)
+    for i in range(6):
+        assert torch.equal(captured.step(*batch(i)), plainly.step(*batch(i)))
+        if i == 4:
+            captured.gpt.recompute = False  # is noticed
+    assert_same(captured, plainly)
+    assert (cuda.captures, cuda.replays) == (1, 2)
+
+
 def test_a_graph_reads_the_addresses_of_the_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, library = Simulated(), torch.library.Library("gptfast", "IMPL")
     monkeypatch.setattr(adamw, "Table", cuda.note_updates(adamw.Table))
     library.impl("adamw_", KERNELS["adamw_"], "CPU", allow_override=True)
     try:
-        captured, plainly = trainer_of(cuda), trainer_of(None)
+        config = replace(CONFIG, decayed="matrices", ema=0.9)
+        captured, plainly = trainer_of(cuda, config), trainer_of(None, config)
         for i in range(5):
             assert torch.equal(captured.step(*batch(i)), plainly.step(*batch(i)))
         assert cuda.replays == 2
@@ -207,12 +223,15 @@ def test_a_graph_reads_the_addresses_of_the_capture(monkeypatch: pytest.MonkeyPa
 
 def test_what_changes_from_outside_counts(cuda: Simulated) -> None:
     """The options of the optimizer and the weights without, what the graph holds with a capture."""
-    captured, plainly = trainer_of(cuda), trainer_of(None)
+    config = replace(CONFIG, decayed="matrices")
+    captured, plainly = trainer_of(cuda, config), trainer_of(None, config)
     captures = []
     for i in range(17):
         for each in (captured, plainly):
             if i == 4:
-                each.optimizer.param_groups[0]["lr"] = 1e-4
+                for group in each.optimizer.param_groups:
+                    group["lr"] = 1e-4
+                each.optimizer.param_groups[1]["weight_decay"] = 0.5
                 each.gpt.wpe.weight.data.mul_(0.5)
                 each.evaluate(IDS)
             if i == 6:
@@ -394,7 +413,8 @@ def test_a_wrong_batch_is_refused_as_without_a_graph(cuda: Simulated) -> None:
         trainer.step(*batch(0, T=9))
 
 
-def test_the_host_waits_for_a_buffer_that_has_not_been_read(cuda: Simulated) -> None:
+@pytest.mark.parametrize("count", (7, 8))
+def test_the_host_waits_for_a_buffer_that_has_not_been_read(cuda: Simulated, count: int) -> None:
     waits: list[int] = []
     numbers = itertools.count()
 
@@ -403,9 +423,9 @@ def test_the_host_waits_for_a_buffer_that_has_not_been_read(cuda: Simulated) -> 
         return SimpleNamespace(synchronize=lambda: waits.append(own), record=lambda: None)
 
     cuda.event = event  # type: ignore[method-assign]
-    messages = graph.Messages(2, 2, torch.device("cpu"), cuda)
+    messages = graph.Messages(count, 2, 2, torch.device("cpu"), cuda)
     for i in range(graph.SLOTS + 1):
-        options = (float(i), 0.9, 0.99, 1e-8, 0.1, math.inf)
+        options = (float(i), 0.9, 0.99, 1e-8, math.inf, 0.0, 0.1, 0.2)[:count]
         keys = [torch.tensor(2**61 + i), torch.tensor(i)]
         messages.send(options, keys, torch.tensor([i, 7]))
         assert messages.numbers.tolist() == list(options)
@@ -425,8 +445,8 @@ def test_the_option_has_two_values(value: Any) -> None:
 
 def test_a_note_says_whether_there_is_a_graph(cuda: Simulated) -> None:
     trainer = trainer_of(cuda)
-    assert trainer._note() is None  # on the CPU there is nothing to say
+    assert trainer.note() is None  # on the CPU there is nothing to say
     trainer.device = torch.device("cuda")
-    assert trainer._note() == "each step is one CUDA graph"
+    assert trainer.note() == "each step is one CUDA graph"
     trainer.config = replace(trainer.config, graph="off")
-    assert trainer._note() == "steps run without a CUDA graph: graph is 'off'"
+    assert trainer.note() == "steps run without a CUDA graph: graph is 'off'"

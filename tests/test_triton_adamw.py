@@ -5,11 +5,19 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_optimizer import OPTIONS, assert_close, check_steps, set_gradients, torch_step
+from test_optimizer import (
+    EMA,
+    OPTIONS,
+    assert_close,
+    check_steps,
+    in_groups,
+    set_gradients,
+    torch_step,
+)
 from torch import Tensor, nn
 
 from gptfast.ops.adamw import adamw_
-from gptfast.training.optimizer import AdamW
+from gptfast.training.optimizer import AdamW, weight_groups
 
 pytest.importorskip("triton")
 from gptfast.ops.triton import KERNELS, adamw  # noqa: E402
@@ -53,6 +61,14 @@ def optimizer_of(params: list[nn.Parameter]) -> AdamW:
     return optimizer
 
 
+def test_groups_and_averages_keep_to_the_budget() -> None:
+    ours = in_groups(own_parameters())
+    optimizer = AdamW(weight_groups(ours, "matrices"), ema=EMA, **OPTIONS)
+    optimizer._kernel = True
+    assert optimizer.by_kernel and len(optimizer.param_groups) == 2
+    check_steps(ours, optimizer, 0.5, 4, give_gradients, "matrices")
+
+
 @pytest.mark.parametrize("clip", (None, 0.5))
 def test_steps_keep_to_the_budget(clip: float | None) -> None:
     ours = own_parameters()
@@ -78,24 +94,26 @@ def test_state_goes_to_torch_and_back() -> None:
 
 
 def tensors(count: int, generator: torch.Generator) -> tuple[list[Tensor], ...]:
-    """Weights, gradients and moments, of a length that no block or vector divides, and steps."""
-    found = [[torch.rand(count, generator=generator).to(DEVICE)] for _ in range(4)]
+    """Weights, gradients, moments, averages, of a length that no block divides, and steps."""
+    found = [[torch.rand(count, generator=generator).to(DEVICE)] for _ in range(5)]
     return *found, [torch.tensor(3.0, device=DEVICE)]
 
 
 @pytest.mark.parametrize("count", (1, 2049, 5000))
 def test_gradients_at_any_address_give_the_same_bits(count: int) -> None:
     """A tensor may start at any multiple of 4 bytes; the kernel then reads single numbers."""
-    weights, grads, means, squares, steps = tensors(count, torch.Generator().manual_seed(1))
+    weights, grads, means, squares, averages, steps = tensors(
+        count, torch.Generator().manual_seed(1)
+    )
     buffer = torch.full((count + 2,), torch.nan, device=DEVICE)
     buffer[1:-1] = grads[0]
     found = []
     for grad in (grads, [buffer[1:-1]]):
-        own = copy.deepcopy((weights, grad, means, squares, steps))
+        own = copy.deepcopy((weights, grad, means, squares, steps, averages))
         own = own[0], grad, *own[2:]
-        norm = adamw_(*own, 1e-2, 0.9, 0.99, 1e-8, 0.1, 0.5)
-        assert adamw.Table(*own).aligned == (grad is grads)
-        found.append([norm, own[0][0], own[2][0], own[3][0], own[4][0]])
+        norm = adamw_(*own, [0.1], 1e-2, 0.9, 0.99, 1e-8, 0.5, 0.9)
+        assert adamw.Table(*own, [0]).aligned == (grad is grads)
+        found.append([norm, own[0][0], own[2][0], own[3][0], own[5][0], own[4][0]])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert found[0][1].isfinite().all() and found[0][-1] == 4.0
 
@@ -104,7 +122,8 @@ def test_the_norm_is_the_one_before_clipping() -> None:
     grads = [torch.full((9000,), 3.0, device=DEVICE), torch.full((9000,), 4.0, device=DEVICE)]
     zeros = [[torch.zeros(9000, device=DEVICE) for _ in range(2)] for _ in range(3)]
     steps = [torch.zeros((), device=DEVICE) for _ in range(2)]
-    norm = adamw_(zeros[0], grads, zeros[1], zeros[2], steps, 1e-3, 0.9, 0.999, 1e-8, 0.0, 1.0)
+    state = zeros[0], grads, zeros[1], zeros[2], steps, []
+    norm = adamw_(*state, [0.0, 0.0], 1e-3, 0.9, 0.999, 1e-8, 1.0, 0.0)
     assert norm.item() == pytest.approx(5.0 * 9000**0.5, rel=1e-6)
     assert (grads[0] == 3.0).all()
 
@@ -131,12 +150,14 @@ def test_chunks_cover_every_element_once() -> None:
 
 
 def test_wrong_tensors_are_refused_by_name() -> None:
-    w, options = [torch.zeros(4, device=DEVICE)], (1e-3, 0.9, 0.999, 1e-8, 0.0, 1.0)
+    w, options = [torch.zeros(4, device=DEVICE)], ([0.0], 1e-3, 0.9, 0.999, 1e-8, 1.0, 0.0)
     step = [torch.zeros((), device=DEVICE)]
     three, eight = (torch.zeros(n, device=DEVICE) for n in (3, 8))
     elsewhere = [torch.zeros(4)] if CUDA else []
     for wrong in (three, w[0].double(), eight[::2], *elsewhere):
         with pytest.raises(RuntimeError, match="adamw_: grads must be contiguous float32"):
-            adamw_(w, [wrong], w, w, step, *options)
+            adamw_(w, [wrong], w, w, step, [], *options)
     with pytest.raises(RuntimeError, match="adamw_: steps must be float32 tensors of one"):
-        adamw_(w, w, w, w, [torch.zeros(2, device=DEVICE)], *options)
+        adamw_(w, w, w, w, [torch.zeros(2, device=DEVICE)], [], *options)
+    with pytest.raises(RuntimeError, match="adamw_: averages must be contiguous float32"):
+        adamw_(w, w, w, w, step, [three], *options)

@@ -18,8 +18,7 @@ from test_triton import DEVICE, needs_numbers, where  # noqa: F401 (a fixture of
 from torch import Tensor
 
 from gptfast import GPT, CharTokenizer, DataError, GPTConfig
-from gptfast.generation import kept, make_request
-from gptfast.generation import weights as weights_of_calls
+from gptfast.generation import dtypes, kept, make_request
 from gptfast.generation.decoder import Decoder, Flight, Shape
 from gptfast.generation.sequences import Update
 from gptfast.generation.sizes import slots_bucket, unrolled
@@ -54,8 +53,8 @@ def products_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
 def int8_activations(monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """The dtype of activations beside weights of 8 bits: one that the interpreter multiplies."""
     if DEVICE.type == "cpu":
-        monkeypatch.setitem(weights_of_calls.FLOATS, "int8", torch.float32)
-    return weights_of_calls.FLOATS["int8"]
+        monkeypatch.setattr(dtypes, "multiplies_bf16", lambda device: False)
+    return dtypes.activations(torch.float32, "int8", DEVICE.type)
 
 
 TINY = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16)
@@ -427,7 +426,8 @@ def test_weights_of_8_bits(int8_activations: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("own", (torch.float32, torch.bfloat16))
-def test_weights_of_8_bits_take_8_bits(own: torch.dtype) -> None:
+def test_weights_of_8_bits_take_8_bits(own: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dtypes, "multiplies_bf16", lambda device: True)
     model = model_of(replace(TINY, tie_weights=True)).to(own)
     weights = Weights(model, "int8", False)
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -81,6 +81,24 @@ def test_weights_of_tokens_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) ->
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("M", "reduction"), ((15, "none"), (40, "mean")))
+def test_label_smoothing_in_blocks_of_rows(
+    M: int, reduction: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few_rows(monkeypatch)
+    monkeypatch.setattr(cross_entropy, "ROW_BLOCK", 64)
+    inputs = there(*norm_case(M, 48, 150)[:3])
+    assert inputs[2] is not None
+    inputs[2][1::3] = -100
+
+    def torch_own(x: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Tensor:
+        return F.cross_entropy(F.linear(x, weight).float(), targets, **options)
+
+    both = ops.linear_cross_entropy, reference.linear_cross_entropy
+    check_op(*both, torch_own, inputs, dtype, reduction=reduction, label_smoothing=0.3)
+
+
 @pytest.mark.parametrize("V", (5, 300))
 def test_logits_of_minus_infinity(V: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross_entropy, "ROW_BLOCK", 64)
@@ -159,7 +177,7 @@ def test_launches_of_the_loss(where: str, monkeypatch: pytest.MonkeyPatch) -> No
     if where == "cuda":
         pytest.skip("counted in the interpreter")
     x, weight, targets, ln_w, ln_b = norm_case(64, 32, 65)
-    args: Any = (x, ln_w, ln_b, weight, targets, None, -100, "mean", 0b1111)
+    args: Any = (x, ln_w, ln_b, weight, targets, None, -100, "mean", 0.0, 0b1111)
     names = launched(monkeypatch, cross_entropy.linear_cross_entropy, *args)
     # In two bytes padded_kernel comes first, which casts and pads the weight.
     assert names[:6] == ["layer_norm_kernel", "addmm", "loss_kernel", "addmm", "addmm", "sum"]

@@ -8,7 +8,9 @@ import contextlib
 import ctypes
 import itertools
 import re
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 from unittest.mock import Mock
@@ -159,7 +161,7 @@ def calls() -> dict[str, list[Any]]:
         "ffn": [*ffn, "erf", *dropout, True],
         "linear_cross_entropy": [
             x, *ln, normal(V, C, dtype=torch.float32), torch.arange(B * T).view(B, T) % V, None,
-            -100, "mean", 0b1111,
+            -100, "mean", 0.0, 0b1111,
         ],
         "embedding": [
             torch.arange(B * T).view(B, T) % V, normal(V, C, dtype=torch.float32),
@@ -363,13 +365,37 @@ def test_a_call_runs_on_the_device_of_its_first_tensor(monkeypatch: pytest.Monke
     assert seen == [2, 1, 1] and current == [2]
 
 
-def test_a_launch_that_is_not_kept_has_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_that_is_not_kept_has_no_plan_until_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     by_triton = launch.Kernel._launch_by_triton
-    monkeypatch.setattr(launch.Kernel, "_launch_by_triton", lambda *args: by_triton(*args) and None)
     planned = plans.Planned(rows.moments, kernels.KERNELS)
-    for _ in range(3):
-        assert not by_plan(planned, X)
-    assert "chosen" in str(planned.seen)
+    with monkeypatch.context() as while_capturing:
+        not_kept = lambda *args: by_triton(*args) and None  # noqa: E731
+        while_capturing.setattr(launch.Kernel, "_launch_by_triton", not_kept)
+        for _ in range(3):
+            assert not by_plan(planned, X)
+    assert not by_plan(planned, X)  # recorded, now that the configuration is chosen
+    assert by_plan(planned, X)
+
+
+def test_threads_make_tensor_maps_of_their_own_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    tile = launch.descriptor(normal(16, 64), 16, 64)
+    recorded = recording.Recording((tile.base,), {}, lambda: 7)
+    values = [recorded._place(tile)]
+    launcher = Launcher(rows.layer_norm_kernel, [tile], {})
+    kept = Launch(launcher, "norm", "packed", {}, launcher)
+    launched = recording.Launched(kept, (1, 1, 1), values)
+    made = launched._made
+
+    def made_slowly() -> Any:
+        time.sleep(0.002)  # another thread comes between an address and its map
+        return made()
+
+    monkeypatch.setattr(launched, "_made", made_slowly)
+    addresses = range(16, 16 * 21, 16)
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda at: [each.at for each in launched.fill(at)], addresses)
+        assert [*found] == [[at] for at in addresses]
+    assert {at: each.at for at, each in launched.maps[0].items()} == {at: at for at in addresses}
 
 
 def test_who_watches_launches_sees_those_of_plans() -> None:

@@ -1,6 +1,7 @@
 """The products of gptfast's Triton kernels: every tile, both ways to read operands, launches."""
 
 import itertools
+import math
 from collections import Counter
 from typing import Any
 
@@ -252,6 +253,31 @@ def test_gelu_and_its_slope(gelu: str) -> None:
     assert exact.grad is not None
     assert (slope - exact.grad).abs().max() < 6e-7
     assert ((value - value_exact).abs() / exact.abs().clamp(1.0)).max() < 5e-7
+    most = torch.tensor([math.inf, -math.inf, 1e38, -1e38])
+    u.view(-1)[:4] = most
+    _, value, _ = ffn._hidden_grad(d, w2, u, gelu, True, False)
+    expected = torch.nn.functional.gelu(most, approximate=approximate)
+    torch.testing.assert_close(value.view(-1)[:4].cpu(), expected, equal_nan=True)
+
+
+@needs_numbers
+def test_the_backward_of_a_sublayer_casts_the_weights_that_it_reads() -> None:
+    """Of two float32 weights the second one alone is cast where no gradient reaches the first."""
+    x, *params = there(*block(20, 32, 128))
+    h, *others = there(*attention_block(1, 20, 32))
+    options: Any = "tanh", 0.0, None, 1
+    for forward, backward, given, rest in (
+        (ffn.ffn, ffn.ffn_backward, (x.half(), *params), options),
+        (
+            self_attention.self_attention, self_attention.self_attention_backward,
+            (h.half(), *others), (2, *options[1:]),
+        ),
+    ):  # fmt: skip
+        _, *kept = forward(*given, *rest, True)
+        for wanted, casts_of_two in ((0b1111111, 1), (0b0011000, 0), (0b1100000, 0)):
+            with launch.counted() as counts:
+                backward(given[0], *given, *kept, *rest, wanted)
+            assert counts["cast_kernel"] == casts_of_two
 
 
 @needs_numbers

@@ -169,6 +169,7 @@ struct CrossEntropy {
   const float* token_weights;
   int64_t ignore_index;
   Reduction reduction;
+  float label_smoothing;  // the part of a target's probability that all columns share
   float* loss;  // one element, or (M,) for Reduction::none
   void* dx;
   NormGrad dnorm;
@@ -196,13 +197,14 @@ struct EmbeddingBackward {
   ParamGrad dwte, dwpe;
 };
 
-// One parameter of n elements in a step of the optimiser, which updates weight, mean and square.
+// One parameter of n elements in a step of the optimiser, which updates all but the gradient.
 struct AdamWParam {
   float* weight;
   const float* grad;
   float *mean, *square;  // running means of the gradient and its square
+  float* average;        // running mean of the weight; null: there is none
   int64_t n;
-  float decay, rate, inv_sqrt_correction;  // coefficients of this step, defined in adamw.inl
+  float decay, rate, inv_sqrt_correction, pull;  // of this step, defined in adamw.inl
 };
 
 struct AdamW {

@@ -1,4 +1,5 @@
-// The optimiser's step over all parameters: clipping and AdamW.
+// The optimiser's step over all parameters: clipping, AdamW and the weights' running means.
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -23,28 +24,35 @@ float* count(const Arguments& args, const Tensor& step) {
 }
 
 Tensor adamw(std::vector<Tensor> weights, std::vector<Tensor> grads, std::vector<Tensor> means,
-             std::vector<Tensor> squares, std::vector<Tensor> steps, double lr, double beta1,
-             double beta2, double eps, double weight_decay, double clip) {
+             std::vector<Tensor> squares, std::vector<Tensor> steps, std::vector<Tensor> averages,
+             std::vector<double> weight_decay, double lr, double beta1, double beta2, double eps,
+             double clip, double ema) {
   Tensor norm = new_tensor({}, ScalarType::Float);
   const Arguments args("adamw_", "norm", norm);
   args.require(grads.size() == weights.size() && means.size() == weights.size() &&
-                   squares.size() == weights.size() && steps.size() == weights.size(),
-               "grads, means, squares and steps must be as many as weights");
+                   squares.size() == weights.size() && steps.size() == weights.size() &&
+                   weight_decay.size() == weights.size(),
+               "grads, means, squares, steps and weight_decay must be as many as weights");
+  args.require(averages.empty() || averages.size() == weights.size(),
+               "averages must be as many as weights, or none");
   std::vector<AdamWParam> params;
   std::vector<float*> counts;
   for (size_t i = 0; i < weights.size(); ++i) {
     counts.push_back(count(args, steps[i]));
+    float* const average =
+        averages.empty() ? nullptr : values(args, "averages", averages[i], weights[i]);
     params.push_back(
         {values(args, "weights", weights[i], weights[i]),
          values(args, "grads", grads[i], weights[i]), values(args, "means", means[i], weights[i]),
-         values(args, "squares", squares[i], weights[i]), weights[i].numel(), 0, 0, 0});
+         values(args, "squares", squares[i], weights[i]), average, weights[i].numel(), 0, 0, 0, 0});
   }
   // Tensors are changed only now that all arguments have been checked.
   for (size_t i = 0; i < weights.size(); ++i) {
     const double t = *counts[i] += 1.0f;
-    params[i].decay = static_cast<float>(1.0 - lr * weight_decay);
+    params[i].decay = static_cast<float>(1.0 - lr * weight_decay[i]);
     params[i].rate = static_cast<float>(lr / (1.0 - std::pow(beta1, t)));
     params[i].inv_sqrt_correction = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, t)));
+    params[i].pull = static_cast<float>(std::max(1.0 - ema, 9.0 / (10.0 + t)));
   }
   AdamW s = {};
   s.params = params.data();

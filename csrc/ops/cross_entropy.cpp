@@ -15,7 +15,8 @@ Reduction reduction_of(const Arguments& args, const std::string& name) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
     Tensor x, OptionalTensor ln_w, OptionalTensor ln_b, Tensor weight, Tensor targets,
-    OptionalTensor token_weights, int64_t ignore_index, std::string reduction, int64_t wanted) {
+    OptionalTensor token_weights, int64_t ignore_index, std::string reduction,
+    double label_smoothing, int64_t wanted) {
   const Arguments args("linear_cross_entropy", "x", x);
   args.require(x.dim() >= 1 && weight.dim() == 2 && weight.numel() > 0,
                "x must be (..., K) and weight (V, K), neither V nor K 0");
@@ -38,6 +39,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
     s.token_weights = args.statistics("token_weights", weights, {M});
   }
   s.reduction = reduction_of(args, reduction);
+  args.require(label_smoothing >= 0.0 && label_smoothing < 1.0,
+               "label_smoothing must be in [0, 1), got ",
+               std::to_string(label_smoothing));
+  s.label_smoothing = static_cast<float>(label_smoothing);
   Tensor loss = s.reduction == Reduction::none ? new_tensor(targets.sizes(), ScalarType::Float)
                                                : new_tensor({}, ScalarType::Float);
   s.loss = static_cast<float*>(loss.data_ptr());

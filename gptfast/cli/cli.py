@@ -4,7 +4,8 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import tyro
@@ -61,8 +62,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MISTAKES as error:
         if os.environ.get("GPTFAST_DEBUG", "0") != "0":
             raise
-        print(f"gptfast: {_sentence(error)}", file=sys.stderr)
+        sentence = f"gptfast: {_sentence(error)}"
+        if _is_mine_to_say(sentence):
+            print(sentence, file=sys.stderr, flush=True)
         return EXIT_BAD_INPUT
+
+
+def _is_mine_to_say(sentence: str) -> bool:
+    """Whether no other process of the same run has said it already."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    from gptfast.training.distributed import says
+
+    return says(sentence)
 
 
 def _run(arguments: list[str]) -> int:
@@ -77,12 +89,13 @@ def _run(arguments: list[str]) -> int:
     name, options = arguments[0], arguments[1:]
     if name not in COMMANDS:
         raise ConfigError(f"there is no command {name!r}; there are {', '.join(COMMANDS)}")
-    if name != "train":
+    if name not in CHOOSING:
         return _parse(COMMANDS[name], f"gptfast {name}", options).run()
+    choose = CHOOSING[name]
     if not options or options[0] in ("-h", "--help"):
-        print(_train_help())
+        print(choose.help(name))
         return 0
-    return _parse_train(options).run()
+    return choose.parse(options).run()
 
 
 def _help() -> str:
@@ -94,21 +107,38 @@ def _help() -> str:
     )
 
 
-def _train_help() -> str:
+@dataclass(frozen=True)
+class Choosing:
+    """A command whose first word says which options it has."""
+
+    word: str  # what that word is
+    needed: str  # options without a default
+    choices: Callable[[], dict[str, str]]  # the words, and what each does
+    parse: Callable[[list[str]], Command]
+
+    def help(self, name: str) -> str:
+        """What `gptfast NAME --help` shows."""
+        choices = self.choices()
+        width = max(map(len, choices)) + 2
+        return "\n".join(
+            [f"usage: gptfast {name} {self.word} {self.needed}[OPTIONS]", ""]
+            + [COMMANDS[name].__doc__ or "", ""]
+            + [f"  {choice:<{width}}{help}" for choice, help in choices.items()]
+            + ["", f"`gptfast {name} {self.word} --help` shows the options."]
+        )
+
+
+def _presets() -> dict[str, str]:
     from gptfast.presets import PRESETS
 
-    width = max(map(len, PRESETS)) + 2
-    rows = [f"  {preset.name:<{width}}{preset.help}" for preset in PRESETS.values()]
-    return "\n".join(
-        [
-            "usage: gptfast train PRESET --out DIR [OPTIONS]",
-            "",
-            commands.Train.__doc__ or "",
-            "",
-            *rows,
-        ]
-        + ["", "`gptfast train PRESET --help` shows the options."]
-    )
+    return {name: preset.help for name, preset in PRESETS.items()}
+
+
+def _parse_data(arguments: list[str]) -> Command:
+    name, options = arguments[0], arguments[1:]
+    if name not in commands.DATA:
+        raise ConfigError(f"there is no data {name!r}; there are {', '.join(commands.DATA)}")
+    return _parse(commands.DATA[name], f"gptfast data {name}", options)
 
 
 def _parse_train(arguments: list[str]) -> Command:
@@ -166,6 +196,17 @@ def _message(box: str) -> str:
         elif not line.startswith(10 * " "):  # where the help text of an option is
             message.append(text)
     return " ".join(message).rstrip(".")
+
+
+CHOOSING = {
+    "data": Choosing(
+        "NAME",
+        "",
+        lambda: {name: each.__doc__ or "" for name, each in commands.DATA.items()},
+        _parse_data,
+    ),
+    "train": Choosing("PRESET", "--out DIR ", _presets, _parse_train),
+}
 
 
 def _sentence(error: Exception) -> str:

@@ -22,6 +22,7 @@ EXIT_INTERRUPTED = EXIT_SIGNAL + signal.SIGINT
 
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
+TextOrTokens = Annotated[Path | None, tyro.conf.arg(metavar="FILE|DIR")]
 Count = Annotated[int | None, tyro.conf.arg(metavar="N")]
 Fraction = Annotated[float | None, tyro.conf.arg(metavar="P")]
 Texts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")]

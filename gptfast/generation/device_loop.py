@@ -30,11 +30,11 @@ from gptfast.generation.decoder import (
     Starts,
     Stretch,
 )
+from gptfast.generation.dtypes import activations
 from gptfast.generation.kept import keep_decoder, take_decoder
 from gptfast.generation.request import Request, slots_at_once
 from gptfast.generation.sequences import Sequences, Update
 from gptfast.generation.sizes import capacity_bucket, slots_bucket
-from gptfast.generation.weights import FLOATS
 from gptfast.model import GPT
 from gptfast.ops.sampling import top_logprobs
 from gptfast.ops.triton.sampling import kind_of
@@ -93,7 +93,7 @@ class DeviceLoop:
         weight = self._model.wte.weight
         longest = max(map(len, request.prompts)) + request.max_new_tokens
         layers = config.n_layer if config.attention else 0
-        dtype = FLOATS[request.dtype] if request.dtype else weight.dtype
+        dtype = activations(weight.dtype, request.dtype, weight.device.type)
         token_bytes = 2 * layers * config.n_embd * dtype.itemsize
         needed = max(1, min(config.block_size, longest - 1))
         capacity = capacity_bucket(needed, config.block_size)

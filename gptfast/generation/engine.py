@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from gptfast.errors import BackendError, ConfigError
+from gptfast.generation.dtypes import FLOATS, activations
 from gptfast.generation.request import (
     DTYPES,
     MAX_BATCH,
@@ -40,7 +41,8 @@ def pack(model: GPT, dtype: str | None = None) -> "PackedModel":
     device = model.main_weight.device.type
     if device != "cpu":
         raise BackendError(f"pack: the compiled engine is for the CPU, the model is on {device!r}")
-    select.require_fused("pack", device, _activations(model, dtype), "an unpacked model")
+    chosen = activations(model.main_weight.dtype, dtype, device)
+    select.require_fused("pack", device, chosen, "an unpacked model")
     unsupported = unsupported_part(model)
     if unsupported is not None:
         raise BackendError(f"pack: {not_fused(unsupported)}; an unpacked model calls its modules")
@@ -60,7 +62,8 @@ def engine_device(op: str, model: GPT, dtype: str | None) -> str | None:
         BackendError: `model.backend` is "fused" and the kernels cannot run, or a module is no plain
             layer.
     """
-    device, chosen = model.main_weight.device.type, _activations(model, dtype)
+    device = model.main_weight.device.type
+    chosen = activations(model.main_weight.dtype, dtype, device)
     head_dim = model.config.head_dim
     if model.backend == "fused":
         select.require_fused(op, device, chosen, "backend='reference'", head_dim)
@@ -80,16 +83,6 @@ def engine_device(op: str, model: GPT, dtype: str | None) -> str | None:
     return None
 
 
-def _activations(model: GPT, dtype: str | None) -> torch.dtype:
-    if dtype is None:
-        return model.main_weight.dtype
-    if dtype == "int8":  # bfloat16 represents 8-bit integers exactly
-        extension = select.extension()
-        fast = extension is not None and extension.isa_current() in ("avx512_bf16", "amx")
-        return torch.bfloat16 if fast else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-
-
 class PackedModel:
     """A model's weights in the engine's layout, for `generate`, `stream` and `score`.
 
@@ -104,11 +97,11 @@ class PackedModel:
 
     def __init__(self, model: GPT, dtype: str | None, lasting: bool = True) -> None:
         config, own = model.config, model.wte.weight.dtype
-        name = dtype or {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(own)
+        name = dtype or {FLOATS[name]: name for name in FLOATS}.get(own)
         if name is None:
             raise ConfigError(f"dtype must be one of {list(DTYPES)} for a model in {own}, got None")
         self.config, self.name = config, name
-        self.dtype = _activations(model, dtype)
+        self.dtype = activations(model.main_weight.dtype, dtype, "cpu")
         params = model.state_dict()
 
         def find(parameter: str) -> Any:

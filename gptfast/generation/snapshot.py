@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gptfast.errors import ConfigError
+from gptfast.generation.dtypes import FLOATS
 from gptfast.generation.supported import unsupported_part
 from gptfast.model import GPT
 from gptfast.ops.int8 import rounded
@@ -36,7 +37,7 @@ def snapshot(model: GPT, dtype: str | None) -> GPT:
             head = rounded(copied.wte.weight.data).dense(torch.float32)
             copied.lm_head.weight = torch.nn.Parameter(head)
     elif dtype is not None:
-        copied = copied.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+        copied = copied.to(FLOATS[dtype])
     return copied
 
 

@@ -1,8 +1,6 @@
 """Whether the engines for generation, which read a model's weights and call no module, know it."""
 
-from typing import Any
-
-from torch import Tensor, nn
+from torch import nn
 
 from gptfast import plain
 from gptfast.config import GPTConfig
@@ -24,8 +22,9 @@ def unsupported_part(model: GPT) -> str | None:
         if found is not None:
             return f"{name} {found}"
         expected = shapes.get(name.split(".", 2)[-1])
-        if expected is not None and _weight(module).shape != expected:
-            return f"{name} has a weight of shape {tuple(_weight(module).shape)}, not {expected}"
+        weight = plain.parameter(module, "weight") if expected else None
+        if weight is not None and weight.shape != expected:
+            return f"{name} has a weight of shape {tuple(weight.shape)}, not {expected}"
     if len(model.h) != model.config.n_layer:
         return f"h has {len(model.h)} blocks, not {model.config.n_layer}"
     for block in model.blocks:
@@ -33,11 +32,6 @@ def unsupported_part(model: GPT) -> str | None:
         if found is not None:
             return f"h.{block.layer}.{found}"
     return None
-
-
-def _weight(layer: Any) -> Tensor:
-    own: Tensor | None = layer.__dict__["_parameters"].get("weight")
-    return layer.weight if own is None else own
 
 
 def _block(module: nn.Module) -> str | None:

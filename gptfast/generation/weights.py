@@ -6,14 +6,12 @@ import torch
 from torch import Tensor
 
 from gptfast import plain
+from gptfast.generation.dtypes import activations
 from gptfast.generation.snapshot import has_int8
 from gptfast.model import GPT
 from gptfast.modules import Block
 from gptfast.ops.int8 import Int8Weight, empty_int8
 from gptfast.ops.triton.int8 import round_to_int8
-
-# Of activations and caches; bfloat16 has integers of 8 bits exactly.
-FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
 
 EMBEDDING, HEAD = "wte.weight", "lm_head.weight"
 
@@ -51,7 +49,8 @@ class Weights:
             dtype: As for `generate`.
             lasting: Whether the model may change before the call is done.
         """
-        self.dtype = model.wte.weight.dtype if dtype is None else FLOATS[dtype]
+        own = model.wte.weight
+        self.dtype = activations(own.dtype, dtype, own.device.type)
         self._n_layer = len(model.h)
         self._copies: dict[str, Any] = {}  # tensors and 8-bit weights
         self._named: dict[str, Any] = {}
@@ -152,14 +151,8 @@ def parameters_of(model: GPT) -> dict[str, Tensor]:
         for name, module, _ in layers
         if not isinstance(module, GPT | Block)
         for kind in ("weight", "bias")
-        if (param := _own(module, kind)) is not None
+        if (param := plain.parameter(module, kind)) is not None
     }
-
-
-def _own(module: Any, kind: str) -> Tensor | None:
-    own = module.__dict__["_parameters"]
-    found: Tensor | None = own[kind] if kind in own else getattr(module, kind, None)
-    return found
 
 
 def _is_tied(given: dict[str, Tensor]) -> bool:

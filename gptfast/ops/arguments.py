@@ -53,6 +53,11 @@ def parameter(shape: str, optional: bool = False) -> Argument:
     return Argument(Kind.PARAMETER, shape, optional)
 
 
+def affine(weight: str, bias: str, shape: str) -> dict[str, Argument]:
+    """Returns a table's entries for a weight and its optional bias, of the weight's first size."""
+    return {weight: parameter(shape), bias: parameter(shape.split()[0], optional=True)}
+
+
 class Table:
     """The tensors of one operator. The first one is floating-point.
 
@@ -231,6 +236,19 @@ def check_dropout(op: str, dropout_p: float) -> float:
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{op}: dropout_p must be in [0, 1], got {dropout_p}")
     return dropout_p
+
+
+def check_smoothing(op: str, label_smoothing: float) -> float:
+    """Checks the part of a target's probability that all tokens share, and returns it as a number.
+
+    Raises:
+        ValueError: It is not in [0, 1).
+        TypeError: It is a tensor whose gradient would be lost.
+    """
+    label_smoothing = constant(op, "label_smoothing", label_smoothing)
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"{op}: label_smoothing must be in [0, 1), got {label_smoothing}")
+    return label_smoothing
 
 
 def check_choice(op: str, name: str, value: str, known: tuple[str, ...]) -> None:

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from gptfast.ops import select
-from gptfast.ops.arguments import Argument, Kind, Table, activation, check_choice, parameter
+from gptfast.ops.arguments import (
+    Argument,
+    Kind,
+    Table,
+    activation,
+    check_choice,
+    check_smoothing,
+    parameter,
+)
 from gptfast.ops.autograd import (
     Fused,
     backward_of,
@@ -35,6 +43,7 @@ def _fake(
     token_weights: Tensor | None,
     ignore_index: int,
     reduction: str,
+    label_smoothing: float,
     wanted: int,
 ) -> tuple[Tensor, ...]:
     loss = x.new_empty(targets.shape if reduction == "none" else (), dtype=torch.float32)
@@ -51,7 +60,8 @@ def _flops(x: Any, ln_w: Any, ln_b: Any, weight: Any, *args: Any) -> int:
 _linear_cross_entropy = define(
     """
     linear_cross_entropy(Tensor x, Tensor? ln_w, Tensor? ln_b, Tensor weight,
-        Tensor targets, Tensor? token_weights, int ignore_index, str reduction, int wanted)
+        Tensor targets, Tensor? token_weights, int ignore_index, str reduction,
+        float label_smoothing, int wanted)
         -> (Tensor loss, Tensor dx, Tensor dln_w, Tensor dln_b, Tensor dweight)
     """,
     _fake,
@@ -88,7 +98,7 @@ class _ReducedLoss(Fused):
         if dloss is None:
             return (None,) * len(needs)
         grads = only_wanted(ctx.saved_tensors, needs[:4])
-        return *(_scaled(grads, dloss)), None, None, None, None, None
+        return *(_scaled(grads, dloss)), *(None,) * (len(needs) - 4)
 
 
 _ONES: dict[torch.device, Tensor] = {}
@@ -130,13 +140,13 @@ class _TokenLosses(Fused):
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        return _linear_cross_entropy(*args, "none", 0)[0]
+        *inputs, label_smoothing = args
+        return _linear_cross_entropy(*inputs, "none", label_smoothing, 0)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ignore_index = inputs
+        *tensors, ctx.ignore_index, ctx.label_smoothing = inputs
         ctx.save_for_backward(*tensors)
-        ctx.ignore_index = ignore_index
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -147,9 +157,9 @@ class _TokenLosses(Fused):
         weights = dlosses if token_weights is None else dlosses * token_weights
         _, *found = backward_of(
             _TokenLosses.op, _linear_cross_entropy,
-            *inputs, weights, ctx.ignore_index, "sum", wanted(needs[:4]),
+            *inputs, weights, ctx.ignore_index, "sum", ctx.label_smoothing, wanted(needs[:4]),
         )  # fmt: skip
-        return *only_wanted(tuple(found), needs[:4]), None, None, None
+        return *only_wanted(tuple(found), needs[:4]), *(None,) * (len(needs) - 4)
 
 
 def _refuse_token_weights(needed: bool) -> None:
@@ -182,8 +192,11 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     token_weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Computes -log softmax(LayerNorm(x) weight')[target] of all tokens, `ignore_index` left out.
+
+    With label smoothing e it is (1 - e) times that, plus e times the mean of -log softmax.
 
     Of a mean or a sum the gradients are made in the same call, those of reduction "none" in the
     backward, which computes the logits again. They exist by blocks of rows: on a CPU at most 160 MB
@@ -200,12 +213,14 @@ def linear_cross_entropy(
             that is 0; "sum"; or "none", which gives the loss of each token, 0 where it is ignored.
         token_weights: (...), floating-point, what each token's loss is multiplied by; None: 1. A
             constant: it gets no gradient.
+        label_smoothing: e, the part of the target's probability that all V tokens share, in [0, 1).
 
     Returns:
         () float32; of reduction "none" (...) float32.
 
     Raises:
-        ValueError, TypeError: Shapes or dtypes do not fit, or token_weights requires a gradient.
+        ValueError, TypeError: Shapes, dtypes or numbers do not fit, or token_weights requires a
+            gradient.
         RuntimeError: A target is out of range.
         BackendError: There are no fused kernels for the device or dtype.
     """
@@ -213,6 +228,7 @@ def linear_cross_entropy(
     _TABLE.check(x, weight, ln_w, ln_b, targets, token_weights)
     select.require_fused(op, x.device.type, x.dtype)
     check_choice(op, "reduction", reduction, REDUCTIONS)
+    label_smoothing = check_smoothing(op, label_smoothing)
     if ln_w is None and ln_b is not None:
         raise ValueError(f"{op}: ln_b needs ln_w, got ln_b alone")
     if token_weights is not None:
@@ -221,11 +237,11 @@ def linear_cross_entropy(
         token_weights = token_weights.float()
     inputs = (x, ln_w, ln_b, weight, targets, token_weights, ignore_index)
     if not needs_grad(x, ln_w, ln_b, weight):
-        return _linear_cross_entropy(*inputs, reduction, 0)[0]
+        return _linear_cross_entropy(*inputs, reduction, label_smoothing, 0)[0]
     if reduction == "none":
-        return _TokenLosses.call(*inputs)
+        return _TokenLosses.call(*inputs, label_smoothing)
     # Within a transform no tensor tells what is wanted around it.
     grads = tuple(
         t is not None and (t.requires_grad or transformed()) for t in (x, ln_w, ln_b, weight)
     )
-    return _ReducedLoss.call(*inputs, reduction, wanted(grads))[0]
+    return _ReducedLoss.call(*inputs, reduction, label_smoothing, wanted(grads))[0]

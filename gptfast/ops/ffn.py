@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gptfast.ops import select
-from gptfast.ops.arguments import Table, activation, check_choice, check_dropout, parameter
+from gptfast.ops.arguments import Table, activation, affine, check_choice, check_dropout
 from gptfast.ops.autograd import needs_grad
 from gptfast.ops.flops import of_product, of_product_backward
 from gptfast.ops.library import define, public
@@ -62,12 +62,9 @@ _Ffn = sublayer("layer_norm_ffn", _ffn, _ffn_backward)
 _TABLE = Table(
     "layer_norm_ffn",
     x=activation("... C"),
-    ln_w=parameter("C"),
-    ln_b=parameter("C", optional=True),
-    w1=parameter("F C"),
-    b1=parameter("F", optional=True),
-    w2=parameter("C F"),
-    b2=parameter("C", optional=True),
+    **affine("ln_w", "ln_b", "C"),
+    **affine("w1", "b1", "F C"),
+    **affine("w2", "b2", "C F"),
 )
 
 

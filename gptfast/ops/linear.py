@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gptfast.ops import select
-from gptfast.ops.arguments import Table, activation, parameter
+from gptfast.ops.arguments import Table, activation, affine
 from gptfast.ops.autograd import Fused, backward_of, needs_grad, only_wanted, wanted
 from gptfast.ops.flops import of_product, of_product_backward
 from gptfast.ops.library import define, public
@@ -123,16 +123,13 @@ class _LinearResidual(Fused):
 _NORM_TABLE = Table(
     "layer_norm_linear",
     x=activation("... K"),
-    ln_w=parameter("K"),
-    ln_b=parameter("K", optional=True),
-    weight=parameter("N K"),
-    bias=parameter("N", optional=True),
+    **affine("ln_w", "ln_b", "K"),
+    **affine("weight", "bias", "N K"),
 )
 _RESIDUAL_TABLE = Table(
     "linear_residual",
     x=activation("... K"),
-    weight=parameter("N K"),
-    bias=parameter("N", optional=True),
+    **affine("weight", "bias", "N K"),
     residual=activation("... N"),
 )
 

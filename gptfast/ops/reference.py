@@ -146,6 +146,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     token_weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """See `gptfast.ops.linear_cross_entropy`."""
     with torch.autocast(x.device.type, enabled=False):
@@ -153,7 +154,11 @@ def linear_cross_entropy(
         normalized = wide if ln_w is None else _layer_norm(wide, ln_w, ln_b)
         logits = _linear(normalized, weight, None).flatten(0, -2)
         losses = F.cross_entropy(
-            logits, targets.flatten(), ignore_index=ignore_index, reduction="none"
+            logits,
+            targets.flatten(),
+            ignore_index=ignore_index,
+            reduction="none",
+            label_smoothing=label_smoothing,
         ).view(targets.shape)
         weights = (targets != ignore_index).to(losses)
         if token_weights is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gptfast.ops import select
-from gptfast.ops.arguments import Table, activation, check_dropout, parameter
+from gptfast.ops.arguments import Table, activation, affine, check_dropout
 from gptfast.ops.autograd import needs_grad
 from gptfast.ops.flops import of_attention, of_product, of_product_backward
 from gptfast.ops.library import define, public
@@ -74,12 +74,9 @@ _SelfAttention = sublayer("layer_norm_attention", _self_attention, _self_attenti
 _TABLE = Table(
     "layer_norm_attention",
     x=activation("B T C"),
-    ln_w=parameter("C"),
-    ln_b=parameter("C", optional=True),
-    w_qkv=parameter("3C C"),
-    b_qkv=parameter("3C", optional=True),
-    w_proj=parameter("C C"),
-    b_proj=parameter("C", optional=True),
+    **affine("ln_w", "ln_b", "C"),
+    **affine("w_qkv", "b_qkv", "3C C"),
+    **affine("w_proj", "b_proj", "C C"),
 )
 
 

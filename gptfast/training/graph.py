@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 SLOTS = 4  # steps that the host may be ahead of the device
 MAX_GRAPHS = 4  # shapes of a batch, the first ones; others run without a graph
-NUMBERS = 6  # words of a message: the optimizer's options, first of all
 
 Run = Callable[[], Tensor]
 
@@ -119,21 +118,26 @@ class Messages:
     them, and the host waits only for a buffer that has not been read yet.
 
     Args:
+        numbers: How many options the optimizer has.
         starts: B, how many starts of windows a message has.
         keys: How many keys of dropout masks.
         device: That of the model.
         cuda: See Cuda.
     """
 
-    def __init__(self, starts: int, keys: int, device: torch.device, cuda: Cuda) -> None:
-        header = NUMBERS + 2 * keys
+    def __init__(
+        self, numbers: int, starts: int, keys: int, device: torch.device, cuda: Cuda
+    ) -> None:
+        # All are at multiples of 16 bytes, as tensors are: a kernel would depend on it.
+        first_key = numbers + numbers % 2
+        header = first_key + 2 * keys
         words = header + starts
         self._device = torch.zeros(words, dtype=torch.int64, device=device)
         self._slots = [(cuda.host_buffer(words), cuda.event()) for _ in range(SLOTS)]
         self._sent = 0
-        # At addresses that are multiples of 16 bytes, as those of tensors are.
-        self.numbers = self._device[:NUMBERS].view(torch.float64)
-        self.keys = [self._device[i] for i in range(NUMBERS, header, 2)]
+        self._first_key = first_key
+        self.numbers = self._device[:numbers].view(torch.float64)
+        self.keys = [self._device[i] for i in range(first_key, header, 2)]
         self.starts = self._device[header:]
 
     def send(
@@ -144,9 +148,9 @@ class Messages:
         self._sent += 1
         has_been_read.synchronize()
         words = buffer.numpy()
-        words[:NUMBERS].view(np.float64)[:] = numbers
+        words[: len(numbers)].view(np.float64)[:] = numbers
         for i, key in enumerate(keys or []):
-            words[NUMBERS + 2 * i] = key.item()
+            words[self._first_key + 2 * i] = key.item()
         if starts is not None:
             words[len(words) - len(starts) :] = starts.numpy()
         self._device.copy_(buffer, non_blocking=True)
@@ -169,9 +173,9 @@ class StepGraph:
     ) -> None:
         self._cuda, self._ids = cuda, ids
         B, self._T = shape
-        self._messages = Messages(
-            0 if ids is None else B, trainer.config.accumulation_steps, trainer.device, cuda
-        )
+        numbers, starts = len(trainer.optimizer.numbers(None)), 0 if ids is None else B
+        keys = trainer.config.accumulation_steps
+        self._messages = Messages(numbers, starts, keys, trainer.device, cuda)
         if ids is None:
             self._given = torch.zeros(2, *shape, dtype=torch.int64, device=trainer.device)
         self._table_memory: Tensor | None = None
@@ -202,7 +206,7 @@ class StepGraph:
         else:
             loss = self._replay().clone()
         # Autograd does not see the kernels write.
-        torch.autograd.graph.increment_version(trainer.parameters)
+        torch.autograd.graph.increment_version([*trainer.parameters, *trainer.optimizer.averages])
         return loss
 
     def _run(self, trainer: "Trainer") -> Tensor:

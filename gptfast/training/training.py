@@ -10,16 +10,19 @@ from torch import Tensor
 
 from gptfast import checkpoint
 from gptfast.config import GPTConfig, TrainConfig
-from gptfast.data import read_text
+from gptfast.data import as_int64
 from gptfast.errors import CheckpointError, ConfigError, DataError
 from gptfast.model import GPT, Backend
 from gptfast.ops.select import usable_device
 from gptfast.presets import PRESETS, Preset, preset
-from gptfast.tokenizer import PAD_ID, CharTokenizer, Tokenizer
+from gptfast.tokenizer import PAD_ID, Tokenizer
 from gptfast.tokenizer import from_dict as tokenizer_from
 from gptfast.training import run
 from gptfast.training.callbacks import Callback
+from gptfast.training.distributed import join, own_device
 from gptfast.training.loop import TrainResult
+from gptfast.training.run_file import RunFile, options_of
+from gptfast.training.source import source_of_text
 from gptfast.training.trainer import Trainer, check_lengths
 
 
@@ -44,13 +47,17 @@ def train(
     The result depends on the arguments and the thread count alone: initial weights, windows and
     dropout come from `seed`, and the caller's random numbers are left as they were.
 
+    Processes that torchrun has started train one model together. All need the same arguments and
+    the same files; the first of them writes, shows and calls callbacks.
+
     Args:
         chosen: a preset or its name, see PRESETS.
         out: directory of the run; None writes nothing. See `Trainer.fit`.
         text: the text; without it `data`, without both the preset's own.
-        data: a UTF-8 text file.
-        tokenizer: None makes one of the text's characters, or takes that of `init_from` or of the
-            run to resume.
+        data: a UTF-8 text file, or a folder that `gptfast data prepare` wrote, whose tokens are
+            read when they are needed.
+        tokenizer: None takes that of `init_from`, of the run to resume, or of the folder, or makes
+            one of the text's characters.
         init_from: a run, or any checkpoint directory, whose model this run starts from: weights,
             shape and tokenizer are its own, the training is that of `chosen`. Of the shape only
             `dropout` may be given another value. Resuming such a run does not need it again.
@@ -65,16 +72,19 @@ def train(
 
     Raises:
         ConfigError: an unknown preset or field, a wrong value, a device that is not there, an `out`
-            that holds another run, or a shape or tokenizer other than that of `init_from`.
+            that holds another run, or a shape or tokenizer other than that of `init_from`, or a
+            tokenizer other than that of the folder `data`.
         DataError: the text is missing, empty, shorter than a window, or has characters that the
             tokenizer lacks.
         CheckpointError: `out` or `init_from` cannot be written or read.
         UnsavedError: the last save failed; the error's `result` has the trained model.
         TrainError: the loss is no longer finite; the last checkpoint stays.
+        ProcessError: another process of the run has ended; the last checkpoint stays.
     """
     recipe = preset(chosen) if isinstance(chosen, str) else chosen
-    device = usable_device(device)
-    run.check(out, resume, overwrite)
+    device = own_device(usable_device(device))
+    processes = join(device)
+    processes.from_first(lambda: run.check(out, resume, overwrite))
     if init_from is not None and out is not None and not resume:
         if Path(init_from).resolve() == Path(out).resolve():
             raise ConfigError(f"{out}: a run cannot start from the run that it replaces")
@@ -83,11 +93,12 @@ def train(
     if known is not None:
         recipe = replace(recipe, model=known[0].config)
     recipe = recipe.override(overrides)
-    text, origin = _text_of(recipe, text, data)
+    tokens = source_of_text(recipe, text, data)
+    given = tokenizer is not None
     if known is None:
         if tokenizer is None and resume:
             tokenizer = _tokens_of(out)
-        tokenizer = tokenizer or CharTokenizer.from_text(text)
+        tokenizer = tokenizer or tokens.tokenizer()
         model = GPT(
             _with_vocabulary(recipe.model, tokenizer),
             backend,
@@ -96,9 +107,13 @@ def train(
     else:
         model, tokenizer = _prepared(f"{source}", *known, recipe.model, tokenizer)
         model.backend = backend
-    train_ids, val_ids = split(tokenizer.encode_tensor(text), recipe.train)
+    train_ids, val_ids = split(tokens.ids(tokenizer), recipe.train)
     check_lengths(model.config.block_size, train_ids, val_ids)
-    return Trainer(model.to(device), recipe.train).fit(
+    fingerprint = tokens.fingerprint(train_ids, val_ids)
+    extra = {"preset": tokens.preset, "data": tokens.data, "init_from": noted}
+    options = options_of(recipe, extra, given) | {"backend": backend, "device": str(device)}
+    del tokens, text  # a text takes memory, and is not needed any more
+    return Trainer(model.to(device), recipe.train, processes).fit(
         train_ids,
         val_ids,
         tokenizer=tokenizer,
@@ -106,21 +121,10 @@ def train(
         resume=resume,
         overwrite=overwrite,
         progress=progress,
-        callbacks=callbacks,
-        extra={**origin, "init_from": noted},
+        callbacks=[RunFile(options), *callbacks],
+        extra=extra,
+        fingerprint=fingerprint,
     )
-
-
-def _text_of(
-    recipe: Preset, text: str | None, data: str | Path | None
-) -> tuple[str, dict[str, str | None]]:
-    """Returns the text, and where `held_out` finds it again: nowhere if it was given as such."""
-    if text is None:
-        path = None if data is None else str(Path(data).absolute())
-        return _read(recipe, data), {"preset": recipe.name, "data": path}
-    if data is not None:
-        raise ConfigError("give the text or a file with it, not both")
-    return text, {"preset": None, "data": None}
 
 
 def _tokens_of(out: str | Path | None) -> Tokenizer | None:
@@ -242,6 +246,11 @@ def held_out(path: str | Path) -> Tensor:
         CheckpointError: there is no checkpoint, or a damaged one.
         DataError: no text is known, it was not cut in two, or the file holds another one now.
     """
+    return as_int64(held_out_tokens(path))
+
+
+def held_out_tokens(path: str | Path) -> Tensor:
+    """Like `held_out`, but in the smallest dtype and, from a folder of tokens, not read yet."""
     header = checkpoint.read_config(path)
     extra, tokenizer = header["extra"], header["tokenizer"]
     extra = extra if isinstance(extra, dict) else {}
@@ -257,21 +266,11 @@ def held_out(path: str | Path) -> Tensor:
             f"{path}: it is not known which part of its text was held out "
             f"({type(error).__name__}: {error}): give a text"
         ) from error
-    text = _read(recipe, data)
-    ids = tokenizer_from(tokenizer).encode_tensor(text)
-    train_ids, val_ids = split(ids, config)
-    if run.fingerprint(train_ids, val_ids) != fingerprint:
+    tokens = source_of_text(recipe, None, data)
+    train_ids, val_ids = split(tokens.ids(tokenizer_from(tokenizer)), config)
+    if tokens.fingerprint(train_ids, val_ids) != fingerprint:
         source = name if data is None else data
         raise DataError(f"{path}: {source} is no longer the text that it was trained on")
     if val_ids is None:
         raise DataError(f"{path}: nothing of its text was held out: give one")
     return val_ids
-
-
-def _read(recipe: Preset | None, path: str | Path | None) -> str:
-    if path is not None:
-        return read_text(path)
-    if recipe is None or recipe.text is None:
-        name = "the run" if recipe is None else f"the preset {recipe.name!r}"
-        raise ConfigError(f"{name} has no text of its own: give one (data)")
-    return recipe.text()

@@ -10,16 +10,19 @@ namespace {
 // A parameter with its gradient and optimiser state, before the step.
 struct Parameter {
   explicit Parameter(int64_t n)
-      : weight(n, DType::f32, 1.0), grad(n, DType::f32, 1.0), mean(n, DType::f32, 1.0) {
+      : weight(n, DType::f32, 1.0),
+        grad(n, DType::f32, 1.0),
+        mean(n, DType::f32, 1.0),
+        average(n, DType::f32, 1.0) {
     for (int64_t i = 0; i < n; ++i)
       squares.push_back(1e-3f * static_cast<float>(1 + random_below(2000)));
   }
 
-  Buffer weight, grad, mean;
+  Buffer weight, grad, mean, average;
   std::vector<float> squares;
 };
 
-std::vector<Result> run(const std::vector<const Parameter*>& parameters, float clip,
+std::vector<Result> run(const std::vector<const Parameter*>& parameters, float clip, bool averaged,
                         const Kernels& kernels, const Parallel& parallel) {
   std::vector<Result> results;
   std::vector<std::unique_ptr<Buffer>> moved;
@@ -31,7 +34,8 @@ std::vector<Result> run(const std::vector<const Parameter*>& parameters, float c
   };
   for (const Parameter* p : parameters)
     arguments.push_back({moving(p->weight.values()), p->grad.floats(), moving(p->mean.values()),
-                         moving(p->squares), p->grad.count(), 0.99f, 2e-3f, 1.3f});
+                         moving(p->squares), averaged ? moving(p->average.values()) : nullptr,
+                         p->grad.count(), 0.99f, 2e-3f, 1.3f, 0.2f});
   Buffer norm(1, DType::f32);
   kernels.adamw({arguments.data(), static_cast<int64_t>(arguments.size()), 0.9f, 0.99f, 1e-8f, clip,
                  norm.floats()},
@@ -51,10 +55,12 @@ void adamw_cases() {
     for (const float clip : {0.1f, 1e9f}) {
       std::vector<const Parameter*> parameters;
       for (size_t i = first; i < all.size(); i += 2) parameters.push_back(all[i].get());
-      check(format("adamw of %zu parameters, the first of %lld, clip %g", parameters.size(),
-                   static_cast<long long>(parameters[0]->grad.count()), static_cast<double>(clip)),
+      const bool averaged = (first % 2 == 0) == (clip < 1.0f);
+      check(format("adamw of %zu parameters, the first of %lld, clip %g%s", parameters.size(),
+                   static_cast<long long>(parameters[0]->grad.count()), static_cast<double>(clip),
+                   averaged ? ", averages" : ""),
             DType::f32, [&](const Kernels& kernels, const Parallel& parallel) {
-              return run(parameters, clip, kernels, parallel);
+              return run(parameters, clip, averaged, kernels, parallel);
             });
     }
 }

@@ -16,6 +16,7 @@ struct Shape {
   With with;
   Reduction reduction = Reduction::mean;
   bool weighted = false;  // whether the tokens have weights
+  float smoothing = 0.0f;
 };
 
 constexpr int64_t ignore_index = -100;
@@ -65,6 +66,7 @@ std::vector<Result> run(const Shape& s, const Inputs& in, const Kernels& kernels
   a.token_weights = s.weighted ? in.token_weights.floats() : nullptr;
   a.ignore_index = ignore_index;
   a.reduction = s.reduction;
+  a.label_smoothing = s.smoothing;
   a.loss = loss_alone.floats();
   kernels.cross_entropy(a, parallel);
   const CrossEntropy none = a;
@@ -98,10 +100,10 @@ void cross_entropy_case(const Shape& s) {
   const Inputs in(s);
   const auto i = [](int64_t x) { return static_cast<long long>(x); };
   const std::string name =
-      format("cross entropy %s, parameters %s, M%lld K%lld V%lld%s%s%s%s", sanitize::name(s.dtype),
+      format("cross entropy %s, parameters %s, M%lld K%lld V%lld%s%s%s%s%s", sanitize::name(s.dtype),
              sanitize::name(s.param), i(s.M), i(s.K), i(s.V), with[static_cast<int>(s.with)],
              ignored[static_cast<int>(s.ignored)], reductions[static_cast<int>(s.reduction)],
-             s.weighted ? " weighted" : "");
+             s.weighted ? " weighted" : "", s.smoothing > 0.0f ? " smoothed" : "");
   check(name, s.dtype, [&](const Kernels& kernels, const Parallel& parallel) {
     return run(s, in, kernels, parallel);
   });
@@ -126,14 +128,17 @@ void cross_entropy_cases() {
         for (const auto& [K, V] : sizes) {
           const Ignored ignored = M > 1 ? Ignored::some : Ignored::none;
           const auto [reduction, weighted] = reductions[turn % 5];
+          const float smoothing = turn % 4 == 1 ? 0.1f : 0.0f;
           cross_entropy_case(
-              {dtype, param, M, K, V, ignored, withs[turn++ % 3], reduction, weighted});
+              {dtype, param, M, K, V, ignored, withs[turn++ % 3], reduction, weighted, smoothing});
         }
       cross_entropy_case({dtype, param, 50, 12, 20, Ignored::all, With::norm_and_bias});
       cross_entropy_case({dtype, param, 50, 12, 20, Ignored::none, With::neither});
       // More columns than one block of the vocabulary; in the second case dx is summed in place.
       cross_entropy_case({dtype, param, 50, 5, 2400, Ignored::some, With::norm_and_bias});
       cross_entropy_case({dtype, param, 50, 32, 1539, Ignored::some, With::neither});
+      cross_entropy_case({dtype, param, 50, 5, 3100, Ignored::some, With::norm, Reduction::mean,
+                          false, 0.1f});
     }
     // Rows so wide that they come in several chunks.
     const int64_t rows = dtype == DType::f32 ? 385 : 769;

@@ -4,6 +4,7 @@
 //   g *= min(1, clip / (|g| + 1e-6)),  m' = b1 m + (1 - b1) g,  v' = b2 v + (1 - b2) g^2
 //   w' = decay w - rate m' / (sqrt(v') inv_sqrt_correction + eps),
 //   decay = 1 - lr * weight decay, rate = lr / (1 - b1^t), inv_sqrt_correction = 1 / sqrt(1 - b2^t)
+//   average' = average + pull (w' - average),  pull = 1 - min(ema, (1 + t) / (10 + t))
 #pragma once
 
 #include "../kernels.h"
@@ -36,6 +37,7 @@ inline double squares(const float* g, int64_t n) {
   return sum(total);
 }
 
+template <bool AVERAGED>
 inline void adamw_chunk(const AdamW& s, const AdamWChunk& chunk, float factor) {
   const AdamWParam& p = *chunk.param;
   for_vectors(chunk.count, [&](int64_t jj, auto part) {
@@ -46,7 +48,12 @@ inline void adamw_chunk(const AdamW& s, const AdamWChunk& chunk, float factor) {
     const VF w = load(p.weight + j, part) * p.decay;
     store(p.mean + j, mean, part);
     store(p.square + j, square, part);
-    store(p.weight + j, w - p.rate * mean / (vsqrt(square) * p.inv_sqrt_correction + s.eps), part);
+    const VF moved = w - p.rate * mean / (vsqrt(square) * p.inv_sqrt_correction + s.eps);
+    store(p.weight + j, moved, part);
+    if constexpr (AVERAGED) {
+      const VF average = load(p.average + j, part);
+      store(p.average + j, average + (moved - average) * p.pull, part);
+    }
   });
 }
 
@@ -68,7 +75,12 @@ void adamw(const AdamW& s, const Parallel& parallel) {
   *s.norm = static_cast<float>(__builtin_sqrt(total));
   const float factor = s.clip / (*s.norm + 1e-6f);  // a NaN stays and shows in the weights
   const float used = factor > 1.0f ? 1.0f : factor;
-  run_tasks(parallel, chunks, [&](int64_t task) { adamw_chunk(s, chunk[task], used); });
+  run_tasks(parallel, chunks, [&](int64_t task) {
+    if (chunk[task].param->average != nullptr)
+      adamw_chunk<true>(s, chunk[task], used);
+    else
+      adamw_chunk<false>(s, chunk[task], used);
+  });
 }
 
 }  // namespace

@@ -2,7 +2,9 @@
 // are processed in chunks, whose logits are kept, and the vocabulary in blocks, so that no packed
 // copy of the whole weight is made. For each chunk, a first pass over the blocks sums each row's
 // exponentials, and a second one turns the logits into
-//   d loss / d logits = (softmax - onehot) share, share = w / sum of all w for a mean, else w
+//   d loss / d logits = (softmax - (1 - e) onehot - e / V) share,
+// share = w / sum of all w for a mean, else w, and e the label smoothing, of the loss
+//   ln sum_j exp(s_j) - (1 - e) s_target - e mean_j s_j,
 // and multiplies them by the rows of the weight and by those of the activations. Each product is
 // computed once; so are the exponentials if the whole vocabulary is one block.
 #pragma once
@@ -182,7 +184,7 @@ class CrossEntropyPass {
   // Normalises the rows, clears their sums, and packs them for dW.
   void start(Rows& at, int64_t slot, const WeightGrad<P>& dweight) const {
     at.x = norm_rows(static_cast<const T*>(s_.x), at.m0, at.count, s_.K, norm_, true, at.x_copy);
-    for (int64_t i = 0; i < at.count; ++i) at.sums[i] = {neg_inf, 0.0f, 0.0f};
+    for (int64_t i = 0; i < at.count; ++i) at.sums[i] = {neg_inf, 0.0f, 0.0f, 0.0f, 0};
     if (with_dweight_) dweight.set_x(slot, at.x.data, at.x.row, at.count, 0, s_.K);
   }
 
@@ -196,7 +198,11 @@ class CrossEntropyPass {
       float* s = scores + i * logits_ld_;
       const int64_t target = s_.targets[at.m0 + i] - v0;
       if (!ignored(at.m0 + i) && target >= 0 && target < n) row.target = s[target];
-      add_logits(s, n, row, single_block() && with_grad_ ? s : nullptr);
+      float* exponentials = single_block() && with_grad_ ? s : nullptr;
+      if (s_.label_smoothing == 0.0f)
+        add_logits(s, n, row, exponentials);
+      else
+        add_logits<true>(s, n, row, exponentials);
     }
   }
 
@@ -204,8 +210,15 @@ class CrossEntropyPass {
     for (int64_t i = 0; i < at.count; ++i) {
       const RowSum& row = at.sums[i];
       const int64_t m = at.m0 + i;
-      losses_[m] = ignored(m) ? 0.0f : -row.logprob(row.target) * weight_of(m);
+      losses_[m] = ignored(m) ? 0.0f : loss_of(row) * weight_of(m);
     }
+  }
+
+  float loss_of(const RowSum& row) const {
+    const float e = s_.label_smoothing;
+    if (e == 0.0f) return -row.logprob(row.target);
+    const float target = row.target - row.m, mean = row.below / static_cast<float>(s_.V);
+    return __builtin_logf(row.l) - ((1.0f - e) * target + e * mean);
   }
 
   // dN += dS W for the columns from v0 on; packs dS for dW = dS' N.
@@ -225,16 +238,17 @@ class CrossEntropyPass {
 
   // Turns ds from logits (or from exp(s - m), if the whole vocabulary is one block) into gradients.
   void grad_row(int64_t m, const RowSum& row, int64_t v0, int64_t n, float* ds) const {
-    const float share = share_ * weight_of(m), each = share / row.l;
+    const float share = share_ * weight_of(m), each = share / row.l, e = s_.label_smoothing;
+    const float of_all = e == 0.0f ? 0.0f : share * (e / static_cast<float>(s_.V));
     const bool counts = share != 0.0f;
     for_vectors(n, [&](int64_t j, auto part) {
       VF p = splat(0.0f);
       if (counts)
-        p = (single_block() ? load(ds + j, part) : exp(load(ds + j, part) - row.m)) * each;
+        p = (single_block() ? load(ds + j, part) : exp(load(ds + j, part) - row.m)) * each - of_all;
       store(ds + j, p, part);
     });
     const int64_t target = s_.targets[m] - v0;
-    if (counts && target >= 0 && target < n) ds[target] -= share;
+    if (counts && target >= 0 && target < n) ds[target] -= share * (1.0f - e);
   }
 
   void finish_dx(const Rows& at) const {

@@ -18,23 +18,34 @@ inline float highest_score(const float* s, int64_t n) {
 }
 
 // The running maximum m and the sum l = sum_j exp(s_j - m) of a row of logits, and its target's
-// logit. m and l are kept apart: m + ln l would be rounded to the precision of m.
+// logit. m and l are kept apart: m + ln l would be rounded to the precision of m. `below`, of the
+// n logits so far, is sum_j (s_j - m), where that is asked for.
 struct RowSum {
-  float m, l, target;
+  float m, l, target, below;
+  int64_t n;
 
   // The log-probability of a token whose logit is `logit`.
   float logprob(float logit) const { return (logit - m) - __builtin_logf(l); }
 };
 
-// Adds n more logits of the row. `exponentials`, unless null, receives exp(s_j - m).
+// Adds n more logits of the row, to `below` as well if BELOW. `exponentials`, unless null, receives
+// exp(s_j - m).
+template <bool BELOW = false>
 inline void add_logits(const float* s, int64_t n, RowSum& row, float* exponentials) {
   const float highest = highest_score(s, n), top = row.m > highest ? row.m : highest;
-  VF total = splat(0.0f);
+  VF total = splat(0.0f), below = splat(0.0f);
   for_vectors(n, [&](int64_t j, auto part) {
-    const VF e = exp(load(s + j, part) - top);
+    const VF from_top = load(s + j, part) - top;
+    const VF e = exp(from_top);
     if (exponentials) store(exponentials + j, e, part);
     total += mask(e, part);
+    if constexpr (BELOW) below += mask(from_top, part);
   });
+  if constexpr (BELOW) {
+    if (row.n > 0) row.below += static_cast<float>(row.n) * (row.m - top);
+    row.below += sum(below);
+    row.n += n;
+  }
   row.l = row.l * (row.m == neg_inf ? 0.0f : exp(splat(row.m - top))[0]) + sum(total);
   row.m = top;
 }

@@ -19,7 +19,7 @@ namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
 inline RowSum sum_of_row(const float* s, int64_t n) {
-  RowSum row = {neg_inf, 0.0f, 0.0f};
+  RowSum row = {neg_inf, 0.0f, 0.0f, 0.0f, 0};
   add_logits(s, n, row, nullptr);
   return row;
 }

@@ -1,6 +1,6 @@
 """The commands. Each is a dataclass: its fields are the options, their comments the help."""
 
-from gptfast.cli.commands.data import Data
+from gptfast.cli.commands.data import DATA, Data
 from gptfast.cli.commands.demo import Demo
 from gptfast.cli.commands.eval import Eval
 from gptfast.cli.commands.generate import Generate
@@ -11,6 +11,7 @@ from gptfast.cli.commands.reproduce import Reproduce
 from gptfast.cli.commands.train import Train, train_preset
 
 __all__ = [
+    "DATA",
     "Data",
     "Demo",
     "Eval",

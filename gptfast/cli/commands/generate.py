@@ -73,7 +73,7 @@ class Generate:
         return EXIT_INTERRUPTED if interrupted else 0
 
     def _prompts(self) -> list[str]:
-        from gptfast.data import read_text, without_byte_order_mark
+        from gptfast.data.texts import read_text, without_byte_order_mark
 
         prompts = [
             without_byte_order_mark(sys.stdin.read()) if text == "-" else text

@@ -11,6 +11,7 @@ from gptfast.cli.options import (
     EXIT_SIGNAL,
     ComputeOptions,
     File,
+    TextOrTokens,
     shape_of,
     use_threads,
 )
@@ -30,7 +31,8 @@ class Train:
     compute: ComputeOptions
     # options from a TOML file, such as the run.toml of another run; those given here win over it
     config: File = None
-    data: File = None  # UTF-8 text; None: the preset's own text
+    # UTF-8 text, or a folder by `gptfast data prepare`; None: the preset's own text
+    data: TextOrTokens = None
     # start from the model of a run, or of any checkpoint directory: its weights, shape, tokenizer
     init_from: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
     resume: bool = False  # go on with the interrupted run in DIR
@@ -57,6 +59,7 @@ class Train:
         """
         from gptfast.pictures import check_picture
         from gptfast.training import UnsavedError, plots, train
+        from gptfast.training.distributed import is_first
         from gptfast.training.signals import handles_ctrl_c
 
         if self.plot is not None:  # what would fail after the training fails before it
@@ -78,10 +81,11 @@ class Train:
                 )
         except UnsavedError as error:
             raise _rescued(self.out, error) from error
-        if self.plot is not None and result.history:
-            plots.plot_history(result.history, self.plot)
-        if not result.interrupted:
-            print(f"saved in {self.out}")
+        if is_first():
+            if self.plot is not None and result.history:
+                plots.plot_history(result.history, self.plot)
+            if not result.interrupted:
+                print(f"saved in {self.out}")
         return 0 if result.signal is None else EXIT_SIGNAL + result.signal
 
     def _trackers(self) -> "list[Callback]":

@@ -3,11 +3,12 @@
     g *= min(1, clip / (|g| + 1e-6)),  m' = b1 m + (1 - b1) g,  v' = b2 v + (1 - b2) g^2
     w' = decay w - rate m' / (sqrt(v') inv_sqrt_correction + eps),
     decay = 1 - lr * weight decay, rate = lr / (1 - b1^t), inv_sqrt_correction = 1 / sqrt(1 - b2^t)
+    average' = average + pull (w' - average),  pull = 1 - min(ema, (1 + t) / (10 + t))
 
 The kernels find the parameters by a table of addresses in device memory, and read the options from
-there too, so that a CUDA graph can replay them with other options. A program has one chunk of one
-parameter. Nothing is added atomically: the second kernel's programs each add up the norm's parts,
-in one order.
+there too, so that a CUDA graph can replay them with other options. Parameters are in groups, each
+with its weight decay. A program has one chunk of one parameter. Nothing is added atomically: the
+second kernel's programs each add up the norm's parts, in one order.
 
 Letters: P parameters.
 """
@@ -20,10 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptfast.ops.adamw import OPTIONS
 from gptfast.ops.triton.launch import block_of, kernel
 
-OPTIONS = 6  # float64 numbers: lr, beta1, beta2, eps, weight decay, clip
-FIELDS = 6  # of a parameter in the table: five addresses and the number of elements
+FIELDS = 8  # of a parameter in the table: six addresses, the number of elements, the group
 BLOCK = 1024
 MIN_CHUNK, MAX_CHUNKS = 2048, 4096  # elements; the number of chunks, but for the parameters' ends
 
@@ -46,15 +47,15 @@ def _chunk(table, P, FIELDS: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["P"])
 def grad_norm_kernel(
     table, numbers, parts, rates, P, CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
-    FIELDS: tl.constexpr, BLOCK: tl.constexpr,
+    AVERAGED: tl.constexpr, OPTIONS: tl.constexpr, FIELDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The sum of squares of a chunk of gradients; a parameter's first chunk counts its step.
 
-    rates (P, 2) receives the parameter's `rate` and `inv_sqrt_correction`.
+    rates (P, 3) receives the parameter's `rate`, `inv_sqrt_correction` and, AVERAGED, `pull`.
     """
     parameter, entry, start = _chunk(table, P, FIELDS, BLOCK)
     grad = _pointer(entry, 1, ALIGNED) + start
-    count = tl.minimum(tl.load(entry + 5) - start, CHUNK).to(tl.int32)
+    count = tl.minimum(tl.load(entry + 6) - start, CHUNK).to(tl.int32)
     i = tl.arange(0, BLOCK)
     squares = tl.zeros([BLOCK], tl.float32)
     whole = count // BLOCK * BLOCK
@@ -65,21 +66,25 @@ def grad_norm_kernel(
     squares += g * g
     tl.store(parts + tl.program_id(0), tl.sum(squares, 0))
     if start == 0:
-        step = _pointer(entry, 4, False)
+        step = _pointer(entry, 5, False)
         t = tl.load(step) + 1.0
         tl.store(step, t)
         lr, beta1, beta2 = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)
         exponent = t.to(tl.float64)
         mean_correction = 1.0 - tl.exp2(exponent * tl.log2(beta1))
         square_correction = 1.0 - tl.exp2(exponent * tl.log2(beta2))
-        tl.store(rates + 2 * parameter, (lr / mean_correction).to(tl.float32))
-        tl.store(rates + 2 * parameter + 1, (1.0 / tl.sqrt(square_correction)).to(tl.float32))
+        own = rates + 3 * parameter
+        tl.store(own, (lr / mean_correction).to(tl.float32))
+        tl.store(own + 1, (1.0 / tl.sqrt(square_correction)).to(tl.float32))
+        if AVERAGED:
+            pull = tl.maximum(1.0 - tl.load(numbers + 5), 9.0 / (10.0 + exponent))
+            tl.store(own + 2, pull.to(tl.float32))
 
 
 @triton.jit
 def _update(
-    weight, grad, mean, square, i, mask, factor, beta1, beta2, eps, decay, rate,
-    inv_sqrt_correction,
+    weight, grad, mean, square, average, i, mask, factor, beta1, beta2, eps, decay, rate,
+    inv_sqrt_correction, pull, AVERAGED: tl.constexpr,
 ):  # fmt: skip
     g = tl.load(grad + i, mask=mask) * factor
     m, v = tl.load(mean + i, mask=mask), tl.load(square + i, mask=mask)
@@ -90,15 +95,19 @@ def _update(
     tl.store(mean + i, m, mask=mask)
     tl.store(square + i, v, mask=mask)
     tl.store(weight + i, w, mask=mask)
+    if AVERAGED:
+        a = tl.load(average + i, mask=mask)
+        tl.store(average + i, a + (w - a) * pull, mask=mask)
 
 
 @kernel
 @triton.jit(do_not_specialize=["P", "parts_count"])
 def adamw_kernel(
     table, numbers, parts, rates, norm, P, parts_count, CHUNK: tl.constexpr,
-    ALIGNED: tl.constexpr, FIELDS: tl.constexpr, BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr, AVERAGED: tl.constexpr, OPTIONS: tl.constexpr, FIELDS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The update of a chunk of a parameter, and of its moments."""
+    """The update of a chunk of a parameter, of its moments and, AVERAGED, of its average."""
     parameter, entry, start = _chunk(table, P, FIELDS, BLOCK)
     i = tl.arange(0, BLOCK)
     squares = tl.zeros([BLOCK], tl.float64)
@@ -107,26 +116,30 @@ def adamw_kernel(
     size = tl.sqrt(tl.sum(squares, 0)).to(tl.float32)
     if tl.program_id(0) == 0:
         tl.store(norm, size)
-    factor = tl.load(numbers + 5).to(tl.float32) / (size + 1e-6)
+    factor = tl.load(numbers + 4).to(tl.float32) / (size + 1e-6)
     factor = tl.where(factor > 1.0, 1.0, factor)  # a NaN stays and shows in the weights
-    decay = (1.0 - tl.load(numbers) * tl.load(numbers + 4)).to(tl.float32)
+    weight_decay = tl.load(numbers + OPTIONS + tl.load(entry + 7))
+    decay = (1.0 - tl.load(numbers) * weight_decay).to(tl.float32)
     beta1, beta2 = tl.load(numbers + 1).to(tl.float32), tl.load(numbers + 2).to(tl.float32)
     eps = tl.load(numbers + 3).to(tl.float32)
-    rate, inv_sqrt_correction = tl.load(rates + 2 * parameter), tl.load(rates + 2 * parameter + 1)
+    own = rates + 3 * parameter
+    rate, inv_sqrt_correction = tl.load(own), tl.load(own + 1)
+    pull = tl.load(own + 2) if AVERAGED else 0.0
     weight = _pointer(entry, 0, ALIGNED) + start
     grad = _pointer(entry, 1, ALIGNED) + start
     mean = _pointer(entry, 2, ALIGNED) + start
     square = _pointer(entry, 3, ALIGNED) + start
-    count = tl.minimum(tl.load(entry + 5) - start, CHUNK).to(tl.int32)
+    average = _pointer(entry, 4, ALIGNED) + start
+    count = tl.minimum(tl.load(entry + 6) - start, CHUNK).to(tl.int32)
     whole = count // BLOCK * BLOCK  # in blocks without a mask, which could not be read by vectors
     for j in tl.range(0, whole, BLOCK):
         _update(
-            weight, grad, mean, square, j + i, None, factor, beta1, beta2, eps, decay, rate,
-            inv_sqrt_correction,
+            weight, grad, mean, square, average, j + i, None, factor, beta1, beta2, eps, decay,
+            rate, inv_sqrt_correction, pull, AVERAGED,
         )  # fmt: skip
     _update(
-        weight, grad, mean, square, whole + i, whole + i < count, factor, beta1, beta2, eps,
-        decay, rate, inv_sqrt_correction,
+        weight, grad, mean, square, average, whole + i, whole + i < count, factor, beta1, beta2,
+        eps, decay, rate, inv_sqrt_correction, pull, AVERAGED,
     )  # fmt: skip
 
 
@@ -145,7 +158,7 @@ def _chunks(sizes: tuple[int, ...]) -> tuple[int, np.ndarray]:
 
 
 class Table:
-    """The parameters of one step: their addresses, gradients and moments.
+    """The parameters of one step: their addresses, gradients, moments and averages.
 
     Args:
         weights: P contiguous float32 tensors, as are all the others.
@@ -153,6 +166,8 @@ class Table:
         means: Likewise, AdamW's `exp_avg`.
         squares: Likewise, `exp_avg_sq`.
         steps: P tensors of one element, the numbers of steps.
+        averages: Of the weights' sizes, their running means; or none.
+        groups: P numbers, each parameter's group.
         memory: Where the table lies on the device, that of a table of as many parameters; None
             allocates it. A table that is made during the capture of a graph needs it: what is
             allocated there shares its place with other tensors of the graph.
@@ -160,12 +175,13 @@ class Table:
 
     def __init__(
         self, weights: list[Tensor], grads: list[Tensor], means: list[Tensor],
-        squares: list[Tensor], steps: list[Tensor], memory: Tensor | None = None,
+        squares: list[Tensor], steps: list[Tensor], averages: list[Tensor], groups: list[int],
+        memory: Tensor | None = None,
     ) -> None:  # fmt: skip
         device = weights[0].get_device()
-        for name, tensors in zip(
-            ("weights", "grads", "means", "squares"), (weights, grads, means, squares), strict=True
-        ):
+        names = ("weights", "grads", "means", "squares") + ("averages",) * bool(averages)
+        columns = [weights, grads, means, squares] + [averages] * bool(averages)
+        for name, tensors in zip(names, columns, strict=True):
             if not all(_fits(x, like, device) for x, like in zip(tensors, weights, strict=True)):
                 raise RuntimeError(
                     f"adamw_: {name} must be contiguous float32 tensors of the weights' sizes, "
@@ -178,11 +194,11 @@ class Table:
         sizes = tuple(weight.numel() for weight in weights)
         self.chunk, chunks = _chunks(sizes)
         self.count, self.chunk_count = len(sizes), len(chunks)
-        each = [
-            [x.data_ptr() for x in tensors] for tensors in (weights, grads, means, squares, steps)
-        ]
-        entries = np.array([*each, sizes], dtype=np.int64).T  # (P, FIELDS)
-        self.aligned = not (entries[:, :4] % 16).any()
+        self.averaged = bool(averages)
+        columns = [weights, grads, means, squares, averages or [], steps]
+        each = [[x.data_ptr() for x in tensors] or [0] * self.count for tensors in columns]
+        entries = np.array([*each, sizes, groups], dtype=np.int64).T  # (P, FIELDS)
+        self.aligned = not (entries[:, :5] % 16).any()
         self.host = torch.from_numpy(np.concatenate([entries.ravel(), chunks.ravel()]))
         if memory is None:
             memory = torch.empty_like(self.host, device=weights[0].device)
@@ -197,17 +213,18 @@ class Table:
         self.memory.copy_(pinned, non_blocking=True)
 
     def update(self, options: Tensor) -> Tensor:
-        """Clips and updates by `options`, (OPTIONS,) float64 on the device.
+        """Clips and updates by `options`, (OPTIONS + groups,) float64 on the device.
 
-        Returns the norm before clipping, () float32. The table must be on the device by the time
-        that the kernels run.
+        They are those of all parameters, then each group's weight decay. Returns the norm before
+        clipping, () float32. The table must be on the device by the time that the kernels run.
         """
         like = self._grads[0]
         norm, parts, rates = (
-            like.new_empty(size) for size in ((), (self.chunk_count,), (self.count, 2))
+            like.new_empty(size) for size in ((), (self.chunk_count,), (self.count, 3))
         )
         constants = {
-            "CHUNK": self.chunk, "ALIGNED": self.aligned, "FIELDS": FIELDS, "BLOCK": BLOCK
+            "CHUNK": self.chunk, "ALIGNED": self.aligned, "AVERAGED": self.averaged,
+            "OPTIONS": OPTIONS, "FIELDS": FIELDS, "BLOCK": BLOCK,
         }  # fmt: skip
         grid = (self.chunk_count,)
         grad_norm_kernel[grid](self.memory, options, parts, rates, self.count, **constants)
@@ -225,13 +242,14 @@ def _fits(x: Tensor, like: Tensor, device: int) -> bool:
 
 def adamw_(
     weights: list[Tensor], grads: list[Tensor], means: list[Tensor], squares: list[Tensor],
-    steps: list[Tensor], lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
-    clip: float,
+    steps: list[Tensor], averages: list[Tensor], weight_decay: list[float], lr: float, beta1: float,
+    beta2: float, eps: float, clip: float, ema: float,
 ) -> Tensor:  # fmt: skip
     """gptfast::adamw_."""
-    table = Table(weights, grads, means, squares, steps)
+    table = Table(weights, grads, means, squares, steps, averages, [*range(len(weights))])
     table.upload()
-    numbers = torch.tensor([lr, beta1, beta2, eps, weight_decay, clip], dtype=torch.float64)
+    options = [lr, beta1, beta2, eps, clip, ema, *weight_decay]
+    numbers = torch.tensor(options, dtype=torch.float64)
     device = weights[0].device
     if device.type == "cuda":
         numbers = numbers.pin_memory().to(device, non_blocking=True)

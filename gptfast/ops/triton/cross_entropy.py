@@ -64,7 +64,8 @@ def total_kernel(targets, token_weights, total, ignore_index, M, BLOCK: tl.const
 @kernel
 @triton.jit(do_not_specialize=["ignore_index", "first", "count"])
 def loss_kernel(
-    logits, targets, token_weights, total, losses, ignore_index, first, count, M, V, columns,
+    logits, targets, token_weights, total, losses, ignore_index, smoothing, first, count, M, V,
+    columns,
     MEAN: tl.constexpr, GRAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     COUNT: tl.constexpr,
 ):  # fmt: skip
@@ -72,6 +73,11 @@ def loss_kernel(
 
     loss = (max_j s_j - s_target + ln sum_j exp(s_j - max)) share,
     ds_j = (exp(s_j - max) / sum - [j = target]) share,
+
+    and with label smoothing e
+
+    loss = ((1 - e) (max - s_target) - e / V sum_j (s_j - max) + ln sum_j exp(s_j - max)) share,
+    ds_j = (exp(s_j - max) / sum - (1 - e) [j = target] - e / V) share,
 
     where the share of a row is its weight, or 1; for a mean divided by the sum of them all, which
     is `total` or, without it, counted here; and 0 if the target is ignored. Rows have a stride of
@@ -103,6 +109,7 @@ def loss_kernel(
     # From a finite value: -inf - (-inf), where a block of columns is -inf, would be nan.
     top = tl.full([ROWS], LOWEST, tl.float32)
     sums = tl.zeros([ROWS], tl.float32)
+    below = tl.zeros([ROWS], tl.float32)  # the sum of s_j - top, of the v0 columns so far
     for v0 in tl.range(0, columns, BLOCK):
         v = v0 + tl.arange(0, BLOCK)
         here = inside[:, None] & (v < columns)[None, :]
@@ -111,9 +118,16 @@ def loss_kernel(
         both = tl.maximum(top, tl.max(s, 1))
         sums *= tl.exp2((top - both) * LOG2E)
         sums += tl.sum(tl.exp2((s - both[:, None]) * LOG2E), 1)
+        if smoothing is not None:
+            below += v0 * (top - both)
+            below += tl.sum(tl.where((v < V)[None, :], s - both[:, None], 0.0), 1)
         top = both
     # max + ln sum would be rounded to the precision of max.
-    loss = (top - target_logit) + tl.log2(sums) * LN2
+    if smoothing is None:
+        loss = (top - target_logit) + tl.log2(sums) * LN2
+    else:
+        loss = (1.0 - smoothing) * (top - target_logit) - smoothing / V * below
+        loss += tl.log2(sums) * LN2
     tl.store(losses + m, tl.where(counted, loss * share, 0.0), mask=inside)
 
     if GRAD:
@@ -126,14 +140,19 @@ def loss_kernel(
             s = tl.load(at, mask=here, other=0.0).to(tl.float32)
             s = tl.where((v < V)[None, :], s, -float("inf"))
             ds = tl.exp2((s - top[:, None]) * LOG2E) * scale[:, None]
-            ds -= tl.where(v[None, :] == target[:, None], 1.0, 0.0)
+            if smoothing is None:
+                ds -= tl.where(v[None, :] == target[:, None], 1.0, 0.0)
+            else:
+                ds -= tl.where(v[None, :] == target[:, None], 1.0 - smoothing, 0.0)
+                ds -= tl.where((v < V)[None, :], smoothing / V, 0.0)
             ds = tl.where(share[:, None] == 0.0, 0.0, ds * share[:, None])
             tl.store(at, ds.to(logits.dtype.element_ty), mask=here)
 
 
 def linear_cross_entropy(
     x: Tensor, ln_w: Tensor | None, ln_b: Tensor | None, weight: Tensor,
-    targets: Tensor, token_weights: Tensor | None, ignore_index: int, reduction: str, wanted: int,
+    targets: Tensor, token_weights: Tensor | None, ignore_index: int, reduction: str,
+    label_smoothing: float, wanted: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """gptfast::linear_cross_entropy."""
     x, targets, (V, K) = x.contiguous(), targets.contiguous(), weight.shape
@@ -153,7 +172,7 @@ def linear_cross_entropy(
     several = max(1, SMALL_BLOCK // block) if columns <= ROW_BLOCK else 1
     tile = {"ROWS": several, "BLOCK": block, "COUNT": COUNT_BLOCK}
     warps = 8 if block > SMALL_BLOCK else 4
-    total = None
+    total, smoothing = None, label_smoothing or None
     if reduction == "mean" and cdiv(M, tile["ROWS"]) * M > COUNT_READS:
         total = losses.new_empty(1)
         total_kernel[(1,)](
@@ -170,8 +189,8 @@ def linear_cross_entropy(
         own_logits = logits[:count, :width]
         matmul(part, own.t(), out=own_logits)
         loss_kernel[(cdiv(count, tile["ROWS"]),)](
-            logits, targets, token_weights, total, losses, ignore_index, first, count, M, V,
-            columns, MEAN=reduction == "mean", GRAD=wanted != 0, **tile, num_warps=warps,
+            logits, targets, token_weights, total, losses, ignore_index, smoothing, first, count,
+            M, V, columns, MEAN=reduction == "mean", GRAD=wanted != 0, **tile, num_warps=warps,
             **ASSERTING,
         )  # fmt: skip
         if with_dweight:

@@ -90,7 +90,8 @@ def ffn_backward(
     n = dx = x.new_empty(0)
     dln_w = dln_b = dw1 = db1 = dw2 = db2 = None
     dropout = dropout_args(dropout_p, seed, stream, x.device)
-    first, second = cast(x.dtype, w1, w2)
+    through = wants(wanted, 0, 2)  # w1 as well
+    first, second = cast(x.dtype, w1, w2) if through else (w1, w2.to(x.dtype))
     d, of_d = dy, None
     if dropout["seed"] is not None:
         d, of_d = dropped_and_sums(dy, dropout)
@@ -100,7 +101,7 @@ def ffn_backward(
     if wants(wanted, 5):
         dw2 = weight_grad(d, hidden, w2)
     del hidden
-    if wants(wanted, 0, 2):
+    if through:
         dn = input_grad(du, first)
         back = norm_grads(dn, x, dy, mean, rstd, ln_w, ln_b, wants(wanted, 3))
         dx, n = back.dx, back.n

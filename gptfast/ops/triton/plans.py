@@ -164,6 +164,8 @@ class Planned:
         recording = Recording(args, self._launchers, own_stream)
         with recording.running():
             result = self._run(recording.args)
+        if recording.undecided:
+            return result  # a later call of the signature is recorded
         try:
             if recording.refused is not None:
                 raise Unplannable(recording.refused)

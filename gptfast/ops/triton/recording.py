@@ -209,6 +209,7 @@ class Recording(TorchDispatchMode):
         self.roots: list[Root] = []
         self.steps: list[Step] = []
         self.refused: str | None = None  # why there will be no plan
+        self.undecided = False  # whether a configuration is still to be chosen: no plan yet
         self._views: Any = WeakTensorKeyDictionary()
         self._current_stream, self._stream = current_stream, current_stream()
         # An object for each argument, because one tensor may be several of them.
@@ -276,7 +277,7 @@ class Recording(TorchDispatchMode):
     def launched(self, launch: Launch | None, grid: tuple[int, ...], values: Any) -> None:
         """Notes a launch; see `tell`."""
         if launch is None:
-            self.refused = "a configuration is still to be chosen"
+            self.undecided = True
         elif self._current_stream() != self._stream:
             self.refused = "it uses several streams"
         else:

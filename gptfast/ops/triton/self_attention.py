@@ -48,7 +48,8 @@ def self_attention_backward(
     if wants(wanted, 5):
         dw_proj = weight_grad(dy, out, w_proj)
     if wants(wanted, 0, 4):
-        qkv_weight, proj_weight = cast(x.dtype, w_qkv, w_proj)
+        through = wants(wanted, 0, 2)  # w_qkv as well
+        qkv_weight, proj_weight = cast(x.dtype, w_qkv, w_proj) if through else (w_qkv, w_proj)
         q, k, v = _unpacked(qkv, n_head)
         dqkv = torch.empty_like(qkv)
         write_grads(
@@ -56,7 +57,7 @@ def self_attention_backward(
             _unpacked(dqkv, n_head), 1 / math.sqrt(q.shape[-1]),
             dropout_args(dropout_p, seed, stream, x.device),
         )  # fmt: skip
-        if wants(wanted, 0, 2):
+        if through:
             dn = input_grad(dqkv, qkv_weight)
             back = norm_grads(dn, x, dy, mean, rstd, ln_w, ln_b, wants(wanted, 3))
             dx, n, of_dy = back.dx, back.n, back.sums[:, 2]

@@ -1,0 +1,219 @@
+"""Makes token files: streams texts through a tokenizer, in several processes, to the disk."""
+
+import hashlib
+import json
+import multiprocessing
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from gptfast.checks import check_count
+from gptfast.data.documents import Part, jobs, parts
+from gptfast.data.token_files import (
+    FORMAT,
+    META_NAME,
+    TOKENS_NAME,
+    VERSION,
+    TokenFile,
+    open_tokens,
+)
+from gptfast.data.tokens import check_cuts, dtype_for
+from gptfast.encoding import UnknownCharacterError
+from gptfast.errors import DataError
+from gptfast.files import write_atomic
+from gptfast.lock import locked
+from gptfast.tokenizer import Tokenizer, from_dict
+
+LOCK_NAME = ".lock"
+JOBS_PER_PROCESS = 4  # that wait at most, which bounds the memory
+MOST_PROCESSES = 1024
+
+Read = Callable[[int], None]  # is told the bytes that have been read
+Encoded = tuple[bytes, int, int]  # tokens as bytes, how many, and how many documents end there
+
+
+def prepare(
+    texts: Sequence[str | Path],
+    out: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    separator: str | None = None,
+    processes: int = 1,
+    overwrite: bool = False,
+    read: Read = lambda _: None,
+) -> TokenFile:
+    """Writes texts as tokens into a folder, from which `train(data=...)` reads them.
+
+    Each document is followed by the tokenizer's end-of-text token, where it has one. The texts are
+    never in memory as a whole. The folder is complete or as it was before; the result does not
+    depend on the number of processes.
+
+    Args:
+        texts: UTF-8 files; each is a document.
+        out: the folder, made if missing.
+        tokenizer: what encodes the texts, see also `gptfast.data.tokens.char_tokenizer`.
+        separator: what a line consists of that separates documents within a file.
+        processes: how many encode. More than one needs, as all of Python's new processes, a main
+            module that can be imported.
+        overwrite: replace the tokens that are in the folder.
+        read: is told the bytes of each piece that has been read.
+
+    Raises:
+        DataError: a text is missing, empty, not UTF-8 or has characters that the tokenizer lacks;
+            the folder holds tokens already, or cannot be written.
+    """
+    out = Path(out)
+    paths = [Path(text) for text in texts]
+    check_folder(out, overwrite)
+    if not paths:
+        raise DataError("there is no text to prepare")
+    check_count("processes", processes, 1, MOST_PROCESSES)
+    try:
+        with _folder(out):
+            check_folder(out, overwrite)  # again: another one may have ended meanwhile
+            found = chain.from_iterable(parts(path, separator, read) for path in paths)
+            writer = _Writer(tokenizer, _checked(found, tokenizer), processes)
+            files = {out / TOKENS_NAME: writer.tokens, out / META_NAME: writer.meta}
+            write_atomic(files, durable=True)
+    except BlockingIOError:
+        raise DataError(f"{out}: other tokens are being prepared there") from None
+    except BrokenProcessPool:
+        raise DataError("a process that encoded texts was ended from outside") from None
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error.strerror or error})") from error
+    return open_tokens(out)
+
+
+def check_folder(out: Path, overwrite: bool) -> None:
+    """Raises DataError if tokens may not be written to a folder; changes nothing."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise DataError(f"{out}: expected a folder for the tokens, got a file")
+    if any((out / name).exists() for name in (TOKENS_NAME, META_NAME)) and not overwrite:
+        raise DataError(f"{out}: holds tokens already: choose another folder, or say overwrite")
+
+
+@contextmanager
+def _folder(out: Path) -> Iterator[None]:
+    """Makes and locks a folder; removes it again if it stays empty."""
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(out / LOCK_NAME):
+            yield
+    finally:
+        if made:
+            with suppress(OSError):  # it is not empty
+                out.rmdir()
+
+
+def pieces(
+    texts: Sequence[str | Path], separator: str | None = None, read: Read = lambda _: None
+) -> Iterator[str]:
+    """Yields all that `prepare` would encode, for a tokenizer to be made of it; see there."""
+    for path in texts:
+        for part in parts(Path(path), separator, read):
+            yield part.text
+
+
+def _checked(parts: Iterator[Part], tokenizer: Tokenizer) -> Iterator[Part]:
+    """Yields parts; checks the first cut within a document."""
+    checked = within = False
+    for part in parts:
+        if within and not checked:
+            check_cuts(tokenizer, part.text)
+            checked = True
+        within = not part.ends
+        yield part
+
+
+class _Writer:
+    """Encodes parts of documents and writes the two files, the tokens first."""
+
+    def __init__(self, tokenizer: Tokenizer, parts: Iterator[Part], processes: int) -> None:
+        self._tokenizer, self._parts, self._processes = tokenizer, parts, processes
+        self._sha = hashlib.sha256()
+        self._tokens = self._documents = 0
+
+    def tokens(self, file: BinaryIO) -> None:
+        """Writes tokens.bin."""
+        for content, tokens, documents in self._encoded():
+            self._sha.update(content)
+            file.write(content)
+            self._tokens += tokens
+            self._documents += documents
+        if not self._tokens:
+            raise DataError("the texts have no tokens")
+
+    def meta(self, file: BinaryIO) -> None:
+        """Writes meta.json."""
+        meta = {
+            "format": FORMAT,
+            "version": VERSION,
+            "dtype": dtype_for(self._tokenizer.vocab_size).name,
+            "tokens": self._tokens,
+            "documents": self._documents,
+            "sha256": self._sha.hexdigest(),
+            "tokenizer": self._tokenizer.to_dict(),
+        }
+        file.write(json.dumps(meta).encode("utf-8"))
+
+    def _encoded(self) -> Iterator[Encoded]:
+        """Yields the parts as tokens, in their order."""
+        if self._processes == 1:
+            yield from map(partial(_encode, self._tokenizer), jobs(self._parts))
+            return
+        waiting: deque[Future[Encoded]] = deque()
+        # A new interpreter each: a fork of one with threads, as torch has, may hang.
+        with ProcessPoolExecutor(
+            self._processes,
+            multiprocessing.get_context("spawn"),
+            _start,
+            (self._tokenizer.to_dict(),),
+        ) as pool:
+            try:
+                for job in jobs(self._parts):
+                    waiting.append(pool.submit(_encode_there, job))
+                    if len(waiting) > JOBS_PER_PROCESS * self._processes:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+
+_here: list[Tokenizer] = []  # of a process that encodes
+
+
+def _start(tokenizer: dict[str, Any]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's, which ends us
+    _here.append(from_dict(tokenizer))
+
+
+def _encode_there(job: list[Part]) -> Encoded:
+    return _encode(_here[0], job)
+
+
+def _encode(tokenizer: Tokenizer, job: list[Part]) -> Encoded:
+    dtype = dtype_for(tokenizer.vocab_size).newbyteorder("<")
+    end = tokenizer.end_of_text
+    mark = b"" if end is None else end.to_bytes(dtype.itemsize, "little")
+    content = bytearray()
+    for part in job:
+        try:
+            ids = tokenizer.encode_tensor(part.text)
+        except UnknownCharacterError as error:
+            raise DataError(f"{part.document}: {error.within(part.start)}") from None
+        content += ids.numpy().astype(dtype).tobytes()
+        if part.ends:
+            content += mark
+    return bytes(content), len(content) // dtype.itemsize, sum(part.ends for part in job)
