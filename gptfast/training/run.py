@@ -132,10 +132,16 @@ def check(out: str | Path | None, resume: bool = False, overwrite: bool = False)
 
 
 class RunDirectory:
-    """Writes a run to its directory; with `path` None it writes nothing."""
+    """Writes a run to its directory; with `path` None it writes nothing.
 
-    def __init__(self, path: str | Path | None) -> None:
+    Args:
+        path: the directory.
+        writes: False for all but one of several processes.
+    """
+
+    def __init__(self, path: str | Path | None, writes: bool = True) -> None:
         self.path = None if path is None else Path(path)
+        self._writes = writes
         self.id = secrets.token_hex(8)  # of the run; one that is resumed keeps its own
 
     @contextmanager
@@ -221,7 +227,7 @@ class RunDirectory:
         Raises:
             CheckpointError: a file cannot be written; the one that was there before is kept.
         """
-        if self.path is None:
+        if self.path is None or not self._writes:
             return
         extra = extra | {"run": self.id}
         if state.best_step == state.step > 0:
@@ -248,15 +254,17 @@ class RunDirectory:
                 "one that was there before is kept"
             ) from error
 
-    def load(self, model: GPT, config: TrainConfig) -> tuple[RunState, dict[str, Any]]:
-        """Reads what `save` wrote and gives the model its weights.
+    def load(
+        self, model: GPT, config: TrainConfig
+    ) -> tuple[RunState, dict[str, torch.Tensor], dict[str, Any]]:
+        """Reads what `save` wrote.
 
         Args:
             model: of the run's shape.
             config: as the run's, but for FREE_FIELDS.
 
         Returns:
-            where the run is, and what `save` was given as `resumable`.
+            where the run is, the model's weights, and what `save` was given as `resumable`.
 
         Raises:
             CheckpointError: the file is damaged, foreign, of a newer version or of another run than
@@ -279,8 +287,7 @@ class RunDirectory:
             problem = problem or _other_moments(resumable, model)
             if problem:
                 raise CheckpointError(f"{file}: does not fit the model: {problem}")
-            model.load_state_dict(weights)
-        return state, resumable
+        return state, weights, resumable
 
     @contextmanager
     def reading_state(self) -> Iterator[Path]:
