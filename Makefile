@@ -67,6 +67,8 @@ bench: build
 	$(call benchmark,bench_train,train,--memory)
 	$(call benchmark,bench_generate,generate)
 	$(call benchmark,loss_curves,loss_curves,$(if $(TEXT),--data $(TEXT)))
+	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/time_to_loss.py $(if $(TEXT),--data $(TEXT)) \
+		--out benchmarks/results/time_to_loss.json
 	$(PYTHON) benchmarks/report.py
 
 lint:

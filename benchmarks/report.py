@@ -35,7 +35,7 @@ SUMMARY = {  # the rows of README: script, name there, what it is
     ("generate", "L, batch 1"): "generation, GPT-2 124M, one text",
     ("generate", "S, batch 64, past the window"): "generation past the window, 64 texts",
 }
-LOSS_CURVES = "loss_curves"
+LOSS_CURVES, TIME_TO_LOSS = "loss_curves", "time_to_loss"
 NOTHING = "No results have been committed yet."
 
 
@@ -46,7 +46,7 @@ class ReportError(Exception):
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """The results that there are. Raises ReportError where one cannot be reported."""
     found = []
-    for script in (*SCRIPTS, LOSS_CURVES):
+    for script in (*SCRIPTS, LOSS_CURVES, TIME_TO_LOSS):
         path = folder / f"{script}.json"
         if not path.exists():
             continue
@@ -68,6 +68,9 @@ def report(results: list[dict[str, Any]]) -> str:
             before = card
         if result["script"] == LOSS_CURVES:
             lines += loss_lines(result)
+            continue
+        if result["script"] == TIME_TO_LOSS:
+            lines += time_lines(result)
             continue
         lines += [f"**{SCRIPTS[result['script']]}**", "", *table(result), "", *notes(result)]
         if any(row.get("memory_mib") for row in result["rows"]):
@@ -133,6 +136,27 @@ def loss_lines(result: dict[str, Any]) -> list[str]:
         if dtype in result["lost"]:
             name = f"... in fp32, {dtype} weights ({result['lost'][dtype]:+.2%})"
             lines.append(_line([name, *(f"{loss:.4f}" for loss in losses)]))
+    return [*lines, ""]
+
+
+def time_lines(result: dict[str, Any]) -> list[str]:
+    """How long runs take: to nanoGPT's loss, and for the course's three epochs."""
+    lines = [
+        f"**`shakespeare-cpu` to a held-out loss of {result['target']}**",
+        "",
+        _line(["", "ms per step", "steps", "seconds", "loss at the end"]),
+        _line(["---", *["---:"] * 4]),
+    ]
+    for run in result["runs"]:
+        reached = ["-", "-"] if run["step"] is None else [str(run["step"]), f"{run['seconds']:.1f}"]
+        name, step = f"{run['name']}, {run['dtype']}", f"{run['ms']:.2f}"
+        lines.append(_line([name, step, *reached, f"{run['loss']:.4f}"]))
+    lines += ["", f"**Three epochs of `shakespeare`, {result['epochs'][0]['steps']:,} steps**", ""]
+    lines += [_line(["", "gptfast, s", "course fp32, s", "x course fp32"])]
+    lines += [_line(["---", *["---:"] * 3])]
+    for row in result["epochs"]:
+        seconds = [f"{each:,.0f}" for each in row["seconds"].values()]
+        lines.append(_line([row["dtype"], *seconds, f"{row['ratio']:.2f}"]))
     return [*lines, ""]
 
 

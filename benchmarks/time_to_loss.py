@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON")
     options = parser.parse_args(argv)
     try:
-        if options.threads:
+        if options.threads is not None:
             torch.set_num_threads(threads.check_threads("--threads", options.threads))
         else:
             threads.use_usable_threads()

@@ -73,6 +73,7 @@ def info() -> dict[str, Any]:
             "torch": limits.torch,
             "affinity": limits.affinity,
             "quota": limits.quota,
+            "processes": limits.processes,
         },
         "build": build,
         "openmp": openmp,

@@ -17,9 +17,10 @@ from gptfast import heads, ops, plain
 from gptfast.config import GPTConfig
 from gptfast.course import from_course_name
 from gptfast.errors import CheckpointError, ConfigError
-from gptfast.initial import InitialDraws
+from gptfast.initial import InitialDraws, init_gpt2, init_torch
 from gptfast.modules import Block, ForwardContext
 from gptfast.ops import reference, select
+from gptfast.ops.autograd import transformed
 from gptfast.ops.random import seed_tensor
 
 Backend = Literal["auto", "fused", "reference"]
@@ -47,6 +48,10 @@ class GPT(nn.Module):
     the model by calling its modules, and "fused" refuses and names the module. Hooks on GPT and
     Block are always called and do not prevent the use of the kernels.
 
+    Where `recompute` is set, the backward pass computes each block once more. In between, a block
+    keeps its input alone, which saves memory and changes no result. (Inside a transform of
+    torch.func it has no effect.)
+
     Args:
         config: The shape, with a vocabulary's size.
         backend: How it computes.
@@ -56,6 +61,8 @@ class GPT(nn.Module):
     Raises:
         ConfigError: `config.vocab_size` is None, or `backend` is unknown.
     """
+
+    recompute: bool = False
 
     def __init__(
         self,
@@ -83,7 +90,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=reference.LAYER_NORM_EPS, bias=config.bias)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        _init_torch(self) if config.init == "torch" else _init_gpt2(self)
+        init_torch(self) if config.init == "torch" else init_gpt2(self)
         if config.tie_weights:
             self.lm_head.weight = self.wte.weight
 
@@ -270,7 +277,13 @@ class GPT(nn.Module):
         dropout_p = self.config.dropout if self.training else 0.0
         # Drawn on the CPU: masks are the same on every device, which is not waited for.
         key = seed_tensor(seed).to(idx.device, non_blocking=True) if dropout_p > 0.0 else None
-        context = ForwardContext(self._ops(), dropout_p, key, strict=self.backend == "fused")
+        context = ForwardContext(
+            self._ops(),
+            dropout_p,
+            key,
+            strict=self.backend == "fused",
+            recompute=self.recompute and torch.is_grad_enabled() and not transformed(),
+        )
         x = self.embed(idx, context)
         for block in self.blocks:
             x = block(x, context)
@@ -367,26 +380,3 @@ def unwrapped(model: nn.Module) -> GPT:
                 f"got a {type(model).__name__}{within}"
             )
     return inner
-
-
-def _init_torch(model: GPT) -> None:
-    """As nn.Embedding, nn.MultiheadAttention and nn.Linear initialise themselves."""
-    for block in model.blocks if model.config.attention else ():
-        nn.init.xavier_uniform_(block.attn.c_attn.weight)
-        for linear in (block.attn.c_attn, block.attn.c_proj):
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
-
-
-def _init_gpt2(model: GPT) -> None:
-    """N(0, 0.02); residual projections 1 / sqrt(2 L) of that (Radford et al., 2019)."""
-    for name, param in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(param)
-        elif param.dim() == 2:
-            residual = name.endswith("c_proj.weight")
-            nn.init.normal_(
-                param, std=0.02 / (2 * model.config.n_layer) ** 0.5 if residual else 0.02
-            )
-    if model.config.padding_idx is not None:
-        nn.init.zeros_(model.wte.weight.data[model.config.padding_idx])

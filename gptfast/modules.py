@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from gptfast import plain
 from gptfast.config import GPTConfig
@@ -28,6 +29,7 @@ class ForwardContext(NamedTuple):
     dropout_p: float
     seed: Tensor | None
     strict: bool = False  # whether a layer that is not plain is an error
+    recompute: bool = False  # whether a block keeps its input alone for the backward pass
 
     def fuses(self, replaced: str | None) -> bool:
         """Returns whether a fused operator computes a part of the model.
@@ -130,7 +132,34 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+        """(B, T, C) -> (B, T, C).
+
+        With `context.recompute`, the backward pass computes the block once more, with the same
+        dropout masks. It raises BackendError if the weights are not those of the forward pass.
+        """
+        if not context.recompute:
+            return self._computed(x, context)
+        seen = self._weights()
+
+        def compute(x: Tensor) -> Tensor:
+            if self._weights() != seen:
+                raise BackendError(
+                    f"model: with recompute the weights of h.{self.layer} must be the same in the"
+                    " backward pass as in the forward pass, got others"
+                )
+            return self._computed(x, context)
+
+        # Layers of the user's own may draw random numbers; ours have the key of their masks.
+        own = plain.unmodified(self, Block) or self.first_replaced(self.layers())
+        return checkpoint(compute, x, use_reentrant=False, preserve_rng_state=own is not None)
+
+    def _weights(self) -> list[tuple[int, int]]:
+        """What tells whether a weight was replaced or written."""
+        if torch.compiler.is_compiling():
+            return []
+        return [(id(param), param._version) for param in self.parameters()]
+
+    def _computed(self, x: Tensor, context: ForwardContext) -> Tensor:
         if "attn" in self._modules:
             if context.fuses(self.first_replaced(self.attention_layers())):
                 own: Any = self._modules

@@ -35,7 +35,7 @@ def stored_config(model: GPT) -> GPTConfig:
     """
     head, embedding = model.lm_head.weight, model.wte.weight
     tied = head is embedding or (
-        head.data_ptr() == embedding.data_ptr()
+        head.data_ptr() == embedding.data_ptr() != 0  # as are those of parts of weights
         and (head.dtype, head.shape, head.stride())
         == (embedding.dtype, embedding.shape, embedding.stride())
     )

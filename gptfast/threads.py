@@ -1,7 +1,8 @@
 """Finds how many threads can run at once: torch's number, or fewer if a CPU limit is lower.
 
 torch counts processors but ignores a container's CPU quota. Threads in excess of the quota only add
-waiting time at every barrier.
+waiting time at every barrier. Several processes that train one model share the processors, where
+torchrun would give each of them one thread.
 """
 
 import os
@@ -25,17 +26,21 @@ class ThreadLimits:
         torch: size of torch's thread pool, which the kernels use.
         affinity: number of processors that the process may run on.
         quota: CPU time limit of its control group, in processors; None if there is no limit.
+        processes: how many processes of this run share them on this machine.
     """
 
     torch: int
     affinity: int
     quota: float | None
+    processes: int = 1
 
     @property
     def usable(self) -> int:
-        """The largest number of threads that can all run at once."""
-        within_quota = self.torch if self.quota is None else max(1, int(self.quota))
-        return min(self.torch, self.affinity, within_quota)
+        """The largest number of threads that can all run at once, in all of the processes."""
+        machine = self.affinity if self.quota is None else min(self.affinity, int(self.quota))
+        share = max(1, machine // self.processes)
+        # torchrun sets one thread, where the user has set none.
+        return share if self.processes > 1 and self.torch == 1 else min(self.torch, share)
 
 
 def limits() -> ThreadLimits:
@@ -44,13 +49,19 @@ def limits() -> ThreadLimits:
         affinity = len(os.sched_getaffinity(0))
     else:
         affinity = os.cpu_count() or 1
-    return ThreadLimits(torch.get_num_threads(), affinity, cgroup_quota())
+    return ThreadLimits(torch.get_num_threads(), affinity, cgroup_quota(), local_processes())
+
+
+def local_processes() -> int:
+    """Returns how many processes torchrun has started on this machine; 1 without it."""
+    count = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, int(count)) if count.isdecimal() else 1
 
 
 def use_usable_threads() -> None:
-    """Lowers torch's thread count to the usable number; a program calls this once, at its start."""
+    """Sets torch's thread count to the usable number; a program calls this once, at its start."""
     found = limits()
-    if found.usable < found.torch:
+    if found.usable != found.torch:
         torch.set_num_threads(found.usable)
 
 

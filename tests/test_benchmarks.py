@@ -27,12 +27,14 @@ import memory
 import pytest
 import report
 import show
+import time_to_loss
 import torch
 from common import OURS, Case, Row
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from gptfast import ops
 from gptfast.ops import select
+from gptfast.presets import preset
 
 if select.extension() is None:
     pytest.skip(f"{select.extension_error}", allow_module_level=True)
@@ -493,4 +495,54 @@ def test_loss_curves_compare_with_another_seed(bf16: float, within: bool) -> Non
 )
 def test_loss_curves_say_what_is_wrong(options: list[str], capsys: pytest.CaptureFixture) -> None:
     assert loss_curves.main(options) == 2
+    assert len(capsys.readouterr().err.splitlines()[-1]) > 20
+
+
+def test_time_to_loss_of_a_small_text(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    any_threads: None,
+) -> None:
+    monkeypatch.setattr(bench_train, "verify", lambda *_: None)  # tested by its own script
+    text, out = tmp_path / "text", tmp_path / "out.json"
+    text.write_text("so long lives this, and this gives life to thee\n" * 100)
+    options = ["--data", text, "--steps", "4", "--every", "2", "--no-compile", "--dtype", "fp32"]
+    options += ["--seconds", "0.01", "--threads", "1", "--out", out]
+    assert time_to_loss.main([str(option) for option in options]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result == json.loads(out.read_text())
+    ours, theirs = result["runs"]
+    assert (ours["name"], theirs["name"]) == (OURS, "SDPA")
+    assert [step for step, *_ in ours["curve"]] == [2, 4]
+    # The same weights, windows and schedule, so the same losses up to rounding.
+    for (_, _, loss), (_, _, other) in zip(ours["curve"], theirs["curve"], strict=True):
+        assert loss == pytest.approx(other, abs=1e-4)
+    (epochs,) = result["epochs"]
+    assert epochs["steps"] == 3 * -(-(int(int(4800 * 0.3) * 0.9) - 64) // 64)
+    assert "Three epochs" in report.report([result])
+
+
+def test_time_to_loss_is_the_first_evaluation_that_reaches_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    curves = {"ours": [(50, 1.0, 1.9), (100, 2.0, 1.87), (150, 3.0, 1.89)], "torch": [(50, 5.0, 2)]}
+    monkeypatch.setattr(time_to_loss, "our_curve", lambda *_: curves["ours"])
+    monkeypatch.setattr(time_to_loss, "torch_curve", lambda *_: curves["torch"])
+    task = time_to_loss.Task(preset("shakespeare-cpu"), "text")
+    ours, theirs = time_to_loss.time_to_loss(task, "fp32", compiles=False)
+    assert (ours["step"], ours["seconds"], ours["loss"], ours["ms"]) == (100, 2.0, 1.89, 20.0)
+    assert (theirs["step"], theirs["seconds"]) == (None, None)
+    (failure,) = time_to_loss.failures([ours, theirs], whole=True)
+    assert failure["name"] == "SDPA" and "0.100 from gptfast's" in failure["why"]
+    (failure,) = time_to_loss.failures([ours | {"step": None}], whole=True)
+    assert "above 1.88" in failure["why"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    (["--threads", "0"], ["--steps", "0"], ["--data", "no such file"], ["--out", "/"]),
+)
+def test_time_to_loss_says_what_is_wrong(options: list[str], capsys: pytest.CaptureFixture) -> None:
+    assert time_to_loss.main(options) == 2
     assert len(capsys.readouterr().err.splitlines()[-1]) > 20

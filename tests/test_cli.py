@@ -75,7 +75,11 @@ def test_help_names_every_command(capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["demo", "data", "train abc", "eval", "generate", "inspect", "plot", "reproduce"]
+    "name",
+    [
+        *("demo", "data prepare", "data shakespeare", "data check", "train abc", "eval"),
+        *("generate", "inspect", "plot", "reproduce"),
+    ],
 )
 def test_every_option_has_a_help_text(capsys, name):
     assert cli.main([*name.split(), "--help"]) == 0
@@ -338,10 +342,10 @@ def test_inspect_asks_for_matplotlib_before_any_work(capsys, monkeypatch):
     ("arguments", "expected"),
     [
         (["teach"], r"there is no command 'teach'; there are demo, data"),
-        (["data"], r"Missing from gptfast data: \{abc,shakespeare\} \(see"),
-        (["data", "abc", "--from", "x"], r"--from is for shakespeare"),
-        (["data", "abc", "--size", "1"], r"--size, 1 \(see gptfast data --help\)"),
-        (["train", "tiny", "--out", "x"], r"there is no preset 'tiny'; there are abc, shake"),
+        (["data", "abd"], r"there is no data 'abd'; there are abc, shakespeare, prepare"),
+        (["data", "abc", "--from", "x"], r"--from, x \(see gptfast data abc --help\)"),
+        (["data", "abc", "--size", "1"], r"--size, 1 \(see gptfast data abc --help\)"),
+        (["train", "tiny", "--out", "x"], r"there is no preset 'tiny'; there are abc, gpt2"),
         (["train", "--out", "x", "abc"], r"the preset comes first"),
         (["train", "abc"], r"Missing.*--out"),
         (["train", "abc", "--out", "x", "--model.width", "4"], r"--model.width"),
@@ -471,7 +475,7 @@ def test_too_little_memory_is_one_sentence(capsys, monkeypatch, run_path, detail
 def test_tyros_boxes_become_a_sentence_in_any_encoding(encoding):
     done = shell("data", "abc", "--size", env={**os.environ, "PYTHONIOENCODING": encoding})
     assert done.returncode == 2
-    assert done.stderr == "gptfast: Unrecognized options: --size (see gptfast data --help)\n"
+    assert done.stderr == "gptfast: Unrecognized options: --size (see gptfast data abc --help)\n"
 
 
 def test_a_mistake_in_a_process_of_its_own(tmp_path):
@@ -504,7 +508,8 @@ def test_a_signal_saves_the_run(tmp_path, text_file, name):
     assert "Traceback" not in stderr and "saved" not in stdout
     step = checkpoint.read_config(out)["extra"]["step"]
     assert f"interrupted at step {step} " in stderr
-    assert {file.name for file in out.iterdir() if file.is_file()} == set(run.FILES)
+    names = {file.name for file in out.iterdir() if file.is_file()}
+    assert names - {*run.OTHER_FILES} == set(run.FILES)
 
 
 def test_a_run_starts_from_another_ones_model(capsys, tmp_path, run_path, text_file):

@@ -179,14 +179,34 @@ def test_usable_threads(torch_threads, affinity, quota, usable):
     assert threads.ThreadLimits(torch_threads, affinity, quota).usable == usable
 
 
-def test_use_usable_threads_only_lowers(monkeypatch):
+@pytest.mark.parametrize(
+    ("torch_threads", "affinity", "quota", "processes", "usable"),
+    [(1, 8, None, 2, 4), (1, 8, 6.5, 4, 1), (1, 2, None, 8, 1), (3, 16, None, 2, 3)],
+)
+def test_processes_share_the_threads_of_a_machine(
+    torch_threads, affinity, quota, processes, usable
+):
+    assert threads.ThreadLimits(torch_threads, affinity, quota, processes).usable == usable
+
+
+def test_torchrun_tells_how_many_processes_share_a_machine(monkeypatch):
+    for told, count in (("4", 4), ("", 1), ("none", 1), ("0", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", told)
+        assert threads.local_processes() == threads.limits().processes == count
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert threads.local_processes() == 1
+
+
+def test_use_usable_threads_sets_only_what_differs(monkeypatch):
     asked = []
     monkeypatch.setattr(threads.torch, "set_num_threads", asked.append)
     monkeypatch.setattr(threads, "limits", lambda: threads.ThreadLimits(8, 8, 3.0))
     threads.use_usable_threads()
     monkeypatch.setattr(threads, "limits", lambda: threads.ThreadLimits(2, 8, 3.0))
     threads.use_usable_threads()
-    assert asked == [3]
+    monkeypatch.setattr(threads, "limits", lambda: threads.ThreadLimits(1, 8, None, processes=2))
+    threads.use_usable_threads()
+    assert asked == [3, 4]
 
 
 def test_a_number_of_threads_is_one_that_the_system_starts(monkeypatch):

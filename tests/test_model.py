@@ -264,6 +264,19 @@ def test_compiled_loss_has_the_same_gradients() -> None:
         assert torch.allclose(a, b, atol=1e-6)
 
 
+def test_label_smoothing_with_a_head_that_is_called() -> None:
+    model = GPT(SMALL).eval()
+    idx, targets = tokens(SMALL, 2, 20)
+    targets = targets.clone()
+    targets[0, :5] = -100
+    logits = model(idx).flatten(0, 1)
+    expected = F.cross_entropy(logits, targets.flatten(), label_smoothing=0.2)
+    fused = model.loss(idx, targets, label_smoothing=0.2)
+    model.lm_head.register_forward_hook(lambda *args: None)
+    called = model.loss(idx, targets, label_smoothing=0.2)
+    torch.testing.assert_close(torch.stack([fused, called]), torch.stack([expected, expected]))
+
+
 def test_explicit_backend_never_falls_back() -> None:
     model = GPT(SMALL).double()
     idx, _ = tokens(SMALL, 2, 5)

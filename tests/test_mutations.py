@@ -81,7 +81,8 @@ def resume(path, number):
         assert is_same(checkpoint.load(path)[0], result.model)  # the save replaced the damage
         return result.model, result.history
     model = GPT(SHAPE)
-    state, _ = run.RunDirectory(path).load(model, config_of())
+    state, weights, _ = run.RunDirectory(path).load(model, config_of())
+    model.load_state_dict(weights)
     return model, state.history
 
 

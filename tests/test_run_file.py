@@ -2,15 +2,19 @@
 
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import gptfast
 from gptfast import checkpoint, cli
 from gptfast.config import GPTConfig, TrainConfig
 from gptfast.errors import ConfigError
-from gptfast.run_file import read_run_file, to_toml
+from gptfast.presets import preset
+from gptfast.run_file import RUN_FILE_NAME, read_run_file, to_toml
+from gptfast.tokenizer import CharTokenizer
 
 TEXT = "to be or not to be, that is the question\n" * 20
 SMALL = """
@@ -73,6 +77,42 @@ def test_the_model_that_a_file_starts_from_gives_the_shape(tmp_path, text_file):
     assert train("abc", "--config", file, "--data", text_file, "--out", tmp_path / "b") == 0
     config = checkpoint.read_config(tmp_path / "b")["config"]
     assert (config["n_embd"], config["dropout"]) == (16, 0.0)
+
+
+def test_the_file_of_a_run_gives_it_again(tmp_path, text_file):
+    first, second = tmp_path / "first", tmp_path / "second"
+    file = written(tmp_path, SMALL)
+    options = ["--data", text_file, "--train.betas", "0.5", "0.75", "--train.steps=2"]
+    assert train("abc", "--config", file, *options, "--model.dropout=0.5", "--out", first) == 0
+    assert train("--config", first / RUN_FILE_NAME, "--out", second) == 0
+    assert (first / RUN_FILE_NAME).read_text() == (second / RUN_FILE_NAME).read_text()
+    a, b = (checkpoint.load(path)[0].state_dict() for path in (first, second))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert train("--config", first / RUN_FILE_NAME, "--out", first, "--overwrite") == 0
+    # What resumes with other options notes them.
+    assert train("abc", "--config", first / RUN_FILE_NAME, "--out", first, "--resume") == 0
+    options = ["--config", first / RUN_FILE_NAME, "--out", first, "--resume", "--train.steps=3"]
+    assert train(*options) == 0
+    assert read_run_file(first / RUN_FILE_NAME)["train"]["steps"] == 3
+
+
+def test_a_text_that_only_python_has_is_not_replaced_by_the_presets(capsys, tmp_path, text_file):
+    options = {"steps": 1, "n_embd": 8, "n_layer": 1, "progress": False}
+    tokenizer = CharTokenizer.from_text(TEXT + "é")
+    gptfast.train("abc", tmp_path / "a", text=TEXT, **options)
+    gptfast.train("abc", tmp_path / "b", data=text_file, tokenizer=tokenizer, **options)
+    custom = replace(preset("abc"), text=lambda: TEXT)
+    gptfast.train(custom, tmp_path / "c", **options)
+    for name in "abc":
+        file = tmp_path / name / RUN_FILE_NAME
+        assert read_run_file(file)["run"] == {"backend": "auto", "device": "cpu"}
+        assert train("--config", file, "--out", tmp_path / "other") == 2
+        assert "the preset comes first" in capsys.readouterr().err
+    gptfast.train("abc", tmp_path / "b", data=text_file, resume=True, **options)
+    assert read_run_file(tmp_path / "b" / RUN_FILE_NAME)["run"].keys() == {"backend", "device"}
+    gptfast.train("abc", tmp_path / "d", data=text_file, init_from=tmp_path / "a", **options)
+    found = read_run_file(tmp_path / "d" / RUN_FILE_NAME)["run"]
+    assert found["init_from"] == str(tmp_path / "a") and found["data"] == str(text_file)
 
 
 def test_help_shows_the_defaults_of_the_file(capsys, tmp_path):

@@ -1,5 +1,6 @@
 """Learning-rate schedules, gradient accumulation, early stopping, the best checkpoint."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -7,7 +8,7 @@ import math
 import pytest
 import torch
 
-from gptfast import checkpoint
+from gptfast import checkpoint, generation
 from gptfast.config import GPTConfig, TrainConfig
 from gptfast.errors import ConfigError
 from gptfast.model import GPT
@@ -301,6 +302,20 @@ def test_the_mean_weights_follow_their_recurrence() -> None:
         mean = kept * mean + (1 - kept) * model.wte.weight.detach()
     assert torch.allclose(trainer.averaged.wte.weight, mean, atol=1e-7)
     assert trainer.averaged is trainer.averaged and trainer.averaged is not model
+
+
+def test_what_the_mean_weights_write_is_not_kept_from_an_earlier_step() -> None:
+    """Generation keeps prepared weights until they change."""
+    trainer = Trainer(GPT(dataclasses.replace(SHAPE, vocab_size=5)), TrainConfig(ema=0.5, lr=0.1))
+    seen = set()
+    for step in range(3):
+        trainer.step(*batch(8, seed=step))
+        (scored,) = generation.score(trainer.averaged, [[1, 2, 3, 4, 1, 2]])
+        assert scored.logprob == pytest.approx(
+            generation.score(copy.deepcopy(trainer.averaged), [[1, 2, 3, 4, 1, 2]])[0].logprob
+        )
+        seen.add(scored.logprob)
+    assert len(seen) == 3
 
 
 def test_history_is_json(tmp_path) -> None:

@@ -298,6 +298,16 @@ def test_a_step_runs_few_operators(options):
     assert mode.counts - allowed == Counter()
 
 
+def test_labels_are_smoothed_in_training_alone():
+    idx, targets = torch.randint(1, 5, (2, 4, 8), generator=torch.Generator().manual_seed(1))
+    model = make_model(dropout=0.0)
+    smoothed = model.loss(idx, targets, label_smoothing=0.2).item()
+    evaluated = evaluate(model, idx[0]).loss
+    trainer = Trainer(model, TrainConfig(label_smoothing=0.2))
+    assert trainer.evaluate(idx[0]).loss == evaluated
+    assert trainer.step(idx, targets).item() == smoothed != evaluate(model, idx[0]).loss
+
+
 def test_a_step_trains_with_dropout_whatever_mode_the_model_was_in():
     trainer = Trainer(make_model(dropout=0.5).eval(), TrainConfig(lr=1e-9))
     idx = torch.ones(4, 8, dtype=torch.int64)
@@ -306,7 +316,9 @@ def test_a_step_trains_with_dropout_whatever_mode_the_model_was_in():
 
 @pytest.mark.parametrize("tokens", [2, 8, 9, 10, 41])
 def test_evaluation_is_the_mean_over_all_tokens_of_disjoint_windows(tokens, monkeypatch):
-    monkeypatch.setattr("gptfast.training.trainer.EVAL_TOKENS_AT_ONCE", 16)  # two windows at once
+    monkeypatch.setattr(
+        "gptfast.training.evaluation.EVAL_TOKENS_AT_ONCE", 16
+    )  # two windows at once
     model = make_model(dropout=0.5)
     ids = torch.randint(1, 5, (tokens,), generator=torch.Generator().manual_seed(1))
     result = evaluate(model, ids)

@@ -195,6 +195,17 @@ def test_steps_have_the_bits_of_those_without_a_graph(
     assert (cuda.captures, cuda.replays) == (1, 3)
 
 
+def test_a_graph_recomputes_and_smooths_as_the_step_does(cuda: Simulated) -> None:
+    config = replace(CONFIG, recompute=True, label_smoothing=0.1)
+    captured, plainly = trainer_of(cuda, config), trainer_of(None, config)
+    for i in range(6):
+        assert torch.equal(captured.step(*batch(i)), plainly.step(*batch(i)))
+        if i == 4:
+            captured.gpt.recompute = False  # is noticed
+    assert_same(captured, plainly)
+    assert (cuda.captures, cuda.replays) == (1, 2)
+
+
 def test_a_graph_reads_the_addresses_of_the_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, library = Simulated(), torch.library.Library("gptfast", "IMPL")
     monkeypatch.setattr(adamw, "Table", cuda.note_updates(adamw.Table))

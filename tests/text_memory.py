@@ -1,6 +1,6 @@
-"""Trains a step on a long text and prints the memory that it took, in bytes a character.
+"""Trains a step on a long text of ASCII and prints the memory that it takes, in bytes a character.
 
-test_token_files.py runs it in a process of its own: FILE, and how the text is given and trained.
+test_token_files.py runs it in a process of its own, on Linux, with the path of the text.
 """
 
 import os
@@ -8,36 +8,47 @@ import signal
 import sys
 from pathlib import Path
 
-from gptfast.data import read_text
 from gptfast.training import Trainer, train
 
-SHAPE = {"block_size": 8, "n_layer": 1, "n_head": 1, "n_embd": 8, "dropout": 0.0}
+OPTIONS = {"block_size": 8, "n_layer": 1, "n_head": 1, "n_embd": 8, "batch_size": 4}
+OPTIONS |= {"progress": False, "val_fraction": 0.1}
+RUNS = {"steps": {"steps": 2}, "epochs": {"steps": None, "epochs": 1}}
 
 
-def peak() -> int:
-    """The most memory that this process has had, in bytes."""
+def memory(kind: str) -> int:
+    """The memory that this process has (VmRSS), or has had since `reset` (VmHWM), in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(kind))
 
 
-def main(file: str, given: str, by: str) -> None:
-    length = {"steps": 1} if by == "steps" else {"steps": None, "epochs": 1}
-    options = SHAPE | length | {"batch_size": 4, "progress": False}
-    train("abc", text="AB" * 100, **(options | {"steps": 1}))  # loads and warms up
+def reset() -> int:
+    """Forgets the most memory that this process has had; returns what it has."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmRSS")
+
+
+def stop_after_a_step() -> None:
+    """Lets every run end after its first step."""
     step_at = Trainer.step_at
 
-    def last_step(self, ids, starts):
-        os.kill(os.getpid(), signal.SIGTERM)  # which ends the run after this step
+    def last(self, ids, starts):
+        os.kill(os.getpid(), signal.SIGTERM)
         return step_at(self, ids, starts)
 
-    Trainer.step_at = last_step
-    before = peak()
-    if given == "text":
-        result = train("abc", text=read_text(file), **options)
-    else:
-        result = train("abc", data=file, **options)
-    assert result.signal == signal.SIGTERM
-    print((peak() - before) / Path(file).stat().st_size)
+    Trainer.step_at = last
+
+
+def main(file: str) -> None:
+    train("abc", text="AB" * 10_000, **OPTIONS, **RUNS["steps"])  # loads all modules
+    stop_after_a_step()
+    text = Path(file).read_text()
+    for name, run in RUNS.items():
+        for given in ("data", "text"):
+            before = reset()
+            result = train("abc", **{given: file if given == "data" else text}, **OPTIONS, **run)
+            assert result.signal == signal.SIGTERM
+            taken = (memory("VmHWM") - before) / len(text)
+            print(name, given, taken + (given == "text"))  # a byte a character is the text itself
 
 
 if __name__ == "__main__":

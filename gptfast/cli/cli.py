@@ -62,8 +62,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MISTAKES as error:
         if os.environ.get("GPTFAST_DEBUG", "0") != "0":
             raise
-        print(f"gptfast: {_sentence(error)}", file=sys.stderr)
+        sentence = f"gptfast: {_sentence(error)}"
+        if _is_mine_to_say(sentence):
+            print(sentence, file=sys.stderr, flush=True)
         return EXIT_BAD_INPUT
+
+
+def _is_mine_to_say(sentence: str) -> bool:
+    """Whether no other process of the same run has said it already."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    from gptfast.training.distributed import says
+
+    return says(sentence)
 
 
 def _run(arguments: list[str]) -> int:

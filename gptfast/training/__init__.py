@@ -3,8 +3,10 @@
 from gptfast.config import TrainConfig
 from gptfast.presets import PRESETS, Preset, preset
 from gptfast.training.callbacks import Callback
+from gptfast.training.distributed import ProcessError, Processes, join
+from gptfast.training.evaluation import Evaluation, evaluate
 from gptfast.training.loop import TrainError, TrainResult, UnsavedError
-from gptfast.training.trainer import Evaluation, Trainer, evaluate
+from gptfast.training.trainer import Trainer
 from gptfast.training.training import held_out, split, train
 from gptfast.training.watching.sampler import Sampler
 from gptfast.training.watching.tensorboard import TensorBoard
@@ -16,6 +18,8 @@ __all__ = [
     "Callback",
     "Evaluation",
     "Preset",
+    "ProcessError",
+    "Processes",
     "Sampler",
     "TensorBoard",
     "TrainConfig",
@@ -27,6 +31,7 @@ __all__ = [
     "WandB",
     "evaluate",
     "held_out",
+    "join",
     "preset",
     "split",
     "train",

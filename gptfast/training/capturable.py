@@ -119,7 +119,7 @@ class Watch:
     def _facts_of(self, trainer: "Trainer") -> tuple[Any, ...]:
         gpt, config, optimizer = trainer.gpt, trainer.config, trainer.optimizer
         return (
-            (gpt.config, gpt.backend, gpt.__class__, id(trainer.model), config),
+            (gpt.config, gpt.backend, gpt.recompute, gpt.__class__, id(trainer.model), config),
             torch.backends.cuda.matmul.fp32_precision,
             (id(optimizer.state), len(optimizer.state), optimizer.by_kernel, optimizer.ema),
             [param.requires_grad for param in self._params],

@@ -206,7 +206,7 @@ class StepGraph:
         else:
             loss = self._replay().clone()
         # Autograd does not see the kernels write.
-        torch.autograd.graph.increment_version(trainer.parameters)
+        torch.autograd.graph.increment_version([*trainer.parameters, *trainer.optimizer.averages])
         return loss
 
     def _run(self, trainer: "Trainer") -> Tensor:

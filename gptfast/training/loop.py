@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,9 @@ from gptfast.model import GPT
 from gptfast.tokenizer import Tokenizer
 from gptfast.training import run
 from gptfast.training.callbacks import Callback
+from gptfast.training.distributed import Agreed
 from gptfast.training.run import Row, RunDirectory, RunState
+from gptfast.training.sharding import load_whole, local, parts_of_state
 
 if TYPE_CHECKING:
     from gptfast.training.trainer import Trainer
@@ -93,6 +95,8 @@ class Loop:
     ) -> None:
         config = trainer.config
         self.trainer, self.config, self.directory = trainer, config, directory
+        self.processes = trainer.processes
+        self.agreed = Agreed()  # as of the step that was counted last
         self.tokenizer, self.extra, self.val_ids = tokenizer, extra, val_ids
         self.text = fingerprint or run.fingerprint(train_ids, val_ids)
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -106,9 +110,10 @@ class Loop:
         self.state = RunState()
         self.pending: tuple[Later, int] | None = None  # the last step's loss and tokens
         self.loss = math.nan  # of the step that was counted last
-        self.callbacks, self.shown = callbacks, shown
+        self.callbacks, self.shown = callbacks if self.processes.first else (), shown
         self.error: BaseException | None = None  # what ended the run before its time
         self.clock = 0.0  # until when the steps' time has been counted
+        self.saved_at = time.monotonic()
         self.has_checkpoint = False  # whether the directory contains a checkpoint of this run
         self.stopped = False  # whether `stop` was called
         # Returns the signal received, if any.
@@ -145,7 +150,7 @@ class Loop:
 
     def result(self) -> TrainResult:
         """Returns the result of `Trainer.fit`."""
-        state, signal, interrupted = self.state, self.received_signal(), self.interrupted
+        state, signal, interrupted = self.state, self._signal(), self.interrupted
         best = next((row for row in state.history if row["step"] == state.best_step), None)
         return TrainResult(
             self.model.eval(), self.tokenizer, state.history, interrupted, signal, best
@@ -154,10 +159,16 @@ class Loop:
     def _is_stopped(self) -> bool:
         """Whether the run ends before its last step, because that is of no use."""
         patience = self.config.patience
-        return self.stopped or patience is not None and self.state.not_better >= patience
+        stopped = self.stopped if self.processes.size == 1 else self.agreed.stopped
+        return stopped or patience is not None and self.state.not_better >= patience
+
+    def _signal(self) -> int | None:
+        """The signal that ends the run; of several processes, the one that all know of."""
+        return self.received_signal() if self.processes.size == 1 else self.agreed.signal
 
     def train(self) -> None:
         """Trains until the last step, or until the end of the step in which a signal arrives."""
+        self._gather_for_callbacks()
         with ExitStack() as begun:
             try:
                 for callback in self.callbacks:
@@ -174,7 +185,7 @@ class Loop:
         last = step >= self.total or self._is_stopped()
         if last:
             self._save(last)
-        saved_at = time.monotonic()
+        self.saved_at = time.monotonic()
         self.clock = time.perf_counter()
         while not last:
             starts = next(batches)
@@ -186,13 +197,22 @@ class Loop:
             if step == self.total or step % self.eval_every == 0:
                 self._count()
                 row = self._evaluate()
-            last = step == self.total or self._is_stopped() or self.received_signal() is not None
-            waited = time.monotonic() - saved_at
+            last = step == self.total or self._is_stopped() or self._signal() is not None
+            waited = self._waited() if self.processes.size == 1 else self.agreed.waited
             if row or last or _is_due(self.config, step, waited):
                 self._count()
                 self._save(last)
-                saved_at = time.monotonic()
+                self.saved_at, self.agreed = time.monotonic(), replace(self.agreed, waited=0.0)
                 self.clock = time.perf_counter()
+
+    def _waited(self) -> float:
+        """Seconds since the last save."""
+        return time.monotonic() - self.saved_at
+
+    def _gather_for_callbacks(self) -> None:
+        """Gathers a model of which each process has a part, for the first one's callbacks."""
+        if self.trainer.sharded:
+            self.trainer.whole()
 
     def _call(self, method: str, *arguments: Any) -> None:
         for callback in self.callbacks:
@@ -206,7 +226,10 @@ class Loop:
         if self.pending is None:
             return
         (later, tokens), self.pending = self.pending, None
-        loss, before = later.value(), self.clock
+        self.agreed = self.processes.agreed(
+            later.value(), self.received_signal(), self.stopped, self._waited()
+        )
+        loss, before = self.agreed.loss, self.clock
         self.clock = time.perf_counter()
         self.state.count(loss, tokens, self.clock - before)
         self.loss = loss
@@ -253,11 +276,15 @@ class Loop:
             "lr": self.trainer.lr,
         }
         state.end_row(row)
+        self._gather_for_callbacks()
         self._call("on_evaluation", row)
         return row
 
     def _check_weights(self) -> None:
-        if not all(bool(param.isfinite().all()) for param in self.trainer.parameters):
+        finite = all(bool(local(param).isfinite().all()) for param in self.trainer.parameters)
+        if self.trainer.sharded:
+            finite = all(others for [others] in self.processes.gathered(float(finite)))
+        if not finite:
             raise self._not_finite("the weights are no longer finite")
 
     def _not_finite(self, what: str) -> TrainError:
@@ -291,10 +318,11 @@ class Loop:
         # `load` draws the order of the epoch again, so it needs the state before that draw. The
         # current state is the right one between two epochs and for random windows.
         between = self.config.steps is not None or self.state.step % len(self.windows) == 0
+        model, result, moments = self.trainer.whole()
         resumable = {
             "text": self.text,
             "trained": self.trainer.names,
-            "optimizer": self.trainer.optimizer.state_dict(),
+            "optimizer": moments,
             "dropout": self.trainer.generator.get_state(),
             "windows": self.generator.get_state() if between else self.epoch_start,
         }
@@ -304,26 +332,24 @@ class Loop:
             "text_sha256": self.text,
         }
         self.directory.save(
-            self.trainer.gpt,
-            self.tokenizer,
-            self.config,
-            self.state,
-            resumable,
-            extra,
-            self.model,
+            model, self.tokenizer, self.config, self.state, resumable, extra, result
         )
 
     def load(self) -> None:
         """Restores the state at the time of the last `save`."""
         trainer, path = self.trainer, self.directory.path
+        self.state, weights, resumable = self.processes.from_first(
+            lambda: self.directory.load(trainer.gpt, self.config)
+        )
         with self.directory.reading_state():
-            self.state, resumable = self.directory.load(trainer.gpt, self.config)
             if resumable["text"] != self.text:
                 raise ConfigError(f"{path}: the run was started with another text")
             # Earlier versions did not store the names.
             if resumable.get("trained", trainer.names) != trainer.names:
                 raise ConfigError(f"{path}: the run was started with other parameters frozen")
-            trainer.optimizer.load_state_dict(resumable["optimizer"])
+            load_whole(trainer.gpt, weights)
+            moments = parts_of_state(resumable["optimizer"], trainer.parameters)
+            trainer.optimizer.load_state_dict(moments)
             trainer.generator.set_state(resumable["dropout"])
             self.generator.set_state(resumable["windows"])
         trainer.steps_done = self.state.step

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gptfast.ops import select
 from gptfast.ops.adamw import OPTIONS, adamw_
+from gptfast.training.sharding import clip_parts_, local
 
 if TYPE_CHECKING:
     from gptfast.ops.triton.adamw import Table
@@ -45,6 +46,8 @@ class AdamW(torch.optim.AdamW):
     everything else. All use torch's state, so a checkpoint of one can be loaded by the other, on
     any device.
 
+    Of parameters that processes have shared out, DTensors, the kernels see this process's parts.
+
     With `ema`, the state of a parameter also has its "average", a running mean of the weight that
     starts as the initial weight. Step t makes it
 
@@ -73,6 +76,7 @@ class AdamW(torch.optim.AdamW):
         plain = all(p.dtype == torch.float32 and p.is_contiguous() for p in tensors)
         self._kernel = fused_kernel and plain and not select.unavailable(device, torch.float32)
         self._groups = len(self.param_groups)
+        self._shared = bool(tensors) and hasattr(tensors[0], "device_mesh")
         self._first: dict[Tensor, Tensor] = {}  # initial weights, during torch's first step
         if ema is not None:
             self.register_step_pre_hook(AdamW._before_torch)
@@ -103,6 +107,9 @@ class AdamW(torch.optim.AdamW):
 
         Afterwards the values of the gradients are undefined: torch's path scales them in place.
         """
+        if self._shared and clip is not None:
+            clip_parts_([p for p, _ in self._params()], clip)
+            clip = None
         if not self.by_kernel:
             if clip is not None:
                 nn.utils.clip_grad_norm_([p for p, _ in self._params()], clip)
@@ -112,7 +119,9 @@ class AdamW(torch.optim.AdamW):
         numbers = self.numbers(clip)
         decay = [numbers[OPTIONS + group] for group in groups]
         adamw_(*tensors, decay, *numbers[:OPTIONS])
-        torch.autograd.graph.increment_version(tensors[0])  # autograd does not see kernels write
+        weights, *_, averages = tensors
+        # Autograd does not see the kernels write.
+        torch.autograd.graph.increment_version([*weights, *averages])
 
     def table(self, memory: Tensor | None) -> "Table":
         """Returns the table by which the GPU's kernels find what a step reads and writes."""
@@ -141,11 +150,11 @@ class AdamW(torch.optim.AdamW):
         found = [(p, group) for p, group in self._params() if p.grad is not None]
         params, groups = [p for p, _ in found], [group for _, group in found]
         states = [self._state_of(p) for p in params]
-        grads = [p.grad.contiguous() for p in params if p.grad is not None]
+        grads = [local(p.grad).contiguous() for p in params if p.grad is not None]
         names = "exp_avg", "exp_avg_sq", "step"
-        means, squares, steps = ([state[name] for state in states] for name in names)
-        averages = [] if self.ema is None else [state["average"] for state in states]
-        return [*params], grads, means, squares, steps, averages, groups
+        means, squares, steps = ([local(state[name]) for state in states] for name in names)
+        averages = [] if self.ema is None else [local(state["average"]) for state in states]
+        return [local(p) for p in params], grads, means, squares, steps, averages, groups
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         state = self.state[param]

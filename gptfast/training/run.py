@@ -32,6 +32,7 @@ from gptfast.files import write_atomic
 from gptfast.integrity import load_sealed, reading, save_sealed
 from gptfast.lock import locked
 from gptfast.model import GPT
+from gptfast.run_file import RUN_FILE_NAME
 from gptfast.storable import mismatch, stored_config
 from gptfast.tokenizer import Tokenizer
 
@@ -43,7 +44,7 @@ CHECKPOINT_FILES = (checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME)
 FILES = (STATE_NAME, HISTORY_NAME, *CHECKPOINT_FILES)
 BEST_FILES = tuple(f"{BEST_NAME}/{name}" for name in CHECKPOINT_FILES)
 MACHINE_NAME, SAMPLES_NAME, PLOT_NAME = "machine.json", "samples.jsonl", "loss.png"
-OTHER_FILES = (MACHINE_NAME, SAMPLES_NAME, PLOT_NAME)  # of callbacks
+OTHER_FILES = (RUN_FILE_NAME, MACHINE_NAME, SAMPLES_NAME, PLOT_NAME)  # of callbacks
 FORMAT = "gptfast-training-state"
 HASHED_AT_ONCE = 2**17  # tokens
 VERSION = 3  # added the best evaluation; 2 the checksum and the run's id; all are still read
@@ -131,10 +132,16 @@ def check(out: str | Path | None, resume: bool = False, overwrite: bool = False)
 
 
 class RunDirectory:
-    """Writes a run to its directory; with `path` None it writes nothing."""
+    """Writes a run to its directory; with `path` None it writes nothing.
 
-    def __init__(self, path: str | Path | None) -> None:
+    Args:
+        path: the directory.
+        writes: False for all but one of several processes.
+    """
+
+    def __init__(self, path: str | Path | None, writes: bool = True) -> None:
         self.path = None if path is None else Path(path)
+        self._writes = writes
         self.id = secrets.token_hex(8)  # of the run; one that is resumed keeps its own
 
     @contextmanager
@@ -220,7 +227,7 @@ class RunDirectory:
         Raises:
             CheckpointError: a file cannot be written; the one that was there before is kept.
         """
-        if self.path is None:
+        if self.path is None or not self._writes:
             return
         extra = extra | {"run": self.id}
         if state.best_step == state.step > 0:
@@ -247,15 +254,17 @@ class RunDirectory:
                 "one that was there before is kept"
             ) from error
 
-    def load(self, model: GPT, config: TrainConfig) -> tuple[RunState, dict[str, Any]]:
-        """Reads what `save` wrote and gives the model its weights.
+    def load(
+        self, model: GPT, config: TrainConfig
+    ) -> tuple[RunState, dict[str, torch.Tensor], dict[str, Any]]:
+        """Reads what `save` wrote.
 
         Args:
             model: of the run's shape.
             config: as the run's, but for FREE_FIELDS.
 
         Returns:
-            where the run is, and what `save` was given as `resumable`.
+            where the run is, the model's weights, and what `save` was given as `resumable`.
 
         Raises:
             CheckpointError: the file is damaged, foreign, of a newer version or of another run than
@@ -278,8 +287,7 @@ class RunDirectory:
             problem = problem or _other_moments(resumable, model)
             if problem:
                 raise CheckpointError(f"{file}: does not fit the model: {problem}")
-            model.load_state_dict(weights)
-        return state, resumable
+        return state, weights, resumable
 
     @contextmanager
     def reading_state(self) -> Iterator[Path]:

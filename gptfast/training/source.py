@@ -73,9 +73,8 @@ def source_of_text(recipe: Preset | None, text: str | None, data: str | Path | N
     name = None if recipe is None else recipe.name
     if data is None:
         if recipe is None or recipe.text is None:
-            raise ConfigError(
-                f"{'the run' if name is None else f'the preset {name!r}'} has no text of its own: give one (data)"
-            )
+            who = "the run" if name is None else f"the preset {name!r}"
+            raise ConfigError(f"{who} has no text of its own: give one (data)")
         return Source(partial(blocks_of, recipe.text()), None, name, None)
     path = Path(data)
     noted = str(path.absolute())

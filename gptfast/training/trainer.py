@@ -1,13 +1,11 @@
-"""The trainer: one training step, evaluation on held-out text, and whole runs.
+"""The trainer: one training step, and whole runs.
 
 Letters: B batch, T time, N tokens of a text. `run.py` describes the files of a run's directory.
 """
 
 import json
-import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,95 +13,36 @@ import torch
 from torch import Tensor, nn
 
 from gptfast import data
-from gptfast.config import PRECISIONS, Precision, TrainConfig
-from gptfast.data.windows import TOKEN_DTYPES
+from gptfast.config import TrainConfig
 from gptfast.errors import ConfigError, DataError
 from gptfast.model import GPT, unwrapped
 from gptfast.ops.cross_entropy import one
 from gptfast.ops.random import seed_tensor
 from gptfast.storable import check_storable
-from gptfast.threads import check_threads
+from gptfast.threads import check_threads, local_processes, use_usable_threads
 from gptfast.tokenizer import Tokenizer
 from gptfast.training.averages import with_weights
 from gptfast.training.callbacks import Callback
+from gptfast.training.distributed import ALONE, Processes
+from gptfast.training.evaluation import Evaluation, autocast, evaluate
 from gptfast.training.graph import Cuda, StepGraphs
 from gptfast.training.loop import Loop, TrainResult
 from gptfast.training.optimizer import AdamW, weight_groups
 from gptfast.training.run import RunDirectory
 from gptfast.training.schedule import is_constant, learning_rate, part_sizes
+from gptfast.training.sharding import (
+    exchanged,
+    is_sharded,
+    reshard,
+    shared,
+    unsummed,
+    whole_model,
+    whole_state,
+)
 from gptfast.training.signals import first_interrupt
 from gptfast.training.watching.progress import ProgressBar
 from gptfast.training.watching.records import Records
 from gptfast.training.watching.sampler import Sampler
-
-EVAL_TOKENS_AT_ONCE = 8192  # limits the memory of an evaluation
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """How well a model predicts a text."""
-
-    loss: float  # mean over the tokens, nats
-    perplexity: float  # exp(loss)
-    tokens: int  # number of predicted tokens: all but the first of the text
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, ids: Tensor, precision: Precision = "fp32") -> Evaluation:
-    """Computes the mean loss over a text in disjoint windows, without dropout.
-
-    Args:
-        model: a GPT, which torch.compile or DistributedDataParallel may wrap. Its modules are
-            switched to evaluation mode and back to their previous mode.
-        ids: (N,) int64 or smaller integers, at least 2 tokens. Windows have block_size tokens; the
-            last may be shorter.
-        precision: "fp32", or "bf16" for activations in bfloat16.
-
-    Returns:
-        The mean loss in nats per token, the perplexity, and the number of predicted tokens.
-
-    Raises:
-        ConfigError: `precision` is unknown.
-        DataError: `ids` is not a 1-D tensor of integers, or has fewer than 2 tokens.
-    """
-    if precision not in PRECISIONS:
-        raise ConfigError(f"precision must be one of {PRECISIONS}, got {precision!r}")
-    if ids.dim() != 1 or ids.dtype not in TOKEN_DTYPES or len(ids) < 2:
-        raise DataError(
-            "evaluate: ids must be a 1-D tensor of at least 2 tokens, int64 or smaller integers, "
-            f"got shape {tuple(ids.shape)} of {str(ids.dtype)[6:]}"
-        )
-    gpt = unwrapped(model)
-    T, device = gpt.config.block_size, gpt.main_weight.device
-    ids = data.placed(ids, device)
-    tokens = len(ids) - 1
-    whole = tokens // T * T
-    rows = max(1, EVAL_TOKENS_AT_ONCE // T)
-    batches: list[tuple[Tensor, Tensor]] = []
-    if whole:
-        xs, ys = ids[:whole].view(-1, T), ids[1 : whole + 1].view(-1, T)
-        batches += zip(xs.split(rows), ys.split(rows), strict=True)
-    if whole < tokens:
-        batches.append((ids[None, whole:-1], ids[None, whole + 1 :]))
-    modes = [(module, module.training) for module in gpt.modules()]
-    gpt.eval()
-    try:
-        with _autocast(device, precision):
-            total = sum(_loss(gpt, x.to(device), y.to(device)) * y.numel() for x, y in batches)
-    finally:
-        for module, training in modes:
-            module.training = training
-    loss = total / tokens
-    # The exponent is clamped, because math.exp raises OverflowError when a run has diverged.
-    return Evaluation(loss, math.exp(min(loss, 700.0)), tokens)
-
-
-def _loss(gpt: GPT, idx: Tensor, targets: Tensor) -> float:
-    return gpt.loss(data.as_int64(idx), data.as_int64(targets)).item()
-
-
-def _autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def check_lengths(block_size: int, train_ids: Tensor, val_ids: Tensor | None) -> None:
@@ -128,14 +67,17 @@ class Trainer:
         model: a GPT with float32 weights, which remain the master weights with "bf16". `step` calls
             a wrapper of torch.compile or DistributedDataParallel, if there is one.
         config: the training options.
+        processes: those that train the model together, each with the same arguments and calls.
+            Every one computes a part of each batch, and `config.parallel` says how the model is
+            shared. The parts, and their dropout masks, are those of as many accumulation steps.
 
     Raises:
         ConfigError: a trained weight is neither float32 nor float64, or all weights are frozen.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
-        self.model = model
-        self.config = config
+    def __init__(self, model: nn.Module, config: TrainConfig, processes: Processes = ALONE) -> None:
+        self.model = model = shared(model, config, processes)
+        self.config, self.processes = config, processes
         self.gpt = gpt = unwrapped(model)
         self.device = gpt.main_weight.device
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -151,6 +93,7 @@ class Trainer:
                 "there is nothing to train: all parameters of the model are frozen (requires_grad "
                 "is False)"
             )
+        gpt.recompute = bool(config.recompute)
         groups = weight_groups(list(trained.values()), config.decayed)
         # In the order of the optimizer, by which its state is stored.
         self.parameters = [param for group in groups for param in group["params"]]
@@ -167,6 +110,7 @@ class Trainer:
         self.graphs = StepGraphs(Cuda(self.device) if self.device.type == "cuda" else None)
         self._averaged: tuple[list[Tensor], GPT] | None = None
         self.steps_done = 0
+        self.sharded = is_sharded(gpt)  # whether this process has a part of every weight
         self.total_steps = config.steps  # None: the schedule knows no end
 
     def step(self, idx: Tensor, targets: Tensor) -> Tensor:
@@ -181,7 +125,7 @@ class Trainer:
 
         Returns:
             () float32, the loss before the update, detached. It is the caller's: later steps do not
-            overwrite it.
+            overwrite it. Of several processes each gets its share: the sum is the loss.
         """
         self._prepare()
         loss = self.graphs.step(self, idx, targets)
@@ -217,14 +161,20 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
 
+    def _own_parts(self) -> slice:
+        """Which parts of a batch this process computes."""
+        first, count = self.processes.rank, self.config.accumulation_steps
+        return slice(first * count, (first + 1) * count)
+
     def dropout_keys(self) -> list[Tensor] | None:
         """Draws a step's keys of dropout masks, one per accumulated part; None without dropout.
 
-        Each is () int64 on the CPU.
+        Each is () int64 on the CPU. Those of the other processes' parts are drawn as well.
         """
         if self.gpt.config.dropout == 0.0:
             return None
-        return [seed_tensor(None, self.generator) for _ in range(self.config.accumulation_steps)]
+        count = self.processes.size * self.config.accumulation_steps
+        return [seed_tensor(None, self.generator) for _ in range(count)][self._own_parts()]
 
     def loss_and_grads(self, idx: Tensor, targets: Tensor, keys: list[Tensor] | None) -> Tensor:
         """Gives the parameters their gradients and returns the loss, () float32, detached.
@@ -232,29 +182,38 @@ class Trainer:
         The batch is cut into accumulation_steps parts, whose gradients add up one after another:
 
             loss = sum over the parts of rows of the part / rows of the batch * mean loss of it
+
+        Of several processes each has as many parts, and the gradients of all add up.
         """
-        parts = part_sizes(len(idx), self.config.accumulation_steps)
-        if len(parts) == 1:
+        sizes = part_sizes(len(idx), self.processes.size * self.config.accumulation_steps)
+        if len(sizes) == 1:
             return self._part_loss_and_grads(idx, targets, None if keys is None else keys[0], None)
-        losses = []
-        batches = zip(idx.split(parts), targets.split(parts), strict=True)
+        losses, own = [], self._own_parts()
+        batches = list(zip(idx.split(sizes), targets.split(sizes), strict=True))[own]
         for i, (part, wanted) in enumerate(batches):
-            if not parts[i]:
-                continue  # a batch of fewer rows than parts
-            weight = torch.full((), parts[i] / len(idx), device=self.device)
+            weight = torch.full((), len(part) / len(idx), device=self.device)
+            if not len(part):  # a batch of fewer rows than parts
+                if self.processes.size == 1:
+                    continue
+                # The others wait for the gradients of this process, which are zero.
+                part = wanted = idx.new_zeros(1, idx.shape[1])
             key = None if keys is None else keys[i]
-            losses.append(weight * self._part_loss_and_grads(part, wanted, key, weight))
+            with nullcontext() if i == len(batches) - 1 else unsummed(self.model):
+                losses.append(weight * self._part_loss_and_grads(part, wanted, key, weight))
         return torch.stack(losses).sum()
 
     def _part_loss_and_grads(
         self, idx: Tensor, targets: Tensor, key: Tensor | None, weight: Tensor | None
     ) -> Tensor:
         """Adds the gradients of a part's loss times `weight` (None: 1); returns the loss itself."""
-        with _autocast(self.device, self.config.precision):
-            if self.model is self.gpt:
-                loss = self.gpt.loss(idx, targets, seed=key)
+        options: dict[str, Any] = {"seed": key}
+        if self.config.label_smoothing:  # which a loss of the user's own need not know
+            options["label_smoothing"] = self.config.label_smoothing
+        with autocast(self.device, self.config.precision):
+            if self.model is self.gpt and not self.sharded:
+                loss = self.gpt.loss(idx, targets, **options)
             else:
-                loss = self.model(idx, targets=targets, seed=key)
+                loss = self.model(idx, targets=targets, **options)
         if weight is None:
             weight = one(loss.device) if loss.dtype == torch.float32 else None
         loss.backward(weight if weight is None else weight.to(loss.dtype))
@@ -272,7 +231,12 @@ class Trainer:
 
     @property
     def averaged(self) -> GPT:
-        """The model of the weights' running means, which it shares; without `ema`, the model."""
+        """The model of the weights' running means, which it shares; without `ema`, the model.
+
+        Where each process has a part of the model, it is the copy that `whole` made last.
+        """
+        if self.sharded:
+            return self.whole()[1] if self._averaged is None else self._averaged[1]
         averages = self.optimizer.averages
         if not averages:
             return self.gpt
@@ -284,7 +248,27 @@ class Trainer:
 
     def evaluate(self, ids: Tensor) -> Evaluation:
         """Computes the mean loss over the text `ids`, see `evaluate`, of the model `averaged`."""
-        return evaluate(self.averaged, ids, self.config.precision)
+        if not self.sharded:
+            return evaluate(self.averaged, ids, self.config.precision, self.processes)
+        with exchanged(self.parameters, self.optimizer.averages):
+            result = evaluate(self.gpt, ids, self.config.precision, self.processes)
+            reshard(self.gpt)
+        return result
+
+    def whole(self) -> tuple[GPT, GPT, dict[str, Any]]:
+        """Returns the model, `averaged`, and the optimizer's state_dict, none of them in parts.
+
+        All processes must call it.
+        """
+        state = self.optimizer.state_dict()
+        if not self.sharded:
+            return self.gpt, self.averaged, state
+        model = averaged = whole_model(self.gpt)
+        if self.optimizer.averages:
+            with exchanged(self.parameters, self.optimizer.averages):
+                averaged = whole_model(self.gpt)
+        self._averaged = [], averaged
+        return model, averaged, whole_state(state)
 
     def fit(
         self,
@@ -306,8 +290,8 @@ class Trainer:
         the smallest held-out loss; with `config.ema` both are of the mean weights. They are written
         at each evaluation, at the intervals `config.save_every` and `config.save_minutes` and at
         the end. If a save fails, training continues with a warning, except after the last step.
-        `out` is locked against other runs; if several processes train one model, pass it to only
-        one.
+        `out` is locked against other runs. Of several processes the first one alone writes, shows
+        and calls callbacks.
 
         The first Ctrl-C, SIGTERM or SIGHUP ends the run after the current step; a second one takes
         effect at once, without a save. Signals that the program handles or ignores keep their
@@ -339,30 +323,36 @@ class Trainer:
             CheckpointError: `out` cannot be written or read, or a checkpoint cannot hold the model.
             UnsavedError: the last save failed; the error's `result` has the trained model.
             TrainError: the loss or a weight is not finite; the last checkpoint is kept.
+            ProcessError: another process of the run has ended; the last checkpoint is kept.
             TypeError: `extra` is not JSON-serialisable.
         """
         if self.config.steps is None and self.config.epochs is None:
             raise ConfigError("a run needs a number of steps or of epochs, got neither")
         json.dumps(extra)  # raises TypeError now rather than at the first save
-        if out is not None:
+        if out is not None and not self.sharded:
             check_storable(self.gpt)
         check_lengths(self.gpt.config.block_size, train_ids, val_ids)
-        directory = RunDirectory(out)
+        processes = self.processes
+        directory = RunDirectory(out, writes=processes.first)
         watching: list[Callback] = [ProgressBar()] if progress else []
         if self.config.sample is not None:
             watching.append(Sampler(self.config.sample, tokenizer, shown=progress))
         watching += [Records(), *callbacks]
         given = tokenizer, extra or {}, watching, progress, fingerprint
         loop = Loop(self, directory, train_ids, val_ids, *given)
+        kept = "nothing was saved" if out is None else f"{out} keeps the last checkpoint, if any"
         self.generator.manual_seed(self.config.seed)
         self.steps_done = 0
         self.graphs.clear()  # an earlier call's are of another text
-        with _threads(self.config.threads), directory.opened(resume, overwrite):
+        with _threads(self.config.threads), ExitStack() as held:
+            processes.from_first(
+                lambda: held.enter_context(directory.opened(resume, overwrite)) and None
+            )
             if resume:
                 loop.load()
-            directory.start(loop.state.history, resume)
+            processes.from_first(lambda: directory.start(loop.state.history, resume))
             try:
-                with first_interrupt() as loop.received_signal:
+                with first_interrupt() as loop.received_signal, processes.losses_noticed(kept):
                     loop.train()
             finally:
                 self.model.eval()
@@ -382,7 +372,10 @@ class Trainer:
 @contextmanager
 def _threads(threads: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(before if threads is None else check_threads("threads", threads))
+    if threads is not None:
+        torch.set_num_threads(check_threads("threads", threads))
+    elif local_processes() > 1:
+        use_usable_threads()
     try:
         yield
     finally:

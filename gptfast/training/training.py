@@ -19,7 +19,9 @@ from gptfast.tokenizer import PAD_ID, Tokenizer
 from gptfast.tokenizer import from_dict as tokenizer_from
 from gptfast.training import run
 from gptfast.training.callbacks import Callback
+from gptfast.training.distributed import join, own_device
 from gptfast.training.loop import TrainResult
+from gptfast.training.run_file import RunFile, options_of
 from gptfast.training.source import source_of_text
 from gptfast.training.trainer import Trainer, check_lengths
 
@@ -44,6 +46,9 @@ def train(
 
     The result depends on the arguments and the thread count alone: initial weights, windows and
     dropout come from `seed`, and the caller's random numbers are left as they were.
+
+    Processes that torchrun has started train one model together. All need the same arguments and
+    the same files; the first of them writes, shows and calls callbacks.
 
     Args:
         chosen: a preset or its name, see PRESETS.
@@ -74,10 +79,12 @@ def train(
         CheckpointError: `out` or `init_from` cannot be written or read.
         UnsavedError: the last save failed; the error's `result` has the trained model.
         TrainError: the loss is no longer finite; the last checkpoint stays.
+        ProcessError: another process of the run has ended; the last checkpoint stays.
     """
     recipe = preset(chosen) if isinstance(chosen, str) else chosen
-    device = usable_device(device)
-    run.check(out, resume, overwrite)
+    device = own_device(usable_device(device))
+    processes = join(device)
+    processes.from_first(lambda: run.check(out, resume, overwrite))
     if init_from is not None and out is not None and not resume:
         if Path(init_from).resolve() == Path(out).resolve():
             raise ConfigError(f"{out}: a run cannot start from the run that it replaces")
@@ -87,6 +94,7 @@ def train(
         recipe = replace(recipe, model=known[0].config)
     recipe = recipe.override(overrides)
     tokens = source_of_text(recipe, text, data)
+    given = tokenizer is not None
     if known is None:
         if tokenizer is None and resume:
             tokenizer = _tokens_of(out)
@@ -103,8 +111,9 @@ def train(
     check_lengths(model.config.block_size, train_ids, val_ids)
     fingerprint = tokens.fingerprint(train_ids, val_ids)
     extra = {"preset": tokens.preset, "data": tokens.data, "init_from": noted}
+    options = options_of(recipe, extra, given) | {"backend": backend, "device": str(device)}
     del tokens, text  # a text takes memory, and is not needed any more
-    return Trainer(model.to(device), recipe.train).fit(
+    return Trainer(model.to(device), recipe.train, processes).fit(
         train_ids,
         val_ids,
         tokenizer=tokenizer,
@@ -112,7 +121,7 @@ def train(
         resume=resume,
         overwrite=overwrite,
         progress=progress,
-        callbacks=callbacks,
+        callbacks=[RunFile(options), *callbacks],
         extra=extra,
         fingerprint=fingerprint,
     )

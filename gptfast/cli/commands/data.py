@@ -43,9 +43,8 @@ class Abc(Data):
 class Shakespeare(Data):
     """Write Tiny Shakespeare to a file; it is downloaded once."""
 
-    source: Annotated[Path | None, tyro.conf.arg(name="from", metavar="FILE")] = (
-        None  # a copy to take instead of downloading it
-    )
+    # a copy to take instead of downloading it
+    source: Annotated[Path | None, tyro.conf.arg(name="from", metavar="FILE")] = None
     out: File = None  # where to write; None: in GPTFAST_DATA_DIR or the user's cache
 
     def run(self) -> int:
@@ -59,6 +58,7 @@ class Shakespeare(Data):
 class Prepare(Data):
     """Write texts as tokens to a folder, from which training reads more than memory holds."""
 
+    # UTF-8 files, each a document
     texts: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="TEXT")]
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]  # the folder, which --data then takes
     # char: the texts' characters; bpe: byte pairs learnt from the texts; gpt2: GPT-2's, if it is in
@@ -74,6 +74,8 @@ class Prepare(Data):
         """Prepares the folder, and says what is in it."""
         from gptfast.data.prepare import check_folder, prepare
 
+        if not self.texts:
+            raise ConfigError("there is no text to prepare: name at least one file")
         check_folder(self.out, self.overwrite)
         sizes = [path.stat().st_size if path.is_file() else 0 for path in self.texts]
         processes = self.processes or _processes(sum(sizes))

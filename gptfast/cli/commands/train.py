@@ -59,6 +59,7 @@ class Train:
         """
         from gptfast.pictures import check_picture
         from gptfast.training import UnsavedError, plots, train
+        from gptfast.training.distributed import is_first
         from gptfast.training.signals import handles_ctrl_c
 
         if self.plot is not None:  # what would fail after the training fails before it
@@ -80,10 +81,11 @@ class Train:
                 )
         except UnsavedError as error:
             raise _rescued(self.out, error) from error
-        if self.plot is not None and result.history:
-            plots.plot_history(result.history, self.plot)
-        if not result.interrupted:
-            print(f"saved in {self.out}")
+        if is_first():
+            if self.plot is not None and result.history:
+                plots.plot_history(result.history, self.plot)
+            if not result.interrupted:
+                print(f"saved in {self.out}")
         return 0 if result.signal is None else EXIT_SIGNAL + result.signal
 
     def _trackers(self) -> "list[Callback]":

@@ -31,6 +31,7 @@ class ProgressBar(Callback):
         if note is not None:
             self._console.print(note, markup=False)
         peak = 1e9 * machine.peak(run.trainer.device, run.config.precision)  # FLOP/s
+        peak *= run.processes.size
         self._peak_tokens = peak / machine.flops_per_token(run.model.config)  # per second
         self._bar = Progress(
             TextColumn("training"),
