@@ -77,7 +77,7 @@ def test_help_names_every_command(capsys):
 @pytest.mark.parametrize(
     "name",
     [
-        *("demo", "data prepare", "data shakespeare", "data check", "train abc", "eval"),
+        *("demo", "data prepare", "data shakespeare", "train abc", "eval"),
         *("generate", "inspect", "plot", "reproduce"),
     ],
 )
