@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 import gptfast
-from gptfast import data
 from gptfast.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from gptfast.config import GPTConfig, TrainConfig
 from gptfast.presets import Preset
 from gptfast.training import train
+from gptfast.training.callbacks import Callback
 from gptfast.training.run import BEST_NAME, STATE_NAME
 
 RECIPE = Preset(
@@ -36,8 +36,9 @@ RECIPE = Preset(
         eval_every=10, save_every=3, threads=1,
     ),
 )  # fmt: skip
+TEXT = "".join(random.Random(0).choices("ABC\n", k=2000))
 KILLED = -signal.SIGKILL  # an exit code
-TIMES = ("seconds", "per_second")  # in the names of a row's entries that say how long it took
+TIMES = ("seconds", "per_s")  # in the names of a row's entries that say how long it took
 # Processes are forked from one that has imported everything, and has computed nothing.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["gptfast.training.training"])
@@ -53,21 +54,39 @@ class Outcome:
     wrong: list[str] = field(default_factory=list)  # sentences on what must not happen
 
 
-def work(path: Path) -> None:
+class Tell(Callback):
+    """Sets an event when the steps begin."""
+
+    def __init__(self, begun: Any) -> None:
+        self.begun = begun
+
+    def on_start(self, run: Any) -> None:
+        self.begun.set()
+
+
+def work(path: Path, begun: Any) -> None:
     """Starts the run in a directory, or goes on with it. Runs in a process of its own."""
     resume = (path / STATE_NAME).is_file()
-    text = data.abc_corpus()[:2000]
-    train(RECIPE, path, text=text, progress=False, resume=resume, overwrite=not resume)
+    options: Any = {"progress": False, "resume": resume, "overwrite": not resume}
+    train(RECIPE, path, text=TEXT, callbacks=[Tell(begun)], **options)
 
 
-def worked(path: Path, seconds: float | None = None) -> int | None:
-    """Lets a process work, kills it after `seconds`, and returns its exit code."""
-    process = PROCESSES.Process(target=work, args=(path,))
+def worked(path: Path, seconds: float | None = None) -> tuple[int | None, float]:
+    """Lets a process work, and kills it `seconds` after it began with its steps.
+
+    Returns:
+        its exit code, and how long its steps took.
+    """
+    begun = PROCESSES.Event()
+    process = PROCESSES.Process(target=work, args=(path, begun))
     process.start()
+    while not begun.wait(0.1) and process.is_alive():
+        pass
+    start = time.monotonic()
     process.join(seconds)
     process.kill()
     process.join()
-    return process.exitcode
+    return process.exitcode, time.monotonic() - start
 
 
 def unreadable(path: Path) -> str | None:
@@ -113,15 +132,13 @@ def kill_runs(kills: int, seed: int, folder: Path) -> Outcome:
         folder: An empty one for the runs.
     """
     moments, outcome, code = random.Random(seed), Outcome(), 0
-    start = time.monotonic()
-    worked(folder / "undisturbed")
-    whole = time.monotonic() - start
+    _, whole = worked(folder / "undisturbed")
     expected = result_of(folder / "undisturbed")
     while outcome.kills < kills or code == KILLED:
         path = folder / str(outcome.ended)
         # Most runs are killed several times; the last one may end.
         seconds = moments.uniform(0, whole / 2) if outcome.kills < kills else None
-        code = worked(path, seconds)
+        code, _ = worked(path, seconds)
         found = unreadable(path)
         if code == KILLED:
             outcome.kills += 1

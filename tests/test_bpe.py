@@ -45,6 +45,7 @@ MODEL = random_model()
 
 
 @given(ANY_TEXT)
+@settings(deadline=None)
 def test_any_text_comes_back_whole(text: str) -> None:
     ids = TOKENIZER.encode(text)
     assert TOKENIZER.decode(ids) == text and TOKENIZER.end_of_text not in ids
@@ -56,6 +57,7 @@ def test_any_text_comes_back_whole(text: str) -> None:
 
 
 @given(ANY_TEXT, st.integers(1, 9))
+@settings(deadline=None)
 def test_a_text_in_parts_has_the_tokens_of_the_whole(text: str, most: int) -> None:
     text = f"{text} {TEXT[:99]}{text}\n{text}"
     with pytest.MonkeyPatch.context() as patch:
