@@ -150,9 +150,9 @@ DECAYED = {"ema": 0.9, "weight_decay": 0.1, "decayed": "matrices"}
         {"parallel": "fsdp"},
         {"parallel": "ddp", "batch_size": 43},  # the last one has one row, for the first process
         {"parallel": "fsdp", "batch_size": 43, **DECAYED},
-        {"parallel": "ddp", "clip": 0.1, **DECAYED},
-        {"parallel": "ddp", "recompute": True, "label_smoothing": 0.1},
-        {"parallel": "fsdp", "recompute": True},
+        {"parallel": "ddp", "clip": 0.1, "recompute": True, **DECAYED},
+        {"parallel": "fsdp", "recompute": True, "label_smoothing": 0.1, "schedule": "cosine"},
+        {"parallel": "fsdp", "precision": "bf16"},
     ],
 )
 def test_two_processes_have_the_bits_of_one_with_two_parts(

@@ -82,8 +82,9 @@ def train(
         ProcessError: another process of the run has ended; the last checkpoint stays.
     """
     recipe = preset(chosen) if isinstance(chosen, str) else chosen
-    device = own_device(usable_device(device))
-    processes = join(device)
+    device = usable_device(device)
+    own = own_device(device)
+    processes = join(own)
     processes.from_first(lambda: run.check(out, resume, overwrite))
     if init_from is not None and out is not None and not resume:
         if Path(init_from).resolve() == Path(out).resolve():
@@ -113,7 +114,7 @@ def train(
     extra = {"preset": tokens.preset, "data": tokens.data, "init_from": noted}
     options = options_of(recipe, extra, given) | {"backend": backend, "device": str(device)}
     del tokens, text  # a text takes memory, and is not needed any more
-    return Trainer(model.to(device), recipe.train, processes).fit(
+    return Trainer(model.to(own), recipe.train, processes).fit(
         train_ids,
         val_ids,
         tokenizer=tokenizer,
