@@ -41,7 +41,9 @@ KILLED = -signal.SIGKILL  # an exit code
 TIMES = ("seconds", "per_s")  # in the names of a row's entries that say how long it took
 # Processes are forked from one that has imported everything, and has computed nothing.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["gptfast.training.training"])
+PROCESSES.set_forkserver_preload(
+    ["gptfast.training.training", "torch._dynamo", "matplotlib.backends.backend_agg"]
+)
 
 
 @dataclass

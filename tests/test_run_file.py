@@ -108,8 +108,6 @@ def test_a_text_that_only_python_has_is_not_replaced_by_the_presets(capsys, tmp_
         assert read_run_file(file)["run"] == {"backend": "auto", "device": "cpu"}
         assert train("--config", file, "--out", tmp_path / "other") == 2
         assert "the preset comes first" in capsys.readouterr().err
-    gptfast.train("abc", tmp_path / "b", data=text_file, resume=True, **options)
-    assert read_run_file(tmp_path / "b" / RUN_FILE_NAME)["run"].keys() == {"backend", "device"}
     gptfast.train("abc", tmp_path / "d", data=text_file, init_from=tmp_path / "a", **options)
     found = read_run_file(tmp_path / "d" / RUN_FILE_NAME)["run"]
     assert found["init_from"] == str(tmp_path / "a") and found["data"] == str(text_file)

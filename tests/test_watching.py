@@ -167,8 +167,8 @@ def test_the_directory_explains_the_run(tmp_path):
     path = tmp_path / "run"
     quick(path, sample="AB")
     assert sorted(each.name for each in path.iterdir() if each.name != run.LOCK_NAME) == sorted(
-        "best config.json history.jsonl loss.png machine.json model.safetensors samples.jsonl"
-        " training_state.pt".split()
+        "best config.json history.jsonl loss.png machine.json model.safetensors run.toml"
+        " samples.jsonl training_state.pt".split()
     )
     card = json.loads((path / run.MACHINE_NAME).read_text())
     assert card["torch"] == torch.__version__ and card["threads"] == torch.get_num_threads()

@@ -2,20 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptfast.errors import CheckpointError, ConfigError
+from gptfast.errors import CheckpointError
 from gptfast.files import write_atomic
 from gptfast.presets import PRESETS, Preset
-from gptfast.run_file import RUN_FILE_NAME, read_run_file, to_toml
+from gptfast.run_file import RUN_FILE_NAME, to_toml
 from gptfast.training.callbacks import Callback
 
 if TYPE_CHECKING:
     from gptfast.training.loop import Loop
-
-
-TEXT_NAMES = ("preset", "data")  # the options that say which text it is
 
 
 class RunFile(Callback):
@@ -32,10 +28,8 @@ class RunFile(Callback):
         """Writes the file. Raises CheckpointError if it cannot be written."""
         if run.path is None:
             return
-        file, options = run.path / RUN_FILE_NAME, self._options
-        if file.exists() and not names_text(file):  # of the run that goes on
-            options = {name: options[name] for name in options if name not in TEXT_NAMES}
-        tables = {"run": options, "model": run.trainer.gpt.config.to_dict()}
+        file = run.path / RUN_FILE_NAME
+        tables = {"run": self._options, "model": run.trainer.gpt.config.to_dict()}
         content = to_toml(tables | {"train": asdict(run.config)})
         try:
             write_atomic({file: content.encode("utf-8", "replace")})
@@ -43,14 +37,6 @@ class RunFile(Callback):
             raise CheckpointError(
                 f"{file}: cannot be written ({error.strerror or error})"
             ) from error
-
-
-def names_text(file: Path) -> bool:
-    """Whether a file of options says on which text to train."""
-    try:
-        return any(name in read_run_file(file)["run"] for name in TEXT_NAMES)
-    except ConfigError:  # edited by hand
-        return False
 
 
 def options_of(
@@ -64,7 +50,7 @@ def options_of(
     Args:
         recipe: The run's preset.
         origin: `preset`, `data` and `init_from`; the first two are None for a text given as such.
-        own_tokenizer: Whether the run was given a tokenizer.
+        own_tokenizer: Whether the tokenizer comes from none of these.
     """
     known = PRESETS.get(recipe.name)
     has_text = origin["data"] is not None or known is not None and known.text is recipe.text

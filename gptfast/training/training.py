@@ -112,7 +112,9 @@ def train(
     check_lengths(model.config.block_size, train_ids, val_ids)
     fingerprint = tokens.fingerprint(train_ids, val_ids)
     extra = {"preset": tokens.preset, "data": tokens.data, "init_from": noted}
-    options = options_of(recipe, extra, given) | {"backend": backend, "device": str(device)}
+    made_here = known is None and tokenizer.unit != "character"
+    options = options_of(recipe, extra, tokens.file is None and (given or made_here))
+    options |= {"backend": backend, "device": str(device)}
     del tokens, text  # a text takes memory, and is not needed any more
     return Trainer(model.to(own), recipe.train, processes).fit(
         train_ids,
