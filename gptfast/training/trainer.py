@@ -353,6 +353,7 @@ class Trainer:
             processes.from_first(lambda: directory.start(loop.state.history, resume))
             try:
                 with first_interrupt() as loop.received_signal, processes.losses_noticed(kept):
+                    processes.wait()
                     loop.train()
             finally:
                 self.model.eval()
