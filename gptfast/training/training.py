@@ -113,10 +113,8 @@ def train(
     fingerprint = tokens.fingerprint(train_ids, val_ids)
     extra = {"preset": tokens.preset, "data": tokens.data, "init_from": noted}
     made_here = known is None and tokenizer.unit != "character"
-    options = options_of(recipe, extra, tokens.file is None and (given or made_here)) | {
-        "backend": backend,
-        "device": str(device),
-    }
+    options = options_of(recipe, extra, tokens.file is None and (given or made_here))
+    options |= {"backend": backend, "device": str(device)}
     del tokens, text  # a text takes memory, and is not needed any more
     return Trainer(model.to(own), recipe.train, processes).fit(
         train_ids,
