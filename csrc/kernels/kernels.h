@@ -170,7 +170,7 @@ struct CrossEntropy {
   int64_t ignore_index;
   Reduction reduction;
   float label_smoothing;  // the part of a target's probability that all columns share
-  float* loss;  // one element, or (M,) for Reduction::none
+  float* loss;            // one element, or (M,) for Reduction::none
   void* dx;
   NormGrad dnorm;
   ParamGrad dweight;

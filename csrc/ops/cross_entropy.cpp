@@ -40,8 +40,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
   }
   s.reduction = reduction_of(args, reduction);
   args.require(label_smoothing >= 0.0 && label_smoothing < 1.0,
-               "label_smoothing must be in [0, 1), got ",
-               std::to_string(label_smoothing));
+               "label_smoothing must be in [0, 1), got ", std::to_string(label_smoothing));
   s.label_smoothing = static_cast<float>(label_smoothing);
   Tensor loss = s.reduction == Reduction::none ? new_tensor(targets.sizes(), ScalarType::Float)
                                                : new_tensor({}, ScalarType::Float);

@@ -99,11 +99,11 @@ void cross_entropy_case(const Shape& s) {
   constexpr const char* reductions[] = {"", " sum", " none"};
   const Inputs in(s);
   const auto i = [](int64_t x) { return static_cast<long long>(x); };
-  const std::string name =
-      format("cross entropy %s, parameters %s, M%lld K%lld V%lld%s%s%s%s%s", sanitize::name(s.dtype),
-             sanitize::name(s.param), i(s.M), i(s.K), i(s.V), with[static_cast<int>(s.with)],
-             ignored[static_cast<int>(s.ignored)], reductions[static_cast<int>(s.reduction)],
-             s.weighted ? " weighted" : "", s.smoothing > 0.0f ? " smoothed" : "");
+  const std::string name = format(
+      "cross entropy %s, parameters %s, M%lld K%lld V%lld%s%s%s%s%s", sanitize::name(s.dtype),
+      sanitize::name(s.param), i(s.M), i(s.K), i(s.V), with[static_cast<int>(s.with)],
+      ignored[static_cast<int>(s.ignored)], reductions[static_cast<int>(s.reduction)],
+      s.weighted ? " weighted" : "", s.smoothing > 0.0f ? " smoothed" : "");
   check(name, s.dtype, [&](const Kernels& kernels, const Parallel& parallel) {
     return run(s, in, kernels, parallel);
   });
@@ -137,8 +137,8 @@ void cross_entropy_cases() {
       // More columns than one block of the vocabulary; in the second case dx is summed in place.
       cross_entropy_case({dtype, param, 50, 5, 2400, Ignored::some, With::norm_and_bias});
       cross_entropy_case({dtype, param, 50, 32, 1539, Ignored::some, With::neither});
-      cross_entropy_case({dtype, param, 50, 5, 3100, Ignored::some, With::norm, Reduction::mean,
-                          false, 0.1f});
+      cross_entropy_case(
+          {dtype, param, 50, 5, 3100, Ignored::some, With::norm, Reduction::mean, false, 0.1f});
     }
     // Rows so wide that they come in several chunks.
     const int64_t rows = dtype == DType::f32 ? 385 : 769;
