@@ -129,3 +129,11 @@ def test_the_exit_code_says_whether_the_loss_is_the_courses(capsys, monkeypatch,
         "gptfast.reproduction.reproduce", lambda *_, **__: replace(found, report=None, signal=2)
     )
     assert cli.main(["reproduce"]) == 130
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "2")
+    with pytest.raises(ConfigError, match="reproduce runs in one process, torchrun has started"):
+        reproduce(tmp_path / "r", text=TEXT, **TINY)
+    assert not (tmp_path / "r").exists()

@@ -8,6 +8,7 @@ import torch
 
 from gptfast.checks import check_count
 from gptfast.data import shakespeare
+from gptfast.errors import ConfigError
 from gptfast.generation import generate
 from gptfast.model import Backend
 from gptfast.ops import select
@@ -15,6 +16,7 @@ from gptfast.pictures import check_picture
 from gptfast.reproduction.exercises import EXERCISES, Reproduction, Trained
 from gptfast.reproduction.report import PICTURES, write_report
 from gptfast.training import TrainResult, preset, train
+from gptfast.training.distributed import is_one_of_several
 from gptfast.training.run import STATE_NAME
 
 PROMPT, CHARACTERS, TEMPERATURE = "MARCIUS: ", 2000, 0.8
@@ -47,10 +49,13 @@ def reproduce(
         **overrides: Other values for fields of GPTConfig and TrainConfig, for a test.
 
     Raises:
-        ConfigError: `seeds` is wrong, matplotlib is missing, or see `train`.
+        ConfigError: `seeds` is wrong, torchrun has started several processes, matplotlib is
+            missing, or see `train`.
         DataError: `data` is another text, or see `train`.
         CheckpointError, UnsavedError, TrainError: As by `train`.
     """
+    if is_one_of_several():
+        raise ConfigError("reproduce runs in one process, torchrun has started several")
     out = Path(out)
     seeds = check_count("seeds", seeds, 1)
     for name in PICTURES.values():
