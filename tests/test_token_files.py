@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ import torch
 
 from gptfast import checkpoint, cli, data
 from gptfast.bpe import BPETokenizer
-from gptfast.data import documents, prepare, shuffle, texts, tokens, windows
+from gptfast.data import documents, prepare, shuffle, texts, tokens, windows, workers
 from gptfast.data.prepare import prepare as prepare_tokens
 from gptfast.data.token_files import open_tokens, verify
 from gptfast.encoding import Place
@@ -257,6 +260,27 @@ def test_processes_do_not_change_the_tokens(tmp_path, bpe, short_pieces):
     one = prepare_tokens([file], tmp_path / "one", bpe)
     two = prepare_tokens([file], tmp_path / "two", bpe, processes=2)
     assert two.sha256 == one.sha256 and two.documents == one.documents == 1
+
+
+def test_a_process_that_is_killed_is_one_sentence():
+    with pytest.raises(DataError, match="a process that encoded texts was ended from outside"):
+        list(workers.mapped(os._exit, [1, 1, 1], 1))
+    assert multiprocessing.active_children() == []
+
+
+def test_a_process_sends_back_what_went_wrong():
+    ours, theirs = multiprocessing.Pipe()
+    encode = CharTokenizer.from_text("AB").encode
+    with ThreadPoolExecutor() as pool:
+        serving = pool.submit(workers._serve, encode, theirs)
+        ours.send("ABA")
+        assert ours.recv() == [1, 2, 1]
+        ours.send("A\nπ")
+        with pytest.raises(DataError, match=r"'\\n' at position 1 \(line 1, column 2\)") as caught:
+            raise ours.recv()
+        assert "position 11 (line 2, column 3)" in str(caught.value.within(Place(10, 2, 2)))
+        ours.close()
+        assert serving.result() is None
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 1000])

@@ -2,17 +2,12 @@
 
 import hashlib
 import json
-import multiprocessing
-import signal
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from gptfast.checks import check_count
 from gptfast.data.documents import Part, jobs, parts
@@ -25,14 +20,14 @@ from gptfast.data.token_files import (
     open_tokens,
 )
 from gptfast.data.tokens import check_cuts, dtype_for
+from gptfast.data.workers import mapped
 from gptfast.encoding import UnknownCharacterError
 from gptfast.errors import DataError
 from gptfast.files import write_atomic
 from gptfast.lock import locked
-from gptfast.tokenizer import Tokenizer, from_dict
+from gptfast.tokenizer import Tokenizer
 
 LOCK_NAME = ".lock"
-JOBS_PER_PROCESS = 4  # that wait at most, which bounds the memory
 MOST_PROCESSES = 1024
 
 Read = Callable[[int], None]  # is told the bytes that have been read
@@ -84,8 +79,6 @@ def prepare(
             write_atomic(files, durable=True)
     except BlockingIOError:
         raise DataError(f"{out}: other tokens are being prepared there") from None
-    except BrokenProcessPool:
-        raise DataError("a process that encoded texts was ended from outside") from None
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror or error})") from error
     return open_tokens(out)
@@ -168,39 +161,10 @@ class _Writer:
 
     def _encoded(self) -> Iterator[Encoded]:
         """Yields the parts as tokens, in their order."""
+        work = partial(_encode, self._tokenizer)
         if self._processes == 1:
-            yield from map(partial(_encode, self._tokenizer), jobs(self._parts))
-            return
-        waiting: deque[Future[Encoded]] = deque()
-        # A new interpreter each: a fork of one with threads, as torch has, may hang.
-        with ProcessPoolExecutor(
-            self._processes,
-            multiprocessing.get_context("spawn"),
-            _start,
-            (self._tokenizer.to_dict(),),
-        ) as pool:
-            try:
-                for job in jobs(self._parts):
-                    waiting.append(pool.submit(_encode_there, job))
-                    if len(waiting) > JOBS_PER_PROCESS * self._processes:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
-
-
-_here: list[Tokenizer] = []  # of a process that encodes
-
-
-def _start(tokenizer: dict[str, Any]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's, which ends us
-    _here.append(from_dict(tokenizer))
-
-
-def _encode_there(job: list[Part]) -> Encoded:
-    return _encode(_here[0], job)
+            return map(work, jobs(self._parts))
+        return mapped(work, jobs(self._parts), self._processes)
 
 
 def _encode(tokenizer: Tokenizer, job: list[Part]) -> Encoded:

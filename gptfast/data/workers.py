@@ -1,0 +1,106 @@
+"""Several processes that do jobs of one kind; their results come in the order of the jobs.
+
+Each has a pipe of its own. So a process that is killed is noticed at once, where those of a
+`ProcessPoolExecutor`, which share one, can leave the others' results behind half a message.
+"""
+
+import multiprocessing
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
+
+from gptfast.errors import DataError, GptfastError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def mapped(work: Callable[[Job], Result], jobs: Iterable[Job], processes: int) -> Iterator[Result]:
+    """Yields the result of each job, computed by several processes.
+
+    At most one job per process is begun and not yet yielded.
+
+    Args:
+        work: what is done with a job, picklable as all of these.
+        jobs: the jobs.
+        processes: how many, at least 1; they are new interpreters, since a fork of one that has
+            threads, as torch's, may hang.
+
+    Raises:
+        DataError: a process was ended from outside.
+        GptfastError: what `work` raised.
+    """
+    context = multiprocessing.get_context("spawn")
+    workers: list[Any] = []
+    pipes: list[Connection] = []
+    try:
+        with _ignored_interrupts():
+            for _ in range(processes):
+                ours, theirs = context.Pipe()
+                pipes.append(ours)
+                workers.append(context.Process(target=_serve, args=(work, theirs), daemon=True))
+                workers[-1].start()
+                theirs.close()
+        begun = 0
+        for job in jobs:
+            pipe = pipes[begun % processes]
+            if begun >= processes:
+                yield _received(pipe)
+            _send(pipe, job)
+            begun += 1
+        for i in range(max(0, begun - processes), begun):
+            yield _received(pipes[i % processes])
+    finally:
+        for pipe in pipes:
+            pipe.close()
+        for worker in workers:
+            worker.terminate()
+            worker.join()
+
+
+def _serve(work: Callable[[Any], Any], pipe: Connection) -> None:
+    with suppress(EOFError, OSError):  # the other process has ended
+        while True:
+            job = pipe.recv()
+            try:
+                answer = work(job)
+            except GptfastError as error:
+                answer = error
+            pipe.send(answer)
+
+
+def _send(pipe: Connection, job: Any) -> None:
+    try:
+        pipe.send(job)
+    except OSError:
+        raise _ended() from None
+
+
+def _received(pipe: Connection) -> Any:
+    try:
+        answer = pipe.recv()
+    except (EOFError, OSError):
+        raise _ended() from None
+    if isinstance(answer, GptfastError):
+        raise answer
+    return answer
+
+
+def _ended() -> DataError:
+    return DataError("a process that encoded texts was ended from outside")
+
+
+@contextmanager
+def _ignored_interrupts() -> Iterator[None]:
+    """Ignores Ctrl-C; processes that are started meanwhile do so for good, as theirs is ours."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
