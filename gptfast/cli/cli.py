@@ -99,7 +99,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _help() -> str:
-    rows = [f"  {name:<10}{command.__doc__}" for name, command in COMMANDS.items()]
+    rows = [f"  {name:<11}{command.__doc__}" for name, command in COMMANDS.items()]
     return "\n".join(
         ["usage: gptfast COMMAND [OPTIONS]", "", *rows]
         + ["", "`gptfast COMMAND --help` shows the options of a command."]
