@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,11 @@ import torch  # noqa: E402
 
 from gptfast.ops import select  # noqa: E402
 
+# torch keeps compiled graphs between processes and knows an operator by its name alone: one that an
+# earlier state of the sources left would have other shapes. Workers take their parent's folder.
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="gptfast-compiled-")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compiled.name
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before a module with a kernel is imported
 
