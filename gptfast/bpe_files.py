@@ -70,6 +70,7 @@ def parse(text: str) -> Parsed:
     plain = len(special_ids) == len(tokens) and found.get("normalizer") is None
     pre = found["pre_tokenizer"]
     by_words = plain and pre["type"] == "ByteLevel" and pre.get("use_regex", True) is True
+    by_words = by_words and pre.get("add_prefix_space", True) is False  # it would add one per part
     return Parsed(canonical, pieces, special_ids, by_words)
 
 

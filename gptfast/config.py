@@ -17,6 +17,10 @@ CHOICES = {  # of fields of TrainConfig
     "decayed": ("all", "matrices"),
     "parallel": ("ddp", "fsdp"),
 }
+NUMBERS = (  # fields of TrainConfig
+    *("lr", "min_lr", "clip", "weight_decay", "label_smoothing", "ema", "save_minutes"),
+    *("text_fraction", "val_fraction"),
+)
 COUNTS = (  # fields of TrainConfig that are positive, or None where that is their default
     *("batch_size", "accumulation_steps", "steps", "epochs", "eval_every", "eval_tokens"),
     *("save_every", "threads", "patience", "decay_steps"),
@@ -167,8 +171,11 @@ class TrainConfig:
         pair = isinstance(self.betas, tuple | list) and len(self.betas) == 2
         if not pair or not all(isinstance(b, int | float) and 0 <= b < 1 for b in self.betas):
             raise ConfigError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
-        # A list, as JSON gives it, would not be hashable.
-        object.__setattr__(self, "betas", tuple(self.betas))
+        # A list, as JSON gives it, would not be hashable, and numpy's numbers cannot be saved.
+        object.__setattr__(self, "betas", tuple(map(float, self.betas)))
+        for name in NUMBERS:
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, float(getattr(self, name)))
         object.__setattr__(self, "seed", check_seed(self.seed))
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
@@ -177,6 +184,10 @@ class TrainConfig:
             raise ConfigError(f"recompute must be True or False, got {self.recompute!r}")
         if self.sample is not None and not (isinstance(self.sample, str) and self.sample):
             raise ConfigError(f"sample must be a text of at least a character, got {self.sample!r}")
+        if self.patience is not None and self.val_fraction == 0.0:
+            raise ConfigError("patience needs held-out text, got val_fraction=0")
+        if self.decay_steps is not None and self.schedule != "wsd":
+            raise ConfigError(f"decay_steps belongs to schedule 'wsd', got {self.schedule!r}")
         if self.accumulation_steps > self.batch_size:
             raise ConfigError(
                 f"accumulation_steps must be at most batch_size={self.batch_size}, "

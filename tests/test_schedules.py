@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from gptfast.config import GPTConfig, TrainConfig
 from gptfast.errors import ConfigError
 from gptfast.model import GPT
 from gptfast.presets import Preset
-from gptfast.training import Trainer, evaluate, train
+from gptfast.training import Trainer, TrainError, evaluate, train
 from gptfast.training.callbacks import Callback
 from gptfast.training.schedule import learning_rate, part_sizes
 
@@ -322,3 +323,39 @@ def test_history_is_json(tmp_path) -> None:
     quick(tmp_path, schedule="wsd")
     rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert [row["lr"] for row in rows] == [0.01, 0.01, 0.0]
+
+
+def test_options_that_would_do_nothing_are_refused() -> None:
+    with pytest.raises(ConfigError, match="patience needs held-out text, got val_fraction=0"):
+        TrainConfig(patience=2, val_fraction=0)
+    with pytest.raises(ConfigError, match="decay_steps belongs to schedule 'wsd', got 'cosine'"):
+        TrainConfig(decay_steps=2, schedule="cosine")
+
+
+def test_numbers_of_numpy_can_be_saved_and_resumed(tmp_path) -> None:
+    options = {"lr": np.float64(0.01), "clip": np.float64(1.0), "betas": [np.float64(0.9), 0.99]}
+    quick(tmp_path, save_every=5, **options)
+    assert type(TrainConfig(**options).lr) is float
+    assert quick(tmp_path, resume=True, steps=14, **options).history[-1]["step"] == 14
+
+
+def test_a_held_out_loss_that_is_not_finite_keeps_the_checkpoint_before(tmp_path) -> None:
+    class Spoil(Callback):
+        def on_step(self, run):
+            if run.state.step == 4:  # before its evaluation
+                with torch.no_grad():  # finite weights, logits that are not
+                    run.trainer.gpt.lm_head.weight.fill_(3e38)
+                    run.trainer.gpt.ln_f.weight.fill_(3e38)
+
+    with pytest.raises(TrainError, match="the held-out loss became"):
+        quick(tmp_path, callbacks=[Spoil()], save_every=1)
+    model, _ = checkpoint.load(tmp_path)
+    assert all(bool(param.isfinite().all()) for param in model.parameters())
+    quick(tmp_path, resume=True, steps=14)  # the state can be read
+
+
+def test_another_number_of_compared_tokens_begins_the_comparison_anew(tmp_path) -> None:
+    quick(tmp_path, eval_tokens=20)
+    quick(tmp_path, resume=True, steps=16, eval_tokens=30)
+    state = torch.load(tmp_path / "training_state.pt")["state"]
+    assert state["best_step"] == 16

@@ -71,6 +71,7 @@ def reproduce(
             folder = out / f"{name}{'-reference' * plain}-seed{seed}"
             if progress:
                 print(f"{name}, seed {seed}", file=sys.stderr)
+            resume = (folder / STATE_NAME).is_file()
             result = train(
                 preset(name).override({**overrides, "seed": seed}),
                 folder,
@@ -78,10 +79,11 @@ def reproduce(
                 data=data,
                 backend=backend,
                 device=device,
-                resume=(folder / STATE_NAME).is_file(),
+                resume=resume,
+                overwrite=not resume,  # one that was killed before its first save
                 progress=progress,
             )
-            if result.interrupted:
+            if result.signal is not None:
                 return Reproduction(runs, None, result.signal)
             finished.append(_trained(seed, result))
     how = f"the {'reference, plain torch' if plain else 'kernels'}, on {device}"
@@ -98,6 +100,8 @@ def _trained(seed: int, result: TrainResult) -> Trained:
         temperature=TEMPERATURE,
         seed=seed,
     )
+    if sample.finish_reason == "interrupted":
+        raise KeyboardInterrupt
     history = result.history
     return Trained(
         seed=seed,

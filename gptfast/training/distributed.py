@@ -86,17 +86,19 @@ class Processes:
         if self.size == 1:
             return work()
         result: list[Any] = [None, None]
+        failure: Exception | None = None
         if self.first:
             try:
                 result[0] = work()
-            except GptfastError as error:
-                result[1] = error
+            except Exception as error:
+                failure = error
+                result[1] = error if isinstance(error, GptfastError) else GptfastError(str(error))
         with _answered():
             dist.broadcast_object_list(
                 result, src=0, group=self.control, device=torch.device("cpu")
             )
-        if result[1] is not None:
-            raise result[1]
+        if failure is not None or result[1] is not None:
+            raise failure or result[1]
         return result[0]
 
     def wait(self) -> None:

@@ -164,7 +164,7 @@ class StepGraph:
         trainer: Whose step it is.
         cuda: See Cuda.
         shape: B and T.
-        ids: (N,) int64 on the model's device, the text whose windows are trained on; None for
+        ids: (N,) tokens on the model's device, the text whose windows are trained on; None for
             batches that the caller gives.
     """
 

@@ -261,6 +261,8 @@ class Loop:
             last = state.step == self.total
             limit = None if last or config.eval_tokens is None else config.eval_tokens + 1
             result = self.trainer.evaluate(self.val_ids[:limit])
+            if not math.isfinite(result.loss):
+                raise self._not_finite(f"the held-out loss became {result.loss}")
             compared = result
             if limit is None and config.eval_tokens is not None:  # all compare the same tokens
                 compared = self.trainer.evaluate(self.val_ids[: config.eval_tokens + 1])
@@ -297,10 +299,13 @@ class Loop:
     def _save(self, last: bool) -> None:
         """Saves. A failure is reported and training continues, except after the last step."""
         if self.directory.path is None:
+            if last:
+                self._gather_for_callbacks()  # what `result` gives
             return
         self._check_weights()
+        whole = self.trainer.whole()  # all processes take part, and none goes on alone
         try:
-            self.save()
+            self.save(*whole)
         except Exception as error:
             failed = f"the save at step {self.state.step} failed"
             if last:
@@ -313,12 +318,11 @@ class Loop:
             self.has_checkpoint = True
             self._call("on_save")
 
-    def save(self) -> None:
-        """Writes the checkpoint and the training state."""
+    def save(self, model: GPT, result: GPT, moments: dict[str, Any]) -> None:
+        """Writes the checkpoint and the training state, of what `Trainer.whole` gives."""
         # `load` draws the order of the epoch again, so it needs the state before that draw. The
         # current state is the right one between two epochs and for random windows.
         between = self.config.steps is not None or self.state.step % len(self.windows) == 0
-        model, result, moments = self.trainer.whole()
         resumable = {
             "text": self.text,
             "trained": self.trainer.names,

@@ -1,11 +1,11 @@
 """The directory of a training run, and the state from which an interrupted run goes on.
 
 It holds the last checkpoint (`model.safetensors` and `config.json`: what `gptfast.load` reads),
-`history.jsonl` with one JSON object per evaluation, and `training_state.pt`. `best/` has the
-checkpoint of the best evaluation so far. The last has all that
-is needed to go on, weights and history included, and is replaced in one step: a crash between two
-files never mixes the parts of two moments. It ends with its own checksum, which `torch.load` skips.
-While a run writes there, `.lock` is locked.
+`history.jsonl` with one JSON object per evaluation, and `training_state.pt`; `best/` has the
+checkpoint of the best evaluation so far. `training_state.pt` has all that is needed to go on,
+weights and history included, and is replaced in one step: a crash between two files never mixes the
+parts of two moments. It ends with its own checksum, which `torch.load` skips. While a run writes
+there, `.lock` is locked.
 
 Checkpoint and state have the run's id, drawn at its start. The checkpoint is saved first, so that a
 crash leaves one of the state's step or a later one; any other pair was put together by hand.
@@ -87,6 +87,10 @@ class RunState:
         """Adds a row to the history and starts the sums of the next one."""
         self.history.append(row)
         self.loss_sum, self.loss_steps, self.row_tokens, self.row_seconds = 0.0, 0, 0, 0.0
+
+    def forget_best(self) -> None:
+        """Makes the next evaluation the best one."""
+        self.best_loss, self.best_step, self.not_better = math.inf, 0, 0
 
     def is_best(self, loss: float) -> bool:
         """Notes an evaluation's held-out loss; returns whether it is the best so far."""
@@ -279,6 +283,8 @@ class RunDirectory:
             _check_same(self.path, saved, stored_config(model).to_dict())
             _check_same(self.path, asdict(TrainConfig()) | content["train"], asdict(config))
             state = _run_state(content["state"], content["version"])
+            if content["train"].get("eval_tokens") != config.eval_tokens:
+                state.forget_best()  # its loss is one of other tokens
             if content["version"] > 1:
                 self.id = content["run"]
                 self._check_checkpoint(state.step)

@@ -35,12 +35,17 @@ def shared(model: nn.Module, config: TrainConfig, processes: Processes) -> nn.Mo
         what to call in training.
 
     Raises:
-        ConfigError: "fsdp" for a GPT within a wrapper.
+        ConfigError: the model is in DistributedDataParallel, or "fsdp" for one within a wrapper.
         CheckpointError: "fsdp" for a GPT that a checkpoint cannot hold.
     """
     if processes.size == 1:
         return model
     device = unwrapped(model).main_weight.device
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ConfigError(
+            "the trainer itself sums gradients over the processes: give it a model outside of "
+            "DistributedDataParallel"
+        )
     if config.parallel == "ddp":
         wrapped = DistributedDataParallel(model)
         wrapped.register_comm_hook(None, reduction.hook)
