@@ -63,8 +63,7 @@ def compile_isa(isa: str) -> str:
     """Compiles isa/levels/<isa>.cpp unless its object is up to date (same flags, same kernels)."""
     target, stamp = TEMP / f"isa_{isa}.o", TEMP / f"isa_{isa}.stamp"
     command = f"{CXX} {FLAGS} {KERNEL_FLAGS} {ISA_FLAGS[isa]} "
-    # Without the folder's name, so that objects are up to date in a copy of it too.
-    command += f"-c csrc/kernels/isa/levels/{isa}.cpp -o build/temp/isa_{isa}.o"
+    command += f"-c csrc/kernels/isa/levels/{isa}.cpp -o build/temp/isa_{isa}.o"  # as in a copy
     state = f"{digest(KERNELS)} {command}"
     if not (target.exists() and stamp.exists() and stamp.read_text() == state):
         stamp.unlink(missing_ok=True)

@@ -30,6 +30,7 @@ from gptfast import GPT, CharTokenizer, data, threads, training
 from gptfast.errors import GptfastError
 from gptfast.presets import Preset, preset
 from gptfast.testing import Op
+from gptfast.training.optimizer import weight_groups
 from gptfast.training.schedule import learning_rate
 
 TARGET = 1.88  # nats; what nanoGPT publishes for this run, in about three minutes of a MacBook
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--data", type=Path, help="the text; default: Shakespeare, downloaded")
     parser.add_argument("--steps", type=int, help="default: the preset's 2000")
-    parser.add_argument("--every", type=int, default=50, help="steps between evaluations")
+    parser.add_argument("--every", type=int, default=100, help="steps between evaluations")
     parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
     parser.add_argument("--threads", type=int, metavar="N", help="of torch and gptfast")
     parser.add_argument("--seconds", type=float, default=10.0, help="of the sample of steps")
@@ -183,12 +184,10 @@ def torch_curve(task: Task, dtype: str, loss_of: Op) -> Curve:
 
 def adamw(model: nn.Module, recipe: Preset) -> torch.optim.AdamW:
     """torch's fused AdamW, which decays matrices alone, as nanoGPT's does."""
-    config, params = recipe.train, list(model.parameters())
-    groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    config = recipe.train
+    options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "fused": True}
+    groups = weight_groups(list(model.parameters()), config.decayed)
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, **options)
 
 
 def three_epochs(text: str, dtype: str, seconds: float) -> dict[str, Any]:

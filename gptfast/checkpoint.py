@@ -38,7 +38,7 @@ from gptfast.storable import (
     stored_config,
     stored_tensors,
 )
-from gptfast.tokenizer import Tokenizer
+from gptfast.tokenizer import Tokenizer, check_kept
 from gptfast.tokenizer import from_dict as tokenizer_from
 
 FORMAT = "gptfast-checkpoint"
@@ -67,7 +67,8 @@ def save(
         extra: JSON-able, kept with the model; `read_config(path)["extra"]` gives it back.
 
     Raises:
-        ConfigError: if there is no GPT in `model`.
+        ConfigError: if there is no GPT in `model`, or the tokenizer is of another class than
+            gptfast's and would not come back.
         CheckpointError: if what is written would load as another model (modules were replaced or
             changed), if the tokenizer has more ids than the model, or if the files cannot be
             written; a checkpoint that was there before still loads.
@@ -76,6 +77,7 @@ def save(
     path = Path(path)
     model = unwrapped(model)
     check_storable(model)
+    check_kept(tokenizer)
     _check_vocabulary(model.config, tokenizer, path)
     tensors = stored_tensors(model)
     header = {

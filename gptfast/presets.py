@@ -42,9 +42,12 @@ class Preset:
         )
 
 
-# What nanoGPT's models share: no biases, one matrix for embedding and head, no dropout.
+# What nanoGPT's runs share: no biases, one matrix for embedding and head, no dropout.
 _NANOGPT: dict[str, Any] = {
     "dropout": 0.0, "bias": False, "tie_weights": True, "padding_idx": None, "init": "gpt2",
+}  # fmt: skip
+_NANOGPT_TRAIN: dict[str, Any] = {
+    "schedule": "cosine", "clip": 1.0, "weight_decay": 0.1, "decayed": "matrices",
 }  # fmt: skip
 _SHAKESPEARE = Preset(
     name="shakespeare",
@@ -80,13 +83,10 @@ _PRESETS = (
         name="shakespeare-cpu",
         model=GPTConfig(**_NANOGPT, block_size=64, n_layer=4, n_head=4, n_embd=128),
         train=TrainConfig(
+            **_NANOGPT_TRAIN,
             lr=1e-3,
-            schedule="cosine",
             warmup_steps=100,
             min_lr=1e-4,
-            clip=1.0,
-            weight_decay=0.1,
-            decayed="matrices",
             betas=(0.9, 0.99),
             batch_size=12,
             steps=2000,
@@ -102,13 +102,10 @@ _PRESETS = (
             **_NANOGPT, block_size=1024, vocab_size=50_304, n_layer=12, n_head=12, n_embd=768
         ),
         train=TrainConfig(
+            **_NANOGPT_TRAIN,
             lr=6e-4,
-            schedule="cosine",
             warmup_steps=2000,
             min_lr=6e-5,
-            clip=1.0,
-            weight_decay=0.1,
-            decayed="matrices",
             betas=(0.9, 0.95),
             batch_size=480,
             accumulation_steps=40,

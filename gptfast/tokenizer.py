@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from gptfast.encoding import Unknown, characters_in, check_text, checked_ids, unknown_character
-from gptfast.errors import DataError
+from gptfast.errors import ConfigError, DataError
 
 PAD = "<PAD>"
 PAD_ID = 0
@@ -113,6 +113,20 @@ def from_dict(d: dict[str, Any]) -> Tokenizer:
 
         return BPETokenizer.from_dict(d)
     return CharTokenizer.from_dict(d)
+
+
+def check_kept(tokenizer: Tokenizer | None) -> None:
+    """Raises ConfigError if `from_dict` would not give a tokenizer back as it is.
+
+    A subclass or a user's own tokenizer can be trained and generated with, but not stored.
+    """
+    from gptfast.bpe import BPETokenizer
+
+    if tokenizer is not None and type(tokenizer) not in (CharTokenizer, BPETokenizer):
+        raise ConfigError(
+            f"a tokenizer of type {type(tokenizer).__name__} cannot be stored, it would not come"
+            " back as it is: only a CharTokenizer or a BPETokenizer would"
+        )
 
 
 @dataclass(frozen=True)

@@ -686,3 +686,9 @@ def test_readmes_commands_have_these_options(capsys):
         out = capsys.readouterr().out
         for option in (each for each in line if each.startswith("--")):
             assert f" {option}" in out, option
+
+
+def test_threads_of_the_command_are_those_of_the_run(text_file, tmp_path):
+    options = ["train", "abc", "--data", str(text_file), "--out", str(tmp_path), *SMALL]
+    assert cli.main([*options, "--threads", "1"]) == 0
+    assert checkpoint.read_config(tmp_path)["extra"]["train"]["threads"] == 1

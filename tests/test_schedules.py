@@ -11,7 +11,7 @@ import torch
 
 from gptfast import checkpoint, generation
 from gptfast.config import GPTConfig, TrainConfig
-from gptfast.errors import ConfigError
+from gptfast.errors import CheckpointError, ConfigError
 from gptfast.model import GPT
 from gptfast.presets import Preset
 from gptfast.training import Trainer, TrainError, evaluate, train
@@ -166,6 +166,18 @@ class AbortAt(Callback):
             raise Aborted
 
 
+class Spoil(Callback):
+    """Spoils the weights after an evaluation, so that no later one is better."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_evaluation(self, run, row):
+        if row["step"] == self.step:
+            with torch.no_grad():
+                run.trainer.gpt.lm_head.weight.mul_(30.0)
+
+
 class Forget(Callback):
     """Spoils the weights after the second evaluation, so that the first two are the best."""
 
@@ -174,6 +186,8 @@ class Forget(Callback):
 
     def on_evaluation(self, run, row):
         self.evaluations += 1
+
+    def on_save(self, run):
         if self.evaluations == 2:
             with torch.no_grad():
                 run.trainer.gpt.lm_head.weight.mul_(30.0)
@@ -198,11 +212,27 @@ def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path) -> None:
     callback = Forget()
     result = quick(tmp_path, callbacks=[callback], lr=1e-3, eval_every=2)
     best = min(result.history, key=lambda row: row["val_loss"])
-    assert best["step"] < 12 and result.best == best
+    assert best["step"] <= 4 and result.best == best
     assert held_out_loss(tmp_path) == pytest.approx(result.history[-1]["val_loss"], rel=1e-6)
     assert checkpoint.read_config(tmp_path / "best")["extra"]["step"] == best["step"]
-    if best["step"] > 4:  # otherwise the callback changed the weights before they were saved
-        assert held_out_loss(tmp_path / "best") == pytest.approx(best["val_loss"], rel=1e-6)
+    assert held_out_loss(tmp_path / "best") == pytest.approx(best["val_loss"], rel=1e-6)
+
+
+def test_a_best_checkpoint_that_cannot_be_saved_is_not_the_best(tmp_path, monkeypatch) -> None:
+    save = checkpoint.save
+
+    def full(model, tokenizer, path, extra=None):
+        if extra["step"] == 8:
+            raise CheckpointError("the disk is full")
+        save(model, tokenizer, path, extra)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.warns(UserWarning, match="the save at step 8 failed, training goes on"):
+        result = quick(tmp_path, callbacks=[Spoil(8)])
+    four, eight, twelve = (row["val_loss"] for row in result.history)
+    assert eight < four < twelve
+    assert result.best["step"] == 4
+    assert checkpoint.read_config(tmp_path / "best")["extra"]["step"] == 4
 
 
 def test_without_held_out_text_there_is_no_best(tmp_path) -> None:
@@ -340,7 +370,7 @@ def test_numbers_of_numpy_can_be_saved_and_resumed(tmp_path) -> None:
 
 
 def test_a_held_out_loss_that_is_not_finite_keeps_the_checkpoint_before(tmp_path) -> None:
-    class Spoil(Callback):
+    class Overflow(Callback):
         def on_step(self, run):
             if run.state.step == 4:  # before its evaluation
                 with torch.no_grad():  # finite weights, logits that are not
@@ -348,7 +378,7 @@ def test_a_held_out_loss_that_is_not_finite_keeps_the_checkpoint_before(tmp_path
                     run.trainer.gpt.ln_f.weight.fill_(3e38)
 
     with pytest.raises(TrainError, match="the held-out loss became"):
-        quick(tmp_path, callbacks=[Spoil()], save_every=1)
+        quick(tmp_path, callbacks=[Overflow()], save_every=1)
     model, _ = checkpoint.load(tmp_path)
     assert all(bool(param.isfinite().all()) for param in model.parameters())
     quick(tmp_path, resume=True, steps=14)  # the state can be read

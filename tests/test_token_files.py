@@ -268,6 +268,15 @@ def test_a_process_that_is_killed_is_one_sentence():
     assert multiprocessing.active_children() == []
 
 
+def test_what_a_process_could_not_do_is_told() -> None:
+    with pytest.raises(DataError, match=r"a text cannot be encoded \(ZeroDivisionError: "):
+        list(workers.mapped(divided_by_zero, [1], 1))
+
+
+def divided_by_zero(x: int) -> float:
+    return x / 0
+
+
 def test_a_process_sends_back_what_went_wrong():
     ours, theirs = multiprocessing.Pipe()
     encode = CharTokenizer.from_text("AB").encode

@@ -6,8 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptfast.data import abc_corpus
-from gptfast.errors import DataError
+from gptfast.data.prepare import prepare
+from gptfast.errors import ConfigError, DataError
 from gptfast.tokenizer import PAD_ID, CharTokenizer
+from gptfast.training import train
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()), min_size=1)
 
@@ -124,3 +126,19 @@ def test_other_forms_are_refused(form, message):
 def test_vocabulary_holds_single_characters_only():
     with pytest.raises(DataError, match="'ab'"):
         CharTokenizer(("ab",))
+
+
+def test_a_tokenizer_that_would_not_come_back_is_not_stored(tmp_path):
+    class Lower(CharTokenizer):
+        def encode_tensor(self, text, unknown="error"):
+            return super().encode_tensor(text.lower(), unknown)
+
+    own, text = Lower.from_text("abc\n"), "ABC\n" * 100
+    (tmp_path / "text").write_text(text)
+    refused = "a tokenizer of type Lower cannot be stored"
+    with pytest.raises(ConfigError, match=refused):
+        train("abc", tmp_path / "run", text=text, tokenizer=own, progress=False)
+    with pytest.raises(ConfigError, match=refused):
+        prepare([tmp_path / "text"], tmp_path / "tokens", own)
+    assert {path.name for path in tmp_path.iterdir()} == {"text"}
+    train("abc", text=text, tokenizer=own, progress=False, steps=1, n_embd=8, eval_tokens=None)

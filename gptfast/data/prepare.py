@@ -25,7 +25,7 @@ from gptfast.encoding import UnknownCharacterError
 from gptfast.errors import DataError
 from gptfast.files import write_atomic
 from gptfast.lock import locked
-from gptfast.tokenizer import Tokenizer
+from gptfast.tokenizer import Tokenizer, check_kept
 
 LOCK_NAME = ".lock"
 MOST_PROCESSES = 1024
@@ -67,6 +67,7 @@ def prepare(
     out = Path(out)
     paths = [Path(text) for text in texts]
     check_folder(out, overwrite)
+    check_kept(tokenizer)
     if not paths:
         raise DataError("there is no text to prepare")
     check_count("processes", processes, 1, MOST_PROCESSES)

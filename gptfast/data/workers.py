@@ -41,8 +41,13 @@ def mapped(work: Callable[[Job], Result], jobs: Iterable[Job], processes: int) -
             for _ in range(processes):
                 ours, theirs = context.Pipe()
                 pipes.append(ours)
-                workers.append(context.Process(target=_serve, args=(work, theirs), daemon=True))
-                workers[-1].start()
+                worker = context.Process(target=_serve, args=(work, theirs), daemon=True)
+                try:
+                    worker.start()
+                except OSError as error:
+                    why = error.strerror or error
+                    raise DataError(f"{processes} processes cannot be started ({why})") from error
+                workers.append(worker)
                 theirs.close()
         begun = 0
         for job in jobs:
@@ -69,6 +74,8 @@ def _serve(work: Callable[[Any], Any], pipe: Connection) -> None:
                 answer = work(job)
             except GptfastError as error:
                 answer = error
+            except Exception as error:
+                answer = DataError(f"a text cannot be encoded ({type(error).__name__}: {error})")
             pipe.send(answer)
 
 

@@ -116,6 +116,7 @@ class Loop:
         self.saved_at = time.monotonic()
         self.has_checkpoint = False  # whether the directory contains a checkpoint of this run
         self.stopped = False  # whether `stop` was called
+        self.best_before = math.inf, 0  # loss and step of the best evaluation before the last one
         # Returns the signal received, if any.
         self.received_signal: Callable[[], int | None] = lambda: None
         per_epoch = len(self.windows)
@@ -212,7 +213,7 @@ class Loop:
     def _gather_for_callbacks(self) -> None:
         """Gathers a model of which each process has a part, for the first one's callbacks."""
         if self.trainer.sharded:
-            self.trainer.whole()
+            self.trainer.whole_models()
 
     def _call(self, method: str, *arguments: Any) -> None:
         for callback in self.callbacks:
@@ -266,6 +267,7 @@ class Loop:
             compared = result
             if limit is None and config.eval_tokens is not None:  # all compare the same tokens
                 compared = self.trainer.evaluate(self.val_ids[: config.eval_tokens + 1])
+            self.best_before = state.best_loss, state.best_step
             state.is_best(compared.loss)
         row = {
             "step": state.step,
@@ -307,7 +309,9 @@ class Loop:
         try:
             self.save(*whole)
         except Exception as error:
-            failed = f"the save at step {self.state.step} failed"
+            state, failed = self.state, f"the save at step {self.state.step} failed"
+            if state.best_step == state.step:
+                state.unsaved_best(self.best_before)
             if last:
                 raise UnsavedError(
                     f"{failed}, the trained model is in this error's `result`: {error}",

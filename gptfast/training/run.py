@@ -88,6 +88,15 @@ class RunState:
         self.history.append(row)
         self.loss_sum, self.loss_steps, self.row_tokens, self.row_seconds = 0.0, 0, 0, 0.0
 
+    def unsaved_best(self, before: tuple[float, int]) -> None:
+        """Takes back that the last evaluation was the best: its weights could not be saved.
+
+        Args:
+            before: `best_loss` and `best_step` of the best one before, which `best/` has.
+        """
+        self.best_loss, self.best_step = before
+        self.not_better += 1
+
     def forget_best(self) -> None:
         """Makes the next evaluation the best one."""
         self.best_loss, self.best_step, self.not_better = math.inf, 0, 0

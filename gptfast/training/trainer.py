@@ -20,7 +20,7 @@ from gptfast.ops.cross_entropy import one
 from gptfast.ops.random import seed_tensor
 from gptfast.storable import check_storable
 from gptfast.threads import check_threads, local_processes, use_usable_threads
-from gptfast.tokenizer import Tokenizer
+from gptfast.tokenizer import Tokenizer, check_kept
 from gptfast.training.averages import with_weights
 from gptfast.training.callbacks import Callback
 from gptfast.training.distributed import ALONE, Processes
@@ -233,10 +233,10 @@ class Trainer:
     def averaged(self) -> GPT:
         """The model of the weights' running means, which it shares; without `ema`, the model.
 
-        Where each process has a part of the model, it is the copy that `whole` made last.
+        Where each process has a part of the model, it is the copy `whole_models` made last.
         """
         if self.sharded:
-            return self.whole()[1] if self._averaged is None else self._averaged[1]
+            return self.whole_models()[1] if self._averaged is None else self._averaged[1]
         averages = self.optimizer.averages
         if not averages:
             return self.gpt
@@ -261,14 +261,18 @@ class Trainer:
         All processes must call it.
         """
         state = self.optimizer.state_dict()
+        return *self.whole_models(), whole_state(state) if self.sharded else state
+
+    def whole_models(self) -> tuple[GPT, GPT]:
+        """Returns the model and `averaged`, not in parts. All processes must call it."""
         if not self.sharded:
-            return self.gpt, self.averaged, state
+            return self.gpt, self.averaged
         model = averaged = whole_model(self.gpt)
         if self.optimizer.averages:
             with exchanged(self.parameters, self.optimizer.averages):
                 averaged = whole_model(self.gpt)
         self._averaged = [], averaged
-        return model, averaged, whole_state(state)
+        return model, averaged
 
     def fit(
         self,
@@ -329,6 +333,8 @@ class Trainer:
         if self.config.steps is None and self.config.epochs is None:
             raise ConfigError("a run needs a number of steps or of epochs, got neither")
         json.dumps(extra)  # raises TypeError now rather than at the first save
+        if out is not None:
+            check_kept(tokenizer)
         if out is not None and not self.sharded:
             check_storable(self.gpt)
         check_lengths(self.gpt.config.block_size, train_ids, val_ids)

@@ -65,6 +65,8 @@ class Train:
         if self.plot is not None:  # what would fail after the training fails before it
             check_picture(self.plot)
         use_threads(self.compute.threads)
+        if fields["threads"] is None:  # of several processes, each would take its share otherwise
+            fields = fields | {"threads": self.compute.threads}
         try:
             with handles_ctrl_c():
                 result = train(
