@@ -46,6 +46,7 @@ class GPTConfig:
     n_head: int = 2  # H
     n_embd: int = 128  # C
     dropout: float = 0.2  # of the embedding, the attention weights and the FFN's output
+    attn_proj_dropout: bool = False  # and of attn.c_proj's output, as in GPT-2
     bias: bool = True  # of the linear layers and norms; the head has none
     attention: bool = True  # False leaves the attention sub-blocks out
     gelu: Literal["erf", "tanh"] = "erf"
@@ -65,7 +66,7 @@ class GPTConfig:
         if not (isinstance(self.dropout, float | Real) and 0.0 <= self.dropout < 1.0):
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout!r}")
         object.__setattr__(self, "dropout", float(self.dropout))
-        for name in ("bias", "attention", "tie_weights"):
+        for name in ("attn_proj_dropout", "bias", "attention", "tie_weights"):
             value = getattr(self, name)
             if value not in (True, False):
                 raise ConfigError(f"{name} must be True or False, got {value!r}")
