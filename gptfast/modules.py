@@ -117,14 +117,16 @@ class Block(nn.Module):
 
     A half is one fused operator if all of its layers are plain. Otherwise the block calls its norm,
     then `attn` or `mlp` with the result. A CausalSelfAttention, or a module that contains one, also
-    receives the attention function as `attend`. The block itself adds the residual and applies
-    dropout to the result of `mlp`.
+    receives the attention function as `attend`. The block itself adds the residual, and applies
+    dropout to the result of `mlp` and, where the config says so, to that of `attn`.
     """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.stream = 1 + 2 * layer  # of the attention weights' dropout; the FFN has the next one
+        # of the dropout of attention's output, after those of all layers; None: there is none
+        self.proj_stream = 1 + 2 * config.n_layer + layer if config.attn_proj_dropout else None
         if config.attention:
             self.ln_1 = nn.LayerNorm(config.n_embd, eps=reference.LAYER_NORM_EPS, bias=config.bias)
             self.attn = CausalSelfAttention(config)
@@ -164,12 +166,15 @@ class Block(nn.Module):
             if context.fuses(self.first_replaced(self.attention_layers())):
                 own: Any = self._modules
                 attn = own["attn"]
+                dropped = self.proj_stream is not None
                 x = context.ops.layer_norm_attention(
                     x, *_params(own["ln_1"], attn, "c_attn"), n_head=attn.__dict__["n_head"],
                     dropout_p=context.dropout_p, seed=context.seed, stream=self.stream,
+                    proj_dropout_p=context.dropout_p if dropped else 0.0,
+                    proj_stream=self.proj_stream if dropped else 0,
                 )  # fmt: skip
             else:
-                x = self._called_attention(self._attend(x.dtype, context), x)
+                x = self._called_attention(self._attend(x.dtype, context), x, context)
         return self.feed_forward(x, context)
 
     def forward_with(self, attend: Attend, x: Tensor, context: ForwardContext) -> Tensor:
@@ -180,7 +185,7 @@ class Block(nn.Module):
                 y = attend(context.ops.layer_norm_linear(x, *qkv), self.attn.n_head)
                 x = context.ops.linear_residual(y, proj_w, proj_b, x)
             else:
-                x = self._called_attention(attend, x)
+                x = self._called_attention(attend, x, context)
         return self.feed_forward(x, context)
 
     def feed_forward(self, x: Tensor, context: ForwardContext) -> Tensor:
@@ -234,8 +239,12 @@ class Block(nn.Module):
         # A user's layer may return another dtype than that of the residual stream.
         return lambda qkv, n_head: packed_attention(attention, qkv.to(dtype), n_head)
 
-    def _called_attention(self, attend: Attend, x: Tensor) -> Tensor:
+    def _called_attention(self, attend: Attend, x: Tensor, context: ForwardContext) -> Tensor:
         y = self.ln_1(x).to(x.dtype)
         if any(isinstance(module, CausalSelfAttention) for module in self.attn.modules()):
-            return (x + self.attn(y, attend=attend)).to(x.dtype)
-        return (x + self.attn(y)).to(x.dtype)
+            out = self.attn(y, attend=attend)
+        else:
+            out = self.attn(y)
+        if self.proj_stream is not None:
+            out = context.dropped(out, self.proj_stream)
+        return (x + out).to(x.dtype)

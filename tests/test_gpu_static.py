@@ -69,7 +69,7 @@ def heads(B, T, H, D):
 def attention_block(B, T, C, H):
     x, out = empty(B, T, C), empty(B, T, C)
     params = empty(C), empty(C), empty(3 * C, C), empty(3 * C), empty(C, C), empty(C)
-    self_attention.self_attention(x, *params, H, 0.1, long(), 1, True)
+    self_attention.self_attention(x, *params, H, 0.0, 0, 0.1, long(), 1, True)
     kept = empty(B * T), empty(B * T), empty(B, T, 3 * C), out, empty(B, H, 2, T)
     self_attention.self_attention_backward(x, x, *params, *kept, H, 0.1, long(), 1, 0b1111111)
 

@@ -115,7 +115,8 @@ def self_attention_cases(dtype: torch.dtype, param: torch.dtype) -> Iterator[tup
             p = 0.3 * (i % 2)
             shapes = (C,), (C,), (3 * C, C), (3 * C,), (C, C), (C,)
             args = (normal(2, T, C, dtype=dtype), *(normal(*each, dtype=param) for each in shapes))
-            yield ops.layer_norm_attention, args, {"n_head": 2, "dropout_p": p, "seed": 1}
+            dropout = {"dropout_p": p, "proj_dropout_p": 0.3 - p, "proj_stream": 1, "seed": 1}
+            yield ops.layer_norm_attention, args, {"n_head": 2, **dropout}
 
 
 def linear_cases(dtype: torch.dtype, param: torch.dtype) -> Iterator[tuple]:

@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -111,8 +113,18 @@ def test_rows_have_the_bits_they_have_alone(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_fused_equals_reference_with_dropout_on(isa: str, dtype: torch.dtype) -> None:
-    config = GPTConfig(block_size=40, vocab_size=13, n_head=2, n_embd=64, dropout=0.3)
+@pytest.mark.parametrize("everywhere", (False, True))
+def test_fused_equals_reference_with_dropout_on(
+    isa: str, everywhere: bool, dtype: torch.dtype
+) -> None:
+    config = GPTConfig(
+        block_size=40,
+        vocab_size=13,
+        n_head=2,
+        n_embd=64,
+        dropout=0.3,
+        attn_proj_dropout=everywhere,
+    )
     torch.manual_seed(0)
     model = GPT(config).to(dtype)
     idx, targets = tokens(config, 4, 37)
@@ -125,6 +137,25 @@ def test_fused_equals_reference_with_dropout_on(isa: str, dtype: torch.dtype) ->
     tolerance = 2e-5 if dtype == torch.float32 else 0.04
     for fused, plain in zip(*results, strict=True):
         assert (fused - plain).abs().max() <= tolerance * max(plain.abs().max().item(), 0.05)
+
+
+def test_the_output_of_attention_drops_out_where_the_config_says_so() -> None:
+    config = GPTConfig(block_size=8, vocab_size=7, n_embd=16, dropout=0.5)
+    model = GPT(config)
+    everywhere = GPT(replace(config, attn_proj_dropout=True))
+    everywhere.load_state_dict(model.state_dict())
+    idx, targets = tokens(config, 2, 8)
+    losses = [each.loss(idx, targets, seed=3).item() for each in (model, everywhere)]
+    assert losses[0] != losses[1]
+    called = copy.deepcopy(everywhere)
+    for block in called.h:  # a hook makes the block call its modules
+        block.attn.register_forward_hook(lambda *_: None)
+    assert called.loss(idx, targets, seed=3).item() == pytest.approx(losses[1], rel=1e-5)
+    streams = [(block.stream, block.stream + 1, block.proj_stream) for block in everywhere.blocks]
+    assert len({0, *chain.from_iterable(streams)}) == 1 + 3 * config.n_layer
+    for each in (model, everywhere):
+        each.eval()
+    assert torch.equal(model(idx), everywhere(idx))
 
 
 def test_dropout_changes_with_torch_seed_alone() -> None:

@@ -38,7 +38,7 @@ def _cases() -> dict[str, tuple[Any, ...]]:
     x, ln_w, ln_b, weight, bias = R(2, 9, 32), R(32), R(32), R(20, 32), R(20)
     y, mean, rstd = torch.ops.gptfast.linear(x, ln_w, ln_b, weight, bias, None)
     block = (ln_w, None, R(96, 32), R(96), R(32, 32), None)
-    _, *kept = torch.ops.gptfast.self_attention(x, *block, 2, 0.1, SEED, 1, True)
+    _, *kept = torch.ops.gptfast.self_attention(x, *block, 2, 0.1, 3, 0.1, SEED, 1, True)
     ffn = (ln_w, None, R(64, 32), R(64), R(32, 64), R(32))
     y2, mean2, rstd2, hidden = torch.ops.gptfast.ffn(x, *ffn, "erf", 0.1, SEED, 2, True)
     idx = torch.randint(5, (2, 9))
@@ -46,8 +46,9 @@ def _cases() -> dict[str, tuple[Any, ...]]:
     return {
         "attention": (q, k, v, 0.25, 0.1, SEED, 1),
         "attention_backward": (R(2, 9, 3, 16), q, k, v, out, lse, 0.25, 0.1, SEED, 1),
-        "self_attention": (x, *block, 4, 0.1, SEED, 1, False),
-        "self_attention_backward": (R(2, 9, 32), x, *block, *kept, 2, 0.1, SEED, 1, 0b1111111),
+        "self_attention": (x, *block, 4, 0.1, 3, 0.1, SEED, 1, False),
+        "self_attention_backward":
+            (R(2, 9, 32), x, *block, *kept, 2, 0.1, 3, 0.1, SEED, 1, 0b1111111),
         "linear": (x.transpose(0, 1), ln_w, ln_b, weight, bias, None),
         "linear_backward": (R(2, 9, 20), x, ln_w, ln_b, mean, rstd, weight, None, 0b11101),
         "ffn": (x, *ffn, "tanh", 0.1, SEED, 2, False),

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from gptfast import ops
 from gptfast.ops import reference
+from gptfast.ops.random import dropout_factors
 from gptfast.testing import autocast, check_op, run
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -31,22 +32,48 @@ def torch_layer_norm_attention(
     b_proj: Tensor | None,
     *,
     n_head: int,
+    proj_dropout_p: float = 0.0,
+    seed: int = 0,
+    proj_stream: int = 0,
 ) -> Tensor:
     qkv = F.linear(F.layer_norm(x, x.shape[-1:], ln_w, ln_b), w_qkv, b_qkv)
     q, k, v = qkv.unflatten(-1, (3, n_head, -1)).permute(2, 0, 3, 1, 4)
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return x + F.linear(y.transpose(1, 2).flatten(2), w_proj, b_proj)
+    y = F.linear(y.transpose(1, 2).flatten(2), w_proj, b_proj)
+    rows, columns = y.shape[:-1].numel(), y.shape[-1]
+    key = torch.tensor(seed, device=x.device)
+    factors = dropout_factors(proj_dropout_p, key, proj_stream, 1, rows, columns)
+    return x + y * factors.view(y.shape).to(y)
 
 
 OPS = (ops.layer_norm_attention, reference.layer_norm_attention)
 
 
+PROJ_DROPOUT = {"proj_dropout_p": 0.3, "seed": 77, "proj_stream": 5}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", (True, False))
+@pytest.mark.parametrize("dropout", ({}, PROJ_DROPOUT))
 @pytest.mark.parametrize(("B", "T", "C", "H"), SHAPES)
-def test_budget(isa: str, B: int, T: int, C: int, H: int, bias: bool, dtype: torch.dtype) -> None:
+def test_budget(
+    isa: str, B: int, T: int, C: int, H: int, dropout: dict, bias: bool, dtype: torch.dtype
+) -> None:
     inputs = attention_block(B, T, C, bias)
-    check_op(*OPS, torch_layer_norm_attention, inputs, dtype, n_head=H)
+    check_op(*OPS, torch_layer_norm_attention, inputs, dtype, n_head=H, **dropout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_both_dropouts_at_once(isa: str, dtype: torch.dtype) -> None:
+    inputs = [x if x is None else x.to(dtype) for x in attention_block(3, 40, 32)]
+    grad = normal(3, 40, 32, seed=9).to(dtype)
+    options = {"n_head": 2, "dropout_p": 0.2, "stream": 1, **PROJ_DROPOUT}
+    oracle = run(reference.layer_norm_attention, inputs, torch.float64, grad, **options)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    for a, o in zip(run(OPS[0], inputs, dtype, grad, **options), oracle, strict=True):
+        assert (a.double() - o).abs().max() <= tolerance * o.abs().max()
+    everything = {**options, "proj_dropout_p": 1.0}  # x remains
+    assert torch.equal(ops.layer_norm_attention(*inputs, **everything), inputs[0])
 
 
 @pytest.mark.parametrize(("B", "T", "C", "H"), SHAPES[1:])
@@ -119,7 +146,8 @@ def test_gradients_do_not_depend_on_the_number_of_threads(isa: str, any_threads:
     grads = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        out = ops.layer_norm_attention(*leaves, n_head=2, dropout_p=0.2, seed=1)
+        options = {"dropout_p": 0.2, "proj_dropout_p": 0.3, "proj_stream": 1, "seed": 1}
+        out = ops.layer_norm_attention(*leaves, n_head=2, **options)
         grads.append(torch.autograd.grad(out.square().sum(), leaves))
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*grads, strict=True))
 
@@ -152,4 +180,4 @@ def test_errors_name_argument_expected_and_got() -> None:
     with pytest.raises(ValueError, match=r"dropout_p must be in \[0, 1\], got 1.5"):
         call(x, *params, n_head=2, dropout_p=1.5)
     with pytest.raises(RuntimeError, match=r"gptfast::self_attention: x must be \(B, T, C\)"):
-        torch.ops.gptfast.self_attention(x, *params, 5, 0.0, None, 0, False)
+        torch.ops.gptfast.self_attention(x, *params, 5, 0.0, 0, 0.0, None, 0, False)

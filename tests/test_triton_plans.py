@@ -156,7 +156,7 @@ def calls() -> dict[str, list[Any]]:
     made = kernels.KERNELS
     found: dict[str, list[Any]] = {
         "attention": [q, k, v, 0.25, *dropout],
-        "self_attention": [*block, H, *dropout, True],
+        "self_attention": [*block, H, 0.3, 5, *dropout, True],
         "linear": [x, *ln, w1, b1, None],
         "ffn": [*ffn, "erf", *dropout, True],
         "linear_cross_entropy": [
@@ -176,6 +176,8 @@ def calls() -> dict[str, list[Any]]:
         *block,
         *kept["self_attention"][1:],
         H,
+        0.3,
+        5,
         *dropout,
         0b1111111,
     ]

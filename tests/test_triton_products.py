@@ -190,7 +190,7 @@ def test_launches_of_a_layer(dropout_p: float, monkeypatch: pytest.MonkeyPatch) 
     assert found == Counter(
         hidden_grad_kernel=1, norm_grad_kernel=1, product=3, add_parts_kernel=1, **dropping
     )
-    options = 2, *options[1:]
+    options = 2, 0.0, 0, *options[1:]
     (_, *kept), found = launched(self_attention.self_attention, h, *others, *options, True)
     assert found == Counter(layer_norm_kernel=1, linear_kernel=2)
     backward = self_attention.self_attention_backward
@@ -209,7 +209,7 @@ def test_any_gradients_of_a_sublayer() -> None:
         (ffn.ffn, ffn.ffn_backward, (x, *params), options),
         (
             self_attention.self_attention, self_attention.self_attention_backward, (h, *others),
-            (2, *options[1:]),
+            (2, 0.3, 5, *options[1:]),
         ),
     ):  # fmt: skip
         _, *kept = forward(*given, *rest, True)

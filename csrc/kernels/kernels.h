@@ -100,8 +100,8 @@ struct AttentionBackward {
   Heads dout, dq, dk, dv;
 };
 
-// Y = residual + norm(X) W' + bias, where all parts but W are optional. X (M, K), Y and residual
-// (M, N) are contiguous.
+// Y = residual + dropout(norm(X) W' + bias), where all parts but W are optional. X (M, K), Y and
+// residual (M, N) are contiguous.
 struct Linear {
   DType dtype;
   int64_t M, K, N;
@@ -112,6 +112,7 @@ struct Linear {
   const void* residual;
   void* y;
   DType y_dtype;
+  Dropout dropout = {};
 };
 
 // Null gradients are not computed; dnorm requires dx.

@@ -1,5 +1,5 @@
-// The attention block x + attention(layer_norm(x) Wqkv' + bqkv) Wo' + bo, and its backward, as a
-// sequence of the linear and attention kernels.
+// The attention block x + dropout(attention(layer_norm(x) Wqkv' + bqkv) Wo' + bo), and its
+// backward, as a sequence of the linear and attention kernels.
 #include <cmath>
 #include <tuple>
 
@@ -20,9 +20,18 @@ struct Steps {
   Linear proj;
 };
 
+// Probabilities and streams of the two dropouts, of the output and of the attention weights.
+struct Dropouts {
+  double proj_p;
+  int64_t proj_stream;
+  double p;
+  const OptionalTensor& seed;
+  int64_t stream;
+};
+
 // The arguments that the forward and the backward share; `dense` owns the memory that x points to.
-Steps arguments(const Arguments& args, const BlockTensors& t, int64_t n_head, double p,
-                const OptionalTensor& seed, int64_t stream, Tensor& dense) {
+Steps arguments(const Arguments& args, const BlockTensors& t, int64_t n_head, const Dropouts& drop,
+                Tensor& dense) {
   args.require(t.x.dim() == 3 && n_head > 0 && t.x.size(2) > 0 && t.x.size(2) % n_head == 0,
                "x must be (B, T, C) with C divisible by n_head");
   const int64_t B = t.x.size(0), T = t.x.size(1), C = t.x.size(2);
@@ -43,7 +52,8 @@ Steps arguments(const Arguments& args, const BlockTensors& t, int64_t n_head, do
   s.attention.B = B, s.attention.H = n_head, s.attention.Tq = s.attention.Tk = T,
   s.attention.D = C / n_head;
   s.attention.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(s.attention.D)));
-  s.attention.dropout = args.dropout(p, seed, stream);
+  s.attention.dropout = args.dropout(drop.p, drop.seed, drop.stream);
+  proj.dropout = args.dropout(drop.proj_p, drop.seed, drop.proj_stream);
   return s;
 }
 
@@ -65,13 +75,13 @@ void connect_steps(Steps& s, const Tensor& qkv, const Tensor& out) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> self_attention(
     Tensor x, Tensor ln_w, OptionalTensor ln_b, Tensor w_qkv, OptionalTensor b_qkv, Tensor w_proj,
-    OptionalTensor b_proj, int64_t n_head, double p, OptionalTensor seed, int64_t stream,
-    bool keep) {
+    OptionalTensor b_proj, int64_t n_head, double proj_p, int64_t proj_stream, double p,
+    OptionalTensor seed, int64_t stream, bool keep) {
   Tensor dense;
   const OptionalTensor weight = ln_w;
-  Steps s =
-      arguments(Arguments("self_attention", "x", x),
-                {x, w_qkv, w_proj, weight, ln_b, b_qkv, b_proj}, n_head, p, seed, stream, dense);
+  Steps s = arguments(Arguments("self_attention", "x", x),
+                      {x, w_qkv, w_proj, weight, ln_b, b_qkv, b_proj}, n_head,
+                      {proj_p, proj_stream, p, seed, stream}, dense);
   const int64_t B = s.attention.B, T = s.attention.Tq, C = s.proj.N;
   const ScalarType dtype = scalar_type(s.proj.dtype);
   Tensor y = new_tensor(x.sizes(), dtype);
@@ -101,12 +111,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> self_attention(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> self_attention_backward(
     Tensor dy, Tensor x, Tensor ln_w, OptionalTensor ln_b, Tensor w_qkv, OptionalTensor b_qkv,
     Tensor w_proj, OptionalTensor b_proj, Tensor mean, Tensor rstd, Tensor qkv, Tensor out,
-    Tensor lse, int64_t n_head, double p, OptionalTensor seed, int64_t stream, int64_t wanted) {
+    Tensor lse, int64_t n_head, double proj_p, int64_t proj_stream, double p, OptionalTensor seed,
+    int64_t stream, int64_t wanted) {
   const Arguments args("self_attention_backward", "x", x);
   Tensor dense;
   const OptionalTensor weight = ln_w;
-  Steps s = arguments(args, {x, w_qkv, w_proj, weight, ln_b, b_qkv, b_proj}, n_head, p, seed,
-                      stream, dense);
+  Steps s = arguments(args, {x, w_qkv, w_proj, weight, ln_b, b_qkv, b_proj}, n_head,
+                      {proj_p, proj_stream, p, seed, stream}, dense);
   const int64_t B = s.attention.B, T = s.attention.Tq, C = s.proj.N, H = n_head, D = s.attention.D;
   const Tensor dense_dy = args.activation("dy", dy, {B, T, C});
   const Tensor dense_qkv = args.activation("qkv", qkv, {B, T, 3 * C});

@@ -104,12 +104,19 @@ def layer_norm_attention(
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     stream: int = 0,
+    proj_dropout_p: float = 0.0,
+    proj_stream: int = 0,
 ) -> Tensor:
     """See `gptfast.ops.layer_norm_attention`."""
     qkv = layer_norm_linear(x, ln_w, ln_b, w_qkv, b_qkv).unflatten(-1, (3, n_head, -1))
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-    out = causal_attention(q, k, v, dropout_p=dropout_p, seed=seed, stream=stream)
-    return linear_residual(out.transpose(1, 2).flatten(2), w_proj, b_proj, x)
+    key = seed_tensor(seed) if dropout_p > 0.0 or proj_dropout_p > 0.0 else None
+    out = causal_attention(q, k, v, dropout_p=dropout_p, seed=key, stream=stream)
+    out = out.transpose(1, 2).flatten(2)
+    with torch.autocast(x.device.type, enabled=False):
+        wide = _wide(x)
+        y = _dropout(_linear(out.to(wide), w_proj, b_proj), proj_dropout_p, key, proj_stream)
+        return (x.to(wide) + y).to(x.dtype)
 
 
 def layer_norm_ffn(

@@ -49,8 +49,8 @@ def _heads(x: tuple[int, ...], n_head: int) -> tuple[tuple[int, ...], tuple[int,
 _self_attention = define(
     """
     self_attention(Tensor x, Tensor ln_w, Tensor? ln_b, Tensor w_qkv, Tensor? b_qkv,
-        Tensor w_proj, Tensor? b_proj, int n_head, float dropout_p, Tensor? seed, int stream,
-        bool keep)
+        Tensor w_proj, Tensor? b_proj, int n_head, float proj_dropout_p, int proj_stream,
+        float dropout_p, Tensor? seed, int stream, bool keep)
         -> (Tensor y, Tensor mean, Tensor rstd, Tensor qkv, Tensor out, Tensor lse)
     """,
     _fake_self_attention,
@@ -60,8 +60,8 @@ _self_attention_backward = define(
     """
     self_attention_backward(Tensor dy, Tensor x, Tensor ln_w, Tensor? ln_b,
         Tensor w_qkv, Tensor? b_qkv, Tensor w_proj, Tensor? b_proj, Tensor mean, Tensor rstd,
-        Tensor qkv, Tensor out, Tensor lse, int n_head, float dropout_p, Tensor? seed, int stream,
-        int wanted)
+        Tensor qkv, Tensor out, Tensor lse, int n_head, float proj_dropout_p, int proj_stream,
+        float dropout_p, Tensor? seed, int stream, int wanted)
         -> (Tensor dx, Tensor dln_w, Tensor dln_b, Tensor dw_qkv, Tensor db_qkv,
             Tensor dw_proj, Tensor db_proj)
     """,
@@ -94,8 +94,10 @@ def layer_norm_attention(
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     stream: int = 0,
+    proj_dropout_p: float = 0.0,
+    proj_stream: int = 0,
 ) -> Tensor:
-    """Computes x + attention(LayerNorm(x) w_qkv' + b_qkv) w_proj' + b_proj, as in GPT-2.
+    """Computes x + dropout(attention(LayerNorm(x) w_qkv' + b_qkv) w_proj' + b_proj), as in GPT-2.
 
     The packed projection's columns are those of q, then k, then v, each (H, D); attention is
     `causal_attention`.
@@ -111,9 +113,11 @@ def layer_norm_attention(
         b_proj: (C,) or None.
         n_head: H; C must be divisible by it.
         dropout_p: Probability, in [0, 1], of an attention weight to be dropped.
-        seed: Key of the dropout mask, () int64 or an int; drawn from torch's default generator when
-            None.
+        seed: Key of the dropout masks, () int64 or an int; drawn from torch's default generator
+            when None.
         stream: Number of this dropout among those that share the seed.
+        proj_dropout_p: Probability, in [0, 1], of an output of the projection to be dropped.
+        proj_stream: Number of that dropout, another one than `stream`.
 
     Returns:
         (B, T, C) in x's dtype.
@@ -130,8 +134,9 @@ def layer_norm_attention(
             f"{op}: x must have columns that n_head={n_head} divides, got shape {tuple(x.shape)}"
         )
     select.require_fused(op, x.device.type, x.dtype, head_dim=C // n_head)
-    dropout_p = check_dropout(op, dropout_p)
-    key = seed_tensor(seed) if dropout_p > 0.0 else None
+    dropout_p, proj_dropout_p = check_dropout(op, dropout_p), check_dropout(op, proj_dropout_p)
+    key = seed_tensor(seed) if dropout_p > 0.0 or proj_dropout_p > 0.0 else None
+    options = n_head, proj_dropout_p, proj_stream, dropout_p, key, stream
     if not needs_grad(x, *params):
-        return _self_attention(x, *params, n_head, dropout_p, key, stream, False)[0]
-    return _SelfAttention.call(x, *params, n_head, dropout_p, key, stream)[0]
+        return _self_attention(x, *params, *options, False)[0]
+    return _SelfAttention.call(x, *params, *options)[0]

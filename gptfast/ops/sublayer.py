@@ -19,8 +19,8 @@ def sublayer(
 ) -> type[Fused]:
     """Makes the autograd function that joins a sublayer's operator and its backward.
 
-    Its inputs are x, weight and bias of the norm and of two linear layers, one option specific to
-    the sublayer, dropout_p, seed and stream. The operator has a further argument `keep`: whether it
+    Its inputs are x, weight and bias of the norm and of two linear layers, the options of the
+    sublayer, dropout_p, seed and stream. The operator has a further argument `keep`: whether it
     also returns the tensors that its backward reads.
     """
 
@@ -33,22 +33,22 @@ def sublayer(
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            *tensors, option, dropout_p, seed, stream = inputs
+            tensors, (*options, seed, stream) = inputs[:7], inputs[7:]
             _, *kept = output
             ctx.mark_non_differentiable(*kept)
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(*tensors, *kept, seed)
-            ctx.options = option, dropout_p, stream
+            ctx.options, ctx.stream = options, stream
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:
             *kept, seed = ctx.saved_tensors
-            option, dropout_p, stream = ctx.options
             needs = ctx.needs_input_grad[:7]
             found = backward_of(
                 name, operator_backward,
-                grads[0], *kept, option, dropout_p, seed, stream, wanted(needs),
+                grads[0], *kept, *ctx.options, seed, ctx.stream, wanted(needs),
             )  # fmt: skip
-            return *only_wanted(found, needs), None, None, None, None
+            others = [None] * (len(ctx.needs_input_grad) - len(needs))
+            return *only_wanted(found, needs), *others
 
     return Sublayer

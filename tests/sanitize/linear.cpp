@@ -10,6 +10,7 @@ struct Shape {
   DType dtype, param;
   int64_t M, K, N;
   bool norm, bias, residual;
+  int32_t dropout = 0;
 };
 
 struct Inputs {
@@ -60,6 +61,7 @@ std::vector<Result> run(const Shape& s, const Inputs& in, const Kernels& kernels
   if (s.norm) a.norm = {in.ln_w.param(), in.ln_b.param(ln_b), mean.floats(), rstd.floats()};
   a.weight.param = in.weight.param();
   a.bias = in.bias.param(s.bias);
+  a.dropout = {s.dropout, 123, 5};
   a.residual = s.residual ? in.residual.data() : nullptr;
   a.y = y.data();
   kernels.linear(a, parallel);
@@ -102,10 +104,10 @@ std::vector<Result> run(const Shape& s, const Inputs& in, const Kernels& kernels
 void linear_case(const Shape& s) {
   const Inputs in(s);
   const auto i = [](int64_t x) { return static_cast<long long>(x); };
-  const std::string name =
-      format("linear %s, parameters %s, M%lld K%lld N%lld%s%s%s", sanitize::name(s.dtype),
-             sanitize::name(s.param), i(s.M), i(s.K), i(s.N), s.norm ? " norm" : "",
-             s.bias ? " bias" : "", s.residual ? " residual" : "");
+  const std::string name = format("linear %s, parameters %s, M%lld K%lld N%lld%s%s%s dropout %d",
+                                  sanitize::name(s.dtype), sanitize::name(s.param), i(s.M), i(s.K),
+                                  i(s.N), s.norm ? " norm" : "", s.bias ? " bias" : "",
+                                  s.residual ? " residual" : "", s.dropout);
   check(name, s.dtype, [&](const Kernels& kernels, const Parallel& parallel) {
     return run(s, in, kernels, parallel);
   });
@@ -126,6 +128,8 @@ void linear_cases() {
         linear_case({dtype, params[turn++ % params.size()], M, K, N, true, true, false});
         linear_case({dtype, params[turn++ % params.size()], M, K, N, true, false, true});
         linear_case({dtype, params[turn++ % params.size()], M, K, N, false, N % 2 == 0, true});
+        linear_case(
+            {dtype, params[turn++ % params.size()], M, K, N, false, N % 2 == 1, true, 20000});
       }
     // A weight so wide that the rows come in several chunks for its gradient.
     linear_case({dtype, dtype, dtype == DType::f32 ? 385 : 769, 11003, 3, true, true, false});

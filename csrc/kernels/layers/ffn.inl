@@ -14,7 +14,6 @@
 #include "../matmul/weights.inl"
 #include "../simd/elements.inl"
 #include "../simd/math.inl"
-#include "../simd/philox.inl"
 #include "../simd/vec.inl"
 #include "../threads/parallel.h"
 #include "../threads/scratch.h"
@@ -87,14 +86,8 @@ template <class T>
 inline void finish_ffn(const Ffn& s, const FfnOperands<T>& with, int64_t m0, int64_t rows,
                        int64_t c0, int64_t n, float* c, int64_t ld) {
   apply_scales(with.w2.scales ? with.w2.scales + c0 : nullptr, rows, n, c, ld);
-  if (with.b2)
-    for (int64_t i = 0; i < rows; ++i)
-      finish_row(c + i * ld, with.b2 + c0, static_cast<const T*>(nullptr), n, c + i * ld);
-  apply_dropout(s.dropout, 0, m0, c0, rows, n, c, ld);
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t at = (m0 + i) * s.C + c0;
-    finish_row(c + i * ld, nullptr, static_cast<const T*>(s.x) + at, n, static_cast<T*>(s.y) + at);
-  }
+  finish_dropped(s.dropout, m0, rows, c0, n, with.b2, static_cast<const T*>(s.x), s.C, c, ld,
+                 static_cast<T*>(s.y));
 }
 
 // A task computes whole rows of y, the hidden activations in blocks of HIDDEN_BLOCK columns.
@@ -221,11 +214,7 @@ void ffn_backward_typed(const FfnBackward& s, const Parallel& parallel) {
       P* du = alloc<P>(task_frame, rows * u_stride);
       P* g_copy = alloc<P>(task_frame, rows * row_stride<P>(padded_k<P>(C)));
 
-      for (int64_t i = 0; i < rows; ++i)
-        for_vectors(C, [&](int64_t j, auto part) {
-          store(g + i * ld + j, load(dy + (m0 + i) * C + j, part), part);
-        });
-      apply_dropout(f.dropout, 0, m0, 0, rows, C, g, ld);
+      dropped_rows(f.dropout, dy, m0, rows, C, g, ld);
       const Lhs<P> g_rows = lhs_rows(g, ld, rows, C, g_copy);
       for (int64_t f0 = 0; f0 < F; f0 += HIDDEN_BLOCK) {
         const int64_t columns = min(HIDDEN_BLOCK, F - f0);

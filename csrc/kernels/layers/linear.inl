@@ -1,5 +1,5 @@
 // Linear layers and their backward. The forward applies LayerNorm while it reads the left-hand
-// side, and adds bias and residual while it writes the result.
+// side, and bias, dropout and residual while it writes the result.
 #pragma once
 
 #include "../kernels.h"
@@ -51,7 +51,11 @@ void linear_typed(const Linear& s, const Parallel& parallel) {
                               residual ? residual + row : nullptr, width, y + row);
                  }
                };
-               gemm(rows, n, s.K, a, columns, c, ld, false, Fetching{fetch, finish});
+               if (s.dropout.threshold == 0)
+                 return gemm(rows, n, s.K, a, columns, c, ld, false, Fetching{fetch, finish});
+               gemm(rows, n, s.K, a, columns, c, ld, false);
+               apply_scales(columns.scales, rows, n, c, ld);
+               finish_dropped(s.dropout, m0, rows, n0, n, bias, residual, s.N, c, ld, y);
              });
 }
 
@@ -59,7 +63,7 @@ template <class T>
 void linear_backward_typed(const LinearBackward& s, const Parallel& parallel) {
   using P = typename OperandOf<T>::type;
   const Linear& f = s.forward;
-  const int64_t M = f.M, N = f.N, K = f.K, ld = padded_n<P>(K);
+  const int64_t M = f.M, N = f.N, K = f.K, ld = padded_n<P>(K), ldg = padded_n<P>(N);
   const T* x = static_cast<const T*>(f.x);
   const T* dy = static_cast<const T*>(s.dy);
   const T* add = static_cast<const T*>(s.add);
@@ -83,10 +87,19 @@ void linear_backward_typed(const LinearBackward& s, const Parallel& parallel) {
       ScratchFrame task_frame;
       P* copy = alloc<P>(task_frame, rows * row_stride<P>(padded_k<P>(N)));
       float* dn = alloc<float>(task_frame, rows * ld);
-      // dN = dY W
-      if (with_dx) gemm(rows, K, N, lhs_rows(dy + m0 * N, N, rows, N, copy), w, dn, ld, false);
-      if (with_dweight) dweight.set_dy(slot, dy + m0 * N, N, rows, 0, N);
-      if (s.dbias.data) dbias.add_rows(block, dy + m0 * N, N, rows);
+      // G = dropout(dY), dN = G W
+      const auto take = [&](const auto* g, int64_t stride) {
+        if (with_dx) gemm(rows, K, N, lhs_rows(g, stride, rows, N, copy), w, dn, ld, false);
+        if (with_dweight) dweight.set_dy(slot, g, stride, rows, 0, N);
+        if (s.dbias.data) dbias.add_rows(block, g, stride, rows);
+      };
+      if (f.dropout.threshold > 0) {
+        float* g = alloc<float>(task_frame, rows * ldg);
+        dropped_rows(f.dropout, dy, m0, rows, N, g, ldg);
+        take(g, ldg);
+      } else {
+        take(dy + m0 * N, N);
+      }
       const auto added = [&](int64_t m) { return add ? add + m * K : nullptr; };
       if (!norm.weight) {
         for (int64_t i = 0; i < (with_dx ? rows : 0); ++i)

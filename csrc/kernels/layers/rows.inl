@@ -1,11 +1,12 @@
 // Steps of the layers that work row by row: LayerNorm and its backward, column sums, left-hand
-// sides made of rows, and the bias and residual added to rows of a result.
+// sides made of rows, and what is done to rows of a result: bias, dropout, residual.
 #pragma once
 
 #include "../kernels.h"
 #include "../matmul/layout.inl"
 #include "../simd/elements.inl"
 #include "../simd/math.inl"
+#include "../simd/philox.inl"
 #include "../simd/vec.inl"
 #include "../threads/scratch.h"
 
@@ -171,6 +172,35 @@ inline void finish_row(const float* c, const float* bias, const T* residual, int
     if (residual) value += load(residual + j, part);
     store(y + j, value, part);
   });
+}
+
+// y = dropout(c + bias) + residual for rows [m0, m0 + rows) and columns [n0, n0 + n) of matrices
+// with N columns; m0 is a multiple of 8. c and its stride ld are those of the block, and c is
+// overwritten.
+template <class T, class Y>
+inline void finish_dropped(const Dropout& dropout, int64_t m0, int64_t rows, int64_t n0, int64_t n,
+                           const float* bias, const T* residual, int64_t N, float* c, int64_t ld,
+                           Y* y) {
+  if (bias)
+    for (int64_t i = 0; i < rows; ++i)
+      finish_row(c + i * ld, bias + n0, static_cast<const T*>(nullptr), n, c + i * ld);
+  apply_dropout(dropout, 0, m0, n0, rows, n, c, ld);
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t at = (m0 + i) * N + n0;
+    finish_row(c + i * ld, nullptr, residual ? residual + at : nullptr, n, y + at);
+  }
+}
+
+// g = dropout(dy), the gradient of what the dropout was applied to, for rows [m0, m0 + rows) of dy
+// (M, n); m0 is a multiple of 8. Each row of g has memory for whole vectors.
+template <class T>
+inline void dropped_rows(const Dropout& dropout, const T* dy, int64_t m0, int64_t rows, int64_t n,
+                         float* g, int64_t ld) {
+  for (int64_t i = 0; i < rows; ++i)
+    for_vectors(n, [&](int64_t j, auto part) {
+      store(g + i * ld + j, load(dy + (m0 + i) * n + j, part), part);
+    });
+  apply_dropout(dropout, 0, m0, 0, rows, n, g, ld);
 }
 
 }  // namespace

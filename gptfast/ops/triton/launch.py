@@ -347,9 +347,9 @@ def _target(driver: Any) -> tuple[str, Any]:
 
 def dropout_args(p: float, seed: Tensor | None, stream: int, device: Any) -> dict[str, Any]:
     """Returns the arguments of `tiles.dropout_factors`; see gptfast.ops.random."""
-    if seed is None:
-        return NO_DROPOUT
     threshold = int(p * 65536 + 0.5)
+    if seed is None or threshold == 0:
+        return NO_DROPOUT
     return {
         "seed": seed.to(device),
         "substream": stream & 0xFFFFFFFF,

@@ -13,13 +13,13 @@ from gptfast.ops.triton.attention_backward import write_grads
 from gptfast.ops.triton.casts import cast
 from gptfast.ops.triton.launch import dropout_args, or_absent, wants
 from gptfast.ops.triton.linear import input_grad, linear, multiply, weight_grad
-from gptfast.ops.triton.rows import Sums, column_sums, layer_norm, norm_grads
+from gptfast.ops.triton.rows import Sums, column_sums, dropped_and_sums, layer_norm, norm_grads
 
 
 def self_attention(
     x: Tensor, ln_w: Tensor, ln_b: Tensor | None, w_qkv: Tensor, b_qkv: Tensor | None,
-    w_proj: Tensor, b_proj: Tensor | None, n_head: int, dropout_p: float, seed: Tensor | None,
-    stream: int, keep: bool,
+    w_proj: Tensor, b_proj: Tensor | None, n_head: int, proj_dropout_p: float, proj_stream: int,
+    dropout_p: float, seed: Tensor | None, stream: int, keep: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """gptfast::self_attention."""
     x = x.contiguous()
@@ -28,7 +28,8 @@ def self_attention(
     q, k, v = _unpacked(qkv, n_head)
     out, lse = attention(q, k, v, 1 / math.sqrt(q.shape[-1]), dropout_p, seed, stream)
     out = out.flatten(2)
-    y = multiply(out, w_proj.t(), bias=b_proj, residual=x)
+    dropout = dropout_args(proj_dropout_p, seed, proj_stream, x.device)
+    y = multiply(out, w_proj.t(), bias=b_proj, dropout=dropout, residual=x)
     if keep:
         return y, mean, rstd, qkv, out, lse
     return y, *(kept.new_empty(0, *kept.shape[1:]) for kept in (mean, rstd, qkv, out, lse))
@@ -37,30 +38,34 @@ def self_attention(
 def self_attention_backward(
     dy: Tensor, x: Tensor, ln_w: Tensor, ln_b: Tensor | None, w_qkv: Tensor,
     b_qkv: Tensor | None, w_proj: Tensor, b_proj: Tensor | None, mean: Tensor, rstd: Tensor,
-    qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, dropout_p: float, seed: Tensor | None,
-    stream: int, wanted: int,
+    qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, proj_dropout_p: float, proj_stream: int,
+    dropout_p: float, seed: Tensor | None, stream: int, wanted: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """gptfast::self_attention_backward."""
     x, dy, sums = x.contiguous(), dy.contiguous(), Sums()
     n = dx = x.new_empty(0)
     dln_w = dln_b = dw_qkv = db_qkv = dw_proj = db_proj = None
-    of_dy = None  # parts of dy's sum over the rows
+    d, of_d = dy, None  # the projection's gradient, and parts of its sum over the rows
+    dropout = dropout_args(proj_dropout_p, seed, proj_stream, x.device)
+    if dropout["seed"] is not None:
+        d, of_d = dropped_and_sums(dy, dropout)
     if wants(wanted, 5):
-        dw_proj = weight_grad(dy, out, w_proj)
+        dw_proj = weight_grad(d, out, w_proj)
     if wants(wanted, 0, 4):
         through = wants(wanted, 0, 2)  # w_qkv as well
         qkv_weight, proj_weight = cast(x.dtype, w_qkv, w_proj) if through else (w_qkv, w_proj)
         q, k, v = _unpacked(qkv, n_head)
         dqkv = torch.empty_like(qkv)
         write_grads(
-            _heads(input_grad(dy, proj_weight), n_head), q, k, v, _heads(out, n_head), lse,
+            _heads(input_grad(d, proj_weight), n_head), q, k, v, _heads(out, n_head), lse,
             _unpacked(dqkv, n_head), 1 / math.sqrt(q.shape[-1]),
             dropout_args(dropout_p, seed, stream, x.device),
         )  # fmt: skip
         if through:
             dn = input_grad(dqkv, qkv_weight)
             back = norm_grads(dn, x, dy, mean, rstd, ln_w, ln_b, wants(wanted, 3))
-            dx, n, of_dy = back.dx, back.n, back.sums[:, 2]
+            dx, n = back.dx, back.n
+            of_d = back.sums[:, 2] if of_d is None else of_d
             dln_w, dln_b = sums.of_norm(back, ln_w, ln_b, wanted)
         elif wants(wanted, 3):
             n, _, _ = layer_norm(x, ln_w, ln_b)
@@ -69,7 +74,7 @@ def self_attention_backward(
         if b_qkv is not None and wants(wanted, 4):
             db_qkv = sums.of(column_sums(dqkv), b_qkv)
     if b_proj is not None and wants(wanted, 6):
-        db_proj = sums.of(column_sums(dy) if of_dy is None else of_dy, b_proj)
+        db_proj = sums.of(column_sums(dy) if of_d is None else of_d, b_proj)
     sums.add()
     return dx, *or_absent(x, dln_w, dln_b, dw_qkv, db_qkv, dw_proj, db_proj)
 
