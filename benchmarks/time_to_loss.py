@@ -1,10 +1,10 @@
 """Times whole trainings on Shakespeare: how long until a model is as good as others' is.
 
-The preset `shakespeare-cpu` (nanoGPT's run for a CPU) is trained to its published held-out loss by
-gptfast and by the same model in plain torch, from the same initial weights and on the same windows;
+The preset `shakespeare-cpu` (nanoGPT's run for a CPU) is trained by gptfast and by the same model
+in plain torch, from the same initial weights and on the same windows, so to the same held-out loss;
 evaluations are not counted. The three epochs of the preset `shakespeare` are timed by a sample of
 their steps, beside the course's model. The last line is JSON. Exit code 1: torch's losses are not
-gptfast's, or a whole run of gptfast misses the loss; 2: invalid options.
+gptfast's; 2: invalid options.
 """
 
 import argparse
@@ -33,8 +33,7 @@ from gptfast.testing import Op
 from gptfast.training.optimizer import weight_groups
 from gptfast.training.schedule import learning_rate
 
-TARGET = 1.88  # nats; what nanoGPT publishes for this run, in about three minutes of a MacBook
-FAR = 0.05  # nats; at the first evaluation, from our loss, where torch trains something else
+FAR = 0.01  # nats; from our loss at any evaluation, where torch trains something else
 COMPILED = bench_train.COMPILED
 Curve = list[tuple[int, float, float]]  # step, seconds of training until it, held-out loss
 
@@ -73,8 +72,9 @@ def main(argv: list[str] | None = None) -> int:
         else:
             threads.use_usable_threads()
         command.check_outputs(options.out, None)
-        whole = options.steps is None
-        changes = {"eval_every": options.every} | ({} if whole else {"steps": options.steps})
+        changes = {"eval_every": options.every}
+        if options.steps is not None:
+            changes["steps"] = options.steps
         recipe = preset("shakespeare-cpu").override(changes)
         text = data.shakespeare() if options.data is None else data.read_text(options.data)
         runs = [
@@ -86,8 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     except (GptfastError, OSError) as error:
         print(f"time_to_loss: {command.sentence(error)}", file=sys.stderr)
         return command.EXIT_BAD_INPUT
-    failed = failures(runs, whole)
-    result = {"script": "time_to_loss", "card": show.card(), "target": TARGET}
+    failed = failures(runs)
+    result = {"script": "time_to_loss", "card": show.card()}
     result |= {"runs": runs, "epochs": epochs, "failed": failed}
     print_result(result)
     if options.out:
@@ -97,12 +97,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def time_to_loss(task: Task, dtype: str, compiles: bool) -> list[dict[str, Any]]:
-    """Trains with each contender; returns what each took.
-
-    Returns:
-        By contender `name`, `dtype`, `ms` (per step), `step` and `seconds` (until the first
-        evaluation at or below TARGET, None if there is none), `loss` (the last), `curve`.
-    """
+    """Trains with each contender; returns what `summary` says of each."""
     contenders: dict[str, Callable[[], Curve]] = {
         OURS: lambda: our_curve(task, dtype),
         "SDPA": lambda: torch_curve(task, dtype, peers.loss),
@@ -112,21 +107,15 @@ def time_to_loss(task: Task, dtype: str, compiles: bool) -> list[dict[str, Any]]
     found = []
     for name, train in contenders.items():
         print(f"{name}, {dtype}", file=sys.stderr)
-        curve = train()
-        step, seconds, loss = curve[-1]
-        reached = next((point for point in curve if point[2] <= TARGET), None)
-        found.append(
-            {
-                "name": name,
-                "dtype": dtype,
-                "ms": 1e3 * seconds / step,
-                "step": reached and reached[0],
-                "seconds": reached and reached[1],
-                "loss": loss,
-                "curve": curve,
-            }
-        )
+        found.append(summary(name, dtype, train()))
     return found
+
+
+def summary(name: str, dtype: str, curve: Curve) -> dict[str, Any]:
+    """Returns `name`, `dtype`, `curve`; `steps`, `seconds` and `loss` at its end; `ms` a step."""
+    steps, seconds, loss = curve[-1]
+    found = {"name": name, "dtype": dtype, "ms": 1e3 * seconds / steps}
+    return found | {"steps": steps, "seconds": seconds, "loss": loss, "curve": curve}
 
 
 def our_curve(task: Task, dtype: str) -> Curve:
@@ -215,35 +204,28 @@ def three_epochs(text: str, dtype: str, seconds: float) -> dict[str, Any]:
     }
 
 
-def failures(runs: list[dict[str, Any]], whole: bool) -> list[dict[str, Any]]:
-    """What contradicts the comparison: other losses than ours, or a whole run that misses TARGET.
-
-    Args:
-        runs: Those of `time_to_loss`.
-        whole: Whether they have the preset's number of steps.
-    """
-    ours = {run["dtype"]: run for run in runs if run["name"] == OURS}
+def failures(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What contradicts the comparison: other losses than gptfast's in the same dtype."""
+    ours = {run["dtype"]: run["curve"] for run in runs if run["name"] == OURS}
     found = []
     for run in runs:
-        own = ours[run["dtype"]]
-        away = abs(run["curve"][0][2] - own["curve"][0][2])
-        why = f"its first loss is {away:.3f} from gptfast's" if away > FAR else None
-        if run is own and whole and run["step"] is None:
-            why = f"it ends at {run['loss']:.4f}, above {TARGET}"
-        if why is not None:
-            found.append({"name": run["name"], "dtype": run["dtype"], "why": why})
+        for (step, _, loss), own in zip(run["curve"], ours[run["dtype"]], strict=True):
+            if not abs(loss - own[2]) <= FAR:  # true of NaN too
+                why = f"its loss at step {step} is {loss:.4f}, gptfast's {own[2]:.4f}"
+                found.append({"name": run["name"], "dtype": run["dtype"], "why": why})
+                break
     return found
 
 
 def print_result(result: dict[str, Any]) -> None:
     """Prints both tables and what failed."""
     console = Console(highlight=False, width=show.WIDTH)
-    table = Table(title=f"to a held-out loss of {result['target']}", title_justify="left", box=None)
-    for title in ("", "dtype", "ms per step", "steps", "seconds", "loss at the end"):
+    table = Table(title="shakespeare-cpu", title_justify="left", box=None)
+    for title in ("", "dtype", "ms per step", "steps", "seconds", "held-out loss"):
         table.add_column(title, justify="left" if title in ("", "dtype") else "right")
     for run in result["runs"]:
-        reached = ("-", "-") if run["step"] is None else (str(run["step"]), f"{run['seconds']:.1f}")
-        table.add_row(run["name"], run["dtype"], f"{run['ms']:.2f}", *reached, f"{run['loss']:.4f}")
+        numbers = f"{run['ms']:.2f}", str(run["steps"]), f"{run['seconds']:.1f}"
+        table.add_row(run["name"], run["dtype"], *numbers, f"{run['loss']:.4f}")
     console.print(table)
     for row in result["epochs"]:
         seconds = ", ".join(f"{name} {each:,.0f} s" for name, each in row["seconds"].items())

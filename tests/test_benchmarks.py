@@ -5,6 +5,7 @@ With --benchmark-enable, their quick rows are timed by pytest-benchmark, which c
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -34,7 +35,6 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from gptfast import ops
 from gptfast.ops import select
-from gptfast.presets import preset
 
 if select.extension() is None:
     pytest.skip(f"{select.extension_error}", allow_module_level=True)
@@ -523,20 +523,15 @@ def test_time_to_loss_of_a_small_text(
     assert "Three epochs" in report.report([result])
 
 
-def test_time_to_loss_is_the_first_evaluation_that_reaches_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    curves = {"ours": [(50, 1.0, 1.9), (100, 2.0, 1.87), (150, 3.0, 1.89)], "torch": [(50, 5.0, 2)]}
-    monkeypatch.setattr(time_to_loss, "our_curve", lambda *_: curves["ours"])
-    monkeypatch.setattr(time_to_loss, "torch_curve", lambda *_: curves["torch"])
-    task = time_to_loss.Task(preset("shakespeare-cpu"), "text")
-    ours, theirs = time_to_loss.time_to_loss(task, "fp32", compiles=False)
-    assert (ours["step"], ours["seconds"], ours["loss"], ours["ms"]) == (100, 2.0, 1.89, 20.0)
-    assert (theirs["step"], theirs["seconds"]) == (None, None)
-    (failure,) = time_to_loss.failures([ours, theirs], whole=True)
-    assert failure["name"] == "SDPA" and "0.100 from gptfast's" in failure["why"]
-    (failure,) = time_to_loss.failures([ours | {"step": None}], whole=True)
-    assert "above 1.88" in failure["why"]
+def test_trainings_to_other_losses_are_no_comparison() -> None:
+    ours = time_to_loss.summary(OURS, "fp32", [(50, 1.0, 1.95), (100, 2.0, 1.90)])
+    assert (ours["steps"], ours["seconds"], ours["ms"], ours["loss"]) == (100, 2.0, 20.0, 1.90)
+    near = time_to_loss.summary("SDPA", "fp32", [(50, 5.0, 1.955), (100, 9.0, 1.895)])
+    assert time_to_loss.failures([ours, near]) == []
+    for loss in (1.92, math.nan):
+        far = time_to_loss.summary("SDPA", "fp32", [(50, 5.0, 1.95), (100, 9.0, loss)])
+        (failure,) = time_to_loss.failures([ours, far])
+        assert failure["name"] == "SDPA" and "at step 100" in failure["why"]
 
 
 @pytest.mark.parametrize(
