@@ -145,25 +145,25 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tok
     return model.to(device).eval(), tokenizer
 
 
-def assembled(config: GPTConfig, tensors: dict[str, torch.Tensor], file: Path) -> GPT:
-    """Makes a model of tensors that were read from a file.
+def assembled(config: GPTConfig, tensors: dict[str, torch.Tensor], source: str | Path) -> GPT:
+    """Makes a model of tensors that were read.
 
     Args:
         config: the model's shape.
         tensors: by the names of `GPT.state_dict()`, the tied head's among them. They become the
             model's own, in their dtypes.
-        file: where they are from, for errors.
+        source: where they are from, for errors.
 
     Raises:
         CheckpointError: they do not fit the shape.
     """
     # More layers than tensors cannot be right, and a wrong number could be built for hours.
     layers = min(config.n_layer, len(tensors) + 1)
-    with reading(file):  # sizes beyond what torch can count
+    with reading(Path(source)):  # sizes beyond what torch can count
         model = empty(replace(config, n_layer=layers))
     problem = mismatch(tensors, model.state_dict())
     if problem:
-        raise CheckpointError(f"{file}: does not fit its configuration: {problem}")
+        raise CheckpointError(f"{source}: does not fit its configuration: {problem}")
     model.load_state_dict(tensors, assign=True)  # which keeps each tensor's dtype
     if config.tie_weights:
         model.lm_head.weight = model.wte.weight
