@@ -34,7 +34,7 @@ CHECKPOINT_NAME = "ckpt.pt"
 META_NAME = "meta.pkl"
 
 # nanoGPT's defaults, which a checkpoint of it holds before the first step.
-LEARNING_RATE, BETAS, WEIGHT_DECAY = 6e-4, (0.9, 0.95), 0.1
+LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY = 6e-4, (0.9, 0.95), 1e-8, 0.1
 BEST_VAL_LOSS = 1e9
 
 _SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
@@ -240,14 +240,18 @@ def _meta(tokenizer: CharTokenizer, vocab_size: int) -> dict[str, Any]:
 
 
 def _unused_optimizer(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The state of AdamW before its first step, with nanoGPT's two groups of parameters."""
-    matrices = [tensor for tensor in tensors.values() if tensor.dim() > 1]
-    vectors = [tensor for tensor in tensors.values() if tensor.dim() < 2]
+    """The state of AdamW before its first step, with nanoGPT's groups: matrices and vectors.
+
+    torch completes the groups by its defaults. It is written out here because torch.optim loads
+    torch's compiler, which takes seconds.
+    """
+    matrices = sum(tensor.dim() > 1 for tensor in tensors.values())
+    shared = {"lr": LEARNING_RATE, "betas": BETAS, "eps": EPS}
     groups = [
-        {"params": matrices, "weight_decay": WEIGHT_DECAY},
-        {"params": vectors, "weight_decay": 0.0},
+        shared | {"weight_decay": WEIGHT_DECAY, "params": [*range(matrices)]},
+        shared | {"weight_decay": 0.0, "params": [*range(matrices, len(tensors))]},
     ]
-    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS).state_dict()
+    return {"state": {}, "param_groups": groups}
 
 
 def is_gpt2(tokenizer: BPETokenizer) -> bool:
