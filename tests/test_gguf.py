@@ -212,6 +212,8 @@ def test_the_tokenizer_is_in_the_metadata(tmp_path):
     values = (tokens.texts, tokens.types, tokens.merges, 0, 0)
     for name, value in zip(names, values, strict=True):
         assert found[f"tokenizer.ggml.{name}"] == value, name
+    kinds = gguf.GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.token_type"].types
+    assert [kind.name for kind in kinds] == ["ARRAY", "INT32"]  # llama.cpp takes no other
     assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
     assert found["tokenizer.ggml.add_bos_token"] is found["tokenizer.ggml.add_eos_token"] is False
 

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gptfast.cli.inspection import tokenizer_line
 from gptfast.data import abc_corpus
 from gptfast.data.prepare import prepare
 from gptfast.errors import ConfigError, DataError
@@ -107,6 +108,11 @@ def test_without_padding_other_characters_are_unknown_too():
         tokenizer.encode("az")
     with pytest.raises(DataError, match="id 2 is out of range: expected 0 to 1"):
         tokenizer.decode([2])
+
+
+def test_inspection_tells_whether_there_is_padding():
+    assert tokenizer_line(CharTokenizer(("a", "b"))) == "3 ids: <PAD> and 'ab'"
+    assert tokenizer_line(CharTokenizer(("a", "b"), padded=False)) == "2 ids: 'ab'"
 
 
 def test_halves_of_surrogate_pairs_stay_two_characters():

@@ -70,7 +70,7 @@ def _end_of(tokenizer: Tokenizer, vocab_size: int) -> int:
             return i
     raise CheckpointError(
         f"llama.cpp needs an id that ends a text, and each of the tokenizer's {len(pieces)} ids "
-        "stands for text: export the model without its tokenizer"
+        "stands for text: gptfast.export writes the model alone with tokenizer=None"
     )
 
 
