@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gptfast import GPT, GPTConfig, TrainConfig, Trainer
 from gptfast.config import Precision
+from gptfast.formats.course import from_state_dict
 from gptfast.presets import PRESETS
 from gptfast.testing import GRADIENT_FACTOR, RESULT_FACTOR, Op, assert_budget, error
 from gptfast.training.watching.machine import flops_per_token
@@ -161,8 +162,7 @@ def course_results(model: nn.Module, x: Tensor, y: Tensor, n_head: int) -> list[
 
 def as_ours(weights: dict[str, Tensor], n_head: int) -> GPT:
     """Returns gptfast's model, on the CPU, with these weights of the course's model."""
-    with torch.device("cpu"):
-        return GPT.from_course_state_dict({k: w.cpu() for k, w in weights.items()}, n_head)
+    return from_state_dict({k: w.cpu() for k, w in weights.items()}, n_head)
 
 
 def verify(shape: Shape, dtype: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gptfast import GPT
-from gptfast.course import from_course_name
+from gptfast.formats.course import own_name
 
 Tokens = list[list[int]]
 Generate = Callable[[], Tokens]
@@ -28,7 +28,7 @@ def course_model(model: GPT) -> peers.CourseGPT:
     course_gpt = peers.CourseGPT(model.config).to(model.wte.weight.device)
     with torch.no_grad():
         for name, param in course_gpt.named_parameters():
-            param.copy_(weights[from_course_name(name)])
+            param.copy_(weights[own_name(name)])
     return course_gpt.eval()
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         DataError,
         GptfastError,
     )
+    from gptfast.formats.export import export
     from gptfast.generation import Generation, PackedModel, Score, generate, pack, score, stream
     from gptfast.model import GPT, Intermediates
     from gptfast.tokenizer import CharTokenizer, Tokenizer
@@ -40,6 +41,7 @@ __all__ = [
     "TrainConfig",
     "Tokenizer",
     "Trainer",
+    "export",
     "generate",
     "load",
     "ops",
@@ -55,6 +57,7 @@ _HOMES = {
     "checkpoint": ("load", "save"),
     "config": ("GPTConfig", "TrainConfig"),
     "errors": ("BackendError", "CheckpointError", "ConfigError", "DataError", "GptfastError"),
+    "formats.export": ("export",),
     "generation": ("Generation", "PackedModel", "Score", "generate", "pack", "score", "stream"),
     "model": ("GPT", "Intermediates"),
     "tokenizer": ("CharTokenizer", "Tokenizer"),

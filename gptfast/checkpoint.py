@@ -78,7 +78,7 @@ def save(
     model = unwrapped(model)
     check_storable(model)
     check_kept(tokenizer)
-    _check_vocabulary(model.config, tokenizer, path)
+    check_vocabulary(model.config, tokenizer, path)
     tensors = stored_tensors(model)
     header = {
         "format": FORMAT,
@@ -138,21 +138,32 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tok
         tokenizer = None if stored is None else tokenizer_from(stored)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: the stored configuration is not valid: {error}") from error
-    _check_vocabulary(config, tokenizer, file)
+    check_vocabulary(config, tokenizer, file)
     if config.tie_weights and EMBEDDING in tensors:
         tensors[HEAD] = tensors[EMBEDDING]
-    model = _assembled(config, tensors, file)
+    model = assembled(config, tensors, file)
     return model.to(device).eval(), tokenizer
 
 
-def _assembled(config: GPTConfig, tensors: dict[str, torch.Tensor], file: Path) -> GPT:
+def assembled(config: GPTConfig, tensors: dict[str, torch.Tensor], source: str | Path) -> GPT:
+    """Makes a model of tensors that were read.
+
+    Args:
+        config: the model's shape.
+        tensors: by the names of `GPT.state_dict()`, the tied head's among them. They become the
+            model's own, in their dtypes.
+        source: where they are from, for errors.
+
+    Raises:
+        CheckpointError: they do not fit the shape.
+    """
     # More layers than tensors cannot be right, and a wrong number could be built for hours.
     layers = min(config.n_layer, len(tensors) + 1)
-    with reading(file):  # sizes beyond what torch can count
+    with reading(Path(source)):  # sizes beyond what torch can count
         model = empty(replace(config, n_layer=layers))
     problem = mismatch(tensors, model.state_dict())
     if problem:
-        raise CheckpointError(f"{file}: does not fit its configuration: {problem}")
+        raise CheckpointError(f"{source}: does not fit its configuration: {problem}")
     model.load_state_dict(tensors, assign=True)  # which keeps each tensor's dtype
     if config.tie_weights:
         model.lm_head.weight = model.wte.weight
@@ -261,7 +272,8 @@ def _parse(file: Path, text: str | bytes) -> Any:
         raise CheckpointError(f"{file}: the file is damaged (not JSON: {error})") from error
 
 
-def _check_vocabulary(config: GPTConfig, tokenizer: Tokenizer | None, path: Path) -> None:
+def check_vocabulary(config: GPTConfig, tokenizer: Tokenizer | None, path: Path) -> None:
+    """Raises CheckpointError if a tokenizer has more ids than a model; `path` names them both."""
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} ids, "

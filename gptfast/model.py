@@ -4,7 +4,7 @@ Letters: B batch, T time, C n_embd, H heads, D head_dim, V vocab_size, L layers.
 GPT-2's names.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, cast
@@ -15,8 +15,7 @@ from torch.nn import functional as F
 
 from gptfast import heads, ops, plain
 from gptfast.config import GPTConfig
-from gptfast.course import from_course_name
-from gptfast.errors import CheckpointError, ConfigError
+from gptfast.errors import ConfigError
 from gptfast.initial import InitialDraws, init_gpt2, init_torch
 from gptfast.modules import Block, ForwardContext
 from gptfast.ops import reference, select
@@ -226,50 +225,6 @@ class GPT(nn.Module):
             ConfigError: As of `attention_weights`; or what replaces c_proj is not linear.
         """
         return heads.attention_terms(self, idx).heads
-
-    @classmethod
-    def from_course_state_dict(
-        cls, state_dict: Mapping[str, Tensor], n_head: int, backend: Backend = "auto"
-    ) -> "GPT":
-        """Builds the model whose weights have the course's names.
-
-        Args:
-            state_dict: `wpe.weight wte.weight MM.j.* scale1.j.* scale2.j.* scale3.* FFN.j.0.*
-                FFN.j.2.* ln_f.weight`; without `MM` it is the model without attention.
-            n_head: H, which the weights do not tell.
-            backend: See the class.
-
-        Raises:
-            CheckpointError: A weight is missing, left over or of another shape.
-        """
-        for name in ("wpe.weight", "wte.weight"):
-            if name not in state_dict:
-                raise CheckpointError(
-                    f"the course's state dict must have {name!r}, got {sorted(state_dict)[:4]} ..."
-                )
-        block_size, n_embd = state_dict["wpe.weight"].shape
-        config = GPTConfig(
-            block_size=block_size,
-            vocab_size=state_dict["wte.weight"].shape[0],
-            n_layer=sum(
-                name.startswith("FFN.") and name.endswith(".0.weight") for name in state_dict
-            ),
-            n_head=n_head,
-            n_embd=n_embd,
-            attention=any(name.startswith("MM.") for name in state_dict),
-        )
-        model = cls(config, backend, generator=torch.Generator())  # the caller's is left alone
-        renamed = {from_course_name(name): weight for name, weight in state_dict.items()}
-        own = model.state_dict()
-        for name in sorted(own.keys() | renamed.keys()):
-            got = tuple(renamed[name].shape) if name in renamed else "nothing"
-            wanted = tuple(own[name].shape) if name in own else "nothing"
-            if got != wanted:
-                raise CheckpointError(
-                    f"the course's weights for {name} must have shape {wanted}, got {got}"
-                )
-        model.load_state_dict(renamed)
-        return model
 
     def _trunk(self, idx: Tensor, seed: int | Tensor | None) -> tuple[Tensor, ForwardContext]:
         """The blocks' output, (B, T, C), before the final norm."""

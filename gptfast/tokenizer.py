@@ -1,4 +1,7 @@
-"""What a tokenizer is, and the one of characters: id 0 is padding, then come the text's, sorted."""
+"""What a tokenizer is, and the one of characters: id 0 is padding, then come the text's, sorted.
+
+Those of other projects have no padding: the first character has id 0 (`padded=False`).
+"""
 
 import codecs
 import sys
@@ -16,6 +19,8 @@ from gptfast.errors import ConfigError, DataError
 PAD = "<PAD>"
 PAD_ID = 0
 COUNTED_AT_ONCE = 2**20  # tokens
+
+_UNKNOWN = -1  # what characters without an id have in a tokenizer's table
 
 
 class Tokenizer(Protocol):
@@ -135,19 +140,23 @@ class CharTokenizer:
 
     Args:
         chars: distinct single characters in the order of their ids, at least one.
+        padded: False makes a tokenizer without padding, as nanoGPT's: `chars[i]` has id `i`.
 
     Raises:
-        DataError: if `chars` is empty, has duplicates or an item that is not one character.
+        DataError: if `chars` is empty, has duplicates or an item that is not one character, or if
+            `padded` is no bool.
     """
 
     chars: tuple[str, ...]
+    padded: bool = True
 
     unit = "character"
-    padding = PAD_ID
     end_of_text = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "chars", tuple(self.chars))
+        if not isinstance(self.padded, bool):
+            raise DataError(f"padded must be True or False, got {self.padded!r}")
         if not self.chars:
             raise DataError("a vocabulary needs at least one character, got none")
         for char in self.chars:
@@ -172,16 +181,26 @@ class CharTokenizer:
         return cls(tuple(sorted(set(text))))
 
     @property
+    def padding(self) -> int | None:
+        """The id of `<PAD>`; None: there is none."""
+        return PAD_ID if self.padded else None
+
+    @property
     def vocab_size(self) -> int:
         """The number of ids, including padding."""
-        return len(self.chars) + 1
+        return len(self._written)
+
+    @cached_property
+    def _written(self) -> tuple[str, ...]:
+        """What each id writes."""
+        return ("", *self.chars) if self.padded else self.chars
 
     @cached_property
     def _id_of_code(self) -> np.ndarray:
-        # The table has one more entry, PAD_ID, to which `_ids` clips all larger code points.
+        # The table has one more entry, _UNKNOWN, to which `_ids` clips all larger code points.
         codes = [ord(char) for char in self.chars]
-        table = np.zeros(max(codes) + 2, dtype=np.int64)
-        table[codes] = np.arange(1, self.vocab_size)
+        table = np.full(max(codes) + 2, _UNKNOWN, dtype=np.int64)
+        table[codes] = np.arange(self.vocab_size - len(codes), self.vocab_size)
         return table
 
     def _ids(self, text: str, unknown: Unknown) -> np.ndarray:
@@ -190,7 +209,7 @@ class CharTokenizer:
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
         table = self._id_of_code
         ids = table[np.minimum(codes, len(table) - 1)]
-        known = ids != PAD_ID
+        known = ids != _UNKNOWN
         if known.all():
             return ids
         if unknown == "skip":
@@ -208,12 +227,12 @@ class CharTokenizer:
 
     def decode(self, ids: Iterable[int] | torch.Tensor) -> str:
         """Returns the text of `ids`; skips padding. See Tokenizer."""
-        return "".join(self.chars[i - 1] for i in checked_ids(ids, self.vocab_size) if i != PAD_ID)
+        return "".join(self._written[i] for i in checked_ids(ids, self.vocab_size))
 
     @property
     def pieces(self) -> list[bytes]:
         """The UTF-8 of each id; that of padding is empty, that of half a surrogate pair 3 bytes."""
-        return [b"", *(char.encode("utf-8", "surrogatepass") for char in self.chars)]
+        return [text.encode("utf-8", "surrogatepass") for text in self._written]
 
     def decoder(self) -> codecs.IncrementalDecoder:
         """See Tokenizer."""
@@ -224,7 +243,8 @@ class CharTokenizer:
 
         A single string would not survive: JSON joins two lone surrogates into one character.
         """
-        return {"kind": "char", "code_points": [ord(char) for char in self.chars]}
+        form: dict[str, Any] = {"kind": "char", "code_points": [ord(char) for char in self.chars]}
+        return form if self.padded else form | {"padded": False}
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> "CharTokenizer":
@@ -238,7 +258,7 @@ class CharTokenizer:
         if isinstance(points, list) and all(
             type(point) is int and 0 <= point <= sys.maxunicode for point in points
         ):
-            return cls(tuple(chr(point) for point in points))
+            return cls(tuple(chr(point) for point in points), form.get("padded", True))
         if points is None and isinstance(chars, str):
             return cls(tuple(chars))
         raise DataError("expected a tokenizer of the form {'kind': 'char', 'code_points': [...]}")

@@ -70,7 +70,7 @@ def shell(*arguments: object, **options: object) -> subprocess.CompletedProcess[
 def test_help_names_every_command(capsys):
     assert cli.main([]) == 0
     out = capsys.readouterr().out
-    for name in ("demo", "data", "train", "eval", "generate", "inspect", "plot", "info"):
+    for name in ("demo", "data", "train", "eval", "generate", "inspect", "plot", "export", "info"):
         assert re.search(rf"^  {name} +\w", out, re.M), name
 
 
@@ -78,7 +78,7 @@ def test_help_names_every_command(capsys):
     "name",
     [
         *("demo", "data prepare", "data shakespeare", "train abc", "eval"),
-        *("generate", "inspect", "plot", "reproduce"),
+        *("generate", "inspect", "plot", "export", "reproduce"),
     ],
 )
 def test_every_option_has_a_help_text(capsys, name):

@@ -19,17 +19,18 @@ ROOMS = {
     "config": ("config run_file threads", "errors"),
     "ops": ("ops", "errors"),
     "data": ("abc_corpus bpe bpe_files data encoding presets tokenizer", "errors config"),
-    "model": ("course heads initial model modules plain", "errors config ops"),
+    "model": ("heads initial model modules plain", "errors config ops"),
     "checkpoint": ("checkpoint integrity storable", "errors config ops data model"),
+    "formats": ("formats", "errors config ops data model checkpoint"),
     "attention_plots": ("attention_plots", "errors pictures model"),
     "generation": ("generation", "errors config ops data model"),
     "training": ("training", f"{BELOW_TRAINING} generation"),
-    "public": ("gptfast", f"{BELOW_TRAINING} generation training"),  # the names of gptfast itself
+    "public": ("gptfast", f"{BELOW_TRAINING} formats generation training"),  # gptfast's own names
     "info": ("info", "config ops training"),
     "reproduction": ("reproduction", f"{BELOW_TRAINING} generation training info"),
     "cli": (
         "cli __main__",
-        f"{BELOW_TRAINING} attention_plots generation training public info reproduction",
+        f"{BELOW_TRAINING} attention_plots formats generation training public info reproduction",
     ),
     "testing": ("testing", ""),  # for tests and benchmarks
 }

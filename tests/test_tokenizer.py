@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gptfast.cli.inspection import tokenizer_line
 from gptfast.data import abc_corpus
 from gptfast.data.prepare import prepare
 from gptfast.errors import ConfigError, DataError
@@ -88,6 +89,32 @@ def test_json_form_comes_back_equal(text):
     assert CharTokenizer.from_dict(json.loads(json.dumps(tokenizer.to_dict()))) == tokenizer
 
 
+@given(ANY_TEXT)
+def test_without_padding_the_first_character_has_id_0(text):
+    chars = tuple(dict.fromkeys(text))
+    tokenizer = CharTokenizer(chars, padded=False)
+    assert (tokenizer.vocab_size, tokenizer.padding) == (len(chars), None)
+    assert tokenizer.encode("".join(chars)) == [*range(len(chars))]
+    assert tokenizer.decode(tokenizer.encode_tensor(text)) == text
+    assert b"".join(tokenizer.pieces) == "".join(chars).encode("utf-8", "surrogatepass")
+    again = CharTokenizer.from_dict(json.loads(json.dumps(tokenizer.to_dict())))
+    assert again == tokenizer != CharTokenizer(chars)
+
+
+def test_without_padding_other_characters_are_unknown_too():
+    tokenizer = CharTokenizer(("b", "a"), padded=False)
+    assert tokenizer.encode("zabé", unknown="skip") == [1, 0]
+    with pytest.raises(DataError, match="'z' at position 1 .* 2 characters"):
+        tokenizer.encode("az")
+    with pytest.raises(DataError, match="id 2 is out of range: expected 0 to 1"):
+        tokenizer.decode([2])
+
+
+def test_inspection_tells_whether_there_is_padding():
+    assert tokenizer_line(CharTokenizer(("a", "b"))) == "3 ids: <PAD> and 'ab'"
+    assert tokenizer_line(CharTokenizer(("a", "b"), padded=False)) == "2 ids: 'ab'"
+
+
 def test_halves_of_surrogate_pairs_stay_two_characters():
     tokenizer = CharTokenizer.from_text("ab\ud83d\ude00")  # in a string, JSON would join the two
     assert tokenizer.vocab_size == 5
@@ -113,6 +140,7 @@ def test_the_joined_form_of_older_checkpoints_is_read():
         ({"kind": "char", "code_points": [-1]}, "expected a tokenizer"),
         ({"kind": "char", "code_points": [0x110000]}, "expected a tokenizer"),
         ({"kind": "char", "code_points": []}, "at least one character"),
+        ({"kind": "char", "code_points": [97], "padded": 0}, "padded must be True or False, got 0"),
         ({"kind": "char", "code_points": [97, 98, 97]}, "'a' twice"),
         ({"kind": "char", "chars": ""}, "at least one character"),
         ({"kind": "char", "chars": "aba"}, "'a' twice"),

@@ -29,6 +29,7 @@ COMMANDS: dict[str, type] = {
     "generate": commands.Generate,
     "inspect": commands.Inspect,
     "plot": commands.Plot,
+    "export": commands.Export,
     "reproduce": commands.Reproduce,
     "info": commands.Info,
 }

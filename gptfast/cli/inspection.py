@@ -87,7 +87,8 @@ def token_labels(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 def tokenizer_line(tokenizer: Tokenizer | None) -> str:
     """Describes a tokenizer."""
     if isinstance(tokenizer, CharTokenizer):
-        return f"{tokenizer.vocab_size} ids: <PAD> and {''.join(tokenizer.chars)!r}"
+        padding = "<PAD> and " if tokenizer.padded else ""
+        return f"{tokenizer.vocab_size} ids: {padding}{''.join(tokenizer.chars)!r}"
     return "none" if tokenizer is None else repr(tokenizer)
 
 

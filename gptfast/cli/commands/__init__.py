@@ -3,6 +3,7 @@
 from gptfast.cli.commands.data import DATA, Data
 from gptfast.cli.commands.demo import Demo
 from gptfast.cli.commands.eval import Eval
+from gptfast.cli.commands.export import Export
 from gptfast.cli.commands.generate import Generate
 from gptfast.cli.commands.info import Info
 from gptfast.cli.commands.inspect import Inspect
@@ -15,6 +16,7 @@ __all__ = [
     "Data",
     "Demo",
     "Eval",
+    "Export",
     "Generate",
     "Info",
     "Inspect",
