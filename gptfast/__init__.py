@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gptfast import ops
     from gptfast.bpe import BPETokenizer
-    from gptfast.checkpoint import load, save
+    from gptfast.checkpoint import save
     from gptfast.config import GPTConfig, TrainConfig
     from gptfast.errors import (
         BackendError,
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         DataError,
         GptfastError,
     )
+    from gptfast.formats import load
     from gptfast.generation import Generation, PackedModel, Score, generate, pack, score, stream
     from gptfast.model import GPT, Intermediates
     from gptfast.tokenizer import CharTokenizer, Tokenizer
@@ -52,9 +53,10 @@ __all__ = [
 
 _HOMES = {
     "bpe": ("BPETokenizer",),
-    "checkpoint": ("load", "save"),
+    "checkpoint": ("save",),
     "config": ("GPTConfig", "TrainConfig"),
     "errors": ("BackendError", "CheckpointError", "ConfigError", "DataError", "GptfastError"),
+    "formats": ("load",),
     "generation": ("Generation", "PackedModel", "Score", "generate", "pack", "score", "stream"),
     "model": ("GPT", "Intermediates"),
     "tokenizer": ("CharTokenizer", "Tokenizer"),

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # For each room (layer): its modules and packages, and the other rooms that it may import.
-BELOW_TRAINING = "errors pictures config ops data model checkpoint"
+BELOW_TRAINING = "errors pictures config ops data model checkpoint formats"
 ROOMS = {
     "errors": ("errors checks files lock", ""),
     "pictures": ("pictures", "errors"),
@@ -21,6 +21,7 @@ ROOMS = {
     "data": ("abc_corpus bpe bpe_files data encoding presets tokenizer", "errors config"),
     "model": ("course heads initial model modules plain", "errors config ops"),
     "checkpoint": ("checkpoint integrity storable", "errors config ops data model"),
+    "formats": ("formats", "errors config ops data model checkpoint"),
     "attention_plots": ("attention_plots", "errors pictures model"),
     "generation": ("generation", "errors config ops data model"),
     "training": ("training", f"{BELOW_TRAINING} generation"),
