@@ -79,13 +79,12 @@ def shards(index: Path) -> list[str]:
         CheckpointError: The index is damaged, or names files elsewhere.
     """
     places = read_json(index).get("weight_map")
-    names = set(places.values()) if isinstance(places, dict) else set()
-    if not names:
+    if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{index}: lists no files with weights (weight_map)")
-    for name in names:
-        if not isinstance(name, str) or PurePath(name).name != name:
-            raise CheckpointError(f"{index}: names a file that is not beside it, {name!r}")
-    return sorted(names)
+    for name in places.values():
+        if not isinstance(name, str) or PurePath(name).name != name or not PurePath(name).suffix:
+            raise CheckpointError(f"{index}: names no file that may be beside it, {name!r}")
+    return sorted(set(places.values()))
 
 
 def _tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
