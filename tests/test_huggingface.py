@@ -16,7 +16,6 @@ from gptfast import GPT, BPETokenizer
 from gptfast.formats import huggingface
 from gptfast.testing import assert_budget
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before the import, which reads it
 transformers = pytest.importorskip("transformers", reason="compares with Hugging Face's models")
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402

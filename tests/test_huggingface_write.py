@@ -1,7 +1,6 @@
 """Models of gptfast as folders of Hugging Face: transformers loads them, and they come back."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import gptfast
 from gptfast import GPT, BPETokenizer, CharTokenizer, CheckpointError, ConfigError, GPTConfig
 from gptfast.formats import huggingface
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before the import, which reads it
 transformers = pytest.importorskip("transformers", reason="Hugging Face's library reads the files")
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
