@@ -159,12 +159,12 @@ def _format_of_folder(folder: Path) -> Format:
     if weights.is_file():
         read_names(weights)  # says so if the file is damaged
         raise CheckpointError(
-            f"{weights}: not a gptfast checkpoint (its metadata name another format), nor is a "
-            f"{config.name} beside it, as in a model's folder of Hugging Face"
+            f"{weights}: not a gptfast checkpoint (its metadata name another format), and no "
+            f"{config.name} beside it says what it is"
         )
     raise CheckpointError(
-        f"{folder}: not a checkpoint, it has no {weights.name}; nor has it {config.name} of Hugging"
-        f" Face or {NANOGPT_NAME} of nanoGPT"
+        f"{folder}: not a checkpoint, it has no {weights.name}, and neither {config.name} of "
+        f"Hugging Face nor {NANOGPT_NAME} of nanoGPT"
     )
 
 
