@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"time_to_loss: {command.sentence(error)}", file=sys.stderr)
         return command.EXIT_BAD_INPUT
     failed = failures(runs)
-    result = {"script": "time_to_loss", "card": show.card()}
+    result: dict[str, Any] = {"script": "time_to_loss", "card": show.card()}
     result |= {"runs": runs, "epochs": epochs, "failed": failed}
     print_result(result)
     if options.out:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gptfast import ops
     from gptfast.bpe import BPETokenizer
-    from gptfast.checkpoint import load, save
+    from gptfast.checkpoint import save
     from gptfast.config import GPTConfig, TrainConfig
     from gptfast.errors import (
         BackendError,
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         DataError,
         GptfastError,
     )
+    from gptfast.formats import load
     from gptfast.formats.export import export
     from gptfast.generation import Generation, PackedModel, Score, generate, pack, score, stream
     from gptfast.model import GPT, Intermediates
@@ -54,9 +55,10 @@ __all__ = [
 
 _HOMES = {
     "bpe": ("BPETokenizer",),
-    "checkpoint": ("load", "save"),
+    "checkpoint": ("save",),
     "config": ("GPTConfig", "TrainConfig"),
     "errors": ("BackendError", "CheckpointError", "ConfigError", "DataError", "GptfastError"),
+    "formats": ("load",),
     "formats.export": ("export",),
     "generation": ("Generation", "PackedModel", "Score", "generate", "pack", "score", "stream"),
     "model": ("GPT", "Intermediates"),

@@ -15,7 +15,7 @@ of byte-pair encoding is in there whole: one of 50,000 tokens makes 2 MB of each
 
 import hashlib
 import json
-from dataclasses import replace
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,7 @@ from gptfast.files import write_atomic
 from gptfast.integrity import digest, reading
 from gptfast.model import GPT, unwrapped
 from gptfast.ops.select import usable_device
-from gptfast.storable import (
-    EMBEDDING,
-    HEAD,
-    check_storable,
-    empty,
-    mismatch,
-    stored_config,
-    stored_tensors,
-)
+from gptfast.storable import assembled, check_storable, stored_config, stored_tensors
 from gptfast.tokenizer import Tokenizer, check_kept
 from gptfast.tokenizer import from_dict as tokenizer_from
 
@@ -139,35 +131,20 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tok
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: the stored configuration is not valid: {error}") from error
     check_vocabulary(config, tokenizer, file)
-    if config.tie_weights and EMBEDDING in tensors:
-        tensors[HEAD] = tensors[EMBEDDING]
     model = assembled(config, tensors, file)
     return model.to(device).eval(), tokenizer
 
 
-def assembled(config: GPTConfig, tensors: dict[str, torch.Tensor], source: str | Path) -> GPT:
-    """Makes a model of tensors that were read.
-
-    Args:
-        config: the model's shape.
-        tensors: by the names of `GPT.state_dict()`, the tied head's among them. They become the
-            model's own, in their dtypes.
-        source: where they are from, for errors.
-
-    Raises:
-        CheckpointError: they do not fit the shape.
-    """
-    # More layers than tensors cannot be right, and a wrong number could be built for hours.
-    layers = min(config.n_layer, len(tensors) + 1)
-    with reading(Path(source)):  # sizes beyond what torch can count
-        model = empty(replace(config, n_layer=layers))
-    problem = mismatch(tensors, model.state_dict())
-    if problem:
-        raise CheckpointError(f"{source}: does not fit its configuration: {problem}")
-    model.load_state_dict(tensors, assign=True)  # which keeps each tensor's dtype
-    if config.tie_weights:
-        model.lm_head.weight = model.wte.weight
-    return model
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder has a checkpoint, which either of its files says: one may be damaged."""
+    with suppress(CheckpointError), reading(folder / WEIGHTS_NAME):
+        with safe_open(folder / WEIGHTS_NAME, framework="pt") as opened:
+            if _METADATA_KEY in (opened.metadata() or {}):
+                return True
+    with suppress(CheckpointError), reading(folder / CONFIG_NAME):
+        content = json.loads((folder / CONFIG_NAME).read_bytes())
+        return isinstance(content, dict) and content.get("format") == FORMAT
+    return False
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -273,7 +250,7 @@ def _parse(file: Path, text: str | bytes) -> Any:
 
 
 def check_vocabulary(config: GPTConfig, tokenizer: Tokenizer | None, path: Path) -> None:
-    """Raises CheckpointError if a tokenizer has more ids than a model; `path` names them both."""
+    """Raises CheckpointError if a tokenizer has ids that the model of this config has not."""
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} ids, "

@@ -5,7 +5,9 @@ that computes something else (LoRA layers, parametrizations, another eps) would 
 model, so it is rejected. Hooks are neither stored nor rejected: most of them only observe.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from gptfast.config import GPTConfig
 from gptfast.errors import CheckpointError
 from gptfast.initial import InitialDraws
+from gptfast.integrity import reading
 from gptfast.model import GPT
 from gptfast.plain import overridden
 
@@ -26,6 +29,43 @@ def empty(config: GPTConfig) -> GPT:
     """Makes a GPT on the meta device: its tensors have no storage. Draws no random numbers."""
     with torch.device("meta"), InitialDraws(None):
         return GPT(config)
+
+
+def assembled(config: GPTConfig, tensors: dict[str, Tensor], file: Path) -> GPT:
+    """Makes the GPT of a configuration around tensors that were read, without other weights.
+
+    Args:
+        config: The shape.
+        tensors: All parameters by their names here, without the head where it is tied. The model
+            keeps them and their dtypes.
+        file: Where they come from, for the error.
+
+    Raises:
+        CheckpointError: The tensors are not those of the configuration.
+    """
+    model = skeleton(config, tensors, file)
+    if config.tie_weights and EMBEDDING in tensors:
+        tensors = tensors | {HEAD: tensors[EMBEDDING]}
+    check_fit(tensors, model.state_dict(), file)
+    model.load_state_dict(tensors, assign=True)  # which keeps each tensor's dtype
+    if config.tie_weights:
+        model.lm_head.weight = model.wte.weight
+    return model
+
+
+def skeleton(config: GPTConfig, tensors: Mapping[str, Tensor], file: Path) -> GPT:
+    """Makes the `empty` GPT of a configuration that these tensors may fit; see `assembled`."""
+    # More layers than tensors cannot be right, and a wrong number could be built for hours.
+    layers = min(config.n_layer, len(tensors) + 1)
+    with reading(file):  # sizes beyond what torch can count
+        return empty(replace(config, n_layer=layers))
+
+
+def check_fit(found: dict[str, Tensor], expected: dict[str, Tensor], file: Path) -> None:
+    """Raises CheckpointError for what `mismatch` finds."""
+    problem = mismatch(found, expected)
+    if problem:
+        raise CheckpointError(f"{file}: does not fit its configuration: {problem}")
 
 
 def stored_config(model: GPT) -> GPTConfig:

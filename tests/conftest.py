@@ -22,6 +22,7 @@ from gptfast.ops import select  # noqa: E402
 if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="gptfast-compiled-")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compiled.name
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at the import of Hugging Face's libraries
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before a module with a kernel is imported
 

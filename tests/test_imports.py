@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # For each room (layer): its modules and packages, and the other rooms that it may import.
-BELOW_TRAINING = "errors pictures config ops data model checkpoint"
+BELOW_TRAINING = "errors pictures config ops data model checkpoint formats"
 ROOMS = {
     "errors": ("errors checks files lock", ""),
     "pictures": ("pictures", "errors"),

@@ -882,7 +882,7 @@ def test_what_does_not_fit_the_model_to_start_from_is_refused(tmp_path):
         ({"text": "abc" * 99}, DataError, "character 'a' at position 0"),
         ({"tokenizer": CharTokenizer(("A", "B"))}, ConfigError, "another tokenizer"),
         ({"init_from": tmp_path / "none"}, CheckpointError, "no such checkpoint"),
-        ({"init_from": bare}, ConfigError, "the checkpoint has no tokenizer"),
+        ({"init_from": bare}, ConfigError, "the model has no tokenizer"),
         (
             {"init_from": bare, "tokenizer": CharTokenizer.from_text("abcdefgh")},
             ConfigError,

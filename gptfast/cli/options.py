@@ -62,21 +62,20 @@ def use_threads(threads: int | None) -> None:
 
 
 def load_text_model(path: Path, compute: Compute | None = None) -> "tuple[GPT, Tokenizer]":
-    """Loads a checkpoint that must have a tokenizer, and chooses how its model computes."""
-    from gptfast import checkpoint
+    """Loads a model that must have a tokenizer, and chooses how it computes."""
+    from gptfast import formats
 
     device = "cpu" if compute is None else compute.device
-    model, tokenizer = checkpoint.load(path, device)
+    model, tokenizer = formats.load(path, device)
     if tokenizer is None:
-        raise CheckpointError(f"{path}: the checkpoint has no tokenizer, so it cannot take text")
+        raise CheckpointError(f"{path}: the model has no tokenizer, so it cannot take text")
     if compute is not None:
         model.backend = compute.backend
     return model, tokenizer
 
 
 def shape_of(path: Path) -> "GPTConfig":
-    """The shape of a checkpoint's model."""
-    from gptfast import checkpoint
-    from gptfast.config import GPTConfig
+    """The shape of a model."""
+    from gptfast import formats
 
-    return GPTConfig.from_dict(checkpoint.read_config(path)["config"])
+    return formats.config_of(path)

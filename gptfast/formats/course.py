@@ -2,16 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
-from gptfast.checkpoint import assembled
 from gptfast.config import GPTConfig
 from gptfast.errors import CheckpointError, ConfigError
-from gptfast.formats.pickled import read_torch
-from gptfast.integrity import reading
+from gptfast.formats.weight_files import read_safetensors, read_torch
 from gptfast.model import GPT
+from gptfast.storable import assembled
 
 _BLOCK_NAMES = {
     "MM.in_proj_weight": "attn.c_attn.weight",
@@ -33,23 +32,7 @@ _NAMES = {
     "scale3.bias": "ln_f.bias",
 }
 _SIZES = ("wpe.weight", "wte.weight")  # which tell block_size, vocab_size and n_embd
-_OWN = "scale3.weight"  # that no other project's model has
-
-
-def is_file(path: str | Path) -> bool:
-    """Whether a .safetensors, .pt or .pth file has weights with the course's names.
-
-    Raises:
-        CheckpointError: The file is damaged.
-    """
-    path = Path(path)
-    if not path.is_file() or path.suffix not in (".safetensors", ".pt", ".pth"):
-        return False
-    if path.suffix == ".safetensors":
-        with reading(path), safe_open(path, framework="pt") as opened:
-            return _OWN in opened.keys()
-    content = read_torch(path)
-    return isinstance(content, dict) and _OWN in content
+OWN = "scale3.weight"  # that no other project's model has
 
 
 def read(path: str | Path, n_head: int | None) -> tuple[GPT, None]:
@@ -74,13 +57,12 @@ def read(path: str | Path, n_head: int | None) -> tuple[GPT, None]:
             "give n_head"
         )
     if path.suffix == ".safetensors":
-        with reading(path), safe_open(path, framework="pt") as opened:
-            content = {name: opened.get_tensor(name) for name in opened.keys()}
+        content: Any = read_safetensors(path)
     else:
         content = read_torch(path)
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise CheckpointError(f"{path}: expected weights by name, got a {type(content).__name__}")
-    return _model(content, n_head, f"{path}").eval(), None
+    return _model(content, n_head, path).eval(), None
 
 
 def from_state_dict(state_dict: Mapping[str, Tensor], n_head: int) -> GPT:
@@ -96,10 +78,10 @@ def from_state_dict(state_dict: Mapping[str, Tensor], n_head: int) -> GPT:
         ConfigError: `n_head` does not fit.
         CheckpointError: A weight is missing, left over or of another shape.
     """
-    return _model(state_dict, n_head, "the course's state dict")
+    return _model(state_dict, n_head, Path("the course's state dict"))
 
 
-def _model(weights: Mapping[str, Tensor], n_head: int, source: str) -> GPT:
+def _model(weights: Mapping[str, Tensor], n_head: int, source: Path) -> GPT:
     for name in _SIZES:
         if not isinstance(weights.get(name), Tensor) or weights[name].dim() != 2:
             raise CheckpointError(

@@ -21,13 +21,12 @@ from torch import Tensor
 
 from gptfast.bpe import BPETokenizer
 from gptfast.bpe_files import BYTE_SYMBOLS, END_OF_TEXT, parse
-from gptfast.checkpoint import assembled
 from gptfast.config import GPTConfig
 from gptfast.errors import CheckpointError, ConfigError, DataError
 from gptfast.files import write_atomic
-from gptfast.formats.pickled import read_plain, read_torch
+from gptfast.formats.weight_files import read_plain, read_torch
 from gptfast.model import GPT
-from gptfast.storable import EMBEDDING, HEAD, stored_config, stored_tensors
+from gptfast.storable import EMBEDDING, HEAD, assembled, stored_config, stored_tensors
 from gptfast.tokenizer import CharTokenizer, Tokenizer
 
 CHECKPOINT_NAME = "ckpt.pt"
@@ -42,18 +41,6 @@ _DEFAULTS = {"bias": True, "dropout": 0.0}  # of checkpoints that are older than
 _WRAPPERS = ("_orig_mod.", "module.")  # torch.compile's and DistributedDataParallel's
 _MASK = re.compile(r"transformer\.h\.\d+\.attn\.bias")  # a buffer, where torch had no attention
 _GPT2_MERGES = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # its sha256
-
-
-def is_checkpoint(path: str | Path) -> bool:
-    """Whether a path is nanoGPT's checkpoint: a folder with `ckpt.pt`, or such a file.
-
-    Raises:
-        CheckpointError: A file that ends in .pt is damaged.
-    """
-    path = Path(path)
-    if path.is_dir():
-        return (path / CHECKPOINT_NAME).is_file()
-    return path.is_file() and path.suffix == ".pt" and _has_parts(read_torch(path))
 
 
 def read(path: str | Path) -> tuple[GPT, Tokenizer | None]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast import checkpoint
+from gptfast import checkpoint, formats
 from gptfast.config import GPTConfig, TrainConfig
 from gptfast.data import as_int64
 from gptfast.errors import CheckpointError, ConfigError, DataError
@@ -58,9 +58,9 @@ def train(
             read when they are needed.
         tokenizer: None takes that of `init_from`, of the run to resume, or of the folder, or makes
             one of the text's characters.
-        init_from: a run, or any checkpoint directory, whose model this run starts from: weights,
-            shape and tokenizer are its own, the training is that of `chosen`. Of the shape only
-            `dropout` may be given another value. Resuming such a run does not need it again.
+        init_from: any model that `gptfast.load` reads, from which this run starts: weights, shape
+            and tokenizer are its own, the training is that of `chosen`. Of the shape only `dropout`
+            may be given another value. Resuming such a run does not need it again.
         backend: the model's.
         device: where the model is trained, and stays.
         resume: go on with the interrupted run in `out`, with the text and options of its start.
@@ -90,7 +90,7 @@ def train(
         if Path(init_from).resolve() == Path(out).resolve():
             raise ConfigError(f"{out}: a run cannot start from the run that it replaces")
     source, noted = source_of(init_from, out if resume else None)
-    known = None if source is None else checkpoint.load(source)
+    known = None if source is None else formats.load(source)
     if known is not None:
         recipe = replace(recipe, model=known[0].config)
     recipe = recipe.override(overrides)
@@ -160,7 +160,7 @@ def _with_vocabulary(config: GPTConfig, tokenizer: Tokenizer) -> GPTConfig:
 def source_of(
     init_from: str | Path | None, resumed: str | Path | None
 ) -> tuple[str | Path | None, str | None]:
-    """Finds the checkpoint whose shape and tokenizer a run's model takes.
+    """Finds the model whose shape and tokenizer a run's model takes.
 
     A run that started from another model has noted so, and its own checkpoint serves to resume it.
 
@@ -169,13 +169,13 @@ def source_of(
         resumed: The directory of the run that is to go on; None for a new run.
 
     Returns:
-        The checkpoint's directory, None for a model with new weights; and the absolute path of
-        `init_from` as the run notes it.
+        Where that model is, None for one with new weights; and `init_from` as the run notes it, as
+        an absolute path or a name of the hub.
 
     Raises:
         ConfigError: The run to resume was started from another model than `init_from`.
     """
-    given = None if init_from is None else str(Path(init_from).absolute())
+    given = None if init_from is None else formats.absolute(init_from)
     if resumed is None:
         return init_from, given
     try:
@@ -198,11 +198,11 @@ def _prepared(
     wanted: GPTConfig,
     tokenizer: Tokenizer | None,
 ) -> tuple[GPT, Tokenizer]:
-    """Returns a checkpoint's model, in float32 at least, and the tokenizer to train it with."""
+    """Returns a model that was read, in float32 at least, and the tokenizer to train it with."""
     if tokenizer is None:
         tokenizer = stored
     if tokenizer is None:
-        raise ConfigError(f"{path}: the checkpoint has no tokenizer: give the one of its model")
+        raise ConfigError(f"{path}: the model has no tokenizer: give the one of its training")
     if stored not in (None, tokenizer) or tokenizer.vocab_size > model.config.vocab_size:
         raise ConfigError(f"{path}: the model was trained with another tokenizer")
     for name, value in model.config.to_dict().items():
@@ -254,6 +254,8 @@ def held_out(path: str | Path) -> Tensor:
 
 def held_out_tokens(path: str | Path) -> Tensor:
     """Like `held_out`, but in the smallest dtype and, from a folder of tokens, not read yet."""
+    if not formats.is_checkpoint(path):
+        raise DataError(f"{path}: it is not known on which text this model was trained: give one")
     header = checkpoint.read_config(path)
     extra, tokenizer = header["extra"], header["tokenizer"]
     extra = extra if isinstance(extra, dict) else {}

@@ -62,7 +62,8 @@ class Prepare(Data):
     texts: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="TEXT")]
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]  # the folder, which --data then takes
     # char: the texts' characters; bpe: byte pairs learnt from the texts; gpt2: GPT-2's, if it is in
-    # Hugging Face's cache; or a tokenizer.json, a run or another folder of tokens
+    # Hugging Face's cache; or a tokenizer.json, another folder of tokens, or a model's, as a run, a
+    # folder of Hugging Face or hf:OWNER/NAME
     tokenizer: Annotated[str, tyro.conf.arg(metavar="char|bpe|gpt2|PATH")] = "char"
     vocab_size: Count = None  # how many tokens bpe is to learn at most
     # a line that separates documents within a file; None: each file is one document
@@ -145,21 +146,20 @@ DATA: dict[str, type[Command]] = {
 
 
 def _stored_tokenizer(name: str) -> "Tokenizer":
-    """Loads the tokenizer of a run or a folder of tokens, or one that BPETokenizer knows."""
-    from gptfast import checkpoint
+    """Loads the tokenizer of a folder of tokens or of a model, or one that BPETokenizer knows."""
+    from gptfast import formats
     from gptfast.bpe import BPETokenizer
     from gptfast.data.token_files import META_NAME, open_tokens
-    from gptfast.tokenizer import from_dict
 
     path = Path(name)
     if (path / META_NAME).is_file():
         return open_tokens(path).tokenizer
-    if (path / checkpoint.WEIGHTS_NAME).is_file():
-        stored = checkpoint.read_config(path)["tokenizer"]
-        if stored is None:
-            raise DataError(f"{path}: the checkpoint has no tokenizer")
-        return from_dict(stored)
-    return BPETokenizer.load(name)
+    if not formats.names_model(name):
+        return BPETokenizer.load(name)
+    tokenizer = formats.tokenizer_of(name)
+    if tokenizer is None:
+        raise DataError(f"{name}: the model has no tokenizer")
+    return tokenizer
 
 
 def _processes(size: int) -> int:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Eval:
     """Measure a model on a text: loss, perplexity, bits per character and per byte."""
 
-    run_path: Run  # a run of `gptfast train`, or any checkpoint directory
+    run_path: Run  # a run of `gptfast train`, a folder of Hugging Face or nanoGPT, or hf:OWNER/NAME
     compute: ComputeOptions
     # UTF-8 text, or a folder by `gptfast data prepare`; None: what the run held out of its own text
     data: TextOrTokens = None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from gptfast.cli.options import Run
+from gptfast.cli.options import Count, Run
 
 if TYPE_CHECKING:
     from gptfast.tokenizer import Tokenizer
@@ -24,15 +24,16 @@ class Export:
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     # hf: Hugging Face's transformers; gguf: llama.cpp (needs the package gguf); nanogpt: nanoGPT
     to: Literal["hf", "gguf", "nanogpt"]
+    n_head: Count = None  # of a file with the course's weights, which do not tell it
     overwrite: bool = False  # write to a folder that is not empty, or over the file
 
     def run(self) -> int:
         """Writes the model, and says how the other project loads it."""
-        from gptfast import checkpoint
+        from gptfast import formats
         from gptfast.formats.export import check_target, export
 
         check_target(self.out, self.to, self.overwrite)
-        model, tokenizer = checkpoint.load(self.run_path)
+        model, tokenizer = formats.load(self.run_path, n_head=self.n_head)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             export(model, tokenizer, self.out, self.to, overwrite=self.overwrite)

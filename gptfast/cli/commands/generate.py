@@ -25,7 +25,7 @@ from gptfast.errors import ConfigError
 class Generate:
     """Continue one or more prompts; a single one appears as it is generated."""
 
-    run_path: Run  # a run of `gptfast train`, or any checkpoint directory
+    run_path: Run  # a run of `gptfast train`, a folder of Hugging Face or nanoGPT, or hf:OWNER/NAME
     compute: ComputeOptions
     # text to continue; - reads it from standard input; '' begins a new text where the tokenizer has
     # an end of texts

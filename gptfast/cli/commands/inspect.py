@@ -11,9 +11,9 @@ from gptfast.errors import ConfigError
 
 @dataclass(frozen=True)
 class Inspect:
-    """Show what is in a checkpoint: parameters, tokenizer, configuration."""
+    """Show what a model has: parameters, tokenizer, configuration."""
 
-    run_path: Run  # a run of `gptfast train`, or any checkpoint directory
+    run_path: Run  # a run of `gptfast train`, a folder of Hugging Face or nanoGPT, or hf:OWNER/NAME
     # show, in tenths, what each character or token of TEXT attends to, and the entropy of that
     attention: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
     # show what each head adds at character or token N of TEXT: 0 is the first one, -1 the last
@@ -34,7 +34,7 @@ class Inspect:
             check_picture(self.plot)
         from rich.console import Console
 
-        from gptfast import checkpoint
+        from gptfast import checkpoint, formats
         from gptfast.cli.inspection import (
             attention_report,
             lines_of,
@@ -42,17 +42,18 @@ class Inspect:
             tokenizer_line,
         )
 
-        model, tokenizer = checkpoint.load(self.run_path)
+        model, tokenizer = formats.load(self.run_path)
         attention = ""
         if self.attention is not None:
             attention = attention_report(
                 model, tokenizer, self.attention, self.contributions, self.plot
             )
         Console().print(parameter_table(model))
-        header = checkpoint.read_config(self.run_path)
         print(f"\ntokenizer: {tokenizer_line(tokenizer)}")
-        for title in ("config", "extra"):
-            values = header[title]
+        shown = {"config": model.config.to_dict()}
+        if formats.is_checkpoint(self.run_path):
+            shown["extra"] = checkpoint.read_config(self.run_path)["extra"]
+        for title, values in shown.items():
             print(f"\n{title}:")
             for line in lines_of(values):
                 print(f"  {line}")

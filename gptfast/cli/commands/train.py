@@ -33,7 +33,8 @@ class Train:
     config: File = None
     # UTF-8 text, or a folder by `gptfast data prepare`; None: the preset's own text
     data: TextOrTokens = None
-    # start from the model of a run, or of any checkpoint directory: its weights, shape, tokenizer
+    # start from the weights, shape and tokenizer of a model: of a run, of a folder of Hugging Face
+    # or nanoGPT, or hf:OWNER/NAME
     init_from: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
     resume: bool = False  # go on with the interrupted run in DIR
     overwrite: bool = False  # replace the run in DIR
@@ -43,7 +44,7 @@ class Train:
     wandb: Annotated[str | None, tyro.conf.arg(metavar="PROJECT")] = None
 
     def source(self) -> Path | None:
-        """Returns the checkpoint whose shape the model has, None for that of the preset."""
+        """Returns where the model is whose shape this one has, None for that of the preset."""
         if self.init_from is None and not self.resume:
             return None
         from gptfast.training.training import source_of
@@ -116,7 +117,7 @@ def train_preset(preset: "Preset", source: Path | None, file: "RunFile") -> type
 
     Args:
         preset: The preset.
-        source: The checkpoint whose shape the model has, see `Train.source`; None: the preset's.
+        source: Where the model is whose shape this one has, see `Train.source`; None: the preset's.
         file: Has other defaults.
     """
     from gptfast.config import GPTConfig, TrainConfig

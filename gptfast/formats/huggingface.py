@@ -1,0 +1,125 @@
+"""GPT-2 in the form of Hugging Face: a folder that transformers loads, and how one is read."""
+
+import json
+from pathlib import Path
+
+from safetensors.torch import save as to_safetensors
+from torch import nn
+
+from gptfast.checkpoint import check_vocabulary, is_checkpoint
+from gptfast.config import GPTConfig
+from gptfast.errors import CheckpointError
+from gptfast.files import Content, write_atomic
+from gptfast.formats.huggingface_config import CONFIG_NAME, read_config, special_ids, to_config
+from gptfast.formats.huggingface_tokenizer import (
+    SETTINGS_NAME,
+    SPECIAL_NAME,
+    VOCABULARY_NAMES,
+    read_tokenizer,
+    to_files,
+)
+from gptfast.formats.huggingface_weights import (
+    WEIGHTS_NAME,
+    WEIGHTS_NAMES,
+    read_weights,
+    to_weights,
+)
+from gptfast.model import GPT, unwrapped
+from gptfast.storable import check_storable, stored_config
+from gptfast.tokenizer import Tokenizer, check_kept
+
+__all__ = ["read", "read_config", "read_tokenizer", "write"]
+
+GENERATION_NAME = "generation_config.json"
+# What readers take for a part of the model wherever it is in the folder.
+NAMES = {
+    *(CONFIG_NAME, GENERATION_NAME, SETTINGS_NAME, SPECIAL_NAME, "added_tokens.json"),
+    *(*WEIGHTS_NAMES, *VOCABULARY_NAMES),
+}
+
+
+def read(folder: Path) -> tuple[GPT, Tokenizer | None]:
+    """Reads a folder with a GPT-2, as transformers and the hub have it.
+
+    Its files are `config.json`; `model.safetensors` or `pytorch_model.bin`, or the index of several
+    of either; and the tokenizer's, if any: `tokenizer.json`, or `vocab.json` with `merges.txt`.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The model, on the CPU and in the dtype of its weights, and its tokenizer. A model in float16
+        computes by plain torch on a CPU: `.float()` makes one for the kernels, and
+        `generate(dtype=)` a copy.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, parts do not fit each other, or the model
+            computes something that a GPT here does not; see `read_config`.
+    """
+    config = read_config(folder)
+    tokenizer = read_tokenizer(folder)
+    check_vocabulary(config, tokenizer, folder)
+    return read_weights(folder, config), tokenizer
+
+
+def write(model: nn.Module, tokenizer: Tokenizer | None, folder: Path) -> None:
+    """Writes a model and its tokenizer as a folder of Hugging Face, which `read` reads as well.
+
+    `GPT2LMHeadModel` and `AutoTokenizer` of transformers load it, and compute the same. Biases that
+    the model lacks are zeros there. Dropout is that of all three places of GPT-2, for transformers
+    to train with: a model without `attn_proj_dropout` would be trained with more there than here.
+
+    A text that spells a special token is that token for transformers, and not for gptfast; of a
+    CharTokenizer, it is text for both.
+
+    Args:
+        model: a GPT, also within `torch.compile` or DistributedDataParallel.
+        tokenizer: None writes none.
+        folder: made if missing. A model that this function wrote there is replaced whole.
+
+    Raises:
+        ConfigError: there is no GPT in `model`, or the tokenizer is of a class of the user's own.
+        CheckpointError: the folder has other parts of a model; the model or the tokenizer has what
+            GPT-2 has not; or the files cannot be written, and those from before are still there.
+    """
+    gpt = unwrapped(model)
+    check_storable(gpt)
+    check_kept(tokenizer)
+    config = stored_config(gpt)
+    if not config.attention:
+        raise CheckpointError(f"{folder}: GPT-2 always has attention, this model has none")
+    check_vocabulary(config, tokenizer, folder)
+    texts = _texts(gpt, config, tokenizer)
+    _check_folder(folder, {WEIGHTS_NAME, *texts})
+    weights = to_safetensors(to_weights(gpt, config), metadata={"format": "pt"})
+    files: dict[Path, Content] = {folder / WEIGHTS_NAME: weights}
+    files |= {folder / name: text.encode("utf-8") for name, text in texts.items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(files, durable=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: the model could not be written ({error.strerror or error})"
+        ) from error
+
+
+def _texts(gpt: GPT, config: GPTConfig, tokenizer: Tokenizer | None) -> dict[str, str]:
+    """All files but the weights."""
+    settings = {
+        CONFIG_NAME: to_config(config, gpt.main_weight.dtype, tokenizer),
+        GENERATION_NAME: special_ids(tokenizer),
+    }
+    texts = {name: json.dumps(content, indent=2) + "\n" for name, content in settings.items()}
+    return texts | ({} if tokenizer is None else to_files(tokenizer, config.block_size))
+
+
+def _check_folder(folder: Path, written: set[str]) -> None:
+    """Raises CheckpointError if a folder has what is not to be replaced, or would be mixed in."""
+    if is_checkpoint(folder):
+        raise CheckpointError(f"{folder}: holds a checkpoint of gptfast: choose another folder")
+    for name in sorted(NAMES - written):
+        if (folder / name).exists():
+            raise CheckpointError(
+                f"{folder}: {name} is there, which readers would take for a part of the model: "
+                "choose another folder"
+            )
