@@ -53,7 +53,7 @@ def test_any_text_comes_back_whole(text: str) -> None:
     assert TOKENIZER.encode_tensor(text).dtype == torch.int64
     assert b"".join(TOKENIZER.pieces[i] for i in ids).decode() == text
     size = text_size(TOKENIZER, torch.tensor(ids, dtype=torch.int64))
-    assert size == (len(text), len(text.encode()))
+    assert size == (len(text), len(text.encode()), 0)
 
 
 @given(ANY_TEXT, st.integers(1, 9))
