@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -217,3 +218,11 @@ def test_the_command_counts_the_ends_of_documents(tmp_path: Path, capsys: Any) -
     assert "endings     2 tokens that end a text, and write no byte\n" in out
     for unit in ("token", "character", "byte"):
         assert re.search(rf"^bits +\d+\.\d{{4}} per {unit}$", out, re.M)
+
+
+def test_the_model_of_lm_eval_says_which_package_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    for name in [name for name in sys.modules if name.startswith(("lm_eval.", "gptfast.lm_eval"))]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ConfigError, match=r"missing: pip install 'gptfast-kernels\[eval\]'"):
+        import gptfast.lm_eval  # noqa: F401

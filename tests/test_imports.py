@@ -12,19 +12,21 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # For each room (layer): its modules and packages, and the other rooms that it may import.
-BELOW_TRAINING = "errors pictures config ops data model checkpoint"
+BELOW_TRAINING = "errors markup pictures config ops data model checkpoint"
 ROOMS = {
     "errors": ("errors checks files lock", ""),
+    "markup": ("markup", ""),
     "pictures": ("pictures", "errors"),
     "config": ("config run_file threads", "errors"),
     "ops": ("ops", "errors"),
     "data": ("abc_corpus bpe bpe_files data encoding presets tokenizer", "errors config"),
-    "model": ("course heads initial model modules plain", "errors config ops"),
+    "model": ("course heads initial model modules plain summary", "errors markup config ops"),
     "checkpoint": ("checkpoint integrity storable", "errors config ops data model"),
     "attention_plots": ("attention_plots", "errors pictures model"),
-    "generation": ("generation", "errors config ops data model"),
+    "generation": ("generation", "errors markup config ops data model"),
     "training": ("training", f"{BELOW_TRAINING} generation"),
     "public": ("gptfast", f"{BELOW_TRAINING} generation training"),  # the names of gptfast itself
+    "lm_eval": ("lm_eval", "errors data model public"),
     "info": ("info", "config ops training"),
     "reproduction": ("reproduction", f"{BELOW_TRAINING} generation training info"),
     "cli": (
