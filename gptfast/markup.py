@@ -7,7 +7,7 @@ read on a light page and on a dark one.
 import base64
 import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -22,24 +22,29 @@ def section(title: object, *parts: str) -> str:
     return f"<div><p><b>{escaped(title)}</b></p>{''.join(parts)}</div>"
 
 
-def table(rows: Iterable[Sequence[object]], head: Sequence[object] = ()) -> str:
-    """Makes a table: numbers to the right, everything else to the left.
+def table(rows: Sequence[Sequence[object]], head: Sequence[object] = ()) -> str:
+    """Makes a table: columns of numbers to the right, the others to the left.
 
     Args:
         rows: of cells.
         head: the names of the columns, if they have any.
     """
-    parts = [_row(head, "th")] if head else []
-    parts += [_row(row, "td") for row in rows]
+    columns = zip(*rows, strict=True)
+    sides = ["right" if all(map(_is_number, cells)) else "left" for cells in columns]
+    parts = [_row(head, sides, "th")] if head else []
+    parts += [_row(row, sides, "td") for row in rows]
     return f"<table>{''.join(parts)}</table>"
 
 
-def _row(cells: Sequence[object], tag: str) -> str:
-    made = []
-    for i, cell in enumerate(cells):
-        number = re.fullmatch(r"[\d.,]+", str(cell)) or (tag == "th" and i)
-        side = "right" if number else "left"
-        made.append(f'<{tag} style="text-align: {side}">{escaped(cell)}</{tag}>')
+def _is_number(cell: object) -> bool:
+    return re.fullmatch(r"[\d.,]*", str(cell)) is not None
+
+
+def _row(cells: Sequence[object], sides: list[str], tag: str) -> str:
+    made = [
+        f'<{tag} style="text-align: {side}">{escaped(cell)}</{tag}>'
+        for cell, side in zip(cells, sides, strict=True)
+    ]
     return f"<tr>{''.join(made)}</tr>"
 
 
@@ -63,7 +68,7 @@ def marked(text: str, note: object, strength: float) -> str:
         note: what the note says.
         strength: of the background, from 0 to 1.
     """
-    colour = f"rgba(230, 159, 0, {0.6 * min(1.0, max(0.0, strength)):.2f})"
+    colour = f"rgba(230, 159, 0, {0.5 * min(1.0, max(0.0, strength)):.2f})"
     return f'<span title="{escaped(note)}" style="background: {colour}">{escaped(text)}</span>'
 
 

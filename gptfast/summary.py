@@ -3,7 +3,7 @@
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
-from gptfast import markup, ops
+from gptfast import markup
 from gptfast.config import GPTConfig
 
 if TYPE_CHECKING:

@@ -62,10 +62,15 @@ def test_text_is_escaped() -> None:
     assert "script" not in page.tags and "<script>alert('&')</script>" in page.text
     assert page.text.startswith("<b>&") and 'a"b' in page.text
     span = Page(markup.marked("<i>\n", "\"'<&>", 0.5)).spans
-    assert span == [("<i>\n", {"title": "\"'<&>", "style": "background: rgba(230, 159, 0, 0.30)"})]
+    assert span == [("<i>\n", {"title": "\"'<&>", "style": "background: rgba(230, 159, 0, 0.25)"})]
     assert markup.escaped("\ud800&") == "\N{REPLACEMENT CHARACTER}&amp;"
-    for strength, alpha in ((-1e-9, "0.00"), (2.0, "0.60")):
+    for strength, alpha in ((-1e-9, "0.00"), (2.0, "0.50")):
         assert f" {alpha})" in markup.marked("a", "", strength)
+
+
+def test_numbers_are_to_the_right() -> None:
+    found = markup.table([("a", "1", ""), ("2", "1,000.5", "7")], ("x", "y", "z"))
+    assert re.findall(r"text-align: (\w+)", found) == ["left", "right", "right"] * 3
 
 
 # ---- models
@@ -179,7 +184,8 @@ def test_a_text_by_characters() -> None:
         probability = math.exp(logprob)
         assert attributes["title"].startswith(f"{text!r}: probability {probability:.4f} (")
         assert attributes["title"].endswith(f"id {token}")
-        assert f"{0.6 * (1 - probability):.2f}" in attributes["style"]
+        strength = min(1.0, -math.log2(probability) / 8)  # 8 bits and more look alike
+        assert f", {0.5 * strength:.2f})" in attributes["style"]
 
 
 def test_a_text_by_byte_pairs_has_its_characters_whole() -> None:
@@ -227,5 +233,7 @@ def test_the_reprs_of_texts_are_short() -> None:
     )
     (scored,) = gptfast.score(model, [TEXT * 10], tokenizer=tokenizer)
     assert len(repr(scored)) < 200
-    assert f"logprob={scored.logprob:.4f}, bits_per_token={scored.bits_per_token:.4f}" in repr(scored)
+    assert f"logprob={scored.logprob:.4f}, bits_per_token={scored.bits_per_token:.4f}" in repr(
+        scored
+    )
     assert "bits" not in repr(gptfast.score(model, [[1]])[0])

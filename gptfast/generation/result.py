@@ -11,6 +11,7 @@ from gptfast import markup
 
 FinishReason = Literal["length", "stop", "end", "window", "interrupted"]
 TEXT_SHOWN = 200  # characters, in a repr
+SURPRISING = 8.0  # bits of a token with the strongest background
 
 _short = reprlib.Repr()
 _short.maxstring = TEXT_SHOWN
@@ -23,7 +24,7 @@ class Generation:
     A text that ends within a character ends with U+FFFD. Where a stop string begins within a token,
     that token is the last one, and the text ends before the stop.
 
-    A notebook shows the text, the less probable a token the darker its background, with its
+    A notebook shows the text, the less probable a token the stronger its background, with its
     probability under the pointer. `IPython.display.display(*results)` shows several.
     """
 
@@ -61,7 +62,7 @@ class Generation:
     def _repr_html_(self) -> str:
         facts = (
             f"{len(self.tokens):,} tokens, log-probability {math.fsum(self.logprobs):.2f} nats,"
-            f" finish reason: {self.finish_reason}"
+            f" finish reason: {self.finish_reason}; marked is what was improbable"
         )
         return markup.section(facts, markup.preformatted(self._marked_text()))
 
@@ -76,7 +77,6 @@ class Generation:
             texts = [decoder.decode(piece, i == last) for i, piece in enumerate(self.pieces)]
         shown = []
         for text, token, logprob in zip(texts, self.tokens, self.logprobs, strict=True):
-            probability = math.exp(logprob)
-            note = f"{text!r}: probability {probability:.4f} ({logprob:.2f} nats), id {token}"
-            shown.append(markup.marked(text, note, 1 - probability))
+            note = f"{text!r}: probability {math.exp(logprob):.4f} ({logprob:.2f} nats), id {token}"
+            shown.append(markup.marked(text, note, -logprob / math.log(2) / SURPRISING))
         return "".join(shown)
