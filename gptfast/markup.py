@@ -74,4 +74,5 @@ def marked(text: str, note: object, strength: float) -> str:
 
 def preformatted(content: str) -> str:
     """Shows HTML with its line breaks and spaces; long lines are wrapped."""
-    return f'<pre style="white-space: pre-wrap">{content}</pre>'
+    # A line break right after the tag is none of the content's.
+    return f'<pre style="white-space: pre-wrap">\n{content}</pre>'
