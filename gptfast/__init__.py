@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gptfast.generation import Generation, PackedModel, Score, generate, pack, score, stream
     from gptfast.model import GPT, Intermediates
     from gptfast.tokenizer import CharTokenizer, Tokenizer
-    from gptfast.training import Callback, Trainer, train
+    from gptfast.training import Callback, Trainer, evaluate, train
 
 __version__ = "0.1.0"
 
@@ -42,6 +42,7 @@ __all__ = [
     "TrainConfig",
     "Tokenizer",
     "Trainer",
+    "evaluate",
     "export",
     "generate",
     "load",
@@ -63,7 +64,7 @@ _HOMES = {
     "generation": ("Generation", "PackedModel", "Score", "generate", "pack", "score", "stream"),
     "model": ("GPT", "Intermediates"),
     "tokenizer": ("CharTokenizer", "Tokenizer"),
-    "training": ("Callback", "Trainer", "train"),
+    "training": ("Callback", "Trainer", "evaluate", "train"),
 }
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gptfast import heads, ops, plain
+from gptfast import heads, ops, plain, summary
 from gptfast.config import GPTConfig
 from gptfast.errors import ConfigError
 from gptfast.initial import InitialDraws, init_gpt2, init_torch
@@ -272,6 +272,11 @@ class GPT(nn.Module):
             return torch.get_autocast_dtype(weight.device.type)
         return weight.dtype
 
+    @property
+    def computes_by(self) -> str:
+        """What computes plain layers as the model is now: "kernels" or "plain torch"."""
+        return "kernels" if self._ops() is ops else "plain torch"
+
     def _ops(self) -> ModuleType:
         if self.backend == "auto":
             device, head_dim = self.main_weight.device.type, self.config.head_dim
@@ -306,6 +311,10 @@ class GPT(nn.Module):
         own: Any = self._modules
         yield "ln_f", own["ln_f"], plain.norm
         yield "lm_head", own["lm_head"], plain.head
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: shape, parameters by part, dtype, device and backend."""
+        return summary.as_html(self)
 
     def _final_norm(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):

@@ -3,10 +3,12 @@
 Drawing needs matplotlib, the extra `plot`.
 """
 
+import importlib.util
+import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from gptfast.errors import ConfigError, DataError
 
@@ -21,6 +23,11 @@ def visible(text: str) -> str:
     """Returns the text with a visible character for each that is not printable."""
     replaced = (VISIBLE.get(char, "\N{REPLACEMENT CHARACTER}") for char in text)
     return "".join(a if a.isprintable() else b for a, b in zip(text, replaced, strict=True))
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is there; does not import it."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def check_picture(path: Path) -> None:
@@ -52,9 +59,20 @@ def save_picture(path: str | Path, draw: Callable[[], Any]) -> Path:
     figure = draw()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings():  # a character that the font lacks becomes a box
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")
-            figure.savefig(path, dpi=150)
+        _write(figure, path)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
     return path
+
+
+def png(figure: Any) -> bytes:
+    """Returns a matplotlib figure as a PNG."""
+    file = io.BytesIO()
+    _write(figure, file)
+    return file.getvalue()
+
+
+def _write(figure: Any, file: Path | BinaryIO) -> None:
+    with warnings.catch_warnings():  # a character that the font lacks becomes a box
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(file, dpi=150)

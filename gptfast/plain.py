@@ -88,10 +88,13 @@ def unmodified(module: nn.Module, kind: type[nn.Module]) -> str | None:
 
 
 def overridden(module: nn.Module, kind: type[nn.Module]) -> str | None:
-    """Returns which member of `kind` the module's class overrides, or None if it overrides none."""
+    """Returns which member of `kind` the module's class overrides, or None if it overrides none.
+
+    What only shows a module does not count.
+    """
     for own in type(module).__mro__[: type(module).__mro__.index(kind)]:
         for name in vars(own):
-            if name in vars(kind) and not name.startswith("__"):
+            if name in vars(kind) and not name.startswith(("__", "_repr_")):
                 return f"its class {own.__name__} has a {name} of its own"
     return None
 

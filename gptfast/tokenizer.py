@@ -90,6 +90,7 @@ class TextSize(NamedTuple):
 
     characters: int
     utf8_bytes: int
+    endings: int  # tokens that end a text, and write nothing
 
 
 def text_size(tokenizer: Tokenizer, ids: torch.Tensor) -> TextSize:
@@ -101,10 +102,12 @@ def text_size(tokenizer: Tokenizer, ids: torch.Tensor) -> TextSize:
     """
     counts = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
     for some in ids.split(COUNTED_AT_ONCE):
-        counts += torch.bincount(some.long(), minlength=tokenizer.vocab_size)
+        counts += torch.bincount(some.cpu().long(), minlength=tokenizer.vocab_size)
     each = list(zip(counts.tolist(), tokenizer.pieces, strict=True))
     characters = sum(n * characters_in(piece) for n, piece in each)
-    return TextSize(characters, sum(n * len(piece) for n, piece in each))
+    end = tokenizer.end_of_text
+    endings = 0 if end is None else int(counts[end])
+    return TextSize(characters, sum(n * len(piece) for n, piece in each), endings)
 
 
 def from_dict(d: dict[str, Any]) -> Tokenizer:

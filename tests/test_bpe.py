@@ -53,7 +53,7 @@ def test_any_text_comes_back_whole(text: str) -> None:
     assert TOKENIZER.encode_tensor(text).dtype == torch.int64
     assert b"".join(TOKENIZER.pieces[i] for i in ids).decode() == text
     size = text_size(TOKENIZER, torch.tensor(ids, dtype=torch.int64))
-    assert size == (len(text), len(text.encode()))
+    assert size == (len(text), len(text.encode()), 0)
 
 
 @given(ANY_TEXT, st.integers(1, 9))
@@ -199,6 +199,8 @@ def test_a_stream_never_gives_half_a_character(tokens: list[int], data: st.DataO
     written = b"".join(TOKENIZER.pieces[i] for i in tokens)
     state = "stop" if any(stop in written for stop in request.stop_strings) else "length"
     (whole,) = _generations([Update(0, state, tokens, [0.0] * len(tokens), [])], request)
+    assert whole.pieces is not None and len(whole.pieces) == len(whole.tokens)
+    assert b"".join(whole.pieces).decode("utf-8", "replace") == whole.text
     pending, streamed, start = _PendingText(request), [], 0
     while start < len(tokens):
         end = min(start + data.draw(st.integers(1, 4)), len(tokens))

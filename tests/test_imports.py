@@ -12,25 +12,27 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # For each room (layer): its modules and packages, and the other rooms that it may import.
-BELOW_TRAINING = "errors pictures config ops data model checkpoint formats"
+BELOW_TRAINING = "errors markup pictures config ops data model checkpoint formats"
 ROOMS = {
     "errors": ("errors checks files lock", ""),
+    "markup": ("markup", ""),
     "pictures": ("pictures", "errors"),
     "config": ("config run_file threads", "errors"),
     "ops": ("ops", "errors"),
     "data": ("abc_corpus bpe bpe_files data encoding presets tokenizer", "errors config"),
-    "model": ("heads initial model modules plain", "errors config ops"),
+    "model": ("heads initial model modules plain summary", "errors markup config ops"),
     "checkpoint": ("checkpoint integrity storable", "errors config ops data model"),
     "formats": ("formats", "errors config ops data model checkpoint"),
     "attention_plots": ("attention_plots", "errors pictures model"),
-    "generation": ("generation", "errors config ops data model"),
+    "generation": ("generation", "errors markup config ops data model"),
     "training": ("training", f"{BELOW_TRAINING} generation"),
-    "public": ("gptfast", f"{BELOW_TRAINING} formats generation training"),  # gptfast's own names
+    "public": ("gptfast", f"{BELOW_TRAINING} generation training"),  # the names of gptfast itself
+    "lm_eval": ("lm_eval", "errors data model public"),
     "info": ("info", "config ops training"),
     "reproduction": ("reproduction", f"{BELOW_TRAINING} generation training info"),
     "cli": (
         "cli __main__",
-        f"{BELOW_TRAINING} attention_plots formats generation training public info reproduction",
+        f"{BELOW_TRAINING} attention_plots generation training public info reproduction",
     ),
     "testing": ("testing", ""),  # for tests and benchmarks
 }

@@ -442,7 +442,7 @@ def test_a_folder_comes_with_its_tokenizer(tmp_path, folder, bpe):
 def test_text_size_counts_in_parts(monkeypatch, bpe):
     monkeypatch.setattr("gptfast.tokenizer.COUNTED_AT_ONCE", 100)
     ids = torch.tensor(bpe.encode(LINES)).to(torch.uint16)
-    assert text_size(bpe, ids) == (len(LINES), len(LINES.encode("utf-8")))
+    assert text_size(bpe, ids) == (len(LINES), len(LINES.encode("utf-8")), 0)
 
 
 # ---- the command line

@@ -1,6 +1,5 @@
 """Formats what `gptfast inspect` prints about a checkpoint."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +11,20 @@ from gptfast.errors import ConfigError, DataError
 from gptfast.heads import Shares, attention_terms, entropy, shares
 from gptfast.model import GPT
 from gptfast.pictures import visible
+from gptfast.summary import parts_of
 from gptfast.tokenizer import CharTokenizer, Tokenizer
 
 
 def parameter_table(model: GPT) -> Table:
     """Returns a table of parameter shapes, one row per module; the layers share their rows."""
-    shapes: dict[str, dict[str, str]] = {}  # module -> parameter -> shape
-    numbers: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        module, _, kind = re.sub(r"^h\.\d+", "h.*", name).rpartition(".")
-        shapes.setdefault(module, {})[kind] = " x ".join(str(size) for size in parameter.shape)
-        numbers[module] = numbers.get(module, 0) + parameter.numel()
     table = Table(box=None, pad_edge=False)
     for title in ("module", "weight", "bias", "layers", "parameters"):
         table.add_column(title, justify="right" if title in ("layers", "parameters") else "left")
-    for module, found in shapes.items():
-        layers = str(model.config.n_layer) if module.startswith("h.") else ""
-        weight, bias = found["weight"], found.get("bias", "")
-        table.add_row(module, weight, bias, layers, f"{numbers[module]:,}")
-    total = sum(parameter.numel() for parameter in model.parameters())
+    parts = parts_of(model)
+    for module, shapes, layers, parameters in parts:
+        weight, bias = shapes["weight"], shapes.get("bias", "")
+        table.add_row(module, weight, bias, str(layers or ""), f"{parameters:,}")
+    total = sum(part.parameters for part in parts)
     table.add_row("total", "", "", "", f"{total:,}", style="bold")
     return table
 

@@ -1,9 +1,12 @@
-"""What the commands share: types of options, threads, models from checkpoints.
+"""What the commands share: types of options, threads, models from checkpoints, a bar.
 
 Nothing that loads torch is imported before a command runs, so that help comes at once.
 """
 
 import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol
@@ -79,3 +82,30 @@ def shape_of(path: Path) -> "GPTConfig":
     from gptfast import formats
 
     return formats.config_of(path)
+
+
+@contextmanager
+def bar(what: str, size: int, in_bytes: bool = False) -> Iterator[Callable[[int], None]]:
+    """Shows a bar in a terminal; yields what advances it.
+
+    Args:
+        what: what is being done.
+        size: how many bytes or other items there are; 0: it is not known.
+        in_bytes: whether they are bytes.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    numbers = DownloadColumn() if in_bytes else MofNCompleteColumn()
+    columns = TextColumn(what), BarColumn(), numbers, TimeRemainingColumn()
+    hidden = not sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True), disable=hidden, transient=True) as shown:
+        task = shown.add_task("", total=size or None)
+        yield lambda count: shown.advance(task, count)

@@ -4,15 +4,9 @@ A call becomes a `Request`, and one of three loops generates its sequences: the 
 the CPU, CUDA graphs on a GPU, or plain torch, which is the specification of both.
 """
 
-from gptfast.generation.api import (
-    FinishReason,
-    Generation,
-    Piece,
-    generate,
-    make_request,
-    stream,
-)
+from gptfast.generation.api import Piece, generate, make_request, stream
 from gptfast.generation.engine import PackedModel, pack
+from gptfast.generation.result import FinishReason, Generation
 from gptfast.generation.scoring import Score, score
 
 __all__ = [

@@ -1,10 +1,8 @@
-"""What users call to generate: `generate`, `stream`, and the result `Generation`."""
+"""What users call to generate: `generate` and `stream`."""
 
 import codecs
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from gptfast.checks import as_int, check_count, is_iterable
 from gptfast.errors import ConfigError, DataError
@@ -22,43 +20,16 @@ from gptfast.generation.request import (
     stops_of,
     window_stride,
 )
+from gptfast.generation.result import Generation
 from gptfast.generation.sequences import Loop, Update
 from gptfast.model import GPT
 from gptfast.ops.sampling import Sampling
 from gptfast.tokenizer import Tokenizer
 
-FinishReason = Literal["length", "stop", "end", "window", "interrupted"]
 Piece = str | list[int]
 GOING_ON = ("waiting", "running")  # states
 INTERRUPT_SECONDS = 0.1  # Python handles Ctrl-C between two runs of so long
 STREAM_SECONDS = 0.005  # a run of so long makes one piece of a stream
-
-
-@dataclass
-class Generation:
-    """What was generated for one prompt, without the prompt and without the stop that ended it.
-
-    A text that ends within a character ends with U+FFFD. Where a stop string begins within a token,
-    that token is the last one, and the text ends before the stop.
-    """
-
-    text: str | None  # None without a tokenizer
-    tokens: list[int]
-    logprobs: list[float]  # of each token, in nats, before penalty, temperature and filters
-    # "end": the tokenizer's end of a text came; "window": it is full, and overflow="stop"
-    finish_reason: FinishReason
-    # per token, the likeliest tokens and their log-probabilities; empty with logprobs=0
-    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
-
-    @property
-    def alternatives(self) -> list[list[tuple[int, float]]]:
-        """The old name of `top_logprobs`, which the next release removes."""
-        warnings.warn(
-            "Generation.alternatives is deprecated: use Generation.top_logprobs",
-            DeprecationWarning,
-            stacklevel=2,
-        )
-        return self.top_logprobs
 
 
 def generate(
@@ -267,19 +238,23 @@ def _generations(updates: list[Update], request: Request) -> list[Generation]:
     found, decoder = [], request.decoder()
     for _, state, tokens, logprobs, likeliest in updates:
         reason: Any = "interrupted" if state in GOING_ON else state
-        text = None
+        text, pieces = None, None
         if request.pieces is not None:
-            written = b"".join(map(request.pieces.__getitem__, tokens))
+            pieces = [*map(request.pieces.__getitem__, tokens)]
+            written = b"".join(pieces)
             end, count = _stop_start(written, state, request), len(tokens)
             text = decoder.decode(written[:end], True)
             start = len(written)
             while start > end:  # drops the tokens that wrote nothing but the stop
-                start -= len(request.pieces[tokens[count - 1]])
+                start -= len(pieces[count - 1])
                 count -= start >= end
+            if start < end < len(written):
+                pieces[count - 1] = pieces[count - 1][: end - start]
             if count < len(tokens):
                 tokens, logprobs = tokens[:count], logprobs[:count]
-                likeliest = likeliest[:count]
+                likeliest, pieces = likeliest[:count], pieces[:count]
         found.append(Generation(text, tokens, logprobs, reason, likeliest))
+        found[-1].pieces = pieces
     return found
 
 

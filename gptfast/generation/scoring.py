@@ -1,8 +1,10 @@
 """Scores how likely a model finds given texts."""
 
 import math
+import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -33,6 +35,13 @@ class Score:
     characters: int | None  # how many begin in tokens[1:]; None without a tokenizer
     utf8_bytes: int | None  # how many tokens[1:] write; None without a tokenizer
 
+    def __repr__(self) -> str:
+        tokens = f"{reprlib.repr(self.tokens)} of {len(self.tokens)}"
+        names = ("bits_per_token", "bits_per_character", "bits_per_byte")
+        known = {name: getattr(self, name) for name in names}
+        bits = "".join(f", {name}={x:.4f}" for name, x in known.items() if x is not None)
+        return f"Score(tokens={tokens}, logprob={self.logprob:.4f}{bits})"
+
     @property
     def logprob(self) -> float:
         """The log-probability, in nats, of all tokens but the first."""
@@ -41,12 +50,12 @@ class Score:
     @property
     def bits_per_token(self) -> float | None:
         """Mean cross-entropy per token, in bits; None where there is only one token."""
-        return self._bits_per(len(self.logprobs))
+        return bits_per(-self.logprob, len(self.logprobs))
 
     @property
     def bits_per_character(self) -> float | None:
         """Mean cross-entropy per character, in bits; None without characters or a tokenizer."""
-        return self._bits_per(self.characters)
+        return bits_per(-self.logprob, self.characters)
 
     @property
     def bits_per_byte(self) -> float | None:
@@ -54,17 +63,17 @@ class Score:
 
         In bits; None without bytes or a tokenizer.
         """
-        return self._bits_per(self.utf8_bytes)
-
-    def _bits_per(self, count: int | None) -> float | None:
-        return -self.logprob / math.log(2) / count if count else None
+        return bits_per(-self.logprob, self.utf8_bytes)
 
 
-@dataclass(frozen=True)
-class _Window:
+def bits_per(nats: float, count: int | None) -> float | None:
+    """Returns a cross-entropy of so many nats in all as bits per item; None without items."""
+    return nats / math.log(2) / count if count else None
+
+
+class Window(NamedTuple):
     """Tokens first to last - 1 of a text predict first + 1 to last; the last `new` count."""
 
-    text: int  # the text's place in the call
     first: int
     last: int
     new: int
@@ -73,6 +82,23 @@ class _Window:
     def length(self) -> int:
         """How many tokens it predicts."""
         return self.last - self.first
+
+
+def windows_of(tokens: int, T: int, stride: int | None) -> Iterator[Window]:
+    """Yields the windows that predict the tokens of a text after its first, each of them once.
+
+    Args:
+        tokens: How many the text has.
+        T: The length of a window; all have it, if the text does.
+        stride: How many tokens the window moves, at most T. None: disjoint windows, of which the
+            last has what is left.
+    """
+    scored = 0
+    while scored < tokens - 1:
+        step = T if scored == 0 or stride is None else min(stride, T)
+        last = min(tokens - 1, scored + step)
+        yield Window(scored if stride is None else max(0, last - T), last, last - scored)
+        scored = last
 
 
 def score(
@@ -91,8 +117,8 @@ def score(
         texts: Texts (with `tokenizer`) or token lists, of any mix of lengths, none of them empty.
         tokenizer: Encodes texts.
         stride: How many tokens the window moves along a text that is longer than `block_size`; a
-            token past the first window is scored given at least block_size - stride tokens before
-            it. Half of `block_size` when None.
+            token past the first window is scored given at least block_size - stride + 1 tokens
+            before it. Half of `block_size` when None.
         dtype: As for `generate`.
 
     Returns:
@@ -112,12 +138,12 @@ def score(
     encoded = encode("text", texts, tokenizer, model.config.vocab_size)
     logprobs: list[list[float]] = [[] for _ in encoded]
     windows = [
-        window for i, text in enumerate(encoded) for window in _windows(i, len(text), T, stride)
+        (i, each) for i, text in enumerate(encoded) for each in windows_of(len(text), T, stride)
     ]
-    for window, values in zip(windows, _score(model, encoded, windows, dtype), strict=True):
+    for (i, window), values in zip(windows, _score(model, encoded, windows, dtype), strict=True):
         if not all(map(math.isfinite, values)):
-            raise not_finite("text", window.text)
-        logprobs[window.text] += values[len(values) - window.new :]
+            raise not_finite("text", i)
+        logprobs[i] += values[len(values) - window.new :]
     pieces = pieces_of(tokenizer, model.config.vocab_size)
     scores = []
     for tokens, own in zip(encoded, logprobs, strict=True):
@@ -127,17 +153,11 @@ def score(
     return scores
 
 
-def _windows(text: int, length: int, T: int, stride: int) -> list[_Window]:
-    windows, scored = [], 0  # predictions wanted: length - 1
-    while scored < length - 1:
-        last = min(length - 1, T if scored == 0 else scored + min(stride, T))
-        windows.append(_Window(text, max(0, last - T), last, last - scored))
-        scored = last
-    return windows
-
-
 def _score(
-    model: GPT | PackedModel, texts: list[list[int]], windows: list[_Window], dtype: str | None
+    model: GPT | PackedModel,
+    texts: list[list[int]],
+    windows: list[tuple[int, Window]],  # each with its text's place
+    dtype: str | None,
 ) -> list[list[float]]:
     """Per window, the log-probabilities of all its predictions."""
     if isinstance(model, PackedModel):
@@ -147,20 +167,21 @@ def _score(
         packed = PackedModel(model, dtype, lasting=False)
     else:
         reference = snapshot(model, dtype)
-        return [_reference_scores(reference, texts[w.text], w) for w in windows]
+        return [_reference_scores(reference, texts[i], window) for i, window in windows]
     results: list[list[float]] = [[] for _ in windows]
-    for group in _groups(windows):
-        parts = [texts[windows[n].text][windows[n].first : windows[n].last + 1] for n in group]
+    for group in _groups([window.length for _, window in windows]):
+        chosen = [windows[n] for n in group]
+        parts = [texts[i][window.first : window.last + 1] for i, window in chosen]
         for n, own in zip(group, packed.score(parts), strict=True):
             results[n] = own
     return results
 
 
-def _groups(windows: list[_Window]) -> Iterator[list[int]]:
+def _groups(lengths: list[int]) -> Iterator[list[int]]:
     """Groups windows of similar lengths, as their indices, by what fits into TOKENS_AT_ONCE."""
     group: list[int] = []
-    for n in sorted(range(len(windows)), key=lambda n: windows[n].length):
-        if group and (len(group) + 1) * windows[n].length > TOKENS_AT_ONCE:
+    for n in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if group and (len(group) + 1) * lengths[n] > TOKENS_AT_ONCE:
             yield group
             group = []
         group.append(n)
@@ -169,7 +190,7 @@ def _groups(windows: list[_Window]) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def _reference_scores(model: GPT, text: list[int], window: _Window) -> list[float]:
+def _reference_scores(model: GPT, text: list[int], window: Window) -> list[float]:
     device = model.main_weight.device
     idx = torch.tensor([text[window.first : window.last]], device=device)
     targets = torch.tensor(text[window.first + 1 : window.last + 1], device=device)

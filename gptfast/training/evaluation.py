@@ -1,24 +1,31 @@
 """How well a model predicts a text.
 
-Letters: N tokens of a text, T block_size.
+Letters: B batch, N tokens of a text, T block_size.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby, islice
 
 import torch
 from torch import Tensor, nn
 
 from gptfast import data
+from gptfast.checks import check_count
 from gptfast.config import PRECISIONS, Precision
 from gptfast.data.windows import TOKEN_DTYPES
 from gptfast.errors import ConfigError, DataError
+from gptfast.generation.scoring import Window, bits_per, windows_of
 from gptfast.model import GPT, unwrapped
+from gptfast.tokenizer import TextSize, Tokenizer, text_size
 from gptfast.training.distributed import ALONE, Processes
 from gptfast.training.sharding import is_sharded
 
 EVAL_TOKENS_AT_ONCE = 8192  # limits the memory of an evaluation
+IGNORED = -100  # a target that counts for nothing
+
+Scored = Callable[[int], object]  # is told how many more tokens have been predicted
 
 
 @dataclass(frozen=True)
@@ -28,27 +35,68 @@ class Evaluation:
     loss: float  # mean over the tokens, nats
     perplexity: float  # exp(loss)
     tokens: int  # number of predicted tokens: all but the first of the text
+    size: TextSize | None = None  # what these tokens write; None without a tokenizer
+
+    @property
+    def bits_per_token(self) -> float:
+        """Mean cross-entropy per token, in bits."""
+        return self.loss / math.log(2)
+
+    @property
+    def bits_per_character(self) -> float | None:
+        """Cross-entropy of all tokens per character, in bits; None without any or a tokenizer."""
+        return self._bits_per(self.size and self.size.characters)
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Cross-entropy of all tokens per byte in UTF-8, which compares models of any tokenizers.
+
+        In bits; None without bytes or a tokenizer. An end-of-text token writes no byte, but the
+        bits of its prediction count: whoever reads the text does not know where it ends.
+        """
+        return self._bits_per(self.size and self.size.utf8_bytes)
+
+    def _bits_per(self, count: int | None) -> float | None:
+        return bits_per(self.loss * self.tokens, count)
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, ids: Tensor, precision: Precision = "fp32", processes: Processes = ALONE
+    model: nn.Module,
+    ids: Tensor,
+    precision: Precision = "fp32",
+    processes: Processes = ALONE,
+    *,
+    stride: int | None = None,
+    tokenizer: Tokenizer | None = None,
+    scored: Scored = lambda _: None,
 ) -> Evaluation:
-    """Computes the mean loss over a text in disjoint windows, without dropout.
+    """Computes the mean loss over a text, without dropout.
+
+    The text is never in memory as logits, and of a mapped file only the windows are read that are
+    computed together, so it may be of any length. `gptfast.score` gives each token's loss.
 
     Args:
         model: a GPT, which torch.compile or DistributedDataParallel may wrap. Its modules are
             switched to evaluation mode and back to their previous mode.
-        ids: (N,) int64 or smaller integers, at least 2 tokens. Windows have block_size tokens; the
-            last may be shorter.
+        ids: (N,) int64 or smaller integers, at least 2 tokens.
         precision: "fp32", or "bf16" for activations in bfloat16.
         processes: those that share the windows out, and all call this; the result is that of one.
+        stride: how many tokens the window moves along the text, at most block_size. Each token past
+            the first window is predicted from at least block_size - stride + 1 tokens before it,
+            which takes block_size / stride times as long as disjoint windows do. None: disjoint
+            windows of block_size tokens, of which the last may be shorter; the first tokens of each
+            are predicted from few, so the loss is higher. (With stride=block_size only the last
+            window differs: it is moved back until it is full.)
+        tokenizer: that of the tokens, which says what they write.
+        scored: is told how many more tokens have been predicted.
 
     Returns:
-        The mean loss in nats per token, the perplexity, and the number of predicted tokens.
+        The mean loss in nats per token, the perplexity, the number of predicted tokens (the first
+        of the text is not predicted), and with a tokenizer bits per character and per byte.
 
     Raises:
-        ConfigError: `precision` is unknown.
+        ConfigError: `precision` is unknown, or `stride` is not between 1 and block_size.
         DataError: `ids` is not a 1-D tensor of integers, or has fewer than 2 tokens.
     """
     if precision not in PRECISIONS:
@@ -60,48 +108,62 @@ def evaluate(
         )
     gpt = unwrapped(model)
     T, device = gpt.config.block_size, gpt.main_weight.device
+    stride = None if stride is None else check_count("stride", stride, 1, T)
+    size = None if tokenizer is None else text_size(tokenizer, ids[1:])
     ids = data.placed(ids, device)
     tokens = len(ids) - 1
-    whole = tokens // T * T
-    rows = max(1, EVAL_TOKENS_AT_ONCE // T)
-    batches: list[tuple[Tensor, Tensor]] = []
-    if whole:
-        xs, ys = ids[:whole].view(-1, T), ids[1 : whole + 1].view(-1, T)
-        batches += zip(xs.split(rows), ys.split(rows), strict=True)
-    if whole < tokens:
-        batches.append((ids[None, whole:-1], ids[None, whole + 1 :]))
+    batches = _batches(windows_of(len(ids), T, stride))
     modes = [(module, module.training) for module in gpt.modules()]
     gpt.eval()
     try:
         with autocast(device, precision):
-            total = _shared_sum(lambda x, y: _loss(gpt, x, y) * y.numel(), batches, processes)
+            total = _shared_sum(lambda batch: _nats(gpt, ids, batch), batches, processes, scored)
     finally:
         for module, training in modes:
             module.training = training
     loss = total / tokens
     # The exponent is clamped, because math.exp raises OverflowError when a run has diverged.
-    return Evaluation(loss, math.exp(min(loss, 700.0)), tokens)
+    return Evaluation(loss, math.exp(min(loss, 700.0)), tokens, size)
 
 
-def _loss(gpt: GPT, idx: Tensor, targets: Tensor) -> float:
-    device = gpt.main_weight.device
-    idx, targets = (data.as_int64(each.to(device)) for each in (idx, targets))
+def _batches(windows: Iterator[Window]) -> Iterator[list[Window]]:
+    """Groups windows of equal lengths by what fits into EVAL_TOKENS_AT_ONCE."""
+    for length, group in groupby(windows, lambda window: window.length):
+        while batch := list(islice(group, max(1, EVAL_TOKENS_AT_ONCE // length))):
+            yield batch
+
+
+def _count(batch: list[Window]) -> int:
+    return sum(window.new for window in batch)
+
+
+def _nats(gpt: GPT, ids: Tensor, batch: list[Window]) -> float:
+    """The sum of the losses of what is new in windows of equal lengths."""
+    length = batch[0].length
+    starts = torch.tensor([window.first for window in batch])
+    idx, targets = (each.to(gpt.main_weight.device) for each in data.gather(ids, starts, length))
+    old = torch.tensor([length - window.new for window in batch], device=idx.device)  # (B,)
+    targets.masked_fill_(torch.arange(length, device=idx.device) < old[:, None], IGNORED)
     # A model of which each process has a part gathers itself where it is called.
     loss = gpt(idx, targets=targets) if is_sharded(gpt) else gpt.loss(idx, targets)
-    return loss.item()
+    return loss.item() * _count(batch)
 
 
 def _shared_sum(
-    value: Callable[[Tensor, Tensor], float],
-    batches: list[tuple[Tensor, Tensor]],
+    value: Callable[[list[Window]], float],
+    batches: Iterable[list[Window]],
     processes: Processes,
+    scored: Scored,
 ) -> float:
     """Sums a value over batches in their order, each computed by one of the processes."""
-    rounds = range(0, len(batches), processes.size)
-    # In the last round, a process without a batch computes one that does not count.
-    own = [value(*batches[min(i + processes.rank, len(batches) - 1)]) for i in rounds]
+    remaining, own, count = iter(batches), [], 0
+    while turn := list(islice(remaining, processes.size)):
+        # In the last turn, a process without a batch computes one that does not count.
+        own.append(value(turn[min(processes.rank, len(turn) - 1)]))
+        count += len(turn)
+        scored(sum(map(_count, turn)))
     found = processes.gathered(*own)
-    return sum(found[i % processes.size][i // processes.size] for i in range(len(batches)))
+    return sum(found[i % processes.size][i // processes.size] for i in range(count))
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

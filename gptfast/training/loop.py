@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from gptfast.tokenizer import Tokenizer
 from gptfast.training import run
 from gptfast.training.callbacks import Callback
 from gptfast.training.distributed import Agreed
+from gptfast.training.result import TrainResult
 from gptfast.training.run import Row, RunDirectory, RunState
 from gptfast.training.sharding import load_whole, local, parts_of_state
 
@@ -30,20 +31,6 @@ if TYPE_CHECKING:
 
 class TrainError(GptfastError):
     """Training cannot continue: the loss or a weight is not finite."""
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """The result of a run that is finished or was interrupted."""
-
-    model: GPT  # in evaluation mode
-    tokenizer: Tokenizer | None
-    history: list[Row]  # the rows of history.jsonl
-    interrupted: bool  # a signal ended the run before its last step
-    signal: int | None = None  # the signal that was received, also if during the last step
-    # the history's row with the best loss, whose weights are in the run's `best`; None without
-    # held-out text
-    best: Row | None = None
 
 
 class UnsavedError(CheckpointError):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from gptfast.errors import ConfigError, DataError
-from gptfast.pictures import COLOURS, GREY, save_picture
+from gptfast.pictures import COLOURS, GREY, png, save_picture
 from gptfast.training.run import HISTORY_NAME, Row
 
 Run = str | Path | Sequence[Row]
@@ -45,6 +45,11 @@ def plot_history(
     if quantity not in LABELS:
         raise ConfigError(f"quantity must be one of {', '.join(LABELS)}, got {quantity!r}")
     return save_picture(path, lambda: _draw(_histories(runs), quantity, title))
+
+
+def history_png(rows: Sequence[Row]) -> bytes:
+    """Draws the losses of one run, as `plot_history` does, and returns the picture as a PNG."""
+    return png(_draw(_histories(rows), "loss", None))
 
 
 def read_history(path: str | Path) -> list[Row]:

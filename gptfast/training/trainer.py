@@ -26,8 +26,9 @@ from gptfast.training.callbacks import Callback
 from gptfast.training.distributed import ALONE, Processes
 from gptfast.training.evaluation import Evaluation, autocast, evaluate
 from gptfast.training.graph import Cuda, StepGraphs
-from gptfast.training.loop import Loop, TrainResult
+from gptfast.training.loop import Loop
 from gptfast.training.optimizer import AdamW, weight_groups
+from gptfast.training.result import TrainResult
 from gptfast.training.run import RunDirectory
 from gptfast.training.schedule import is_constant, learning_rate, part_sizes
 from gptfast.training.sharding import (

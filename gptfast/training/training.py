@@ -20,7 +20,7 @@ from gptfast.tokenizer import from_dict as tokenizer_from
 from gptfast.training import run
 from gptfast.training.callbacks import Callback
 from gptfast.training.distributed import join, own_device
-from gptfast.training.loop import TrainResult
+from gptfast.training.result import TrainResult
 from gptfast.training.run_file import RunFile, options_of
 from gptfast.training.source import source_of_text
 from gptfast.training.trainer import Trainer, check_lengths

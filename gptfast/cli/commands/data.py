@@ -1,16 +1,13 @@
 """`gptfast data`: the corpora, and texts as folders of tokens."""
 
 import hashlib
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from gptfast.cli.options import Command, Count, File
+from gptfast.cli.options import Command, Count, File, bar
 from gptfast.errors import ConfigError, DataError
 from gptfast.files import write_atomic
 
@@ -81,7 +78,7 @@ class Prepare(Data):
         sizes = [path.stat().st_size if path.is_file() else 0 for path in self.texts]
         processes = self.processes or _processes(sum(sizes))
         tokenizer = self._tokenizer(sum(sizes))
-        with _bar("encoding", sum(sizes)) as read:
+        with bar("encoding", sum(sizes), in_bytes=True) as read:
             found = prepare(
                 self.texts,
                 self.out,
@@ -106,7 +103,7 @@ class Prepare(Data):
             return _stored_tokenizer(self.tokenizer)
         if not all(path.is_file() for path in self.texts if path.exists()):
             raise DataError("a text that a vocabulary is made of is read twice: give it as a file")
-        with _bar("reading the vocabulary", size) as read:
+        with bar("reading the vocabulary", size, in_bytes=True) as read:
             texts = pieces(self.texts, self.separator, read)
             if self.vocab_size is None:
                 return char_tokenizer(texts)
@@ -167,19 +164,6 @@ def _processes(size: int) -> int:
     from gptfast.threads import limits
 
     return max(1, min(limits().usable, size // BYTES_PER_PROCESS))
-
-
-@contextmanager
-def _bar(what: str, size: int) -> Iterator[Callable[[int], None]]:
-    """Shows a bar in a terminal; yields what advances it by so many bytes."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    hidden = not sys.stderr.isatty()
-    with Progress(*columns, console=Console(stderr=True), disable=hidden, transient=True) as shown:
-        task = shown.add_task("", total=size or None)
-        yield lambda count: shown.advance(task, count)
 
 
 def _write_corpus(name: str, text: str, out: Path | None) -> int:

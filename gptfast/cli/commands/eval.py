@@ -1,15 +1,23 @@
 """`gptfast eval`."""
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from gptfast.cli.options import ComputeOptions, Run, TextOrTokens, load_text_model, use_threads
+from gptfast.cli.options import (
+    ComputeOptions,
+    Count,
+    Run,
+    TextOrTokens,
+    bar,
+    load_text_model,
+    use_threads,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from gptfast.tokenizer import Tokenizer
+    from gptfast.training import Evaluation
 
 
 @dataclass(frozen=True)
@@ -22,10 +30,14 @@ class Eval:
     data: TextOrTokens = None
     # error: refuse a character that the model does not know; skip: leave it out of the text
     unknown: Literal["error", "skip"] = "error"
+    # how many tokens the window moves along the text. A model sees block_size tokens at once. None:
+    # windows side by side, so the first tokens of each are predicted from few. With N, every token
+    # past the first window is predicted from at least block_size - N + 1 tokens before it: the loss
+    # is lower, and the work block_size / N times as much
+    stride: Count = None
 
     def run(self) -> int:
         """Prints the numbers."""
-        from gptfast.tokenizer import text_size
         from gptfast.training import evaluate
         from gptfast.training.training import held_out_tokens
 
@@ -36,17 +48,11 @@ class Eval:
             ids = held_out_tokens(self.run_path)  # (N,)
         else:
             ids, skipped = self._tokens(tokenizer)
-        result = evaluate(model, ids)
-        size = text_size(tokenizer, ids[1:])
-        bits = result.loss / math.log(2) * result.tokens
-        print(f"loss        {result.loss:.4f} nats per {tokenizer.unit}")
-        print(f"perplexity  {result.perplexity:.4f}")
-        for unit, count in (("character", size.characters), ("byte", size.utf8_bytes)):
-            if count:
-                print(f"bits        {bits / count:.4f} per {unit}")
-        if tokenizer.unit == "token":
-            print(f"tokens      {result.tokens:,}")
-        print(f"characters  {size.characters:,}")
+        with bar("evaluating", max(0, len(ids) - 1)) as scored:
+            result = evaluate(model, ids, stride=self.stride, tokenizer=tokenizer, scored=scored)
+        for line in _lines(result, tokenizer.unit):
+            print(line)
+        print(f"window      {_window(model.config.block_size, self.stride)}")
         if skipped:
             print(f"skipped     {skipped:,} characters that the vocabulary lacks")
         return 0
@@ -61,3 +67,29 @@ class Eval:
         if self.unknown == "error" or source.blocks is None:
             return ids, 0
         return ids, sum(map(len, source.blocks())) - text_size(tokenizer, ids).characters
+
+
+def _lines(result: "Evaluation", unit: str) -> list[str]:
+    size = result.size
+    assert size is not None  # the tokenizer is known
+    bits = {"token": result.bits_per_token} if unit == "token" else {}
+    known = {"character": result.bits_per_character, "byte": result.bits_per_byte}
+    bits |= {name: value for name, value in known.items() if value is not None}
+    lines = [
+        f"loss        {result.loss:.4f} nats per {unit}",
+        f"perplexity  {result.perplexity:.4f}",
+        *(f"bits        {value:.4f} per {name}" for name, value in bits.items()),
+        f"tokens      {result.tokens:,}",
+        f"characters  {size.characters:,}",
+        f"bytes       {size.utf8_bytes:,}",
+    ]
+    if size.endings:
+        lines.append(f"endings     {size.endings:,} tokens that end a text, and write no byte")
+    return lines
+
+
+def _window(block_size: int, stride: int | None) -> str:
+    if stride is None:
+        return f"{block_size:,} tokens, disjoint"
+    least = block_size - stride + 1
+    return f"{block_size:,} tokens, stride {stride:,}: past the first, each sees {least:,} or more"

@@ -1,10 +1,10 @@
 """What a run's directory tells of the run besides its checkpoint: the machine and the curves."""
 
-import importlib.util
 import json
 from typing import TYPE_CHECKING
 
 from gptfast.files import write_atomic
+from gptfast.pictures import can_draw
 from gptfast.training.callbacks import Callback
 from gptfast.training.plots import plot_history
 from gptfast.training.run import MACHINE_NAME, PLOT_NAME
@@ -33,7 +33,7 @@ class Records(Callback):
         rows, path = run.state.history, run.path
         if path is None or run.error is not None or len(rows) < 2:
             return
-        if importlib.util.find_spec("matplotlib") is None:
+        if not can_draw():
             return
         try:
             plot_history(rows, path / PLOT_NAME, title=path.absolute().name)
