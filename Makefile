@@ -75,6 +75,8 @@ lint:
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	$(PYTHON) -m mypy --strict --follow-imports silent --cache-dir .mypy_cache/strict \
+		tests/fixtures/user_script.py
 	$(CLANG_FORMAT) --dry-run -Werror $(CSRC)
 
 format:

@@ -4,7 +4,7 @@ import codecs
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from gptfast.checks import as_int, check_count, is_iterable
 from gptfast.errors import ConfigError, DataError
@@ -144,6 +144,28 @@ def generate(
     return _generations(loop.updates(), request)
 
 
+@overload
+def stream(model: GPT | PackedModel, prompt: str, **options: Any) -> Iterator[str]: ...
+@overload
+def stream(
+    model: GPT | PackedModel, prompt: Sequence[int], *, tokenizer: None = None, **options: Any
+) -> Iterator[list[int]]: ...
+@overload
+def stream(
+    model: GPT | PackedModel, prompt: Sequence[int], *, tokenizer: Tokenizer, **options: Any
+) -> Iterator[str]: ...
+@overload
+def stream(
+    model: GPT | PackedModel,
+    prompt: Sequence[Sequence[int]],
+    *,
+    tokenizer: None = None,
+    **options: Any,
+) -> Iterator[tuple[int, list[int]]]: ...
+@overload
+def stream(
+    model: GPT | PackedModel, prompt: Sequence[Prompt], *, tokenizer: Tokenizer, **options: Any
+) -> Iterator[tuple[int, str]]: ...
 def stream(
     model: GPT | PackedModel, prompt: Prompt | Sequence[Prompt], **options: Any
 ) -> Iterator[Piece] | Iterator[tuple[int, Piece]]:
