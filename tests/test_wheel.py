@@ -78,7 +78,10 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python = folder / "bin" / "python"
     install = ["install", "--quiet", "--no-deps", "--no-index", str(ROOT / WHEEL)]
-    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), *install], check=True)
+    # On a PYTHONPATH pip could find the checkout, which setuptools has described, and do nothing.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    pip = [sys.executable, "-m", "pip", "--python", str(python)]
+    subprocess.run([*pip, *install], check=True, env=env)
     (packages,) = folder.glob("lib/python*/site-packages")
     # A line of a .pth file ends up on the path, but .pth files in that place are not read: the
     # editable install of the checkout, which may be there, stays unknown.
