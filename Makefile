@@ -50,6 +50,8 @@ test-torch-range: build
 
 # The wheel for this Python goes into dist/. It has none of torch's libraries: the extension finds
 # those that the process has loaded. setuptools would keep files of earlier builds.
+wheel: export DEBUG =
+wheel: export GPTFAST_AMX_EMULATED =
 wheel:
 	rm -rf build/lib.* build/bdist.* build/wheel *.egg-info
 	$(PYTHON) -m build --no-isolation --wheel --outdir build/wheel
