@@ -1,9 +1,11 @@
 # Commands for developers; PYTHON selects the environment.
 PYTHON ?= python
-CLANG_FORMAT = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('scripts'))")/clang-format
+SCRIPTS = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('scripts'))")
+CLANG_FORMAT = $(SCRIPTS)/clang-format
 CSRC = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
 .PHONY: build test test-isa test-amx emulated-amx test-kill test-torch-range asan tsan bench lint format clean
+.PHONY: wheel sdist test-wheel test-sdist
 
 build:  ## compile what has changed and write gptfast/_C*.so
 	$(PYTHON) setup.py --quiet build_ext --inplace
@@ -46,6 +48,32 @@ test-kill: build
 test-torch-range: build
 	$(PYTHON) tests/torch_range.py
 
+# The wheel for this Python goes into dist/. It has none of torch's libraries: the extension finds
+# those that the process has loaded. setuptools would keep files of earlier builds.
+wheel: export DEBUG =
+wheel: export GPTFAST_AMX_EMULATED =
+wheel:
+	rm -rf build/lib.* build/bdist.* build/wheel *.egg-info
+	$(PYTHON) -m build --no-isolation --wheel --outdir build/wheel
+	PATH="$(SCRIPTS):$$PATH" $(PYTHON) -m auditwheel repair --exclude libtorch_cpu.so \
+		--wheel-dir dist build/wheel/*.whl
+
+sdist:
+	rm -rf *.egg-info
+	$(PYTHON) -m build --no-isolation --sdist
+
+# Installs the wheel in an environment without a compiler and runs a program there.
+newest = $$(ls -t $(1) | head -n 1)
+test-wheel: wheel
+	GPTFAST_WHEEL="$(call newest,dist/*.whl)" $(PYTHON) -m pytest tests/test_wheel.py
+
+# Builds a wheel from the source distribution, in isolation, which may download a torch, and tests it.
+test-sdist: sdist
+	rm -rf build/from-sdist
+	$(PYTHON) -m pip wheel --no-deps --wheel-dir build/from-sdist "$(call newest,dist/*.tar.gz)"
+	GPTFAST_WHEEL="$(call newest,build/from-sdist/*.whl)" \
+		$(PYTHON) -m pytest -k "not manylinux" tests/test_wheel.py
+
 # Runs kernels and engine under AddressSanitizer and UBSan, on shapes at which they could overrun a
 # buffer, and under ThreadSanitizer. Each group of cases (CASES; default: all) is a process.
 asan: SANITIZERS = address,undefined
@@ -75,6 +103,8 @@ lint:
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	$(PYTHON) -m mypy --strict --follow-imports silent --cache-dir .mypy_cache/strict \
+		tests/fixtures/user_script.py
 	$(CLANG_FORMAT) --dry-run -Werror $(CSRC)
 
 format:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from pathlib import Path
 
 import pybind11
@@ -259,6 +260,23 @@ def test_readme_installs_all_but_torch_beside_a_torch():
     lists = re.findall(r"^(?:requires|dependencies) = (\[.+\])$", project, re.MULTILINE)
     needed = {name for names in lists for name in json.loads(names)}
     assert set(shlex.split(line)) == {name for name in needed if not name.startswith("torch")}
+
+
+def test_source_distribution_has_what_git_tracks(tmp_path):
+    """What a build needs is among it, and so are the tests, and nothing that lies about."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is no clone")
+    listed = tool("git", "-C", str(ROOT), "ls-files", "-z", "-co", "--exclude-standard")
+    wanted = {name for name in listed.split("\0") if name and (ROOT / name).exists()}
+    # The list of an earlier distribution, in the tree, would be read otherwise.
+    options = ["egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir", str(tmp_path)]
+    done = run("setup.py", "--quiet", *options)
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        found = {member.name.partition("/")[2] for member in file if member.isfile()}
+    assert {name for name in found if "egg-info" not in name} - {"PKG-INFO", "setup.cfg"} == wanted
+    assert {"setup.py", "pyproject.toml", "csrc/bindings.cpp", "LICENSE"} <= found
 
 
 def test_bindings_survive_the_pybind11_of_torch(tmp_path):

@@ -6,7 +6,8 @@
 
 It downloads each version's wheel without dependencies, compiles the sources that include torch
 against the wheel's headers, and keeps the headers. With the oldest version, and with versions newer
-than the range, some of the tests run on the extension in the tree, built with the range's newest.
+than the range, some of the tests run on the extension in the tree, built with the range's newest,
+and on the wheel that GPTFAST_WHEEL names, if it names one.
 A torch for CUDA does not load without gigabytes of NVIDIA's libraries, which the CPU does not need.
 Stubs replace them, in which every function returns the error "no device".
 """
@@ -35,7 +36,7 @@ Version = tuple[int, int]
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "ops").glob("*.cpp"))]
 OLDEST, NEWEST = torch_range((ROOT / "pyproject.toml").read_text())
-TESTS = ("ops", "model", "optimizer", "generation", "checkpoint")
+TESTS = ("ops", "model", "optimizer", "generation", "checkpoint", "wheel")
 CACHE = Path(pooch.os_cache("gptfast")) / "torch-headers"
 HEADERS = ("torch/csrc/stable", "torch/csrc/inductor/aoti_torch", "torch/headeronly", "pybind11")
 

@@ -4,14 +4,14 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import tyro
 
 from gptfast.cli import commands
-from gptfast.cli.options import EXIT_INTERRUPTED, Command
+from gptfast.cli.options import EXIT_INTERRUPTED, TYRO_CONFIG, Command
 from gptfast.errors import ConfigError, GptfastError
 
 Parsed = TypeVar("Parsed")
@@ -32,6 +32,7 @@ COMMANDS: dict[str, type] = {
     "export": commands.Export,
     "reproduce": commands.Reproduce,
     "info": commands.Info,
+    "completion": commands.Completion,
 }
 
 
@@ -115,6 +116,7 @@ class Choosing:
     word: str  # what that word is
     needed: str  # options without a default
     choices: Callable[[], dict[str, str]]  # the words, and what each does
+    commands: Callable[[], dict[str, type]]  # by these words, what has the options
     parse: Callable[[list[str]], Command]
 
     def help(self, name: str) -> str:
@@ -135,11 +137,48 @@ def _presets() -> dict[str, str]:
     return {name: preset.help for name, preset in PRESETS.items()}
 
 
+def _shells() -> dict[str, str]:
+    from gptfast.cli.completion import SHELLS
+
+    return SHELLS
+
+
+def _train_commands() -> dict[str, type]:
+    from gptfast.cli.run_file import RunFile
+    from gptfast.presets import PRESETS
+
+    return {
+        name: commands.train_preset(preset, None, RunFile(None)) for name, preset in PRESETS.items()
+    }
+
+
+def command_lines() -> Iterator[tuple[str, str, type]]:
+    """Yields how each command begins, its help, and the class that has its options."""
+    for name, command in COMMANDS.items():
+        yield name, command.__doc__ or "", command
+        if name in CHOOSING:
+            made = CHOOSING[name].commands()
+            for word, help in CHOOSING[name].choices().items():
+                yield f"{name} {word}", help, made[word]
+
+
 def _parse_data(arguments: list[str]) -> Command:
     name, options = arguments[0], arguments[1:]
     if name not in commands.DATA:
         raise ConfigError(f"there is no data {name!r}; there are {', '.join(commands.DATA)}")
     return _parse(commands.DATA[name], f"gptfast data {name}", options)
+
+
+def _parse_completion(arguments: list[str]) -> Command:
+    from gptfast.cli.completion import SHELLS, Script
+
+    shell, options = arguments[0], arguments[1:]
+    if shell not in SHELLS:
+        raise ConfigError(
+            f"there is no completion for {shell!r}; there is one for {', '.join(SHELLS)}"
+        )
+    _parse(commands.Completion, f"gptfast completion {shell}", options)  # it has --help alone
+    return Script(shell, command_lines())
 
 
 def _parse_train(arguments: list[str]) -> Command:
@@ -174,7 +213,7 @@ def _parse(
     """Runs tyro; its boxes about mistakes become one sentence."""
     box = io.StringIO()
     options: dict[str, Any] = {"prog": prog, "args": arguments, "default": default}
-    options["config"] = (tyro.conf.FlagCreatePairsOff,)
+    options["config"] = TYRO_CONFIG
     try:
         with contextlib.redirect_stderr(box):
             if ignore_unknown:
@@ -204,9 +243,17 @@ CHOOSING = {
         "NAME",
         "",
         lambda: {name: each.__doc__ or "" for name, each in commands.DATA.items()},
+        lambda: {**commands.DATA},
         _parse_data,
     ),
-    "train": Choosing("PRESET", "--out DIR ", _presets, _parse_train),
+    "train": Choosing("PRESET", "--out DIR ", _presets, _train_commands, _parse_train),
+    "completion": Choosing(
+        "SHELL",
+        "",
+        _shells,
+        lambda: dict.fromkeys(_shells(), commands.Completion),
+        _parse_completion,
+    ),
 }
 
 

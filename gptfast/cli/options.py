@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from gptfast.model import GPT
     from gptfast.tokenizer import Tokenizer
 
+TYRO_CONFIG = (tyro.conf.FlagCreatePairsOff,)  # how options are made of fields
+
 EXIT_SIGNAL = 128  # and the number of the signal that ended it
 EXIT_INTERRUPTED = EXIT_SIGNAL + signal.SIGINT
 

@@ -2,7 +2,7 @@
 
 import codecs
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, overload
 
 from gptfast.checks import as_int, check_count, is_iterable
 from gptfast.errors import ConfigError, DataError
@@ -115,6 +115,28 @@ def generate(
     return _generations(loop.updates(), request)
 
 
+@overload
+def stream(model: GPT | PackedModel, prompt: str, **options: Any) -> Iterator[str]: ...
+@overload
+def stream(
+    model: GPT | PackedModel, prompt: Sequence[int], *, tokenizer: None = None, **options: Any
+) -> Iterator[list[int]]: ...
+@overload
+def stream(
+    model: GPT | PackedModel, prompt: Sequence[int], *, tokenizer: Tokenizer, **options: Any
+) -> Iterator[str]: ...
+@overload
+def stream(
+    model: GPT | PackedModel,
+    prompt: Sequence[Sequence[int]],
+    *,
+    tokenizer: None = None,
+    **options: Any,
+) -> Iterator[tuple[int, list[int]]]: ...
+@overload
+def stream(
+    model: GPT | PackedModel, prompt: Sequence[Prompt], *, tokenizer: Tokenizer, **options: Any
+) -> Iterator[tuple[int, str]]: ...
 def stream(
     model: GPT | PackedModel, prompt: Prompt | Sequence[Prompt], **options: Any
 ) -> Iterator[Piece] | Iterator[tuple[int, Piece]]:

@@ -5,8 +5,9 @@ from gptfast.presets import PRESETS, Preset, preset
 from gptfast.training.callbacks import Callback
 from gptfast.training.distributed import ProcessError, Processes, join
 from gptfast.training.evaluation import Evaluation, evaluate
-from gptfast.training.loop import TrainError, UnsavedError
+from gptfast.training.loop import Loop, TrainError, UnsavedError
 from gptfast.training.result import TrainResult
+from gptfast.training.run import Row
 from gptfast.training.trainer import Trainer
 from gptfast.training.training import held_out, split, train
 from gptfast.training.watching.sampler import Sampler
@@ -18,9 +19,11 @@ __all__ = [
     "PRESETS",
     "Callback",
     "Evaluation",
+    "Loop",
     "Preset",
     "ProcessError",
     "Processes",
+    "Row",
     "Sampler",
     "TensorBoard",
     "TrainConfig",

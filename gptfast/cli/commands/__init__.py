@@ -1,5 +1,6 @@
 """The commands. Each is a dataclass: its fields are the options, their comments the help."""
 
+from gptfast.cli.commands.completion import Completion
 from gptfast.cli.commands.data import DATA, Data
 from gptfast.cli.commands.demo import Demo
 from gptfast.cli.commands.eval import Eval
@@ -13,6 +14,7 @@ from gptfast.cli.commands.train import Train, train_preset
 
 __all__ = [
     "DATA",
+    "Completion",
     "Data",
     "Demo",
     "Eval",
