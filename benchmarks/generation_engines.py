@@ -119,7 +119,7 @@ def ctranslate2_generate(
         return run
 
     with tempfile.TemporaryDirectory() as folder:
-        generation_files.write_ctranslate2(model, folder, compute_type)
+        generation_files.write_ctranslate2(model, Path(folder), compute_type)
         engines = [
             ctranslate2.Generator(folder, compute_type=compute_type, intra_threads=threads)
             for threads in thread_counts
@@ -142,7 +142,7 @@ def llama_cpp_generate(
     llama_cpp.llama_backend_init()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
-        generation_files.write_gguf(model, path, kind)
+        generation_files.write_llama_cpp(model, path, kind)
         loaded = _LlamaModel(path, model.config.vocab_size)
     total = sum(map(len, prompts))
     sizes = (UBATCH,) if total <= UBATCH else (UBATCH, total)

@@ -11,7 +11,7 @@ from gptfast import GPT
 from gptfast.ops.reference import LAYER_NORM_EPS
 
 
-def write_huggingface(model: GPT, folder: str | Path) -> None:
+def write_huggingface(model: GPT, folder: Path) -> None:
     """Writes config.json and model.safetensors, as transformers' GPT-2 has them."""
     from transformers import GPT2Config, GPT2LMHeadModel, utils
 
@@ -40,7 +40,7 @@ def write_huggingface(model: GPT, folder: str | Path) -> None:
     other.save_pretrained(folder)
 
 
-def write_ctranslate2(model: GPT, folder: str | Path, compute_type: str) -> None:
+def write_ctranslate2(model: GPT, folder: Path, compute_type: str) -> None:
     """Writes the folder of a CTranslate2 model whose tokens are ids as text.
 
     CTranslate2 converts the files of `write_huggingface`.
@@ -54,13 +54,28 @@ def write_ctranslate2(model: GPT, folder: str | Path, compute_type: str) -> None
                 get_vocab=lambda: names, bos_token="0", eos_token="0", unk_token="0"
             )
 
-    source = Path(folder) / "huggingface"
+    source = folder / "huggingface"
     write_huggingface(model, source)
     Converter(str(source)).convert(str(folder), quantization=compute_type, force=True)
 
 
-def write_gguf(model: GPT, path: str | Path, kind: str) -> None:
-    """Writes llama.cpp's file; `kind` is the type of the matrices: F32, BF16 or Q8_0."""
+def write_llama_cpp(model: GPT, path: Path, kind: str) -> None:
+    """Writes what llama.cpp loads, quantised by it; `kind` of its matrices is F32, BF16 or Q8_0."""
+    import llama_cpp
+
+    if kind == "F32":
+        write_gguf(model, path)
+        return
+    exact = path.with_stem("exact")
+    write_gguf(model, exact)
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    code = llama_cpp.llama_model_quantize(str(exact).encode(), str(path).encode(), params)
+    assert code == 0, f"llama_model_quantize returns {code}"
+
+
+def write_gguf(model: GPT, path: Path) -> None:
+    """Writes a GGUF file in float32."""
     import gguf
 
     c = model.config
@@ -79,10 +94,8 @@ def write_gguf(model: GPT, path: str | Path, kind: str) -> None:
         if head and c.tie_weights:
             continue
         place = names.get_name(name if head else f"transformer.{name}", (".weight", ".bias"))
-        # Norms, biases and positions are float32 in every file.
-        matrix = weight.dim() == 2 and name != "wpe.weight"
-        to = gguf.GGMLQuantizationType[kind if matrix else "F32"]
-        writer.add_tensor(place, gguf.quantize(weight.numpy(), to), raw_dtype=to)
+        writer.add_tensor(place, weight.numpy())
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -9,6 +9,7 @@ C n_embd, H heads, D head_dim, V vocab_size, L layers.
 import importlib.util
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import generation_files
@@ -210,7 +211,7 @@ def transformers_generate(model: GPT, dtype: str, prompts: Tokens, new: int) -> 
 
     device = model.wte.weight.device
     with tempfile.TemporaryDirectory() as folder:
-        generation_files.write_huggingface(model, folder)
+        generation_files.write_huggingface(model, Path(folder))
         loaded: Any = GPT2LMHeadModel.from_pretrained(folder)
     other = loaded.eval().to(device, DTYPES[dtype])
     idx, mask = left_padded(prompts, device)
