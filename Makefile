@@ -94,6 +94,7 @@ bench: build
 	$(call benchmark,bench_cross_entropy,cross_entropy)
 	$(call benchmark,bench_train,train,--memory)
 	$(call benchmark,bench_generate,generate)
+	$(call benchmark,bench_gpt2,gpt2,$(if $(TEXT),--data $(TEXT)))
 	$(call benchmark,loss_curves,loss_curves,$(if $(TEXT),--data $(TEXT)))
 	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/time_to_loss.py $(if $(TEXT),--data $(TEXT)) \
 		--out benchmarks/results/time_to_loss.json

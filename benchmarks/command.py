@@ -1,6 +1,7 @@
 """The command line of every benchmark: options, the run over the rows, exit codes.
 
-Exit codes: 0: all rows were verified and timed; 1: a row was not; 2: invalid options.
+Exit codes: 0: gptfast was verified and timed in all rows; 1: it was not in one; 2: invalid options.
+Other contenders that do not run or are wrong leave their row, whose notes say which and why.
 """
 
 import argparse
@@ -14,10 +15,10 @@ from typing import Any, NoReturn
 import memory
 import show
 import torch
-from common import DTYPES, OURS, Case, Row, measure, peak
+from common import DTYPES, OURS, Case, Row, drop_contenders_that_err, measure, peak
 
-from gptfast import threads
-from gptfast.errors import ConfigError
+from gptfast import data, threads
+from gptfast.errors import ConfigError, GptfastError
 from gptfast.ops import select
 from gptfast.pictures import SUFFIXES
 
@@ -33,7 +34,7 @@ class _Parser(argparse.ArgumentParser):
 def main(
     script: str,
     about: str,
-    rows: Iterable[Row],
+    rows: Iterable[Row] | Callable[[str], Iterable[Row]],
     argv: Sequence[str] | None = None,
     with_memory: bool = False,
 ) -> int:
@@ -42,7 +43,8 @@ def main(
     Args:
         script: its name without `bench_`.
         about: the description for --help.
-        rows: its rows; their cases are built one at a time.
+        rows: its rows, whose cases are built one at a time; or a function that makes them of a
+            text, which gives the script the option --data.
         argv: the options; None uses those of the process.
         with_memory: whether the script has the option --memory.
 
@@ -50,9 +52,9 @@ def main(
         The exit code.
     """
     try:
-        options = parse(script, about, argv, with_memory)
-        chosen = choose(list(rows), options)
-    except (ConfigError, OSError) as error:
+        options = parse(script, about, argv, with_memory, with_text=callable(rows))
+        chosen = choose(list(rows(text_of(options)) if callable(rows) else rows), options)
+    except (GptfastError, OSError) as error:
         print(f"bench_{script}: {sentence(error)}", file=sys.stderr)
         return EXIT_BAD_INPUT
     if options.threads:
@@ -77,8 +79,13 @@ def sentence(error: Exception) -> str:
     return str(error)
 
 
+def text_of(options: argparse.Namespace) -> str:
+    """Returns the text of --data. Raises DataError or OSError if there is none."""
+    return data.shakespeare() if options.data is None else data.read_text(options.data)
+
+
 def parse(
-    script: str, about: str, argv: Sequence[str] | None, with_memory: bool
+    script: str, about: str, argv: Sequence[str] | None, with_memory: bool, with_text: bool
 ) -> argparse.Namespace:
     """Parses and checks the options. Raises ConfigError or OSError before anything is timed."""
     parser = _Parser(prog=f"bench_{script}.py", description=about, allow_abbrev=False)
@@ -100,6 +107,9 @@ def parse(
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios")
     if with_memory:
         parser.add_argument("--memory", action="store_true", help="measure peak memory as well")
+    if with_text:
+        about_data = "the text; default: Shakespeare, downloaded"
+        parser.add_argument("--data", type=Path, metavar="FILE", help=about_data)
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no CUDA device here")
@@ -206,7 +216,7 @@ def building_on(device: str) -> contextlib.AbstractContextManager[Any]:
 
 
 def run_row(row: Row, options: argparse.Namespace, peak_gflops: float) -> dict[str, Any]:
-    """Builds, verifies and times one row. Raises AssertionError if the verification fails."""
+    """Builds, verifies and times one row. Raises AssertionError if gptfast's results are wrong."""
     with building_on(options.device):
         case = row.build()
         if options.quick:
@@ -214,7 +224,7 @@ def run_row(row: Row, options: argparse.Namespace, peak_gflops: float) -> dict[s
                 del case.contenders[name]
     notes = drop_contenders_that_fail(case)
     with building_on(options.device):
-        case.verify()
+        notes |= drop_contenders_that_err(case)
     timing = measure(case.contenders, options.seconds, case.rests)
     line = show.line(row, case, timing, peak_gflops, notes)
     if case.details:

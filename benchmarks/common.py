@@ -1,6 +1,7 @@
 """Shared by all benchmarks: rows, their verification and timing.
 
-A script describes its rows; `command.main` runs them. A row is verified before it is timed.
+A script describes its rows; `command.main` runs them. A row is verified before it is timed: of the
+others, those that are wrong leave it.
 """
 
 import functools
@@ -38,7 +39,9 @@ class Case:
 
     contenders: dict[str, Run]  # gptfast comes first
     flops: float  # useful FLOPs: without masked scores and without recomputation in a backward
-    verify: Callable[[], None]  # raises AssertionError if results differ
+    # returns why the results of other contenders are wrong, by name; raises AssertionError if
+    # gptfast's are, or if there is nothing to hold them to
+    verify: Callable[[], dict[str, str]]
     compiles: tuple[str, ...] = ()  # contenders whose first call compiles
     other_dtype: tuple[str, ...] = ()  # contenders that compute in another dtype than the row's
     # seconds to wait after a contender's call until its spinning threads sleep, by name
@@ -124,7 +127,7 @@ def compare(
     """Makes the case of contenders that do the same work on the same tensors.
 
     Args:
-        contenders: gptfast, then torch's version, whose error defines the budget, then others.
+        contenders: gptfast, then others in torch; the first that is right defines the budget.
         oracle: the same work in float64.
         flops: see `Case`.
         dtype: see `Row`.
@@ -135,18 +138,23 @@ def compare(
         compiles: see `Case`.
     """
 
-    def verify() -> None:
-        verified = contenders if checked is None else checked
-        running = [name for name in verified if name in case.contenders]
-        assert len(running) > 1, f"{OURS} alone runs: there is no error to hold its own to"
-        results = {name: [part(x) for x in verified[name]()] for name in running}
+    def verify() -> dict[str, str]:
+        chosen = contenders if checked is None else checked
+        running = [name for name in chosen if name in case.contenders]
+        results = {name: [part(x) for x in chosen[name]()] for name in running}
         expected = oracle()
+        wrong, right = {}, []
         for name in running:
             case.errors[name] = relative_error(results[name], expected)
-        for name in running[1:]:
-            assert_same_work(name, results[name], expected, dtype)
+            why = other_work(results[name], expected, dtype)
+            if name != OURS and why:
+                wrong[name] = why
+            elif name != OURS:
+                right.append(name)
+        assert right, f"no other result is right, so there is no error to hold {OURS}'s to"
         scale = max(x.abs().max().item() for x in expected[1:]) if one_scale else None
-        check_results(results[OURS], results[running[1]], expected, scale)
+        check_results(results[OURS], results[right[0]], expected, scale)
+        return wrong
 
     case = Case(dict(contenders), flops, verify, compiles)
     return case
@@ -160,13 +168,33 @@ def relative_error(results: Sequence[Tensor], oracle: Sequence[Tensor]) -> float
     )
 
 
+def other_work(results: Sequence[Tensor], oracle: Sequence[Tensor], dtype: str) -> str | None:
+    """Returns how a contender's results in `dtype` differ from the oracle's; None: SAME_WORK."""
+    for i, (x, expected) in enumerate(zip(results, oracle, strict=True)):
+        bound = SAME_WORK[dtype] * expected.abs().max().item()
+        if not error(x, expected) <= bound:  # also where it is NaN
+            return f"does other work: result {i} is not the same"
+    return None
+
+
 def assert_same_work(
     name: str, results: Sequence[Tensor], oracle: Sequence[Tensor], dtype: str
 ) -> None:
     """Asserts that the results of a contender in `dtype` are the oracle's within SAME_WORK."""
-    for i, (x, expected) in enumerate(zip(results, oracle, strict=True)):
-        bound = SAME_WORK[dtype] * expected.abs().max().item()
-        assert error(x, expected) <= bound, f"{name} does other work: result {i} is not the same"
+    why = other_work(results, oracle, dtype)
+    assert why is None, f"{name} {why}"
+
+
+def drop_contenders_that_err(case: Case) -> dict[str, str]:
+    """Verifies a case, removes other contenders whose results are wrong, and says why by name.
+
+    Raises:
+        AssertionError: The results of gptfast are wrong, or cannot be verified.
+    """
+    wrong = case.verify()
+    for name in wrong:
+        case.contenders.pop(name, None)
+    return {name: f"not timed: {why}" for name, why in wrong.items()}
 
 
 def compiled(op: Op, mode: str | None = None) -> Op:

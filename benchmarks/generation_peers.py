@@ -1,18 +1,22 @@
 """Greedy generation in Python by torch and transformers, from the weights of a gptfast model.
 
 Every `*_loop`, `*_cache` and `*_generate` makes a contender: a function without arguments that
-returns the new tokens, (B, new) as lists. Letters: B batch, T time, C n_embd, H heads, D head_dim,
-V vocab_size, L layers.
+returns the new tokens, (B, new) as lists. Prompts are B lists of tokens; only `sdpa_cache` and
+transformers take lists of different lengths, shorter ones behind padding. Letters: B batch, T time,
+C n_embd, H heads, D head_dim, V vocab_size, L layers.
 """
 
 import importlib.util
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import generation_files
 import peers
 import torch
 from common import DTYPES, captured
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from gptfast import GPT
@@ -39,9 +43,29 @@ def sdpa_model(model: GPT, dtype: str) -> peers.SdpaGPT:
     return sdpa.to(model.wte.weight.device, DTYPES[dtype]).eval()
 
 
-def course_loop(model: GPT, prompt: Tensor, new: int) -> Generate:
+def left_padded(prompts: Tokens, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns prompts with zeros before shorter ones, (B, T) int64, and where a token is, bool."""
+    T = max(map(len, prompts))
+    rows = [[0] * (T - len(prompt)) + prompt for prompt in prompts]
+    given = [[False] * (T - len(prompt)) + [True] * len(prompt) for prompt in prompts]
+    idx, mask = torch.tensor(rows, device="cpu"), torch.tensor(given, device="cpu")
+    return idx.to(device), mask.to(device)
+
+
+def is_of_one_length(prompts: Tokens) -> bool:
+    """Whether no prompt needs padding."""
+    return len(set(map(len, prompts))) == 1
+
+
+def stacked(prompts: Tokens, device: torch.device) -> Tensor:
+    """Returns prompts of one length as (B, T) int64. Raises ValueError if their lengths differ."""
+    return torch.tensor(prompts, device="cpu").to(device)
+
+
+def course_loop(model: GPT, prompts: Tokens, new: int) -> Generate:
     """The course's loop: every step computes the whole window and all its logits."""
     course, T = course_model(model), model.config.block_size
+    prompt = stacked(prompts, model.wte.weight.device)
 
     @torch.no_grad()
     def run() -> Tokens:
@@ -54,9 +78,10 @@ def course_loop(model: GPT, prompt: Tensor, new: int) -> Generate:
     return run
 
 
-def sdpa_loop(model: GPT, dtype: str, prompt: Tensor, new: int) -> Generate:
+def sdpa_loop(model: GPT, dtype: str, prompts: Tokens, new: int) -> Generate:
     """nanoGPT's loop: every step computes the whole window, but only the last token's logits."""
     sdpa, T = sdpa_model(model, dtype), model.config.block_size
+    prompt = stacked(prompts, model.wte.weight.device)
 
     @torch.no_grad()
     def run() -> Tokens:
@@ -69,23 +94,30 @@ def sdpa_loop(model: GPT, dtype: str, prompt: Tensor, new: int) -> Generate:
     return run
 
 
-def sdpa_cache(model: GPT, dtype: str, prompt: Tensor, new: int) -> Generate:
+def sdpa_cache(model: GPT, dtype: str, prompts: Tokens, new: int) -> Generate:
     """Eager torch with a cache of keys and values, allocated at its final size."""
     sdpa: Any = sdpa_model(model, dtype)
-    config = model.config
+    config, device = model.config, model.wte.weight.device
+    prompt, given = left_padded(prompts, device)
     B, length = prompt.shape
-    H, D = config.n_head, config.head_dim
+    H, D, capacity = config.n_head, config.head_dim, length + new
+    padding = length - given.sum(1, keepdim=True)  # (B, 1)
+    seen = None if is_of_one_length(prompts) else seen_places(padding, capacity)
 
     def attend(attention: Any, x: Tensor, cache: Tensor, start: int) -> Tensor:
         t = x.shape[1]
         q, k, v = attention.c_attn(x).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)
         cache[0, :, :, start : start + t], cache[1, :, :, start : start + t] = k, v
         keys, values = cache[:, :, :, : start + t]  # (B, H, start + t, D) each
-        y = F.scaled_dot_product_attention(q, keys, values, is_causal=t > 1)
+        mask = None if seen is None else seen[:, :, start : start + t, : start + t]
+        causal = t > 1 and mask is None
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=causal)
         return attention.c_proj(y.transpose(1, 2).flatten(2))
 
     def step(idx: Tensor, caches: Tensor, start: int) -> Tensor:
-        positions = torch.arange(start, start + idx.shape[1], device=idx.device)
+        positions = torch.arange(start, start + idx.shape[1], device=device)
+        if seen is not None:
+            positions = (positions - padding).clamp(min=0)  # (B, t)
         x = sdpa.wte(idx) + sdpa.wpe(positions)
         for block, cache in zip(sdpa.h, caches, strict=True):
             x = x + attend(block.attn, block.ln_1(x), cache, start)
@@ -94,8 +126,8 @@ def sdpa_cache(model: GPT, dtype: str, prompt: Tensor, new: int) -> Generate:
 
     @torch.no_grad()
     def run() -> Tokens:
-        size = (config.n_layer, 2, B, H, length + new, D)
-        caches = torch.empty(size, dtype=DTYPES[dtype], device=prompt.device)
+        size = (config.n_layer, 2, B, H, capacity, D)
+        caches = torch.empty(size, dtype=DTYPES[dtype], device=device)
         idx, out, start = prompt, [], 0
         for _ in range(new):
             token = step(idx, caches, start)
@@ -106,13 +138,25 @@ def sdpa_cache(model: GPT, dtype: str, prompt: Tensor, new: int) -> Generate:
     return run
 
 
-def static_cache(model: GPT, dtype: str, prompt: Tensor, new: int) -> Generate:
+def seen_places(padding: Tensor, capacity: int) -> Tensor:
+    """Returns which places attend to which, (B, 1, capacity, capacity); `padding` is (B, 1).
+
+    Padding attends to itself, since the softmax of nothing is NaN.
+    """
+    places = torch.arange(capacity, device=padding.device)
+    after = places[:, None] >= places  # (capacity, capacity)
+    token = places >= padding[..., None]  # (B, 1, capacity)
+    return ((after & token) | (places[:, None] == places))[:, None]
+
+
+def static_cache(model: GPT, dtype: str, prompts: Tokens, new: int) -> Generate:
     """A cache that stays where it is, and on a GPU a CUDA graph of the step: gpt-fast's way.
 
     A step attends to the whole cache, with a mask of the places that are filled.
     """
     sdpa: Any = sdpa_model(model, dtype)
-    config, device = model.config, prompt.device
+    config, device = model.config, model.wte.weight.device
+    prompt = stacked(prompts, device)
     B, length = prompt.shape
     H, D, capacity = config.n_head, config.head_dim, length + new
     size = (config.n_layer, 2, B, H, capacity, D)
@@ -161,49 +205,32 @@ def installed(*modules: str) -> bool:
     return all(importlib.util.find_spec(module) is not None for module in modules)
 
 
-def transformers_model(model: GPT) -> nn.Module:
-    """Makes transformers' GPT2LMHeadModel with these weights."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+def transformers_generate(model: GPT, dtype: str, prompts: Tokens, new: int) -> Generate:
+    """transformers' generate, with its cache; for the first token alone a forward pass."""
+    from transformers import GPT2LMHeadModel
 
-    c = model.config
-    config = GPT2Config(
-        vocab_size=c.vocab_size,
-        n_positions=c.block_size,
-        n_embd=c.n_embd,
-        n_layer=c.n_layer,
-        n_head=c.n_head,
-        activation_function="gelu_new" if c.gelu == "tanh" else "gelu",
-        tie_word_embeddings=c.tie_weights,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    other = GPT2LMHeadModel(config).eval()
-    weights = {}
-    for name, weight in model.state_dict().items():
-        transposed = name.endswith("weight") and (".c_" in name)  # Conv1D stores (K, N)
-        place = name if name.startswith("lm_head") else f"transformer.{name}"
-        weights[place] = weight.t().contiguous() if transposed else weight
-    missing, unexpected = other.load_state_dict(weights, strict=False)
-    assert not unexpected and not [name for name in missing if "attn.bias" not in name]
-    return other
+    device = model.wte.weight.device
+    with tempfile.TemporaryDirectory() as folder:
+        generation_files.write_huggingface(model, Path(folder))
+        loaded: Any = GPT2LMHeadModel.from_pretrained(folder)
+    other = loaded.eval().to(device, DTYPES[dtype])
+    idx, mask = left_padded(prompts, device)
 
-
-def transformers_generate(model: GPT, dtype: str, prompt: Tensor, new: int) -> Generate:
-    """transformers' generate, with its cache."""
-    other: Any = transformers_model(model).to(prompt.device, DTYPES[dtype])
-    mask = torch.ones_like(prompt)
+    @torch.no_grad()
+    def first() -> Tokens:
+        logits = other(idx, use_cache=True, logits_to_keep=1).logits  # (B, 1, V)
+        return logits.argmax(-1).tolist()
 
     @torch.no_grad()
     def run() -> Tokens:
         out = other.generate(
-            prompt,
+            idx,
             attention_mask=mask,
             max_new_tokens=new,
             min_new_tokens=new,
             do_sample=False,
             pad_token_id=0,
         )
-        return out[:, prompt.shape[1] :].tolist()
+        return out[:, idx.shape[1] :].tolist()
 
-    return run
+    return first if new == 1 and is_of_one_length(prompts) else run

@@ -24,7 +24,9 @@ SCRIPTS = {  # in the order of the tables
     "ffn": "Feed-forward block (rows x n_embd)",
     "cross_entropy": "Output projection and loss (rows x n_embd x vocab_size)",
     "generate": "Greedy generation, all texts of a batch",
+    "gpt2": "Greedy generation by GPT-2 124M, prompts of different lengths",
 }
+GENERATING = ("generate", "gpt2")
 SUMMARY = {  # the rows of README: script, name there, what it is
     ("train", "abc"): "training step, 2 layers of 128 on 64 x 16 characters",
     ("train", "shakespeare"): "training step, 2 layers of 128 on 64 x 64 characters",
@@ -32,8 +34,10 @@ SUMMARY = {  # the rows of README: script, name there, what it is
     ("attention", "4x12x1024x64 forward+backward"): "attention 4x12x1024x64, with gradients",
     ("generate", "S, batch 1"): "generation, 2 layers of 128, one text",
     ("generate", "S, batch 64"): "generation, 2 layers of 128, 64 texts",
-    ("generate", "L, batch 1"): "generation, GPT-2 124M, one text",
     ("generate", "S, batch 64, past the window"): "generation past the window, 64 texts",
+    ("gpt2", "L, batch 1"): "generation, GPT-2 124M, one text",
+    ("gpt2", "L, batch 64"): "generation, GPT-2 124M, 64 texts",
+    ("gpt2", "L, prompt of 900 tokens"): "a prompt of 900 tokens, GPT-2 124M",
 }
 LOSS_CURVES, TIME_TO_LOSS = "loss_curves", "time_to_loss"
 NOTHING = "No results have been committed yet."
@@ -92,7 +96,7 @@ def describe(card: dict[str, Any]) -> str:
 def table(result: dict[str, Any]) -> list[str]:
     """A line per row; for each dtype gptfast's speed, and how many times faster it is than whom."""
     rows = by_name(result)
-    generates = result["script"] == "generate"
+    generates = result["script"] in GENERATING
     measure, best = ("tokens/s", "x best other") if generates else ("ms", "x best torch")
     dtypes = list(result["peak"])
     course = any(name.startswith("course") for row in result["rows"] for name in row["ratio"])
@@ -110,7 +114,7 @@ def table(result: dict[str, Any]) -> list[str]:
 
 
 def notes(result: dict[str, Any]) -> list[str]:
-    """Which contenders do not run, and what could not be measured."""
+    """Which contenders do not run or are wrong, and what could not be measured."""
     noted = [row for row in result["rows"] if row["notes"]]
     lines = [
         f"- {row['name']}, {row['dtype']}: "

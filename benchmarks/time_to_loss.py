@@ -190,9 +190,10 @@ def three_epochs(text: str, dtype: str, seconds: float) -> dict[str, Any]:
     windows = data.EpochWindows(train_ids, recipe.model.block_size, batch)
     steps = len(windows) * (recipe.train.epochs or 0)
     (shape,) = (shape for shape in bench_train.SHAPES if shape.name == recipe.name)
-    bench_train.verify(shape, dtype)
+    course = bench_train.course_name(dtype)
+    wrong = bench_train.verify(shape, dtype)
+    assert course not in wrong, f"{course} {wrong[course]}"
     contenders = bench_train.makers(shape, dtype)
-    course = bench_train.COURSE if dtype == "fp32" else bench_train.COURSE_FP32
     timing = measure({name: contenders[name]() for name in (OURS, course)}, seconds)
     whole = {name: steps * each for name, each in timing.seconds.items()}
     return {
