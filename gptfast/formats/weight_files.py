@@ -62,4 +62,6 @@ def read_torch(file: Path) -> Any:
         try:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
         except pickle.UnpicklingError:  # its message says how to run whatever is in the file
-            raise ValueError("it holds something else than tensors and plain values") from None
+            raise ValueError(
+                "it is no file of torch.save, or holds more than tensors and plain values"
+            ) from None
