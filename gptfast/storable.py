@@ -31,41 +31,41 @@ def empty(config: GPTConfig) -> GPT:
         return GPT(config)
 
 
-def assembled(config: GPTConfig, tensors: dict[str, Tensor], file: Path) -> GPT:
+def assembled(config: GPTConfig, tensors: dict[str, Tensor], source: str | Path) -> GPT:
     """Makes the GPT of a configuration around tensors that were read, without other weights.
 
     Args:
         config: The shape.
-        tensors: All parameters by their names here, without the head where it is tied. The model
-            keeps them and their dtypes.
-        file: Where they come from, for the error.
+        tensors: All parameters by their names here, which the model keeps, with their dtypes. A
+            tied head may be missing.
+        source: Where they come from, for the error.
 
     Raises:
         CheckpointError: The tensors are not those of the configuration.
     """
-    model = skeleton(config, tensors, file)
+    model = skeleton(config, tensors, source)
     if config.tie_weights and EMBEDDING in tensors:
         tensors = tensors | {HEAD: tensors[EMBEDDING]}
-    check_fit(tensors, model.state_dict(), file)
+    check_fit(tensors, model.state_dict(), source)
     model.load_state_dict(tensors, assign=True)  # which keeps each tensor's dtype
     if config.tie_weights:
         model.lm_head.weight = model.wte.weight
     return model
 
 
-def skeleton(config: GPTConfig, tensors: Mapping[str, Tensor], file: Path) -> GPT:
+def skeleton(config: GPTConfig, tensors: Mapping[str, Tensor], source: str | Path) -> GPT:
     """Makes the `empty` GPT of a configuration that these tensors may fit; see `assembled`."""
     # More layers than tensors cannot be right, and a wrong number could be built for hours.
     layers = min(config.n_layer, len(tensors) + 1)
-    with reading(file):  # sizes beyond what torch can count
+    with reading(Path(source)):  # sizes beyond what torch can count
         return empty(replace(config, n_layer=layers))
 
 
-def check_fit(found: dict[str, Tensor], expected: dict[str, Tensor], file: Path) -> None:
+def check_fit(found: dict[str, Tensor], expected: dict[str, Tensor], source: str | Path) -> None:
     """Raises CheckpointError for what `mismatch` finds."""
     problem = mismatch(found, expected)
     if problem:
-        raise CheckpointError(f"{file}: does not fit its configuration: {problem}")
+        raise CheckpointError(f"{source}: does not fit its configuration: {problem}")
 
 
 def stored_config(model: GPT) -> GPTConfig:

@@ -127,7 +127,8 @@ class Remote:
 
 def failure(kind: type[Exception]) -> Exception:
     """An error of the library."""
-    if not issubclass(kind, hub.errors.HfHubHTTPError):
+    local = issubclass(kind, hub.errors.LocalEntryNotFoundError)
+    if local or not issubclass(kind, hub.errors.HfHubHTTPError):
         return kind("the message\nand more")
     answer: Any = SimpleNamespace(headers={}, request=None, status_code=404)
     return kind("the message\nand more", response=answer)  # type: ignore[call-arg]

@@ -65,15 +65,7 @@ def check_target(path: Path, to: str, overwrite: bool) -> None:
         return
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path}: expected a folder, got a file")
-    if _is_own(path):
+    if checkpoint.is_checkpoint(path):
         raise ConfigError(f"{path} holds a checkpoint of gptfast: choose another folder")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise ConfigError(f"{path} is not empty: choose another folder, or say overwrite")
-
-
-def _is_own(path: Path) -> bool:
-    try:
-        checkpoint.read_config(path)
-    except CheckpointError:
-        return False
-    return True

@@ -103,19 +103,24 @@ def _make_special(content: dict[str, Any], token: str) -> None:
 
 def _from_words(content: dict[str, Any]) -> CharTokenizer:
     """Reads what `_to_words` wrote."""
-    vocabulary = content["model"]["vocab"]
+    words = {i: word for word, i in content["model"]["vocab"].items()}
     known = (content["pre_tokenizer"], content.get("normalizer")) == (_CHARACTER, None)
-    if not known or vocabulary.get(PAD) != PAD_ID:
-        raise DataError(
-            "expected byte-pair encoding, or characters as gptfast writes them, got other words"
-        )
-    words = {i: word for word, i in vocabulary.items() if i != PAD_ID}
-    return CharTokenizer(tuple(words.get(i, "") for i in range(1, len(vocabulary))))
+    padded = words.get(PAD_ID) == PAD
+    chars = [words.get(i, "") for i in range(padded, len(words))]
+    if known and all(len(char) == 1 for char in chars):
+        points: dict[str, Any] = {"kind": "char", "code_points": [*map(ord, chars)]}
+        found = CharTokenizer.from_dict(points if padded else points | {"padded": False})
+        if found.vocab_size == len(words):
+            return found
+    raise DataError(
+        "expected byte-pair encoding, or characters as gptfast writes them, got other words"
+    )
 
 
 def _to_words(tokenizer: CharTokenizer) -> str:
     """Writes the `tokenizer.json` of characters; padding is a word that no text is cut to."""
-    vocabulary = {PAD: PAD_ID, **{char: i for i, char in enumerate(tokenizer.chars, PAD_ID + 1)}}
+    padding = [] if tokenizer.padding is None else [PAD]
+    vocabulary = {word: i for i, word in enumerate([*padding, *tokenizer.chars])}
     try:
         "".join(tokenizer.chars).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -151,6 +156,8 @@ def to_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,
+        # The default of earlier versions has token_type_ids, whose embeddings GPT-2 would add.
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     if isinstance(tokenizer, BPETokenizer):
         content = tokenizer.json
@@ -159,6 +166,7 @@ def to_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
     else:
         assert isinstance(tokenizer, CharTokenizer)
         content = _to_words(tokenizer)
-        # The second: a text that reads "<PAD>" is five characters.
-        settings |= {"pad_token": PAD, "split_special_tokens": True}
+        settings["split_special_tokens"] = True  # a text that reads "<PAD>" is five characters
+        if tokenizer.padding is not None:
+            settings["pad_token"] = PAD
     return {JSON_NAME: content, SETTINGS_NAME: json.dumps(settings, indent=2) + "\n"}
