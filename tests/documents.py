@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
 _FENCE = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_OPTION = re.compile(r'([\w-]+)="([^"]*)"')
+_OPTION = re.compile(r'(\w+)="([^"]*)"')
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ PAGES = {
     "data/README.md": "corpora.md",
 }
 INCLUDED = re.compile(r"^<!-- (\S+\.md): (.+) -->$", re.MULTILINE)
+NEEDS = re.compile(r'^(```\w+) needs="[^"]*"$', re.MULTILINE)  # what a block needs to be tested
 LINK = re.compile(r"(?<=\]\()([^)#\s]+)(?=[)#])")
 
 
@@ -32,9 +33,10 @@ def on_files(files: Any, *, config: Any, **_: Any) -> None:
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Puts in the sections that a page asks for, and makes links lead within the site."""
+    """Puts in sections that a page asks for, takes out notes for tests, makes links the site's."""
     uri = page.file.src_uri
     own = next((place for place, shared in PAGES.items() if shared == uri), f"docs/{uri}")
+    markdown = NEEDS.sub(r"\1", markdown)
     text = relinked(markdown, f"docs/{uri}" if own == "README.md" else own, uri)
     return INCLUDED.sub(lambda found: relinked(section(found[1], found[2]), found[1], uri), text)
 
