@@ -82,10 +82,9 @@ def missing_for(block: Block) -> list[str]:
     """Returns which of the modules that a block needs are not there; no test has the network."""
 
     def there(name: str) -> bool:
-        try:
-            return importlib.util.find_spec(name) is not None
-        except ModuleNotFoundError:  # its package is missing
-            return False
+        if name.startswith("gptfast"):  # a module that another branch may bring
+            return (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()
+        return importlib.util.find_spec(name) is not None
 
     return [name for name in block.options.get("needs", "").split() if not there(name)]
 
