@@ -33,7 +33,8 @@ def commented_fields(cls: griffe.Class) -> Iterator[griffe.DocstringParameter]:
     """Yields the fields of a class that have a comment."""
     for field in cls.attributes.values():
         if isinstance(field, griffe.Attribute) and field.docstring is None and field.lineno:
-            lines = field.lines_collection[field.filepath]
+            file: Any = field.filepath  # one Path, as for every class
+            lines = field.lines_collection[file]
             text = comments(lines, field.lineno, field.endlineno or field.lineno)
             if text and field.annotation is not None:
                 yield griffe.DocstringParameter(
@@ -43,7 +44,7 @@ def commented_fields(cls: griffe.Class) -> Iterator[griffe.DocstringParameter]:
 
 def comments(lines: list[str], first: int, last: int) -> str:
     """Returns the comments above and beside a statement in the lines `first` to `last`, from 1."""
-    found = []
+    found: list[str] = []
     above = first - 2
     while above >= 0 and lines[above].lstrip().startswith("#"):
         found.insert(0, lines[above].strip().removeprefix("#").strip())
