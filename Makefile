@@ -4,7 +4,7 @@ SCRIPTS = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('scri
 CLANG_FORMAT = $(SCRIPTS)/clang-format
 CSRC = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: build test test-isa test-amx emulated-amx test-kill test-torch-range asan tsan bench lint format clean
+.PHONY: build test test-isa test-amx emulated-amx test-kill test-torch-range asan tsan bench docs lint format clean
 .PHONY: wheel sdist test-wheel test-sdist
 
 build:  ## compile what has changed and write gptfast/_C*.so
@@ -99,6 +99,11 @@ bench: build
 	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/time_to_loss.py $(if $(TEXT),--data $(TEXT)) \
 		--out benchmarks/results/time_to_loss.json
 	$(PYTHON) benchmarks/report.py
+
+# The site, in build/site. A warning is an error: a link that leads nowhere, a docstring that does not
+# parse. (The variable silences an advertisement of the theme's.)
+docs:
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
 
 lint:
 	$(PYTHON) -m ruff check .
