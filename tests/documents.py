@@ -4,6 +4,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +48,7 @@ def command_lines(text: str) -> Iterator[list[str]]:
 
 def own_arguments(words: list[str]) -> list[str] | None:
     """Returns the arguments of gptfast in a command line; None if it is another program's."""
+    words = list(takewhile(lambda word: word not in (">", "|", "&&"), words))
     if words[0] == "gptfast":
         return words[1:]
     if words[0] == "torchrun" and "gptfast" in words:
