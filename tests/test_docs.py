@@ -40,8 +40,7 @@ def name_of(path: Path) -> str:
 
 def commands_of(path: Path) -> list[list[str]]:
     """Returns the words of the commands in a page's blocks of commands."""
-    shell = [block for block in blocks(path) if block.language in ("", "sh")]
-    found = [block.text for block in shell if not missing_for(block)]
+    found = [block.text for block in blocks(path) if block.language in ("", "sh")]
     is_commands = re.compile(r"^(gptfast|torchrun) ", re.MULTILINE)
     return [words for text in found if is_commands.search(text) for words in command_lines(text)]
 
@@ -68,10 +67,8 @@ def test_the_code_of_a_page_runs(path: Path, folder: Path, any_threads: None) ->
             continue
         printed = None
         tree = ast.parse("\n" * (block.line - 1) + block.text, str(path))
-        missing = missing_for(block)
-        if missing:
-            if not any(name.startswith("gptfast") for name in missing):
-                check_names(tree)
+        if missing_for(block):
+            check_names(tree)
             continue
         with contextlib.redirect_stdout(io.StringIO()) as stdout:
             exec(compile(tree, str(path), "exec"), namespace)
@@ -80,13 +77,8 @@ def test_the_code_of_a_page_runs(path: Path, folder: Path, any_threads: None) ->
 
 def missing_for(block: Block) -> list[str]:
     """Returns which of the modules that a block needs are not there; no test has the network."""
-
-    def there(name: str) -> bool:
-        if name.startswith("gptfast"):  # a module that another branch may bring
-            return (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()
-        return importlib.util.find_spec(name) is not None
-
-    return [name for name in block.options.get("needs", "").split() if not there(name)]
+    names = block.options.get("needs", "").split()
+    return [name for name in names if importlib.util.find_spec(name) is None]
 
 
 def check_names(tree: ast.AST) -> None:
@@ -187,8 +179,6 @@ def test_extras_and_targets_that_are_named_exist() -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for path in [*PAGES, *SHARED]:
         text = path.read_text(encoding="utf-8")
-        for block in blocks(path):
-            text = text.replace(block.text, "") if missing_for(block) else text
         for extras in re.findall(r"(?:gptfast-kernels|-e \"?\.)\[([\w,]+)\]", text):
             assert set(extras.split(",")) <= project["optional-dependencies"].keys(), path
         for target in re.findall(r"(?:`|^|&& )make ([\w-]+)", text, re.MULTILINE):
