@@ -3,7 +3,7 @@ PYTHON ?= python
 CLANG_FORMAT = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('scripts'))")/clang-format
 CSRC = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: build test test-isa test-amx emulated-amx test-kill test-torch-range asan tsan bench lint format clean
+.PHONY: build test test-isa test-amx emulated-amx test-kill test-torch-range asan tsan bench examples lint format clean
 
 build:  ## compile what has changed and write gptfast/_C*.so
 	$(PYTHON) setup.py --quiet build_ext --inplace
@@ -70,6 +70,10 @@ bench: build
 	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/time_to_loss.py $(if $(TEXT),--data $(TEXT)) \
 		--out benchmarks/results/time_to_loss.json
 	$(PYTHON) benchmarks/report.py
+
+# Executes the notebooks of examples/ in place; NOTEBOOKS names some of them.
+examples: build
+	PYTHONPATH=$(CURDIR) $(PYTHON) tests/run_examples.py $(NOTEBOOKS)
 
 lint:
 	$(PYTHON) -m ruff check .

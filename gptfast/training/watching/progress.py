@@ -45,8 +45,10 @@ class TerminalBar:
 
     def update(self, completed: int, numbers: str | None = None) -> None:
         """Shows how many steps are done, and the numbers beside the bar if they have changed."""
-        fields = {} if numbers is None else {"numbers": numbers}
-        self._bar.update(self._task, completed=completed, **fields)
+        if numbers is None:
+            self._bar.update(self._task, completed=completed)
+        else:
+            self._bar.update(self._task, completed=completed, numbers=numbers)
 
     def stop(self) -> None:
         """Ends the bar, which stays as it is."""
