@@ -4,7 +4,7 @@ SCRIPTS = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('scri
 CLANG_FORMAT = $(SCRIPTS)/clang-format
 CSRC = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: build test test-isa test-amx emulated-amx test-kill test-torch-range asan tsan bench docs lint format clean
+.PHONY: build test test-isa test-amx emulated-amx test-kill test-torch-range asan tsan bench docs examples lint format clean
 .PHONY: wheel sdist test-wheel test-sdist
 
 build:  ## compile what has changed and write gptfast/_C*.so
@@ -104,6 +104,10 @@ bench: build
 # parse. (The variable silences an advertisement of the theme's.)
 docs:
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
+
+# Executes the notebooks of examples/ in place; NOTEBOOKS names some of them.
+examples: build
+	PYTHONPATH=$(CURDIR) $(PYTHON) tests/run_examples.py $(NOTEBOOKS)
 
 lint:
 	$(PYTHON) -m ruff check .

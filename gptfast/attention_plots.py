@@ -1,5 +1,6 @@
 """Pictures of attention: what each head attends to, and what it adds.
 
+`plot_*` writes a picture to a file, `*_figure` gives it to a notebook or to code that changes it.
 Letters: T time, H heads, L layers. Sizes are in inches.
 """
 
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from gptfast.heads import Shares, entropy
-from gptfast.pictures import COLOURS, GREY, save_picture, visible
+from gptfast.pictures import COLOURS, DPI, GREY, check_matplotlib, save_picture, visible
 
 BLUE, ORANGE = COLOURS[:2]
 LIGHT_ORANGE = "#EBA675"
@@ -36,7 +37,24 @@ def plot_attention(weights: Tensor, labels: Sequence[str], path: str | Path) -> 
         ConfigError: an unknown suffix, or matplotlib is missing.
         DataError: the picture cannot be written.
     """
-    return save_picture(path, lambda: _draw_maps(weights.float().cpu(), labels))
+    return save_picture(path, lambda: attention_figure(weights, labels))
+
+
+def attention_figure(weights: Tensor, labels: Sequence[str]) -> Any:
+    """Draws what `plot_attention` writes.
+
+    Args:
+        weights: (L, H, T, T), the attention weights.
+        labels: T characters, or what T tokens write, on both axes.
+
+    Returns:
+        A matplotlib Figure, which a notebook shows after `%matplotlib inline`.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    check_matplotlib()
+    return _draw_maps(weights.detach().float().cpu(), labels)
 
 
 def plot_contributions(shares: Shares, where: str, path: str | Path) -> Path:
@@ -54,7 +72,24 @@ def plot_contributions(shares: Shares, where: str, path: str | Path) -> Path:
         ConfigError: an unknown suffix, or matplotlib is missing.
         DataError: the picture cannot be written.
     """
-    return save_picture(path, lambda: _draw_bars(shares, where))
+    return save_picture(path, lambda: contributions_figure(shares, where))
+
+
+def contributions_figure(shares: Shares, where: str) -> Any:
+    """Draws what `plot_contributions` writes.
+
+    Args:
+        shares: the terms of the attention's output at a position.
+        where: the position, in words.
+
+    Returns:
+        A matplotlib Figure, which a notebook shows after `%matplotlib inline`.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    check_matplotlib()
+    return _draw_bars(shares, where)
 
 
 class _Grid(NamedTuple):
@@ -109,7 +144,7 @@ def _draw_maps(weights: Tensor, labels: Sequence[str]) -> Any:
         labels = [each if len(each) <= LONGEST else f"{each[: LONGEST - 1]}…" for each in labels]
         longer = max(map(len, labels)) * 0.7 * FONT / POINTS
     grid = _Grid(L, H, side, left=0.75 + longer, bottom=0.45 + longer)
-    figure = Figure(figsize=(grid.width, grid.height))
+    figure = Figure(figsize=(grid.width, grid.height), dpi=DPI)
     hidden = weights.new_ones(T, T).triu(1).bool()
     norm = PowerNorm(0.5, 0, 1)  # so that small weights, of long texts, are seen
     shown = weights.masked_fill(hidden, math.nan).numpy()
@@ -202,7 +237,7 @@ def _draw_bars(shares: Shares, where: str) -> Any:
     height = 1.0 if L > 4 else 1.6
     width = max(5.5, 1.6 + 0.45 * (N + 1))
     top, bottom = 0.8, 0.4
-    figure = Figure(figsize=(width, top + L * height + bottom))
+    figure = Figure(figsize=(width, top + L * height + bottom), dpi=DPI)
     panels = figure.subplots(L, 1, sharex=True, squeeze=False)[:, 0]
     figure.subplots_adjust(
         left=0.85 / width,

@@ -16,6 +16,7 @@ SUFFIXES = (".png", ".svg", ".pdf")
 # Told apart by colour-blind readers too (Okabe and Ito, "Color Universal Design", 2008).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#555555"
+DPI = 150  # of files
 VISIBLE = {"\n": "⏎", "\t": "⇥"}
 
 
@@ -34,6 +35,11 @@ def check_picture(path: Path) -> None:
     """Raises ConfigError where a picture of this name cannot be drawn."""
     if path.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"{path}: a picture's name must end in {', '.join(SUFFIXES)}")
+    check_matplotlib()
+
+
+def check_matplotlib() -> None:
+    """Raises ConfigError where nothing can be drawn."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -75,4 +81,4 @@ def png(figure: Any) -> bytes:
 def _write(figure: Any, file: Path | BinaryIO) -> None:
     with warnings.catch_warnings():  # a character that the font lacks becomes a box
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        figure.savefig(file, dpi=150)
+        figure.savefig(file, dpi=DPI)

@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from gptfast import attention_plots, heads
-from gptfast.attention_plots import plot_attention, plot_contributions
+from gptfast.attention_plots import (
+    attention_figure,
+    contributions_figure,
+    plot_attention,
+    plot_contributions,
+)
 from gptfast.errors import ConfigError, DataError
 
 pytest.importorskip("matplotlib")
@@ -109,6 +114,30 @@ def test_the_suffix_chooses_the_format(tmp_path, suffix, start):
     assert path.read_bytes().startswith(start)
     assert plot_contributions(shares(1, 1), "position 0", str(path)) == path
     assert path.read_bytes().startswith(start)
+
+
+def test_a_figure_is_what_is_written(tmp_path):
+    from matplotlib.figure import Figure
+
+    for draw, plot, arguments in (
+        (attention_figure, plot_attention, (weights(1, 2, 3), "abc")),
+        (contributions_figure, plot_contributions, (shares(1, 2), "position 0")),
+    ):
+        figure = draw(*arguments)
+        assert isinstance(figure, Figure)
+        figure.savefig(tmp_path / "figure.png")
+        written = plot(*arguments, tmp_path / "plot.png").read_bytes()
+        assert (tmp_path / "figure.png").read_bytes() == written  # in size, too
+
+
+def test_without_matplotlib_a_figure_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for draw in (
+        lambda: attention_figure(weights(1, 1, 1), "a"),
+        lambda: contributions_figure(shares(1, 1), "position 0"),
+    ):
+        with pytest.raises(ConfigError, match="pictures need matplotlib"):
+            draw()
 
 
 def test_characters_that_the_font_lacks_are_no_noise(tmp_path):

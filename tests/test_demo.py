@@ -48,7 +48,7 @@ def test_the_model_comes_near_the_best_possible(whole):
     assert result.entropy == abc_entropy(16)
     # On a sample of 216,000 held-out characters the loss may fall below the entropy by chance.
     assert result.entropy - 0.002 < result.loss <= 0.275
-    # Few windows begin with A: by seed and instruction set "A" has 0.37 to 0.56, where 0.44 is true.
+    # Few windows begin with A: its own probability is 0.37 to 0.56 by seed and instruction set.
     true = abc_next_distribution("A")
     for char, probability in result.next_after_a.items():
         assert probability == pytest.approx(true.get(char, 0.0), abs=0.15), char

@@ -10,7 +10,7 @@ import pytest
 
 from gptfast.errors import ConfigError, DataError
 from gptfast.training import plots
-from gptfast.training.plots import plot_history, read_history
+from gptfast.training.plots import history_figure, plot_history, read_history
 from gptfast.training.run import HISTORY_NAME
 
 ROWS = [
@@ -94,6 +94,16 @@ def test_a_history_comes_back_from_its_file(tmp_path):
     assert read_history(tmp_path / "run" / HISTORY_NAME) == ROWS
 
 
+def test_a_figure_has_the_curves_of_the_plot(tmp_path, drawn):
+    figure = history_figure({"A": ROWS}, quantity="perplexity", title="a title")
+    of_figure = dict(drawn)
+    assert figure.axes[0].get_title(loc="left") == "a title"
+    plot_history({"A": ROWS}, tmp_path / "a.png", quantity="perplexity")
+    assert drawn == of_figure
+    with pytest.raises(ConfigError, match="quantity must be one of loss, perplexity, lr, got 'x'"):
+        history_figure(ROWS, quantity="x")
+
+
 @pytest.mark.parametrize(
     "runs, name, error, message",
     [
@@ -137,6 +147,8 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", blocked)
     with pytest.raises(ConfigError, match=r"pip install 'gptfast-kernels\[plot\]'"):
         plot_history(ROWS, tmp_path / "a.png")
+    with pytest.raises(ConfigError, match=r"pip install 'gptfast-kernels\[plot\]'"):
+        history_figure(ROWS)
 
 
 def test_importing_the_module_does_not_load_matplotlib():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from gptfast.errors import ConfigError, DataError
-from gptfast.pictures import COLOURS, GREY, png, save_picture
+from gptfast.pictures import COLOURS, GREY, check_matplotlib, png, save_picture
 from gptfast.training.run import HISTORY_NAME, Row
 
 Run = str | Path | Sequence[Row]
@@ -42,9 +42,33 @@ def plot_history(
             missing.
         DataError: a history is missing, empty or invalid, or the file cannot be written.
     """
+    return save_picture(path, lambda: history_figure(runs, quantity=quantity, title=title))
+
+
+def history_figure(
+    runs: Run | Sequence[str | Path] | Mapping[str, Run],
+    *,
+    quantity: Quantity = "loss",
+    title: str | None = None,
+) -> Any:
+    """Draws what `plot_history` writes.
+
+    Args:
+        runs: as for `plot_history`.
+        quantity: what is plotted.
+        title: the title of the plot.
+
+    Returns:
+        A matplotlib Figure, which a notebook shows after `%matplotlib inline`.
+
+    Raises:
+        ConfigError: unknown quantity, no runs or more than colours, or matplotlib is missing.
+        DataError: a history is missing, empty or invalid.
+    """
     if quantity not in LABELS:
         raise ConfigError(f"quantity must be one of {', '.join(LABELS)}, got {quantity!r}")
-    return save_picture(path, lambda: _draw(_histories(runs), quantity, title))
+    check_matplotlib()
+    return _draw(_histories(runs), quantity, title)
 
 
 def history_png(rows: Sequence[Row]) -> bytes:

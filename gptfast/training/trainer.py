@@ -311,7 +311,7 @@ class Trainer:
             resume: continue the interrupted run in `out`; the results are bitwise those of an
                 uninterrupted run.
             overwrite: replace the run in `out`.
-            progress: show a progress bar and the evaluations on stderr.
+            progress: show a progress bar and the evaluations, on stderr or in the notebook.
             callbacks: what else watches the run.
             extra: JSON-serialisable values, stored in the checkpoint with those of training.
             fingerprint: what the run knows its text by when it is resumed; None hashes all tokens.

@@ -65,7 +65,7 @@ def train(
         device: where the model is trained, and stays.
         resume: go on with the interrupted run in `out`, with the text and options of its start.
         overwrite: replace the run in `out`.
-        progress: show a progress bar and the evaluations on stderr.
+        progress: show a progress bar and the evaluations, on stderr or in the notebook.
         callbacks: what else watches the run.
         **overrides: other values for fields of GPTConfig and TrainConfig. A preset that has
             `steps` goes by epochs with `steps=None, epochs=2`.

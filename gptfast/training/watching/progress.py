@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gptfast.training.callbacks import Callback
 from gptfast.training.run import Row
 from gptfast.training.watching import machine
+from gptfast.training.watching.notebook import NotebookBar, in_notebook
 
 if TYPE_CHECKING:
     from gptfast.training.loop import Loop
@@ -17,22 +18,16 @@ if TYPE_CHECKING:
 UPDATES_PER_SECOND = 10
 
 
-class ProgressBar(Callback):
-    """Shows on stderr the loss, tokens/s, their part of the machine's peak, and the time left.
+class TerminalBar:
+    """A bar on stderr, with the lines of evaluations above it.
 
-    Each evaluation is a line above the bar. The part of the peak is what the steps compute, see
-    `flops_per_token`, of the rate of the fastest matrix product, see `peak`.
+    Args:
+        total: Steps of the run.
+        completed: Steps that are done already.
     """
 
-    def on_start(self, run: "Loop") -> None:
-        """Measures the machine's peak and shows the bar."""
+    def __init__(self, total: int, completed: int) -> None:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        note = run.trainer.note()
-        if note is not None:
-            self._console.print(note, markup=False)
-        peak = 1e9 * machine.peak(run.trainer.device, run.config.precision)  # FLOP/s
-        peak *= run.processes.size
-        self._peak_tokens = peak / machine.flops_per_token(run.model.config)  # per second
         self._bar = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -41,9 +36,44 @@ class ProgressBar(Callback):
             TimeRemainingColumn(),
             console=self._console,
         )
-        self._task = self._bar.add_task("", total=run.total, completed=run.state.step, numbers="")
-        self._updated = 0.0
+        self._task = self._bar.add_task("", total=total, completed=completed, numbers="")
         self._bar.start()
+
+    def line(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self._console.print(text, markup=False)
+
+    def update(self, completed: int, numbers: str | None = None) -> None:
+        """Shows how many steps are done, and the numbers beside the bar if they have changed."""
+        if numbers is None:
+            self._bar.update(self._task, completed=completed)
+        else:
+            self._bar.update(self._task, completed=completed, numbers=numbers)
+
+    def stop(self) -> None:
+        """Ends the bar, which stays as it is."""
+        self._bar.stop()
+
+
+class ProgressBar(Callback):
+    """Shows the loss, tokens/s, their part of the machine's peak, and the time left.
+
+    Each evaluation is a line above the bar, which is on stderr, and in a notebook below the cell.
+    The part of the peak is what the steps compute, see `flops_per_token`, of the rate of the
+    fastest matrix product, see `peak`.
+    """
+
+    def on_start(self, run: "Loop") -> None:
+        """Measures the machine's peak and shows the bar."""
+        peak = 1e9 * machine.peak(run.trainer.device, run.config.precision)  # FLOP/s
+        peak *= run.processes.size
+        self._peak_tokens = peak / machine.flops_per_token(run.model.config)  # per second
+        self._updated = 0.0
+        bar = NotebookBar if in_notebook() else TerminalBar
+        self._bar = bar(run.total, run.state.step)
+        note = run.trainer.note()
+        if note is not None:
+            self._bar.line(note)
 
     def on_step(self, run: "Loop") -> None:
         """Updates the bar, at most UPDATES_PER_SECOND times a second."""
@@ -56,25 +86,25 @@ class ProgressBar(Callback):
             self._show(run, state.loss_sum / state.loss_steps, speed)
 
     def on_evaluation(self, run: "Loop", row: Row) -> None:
-        """Prints the row as a line."""
+        """Shows the row as a line."""
         held_out = ""
         if row["val_loss"] is not None:
             held_out = f", held-out loss {row['val_loss']:.4f} (perplexity {row['perplexity']:.3f})"
-        self._console.print(f"step {row['step']}: train loss {row['train_loss']:.4f}{held_out}")
+        self._bar.line(f"step {row['step']}: train loss {row['train_loss']:.4f}{held_out}")
         self._show(run, row["train_loss"], row["tokens_per_s"])
 
     def on_end(self, run: "Loop") -> None:
         """Ends the bar; says where a run that was interrupted is kept."""
         state = run.state
         if run.error is None:
-            self._bar.update(self._task, completed=state.step)
+            self._bar.update(state.step)
         self._bar.stop()
         if run.error is None and run.interrupted:
             kept = "nothing was saved"
             if run.path is not None:
                 kept = f"saved in {run.path}; resume goes on from there"
-            self._console.print(f"interrupted at step {state.step} of {run.total}, {kept}")
+            self._bar.line(f"interrupted at step {state.step} of {run.total}, {kept}")
 
     def _show(self, run: "Loop", loss: float, speed: float) -> None:
         numbers = f"loss {loss:.4f}  {speed:,.0f} tokens/s  {speed / self._peak_tokens:.0%} of peak"
-        self._bar.update(self._task, completed=run.state.step, numbers=numbers)
+        self._bar.update(run.state.step, numbers)
