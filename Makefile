@@ -5,7 +5,7 @@ CLANG_FORMAT = $(SCRIPTS)/clang-format
 CSRC = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
 .PHONY: build test test-isa test-amx emulated-amx test-kill test-torch-range asan tsan bench docs examples lint format clean
-.PHONY: wheel sdist test-wheel test-sdist
+.PHONY: wheel sdist test-wheel test-sdist test-ecosystem
 
 build:  ## compile what has changed and write gptfast/_C*.so
 	$(PYTHON) setup.py --quiet build_ext --inplace
@@ -73,6 +73,11 @@ test-sdist: sdist
 	$(PYTHON) -m pip wheel --no-deps --wheel-dir build/from-sdist "$(call newest,dist/*.tar.gz)"
 	GPTFAST_WHEEL="$(call newest,build/from-sdist/*.whl)" \
 		$(PYTHON) -m pytest -k "not manylinux" tests/test_wheel.py
+
+# The tests of packages that are large or compiled: lm-evaluation-harness, llama.cpp.
+test-ecosystem: build
+	$(PYTHON) -m pip install lm-eval llama-cpp-python
+	$(PYTHON) -m pytest tests/test_lm_eval.py tests/test_gguf.py
 
 # Runs kernels and engine under AddressSanitizer and UBSan, on shapes at which they could overrun a
 # buffer, and under ThreadSanitizer. Each group of cases (CASES; default: all) is a process.

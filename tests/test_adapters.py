@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn.utils import parametrizations, prune
 
 import gptfast
 from gptfast import GPT, BackendError, ConfigError, GPTConfig, TrainConfig, Trainer, plain
+from gptfast.formats import huggingface
 from gptfast.ops.random import dropout_factors
 
 CONFIG = GPTConfig(
@@ -547,6 +549,29 @@ def test_lora_trains_and_its_base_stays(peft: Any, backend: str) -> None:
     merged.backend = "fused"  # merged: the layers are plain again
     torch.testing.assert_close(merged(IDX), logits, atol=1e-4, rtol=1e-4)
     gptfast.pack(merged)
+
+
+def test_an_imported_model_with_lora_is_merged_exported_and_generates(
+    peft: Any, tmp_path: Path
+) -> None:
+    fields = {"gelu": "tanh", "tie_weights": True, "attn_proj_dropout": True, "dropout": 0.1}
+    huggingface.write(make("auto", GPTConfig(**CONFIG.to_dict() | fields)), None, tmp_path / "gpt2")
+    model, _ = gptfast.load(tmp_path / "gpt2")
+    before = model(IDX)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["c_attn", "c_fc"]))
+    trainer = Trainer(model, TrainConfig(lr=0.02))
+    losses = [trainer.step(IDX, TARGETS).item() for _ in range(30)]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    merged = adapted.merge_and_unload().eval()
+    assert not torch.allclose(merged(IDX), before, atol=1e-2)
+    gptfast.export(merged, None, tmp_path / "tuned", to="hf")
+    again, _ = gptfast.load(tmp_path / "tuned")
+    assert torch.equal(again(IDX), merged(IDX))
+    texts = []
+    for backend in ("fused", "reference"):
+        again.backend = backend
+        texts.append(gptfast.generate(again, IDX.tolist(), max_new_tokens=20, temperature=0))
+    assert [each.tokens for each in texts[0]] == [each.tokens for each in texts[1]]
 
 
 def test_lora_in_the_embedding_and_a_trained_head(peft: Any) -> None:
