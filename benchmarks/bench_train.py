@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gptfast import GPT, GPTConfig, TrainConfig, Trainer
 from gptfast.config import Precision
-from gptfast.formats.course import from_state_dict
+from gptfast.formats.course import own_name
 from gptfast.presets import PRESETS
 from gptfast.testing import GRADIENT_FACTOR, RESULT_FACTOR, Op, assert_budget, error
 from gptfast.training.watching.machine import flops_per_token
@@ -155,18 +155,14 @@ def loss_and_gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
 
-def course_results(model: nn.Module, x: Tensor, y: Tensor, n_head: int) -> list[Tensor]:
-    """Returns loss and gradients of the course's model, in the order of gptfast's parameters."""
+def course_results(model: nn.Module, x: Tensor, y: Tensor, names: list[str]) -> list[Tensor]:
+    """Returns loss and gradients of the course's model, in the order of gptfast's names."""
     loss, *grads = loss_and_gradients(peers.loss(model, x, y), model)
-    names = [name for name, _ in model.named_parameters()]
-    # A GPT that holds the gradients as weights has them in our order.
-    renamed = as_ours(dict(zip(names, grads, strict=True)), n_head)
-    return [loss, *(grad.detach().to(loss.device) for grad in renamed.parameters())]
-
-
-def as_ours(weights: dict[str, Tensor], n_head: int) -> GPT:
-    """Returns gptfast's model, on the CPU, with these weights of the course's model."""
-    return from_state_dict({k: w.cpu() for k, w in weights.items()}, n_head)
+    by_name = {
+        own_name(name): grad
+        for (name, _), grad in zip(model.named_parameters(), grads, strict=True)
+    }
+    return [loss, *(by_name[name] for name in names)]
 
 
 def verify(shape: Shape, dtype: str) -> dict[str, str]:
@@ -181,7 +177,7 @@ def verify(shape: Shape, dtype: str) -> dict[str, str]:
     ours, sdpa, (x, y) = GPT(sizes, backend="fused"), peers.SdpaGPT(sizes), batch_of(shape)
     if shape.course:
         course = peers.CourseGPT(sizes)
-        ours.load_state_dict(as_ours(course.state_dict(), sizes.n_head).state_dict())
+        ours.load_state_dict({own_name(name): w for name, w in course.state_dict().items()})
     sdpa.load_state_dict(ours.state_dict())
     names = [name for name, _ in ours.named_parameters()]
     assert names == [name for name, _ in sdpa.named_parameters()], "parameters in another order"
@@ -195,7 +191,7 @@ def verify(shape: Shape, dtype: str) -> dict[str, str]:
     assert_same_work("SDPA", own, oracle, dtype)
     wrong = {}
     if shape.course:
-        why = other_work(course_results(course, x, y, sizes.n_head), oracle, "fp32")
+        why = other_work(course_results(course, x, y, names), oracle, "fp32")
         wrong = {course_name(dtype): why} if why else {}
     # Errors of tokens can cancel in the mean by chance, so torch's error is the mean of theirs.
     own_error = (own_losses.detach().double() - losses.detach()).abs().mean().item()

@@ -71,7 +71,7 @@ def attention_block(B, T, C, H):
     params = empty(C), empty(C), empty(3 * C, C), empty(3 * C), empty(C, C), empty(C)
     self_attention.self_attention(x, *params, H, 0.0, 0, 0.1, long(), 1, True)
     kept = empty(B * T), empty(B * T), empty(B, T, 3 * C), out, empty(B, H, 2, T)
-    self_attention.self_attention_backward(x, x, *params, *kept, H, 0.1, long(), 1, 0b1111111)
+    self_attention.self_attention_backward(x, x, *params, *kept, H, 0.0, 0, 0.1, long(), 1, 127)
 
 def block(M, C, F):
     x, params = empty(M, C), (empty(C), empty(C), empty(F, C), empty(F), empty(C, F), empty(C))

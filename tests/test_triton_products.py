@@ -254,10 +254,10 @@ def test_gelu_and_its_slope(gelu: str) -> None:
     assert exact.grad is not None
     assert (slope - exact.grad).abs().max() < 6e-7
     assert ((value - value_exact).abs() / exact.abs().clamp(1.0)).max() < 5e-7
-    most = torch.tensor([math.inf, -math.inf, 1e38, -1e38])
-    u.view(-1)[:4] = most
+    # torch's GELU of infinity depends on the processor's vectors.
+    u.view(-1)[:4] = torch.tensor([math.inf, -math.inf, 1e38, -1e38])
     _, value, _ = ffn._hidden_grad(d, w2, u, gelu, True, False)
-    expected = torch.nn.functional.gelu(most, approximate=approximate)
+    expected = torch.tensor([math.inf, math.nan, 1e38, 0.0])
     torch.testing.assert_close(value.view(-1)[:4].cpu(), expected, equal_nan=True)
 
 
@@ -271,7 +271,7 @@ def test_the_backward_of_a_sublayer_casts_the_weights_that_it_reads() -> None:
         (ffn.ffn, ffn.ffn_backward, (x.half(), *params), options),
         (
             self_attention.self_attention, self_attention.self_attention_backward,
-            (h.half(), *others), (2, *options[1:]),
+            (h.half(), *others), (2, 0.0, 0, *options[1:]),
         ),
     ):  # fmt: skip
         _, *kept = forward(*given, *rest, True)
