@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from gptfast.heads import Shares, entropy
-from gptfast.pictures import COLOURS, DPI, GREY, check_matplotlib, save_picture, visible
+from gptfast.pictures import COLOURS, GREY, SCREEN_DPI, check_matplotlib, save_picture, visible
 
 BLUE, ORANGE = COLOURS[:2]
 LIGHT_ORANGE = "#EBA675"
@@ -144,7 +144,7 @@ def _draw_maps(weights: Tensor, labels: Sequence[str]) -> Any:
         labels = [each if len(each) <= LONGEST else f"{each[: LONGEST - 1]}…" for each in labels]
         longer = max(map(len, labels)) * 0.7 * FONT / POINTS
     grid = _Grid(L, H, side, left=0.75 + longer, bottom=0.45 + longer)
-    figure = Figure(figsize=(grid.width, grid.height), dpi=DPI)
+    figure = Figure(figsize=(grid.width, grid.height), dpi=SCREEN_DPI)
     hidden = weights.new_ones(T, T).triu(1).bool()
     norm = PowerNorm(0.5, 0, 1)  # so that small weights, of long texts, are seen
     shown = weights.masked_fill(hidden, math.nan).numpy()
@@ -218,15 +218,16 @@ def _draw_entropies(
     from matplotlib.patches import StepPatch
 
     T = len(entropies)
-    edges = [y + grid.side * (1 - i / T) for i in range(T + 1)]
+    edges = [(y + grid.side * (1 - i / T)) / grid.height for i in range(T + 1)]
+    x, strip = x / grid.width, grid.strip / grid.width
     even = [math.log(i + 1) for i in range(T)]
     fill: dict[str, Any] = {"fill": True, "color": LIGHT_ORANGE, "linewidth": 0, "baseline": x}
     line: dict[str, Any] = {"fill": False, "color": GREY, "linewidth": 0.6, "baseline": None}
     for values, style in ((entropies, fill), (even, line)):
-        ends = [x + grid.strip * value / max(even[-1], 0.1) for value in values]
+        ends = [x + strip * value / max(even[-1], 0.1) for value in values]
         bars = StepPatch(ends[::-1], edges[::-1], orientation="horizontal", zorder=-1, **style)
         figure.add_artist(bars)  # one axes per map takes long enough
-        bars.set_transform(figure.dpi_scale_trans)
+        bars.set_transform(figure.transFigure)  # unlike inches, it follows when a picture is cut
 
 
 def _draw_bars(shares: Shares, where: str) -> Any:
@@ -237,7 +238,7 @@ def _draw_bars(shares: Shares, where: str) -> Any:
     height = 1.0 if L > 4 else 1.6
     width = max(5.5, 1.6 + 0.45 * (N + 1))
     top, bottom = 0.8, 0.4
-    figure = Figure(figsize=(width, top + L * height + bottom), dpi=DPI)
+    figure = Figure(figsize=(width, top + L * height + bottom), dpi=SCREEN_DPI)
     panels = figure.subplots(L, 1, sharex=True, squeeze=False)[:, 0]
     figure.subplots_adjust(
         left=0.85 / width,

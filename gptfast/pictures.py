@@ -16,7 +16,7 @@ SUFFIXES = (".png", ".svg", ".pdf")
 # Told apart by colour-blind readers too (Okabe and Ito, "Color Universal Design", 2008).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#555555"
-DPI = 150  # of files
+DPI, SCREEN_DPI = 150, 110  # of files; of figures with small letters in a notebook
 VISIBLE = {"\n": "⏎", "\t": "⇥"}
 
 

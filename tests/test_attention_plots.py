@@ -1,5 +1,6 @@
 """Pictures of attention: what is drawn where, which labels there are, the files, the errors."""
 
+import io
 import math
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from gptfast.attention_plots import (
     plot_contributions,
 )
 from gptfast.errors import ConfigError, DataError
+from gptfast.pictures import DPI
 
 pytest.importorskip("matplotlib")
 
@@ -125,9 +127,26 @@ def test_a_figure_is_what_is_written(tmp_path):
     ):
         figure = draw(*arguments)
         assert isinstance(figure, Figure)
-        figure.savefig(tmp_path / "figure.png")
+        figure.savefig(tmp_path / "figure.png", dpi=DPI)
         written = plot(*arguments, tmp_path / "plot.png").read_bytes()
-        assert (tmp_path / "figure.png").read_bytes() == written  # in size, too
+        assert (tmp_path / "figure.png").read_bytes() == written
+
+
+def test_bars_stay_beside_their_rows_when_a_picture_is_cut():
+    from matplotlib.colors import to_rgb
+    from matplotlib.image import imread
+
+    W = torch.tensor([[1.0, 0.0], [0.5, 0.5]])  # the bar is that of the lower row
+    picture = io.BytesIO()
+    attention_figure(W[None, None], "ab").savefig(picture, bbox_inches="tight")
+    picture.seek(0)
+    pixels = torch.tensor(imread(picture))[..., :3]
+    hidden, bar = (
+        (pixels - torch.tensor(to_rgb(colour))).abs().amax(-1).lt(0.01).sum(1).gt(50).nonzero()[:, 0]
+        for colour in (attention_plots.UNSEEN, attention_plots.LIGHT_ORANGE)
+    )
+    assert abs(hidden.max() - bar.min()) <= 2  # the upper row ends where the lower one begins
+    assert abs((hidden.max() - hidden.min()) - (bar.max() - bar.min())) <= 2
 
 
 def test_without_matplotlib_a_figure_is_one_sentence(monkeypatch):

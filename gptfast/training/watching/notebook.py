@@ -6,7 +6,7 @@ import time
 from collections import deque
 
 MOST_LINES = 12  # above the bar
-STYLE = "margin: 0; font-family: monospace; white-space: pre"  # what is not so everywhere
+STYLE = "margin: 0; line-height: normal; font-family: monospace"  # what is not so everywhere
 
 
 def in_notebook() -> bool:
