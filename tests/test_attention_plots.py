@@ -142,7 +142,13 @@ def test_bars_stay_beside_their_rows_when_a_picture_is_cut():
     picture.seek(0)
     pixels = torch.tensor(imread(picture))[..., :3]
     hidden, bar = (
-        (pixels - torch.tensor(to_rgb(colour))).abs().amax(-1).lt(0.01).sum(1).gt(50).nonzero()[:, 0]
+        (pixels - torch.tensor(to_rgb(colour)))
+        .abs()
+        .amax(-1)
+        .lt(0.01)
+        .sum(1)
+        .gt(50)
+        .nonzero()[:, 0]
         for colour in (attention_plots.UNSEEN, attention_plots.LIGHT_ORANGE)
     )
     assert abs(hidden.max() - bar.min()) <= 2  # the upper row ends where the lower one begins
