@@ -24,7 +24,8 @@ from gptfast import GPT
 
 TRIED_CALLS = 3  # to find the fastest setting; of a slow contender one
 SLOW_SECONDS = 0.5
-UBATCH = 512  # tokens that llama.cpp computes at once, its default; all of a batch are tried, too
+# Tokens that llama.cpp computes at once: either may be faster; the second is its default.
+UBATCHES = (128, 512)
 
 
 def apart(make: Callable[..., Generate], model: GPT, *arguments: Any) -> Generate:
@@ -144,8 +145,7 @@ def llama_cpp_generate(
         path = Path(folder) / "model.gguf"
         generation_files.write_llama_cpp(model, path, kind)
         loaded = _LlamaModel(path, model.config.vocab_size)
-    total = sum(map(len, prompts))
-    sizes = (UBATCH,) if total <= UBATCH else (UBATCH, total)
+    sizes = UBATCHES if sum(map(len, prompts)) > UBATCHES[0] else UBATCHES[1:]
     return fastest(
         _llama_contender(loaded, prompts, new, threads, size)
         for threads in thread_counts
