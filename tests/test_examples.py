@@ -91,7 +91,7 @@ def test_links_and_commands_are_right(path: Path, capsys: pytest.CaptureFixture[
     for text in texts:
         for link in re.findall(r"\]\(([^)]+)\)", text):
             assert (path.parent / link).exists(), link
-        for line in re.findall(r"(?:^|`)gptfast ([^`\n]+)", text, re.M):
+        for line in re.findall(r"(?:^|`)gptfast ([^`\n]+)", text.replace("\\\n", ""), re.M):
             command, *words = line.split()
             known = [command, words[0]] if command in cli.cli.CHOOSING else [command]
             assert cli.main([*known, "--help"]) == 0
