@@ -76,8 +76,8 @@ test-sdist: sdist
 
 # The tests of packages that are large or compiled: lm-evaluation-harness, llama.cpp.
 test-ecosystem: build
-	$(PYTHON) -m pip install lm-eval llama-cpp-python
-	$(PYTHON) -m pytest tests/test_lm_eval.py tests/test_gguf.py
+	$(PYTHON) -m pip install --no-build-isolation -e ".[test,eval,peers]"
+	$(PYTHON) -m pytest tests/test_lm_eval.py tests/test_gguf.py tests/test_generation_rows.py
 
 # Runs kernels and engine under AddressSanitizer and UBSan, on shapes at which they could overrun a
 # buffer, and under ThreadSanitizer. Each group of cases (CASES; default: all) is a process.

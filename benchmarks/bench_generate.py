@@ -172,14 +172,13 @@ def makers(shape: Shape, dtype: str) -> dict[str, Callable[[], Generate]]:
     if shape.name != "L":
         name = "course" if dtype == "fp32" else "course fp32"
         found[name] = lambda: generation_peers.course_loop(model, prompts, new)
-    slow = shape.name == "L" and shape.batch > 8  # minutes per call
-    if dtype != "int8" and not (shape.texts or slow):
+    if dtype != "int8" and not shape.texts:
         found["SDPA loop"] = lambda: generation_peers.sdpa_loop(model, dtype, prompts, new)
     if shape.past:
         return found
     if dtype != "int8":
         found["SDPA, cache"] = lambda: generation_peers.sdpa_cache(model, dtype, prompts, new)
-    if dtype != "int8" and model.wte.weight.is_cuda:
+    if dtype != "int8" and not shape.texts and model.wte.weight.is_cuda:
         found[CAPTURED] = lambda: generation_peers.static_cache(model, dtype, prompts, new)
     if generation_peers.installed("transformers"):
         torch_dtype = "fp32" if dtype == "fp32" else "bf16"
@@ -213,7 +212,7 @@ def engines(shape: Shape, dtype: str) -> dict[str, Callable[[], Generate]]:
 def step(shape: Shape, dtype: str, left_out: Collection[str] = ()) -> Case:
     """Makes the case of one model, batch and dtype, without the contenders `left_out`."""
     found = makers(shape, dtype).items()
-    contenders = {name: make() for name, make in found if name not in left_out}
+    contenders = {name: built(name, make) for name, make in found if name not in left_out}
     return Case(
         contenders,
         shape.flops,
@@ -223,6 +222,21 @@ def step(shape: Shape, dtype: str, left_out: Collection[str] = ()) -> Case:
         rests={"CTranslate2": 0.3},
         details=functools.partial(details, shape, dtype),
     )
+
+
+def built(name: str, make: Callable[[], Generate]) -> Generate:
+    """Makes a contender; another one that cannot be made raises why when it is called."""
+    try:
+        return make()
+    except Exception as error:
+        if name == OURS:
+            raise
+        reason = error
+
+    def fail() -> list[list[int]]:
+        raise reason
+
+    return fail
 
 
 def verify(shape: Shape, dtype: str, contenders: dict[str, Generate]) -> dict[str, str]:

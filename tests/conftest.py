@@ -66,9 +66,9 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     extension.isa_set(before)
 
 
-@pytest.fixture
-def any_threads() -> Iterator[None]:
-    """Restores torch's number of threads after a test that changes it."""
+@pytest.fixture(autouse=True)
+def threads_of_other_tests() -> Iterator[None]:
+    """Restores torch's number of threads: tests and commands change it."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

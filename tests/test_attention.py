@@ -281,9 +281,7 @@ def test_large_scores_do_not_overflow(isa: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_of_a_batch_have_the_bits_they_have_alone(
-    isa: str, dtype: torch.dtype, any_threads: None
-) -> None:
+def test_rows_of_a_batch_have_the_bits_they_have_alone(isa: str, dtype: torch.dtype) -> None:
     # Several blocks of keys, which add to the same dQ if there are few heads.
     q, k, v = (heads(5, 3, 300, 40, seed=i).to(dtype).requires_grad_() for i in range(3))
     grad = heads(5, 3, 300, 40, seed=4).to(dtype)

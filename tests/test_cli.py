@@ -30,14 +30,6 @@ TEXT = "to be or not to be, that is the question\n" * 20
 SMALL = ["--train.steps=3", "--train.batch-size=2", "--model.n-embd=16", "--model.n-layer=1"]
 
 
-@pytest.fixture(autouse=True)
-def keep_threads():
-    """Restores torch's number of threads, which commands set."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"

@@ -41,7 +41,7 @@ def name_of(path: Path) -> str:
 def commands_of(path: Path) -> list[list[str]]:
     """Returns the words of the commands in a page's blocks of commands."""
     found = [block.text for block in blocks(path) if block.language in ("", "sh")]
-    is_commands = re.compile(r"^(gptfast|torchrun) ", re.MULTILINE)
+    is_commands = re.compile(r"^(gptfast|torchrun|python) ", re.MULTILINE)
     return [words for text in found if is_commands.search(text) for words in command_lines(text)]
 
 
@@ -55,7 +55,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("path", [path for path in PAGES if blocks(path, "python")], ids=name_of)
-def test_the_code_of_a_page_runs(path: Path, folder: Path, any_threads: None) -> None:
+def test_the_code_of_a_page_runs(path: Path, folder: Path) -> None:
     """The blocks of a page share their names; what one prints is in the block after it, if any."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
     printed = None

@@ -175,11 +175,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shown(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    before = torch.get_num_threads()
-    try:
-        assert cli.main([str(each) for each in arguments]) == 0
-    finally:
-        torch.set_num_threads(before)
+    assert cli.main([str(each) for each in arguments]) == 0
     return capsys.readouterr().out
 
 

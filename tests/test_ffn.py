@@ -101,9 +101,7 @@ def test_rows_have_the_bits_they_have_alone(isa: str, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("rows", [400, 1700])  # 1700: summed in parts
-def test_gradients_do_not_depend_on_the_number_of_threads(
-    isa: str, rows: int, any_threads: None
-) -> None:
+def test_gradients_do_not_depend_on_the_number_of_threads(isa: str, rows: int) -> None:
     leaves = [t.requires_grad_() for t in block(rows, 64, 256) if t is not None]
     grads = []
     for count in (1, 2, 3):

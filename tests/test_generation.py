@@ -98,7 +98,7 @@ def test_greedy_is_the_loop_of_the_course() -> None:
 
 
 @pytest.mark.parametrize("dtype", ("fp32", "bf16", "int8"))
-def test_a_prompt_has_the_bits_it_has_alone(isa: str, dtype: str, any_threads: None) -> None:
+def test_a_prompt_has_the_bits_it_has_alone(isa: str, dtype: str) -> None:
     model = make("odd")
     prompts = prompts_for(model.config) * 3
     seeds = list(range(len(prompts)))
@@ -110,7 +110,7 @@ def test_a_prompt_has_the_bits_it_has_alone(isa: str, dtype: str, any_threads: N
 
 
 @pytest.mark.parametrize("dtype", ("fp32", "bf16", "int8"))
-def test_bits_of_sums_longer_than_a_block(isa: str, dtype: str, any_threads: None) -> None:
+def test_bits_of_sums_longer_than_a_block(isa: str, dtype: str) -> None:
     """The model's products sum over 640 and 2560 values, in blocks of at most 768."""
     torch.manual_seed(0)
     model = gptfast.pack(GPT(WIDE), dtype)

@@ -106,9 +106,7 @@ def test_rows_have_the_bits_they_have_alone(isa: str, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("rows", [500, 1700])  # 1700: summed in parts
-def test_gradients_do_not_depend_on_the_number_of_threads(
-    isa: str, rows: int, any_threads: None
-) -> None:
+def test_gradients_do_not_depend_on_the_number_of_threads(isa: str, rows: int) -> None:
     x = normal(rows, 96).requires_grad_()
     params = [normal(96, seed=1), normal(96, seed=2), normal(64, 96), normal(64, seed=3)]
     params = [param.requires_grad_() for param in params]

@@ -268,7 +268,7 @@ except gptfast.BackendError as error:
     assert count == "12" and "the compiled extension cannot be loaded" in message
 
 
-def test_python_threads_share_the_processors(any_threads: None) -> None:
+def test_python_threads_share_the_processors() -> None:
     torch.set_num_threads(8)  # more than most machines have, for each Python thread
     model = GPT(GPTConfig(block_size=48, vocab_size=30, n_layer=2, n_head=2, n_embd=64)).eval()
     idx = torch.randint(1, 30, (9, 48))

@@ -208,7 +208,7 @@ def test_parameters_without_gradient_stay(isa: str) -> None:
     assert params[1] not in optimizer.state
 
 
-def test_same_bits_for_any_number_of_threads(isa: str, any_threads: None) -> None:
+def test_same_bits_for_any_number_of_threads(isa: str) -> None:
     results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)

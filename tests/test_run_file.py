@@ -43,11 +43,7 @@ def written(tmp_path: Path, content: str, name: str = "options.toml") -> Path:
 
 
 def train(*arguments: object) -> int:
-    threads = torch.get_num_threads()
-    try:
-        return cli.main(["train", *map(str, arguments)])
-    finally:
-        torch.set_num_threads(threads)
+    return cli.main(["train", *map(str, arguments)])
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_preset(tmp_path, text_file):

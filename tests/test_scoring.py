@@ -116,7 +116,7 @@ def test_long_texts_move_the_window(backend: Any, stride: int | None) -> None:
 
 
 @pytest.mark.parametrize("dtype", ("fp32", "bf16", "int8"))
-def test_a_text_has_the_bits_it_has_alone(isa: str, dtype: str, any_threads: None) -> None:
+def test_a_text_has_the_bits_it_has_alone(isa: str, dtype: str) -> None:
     model = make("odd")
     texts = prompts_for(model.config) * 2
     together = gptfast.score(model, texts, dtype=dtype)

@@ -125,9 +125,7 @@ def test_it_has_the_bits_of_its_parts(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_of_a_batch_have_the_bits_they_have_alone(
-    isa: str, dtype: torch.dtype, any_threads: None
-) -> None:
+def test_rows_of_a_batch_have_the_bits_they_have_alone(isa: str, dtype: torch.dtype) -> None:
     x, *params = (None if t is None else t.to(dtype) for t in attention_block(5, 150, 96))
     assert x is not None
     x, dy = x.requires_grad_(), normal(5, 150, 96, seed=4).to(dtype)
@@ -141,7 +139,7 @@ def test_rows_of_a_batch_have_the_bits_they_have_alone(
         assert torch.equal(torch.autograd.grad(alone, x, dy[3:4])[0][3:4], dx[3:4])
 
 
-def test_gradients_do_not_depend_on_the_number_of_threads(isa: str, any_threads: None) -> None:
+def test_gradients_do_not_depend_on_the_number_of_threads(isa: str) -> None:
     leaves = [t.requires_grad_() for t in attention_block(30, 60, 64) if t is not None]
     grads = []
     for count in (1, 2, 3):

@@ -27,7 +27,7 @@ def case(shape: Shape, dtype: str, full: bool) -> Case:
     slow = SLOW if shape.past else (*SLOW, "SDPA loop")
     found = bench_generate.step(shape, dtype, () if full else slow)
     found.flops = 0.0
-    tokens = shape.batch * shape.new
+    tokens = shape.tokens
     found.details = lambda seconds: {"tokens/s": tokens / seconds}
     return found
 
