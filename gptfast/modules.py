@@ -52,6 +52,12 @@ class ForwardContext(NamedTuple):
         factors = dropout_factors(self.dropout_p, self.seed, stream, 1, rows, x.shape[-1])
         return x * factors.reshape(x.shape).to(x)
 
+    def added(self, x: Tensor, y: Tensor, stream: int) -> Tensor:
+        """Adds y to the residual stream x in float32, after dropout unless its stream is 0."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = y.to(wide)
+        return (x.to(wide) + (self.dropped(y, stream) if stream else y)).to(x.dtype)
+
 
 def not_fused(reason: str) -> str:
     """Returns the sentence which says that a layer prevents the use of the kernels."""
@@ -125,8 +131,8 @@ class Block(nn.Module):
         super().__init__()
         self.layer = layer
         self.stream = 1 + 2 * layer  # of the attention weights' dropout; the FFN has the next one
-        # of the dropout of attention's output, after those of all layers; None: there is none
-        self.proj_stream = 1 + 2 * config.n_layer + layer if config.attn_proj_dropout else None
+        # of the dropout of attention's output, after those of all layers; 0: there is none
+        self.proj_stream = 1 + 2 * config.n_layer + layer if config.attn_proj_dropout else 0
         if config.attention:
             self.ln_1 = nn.LayerNorm(config.n_embd, eps=reference.LAYER_NORM_EPS, bias=config.bias)
             self.attn = CausalSelfAttention(config)
@@ -166,12 +172,11 @@ class Block(nn.Module):
             if context.fuses(self.first_replaced(self.attention_layers())):
                 own: Any = self._modules
                 attn = own["attn"]
-                dropped = self.proj_stream is not None
                 x = context.ops.layer_norm_attention(
                     x, *_params(own["ln_1"], attn, "c_attn"), n_head=attn.__dict__["n_head"],
                     dropout_p=context.dropout_p, seed=context.seed, stream=self.stream,
-                    proj_dropout_p=context.dropout_p if dropped else 0.0,
-                    proj_stream=self.proj_stream if dropped else 0,
+                    proj_dropout_p=context.dropout_p if self.proj_stream else 0.0,
+                    proj_stream=self.proj_stream,
                 )  # fmt: skip
             else:
                 x = self._called_attention(self._attend(x.dtype, context), x, context)
@@ -197,9 +202,7 @@ class Block(nn.Module):
                 x, *_params(own["ln_2"], mlp, "c_fc"), gelu=mlp.__dict__["gelu"],
                 dropout_p=context.dropout_p, seed=context.seed, stream=self.stream + 1,
             )  # fmt: skip
-        wide = torch.promote_types(x.dtype, torch.float32)
-        y = self.mlp(self.ln_2(x).to(x.dtype)).to(wide)
-        return (x.to(wide) + context.dropped(y, self.stream + 1)).to(x.dtype)
+        return context.added(x, self.mlp(self.ln_2(x).to(x.dtype)), self.stream + 1)
 
     def attention_layers(self) -> Iterator[plain.Layer]:
         """Yields the layers of the first half. `attn` comes before those inside it."""
@@ -245,6 +248,4 @@ class Block(nn.Module):
             out = self.attn(y, attend=attend)
         else:
             out = self.attn(y)
-        if self.proj_stream is not None:
-            out = context.dropped(out, self.proj_stream)
-        return (x + out).to(x.dtype)
+        return context.added(x, out, self.proj_stream)

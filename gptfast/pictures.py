@@ -40,10 +40,8 @@ def check_picture(path: Path) -> None:
 
 def check_matplotlib() -> None:
     """Raises ConfigError where nothing can be drawn."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ConfigError("pictures need matplotlib: pip install 'gptfast-kernels[plot]'") from None
+    if not can_draw():
+        raise ConfigError("pictures need matplotlib: pip install 'gptfast-kernels[plot]'")
 
 
 def save_picture(path: str | Path, draw: Callable[[], Any]) -> Path:

@@ -54,8 +54,9 @@ def as_html(model: "GPT") -> str:
 def _facts(model: "GPT") -> list[tuple[str, str]]:
     config = model.config.to_dict()
     sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-    usual = {name: field.default for name, field in GPTConfig.__dataclass_fields__.items()}
+    usual = GPTConfig().to_dict()
     others = [name for name in config if name not in sizes and config[name] != usual[name]]
+    dropping = ", with dropout" if model.config.dropout else ""
     tensors = list(model.parameters())
     size = sum(each.numel() * each.element_size() for each in tensors)
     dtypes = sorted({str(each.dtype).removeprefix("torch.") for each in tensors})
@@ -65,6 +66,6 @@ def _facts(model: "GPT") -> list[tuple[str, str]]:
         ("dtype", f"{', '.join(dtypes)}: {size / 1e6:,.1f} MB"),
         ("device", ", ".join(sorted({str(each.device) for each in tensors}))),
         ("backend", f"{model.backend}: {model.computes_by}"),
-        ("mode", "training, with dropout" if model.training else "evaluation"),
+        ("mode", f"training{dropping}" if model.training else "evaluation"),
     ]
     return [(name, value) for name, value in facts if value]

@@ -98,11 +98,12 @@ def text_size(tokenizer: Tokenizer, ids: torch.Tensor) -> TextSize:
 
     Args:
         tokenizer: Theirs.
-        ids: (N,) int64 or smaller integers.
+        ids: (N,) int64 or smaller integers; those that the tokenizer does not have write nothing.
     """
-    counts = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
+    V = tokenizer.vocab_size
+    counts = torch.zeros(V, dtype=torch.int64)
     for some in ids.split(COUNTED_AT_ONCE):
-        counts += torch.bincount(some.cpu().long(), minlength=tokenizer.vocab_size)
+        counts += torch.bincount(some.cpu().long(), minlength=V)[:V]
     each = list(zip(counts.tolist(), tokenizer.pieces, strict=True))
     characters = sum(n * characters_in(piece) for n, piece in each)
     end = tokenizer.end_of_text

@@ -15,6 +15,8 @@ from torch.nn.utils import parametrizations, prune
 import gptfast
 from gptfast import GPT, BackendError, ConfigError, GPTConfig, TrainConfig, Trainer, plain
 from gptfast.formats import huggingface
+from gptfast.modules import ForwardContext
+from gptfast.ops import reference
 from gptfast.ops.random import dropout_factors
 
 CONFIG = GPTConfig(
@@ -508,6 +510,18 @@ def test_hooks_for_all_modules_watch_the_kernels() -> None:
     finally:
         handle.remove()
     assert seen == ["Block", "Block", "GPT"]
+
+
+def test_what_is_called_drops_out_in_float32() -> None:
+    """1 / 0.9 is no bfloat16: rounded before the sum, the result would be 0."""
+    context = ForwardContext(reference, 0.1, torch.tensor(3))
+    y = torch.ones(1, 4, 8, dtype=torch.bfloat16)
+    x = torch.full_like(y, -1.109375)  # the bfloat16 next to it
+    kept = context.added(x, y, 1) > -1.0
+    factor = 65536 / (65536 - round(65536 * 0.1))
+    assert 0 < kept.sum() < kept.numel()
+    found = context.added(x, y, 1)[kept].double()
+    torch.testing.assert_close(found, torch.full_like(found, factor - 1.109375), rtol=0.01, atol=0)
 
 
 @pytest.fixture

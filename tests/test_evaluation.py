@@ -222,3 +222,13 @@ def test_the_model_of_lm_eval_says_which_package_it_needs(monkeypatch: pytest.Mo
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ConfigError, match=r"missing: pip install 'gptfast-kernels\[eval\]'"):
         import gptfast.lm_eval  # noqa: F401
+
+
+def test_ids_that_only_the_model_has_write_nothing(model: GPT) -> None:
+    tokenizer = CharTokenizer(tuple("abcdefgh"))
+    ids = torch.tensor([1, 2, 20, 3, 25])
+    size = evaluate(model, ids, tokenizer=tokenizer).size
+    assert size is not None and (size.characters, size.utf8_bytes) == (2, 2)
+    many = CharTokenizer(tuple(map(chr, range(200, 300))))
+    with pytest.raises(ConfigError, match="the tokenizer has 101 ids, the model"):
+        evaluate(model, ids, tokenizer=many)

@@ -64,7 +64,7 @@ def test_own_checkpoints_are_told_by_either_file(folder: Path, tmp_path: Path) -
     gptfast.save(model_of(), None, own)
     assert formats.format_of(own) == "gptfast" and formats.format_of(folder) == "huggingface"
     assert gptfast.load(own)[0].config == model_of().config == formats.config_of(own)
-    assert formats.tokenizer_of(own) is None and formats.is_checkpoint(own)
+    assert formats.tokenizer_of(own) is None and formats.stored_with(folder) is None
     for name in ("config.json", "model.safetensors"):
         copy = shutil.copytree(own, tmp_path / name)
         (copy / name).write_bytes(b"{")

@@ -1,6 +1,5 @@
 """Plots of runs: curves, files and errors."""
 
-import builtins
 import json
 import os
 import subprocess
@@ -137,14 +136,7 @@ def test_an_unwritable_picture_is_one_sentence(tmp_path):
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def blocked(name, *args, **kwargs):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", blocked)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match=r"pip install 'gptfast-kernels\[plot\]'"):
         plot_history(ROWS, tmp_path / "a.png")
     with pytest.raises(ConfigError, match=r"pip install 'gptfast-kernels\[plot\]'"):

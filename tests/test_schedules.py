@@ -14,8 +14,9 @@ from gptfast.config import GPTConfig, TrainConfig
 from gptfast.errors import CheckpointError, ConfigError
 from gptfast.model import GPT
 from gptfast.presets import Preset
-from gptfast.training import Trainer, TrainError, evaluate, train
+from gptfast.training import Trainer, TrainError, evaluate, run, train
 from gptfast.training.callbacks import Callback
+from gptfast.training.run import RunState
 from gptfast.training.schedule import learning_rate, part_sizes
 
 TEXT = "AABCBBC\n\nBCABCCA\n\nCAAACB\n\n" * 40
@@ -233,6 +234,32 @@ def test_a_best_checkpoint_that_cannot_be_saved_is_not_the_best(tmp_path, monkey
     assert eight < four < twelve
     assert result.best["step"] == 4
     assert checkpoint.read_config(tmp_path / "best")["extra"]["step"] == 4
+
+
+def test_a_best_checkpoint_that_was_saved_stays_the_best(tmp_path, monkeypatch) -> None:
+    """Also where the training state, which comes after it, could not be."""
+    save = run.save_sealed
+
+    def full(content, file):
+        if content["state"]["step"] == 8:
+            raise OSError(28, "No space left on device")
+        save(content, file)
+
+    monkeypatch.setattr(run, "save_sealed", full)
+    with pytest.warns(UserWarning, match="the save at step 8 failed, training goes on"):
+        result = quick(tmp_path, callbacks=[Spoil(8)])
+    assert result.best["step"] == 8
+    assert checkpoint.read_config(tmp_path / "best")["extra"]["step"] == 8
+
+
+def test_patience_counts_on_where_the_best_could_not_be_saved() -> None:
+    state = RunState()
+    for step, loss in enumerate((3.0, 3.5, 2.5), 1):
+        before = state.best
+        state.step = step
+        state.is_best(loss)
+    state.unsaved_best(before)
+    assert state.best == (3.0, 1, 2)
 
 
 def test_without_held_out_text_there_is_no_best(tmp_path) -> None:

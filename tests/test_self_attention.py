@@ -177,5 +177,7 @@ def test_errors_name_argument_expected_and_got() -> None:
         call(x, *params[:2], params[4], *params[3:], n_head=2)
     with pytest.raises(ValueError, match=r"dropout_p must be in \[0, 1\], got 1.5"):
         call(x, *params, n_head=2, dropout_p=1.5)
+    with pytest.raises(ValueError, match=r"proj_dropout_p must be in \[0, 1\], got -1"):
+        call(x, *params, n_head=2, proj_dropout_p=-1)
     with pytest.raises(RuntimeError, match=r"gptfast::self_attention: x must be \(B, T, C\)"):
         torch.ops.gptfast.self_attention(x, *params, 5, 0.0, 0, 0.0, None, 0, False)

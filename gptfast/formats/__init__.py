@@ -62,10 +62,11 @@ def load(
 
 def config_of(path: str | Path) -> GPTConfig:
     """Reads the shape of a model that `load` reads; raises what that does."""
+    stored = stored_with(path)
+    if stored is not None:
+        return GPTConfig.from_dict(stored["config"])
     place = _located(path, weights=False)
     found = format_of(place)
-    if found == "gptfast":
-        return GPTConfig.from_dict(checkpoint.read_config(_located(path))["config"])
     if found == "huggingface":
         from gptfast.formats import huggingface
 
@@ -75,11 +76,12 @@ def config_of(path: str | Path) -> GPTConfig:
 
 def tokenizer_of(path: str | Path) -> Tokenizer | None:
     """Reads the tokenizer of a model that `load` reads; raises what that does."""
+    stored = stored_with(path)
+    if stored is not None:
+        own = stored["tokenizer"]
+        return None if own is None else tokenizer_from(own)
     place = _located(path, weights=False)
     found = format_of(place)
-    if found == "gptfast":
-        stored = checkpoint.read_config(_located(path))["tokenizer"]
-        return None if stored is None else tokenizer_from(stored)
     if found == "huggingface":
         from gptfast.formats import huggingface
 
@@ -95,9 +97,14 @@ def names_model(path: str | Path) -> bool:
     return is_file or _hub_name(path) is not None or any((place / name).is_file() for name in names)
 
 
-def is_checkpoint(path: str | Path) -> bool:
-    """Whether a model that `load` reads is a checkpoint of gptfast; raises what that does."""
-    return format_of(_located(path, weights=False)) == "gptfast"
+def stored_with(path: str | Path) -> dict[str, Any] | None:
+    """Reads what a checkpoint of gptfast holds beside the weights, see `checkpoint.read_config`.
+
+    Returns None for a model of another format that `load` reads, and raises what that does.
+    """
+    if format_of(_located(path, weights=False)) != "gptfast":
+        return None
+    return checkpoint.read_config(_located(path))
 
 
 def format_of(place: Path) -> Format:

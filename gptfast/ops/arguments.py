@@ -225,16 +225,16 @@ def _sizes_function(arguments: dict[str, Argument]) -> Callable[..., dict[str, A
     return made
 
 
-def check_dropout(op: str, dropout_p: float) -> float:
+def check_dropout(op: str, dropout_p: float, name: str = "dropout_p") -> float:
     """Checks a dropout probability and returns it as a number.
 
     Raises:
         ValueError: It is not in [0, 1].
         TypeError: It is a tensor whose gradient would be lost.
     """
-    dropout_p = constant(op, "dropout_p", dropout_p)
+    dropout_p = constant(op, name, dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"{op}: dropout_p must be in [0, 1], got {dropout_p}")
+        raise ValueError(f"{op}: {name} must be in [0, 1], got {dropout_p}")
     return dropout_p
 
 

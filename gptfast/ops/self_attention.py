@@ -134,7 +134,8 @@ def layer_norm_attention(
             f"{op}: x must have columns that n_head={n_head} divides, got shape {tuple(x.shape)}"
         )
     select.require_fused(op, x.device.type, x.dtype, head_dim=C // n_head)
-    dropout_p, proj_dropout_p = check_dropout(op, dropout_p), check_dropout(op, proj_dropout_p)
+    dropout_p = check_dropout(op, dropout_p)
+    proj_dropout_p = check_dropout(op, proj_dropout_p, "proj_dropout_p")
     key = seed_tensor(seed) if dropout_p > 0.0 or proj_dropout_p > 0.0 else None
     options = n_head, proj_dropout_p, proj_stream, dropout_p, key, stream
     if not needs_grad(x, *params):

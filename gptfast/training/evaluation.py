@@ -16,6 +16,7 @@ from gptfast.checks import check_count
 from gptfast.config import PRECISIONS, Precision
 from gptfast.data.windows import TOKEN_DTYPES
 from gptfast.errors import ConfigError, DataError
+from gptfast.generation.request import check_tokenizer
 from gptfast.generation.scoring import Window, bits_per, windows_of
 from gptfast.model import GPT, unwrapped
 from gptfast.tokenizer import TextSize, Tokenizer, text_size
@@ -96,7 +97,8 @@ def evaluate(
         of the text is not predicted), and with a tokenizer bits per character and per byte.
 
     Raises:
-        ConfigError: `precision` is unknown, or `stride` is not between 1 and block_size.
+        ConfigError: `precision` is unknown, `stride` is not between 1 and block_size, or the
+            tokenizer has ids that the model does not have.
         DataError: `ids` is not a 1-D tensor of integers, or has fewer than 2 tokens.
     """
     if precision not in PRECISIONS:
@@ -109,6 +111,7 @@ def evaluate(
     gpt = unwrapped(model)
     T, device = gpt.config.block_size, gpt.main_weight.device
     stride = None if stride is None else check_count("stride", stride, 1, T)
+    check_tokenizer(tokenizer, gpt.config)
     size = None if tokenizer is None else text_size(tokenizer, ids[1:])
     ids = data.placed(ids, device)
     tokens = len(ids) - 1

@@ -103,7 +103,7 @@ class Loop:
         self.saved_at = time.monotonic()
         self.has_checkpoint = False  # whether the directory contains a checkpoint of this run
         self.stopped = False  # whether `stop` was called
-        self.best_before = math.inf, 0  # loss and step of the best evaluation before the last one
+        self.best_before = RunState().best  # as it was before the last evaluation
         # Returns the signal received, if any.
         self.received_signal: Callable[[], int | None] = lambda: None
         per_epoch = len(self.windows)
@@ -254,7 +254,7 @@ class Loop:
             compared = result
             if limit is None and config.eval_tokens is not None:  # all compare the same tokens
                 compared = self.trainer.evaluate(self.val_ids[: config.eval_tokens + 1])
-            self.best_before = state.best_loss, state.best_step
+            self.best_before = state.best
             state.is_best(compared.loss)
         row = {
             "step": state.step,
@@ -293,21 +293,25 @@ class Loop:
             return
         self._check_weights()
         whole = self.trainer.whole()  # all processes take part, and none goes on alone
+        state, error = self.state, None
         try:
             self.save(*whole)
-        except Exception as error:
-            state, failed = self.state, f"the save at step {self.state.step} failed"
-            if state.best_step == state.step:
-                state.unsaved_best(self.best_before)
-            if last:
-                raise UnsavedError(
-                    f"{failed}, the trained model is in this error's `result`: {error}",
-                    self.result(),
-                ) from error
-            self.warn(f"{failed}, training goes on: {error}")
-        else:
+        except Exception as raised:
+            error = raised
+        # The first process alone writes; all must know how many evaluations were not better.
+        lost = error is not None and state.best_step == state.step != self.directory.best_step
+        if any(others for [others] in self.processes.gathered(float(lost))):
+            state.unsaved_best(self.best_before)
+        if error is None:
             self.has_checkpoint = True
             self._call("on_save")
+            return
+        failed = f"the save at step {state.step} failed"
+        if last:
+            raise UnsavedError(
+                f"{failed}, the trained model is in this error's `result`: {error}", self.result()
+            ) from error
+        self.warn(f"{failed}, training goes on: {error}")
 
     def save(self, model: GPT, result: GPT, moments: dict[str, Any]) -> None:
         """Writes the checkpoint and the training state, of what `Trainer.whole` gives."""

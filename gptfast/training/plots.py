@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from gptfast.errors import ConfigError, DataError
-from gptfast.pictures import COLOURS, GREY, check_matplotlib, png, save_picture
+from gptfast.pictures import COLOURS, GREY, check_matplotlib, save_picture
 from gptfast.training.run import HISTORY_NAME, Row
 
 Run = str | Path | Sequence[Row]
@@ -69,11 +69,6 @@ def history_figure(
         raise ConfigError(f"quantity must be one of {', '.join(LABELS)}, got {quantity!r}")
     check_matplotlib()
     return _draw(_histories(runs), quantity, title)
-
-
-def history_png(rows: Sequence[Row]) -> bytes:
-    """Draws the losses of one run, as `plot_history` does, and returns the picture as a PNG."""
-    return png(_draw(_histories(rows), "loss", None))
 
 
 def read_history(path: str | Path) -> list[Row]:

@@ -6,9 +6,9 @@ from typing import Any
 
 from gptfast import markup
 from gptfast.model import GPT
-from gptfast.pictures import can_draw
+from gptfast.pictures import can_draw, png
 from gptfast.tokenizer import Tokenizer
-from gptfast.training.plots import history_png
+from gptfast.training.plots import history_figure
 from gptfast.training.run import Row
 
 ROWS_SHOWN = 10  # evaluations, where no picture can be drawn
@@ -48,7 +48,7 @@ class TrainResult:
         parts = [markup.table(self._facts())]
         if len(self.history) > 1 and can_draw():
             text = "the losses by step"
-            parts.append(markup.picture(history_png(self.history), text, PICTURE_WIDTH))
+            parts.append(markup.picture(png(history_figure(self.history)), text, PICTURE_WIDTH))
         elif self.history:
             parts.append(_losses(self.history))
         return markup.section(title, *parts)

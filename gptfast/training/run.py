@@ -88,13 +88,18 @@ class RunState:
         self.history.append(row)
         self.loss_sum, self.loss_steps, self.row_tokens, self.row_seconds = 0.0, 0, 0, 0.0
 
-    def unsaved_best(self, before: tuple[float, int]) -> None:
+    @property
+    def best(self) -> tuple[float, int, int]:
+        """Loss and step of the best evaluation, and how many there were since."""
+        return self.best_loss, self.best_step, self.not_better
+
+    def unsaved_best(self, before: tuple[float, int, int]) -> None:
         """Takes back that the last evaluation was the best: its weights could not be saved.
 
         Args:
-            before: `best_loss` and `best_step` of the best one before, which `best/` has.
+            before: `best` before that evaluation.
         """
-        self.best_loss, self.best_step = before
+        self.best_loss, self.best_step, self.not_better = before
         self.not_better += 1
 
     def forget_best(self) -> None:
@@ -156,6 +161,7 @@ class RunDirectory:
         self.path = None if path is None else Path(path)
         self._writes = writes
         self.id = secrets.token_hex(8)  # of the run; one that is resumed keeps its own
+        self.best_step = 0  # of the evaluation whose weights `best/` has
 
     @contextmanager
     def opened(self, resume: bool, overwrite: bool) -> Iterator[None]:
@@ -245,6 +251,7 @@ class RunDirectory:
         extra = extra | {"run": self.id}
         if state.best_step == state.step > 0:
             checkpoint.save(result, tokenizer, self.path / BEST_NAME, extra=extra)
+            self.best_step = state.step
         checkpoint.save(result, tokenizer, self.path, extra=extra)
         content = {
             "format": FORMAT,
@@ -294,6 +301,7 @@ class RunDirectory:
             state = _run_state(content["state"], content["version"])
             if content["train"].get("eval_tokens") != config.eval_tokens:
                 state.forget_best()  # its loss is one of other tokens
+            self.best_step = state.best_step
             if content["version"] > 1:
                 self.id = content["run"]
                 self._check_checkpoint(state.step)

@@ -254,10 +254,8 @@ def held_out(path: str | Path) -> Tensor:
 
 def held_out_tokens(path: str | Path) -> Tensor:
     """Like `held_out`, but in the smallest dtype and, from a folder of tokens, not read yet."""
-    if not formats.is_checkpoint(path):
-        raise DataError(f"{path}: it is not known on which text this model was trained: give one")
-    header = checkpoint.read_config(path)
-    extra, tokenizer = header["extra"], header["tokenizer"]
+    stored = formats.stored_with(path) or {"extra": None, "tokenizer": None}
+    extra, tokenizer = stored["extra"], stored["tokenizer"]
     extra = extra if isinstance(extra, dict) else {}
     name, data = extra.get("preset"), extra.get("data")
     recipe = PRESETS.get(name) if isinstance(name, str) else None

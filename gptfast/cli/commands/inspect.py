@@ -34,7 +34,7 @@ class Inspect:
             check_picture(self.plot)
         from rich.console import Console
 
-        from gptfast import checkpoint, formats
+        from gptfast import formats
         from gptfast.cli.inspection import (
             attention_report,
             lines_of,
@@ -51,8 +51,9 @@ class Inspect:
         Console().print(parameter_table(model))
         print(f"\ntokenizer: {tokenizer_line(tokenizer)}")
         shown = {"config": model.config.to_dict()}
-        if formats.is_checkpoint(self.run_path):
-            shown["extra"] = checkpoint.read_config(self.run_path)["extra"]
+        stored = formats.stored_with(self.run_path)
+        if stored is not None:
+            shown["extra"] = stored["extra"]
         for title, values in shown.items():
             print(f"\n{title}:")
             for line in lines_of(values):
