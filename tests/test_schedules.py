@@ -16,8 +16,8 @@ from gptfast.model import GPT
 from gptfast.presets import Preset
 from gptfast.training import Trainer, TrainError, evaluate, run, train
 from gptfast.training.callbacks import Callback
-from gptfast.training.run import RunState
 from gptfast.training.schedule import learning_rate, part_sizes
+from gptfast.training.state import RunState
 
 TEXT = "AABCBBC\n\nBCABCCA\n\nCAAACB\n\n" * 40
 SHAPE = GPTConfig(block_size=8, n_layer=1, n_embd=16, dropout=0.1)

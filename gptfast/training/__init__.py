@@ -7,7 +7,7 @@ from gptfast.training.distributed import ProcessError, Processes, join
 from gptfast.training.evaluation import Evaluation, evaluate
 from gptfast.training.loop import Loop, TrainError, UnsavedError
 from gptfast.training.result import TrainResult
-from gptfast.training.run import Row
+from gptfast.training.state import Row
 from gptfast.training.trainer import Trainer
 from gptfast.training.training import held_out, split, train
 from gptfast.training.watching.sampler import Sampler

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from gptfast.training.run import Row
+from gptfast.training.state import Row
 
 if TYPE_CHECKING:
     from gptfast.training.loop import Loop

@@ -22,8 +22,9 @@ from gptfast.training import run
 from gptfast.training.callbacks import Callback
 from gptfast.training.distributed import Agreed
 from gptfast.training.result import TrainResult
-from gptfast.training.run import Row, RunDirectory, RunState
+from gptfast.training.run import RunDirectory
 from gptfast.training.sharding import load_whole, local, parts_of_state
+from gptfast.training.state import Row, RunState
 
 if TYPE_CHECKING:
     from gptfast.training.trainer import Trainer

@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple
 
 from gptfast.errors import ConfigError, DataError
 from gptfast.pictures import COLOURS, GREY, check_matplotlib, save_picture
-from gptfast.training.run import HISTORY_NAME, Row
+from gptfast.training.run import HISTORY_NAME
+from gptfast.training.state import Row
 
 Run = str | Path | Sequence[Row]
 Quantity = Literal["loss", "perplexity", "lr"]

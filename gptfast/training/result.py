@@ -9,7 +9,7 @@ from gptfast.model import GPT
 from gptfast.pictures import can_draw, png
 from gptfast.tokenizer import Tokenizer
 from gptfast.training.plots import history_figure
-from gptfast.training.run import Row
+from gptfast.training.state import Row
 
 ROWS_SHOWN = 10  # evaluations, where no picture can be drawn
 PICTURE_WIDTH = 560  # pixels

@@ -12,13 +12,11 @@ crash leaves one of the state's step or a later one; any other pair was put toge
 """
 
 import hashlib
-import json
-import math
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ from gptfast.model import GPT
 from gptfast.run_file import RUN_FILE_NAME
 from gptfast.storable import mismatch, stored_config
 from gptfast.tokenizer import Tokenizer
+from gptfast.training.state import Row, RunState, lines_of, run_state
 
 HISTORY_NAME = "history.jsonl"
 STATE_NAME = "training_state.pt"
@@ -55,64 +54,6 @@ FREE_FIELDS = (
     *("steps", "epochs", "eval_every", "eval_tokens", "save_every", "save_minutes", "threads"),
     *("graph", "recompute", "parallel", "accumulation_steps", "patience", "sample"),
 )
-
-Row = dict[str, Any]
-
-
-@dataclass
-class RunState:
-    """Where a run is."""
-
-    step: int = 0
-    seconds: float = 0.0  # of training; evaluations and saves are not counted
-    loss_sum: float = 0.0  # since the last evaluation, as are the next three
-    loss_steps: int = 0
-    row_tokens: int = 0
-    row_seconds: float = 0.0
-    history: list[Row] = field(default_factory=list)
-    best_loss: float = math.inf  # of the best evaluation so far, on eval_tokens at most
-    best_step: int = 0  # 0: there is none
-    not_better: int = 0  # evaluations since the best one
-
-    def count(self, loss: float, tokens: int, seconds: float) -> None:
-        """Counts one more step."""
-        self.step += 1
-        self.loss_sum += loss
-        self.loss_steps += 1
-        self.row_tokens += tokens
-        self.row_seconds += seconds
-        self.seconds += seconds
-
-    def end_row(self, row: Row) -> None:
-        """Adds a row to the history and starts the sums of the next one."""
-        self.history.append(row)
-        self.loss_sum, self.loss_steps, self.row_tokens, self.row_seconds = 0.0, 0, 0, 0.0
-
-    @property
-    def best(self) -> tuple[float, int, int]:
-        """Loss and step of the best evaluation, and how many there were since."""
-        return self.best_loss, self.best_step, self.not_better
-
-    def unsaved_best(self, before: tuple[float, int, int]) -> None:
-        """Takes back that the last evaluation was the best: its weights could not be saved.
-
-        Args:
-            before: `best` before that evaluation.
-        """
-        self.best_loss, self.best_step, self.not_better = before
-        self.not_better += 1
-
-    def forget_best(self) -> None:
-        """Makes the next evaluation the best one."""
-        self.best_loss, self.best_step, self.not_better = math.inf, 0, 0
-
-    def is_best(self, loss: float) -> bool:
-        """Notes an evaluation's held-out loss; returns whether it is the best so far."""
-        if loss < self.best_loss:
-            self.best_loss, self.best_step, self.not_better = loss, self.step, 0
-            return True
-        self.not_better += 1
-        return False
 
 
 def check(out: str | Path | None, resume: bool = False, overwrite: bool = False) -> None:
@@ -220,7 +161,7 @@ class RunDirectory:
 
     def _write_history(self, history: list[Row]) -> None:
         assert self.path is not None
-        write_atomic({self.path / HISTORY_NAME: _lines(history).encode("utf-8")})
+        write_atomic({self.path / HISTORY_NAME: lines_of(history).encode("utf-8")})
 
     def save(
         self,
@@ -298,7 +239,7 @@ class RunDirectory:
             saved = GPTConfig().to_dict() | content["model"]
             _check_same(self.path, saved, stored_config(model).to_dict())
             _check_same(self.path, asdict(TrainConfig()) | content["train"], asdict(config))
-            state = _run_state(content["state"], content["version"])
+            state = run_state(content["state"], content["version"])
             if content["train"].get("eval_tokens") != config.eval_tokens:
                 state.forget_best()  # its loss is one of other tokens
             self.best_step = state.best_step
@@ -349,23 +290,6 @@ def _read_state(file: Path) -> dict[str, Any]:
     return content
 
 
-def _run_state(values: dict[str, Any], version: int) -> RunState:
-    """Raises KeyError, TypeError or ValueError where the values are of no run."""
-    if version < 3:
-        new = ("best_loss", "best_step", "not_better")
-        values = {name: getattr(RunState(), name) for name in new} | values
-    for each in fields(RunState):
-        value = values[each.name]
-        wanted: Any = type(getattr(RunState(), each.name))
-        if not isinstance(value, int | float if wanted is float else wanted):
-            raise TypeError(f"{each.name} is a {type(value).__name__}")
-    for row in values["history"]:
-        if not isinstance(row, dict):
-            raise TypeError(f"a row of the history is a {type(row).__name__}")
-    _lines(values["history"])
-    return RunState(**values)
-
-
 def _other_dtype(found: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> str | None:
     for name, tensor in found.items():
         if tensor.dtype != own[name].dtype:
@@ -410,8 +334,3 @@ def _check_same(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> No
                 f"{path}: the run was started with {name}={saved.get(name)!r} "
                 f"and cannot go on with {name}={value!r}"
             )
-
-
-def _lines(history: list[Row]) -> str:
-    """A line of JSON per row; raises TypeError or ValueError for what JSON does not have."""
-    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in history)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gptfast.training.callbacks import Callback
-from gptfast.training.run import Row
+from gptfast.training.state import Row
 from gptfast.training.watching import machine
 from gptfast.training.watching.notebook import NotebookBar, in_notebook
 

@@ -9,7 +9,8 @@ from gptfast.files import write_atomic
 from gptfast.generation import generate
 from gptfast.tokenizer import Tokenizer
 from gptfast.training.callbacks import Callback
-from gptfast.training.run import SAMPLES_NAME, Row
+from gptfast.training.run import SAMPLES_NAME
+from gptfast.training.state import Row
 
 if TYPE_CHECKING:
     from gptfast.training.loop import Loop

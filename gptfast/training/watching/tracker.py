@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from gptfast.training.callbacks import Callback
-from gptfast.training.run import Row
+from gptfast.training.state import Row
 
 if TYPE_CHECKING:
     from gptfast.training.loop import Loop
