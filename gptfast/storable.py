@@ -98,6 +98,21 @@ def stored_tensors(model: GPT) -> dict[str, Tensor]:
     return tensors
 
 
+def with_all_biases(tensors: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+    """Adds zeros for the biases that a model lacks, as formats need which always have them.
+
+    Args:
+        tensors: What `stored_tensors` gives.
+        config: The model's.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        found[name] = tensor
+        if not config.bias and name not in (EMBEDDING, HEAD, "wpe.weight"):
+            found[f"{name.removesuffix('weight')}bias"] = tensor.new_zeros(len(tensor))
+    return found
+
+
 def check_storable(model: GPT) -> None:
     """Checks that a checkpoint of the model would load as the same model.
 

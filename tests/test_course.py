@@ -55,7 +55,7 @@ def test_a_model_without_attention(tmp_path):
 
 def test_the_number_of_heads_must_be_given(tmp_path):
     file = saved(tmp_path / "weights.safetensors", weights())
-    with pytest.raises(ConfigError, match="do not tell how many heads there are: give n_head"):
+    with pytest.raises(ConfigError, match="do not tell how many heads there are: gptfast.load"):
         course.read(file, None)
     with pytest.raises(ConfigError, match="n_embd=32 and n_head=3"):
         course.read(file, 3)

@@ -1,8 +1,10 @@
 """Models for other projects: `gptfast.export` and `gptfast export`."""
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import gptfast
 from gptfast import GPT, CharTokenizer, CheckpointError, ConfigError, GPTConfig, cli
 from gptfast.formats import nanogpt
 
+ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = CharTokenizer.from_text("to be, or not to be\n")
 CONFIG = GPTConfig(
     block_size=8, vocab_size=TOKENIZER.vocab_size, n_layer=1, n_embd=16, tie_weights=True
@@ -143,13 +146,14 @@ def test_the_command_says_how_nanogpt_loads_it(capsys, run_path, tmp_path, part)
     assert line[1] == str(out) and nanogpt.read(out)[1] == tokenizer
 
 
-def test_the_command_prints_warnings(capsys, run_path, tmp_path):
+def test_the_command_prints_warnings(run_path, tmp_path):
     pytest.importorskip("gguf", reason="GGUF is written by the package gguf")
     out = tmp_path / "be.gguf"
-    assert cli.main(["export", str(run_path), str(out), "--to", "gguf"]) == 0
-    printed, err = capsys.readouterr()
-    assert f"llama-cli -m {out} " in printed and out.is_file()
-    lines = err.splitlines()
+    command = [sys.executable, "-m", "gptfast", "export", run_path, out, "--to", "gguf"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert f"llama-cli -m {out} " in done.stdout and out.is_file()
+    lines = done.stderr.splitlines()
     assert len(lines) == 2 and all(line.startswith("warning: llama.cpp ") for line in lines)
 
 

@@ -126,7 +126,7 @@ def test_n_head_is_for_the_courses_weights(folder: Path, tmp_path: Path) -> None
         keep: Any = save_file if name.endswith("s") else torch.save
         keep(content, tmp_path / name)
         assert formats.format_of(tmp_path / name) == "course"
-        with pytest.raises(ConfigError, match="do not tell how many heads there are: give n_head"):
+        with pytest.raises(ConfigError, match="do not tell how many heads there are: gptfast.load"):
             gptfast.load(tmp_path / name)
 
 

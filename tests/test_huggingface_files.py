@@ -191,13 +191,13 @@ def replace_head(tensors: dict[str, Any]) -> None:
         (lambda t: t.update({FC: t[FC].to(torch.int8)}), "c_fc.weight is a Tensor of int8 on cpu"),
         (lambda t: t.update({FC: t[FC].to_sparse()}), "expected a dense floating-point tensor"),
         (lambda t: t.update({FC: 3}), "h.0.mlp.c_fc.weight is a int, expected a tensor"),
-        (lambda t: t.update({"wte.weight": t[WTE]}), "has wte.weight twice, with the prefix trans"),
+        (lambda t: t.update({"wte.weight": t[WTE]}), "it has wte.weight twice, with a prefix and"),
         (replace_head, "tie_word_embeddings is true, but lm_head.weight is not wte.weight"),
         (
             lambda t: t.update({"lm_head.weight": t[WTE].double()}),
             "tie_word_embeddings is true, but lm_head.weight is not wte.weight",
         ),
-        (lambda t: [1, 2], "expected weights by their names, got other content"),
+        (lambda t: [1, 2], "expected weights by name, got a list"),
     ],
 )
 def test_other_weights(edit: Any, message: str, folder: Path) -> None:
@@ -368,3 +368,20 @@ def test_characters(tmp_path: Path) -> None:
 def test_sentences_name_the_file(folder: Path) -> None:
     change(folder / "config.json", n_head=3)
     refused(folder, f"^{re.escape(str(folder / 'config.json'))}: n_embd must be")
+
+
+def test_tokens_that_were_added_to_gpt2s_two_files(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").unlink()
+    vocabulary = content["model"]["vocab"]
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    pairs = content["model"]["merges"]
+    lines = [each if isinstance(each, str) else " ".join(each) for each in pairs]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *lines]))
+    added = max(vocabulary.values()) + 1
+    (folder / "added_tokens.json").write_text(json.dumps({"<|user|>": added}))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|user|>"}))
+    _, tokenizer = gptfast.load(folder)
+    assert tokenizer is not None and tokenizer.end_of_text == added
+    assert tokenizer.decode([added]) == ""

@@ -342,10 +342,12 @@ def test_what_differs_there_is_said(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:without a tokenizer")
-def test_characters_of_another_model_do_not_stay(tmp_path):
+def test_characters_of_another_model_are_neither_taken_nor_removed(tmp_path):
     nanogpt.write(own(), CharTokenizer(CHARS), tmp_path)
-    nanogpt.write(own(), None, tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["ckpt.pt"]
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match="meta.pkl is there, which would be taken for the mo"):
+        nanogpt.write(own(), None, tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_a_write_that_fails_keeps_what_was_there(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -50,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # what the terminal cannot show is no error
     try:
-        code = _run(list(sys.argv[1:] if argv is None else argv))
+        with _warning_by_sentences():
+            code = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return code
     except SystemExit as error:  # tyro's, after it has shown the help
@@ -68,6 +70,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _is_mine_to_say(sentence):
             print(sentence, file=sys.stderr, flush=True)
         return EXIT_BAD_INPUT
+
+
+@contextlib.contextmanager
+def _warning_by_sentences() -> Iterator[None]:
+    """Shows gptfast's own warnings without the lines of its source that give them."""
+    before = warnings.formatwarning
+    home = os.path.dirname(os.path.dirname(__file__))
+
+    def formatted(
+        message: Warning | str, category: type[Warning], filename: str, *where: Any, **line: Any
+    ) -> str:
+        if filename.startswith(home):
+            return f"warning: {message}\n"
+        return before(message, category, filename, *where, **line)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _is_mine_to_say(sentence: str) -> bool:

@@ -13,7 +13,7 @@ import torch
 from gptfast import checkpoint
 from gptfast.config import GPTConfig
 from gptfast.errors import CheckpointError, ConfigError
-from gptfast.formats import course
+from gptfast.formats import course, huggingface, nanogpt
 from gptfast.formats.weight_files import is_safetensors, read_names, read_torch
 from gptfast.model import GPT
 from gptfast.ops.select import usable_device
@@ -23,7 +23,6 @@ from gptfast.tokenizer import from_dict as tokenizer_from
 Format = Literal["gptfast", "huggingface", "nanogpt", "course"]
 
 HUB = "hf:"
-NANOGPT_NAME = "ckpt.pt"
 
 
 def load(
@@ -62,39 +61,23 @@ def load(
 
 def config_of(path: str | Path) -> GPTConfig:
     """Reads the shape of a model that `load` reads; raises what that does."""
-    stored = stored_with(path)
-    if stored is not None:
-        return GPTConfig.from_dict(stored["config"])
-    place = _located(path, weights=False)
-    found = format_of(place)
+    place, found = _found(path)
+    if found == "gptfast":
+        return GPTConfig.from_dict(checkpoint.read_config(place)["config"])
     if found == "huggingface":
-        from gptfast.formats import huggingface
-
         return huggingface.read_config(place)
     return _read(place, found)[0].config
 
 
 def tokenizer_of(path: str | Path) -> Tokenizer | None:
     """Reads the tokenizer of a model that `load` reads; raises what that does."""
-    stored = stored_with(path)
-    if stored is not None:
-        own = stored["tokenizer"]
-        return None if own is None else tokenizer_from(own)
-    place = _located(path, weights=False)
-    found = format_of(place)
+    place, found = _found(path)
+    if found == "gptfast":
+        stored = checkpoint.read_config(place)["tokenizer"]
+        return None if stored is None else tokenizer_from(stored)
     if found == "huggingface":
-        from gptfast.formats import huggingface
-
         return huggingface.read_tokenizer(place)
-    return _read(place, found)[1]
-
-
-def names_model(path: str | Path) -> bool:
-    """Whether a path looks like that of a model that `load` may read, and not of a tokenizer."""
-    place = Path(path)
-    names = (checkpoint.WEIGHTS_NAME, checkpoint.CONFIG_NAME, NANOGPT_NAME)
-    is_file = place.suffix in (".pt", ".safetensors")
-    return is_file or _hub_name(path) is not None or any((place / name).is_file() for name in names)
+    return None if found == "course" else _read(place, found)[1]
 
 
 def stored_with(path: str | Path) -> dict[str, Any] | None:
@@ -102,9 +85,16 @@ def stored_with(path: str | Path) -> dict[str, Any] | None:
 
     Returns None for a model of another format that `load` reads, and raises what that does.
     """
-    if format_of(_located(path, weights=False)) != "gptfast":
-        return None
-    return checkpoint.read_config(_located(path))
+    place, found = _found(path)
+    return checkpoint.read_config(place) if found == "gptfast" else None
+
+
+def names_model(path: str | Path) -> bool:
+    """Whether a path looks like that of a model that `load` may read, and not of a tokenizer."""
+    place = Path(path)
+    names = (checkpoint.WEIGHTS_NAME, checkpoint.CONFIG_NAME, nanogpt.CHECKPOINT_NAME)
+    is_file = place.suffix in (".pt", ".safetensors")
+    return is_file or _hub_name(path) is not None or any((place / name).is_file() for name in names)
 
 
 def format_of(place: Path) -> Format:
@@ -116,6 +106,13 @@ def format_of(place: Path) -> Format:
     if not place.exists():
         raise CheckpointError(f"{place}: no such checkpoint")
     return _format_of_folder(place) if place.is_dir() else _format_of_file(place)
+
+
+def _found(path: str | Path) -> tuple[Path, Format]:
+    """Returns where a model is and its format, before weights of another's are fetched."""
+    place = _located(path, weights=False)
+    found = format_of(place)
+    return (_located(path) if found == "gptfast" else place), found
 
 
 def _located(path: str | Path, weights: bool = True) -> Path:
@@ -142,12 +139,8 @@ def _hub_name(path: str | Path) -> str | None:
 
 def _read(place: Path, found: Format, n_head: int | None = None) -> tuple[GPT, Tokenizer | None]:
     if found == "huggingface":
-        from gptfast.formats import huggingface
-
         return huggingface.read(place)
     if found == "nanogpt":
-        from gptfast.formats import nanogpt
-
         return nanogpt.read(place)
     return course.read(place, n_head)
 
@@ -158,7 +151,7 @@ def _format_of_folder(folder: Path) -> Format:
         return "gptfast"
     if config.is_file():
         return "huggingface"
-    if (folder / NANOGPT_NAME).is_file():
+    if (folder / nanogpt.CHECKPOINT_NAME).is_file():
         return "nanogpt"
     if weights.is_file():
         read_names(weights)  # says so if the file is damaged
@@ -168,7 +161,7 @@ def _format_of_folder(folder: Path) -> Format:
         )
     raise CheckpointError(
         f"{folder}: not a checkpoint, it has no {weights.name}, and neither {config.name} of "
-        f"Hugging Face nor {NANOGPT_NAME} of nanoGPT"
+        f"Hugging Face nor {nanogpt.CHECKPOINT_NAME} of nanoGPT"
     )
 
 
@@ -184,6 +177,7 @@ def _format_of_file(file: Path) -> Format:
     if course.OWN in names:
         return "course"
     raise CheckpointError(
-        f"{file}: expected {NANOGPT_NAME} of nanoGPT, or weights with the course's names; "
+        f"{file}: expected {nanogpt.CHECKPOINT_NAME} of nanoGPT, or weights with the course's "
+        "names; "
         "checkpoints of gptfast and models of Hugging Face are named by their folders"
     )

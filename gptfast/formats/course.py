@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from gptfast.config import GPTConfig
 from gptfast.errors import CheckpointError, ConfigError
-from gptfast.formats.weight_files import read_safetensors, read_torch
+from gptfast.formats.weight_files import read_weights
 from gptfast.model import GPT
 from gptfast.storable import assembled
 
@@ -54,14 +53,9 @@ def read(path: str | Path, n_head: int | None) -> tuple[GPT, None]:
     if n_head is None:
         raise ConfigError(
             f"{path}: weights with the course's names do not tell how many heads there are: "
-            "give n_head"
+            "gptfast.load(path, n_head=...) and gptfast export --n-head N read them"
         )
-    if path.suffix == ".safetensors":
-        content: Any = read_safetensors(path)
-    else:
-        content = read_torch(path)
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise CheckpointError(f"{path}: expected weights by name, got a {type(content).__name__}")
+    content = {str(name): weight for name, weight in read_weights(path).items()}
     return _model(content, n_head, path).eval(), None
 
 

@@ -1,18 +1,17 @@
 """`export`: a model in the format of another project."""
 
-from importlib import import_module
 from pathlib import Path
 
 from torch import nn
 
 from gptfast import checkpoint
 from gptfast.errors import CheckpointError, ConfigError
-from gptfast.formats import gguf
+from gptfast.formats import gguf, huggingface, nanogpt
 from gptfast.model import unwrapped
 from gptfast.storable import check_storable
 from gptfast.tokenizer import Tokenizer, check_kept
 
-WRITERS = {"hf": "huggingface", "gguf": "gguf", "nanogpt": "nanogpt"}
+WRITERS = {"hf": huggingface.write, "gguf": gguf.write, "nanogpt": nanogpt.write}
 
 
 def export(
@@ -44,9 +43,8 @@ def export(
     check_storable(model)
     check_kept(tokenizer)
     checkpoint.check_vocabulary(model.config, tokenizer, path)
-    writer = import_module(f"gptfast.formats.{WRITERS[to]}")
     try:
-        writer.write(model, tokenizer, path)
+        WRITERS[to](model, tokenizer, path)
     except OSError as error:
         raise CheckpointError(
             f"{path}: the model could not be exported ({error.strerror or error})"

@@ -17,7 +17,7 @@ from gptfast.files import write_atomic
 from gptfast.formats.gguf_tokens import Tokens, tokens_of
 from gptfast.model import GPT
 from gptfast.ops.reference import LAYER_NORM_EPS
-from gptfast.storable import stored_config, stored_tensors
+from gptfast.storable import stored_config, stored_tensors, with_all_biases
 from gptfast.tokenizer import CharTokenizer, Tokenizer
 
 NAME = "model.gguf"
@@ -33,7 +33,6 @@ _BLOCK_NAMES = {
     "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
 }
-_WITHOUT_BIAS = ("wte", "wpe", "lm_head")
 
 
 def file_of(path: Path) -> Path:
@@ -82,7 +81,7 @@ def write(model: GPT, tokenizer: Tokenizer | None, path: Path) -> None:
         try:
             _add_sizes(writer, config)
             _add_tokens(writer, tokens)
-            _add_tensors(writer, library, tensors, config)
+            _add_tensors(writer, library, with_all_biases(tensors, config))
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
@@ -129,7 +128,7 @@ def _add_tokens(writer: Any, tokens: Tokens | None) -> None:
     writer.add_add_eos_token(False)
 
 
-def _add_tensors(writer: Any, library: Any, tensors: dict[str, Tensor], config: GPTConfig) -> None:
+def _add_tensors(writer: Any, library: Any, tensors: dict[str, Tensor]) -> None:
     types, kinds = library.GGMLQuantizationType, library.LlamaFileType
     halves = {torch.bfloat16: types.BF16, torch.float16: types.F16}
     used = {}
@@ -142,8 +141,6 @@ def _add_tensors(writer: Any, library: Any, tensors: dict[str, Tensor], config: 
             writer.add_tensor(f"{_name(module)}.{part}", data, raw_dtype=to)
         else:
             writer.add_tensor(f"{_name(module)}.{part}", tensor.float().numpy())
-        if part == "weight" and module not in _WITHOUT_BIAS and not config.bias:
-            writer.add_tensor(f"{_name(module)}.bias", torch.zeros(len(tensor)).numpy())
     kind = {torch.bfloat16: kinds.MOSTLY_BF16, torch.float16: kinds.MOSTLY_F16}
     writer.add_file_type(kind[next(iter(used))] if used else kinds.ALL_F32)
 

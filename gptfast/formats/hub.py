@@ -8,14 +8,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from gptfast.bpe_files import JSON_NAME
+from gptfast.bpe_files import JSON_NAME, PAIRS
 from gptfast.checkpoint import is_checkpoint
 from gptfast.errors import CheckpointError, ConfigError
 from gptfast.formats.huggingface_config import CONFIG_NAME
-from gptfast.formats.huggingface_tokenizer import SETTINGS_NAME, SPECIAL_NAME
+from gptfast.formats.huggingface_tokenizer import ADDED_NAME, SETTINGS_NAME, SPECIAL_NAME
 from gptfast.formats.huggingface_weights import INDEX_SUFFIX, WEIGHTS_NAMES, shards
-
-_PAIR = ("vocab.json", "merges.txt")
 
 
 def fetch(name: str, weights: bool = True) -> Path:
@@ -59,7 +57,8 @@ def _fetch_weights(source: "_Source") -> None:
 
 def _fetch_tokenizer(source: "_Source") -> None:
     if source.get(JSON_NAME) is None:
-        pair = [source.get(name) for name in _PAIR]
+        pair = [source.get(name) for name in PAIRS[0]]
+        source.get(ADDED_NAME)
         if None in pair and source.unreached is not None:
             warnings.warn(f"{source.lacks('tokenizer')}: the model has none", stacklevel=2)
     for name in (SETTINGS_NAME, SPECIAL_NAME):

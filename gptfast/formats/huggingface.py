@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 
 from safetensors.torch import save as to_safetensors
-from torch import nn
 
-from gptfast.checkpoint import check_vocabulary, is_checkpoint
+from gptfast.checkpoint import check_vocabulary
 from gptfast.config import GPTConfig
 from gptfast.errors import CheckpointError
 from gptfast.files import Content, write_atomic
 from gptfast.formats.huggingface_config import CONFIG_NAME, read_config, special_ids, to_config
 from gptfast.formats.huggingface_tokenizer import (
+    ADDED_NAME,
     SETTINGS_NAME,
     SPECIAL_NAME,
     VOCABULARY_NAMES,
@@ -24,16 +24,16 @@ from gptfast.formats.huggingface_weights import (
     read_weights,
     to_weights,
 )
-from gptfast.model import GPT, unwrapped
-from gptfast.storable import check_storable, stored_config
-from gptfast.tokenizer import Tokenizer, check_kept
+from gptfast.model import GPT
+from gptfast.storable import stored_config
+from gptfast.tokenizer import Tokenizer
 
 __all__ = ["read", "read_config", "read_tokenizer", "write"]
 
 GENERATION_NAME = "generation_config.json"
 # What readers take for a part of the model wherever it is in the folder.
 NAMES = {
-    *(CONFIG_NAME, GENERATION_NAME, SETTINGS_NAME, SPECIAL_NAME, "added_tokens.json"),
+    *(CONFIG_NAME, GENERATION_NAME, SETTINGS_NAME, SPECIAL_NAME, ADDED_NAME),
     *(*WEIGHTS_NAMES, *VOCABULARY_NAMES),
 }
 
@@ -62,7 +62,7 @@ def read(folder: Path) -> tuple[GPT, Tokenizer | None]:
     return read_weights(folder, config), tokenizer
 
 
-def write(model: nn.Module, tokenizer: Tokenizer | None, folder: Path) -> None:
+def write(model: GPT, tokenizer: Tokenizer | None, folder: Path) -> None:
     """Writes a model and its tokenizer as a folder of Hugging Face, which `read` reads as well.
 
     `GPT2LMHeadModel` and `AutoTokenizer` of transformers load it, and compute the same. Biases that
@@ -73,34 +73,25 @@ def write(model: nn.Module, tokenizer: Tokenizer | None, folder: Path) -> None:
     CharTokenizer, it is text for both.
 
     Args:
-        model: a GPT, also within `torch.compile` or DistributedDataParallel.
+        model: Of plain layers, see `gptfast.export`.
         tokenizer: None writes none.
         folder: made if missing. A model that this function wrote there is replaced whole.
 
     Raises:
-        ConfigError: there is no GPT in `model`, or the tokenizer is of a class of the user's own.
-        CheckpointError: the folder has other parts of a model; the model or the tokenizer has what
-            GPT-2 has not; or the files cannot be written, and those from before are still there.
+        CheckpointError: the folder has other parts of a model; or the model or the tokenizer has
+            what GPT-2 has not.
+        OSError: the files cannot be written, and those from before are still there.
     """
-    gpt = unwrapped(model)
-    check_storable(gpt)
-    check_kept(tokenizer)
-    config = stored_config(gpt)
+    config = stored_config(model)
     if not config.attention:
         raise CheckpointError(f"{folder}: GPT-2 always has attention, this model has none")
-    check_vocabulary(config, tokenizer, folder)
-    texts = _texts(gpt, config, tokenizer)
+    texts = _texts(model, config, tokenizer)
     _check_folder(folder, {WEIGHTS_NAME, *texts})
-    weights = to_safetensors(to_weights(gpt, config), metadata={"format": "pt"})
+    weights = to_safetensors(to_weights(model, config), metadata={"format": "pt"})
     files: dict[Path, Content] = {folder / WEIGHTS_NAME: weights}
     files |= {folder / name: text.encode("utf-8") for name, text in texts.items()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(files, durable=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder}: the model could not be written ({error.strerror or error})"
-        ) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(files, durable=True)
 
 
 def _texts(gpt: GPT, config: GPTConfig, tokenizer: Tokenizer | None) -> dict[str, str]:
@@ -115,8 +106,6 @@ def _texts(gpt: GPT, config: GPTConfig, tokenizer: Tokenizer | None) -> dict[str
 
 def _check_folder(folder: Path, written: set[str]) -> None:
     """Raises CheckpointError if a folder has what is not to be replaced, or would be mixed in."""
-    if is_checkpoint(folder):
-        raise CheckpointError(f"{folder}: holds a checkpoint of gptfast: choose another folder")
     for name in sorted(NAMES - written):
         if (folder / name).exists():
             raise CheckpointError(

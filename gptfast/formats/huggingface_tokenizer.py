@@ -18,6 +18,7 @@ from gptfast.tokenizer import PAD, PAD_ID, CharTokenizer, Tokenizer
 
 SETTINGS_NAME = "tokenizer_config.json"
 SPECIAL_NAME = "special_tokens_map.json"
+ADDED_NAME = "added_tokens.json"  # beside GPT-2's two files
 VOCABULARY_NAMES = (JSON_NAME, *(name for pair in PAIRS for name in pair))
 
 _CHARACTER = {  # cuts a text into characters; a dot would leave out line breaks
@@ -51,6 +52,14 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
             content = json.loads(text)
             if content["model"].get("type") == "WordLevel":
                 return _from_words(content)
+        if not (folder / JSON_NAME).is_file():
+            own = {each["content"] for each in content["added_tokens"]}
+            content["added_tokens"] += [
+                {"id": i, "content": token, **_PLAIN, "special": True}
+                for token, i in _settings(folder, ADDED_NAME).items()
+                if token not in own
+            ]
+            text = json.dumps(content)
         special = parse(text).special
         _follow_prefix(content, settings)
         ending = _ending(folder, special, settings)

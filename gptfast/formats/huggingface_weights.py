@@ -13,9 +13,18 @@ from torch import Tensor
 
 from gptfast.config import GPTConfig
 from gptfast.errors import CheckpointError
-from gptfast.formats.weight_files import read_json, read_safetensors, read_torch
+from gptfast.formats.weight_files import own_names, read_json
+from gptfast.formats.weight_files import read_weights as read_content
 from gptfast.model import GPT
-from gptfast.storable import EMBEDDING, HEAD, assembled, check_fit, skeleton, stored_tensors
+from gptfast.storable import (
+    EMBEDDING,
+    HEAD,
+    assembled,
+    check_fit,
+    skeleton,
+    stored_tensors,
+    with_all_biases,
+)
 
 WEIGHTS_NAME = "model.safetensors"
 TORCH_NAME = "pytorch_model.bin"
@@ -26,7 +35,6 @@ WEIGHTS_NAMES = tuple(
 
 _PREFIX = "transformer."  # of all but the head; files of a GPT2Model lack it
 _TRANSPOSED = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
-_BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks of earlier versions
 
 
 def read_weights(folder: Path, config: GPTConfig) -> GPT:
@@ -41,7 +49,7 @@ def read_weights(folder: Path, config: GPTConfig) -> GPT:
     file = next((folder / name for name in WEIGHTS_NAMES if (folder / name).is_file()), None)
     if file is None:
         raise CheckpointError(f"{folder}: no weights, expected {WEIGHTS_NAME} or {TORCH_NAME}")
-    tensors = _own_names(file, dict(_tensors(file)))
+    tensors = own_names(file, dict(_tensors(file)))
     expected = skeleton(config, tensors, file).state_dict()
     if config.tie_weights and HEAD not in tensors:
         del expected[HEAD]
@@ -60,12 +68,12 @@ def read_weights(folder: Path, config: GPTConfig) -> GPT:
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     """Yields the tensors of a file, or of all files that an index lists."""
     if not file.name.endswith(INDEX_SUFFIX):
-        yield from _tensors_of(file)
+        yield from read_content(file).items()
         return
     seen: set[str] = set()
     for name in shards(file):
         shard = file.with_name(name)
-        for tensor, value in _tensors_of(shard):
+        for tensor, value in read_content(shard).items():
             if tensor in seen:
                 raise CheckpointError(f"{shard}: {tensor} is in another file of the model as well")
             seen.add(tensor)
@@ -87,26 +95,6 @@ def shards(index: Path) -> list[str]:
     return sorted(set(places.values()))
 
 
-def _tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
-    content = read_torch(file) if file.suffix == ".bin" else read_safetensors(file)
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: expected weights by their names, got other content")
-    yield from content.items()
-
-
-def _own_names(file: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns tensors without prefixes and buffers."""
-    found = {}
-    for name, tensor in tensors.items():
-        own = str(name).removeprefix(_PREFIX)
-        if _BUFFERS.fullmatch(own):
-            continue
-        if own in found:
-            raise CheckpointError(f"{file}: has {own} twice, with the prefix {_PREFIX} and without")
-        found[own] = tensor
-    return found
-
-
 def _turned(name: str, weight: Tensor) -> Tensor:
     """Turns a weight from one layout to the other; a view."""
     return weight.t() if _TRANSPOSED.fullmatch(name) else weight
@@ -122,10 +110,8 @@ def to_weights(model: GPT, config: GPTConfig) -> dict[str, Tensor]:
     Returns:
         Contiguous tensors on the CPU, without the head where it is tied.
     """
-    found = {}
-    for name, weight in stored_tensors(model).items():
-        found[name] = _turned(name, weight).contiguous()
-        if not config.bias and name not in (EMBEDDING, HEAD, "wpe.weight"):
-            bias = name.removesuffix("weight") + "bias"
-            found[bias] = weight.new_zeros(len(weight))
-    return {name if name == HEAD else _PREFIX + name: weight for name, weight in found.items()}
+    tensors = with_all_biases(stored_tensors(model), config)
+    return {
+        name if name == HEAD else _PREFIX + name: _turned(name, weight).contiguous()
+        for name, weight in tensors.items()
+    }

@@ -10,7 +10,6 @@ exact one.
 import hashlib
 import json
 import pickle
-import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from gptfast.bpe_files import BYTE_SYMBOLS, END_OF_TEXT, parse
 from gptfast.config import GPTConfig
 from gptfast.errors import CheckpointError, ConfigError, DataError
 from gptfast.files import write_atomic
-from gptfast.formats.weight_files import read_plain, read_torch
+from gptfast.formats.weight_files import own_names, read_plain, read_torch
 from gptfast.model import GPT
 from gptfast.storable import EMBEDDING, HEAD, assembled, stored_config, stored_tensors
 from gptfast.tokenizer import CharTokenizer, Tokenizer
@@ -38,8 +37,6 @@ BEST_VAL_LOSS = 1e9
 
 _SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 _DEFAULTS = {"bias": True, "dropout": 0.0}  # of checkpoints that are older than these arguments
-_WRAPPERS = ("_orig_mod.", "module.")  # torch.compile's and DistributedDataParallel's
-_MASK = re.compile(r"transformer\.h\.\d+\.attn\.bias")  # a buffer, where torch had no attention
 _GPT2_MERGES = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # its sha256
 
 
@@ -96,18 +93,10 @@ def _config(model_args: dict[str, Any], file: Path) -> GPTConfig:
 
 def _tensors(weights: dict[str, Any], file: Path) -> dict[str, Any]:
     """The weights by our names, copied from the file."""
-    own: dict[str, Any] = {}
-    for name, weight in weights.items():
-        plain = f"{name}"
-        while plain.startswith(_WRAPPERS):
-            plain = plain.partition(".")[2]
-        if _MASK.fullmatch(plain):
-            continue
-        plain = plain.removeprefix("transformer.")
-        if plain in own:
-            raise CheckpointError(f"{file}: it has {plain} twice")
-        own[plain] = weight.clone() if isinstance(weight, Tensor) else weight
-    return own
+    return {
+        name: weight.clone() if isinstance(weight, Tensor) else weight
+        for name, weight in own_names(file, weights).items()
+    }
 
 
 def _meta_of(file: Path, config: Any) -> Path | None:
@@ -163,11 +152,17 @@ def write(model: GPT, tokenizer: Tokenizer | None, folder: Path) -> None:
         folder: Made if missing.
 
     Raises:
-        CheckpointError: nanoGPT has no such model or tokenizer.
+        CheckpointError: nanoGPT has no such model or tokenizer, or the folder has the characters of
+            another one.
         OSError: A file cannot be written.
     """
     config = stored_config(model)
     _check(config, tokenizer)
+    if not isinstance(tokenizer, CharTokenizer) and (folder / META_NAME).exists():
+        raise CheckpointError(
+            f"{folder}: {META_NAME} is there, which would be taken for the model's: choose another "
+            "folder"
+        )
     tensors = stored_tensors(model)
     if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
         warnings.warn("nanoGPT rounds float64 weights to float32", stacklevel=3)
@@ -197,8 +192,6 @@ def write(model: GPT, tokenizer: Tokenizer | None, folder: Path) -> None:
         files[folder / META_NAME] = pickle.dumps(_meta(tokenizer, config.vocab_size), protocol=4)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(files, durable=True)
-    if not isinstance(tokenizer, CharTokenizer):
-        (folder / META_NAME).unlink(missing_ok=True)  # of another model
 
 
 def _check(config: GPTConfig, tokenizer: Tokenizer | None) -> None:

@@ -5,6 +5,8 @@ Nothing that is in a file is run.
 
 import json
 import pickle
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ from gptfast.integrity import reading
 
 _ZIP = b"PK\x03\x04"
 _LENGTH = 8  # bytes before the JSON of a safetensors file
+# torch.compile's, DistributedDataParallel's, and of all but the head in a model with one
+_PREFIXES = ("_orig_mod.", "module.", "transformer.")
+_MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # buffers of earlier versions
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -68,6 +73,37 @@ def read_torch(file: Path) -> Any:
             raise ValueError(
                 "it is no file of torch.save, or holds more than tensors and plain values"
             ) from None
+
+
+def read_weights(file: Path) -> dict[Any, Any]:
+    """Reads tensors by their names from either kind of file.
+
+    Raises:
+        CheckpointError: The file is damaged, or holds no dict.
+    """
+    content = read_safetensors(file) if is_safetensors(file) else read_torch(file)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: expected weights by name, got a {type(content).__name__}")
+    return content
+
+
+def own_names(file: Path, weights: Mapping[Any, Any]) -> dict[str, Any]:
+    """Returns a GPT-2's weights by our names: without prefixes, and without causal masks.
+
+    Raises:
+        CheckpointError: A name is there twice, with a prefix and without.
+    """
+    found: dict[str, Any] = {}
+    for name, weight in weights.items():
+        own = str(name)
+        while own.startswith(_PREFIXES):
+            own = own.partition(".")[2]
+        if _MASKS.fullmatch(own):
+            continue
+        if own in found:
+            raise CheckpointError(f"{file}: it has {own} twice, with a prefix and without")
+        found[own] = weight
+    return found
 
 
 def read_plain(file: Path) -> Any:

@@ -58,9 +58,10 @@ def train(
             read when they are needed.
         tokenizer: None takes that of `init_from`, of the run to resume, or of the folder, or makes
             one of the text's characters.
-        init_from: any model that `gptfast.load` reads, from which this run starts: weights, shape
-            and tokenizer are its own, the training is that of `chosen`. Of the shape only `dropout`
-            may be given another value. Resuming such a run does not need it again.
+        init_from: any model that `gptfast.load` reads by its path alone, from which this run
+            starts: weights, shape and tokenizer are its own, the training is that of `chosen`. Of
+            the shape only `dropout` may be given another value. Resuming such a run does not need
+            it again.
         backend: the model's.
         device: where the model is trained, and stays.
         resume: go on with the interrupted run in `out`, with the text and options of its start.

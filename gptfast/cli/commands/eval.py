@@ -42,11 +42,11 @@ class Eval:
         from gptfast.training.training import held_out_tokens
 
         use_threads(self.compute.threads)
+        # Before the model, which may have to be fetched: its text may be unknown.
+        ids = held_out_tokens(self.run_path) if self.data is None else None  # (N,)
         model, tokenizer = load_text_model(self.run_path, self.compute)
         skipped = 0
-        if self.data is None:
-            ids = held_out_tokens(self.run_path)  # (N,)
-        else:
+        if ids is None:
             ids, skipped = self._tokens(tokenizer)
         with bar("evaluating", max(0, len(ids) - 1)) as scored:
             result = evaluate(model, ids, stride=self.stride, tokenizer=tokenizer, scored=scored)

@@ -1,8 +1,6 @@
 """`gptfast export`."""
 
 import shlex
-import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -34,12 +32,7 @@ class Export:
 
         check_target(self.out, self.to, self.overwrite)
         model, tokenizer = formats.load(self.run_path, n_head=self.n_head)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            export(model, tokenizer, self.out, self.to, overwrite=self.overwrite)
-        for each in caught:
-            if issubclass(each.category, UserWarning):
-                print(f"warning: {each.message}", file=sys.stderr)
+        export(model, tokenizer, self.out, self.to, overwrite=self.overwrite)
         path, load = self._loaded(tokenizer)
         print(f"written  {path}\nload it  {load}")
         return 0
