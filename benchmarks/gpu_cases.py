@@ -112,9 +112,9 @@ def cases() -> list[Case]:
         rest: Any = *ffn_params(), *moments, hidden, gelu, dropout_p, seed, 2, 0b1111111
         ffn.ffn_backward(x, x, *rest)
 
-    def loss(with_grad: bool, dtype: torch.dtype) -> None:
+    def loss(with_grad: bool, smoothing: float, dtype: torch.dtype) -> None:
         x = empty(M, C, dtype=dtype)
-        options: Any = None, -100, "mean", 0.0, 0b1111 if with_grad else 0
+        options: Any = None, -100, "mean", smoothing, 0b1111 if with_grad else 0
         cross_entropy.linear_cross_entropy(x, *norm, empty(V, C), long(M), *options)
 
     def embed(dtype: torch.dtype) -> None:
@@ -206,9 +206,10 @@ def cases() -> list[Case]:
         Case("norm and linear, backward", linear_backward, 12.0 * M * C * C,
              5 * M * C + 6 * C * C),
         Case("linear and residual", projection, 2.0 * M * C * C, 3 * M * C + C * C),
-        Case("loss", functools.partial(loss, False), 2.0 * M * C * V, M * C + V * C),
-        Case("loss and gradients", functools.partial(loss, True), 6.0 * M * C * V,
-             2 * M * C + 2 * V * C),
+        Case("loss", functools.partial(loss, False, 0.0), 2.0 * M * C * V, M * C + V * C),
+        *(Case(f"loss{of_what} and gradients", functools.partial(loss, True, smoothing),
+               6.0 * M * C * V, 2 * M * C + 2 * V * C)
+          for of_what, smoothing in (("", 0.0), (" with smoothed labels", 0.1))),
         Case("embedding", embed, 0.0, 2 * M * C),
         Case("embedding, backward", embed_backward, 0.0, 2 * M * C + V * C),
         Case("AdamW", functools.partial(adamw_step, False), 0.0, 8 * V * C, dtypes=("fp32",)),

@@ -8,7 +8,7 @@ encode and to train; a checkpoint is loaded and its texts are decoded without it
 import codecs
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -46,6 +46,7 @@ class BPETokenizer:
 
     json: str
     ending: str | None = None
+    parsed: Parsed = field(init=False, repr=False, compare=False)  # what is in `json`
 
     unit = "token"
     padding = None
@@ -55,7 +56,7 @@ class BPETokenizer:
             raise DataError(f"a tokenizer's json must be a str, got a {type(self.json).__name__}")
         parsed = parse(self.json)
         object.__setattr__(self, "json", parsed.canonical)
-        object.__setattr__(self, "_parsed", parsed)
+        object.__setattr__(self, "parsed", parsed)
         if self.ending is not None and self.ending not in parsed.special:
             raise DataError(f"the tokenizer has no special token {self.ending!r}")
 
@@ -122,7 +123,7 @@ class BPETokenizer:
         try:
             own = cls(text)
             if ending is None:
-                ending = next((each for each in ENDINGS if each in own._own.special), None)
+                ending = next((each for each in ENDINGS if each in own.parsed.special), None)
             own = cls(own.json, ending)
             _ = own._encoder
         except DataError as error:
@@ -130,23 +131,19 @@ class BPETokenizer:
         return own
 
     @property
-    def _own(self) -> Parsed:
-        return self.__dict__["_parsed"]
-
-    @property
     def vocab_size(self) -> int:
         """V, the highest id and one; ids between may be missing."""
-        return len(self._own.pieces)
+        return len(self.parsed.pieces)
 
     @property
     def end_of_text(self) -> int | None:
         """The id of `ending`."""
-        return None if self.ending is None else self._own.special[self.ending]
+        return None if self.ending is None else self.parsed.special[self.ending]
 
     @property
     def pieces(self) -> list[bytes]:
         """The bytes of each id; special tokens have none."""
-        return self._own.pieces
+        return self.parsed.pieces
 
     @cached_property
     def _encoder(self) -> Any:
@@ -163,7 +160,7 @@ class BPETokenizer:
         check_text(text, unknown)
         if _SURROGATE.search(text):
             text = _without_surrogates(text) if unknown == "skip" else _refuse_surrogates(text)
-        parts = [*_parts(text)] if self._own.by_words else [text]
+        parts = [*_parts(text)] if self.parsed.by_words else [text]
         for i in range(0, len(parts), PARTS_AT_ONCE):
             group = parts[i : i + PARTS_AT_ONCE]
             for found in self._encoder.encode_batch_fast(group, add_special_tokens=False):
@@ -184,7 +181,7 @@ class BPETokenizer:
 
     def decode(self, ids: Iterable[int] | torch.Tensor) -> str:
         """Returns the text of `ids` without special tokens; U+FFFD for what is no UTF-8."""
-        pieces = self._own.pieces
+        pieces = self.parsed.pieces
         data = b"".join(pieces[i] for i in checked_ids(ids, len(pieces)))
         return data.decode("utf-8", "replace")
 

@@ -34,6 +34,9 @@ class Parsed(NamedTuple):
     """What is in a `tokenizer.json`."""
 
     canonical: str  # its JSON without what changes or cuts texts: dropout, truncation, padding
+    vocabulary: dict[str, int]  # ids by token, which is in GPT-2's symbols; without added ones
+    merges: list[tuple[str, str]]  # of two tokens each, the first to be applied first
+    ignores_merges: bool  # whether a word that is a token is taken as it is
     pieces: list[bytes]  # of each id
     special: dict[str, int]  # tokens that no text encodes to, which stand for no text
     by_words: bool  # whether a text may be cut before a space or line break, and encoded in parts
@@ -58,6 +61,7 @@ def parse(text: str) -> Parsed:
             f"not the tokenizer.json of a byte-pair encoding ({kind}: {error})"
         ) from None
     _check_bytes(found, vocabulary)
+    merges = _merges(model)
     pieces = [b""] * (1 + max([*vocabulary.values(), *(i for _, i, _ in tokens)]))
     for token, i in vocabulary.items():
         pieces[i] = _bytes_of(token)
@@ -71,7 +75,18 @@ def parse(text: str) -> Parsed:
     pre = found["pre_tokenizer"]
     by_words = plain and pre["type"] == "ByteLevel" and pre.get("use_regex", True) is True
     by_words = by_words and pre.get("add_prefix_space", True) is False  # it would add one per part
-    return Parsed(canonical, pieces, special_ids, by_words)
+    ignores_merges = bool(model.get("ignore_merges"))
+    return Parsed(canonical, vocabulary, merges, ignores_merges, pieces, special_ids, by_words)
+
+
+def _merges(model: dict[str, Any]) -> list[tuple[str, str]]:
+    """The merges of a model: lists of two parts or, in older files, strings."""
+    try:
+        pairs = [each.split(" ") if isinstance(each, str) else each for each in model["merges"]]
+        return [(str(left), str(right)) for left, right in pairs]
+    except (KeyError, TypeError, ValueError) as error:
+        kind = type(error).__name__
+        raise DataError(f"expected merges of two tokens each ({kind}: {error})") from None
 
 
 def _id(value: Any) -> int:

@@ -117,7 +117,7 @@ class TrainConfig:
     # last step, or stays and falls along a line in the last decay_steps (wsd)
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "constant"
     warmup_steps: int = 0  # steps in which the learning rate first grows along a line up to lr
-    min_lr: float = 0.0  # the learning rate of the last step, unless the schedule is constant
+    min_lr: float = 0.0  # the learning rate of the last step; not of a constant schedule
     decay_steps: int | None = None  # of wsd; None: a tenth of the run's steps
     clip: float | None = None  # the gradient's largest norm; None does not clip
     weight_decay: float = 0.01  # AdamW's
@@ -189,6 +189,8 @@ class TrainConfig:
             raise ConfigError("patience needs held-out text, got val_fraction=0")
         if self.decay_steps is not None and self.schedule != "wsd":
             raise ConfigError(f"decay_steps belongs to schedule 'wsd', got {self.schedule!r}")
+        if self.min_lr > 0.0 and self.schedule == "constant":
+            raise ConfigError(f"min_lr must be 0 in a constant schedule, got {self.min_lr!r}")
         if self.accumulation_steps > self.batch_size:
             raise ConfigError(
                 f"accumulation_steps must be at most batch_size={self.batch_size}, "

@@ -29,6 +29,9 @@ ANY_TEXT = st.text(st.characters(exclude_categories=("Cs",)))
 BACKENDS = ("auto", "reference")
 
 
+STORED = json.loads(TOKENIZER.json)["model"]
+
+
 def changed(**parts: Any) -> dict[str, Any]:
     """The tokenizer.json of TOKENIZER with other parts."""
     return json.loads(TOKENIZER.json) | parts
@@ -160,6 +163,10 @@ def test_gpt2s_files_in_a_folder_or_in_the_cache(
         (changed(pre_tokenizer={"type": "Metaspace"}), "expected a byte-level tokenizer"),
         (changed(model={"type": "BPE", "vocab": {"a": 0}}), "each of the 256 bytes, got none"),
         (changed(model={"type": "BPE", "vocab": {"a": -1}}), "a token has id -1, expected one"),
+        (
+            changed(model=STORED | {"merges": [["a"]]}),
+            r"expected merges of two tokens each \(ValueError",
+        ),
         (changed(normalizer={"type": "None"}), "the library tokenizers refuses the tokenizer"),
     ],
 )

@@ -1,6 +1,8 @@
 """gpu_check.py without a GPU: its driver, and its rows on a CUDA device that is not there."""
 
 import json
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -57,6 +59,23 @@ def test_a_machine_without_a_gpu_is_told_so(capsys: pytest.CaptureFixture[str]) 
     assert gpu_check.main([]) == gpu_check.EXIT_BAD_INPUT
     message = "gpu_check: torch finds no CUDA device here, and the check needs one\n"
     assert capsys.readouterr().err == message
+
+
+def test_the_package_need_not_be_installed(tmp_path: Path) -> None:
+    """The script is found with the package beside it, and not by what an installation added."""
+    script = f"""
+import runpy, sys
+sys.meta_path = [each for each in sys.meta_path if "editable" not in str(each).lower()]
+sys.path = [each for each in sys.path if each and not each.startswith({str(gpu_check.ROOT)!r})]
+sys.path.insert(0, {str(Path(gpu_check.__file__).parent)!r})  # as Python does for a script
+runpy.run_path({gpu_check.__file__!r})
+import gptfast
+print(gptfast.__file__)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", script]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert Path(ran.stdout.strip()) == gpu_check.ROOT / "gptfast" / "__init__.py", ran.stderr
 
 
 def test_options_that_do_not_exist(capsys: pytest.CaptureFixture[str]) -> None:

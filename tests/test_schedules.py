@@ -387,6 +387,8 @@ def test_options_that_would_do_nothing_are_refused() -> None:
         TrainConfig(patience=2, val_fraction=0)
     with pytest.raises(ConfigError, match="decay_steps belongs to schedule 'wsd', got 'cosine'"):
         TrainConfig(decay_steps=2, schedule="cosine")
+    with pytest.raises(ConfigError, match="min_lr must be 0 in a constant schedule, got 0.0001"):
+        TrainConfig(min_lr=1e-4)
 
 
 def test_numbers_of_numpy_can_be_saved_and_resumed(tmp_path) -> None:

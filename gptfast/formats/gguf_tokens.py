@@ -14,11 +14,10 @@ the tokenizer's own, else an id that stands for no text, such as padding. Such i
 that no text gives and that writes nothing.
 """
 
-import json
 from typing import NamedTuple
 
 from gptfast.bpe import BPETokenizer
-from gptfast.bpe_files import BYTE_SYMBOLS, parse
+from gptfast.bpe_files import BYTE_SYMBOLS
 from gptfast.errors import CheckpointError
 from gptfast.tokenizer import Tokenizer
 
@@ -96,13 +95,12 @@ def _characters(tokenizer: Tokenizer) -> tuple[dict[int, tuple[str, int]], list[
 
 def _pairs(tokenizer: BPETokenizer) -> tuple[dict[int, tuple[str, int]], list[str]]:
     """The token and type of each id of a byte-pair encoding, and its merges."""
-    parsed, model = parse(tokenizer.json), json.loads(tokenizer.json)["model"]
-    if not parsed.by_words or model.get("ignore_merges"):
+    parsed = tokenizer.parsed
+    if not parsed.by_words or parsed.ignores_merges:
         raise CheckpointError(
             "llama.cpp's tokenizer of GPT-2 cuts texts into words as GPT-2 does, and this "
             "tokenizer does not"
         )
-    named = {i: (token, NORMAL) for token, i in model["vocab"].items()}
+    named = {i: (token, NORMAL) for token, i in parsed.vocabulary.items()}
     named |= {i: (token, CONTROL) for token, i in parsed.special.items()}
-    pairs = (each if isinstance(each, str) else " ".join(each) for each in model["merges"])
-    return named, [*pairs]
+    return named, [" ".join(pair) for pair in parsed.merges]

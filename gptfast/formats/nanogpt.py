@@ -8,7 +8,6 @@ exact one.
 """
 
 import hashlib
-import json
 import pickle
 import warnings
 from dataclasses import replace
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gptfast.bpe import BPETokenizer
-from gptfast.bpe_files import BYTE_SYMBOLS, END_OF_TEXT, parse
+from gptfast.bpe_files import BYTE_SYMBOLS, END_OF_TEXT
 from gptfast.config import GPTConfig
 from gptfast.errors import CheckpointError, ConfigError, DataError
 from gptfast.files import write_atomic
@@ -236,13 +235,11 @@ def _unused_optimizer(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 def is_gpt2(tokenizer: BPETokenizer) -> bool:
     """Whether a tokenizer gives GPT-2's ids: those of the bytes, of its merges, of the end."""
-    parsed, content = parse(tokenizer.json), json.loads(tokenizer.json)
-    model = content["model"]
-    merges = [each.split(" ") if isinstance(each, str) else each for each in model["merges"]]
-    lines = "".join(f"{left} {right}\n" for left, right in merges)
+    parsed = tokenizer.parsed
+    lines = "".join(f"{left} {right}\n" for left, right in parsed.merges)
     if hashlib.sha256(f"#version: 0.2\n{lines}".encode()).hexdigest() != _GPT2_MERGES:
         return False
     symbols = [chr(symbol) for symbol in BYTE_SYMBOLS]
-    tokens = [*symbols, *(left + right for left, right in merges), END_OF_TEXT]
-    vocabulary = model["vocab"] | parsed.special
+    tokens = [*symbols, *(left + right for left, right in parsed.merges), END_OF_TEXT]
+    vocabulary = parsed.vocabulary | parsed.special
     return parsed.by_words and vocabulary == {token: i for i, token in enumerate(tokens)}
