@@ -39,14 +39,14 @@ class Tile(NamedTuple):
     BK: int
     warps: int
     stages: int
-    parts: int  # 1 or 4, into which its columns are split after the product; see tiles.parts_of
+    parts: int  # 1, 2 or 4, into which its columns are split after the product; see tiles.parts_of
     programs: int  # per multiprocessor: one finishes its tile while another multiplies
     cost: float  # time per element of the tile, relative to that of the fastest
 
 
 # With descriptors: 2-byte elements. The second has more threads for what follows the product.
 DESCRIBED_TILES = (Tile(128, 128, 64, 4, 3, 4, 2, 1.0), Tile(64, 64, 64, 4, 3, 1, 3, 1.8))
-EPILOGUE_TILES = (Tile(128, 128, 64, 8, 3, 4, 2, 1.0), Tile(64, 64, 64, 4, 3, 1, 3, 1.8))
+EPILOGUE_TILES = (Tile(128, 128, 64, 8, 3, 4, 2, 1.0), Tile(64, 64, 64, 4, 3, 2, 3, 1.8))
 # With pointers, by bytes per element.
 POINTER_TILES = {
     2: (Tile(128, 128, 32, 8, 3, 4, 1, 1.0), Tile(64, 64, 32, 4, 3, 1, 3, 1.6)),
