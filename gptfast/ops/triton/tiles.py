@@ -203,7 +203,7 @@ def parts_of(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexp
     if PARTS == 1:
         parts = (tile,)
     elif PARTS == 2:
-        parts = _halves(tile, ROWS, COLUMNS)  # type: ignore[assignment]
+        parts = _halves(tile, ROWS, COLUMNS)
     else:
         left, right = _halves(tile, ROWS, COLUMNS)
         first, second = _halves(left, ROWS, COLUMNS // 2)
