@@ -71,7 +71,8 @@ def attention_case(D: int, dropout_p: float, backward: bool) -> Case:
         out, lse = empty(B, T, heads, D, dtype=dtype).transpose(1, 2), empty(B, heads, 2, T)
         dropout = launch.dropout_args(dropout_p, seed, 1, lse.device)
         dq, dk, dv = empty(B, T, 3, heads, D, dtype=dtype).permute(2, 0, 3, 1, 4)
-        attention_backward.write_grads(out, q, k, v, out, lse, (dq, dk, dv), scale, dropout)
+        grads = dq, dk, dv
+        attention_backward.write_grads(out, q, k, v, out, lse, grads, scale, dropout, True)
 
     products = 5 if backward else 2
     name = f"attention{' backward' if backward else ''}, D {D}{', dropout' if dropout_p else ''}"

@@ -148,16 +148,14 @@ def row_tiles(*tensors: Tensor) -> bool:
     return True
 
 
-def descriptors(kernel: Any, table: Any, kind: Any, rows: str, *tensors: Tensor) -> list[Any]:
-    """Returns a descriptor of each tensor, or None where the kind of call is without.
+def descriptors(tiles: bool, rows: int, *tensors: Tensor) -> list[Any]:
+    """Returns descriptors for blocks of so many rows of each tensor; without `tiles` None for each.
 
-    A block has as many rows as all configurations of this kind have under the name `rows`.
+    rows is that of the first configuration for the call: all others for it have the same.
     """
-    if not kind[2]:
+    if not tiles:
         return [None] * len(tensors)
-    configs = kernel.configs if len(kernel.configs) == 1 else table[kind]
-    count = configs[0].kwargs[rows]
-    return [descriptor(x, 1, 1, count, block_of(x.shape[3])) for x in tensors]
+    return [descriptor(x, 1, 1, rows, block_of(x.shape[3])) for x in tensors]
 
 
 def log2_scale(scale: float) -> float:
@@ -264,9 +262,9 @@ def attention(
     if lse.numel():
         grid = lambda meta: (cdiv(Tq, meta["BM"]) * B * H,)  # noqa: E731
         shape = {**parts_of(q), "TILES": row_tiles(k, v)}
-        kind = head_kind({"q": q, **shape})
+        rows = forward_kernel.fitting({"q": q, **shape})[0]["BN"]
         forward_kernel[grid](
-            q, k, v, out, lse, *descriptors(forward_kernel, FORWARD, kind, "BN", k, v),
+            q, k, v, out, lse, *descriptors(shape["TILES"], rows, k, v),
             H, Tq, k.shape[2], log2_scale(scale),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], Tq * H * D, D, H * D,
             **dropout_args(dropout_p, seed, stream, q.device), **shape,

@@ -41,6 +41,13 @@ def _masks_of(masks, head, i0, j0, padded, columns, ROWS: tl.constexpr, COLUMNS:
 
 
 @triton.jit
+def _row_of_sums(sums, b, h, i0, T, H, D, EACH: tl.constexpr, BLOCK: tl.constexpr):
+    """The address of head h in a block's row of `sums`, which has EACH times H D columns."""
+    block = b * tl.cdiv(T, BLOCK) + i0 // BLOCK
+    return sums + block * (EACH * H * D) + h * D
+
+
+@triton.jit
 def _terms_of(i):
     """The offset of row i's top; its log_sum and delta follow TERM_ROWS and 2 TERM_ROWS later."""
     return i + i // TERM_ROWS * (2 * TERM_ROWS)
@@ -51,6 +58,7 @@ QUERY_GRAD = {
     (2, 64, True, "dropout"): [config(4, 3, BM=64, BN=32)],
     (2, 128, True): [config(8, 3, BM=128, BN=64)],
     (2, 256, True): [config(4, 2, BM=64, BN=16)],
+    (2, 256, True, "dropout"): [config(8, 2, BM=64, BN=16)],
     (2, 64, False): [config(4, 2, BM=64, BN=32), config(4, 1, BM=32, BN=32)],
     (2, 128, False): [config(4, 2, BM=64, BN=32), config(4, 1, BM=32, BN=32)],
     (2, 256, False): [config(4, 1, BM=16, BN=32)],
@@ -72,18 +80,15 @@ def kind_in(table: Mapping[Any, Any]) -> Callable[[Any], tuple[Any, ...]]:
     return kind
 
 
-query_grad_kind = kind_in(QUERY_GRAD)
-
-
 @tuned(
     QUERY_GRAD,
-    query_grad_kind,
+    kind_in(QUERY_GRAD),
     lambda args: head_shared(2 * args["BM"], 2 * args["BN"], args),
     ["D", "PRECISION", "TILES"],
 )
 @triton.jit(do_not_specialize=["first_head", "substream", "threshold", "Tq", "Tk"])
 def query_grad_kernel(
-    q, k, v, out, dout, dq, lse, terms, masks, k_tiles, v_tiles,
+    q, k, v, out, dout, dq, sums, lse, terms, masks, k_tiles, v_tiles,
     first_head, H, Tq, Tk, padded, columns, scale, scale_log2,
     q_b, q_h, q_row, k_b, k_h, k_row, v_b, v_h, v_row, out_b, out_h, out_row,
     dout_b, dout_h, dout_row, dq_b, dq_h, dq_row,
@@ -99,6 +104,12 @@ def query_grad_kernel(
     `terms` has top, log_sum and delta for `padded` rows of each head, 0 from Tq on: the other
     kernel reads them without masks, by one address. `masks` has what dropout drops, a bit for each
     of (padded, columns) from `first_head` on: to draw it once more takes longer than to read it.
+    `sums`, if given, has a row for each b and i0, parts of sums over b and i, each (H, D):
+
+    sum_i dQ_i,  sum_j dK_j = scale sum_i (sum_j dS_ij) Q_i = 0,
+
+    because sum_j dS_ij = delta_i - delta_i; and, without dropout, under which sum_j P_ij = 1,
+    sum_j dV_j = sum_i dO_i. That is free here, where key_grads_kernel would need more registers.
     """
     head, b, h, i0 = own_head(H, Tq, BM, True, first_head)
     q += b * q_b + h * q_h
@@ -114,6 +125,11 @@ def query_grad_kernel(
     o_tile = head_rows(out, None, b, h, i0, out_row, Tq, d, D, BLOCK_D, BM).to(tl.float32)
     do_tile = head_rows(dout, None, b, h, i0, dout_row, Tq, d, D, BLOCK_D, BM).to(tl.float32)
     row_delta = tl.sum(o_tile * do_tile, 1)
+    EACH: tl.constexpr = 3 if masks is None else 2
+    if sums is not None:
+        if masks is None:
+            row = _row_of_sums(sums, b, h, i0, Tq, H, D, EACH, BM)
+            tl.store(row + 2 * H * D + d, tl.sum(do_tile, 0), mask=d < D)
     lse += head.to(tl.int64) * 2 * Tq
     top = tl.load(lse + i, mask=i < Tq, other=0.0)
     log_sum = tl.load(lse + Tq + i, mask=i < Tq, other=0.0)
@@ -162,9 +178,14 @@ def query_grad_kernel(
             if PART < BLOCK_D:  # not earlier: registers would spill
                 keys = head_rows(k, k_tiles, b, h, j0, k_row, Tk, d, D, BLOCK_D, BN)
             total = tl.dot(ds.to(keys.dtype), keys, total, input_precision=PRECISION)
-    at = dq + i.to(tl.int64)[:, None] * dq_row + d[None, :]
     inside = (i < Tq)[:, None] & (d < D)[None, :]
-    tl.store(at, (total * scale).to(dq.dtype.element_ty), mask=inside)
+    total *= scale
+    if sums is not None:  # of queries from Tq on, dO and so dS are 0
+        row = _row_of_sums(sums, b, h, i0, Tq, H, D, EACH, BM)
+        tl.store(row + d, tl.sum(total, 0), mask=d < D)
+        tl.store(row + H * D + d, tl.zeros([BLOCK_D], tl.float32), mask=d < D)
+    at = dq + i.to(tl.int64)[:, None] * dq_row + d[None, :]
+    tl.store(at, total.to(dq.dtype.element_ty), mask=inside)
 
 
 KEY_GRADS = {
@@ -182,18 +203,15 @@ KEY_GRADS = {
 }
 
 
-key_grads_kind = kind_in(KEY_GRADS)
-
-
 @tuned(
     KEY_GRADS,
-    key_grads_kind,
+    kind_in(KEY_GRADS),
     lambda args: head_shared(2 * args["BN"], 2 * args["BM"], args),
     ["D", "PRECISION", "TILES"],
 )
 @triton.jit(do_not_specialize=["first_head", "Tq", "Tk"])
 def key_grads_kernel(
-    q, k, v, dout, dk, dv, terms, masks, q_tiles, dout_tiles,
+    q, k, v, dout, dk, dv, sums, terms, masks, q_tiles, dout_tiles,
     first_head, H, Tq, Tk, padded, columns, scale, scale_log2, keep_scale,
     q_b, q_h, q_row, k_b, k_h, k_row, v_b, v_h, v_row, dout_b, dout_h, dout_row,
     dk_b, dk_h, dk_row, dv_b, dv_h, dv_row,
@@ -206,6 +224,7 @@ def key_grads_kernel(
     P' = 2^(c (K q' - top) - log_sum),  dP' = dropout(V dO'),  dS' = P' (dP' - delta),
     dV = dropout(P') dO,  dK = scale dS' Q.
     So P' and dS' are left operands of products, which take them from registers as they are.
+    `sums`, if given, has a row of H D columns for each b and j0: the sum of dV over the block.
     """
     head, b, h, j0 = own_head(H, Tk, BN, False, first_head)
     q += b * q_b + h * q_h
@@ -281,18 +300,26 @@ def key_grads_kernel(
         dk + rows * dk_row + d[None, :], (key_total * scale).to(dk.dtype.element_ty), mask=inside
     )
     tl.store(dv + rows * dv_row + d[None, :], value_total.to(dv.dtype.element_ty), mask=inside)
+    if sums is not None:  # keys from Tk on have no weights
+        row = _row_of_sums(sums, b, h, j0, Tk, H, D, 1, BN)
+        tl.store(row + d, tl.sum(value_total, 0), mask=d < D)
 
 
 def write_grads(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     grads: tuple[Tensor, Tensor, Tensor], scale: float, dropout: dict[str, Any],
-) -> None:  # fmt: skip
+    with_sums: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Writes `grads`, dq, dk and dv; like dout and out these are (B, H, T, D) of any strides.
 
     scale is not negative.
+
+    Returns:
+        Parts of the sums over B and T of dq and dk, (P, 2 H D), and of dv, (P', H D), in float32;
+        with_sums demands as many queries as keys, and without it there are no parts.
     """
     dq, dk, dv = grads
-    B, H, Tq, _ = q.shape
+    B, H, Tq, D = q.shape
     Tk = k.shape[2]
     padded, columns = (cdiv(T, TERM_ROWS.value) * TERM_ROWS.value for T in (Tq, Tk))
     terms = lse.new_empty(B, H, 3 * padded)
@@ -304,9 +331,13 @@ def write_grads(
     shape: dict[str, Any] = {**parts_of(q), "PRECISION": precision(q.dtype)}
     shape["TILES"] = row_tiles(q, k, v, dout)
     args = {"q": q, "masks": masks, **shape}
-    kind, key_kind = query_grad_kind(args), key_grads_kind(args)
-    key_tiles = descriptors(query_grad_kernel, QUERY_GRAD, kind, "BN", k, v)
-    query_tiles = descriptors(key_grads_kernel, KEY_GRADS, key_kind, "BM", q, dout)
+    tile, key_tile = query_grad_kernel.fitting(args)[0], key_grads_kernel.fitting(args)[0]
+    key_tiles = descriptors(shape["TILES"], tile["BN"], k, v)
+    query_tiles = descriptors(shape["TILES"], key_tile["BM"], q, dout)
+    each, key_sums = 2 if masks is not None else 3, None  # as query_grad_kernel has it
+    sums = lse.new_empty(B * cdiv(Tq, tile["BM"]) if with_sums else 0, each * H * D)
+    if with_sums and masks is not None:
+        key_sums = lse.new_empty(B * cdiv(Tk, key_tile["BN"]), H * D)
     inputs = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     block = width = shape["BLOCK_D"]
     if shape["PART"] < block:  # the threads of AMD's warps want 128 for loads of 16 bytes
@@ -317,17 +348,21 @@ def write_grads(
         if dq.numel():
             queries = lambda meta, some=some: (cdiv(Tq, meta["BM"]) * some,)  # noqa: E731
             query_grad_kernel[queries](
-                q, k, v, out, dout, dq, lse, terms, masks, *key_tiles, *sizes,
+                q, k, v, out, dout, dq, sums if with_sums else None, lse, terms, masks,
+                *key_tiles, *sizes,
                 *inputs, *out.stride()[:3], *dout.stride()[:3], *dq.stride()[:3],
                 **dropout, **shape,
             )  # fmt: skip
         if dk.numel():
             keys = lambda meta, some=some: (cdiv(Tk, meta["BN"]) * some, block // width)  # noqa: E731
             key_grads_kernel[keys](
-                q, k, v, dout, dk, dv, terms, masks, *query_tiles, *sizes, dropout["keep_scale"],
+                q, k, v, dout, dk, dv, key_sums, terms, masks, *query_tiles, *sizes,
+                dropout["keep_scale"],
                 *inputs, *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
                 **shape, COLUMNS=width,
             )  # fmt: skip
+    columns = 2 * H * D
+    return sums[:, :columns], sums[:, columns:] if key_sums is None else key_sums
 
 
 def attention_backward(

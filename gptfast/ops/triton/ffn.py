@@ -112,9 +112,9 @@ def ffn_backward(
     if wants(wanted, 3):
         dw1 = weight_grad(du, n, w1)
     if b1 is not None and wants(wanted, 4):
-        db1 = sums.of(of_du, b1)
+        db1 = sums.of(b1, of_du)
     if b2 is not None and wants(wanted, 6):
-        db2 = sums.of(column_sums(dy) if of_d is None else of_d, b2)
+        db2 = sums.of(b2, column_sums(dy) if of_d is None else of_d)
     sums.add()
     return dx, *or_absent(x, dln_w, dln_b, dw1, db1, dw2, db2)
 

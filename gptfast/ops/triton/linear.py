@@ -162,6 +162,6 @@ def linear_backward(
     if wants(wanted, 3):
         dweight = weight_grad(dy, n, weight)
     if bias is not None and wants(wanted, 4):
-        dbias = sums.of(column_sums(dy), bias)
+        dbias = sums.of(bias, column_sums(dy))
     sums.add()
     return dx, *or_absent(x, dln_w, dln_b, dweight, dbias)

@@ -188,13 +188,13 @@ def _add_parts(parts, stride, P, out, n, ROWS: tl.constexpr, BLOCK: tl.constexpr
 
 
 @kernel
-@triton.jit(do_not_specialize=["P0", "P1", "P2", "P3"])
+@triton.jit(do_not_specialize=["P0", "P1", "P2", "P3", "P4"])
 def add_parts_kernel(
     parts0, stride0, P0, out0, n0, parts1, stride1, P1, out1, n1,
     parts2, stride2, P2, out2, n2, parts3, stride3, P3, out3, n3,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    parts4, stride4, P4, out4, n4, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out_i = parts_0i + parts_1i + .., in a fixed order, for up to four sums of P parts each."""
+    """out_i = parts_0i + parts_1i + .., in a fixed order, for up to five sums of P parts each."""
     which = tl.program_id(1)
     if which == 0:
         _add_parts(parts0, stride0, P0, out0, n0, ROWS, BLOCK)
@@ -207,20 +207,30 @@ def add_parts_kernel(
     if parts3 is not None:
         if which == 3:
             _add_parts(parts3, stride3, P3, out3, n3, ROWS, BLOCK)
+    if parts4 is not None:
+        if which == 4:
+            _add_parts(parts4, stride4, P4, out4, n4, ROWS, BLOCK)
 
 
 class Sums:
     """The gradients of a backward that are sums of parts: one kernel writes them all."""
 
-    LIMIT = 4
+    LIMIT = 5
 
     def __init__(self) -> None:
         self._parts: list[tuple[Tensor, Tensor]] = []
 
-    def of(self, parts: Tensor, param: Tensor) -> Tensor:
-        """Returns the future sum of float32 parts (P, n), like param (n,); `add` computes it."""
-        out = torch.empty_like(param)
-        self._parts.append((parts, out))
+    def of(self, param: Tensor, *parts: Tensor) -> Tensor:
+        """Returns a gradient like param (N,), which `add` computes: sums of float32 parts (P, n).
+
+        Several parts, each of its own P, are side by side in the gradient.
+        """
+        out, first = torch.empty_like(param), 0
+        for each in parts:
+            last = first + each.shape[1]
+            self._parts.append((each, out[first:last]))
+            first = last
+        assert first == out.numel()
         return out
 
     def of_norm(
@@ -228,8 +238,8 @@ class Sums:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Returns those of a LayerNorm's weight and bias; None if not wanted (bits 1 and 2)."""
         return (
-            self.of(grads.sums[:, 0], weight) if wants(wanted, 1) else None,
-            self.of(grads.sums[:, 1], bias) if bias is not None and wants(wanted, 2) else None,
+            self.of(weight, grads.sums[:, 0]) if wants(wanted, 1) else None,
+            self.of(bias, grads.sums[:, 1]) if bias is not None and wants(wanted, 2) else None,
         )
 
     def add(self) -> None:

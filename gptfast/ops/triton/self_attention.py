@@ -56,10 +56,11 @@ def self_attention_backward(
         qkv_weight, proj_weight = cast(x.dtype, w_qkv, w_proj) if through else (w_qkv, w_proj)
         q, k, v = _unpacked(qkv, n_head)
         dqkv = torch.empty_like(qkv)
-        write_grads(
+        of_qkv = write_grads(
             _heads(input_grad(d, proj_weight), n_head), q, k, v, _heads(out, n_head), lse,
             _unpacked(dqkv, n_head), 1 / math.sqrt(q.shape[-1]),
             dropout_args(dropout_p, seed, stream, x.device),
+            b_qkv is not None and wants(wanted, 4),
         )  # fmt: skip
         if through:
             dn = input_grad(dqkv, qkv_weight)
@@ -72,9 +73,9 @@ def self_attention_backward(
         if wants(wanted, 3):
             dw_qkv = weight_grad(dqkv, n, w_qkv)
         if b_qkv is not None and wants(wanted, 4):
-            db_qkv = sums.of(column_sums(dqkv), b_qkv)
+            db_qkv = sums.of(b_qkv, *of_qkv)
     if b_proj is not None and wants(wanted, 6):
-        db_proj = sums.of(column_sums(dy) if of_d is None else of_d, b_proj)
+        db_proj = sums.of(b_proj, column_sums(dy) if of_d is None else of_d)
     sums.add()
     return dx, *or_absent(x, dln_w, dln_b, dw_qkv, db_qkv, dw_proj, db_proj)
 
