@@ -9,7 +9,6 @@ import copy
 import itertools
 import math
 import re
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
+from training_steps import assert_same, batch_of, interrupt, losses_of
 
 from gptfast import GPT, ConfigError, GPTConfig, TrainConfig, Trainer
 from gptfast.config import Precision
@@ -121,7 +121,10 @@ class Simulated(graph.Cuda):
         return torch.zeros(words, dtype=torch.int64)
 
     def event(self) -> Any:
-        return SimpleNamespace(synchronize=lambda: None, record=lambda: None)
+        return SimpleNamespace(synchronize=lambda: None, record=lambda _: None)
+
+    def record(self, event: Any) -> None:
+        event.record(None)
 
     def rehearse(self, run: graph.Run) -> Tensor:
         return run()
@@ -165,18 +168,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Simulated:
 
 
 def batch(i: int, B: int = 4, T: int = 8) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(i)
-    idx, targets = torch.randint(1, 5, (2, B, T), generator=generator)
-    return idx, targets
-
-
-def assert_same(a: Trainer, b: Trainer) -> None:
-    """Both have the same weights, moments and random numbers to come, bit by bit."""
-    for name, x, y in zip(a.names, a.parameters, b.parameters, strict=True):
-        assert torch.equal(x, y), name
-        moments = a.optimizer.state[x].values(), b.optimizer.state[y].values()
-        assert all(torch.equal(one, other) for one, other in zip(*moments, strict=True)), name
-    assert torch.equal(a.generator.get_state(), b.generator.get_state())
+    return batch_of(i, B, T, MODEL.vocab_size)
 
 
 @pytest.mark.parametrize("precision", ("fp32", "bf16"))
@@ -226,7 +218,7 @@ def test_what_changes_from_outside_counts(cuda: Simulated) -> None:
     config = replace(CONFIG, decayed="matrices")
     captured, plainly = trainer_of(cuda, config), trainer_of(None, config)
     captures = []
-    for i in range(17):
+    for i in range(22):
         for each in (captured, plainly):
             if i == 4:
                 for group in each.optimizer.param_groups:
@@ -242,10 +234,51 @@ def test_what_changes_from_outside_counts(cuda: Simulated) -> None:
                 each.gpt.lm_head.weight.requires_grad_(False)
             if i == 13:
                 each.gpt.config = replace(each.gpt.config, dropout=0.5)
+            if i == 17:
+                for param in each.parameters:
+                    each.optimizer.state[param] = {}
         assert torch.equal(captured.step(*batch(i)), plainly.step(*batch(i))), i
         captures.append(cuda.captures)
-    assert captures == [0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3, 4, 4]
+    assert captures == [0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 4, 5, 5]
     assert_same(captured, plainly)
+
+
+def test_moments_loaded_several_times_are_noticed(cuda: Simulated) -> None:
+    """The dictionary of the last ones may lie where the first ones' did."""
+    captured, plainly = trainer_of(cuda), trainer_of(None)
+    for i in range(16):
+        if i in (4, 8, 12):
+            for each in (captured, plainly):
+                state = copy.deepcopy(each.optimizer.state_dict())
+                for moments in state["state"].values():
+                    moments["exp_avg"].zero_()
+                for _ in range(i // 4 + 1):
+                    each.optimizer.load_state_dict(copy.deepcopy(state))
+        assert torch.equal(captured.step(*batch(i)), plainly.step(*batch(i))), i
+    assert_same(captured, plainly)
+    assert cuda.captures == 4
+
+
+@pytest.mark.parametrize("at", (3, 5))  # before the capture, before a replay
+def test_gradients_that_were_left_count_once(cuda: Simulated, at: int) -> None:
+    captured, plainly = trainer_of(cuda), trainer_of(None)
+    for i in range(8):
+        if i == at:
+            for each in (captured, plainly):
+                each.gpt.loss(*batch(99), seed=1).backward()
+        assert torch.equal(captured.step(*batch(i)), plainly.step(*batch(i))), i
+    assert_same(captured, plainly)
+    assert cuda.captures == 1 and all(param.grad is None for param in captured.parameters)
+
+
+def test_texts_at_one_address_are_told_apart(cuda: Simulated) -> None:
+    captured, plainly = trainer_of(cuda), trainer_of(None)
+    starts = torch.arange(4)
+    for i, ids in enumerate([IDS] * 5 + [IDS[::2]] * 4):
+        losses = captured.step_at(ids, starts), plainly.step_at(ids, starts)
+        assert torch.equal(*losses), i
+    assert_same(captured, plainly)
+    assert cuda.captures == 2
 
 
 def test_the_kernels_writes_are_told_to_autograd(cuda: Simulated) -> None:
@@ -277,27 +310,13 @@ def test_a_run_with_odd_batches_is_resumed_with_the_same_bits(
     config = replace(CONFIG, epochs=2, batch_size=5, eval_every=5)
     plainly = trainer_of(None, config)
     expected = plainly.fit(IDS, IDS[:20])
-    step_at = Trainer.step_at
-
-    def interrupted(self: Trainer, ids: Tensor, starts: Tensor) -> Tensor:
-        loss = step_at(self, ids, starts)
-        monkeypatch.setattr(Trainer, "step_at", step_at)
-        signal.raise_signal(signal.SIGTERM)  # a shell's background jobs ignore SIGINT
-        return loss
-
-    def start_to_interrupt(self: Trainer, ids: Tensor, starts: Tensor) -> Tensor:
-        done.append(1)
-        return (interrupted if len(done) == cut else step_at)(self, ids, starts)
-
-    done: list[int] = []
-    monkeypatch.setattr(Trainer, "step_at", start_to_interrupt)
+    interrupt(monkeypatch, cut)
     first = trainer_of(cuda, config).fit(IDS, IDS[:20], out=tmp_path / "run")
     assert first.interrupted and cuda.captures == 1
     resumed = trainer_of(cuda, config)
     result = resumed.fit(IDS, IDS[:20], out=tmp_path / "run", resume=True)
-    rows = [[(row["step"], row["train_loss"], row["val_loss"]) for row in each.history]
-            for each in (result, expected)]  # fmt: skip
-    assert rows[0] == rows[1] and [row[0] for row in rows[0]] == [5, 10, 14]
+    assert losses_of(result) == losses_of(expected)
+    assert [row["step"] for row in result.history] == [5, 10, 14]
     assert_same(resumed, plainly)
     assert not resumed.graphs._graphs  # their memory is not kept after the run
 
@@ -420,7 +439,7 @@ def test_the_host_waits_for_a_buffer_that_has_not_been_read(cuda: Simulated, cou
 
     def event() -> Any:
         own = next(numbers)
-        return SimpleNamespace(synchronize=lambda: waits.append(own), record=lambda: None)
+        return SimpleNamespace(synchronize=lambda: waits.append(own), record=lambda _: None)
 
     cuda.event = event  # type: ignore[method-assign]
     messages = graph.Messages(count, 2, 2, torch.device("cpu"), cuda)

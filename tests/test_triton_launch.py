@@ -131,6 +131,7 @@ def test_torch_draws_random_numbers_after_a_capture_that_failed() -> None:
     device, number = torch.device("cuda"), torch.ones((), device="cuda")
     with pytest.raises(RuntimeError, match="captur"):
         Cuda(device).capture(lambda: torch.tensor(number.item()))
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert bool(torch.rand(3, device="cuda").isfinite().all())
     assert Cuda(device).capture(lambda: number + 1)().item() == 2.0
 

@@ -9,7 +9,7 @@ torch.compile or DistributedDataParallel, trains without a graph.
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 from torch.utils import _python_dispatch
 
@@ -70,6 +70,11 @@ def _model(module: nn.Module) -> str | None:
     return found or ("has a loss of its own" if "loss" in module.__dict__ else None)
 
 
+def _moments_of(optimizer: torch.optim.Optimizer, param: nn.Parameter) -> dict[str, Tensor] | None:
+    """Returns what the optimizer keeps of a parameter; None before its first step."""
+    return optimizer.state.get(param) or None
+
+
 def _block(module: nn.Module) -> str | None:
     return plain.unmodified(module, Block)
 
@@ -87,10 +92,11 @@ class Watch:
         ]
         self._dicts = dicts
         self._hooks = [own[name] for own in dicts for name in HOOKS]
-        moments = [
-            optimizer.state[param] for param in trainer.parameters if param in optimizer.state
-        ]
-        entries = [own[name] for own in dicts for name in ("_parameters", "_modules")] + moments
+        # The dictionaries themselves: the id of one that has gone may be that of another.
+        self._state = optimizer.state
+        self._moments = [(param, _moments_of(optimizer, param)) for param in trainer.parameters]
+        entries = [own[name] for own in dicts for name in ("_parameters", "_modules")]
+        entries += [each for _, each in self._moments if each is not None]
         self._entries = [(each, name, value) for each in entries for name, value in each.items()]
         self._entries += [
             (own, name, own[name]) for own in dicts for name in OPTIONS if name in own
@@ -105,6 +111,11 @@ class Watch:
             return False
         for each, name, value in self._entries:
             if each.get(name) is not value:
+                return False
+        if trainer.optimizer.state is not self._state:
+            return False
+        for param, moments in self._moments:
+            if _moments_of(trainer.optimizer, param) is not moments:
                 return False
         for own in self._dicts:
             if "forward" in own or "loss" in own:
@@ -121,6 +132,6 @@ class Watch:
         return (
             (gpt.config, gpt.backend, gpt.recompute, gpt.__class__, id(trainer.model), config),
             torch.backends.cuda.matmul.fp32_precision,
-            (id(optimizer.state), len(optimizer.state), optimizer.by_kernel, optimizer.ema),
+            (optimizer.by_kernel, optimizer.ema),
             [param.requires_grad for param in self._params],
         )

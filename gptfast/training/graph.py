@@ -53,6 +53,10 @@ class Cuda:
         """Returns an event."""
         return torch.cuda.Event()
 
+    def record(self, event: Any) -> None:
+        """Records an event on the stream that the device's work is queued on now."""
+        event.record(torch.cuda.current_stream(self._device))
+
     def rehearse(self, run: Run) -> Tensor:
         """Calls `run` on the stream of the capture, so that nothing is new to it there."""
         with torch.cuda.device(self._device):
@@ -69,7 +73,7 @@ class Cuda:
         """Captures what `run` does; returns what does it again, and gives `run`'s result."""
         with _capturing, torch.cuda.device(self._device):
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            graph = torch.cuda.CUDAGraph()
+            graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             self._pending = []
             try:
                 with torch.cuda.graph(
@@ -79,6 +83,7 @@ class Cuda:
                 for action in self._pending:
                     action()
             except RuntimeError:
+                torch.cuda.set_stream(current)  # an invalid capture's end raises before that
                 self._leave_capture()
                 raise
             finally:
@@ -132,7 +137,7 @@ class Messages:
         first_key = numbers + numbers % 2
         header = first_key + 2 * keys
         words = header + starts
-        self._device = torch.zeros(words, dtype=torch.int64, device=device)
+        self._cuda, self._device = cuda, torch.zeros(words, dtype=torch.int64, device=device)
         self._slots = [(cuda.host_buffer(words), cuda.event()) for _ in range(SLOTS)]
         self._sent = 0
         self._first_key = first_key
@@ -154,7 +159,7 @@ class Messages:
         if starts is not None:
             words[len(words) - len(starts) :] = starts.numpy()
         self._device.copy_(buffer, non_blocking=True)
-        has_been_read.record()
+        self._cuda.record(has_been_read)
 
 
 class StepGraph:
@@ -284,7 +289,11 @@ class StepGraphs:
             self._watch = Watch(trainer)
         if observer() is not None:
             return None
-        which = shape, None if ids is None else ids.data_ptr()
+        # Gradients that somebody left add to those of the step, and are not where the graph's are.
+        if any(param.grad is not None for param in trainer.parameters):
+            return None
+        text = None if ids is None else (ids.data_ptr(), ids.dtype, ids.shape, ids.stride())
+        which = shape, text
         graph = self._graphs.get(which)
         if graph is None and self._seen[which] and len(self._graphs) < MAX_GRAPHS:
             graph = self._graphs[which] = StepGraph(trainer, self._cuda, shape, ids)

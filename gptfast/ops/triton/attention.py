@@ -261,7 +261,7 @@ def attention(
     out, lse = q.new_empty(B, Tq, H, D), q.new_empty(B, H, 2, Tq, dtype=torch.float32)
     if lse.numel():
         grid = lambda meta: (cdiv(Tq, meta["BM"]) * B * H,)  # noqa: E731
-        shape = {**parts_of(q), "TILES": row_tiles(k, v)}
+        shape: dict[str, Any] = {**parts_of(q), "TILES": row_tiles(k, v)}
         rows = forward_kernel.fitting({"q": q, **shape})[0]["BN"]
         forward_kernel[grid](
             q, k, v, out, lse, *descriptors(shape["TILES"], rows, k, v),
