@@ -8,6 +8,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import peers
 import torch
@@ -75,14 +76,18 @@ def batch_of(shape: Shape) -> tuple[Tensor, Tensor]:
     return idx[:, :-1], idx[:, 1:]
 
 
-def our_step(shape: Shape, dtype: str) -> Run:
-    """Makes gptfast's contender: a step of its trainer."""
+def our_trainer(shape: Shape, dtype: str, graph: Literal["auto", "off"] = "auto") -> Trainer:
+    """Makes gptfast's trainer."""
     precision: Precision = "bf16" if dtype == "bf16" else "fp32"
-    train = TrainConfig(lr=LR, clip=CLIP, precision=precision, batch_size=shape.batch)
+    train = TrainConfig(lr=LR, clip=CLIP, precision=precision, batch_size=shape.batch, graph=graph)
     model = GPT(shape.model, backend="fused")
     with torch.device("cpu"):  # no other default than a user has
-        trainer = Trainer(model, train)
-    x, y = batch_of(shape)
+        return Trainer(model, train)
+
+
+def our_step(shape: Shape, dtype: str) -> Run:
+    """Makes gptfast's contender: a step of its trainer."""
+    trainer, (x, y) = our_trainer(shape, dtype), batch_of(shape)
     return lambda: trainer.step(x, y)
 
 

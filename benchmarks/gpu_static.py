@@ -1,10 +1,11 @@
 """Compiles the Triton kernels for GPUs without a GPU: resources, instructions, best times.
 
-Every operator is called on tensors without data, and every configuration that fits in a chip's
-shared memory is compiled instead of launched. A kernel fails if it spills registers, needs more
-shared memory than the chip has, multiplies matrices without matrix instructions, or has no 16-byte
-load in any configuration. The best time is that of the useful FLOPs or of the least bytes at the
-chip's published peaks, whichever is longer. Exit code 1: a kernel fails; 2: invalid options.
+Every operator is called on tensors without data, and its kernels are compiled instead of launched,
+in the configuration that a chip takes and with every tile of a product. A kernel fails if it spills
+registers, needs more shared memory than the chip has, multiplies matrices without matrix
+instructions, or has no 16-byte load in any configuration. The best time is that of the useful FLOPs
+or of the least bytes at the chip's published peaks, whichever is longer. Exit code 1: a kernel
+fails; 2: invalid options.
 """
 
 import argparse
@@ -45,8 +46,10 @@ class Chip:
 
 CHIPS = {
     "sm_80": Chip("A100 SXM 80 GB", GPUTarget("cuda", 80, 32), 166912, 312.0, 19.5, 2039.0),
+    "sm_89": Chip("RTX 4090", GPUTarget("cuda", 89, 32), 101376, 165.0, 82.6, 1008.0),
     "sm_90": Chip("H100 SXM", GPUTarget("cuda", 90, 32), 232448, 989.0, 67.0, 3350.0),
     "sm_100": Chip("B200", GPUTarget("cuda", 100, 32), 232448, 2250.0, 75.0, 8000.0),
+    "sm_120": Chip("RTX 5090", GPUTarget("cuda", 120, 32), 101376, 209.0, 104.8, 1792.0),
     "gfx942": Chip("MI300X", GPUTarget("hip", "gfx942", 64), 65536, 1307.0, 163.0, 5300.0),
 }
 MATRIX = {"cuda": r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", "hip": r"v_mfma"}
@@ -102,12 +105,11 @@ def compiling_for(chip: Chip) -> Iterator[list[tuple[str, Any, Any]]]:
 
     def compile_all(kernel: launch.Kernel, args: launch.Args) -> bool:
         names = ("BM", "BN", "BK", "BLOCK", "ROWS", "PART", "num_warps", "num_stages")
-        for chosen in kernel.fitting(args):
-            whole = {**args, **chosen}
-            compiled = kernel.function.run(grid=None, warmup=True, **whole)
-            config = ", ".join(f"{name} {whole[name]}" for name in names if name in whole)
-            if compiled.hash not in {each.hash for _, _, each in found}:
-                found.append((config, kernel.function, compiled))
+        whole = {**args, **kernel.chosen(args)}
+        compiled = kernel.function.run(grid=None, warmup=True, **whole)
+        config = ", ".join(f"{name} {whole[name]}" for name in names if name in whole)
+        if compiled.hash not in {each.hash for _, _, each in found}:
+            found.append((config, kernel.function, compiled))
         return False
 
     triton.runtime.driver.set_active(NoDevice(chip))

@@ -141,13 +141,11 @@ def check_close(*args: Any, **_: Any) -> None:
 @contextlib.contextmanager
 def on_fake_cuda(kernels: dict[str, Callable[..., Any]]) -> Iterator[None]:
     """Makes tensors fake, and operators call their launchers, whose kernels do nothing."""
-    from triton.runtime import Autotuner
     from triton.runtime.interpreter import InterpretedFunction
 
     load_guard()
     fakes = {name: mock.MagicMock(side_effect=kernel) for name, kernel in kernels.items()}
     patches = [
-        mock.patch.object(Autotuner, "run", launch),
         mock.patch.object(InterpretedFunction, "run", launch),
         mock.patch.object(torch.cuda, "device_of", lambda _: contextlib.nullcontext()),
         mock.patch.object(torch.cuda, "get_device_properties", lambda *_: CHIP),

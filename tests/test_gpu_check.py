@@ -205,9 +205,12 @@ def test_rows_keep_to_the_device(row: Row) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available:UserWarning")
-def test_training_keeps_to_the_device() -> None:
+def test_training_keeps_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     model = replace(train.SHAPES[0].model, n_layer=1)
     shape = replace(train.SHAPES[0], model=model, batch=2)
+    with pytest.raises(AssertionError, match="without a CUDA graph: the model is on device 'cpu'"):
+        train.verify_graph(shape, "fp32")
+    monkeypatch.setattr(train, "verify_graph", lambda *_: None)  # which needs a device
     with fake_cuda.on_fake_cuda(kernels.KERNELS):
         with torch.device(fake_cuda.DEVICE):
             train.case(shape, "bf16").verify()

@@ -250,15 +250,17 @@ def test_sums_of_attention_gradients(
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
 
 
-def test_configurations_of_a_kind_make_blocks_of_one_size() -> None:
-    """A descriptor's block is chosen before the configuration; the kernels agree on `terms`."""
-    for table, name in (
-        (attention.FORWARD, "BN"),
-        (attention_backward.QUERY_GRAD, "BN"),
-        (attention_backward.KEY_GRADS, "BM"),
-    ):
-        for kind, configs in table.items():
-            assert len({each.kwargs[name] for each in configs}) == 1 or not kind[2]
+def test_the_tables_of_configurations() -> None:
+    """A further entry is for chips that those before it do not fit; kernels agree on `terms`."""
+    for kernel in (
+        attention.forward_kernel, attention_backward.query_grad_kernel,
+        attention_backward.key_grads_kernel,
+    ):  # fmt: skip
+        for (size, D, *_), configs in kernel.choice.configs.items():
+            q = torch.empty(0, dtype=torch.half if size == 2 else torch.float32)
+            needs = [kernel.choice._shared({"q": q, "D": D, **x.all_kwargs()}) for x in configs]
+            assert needs == sorted(needs, reverse=True)
+            assert all(each > launch.MIN_SHARED for each in needs[:-1])
     for configs in attention_backward.KEY_GRADS.values():
         assert all(attention_backward.TERM_ROWS.value % each.kwargs["BM"] == 0 for each in configs)
 
@@ -662,7 +664,7 @@ def test_how_float32_is_multiplied(
     backend, arch = target
     chip = SimpleNamespace(backend=backend, arch=arch)
     monkeypatch.setattr(launch, "INTERPRETED", False)
-    driver = Mock(get_current_target=lambda: chip)
+    driver = Mock(get_current_target=lambda: chip, get_current_device=lambda: 0)
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision

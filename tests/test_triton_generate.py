@@ -403,6 +403,16 @@ def test_a_kept_decoder_has_the_weights_of_now(
         assert kept._kept[model] != [decoder]
 
 
+def test_a_kept_decoder_is_not_that_of_another_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How float32 is multiplied is compiled into its graphs."""
+    model, options = model_of(TINY), {"max_new_tokens": 2, "temperature": 0.0}
+    for precision, count in (("ieee", 1), ("tf32", 2), ("ieee", 2)):
+        monkeypatch.setattr(device_loop, "precision", lambda _, own=precision: own)
+        generated(model, [[1, 2]], **options)
+        assert len(kept._kept[model]) == count
+        assert kept._kept[model][-1].shape.precision == precision
+
+
 def test_weights_of_8_bits(int8_activations: torch.dtype) -> None:
     """A text that goes past the window, against the rounded weights in float64."""
     model = model_of(replace(TINY, n_layer=2, tie_weights=True), scale=0.5)
@@ -508,7 +518,7 @@ def test_a_graph_is_captured_on_a_stream_of_its_device(monkeypatch: pytest.Monke
     streams: list[Any] = []
 
     @contextmanager
-    def capturing(graph: Any, pool: Any, stream: Any) -> Any:
+    def capturing(graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> Any:
         streams.append(stream)
         yield
 
@@ -517,7 +527,8 @@ def test_a_graph_is_captured_on_a_stream_of_its_device(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(torch.cuda, "graph", capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     model = GPT(TINY).to(DEVICE)
-    shape = Shape(TINY, None, False, 2, 4, kind_of(Sampling(), 11))
+    shape = Shape(TINY, None, False, 2, 4, kind_of(Sampling(), 11), "ieee")
     Decoder(shape, Weights(model, None, False))._captured(lambda: None)
     assert streams == [stream]  # not on a stream of the first device that captured a graph

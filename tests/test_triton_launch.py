@@ -248,11 +248,10 @@ def test_an_unknown_triton_launches_by_itself(
     assert launch.slow_launches()
 
 
-def table(*configs: Any, **options: Any) -> launch.Choice:
+def table(*configs: Any) -> launch.Choice:
     return launch.Choice(
-        {"a": list(configs)}, lambda args: args["MODE"], lambda args: args["BM"] * args["K"],
-        ["K"], **options,
-    )  # fmt: skip
+        {"a": list(configs)}, lambda args: args["MODE"], lambda args: args["BM"] * args["K"], ["K"]
+    )
 
 
 def tiles(kernel: launch.Kernel, recorder: Recorder, K: int = 1) -> int:
@@ -263,42 +262,18 @@ def tiles(kernel: launch.Kernel, recorder: Recorder, K: int = 1) -> int:
 
 def test_the_first_configuration_that_fits_is_taken(recorder: Recorder) -> None:
     first, second = launch.config(4, 3, BM=64), launch.config(4, 2, BM=32)
-    kernel = compiled_probe(table(first, second, timed=()))
+    kernel = compiled_probe(table(first, second))
     for _ in range(2):  # numbers of the key do not share a launch
         assert [tiles(kernel, recorder, K) for K in (2, 20, 200)] == [64, 32, 32]
-    assert [each["BM"] for each in kernel.fitting({"MODE": "a", "K": 2})] == [64, 32]
-    assert compiled_probe().fitting({}) == [{}]
+    assert [kernel.chosen({"MODE": "a", "K": K})["BM"] for K in (2, 20)] == [64, 32]
+    assert compiled_probe().chosen({}) == {}
     kernel.configs = [second]
     assert tiles(kernel, recorder, 2) == 32
     unseen = compiled_probe(
-        launch.Choice({"a": [first, second]}, lambda args: args["n"], lambda args: 0, ["K"], ())
+        launch.Choice({"a": [first, second]}, lambda args: args["n"], lambda args: 0, ["K"])
     )
     with pytest.raises(KeyError, match="n"):  # a number that is not in the key
         tiles(unseen, recorder)
-
-
-def test_only_what_leaves_the_bits_alone_is_timed(
-    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    timed, fastest = [], 128
-
-    def time(call: Any, quantiles: Any) -> list[float]:
-        call()
-        timed.append(recorder.launched[-1][-1])
-        return [0.0 if timed[-1] == fastest else 1.0] * 3
-
-    monkeypatch.setattr(launch, "_time_briefly", time)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    sizes = {64: 3, 128: 3, 256: 2}
-    configs = [launch.config(4, stages, BM=BM) for BM, stages in sizes.items()]
-    kernel = compiled_probe(table(*configs, timed=("BM",)))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert tiles(kernel, recorder) == 64 and not timed and not kernel._readers
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert [tiles(kernel, recorder) for _ in range(3)] == [fastest] * 3
-    assert timed == [64, 128]  # 256 has other stages, which are not timed
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert tiles(kernel, recorder) == fastest
 
 
 def test_every_kernel_is_launched_by_way_of_launch() -> None:
@@ -338,11 +313,11 @@ def test_launches_are_counted() -> None:
     x, weight = torch.randn(5, 16, device=device), torch.ones(16, device=device)
     with launch.counted() as counts:
         y, _, _ = rows.layer_norm(x, weight, None)
-        rows.moments(x)
+        rows.layer_norm(x, weight, None)
     assert counts == {"layer_norm_kernel": 2}
     assert torch.allclose(y, torch.nn.functional.layer_norm(x, (16,)), atol=1e-5)
     with launch.counted(run=False) as counts:
-        rows.moments(torch.empty(5, 16, device="meta"))
+        rows.layer_norm(torch.empty(5, 16, device="meta"), weight, None)
     assert counts == {"layer_norm_kernel": 1}
 
 

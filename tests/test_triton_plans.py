@@ -109,8 +109,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         with mock.patch.object(launch, "slow_launches", lambda: "interpreted"):
             by_triton(self, grid, classes, values, options)
         args = self._by_name(values)
-        chosen = [each.all_kwargs() for each in self._choose(args, launch.Choice.candidates)]
-        every = options | (chosen[0] if chosen else {})
+        every = options | self.chosen(args)
         launcher = Launcher(self, values, every)
         return Launch(launcher, self.name, "packed", args | every, launcher)
 
@@ -324,6 +323,10 @@ def hidden(x: Tensor) -> Tensor:
     return torch.from_numpy(x.numpy()) + 1
 
 
+def normed(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return rows.layer_norm(x, weight, None)
+
+
 def test_what_a_plan_cannot_do_goes_by_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.ones(4, 4)
     for launcher, reason in (
@@ -336,10 +339,10 @@ def test_what_a_plan_cannot_do_goes_by_the_launcher(monkeypatch: pytest.MonkeyPa
         assert not planned.plans and reason in str([*planned.seen.values()])
     streams = itertools.count()
     monkeypatch.setattr(plans, "current_stream", lambda: lambda device: next(streams))
-    planned = plans.Planned(rows.moments, kernels.KERNELS)
-    assert planned.tensors == ["x"]
+    planned = plans.Planned(normed, kernels.KERNELS)
+    assert planned.tensors == ["x", "weight"]
     for _ in range(3):
-        assert not by_plan(planned, x)
+        assert not by_plan(planned, X, WEIGHT)
     assert "streams" in str(planned.seen)
 
 
@@ -369,14 +372,14 @@ def test_a_call_runs_on_the_device_of_its_first_tensor(monkeypatch: pytest.Monke
 
 def test_a_launch_that_is_not_kept_has_no_plan_until_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     by_triton = launch.Kernel._launch_by_triton
-    planned = plans.Planned(rows.moments, kernels.KERNELS)
+    planned = plans.Planned(normed, kernels.KERNELS)
     with monkeypatch.context() as while_capturing:
         not_kept = lambda *args: by_triton(*args) and None  # noqa: E731
         while_capturing.setattr(launch.Kernel, "_launch_by_triton", not_kept)
         for _ in range(3):
-            assert not by_plan(planned, X)
-    assert not by_plan(planned, X)  # recorded, now that the configuration is chosen
-    assert by_plan(planned, X)
+            assert not by_plan(planned, X, WEIGHT)
+    assert not by_plan(planned, X, WEIGHT)  # recorded, now that the configuration is chosen
+    assert by_plan(planned, X, WEIGHT)
 
 
 def test_threads_make_tensor_maps_of_their_own_addresses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ assert where  # the fixture that runs every test in the interpreter or on a GPU
 
 TILES = [
     *((tile, torch.float16, 40) for tile in products.DESCRIBED_TILES),
-    (products.EPILOGUE_TILES[0], torch.float16, 40),
+    *((tile, torch.float16, 40) for tile in products.EPILOGUE_TILES),
     *((tile, torch.float16, 36) for tile in products.POINTER_TILES[2]),
     *((tile, torch.float32, 40) for tile in products.POINTER_TILES[4]),
 ]
@@ -67,7 +67,7 @@ def test_a_row_has_the_same_bits_with_every_tile_and_way_to_read_operands(
         assert torch.equal(alone[0], y[77])
         return y, before
 
-    described = (*products.DESCRIBED_TILES, products.EPILOGUE_TILES[0])
+    described = *products.DESCRIBED_TILES, *products.EPILOGUE_TILES
     for descriptors, tiles in ((True, described), (False, products.POINTER_TILES[2])):
         monkeypatch.setattr(products, "has_descriptors", lambda _, have=descriptors: have)
         found = []

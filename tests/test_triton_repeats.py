@@ -1,10 +1,8 @@
 """Every configuration of every kernel on a GPU: against float64, and 200 times the same bits.
 
-A race in a pipeline of loads shows as a result that differs once in a while; products whose left
-operand is normalised as it is read, and so comes from registers, have had some.
+A race in a pipeline of loads shows as a result that differs once in a while.
 """
 
-import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +19,9 @@ from gptfast.ops import reference
 from gptfast.testing import check_op, run
 
 pytest.importorskip("triton")
+from gptfast.ops.triton import attention as attention_forward  # noqa: E402
+from gptfast.ops.triton import attention_backward, launch, products  # noqa: E402
+
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPE = torch.bfloat16 if CUDA else torch.float32  # the interpreter multiplies bfloat16 wrongly
@@ -72,34 +73,38 @@ def cross_entropy() -> list[Any]:
     return [checked(*args, case(M // 4, K, N))]
 
 
-CHECKS = {
-    "attention": attention, "attention_backward": attention, "linear": linear, "rows": linear,
-    "ffn": ffn, "cross_entropy": cross_entropy,
-}  # fmt: skip
-
-
 def configurations() -> Iterator[Any]:
-    """Yields a case per configuration: the module, the kernel's name, the configuration."""
-    for module in CHECKS:
-        kernels = vars(importlib.import_module(f"gptfast.ops.triton.{module}"))
-        for name, kernel in kernels.items():
-            configs = getattr(kernel, "configs", None)
-            if isinstance(configs, list):
-                for i, config in enumerate(configs):
-                    yield pytest.param(module, name, config, id=f"{module}-{name}-{i}")
+    """Yields a case per configuration: what is computed, and what takes another one's place."""
+    for module in (attention_forward, attention_backward):
+        for name, kernel in vars(module).items():
+            configs = kernel.configs if isinstance(kernel, launch.Kernel) else []
+            for i, config in enumerate(configs):
+                places = [(kernel, "configs", [config])]
+                yield pytest.param([attention], places, id=f"{name}-{i}")
+    for described, tiles in (
+        (True, {*products.DESCRIBED_TILES, *products.EPILOGUE_TILES}),
+        (False, products.POINTER_TILES[2]),
+    ):
+        for i, tile in enumerate(sorted(tiles)):
+            places = [(products, "choose_tile", lambda *_, tile=tile: tile)]
+            if not described:
+                places.append((products, "has_descriptors", lambda _: False))
+            kind = "described" if described else "pointers"
+            yield pytest.param([linear, ffn], places, id=f"products-{kind}-{i}")
+    yield pytest.param([cross_entropy], [], id="cross_entropy")
 
 
 @pytest.mark.cuda
 @pytest.mark.full
-@pytest.mark.parametrize(("module", "name", "config"), configurations())
+@pytest.mark.parametrize(("checks", "places"), configurations())
 def test_every_configuration_is_right_and_repeats(
-    module: str, name: str, config: Any, monkeypatch: pytest.MonkeyPatch
+    checks: list[Any], places: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not CUDA:
         pytest.skip("torch finds no CUDA device")
-    kernel = getattr(importlib.import_module(f"gptfast.ops.triton.{module}"), name)
-    monkeypatch.setattr(kernel, "configs", [config])
-    for compute in CHECKS[module]():
+    for each in places:
+        monkeypatch.setattr(*each)
+    for compute in (found for check in checks for found in check()):
         first = compute()
         for _ in range(REPETITIONS):
             assert all(torch.equal(a, b) for a, b in zip(compute(), first, strict=True))

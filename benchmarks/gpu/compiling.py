@@ -105,15 +105,14 @@ def compiling(claims: Claims) -> Iterator[None]:
             claimed.rename(claimed.with_suffix(".done"))
 
         def watch(kernel: Any, args: launch.Args) -> bool:
-            for chosen in kernel.fitting(args):
-                whole = {**args, **chosen}
-                key = described(kernel, whole)
-                calls[key] += 1
-                if calls[key] > OFTEN:
-                    raise Enough
-                claimed = claims.claim(key) if calls[key] == 1 else None
-                if claimed is not None:
-                    pool.submit(compile_one, kernel, whole, claimed)
+            whole = {**args, **kernel.chosen(args)}
+            key = described(kernel, whole)
+            calls[key] += 1
+            if calls[key] > OFTEN:
+                raise Enough
+            claimed = claims.claim(key) if calls[key] == 1 else None
+            if claimed is not None:
+                pool.submit(compile_one, kernel, whole, claimed)
             return False
 
         with (
@@ -167,7 +166,6 @@ def fill_cache(rows: list[Row], folder: Path, forget: Any) -> None:
         folder: see `Claims`.
         forget: forgets the models that rows share, which hold what was recorded without launches.
     """
-    time_nothing()
     claims = Claims(folder)
     with compiling(claims):
         for row in rows:
@@ -192,22 +190,3 @@ def tidy(forget: Any) -> None:
     forget()
     gc.collect()
     torch.cuda.empty_cache()
-
-
-def time_nothing() -> None:
-    """Makes Triton's tuner compile all candidates, take any, and not remember it.
-
-    While several processes share the GPU, times mean nothing.
-    """
-    from triton.runtime import Autotuner
-
-    def forgetful(tuner: Any, key: Any, configs: Any, bench: Any) -> bool:
-        bench()
-        return False
-
-    def once(call: Any, quantiles: Any) -> list[float]:
-        call()
-        return [1.0] * 3
-
-    tuner: Any = Autotuner
-    tuner.check_disk_cache, tuner.do_bench = forgetful, staticmethod(once)

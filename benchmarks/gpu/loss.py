@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 from bench_cross_entropy import cross_entropy
-from common import Case, Row, random_tensors
+from common import Row
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,19 +32,10 @@ def in_chunks(x: Tensor, weight: Tensor, targets: Tensor) -> list[Tensor]:
     return [loss, dx, dweight]
 
 
-def case(shape: tuple[int, int, int], dtype: str) -> Case:
-    """Makes the case of bench_cross_entropy.py, with torch in chunks of rows."""
-    M, K, V = shape
-    found = cross_entropy(M, K, V, dtype)
-    x, weight = random_tensors((M, K), (V, K), dtype=dtype, scale=K**-0.25)
-    targets = torch.randint(V, (M,))
-    found.contenders["torch, chunks"] = functools.partial(in_chunks, x, weight, targets)
-    return found
-
-
 def rows(full: bool) -> Iterator[Row]:
     """Yields the rows."""
-    for shape in (*SHAPES, *(FULL_SHAPES if full else ())):
-        name = f"linear + cross-entropy {'x'.join(map(str, shape))} forward+backward"
+    others = {"torch, chunks": in_chunks}
+    for M, K, V in (*SHAPES, *(FULL_SHAPES if full else ())):
+        name = f"linear + cross-entropy {M}x{K}x{V} forward+backward"
         for dtype in ("bf16", "fp32") if full else ("bf16",):
-            yield Row(name, dtype, functools.partial(case, shape, dtype))
+            yield Row(name, dtype, functools.partial(cross_entropy, M, K, V, dtype, others))

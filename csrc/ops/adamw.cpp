@@ -12,14 +12,16 @@ namespace {
 float* values(const Arguments& args, const char* name, const Tensor& x, const Tensor& like) {
   args.require(x.is_cpu() && x.is_contiguous() && x.scalar_type() == ScalarType::Float &&
                    x.numel() == like.numel(),
-               name, " must be contiguous float32 tensors of the weights' sizes");
+               name, " must be contiguous float32 tensors of the weights' sizes on the CPU, got ",
+               x.scalar_type(), " ", x.sizes(), " for a weight of ", like.sizes());
   return static_cast<float*>(x.data_ptr());
 }
 
 // A parameter's step count, which torch keeps as a tensor.
 float* count(const Arguments& args, const Tensor& step) {
   args.require(step.is_cpu() && step.numel() == 1 && step.scalar_type() == ScalarType::Float,
-               "steps must be float32 tensors of one element");
+               "steps must be float32 tensors of one element on the CPU, got ",
+               step.scalar_type(), " ", step.sizes());
   return static_cast<float*>(step.data_ptr());
 }
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gptfast import ops
+from gptfast.captures import captured
 from gptfast.config import GPTConfig
 from gptfast.generation.sizes import fill_length, slots_bucket, unrolled
 from gptfast.generation.weights import Linear, Weights
@@ -65,6 +66,7 @@ class Shape(NamedTuple):
     slots: int
     capacity: int  # tokens of a slot's cache
     kind: Kind
+    precision: str  # of products, which torch's settings choose for float32
 
 
 class Flight(NamedTuple):
@@ -130,7 +132,7 @@ class Decoder:
 
     @property
     def bytes(self) -> int:
-        """How many bytes caches, logits and copied weights take."""
+        """How many bytes caches, logits and copied weights take; graphs have others besides."""
         return self._cache.nbytes + self._logits.nbytes + self.weights.bytes
 
     def set_sampling(self, how: Sampling) -> None:
@@ -141,7 +143,9 @@ class Decoder:
             self._sampled = numbers
 
     def clear(self) -> None:
-        """Stops all slots."""
+        """Stops all slots, after steps that nobody looked at, perhaps on another stream."""
+        if self._arrived is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._arrived)
         self._whole_state.copy_(self._idle)
         self._arrived = None
 
@@ -347,7 +351,7 @@ class Decoder:
         graph = torch.cuda.CUDAGraph()
         # torch's default capture stream belongs to the first device that the process captured on.
         stream = torch.cuda.Stream()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+        with captured(graph, self._pool, stream):
             function()
         return graph
 

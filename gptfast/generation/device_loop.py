@@ -37,6 +37,7 @@ from gptfast.generation.sequences import Sequences, Update
 from gptfast.generation.sizes import capacity_bucket, slots_bucket
 from gptfast.model import GPT
 from gptfast.ops.sampling import top_logprobs
+from gptfast.ops.triton.launch import precision
 from gptfast.ops.triton.sampling import kind_of
 
 LOOK_SECONDS = 0.0025  # of steps that are queued and looked at together, at most
@@ -104,7 +105,7 @@ class DeviceLoop:
         if rounded * capacity * token_bytes > request.max_cache_bytes:
             rounded = fitting
         kind = kind_of(request.sampling, config.vocab_size)
-        return Shape(config, request.dtype, lasting, rounded, capacity, kind)
+        return Shape(config, request.dtype, lasting, rounded, capacity, kind, precision(dtype))
 
     @property
     def _own_decoder(self) -> Decoder:

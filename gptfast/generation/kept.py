@@ -1,5 +1,6 @@
 """Decoders kept for the next call with a model: their caches and graphs take long to make."""
 
+import threading
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,21 +14,24 @@ KEPT_BYTES = 512 << 20  # of the decoders kept for a model, at most, or
 KEPT_SHARE = 16  # the GPU's memory divided by this, where that is more
 
 _kept: WeakKeyDictionary[GPT, list[Decoder]] = WeakKeyDictionary()  # the last one used last
+_lock = threading.Lock()  # of `_kept`, for models that several threads generate with
 
 
 def take_decoder(model: GPT, shape: Shape, how: Sampling) -> Decoder:
     """Returns a decoder, with the model's weights as they are now, that nobody else has."""
-    mine, weights = _kept.get(model, []), parameters_of(model)
-    mine[:] = [each for each in mine if each.weights.fits(weights)]  # of weights that have moved
-    for decoder in mine:
-        if decoder.shape == shape:
+    weights = parameters_of(model)
+    with _lock:
+        mine = _kept.get(model, [])
+        mine[:] = [each for each in mine if each.weights.fits(weights)]  # of weights that moved
+        decoder = next((each for each in mine if each.shape == shape), None)
+        if decoder is not None:
             mine.remove(decoder)
-            decoder.weights.take(weights)
-            decoder.clear()
-            break
-    else:
+    if decoder is None:
         with torch.inference_mode(False):  # or its tensors could not be written outside of it
             decoder = Decoder(shape, Weights(model, shape.dtype, shape.copied))
+    else:
+        decoder.clear()
+        decoder.weights.take(weights)
     decoder.set_sampling(how)
     return decoder
 
@@ -35,11 +39,12 @@ def take_decoder(model: GPT, shape: Shape, how: Sampling) -> Decoder:
 def keep_decoder(model: GPT, decoder: Decoder) -> None:
     """Keeps a decoder for the next call; the oldest ones go where they take too much memory."""
     decoder.weights.let_go()
-    mine = _kept.setdefault(model, [])
-    mine.append(decoder)
     most = KEPT_BYTES
     if decoder.device.type == "cuda":
         memory = torch.cuda.get_device_properties(decoder.device).total_memory
         most = max(most, memory // KEPT_SHARE)
-    while sum(each.bytes for each in mine) > most:
-        mine.pop(0)
+    with _lock:
+        mine = _kept.setdefault(model, [])
+        mine.append(decoder)
+        while sum(each.bytes for each in mine) > most:
+            mine.pop(0)

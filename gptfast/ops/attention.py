@@ -100,8 +100,8 @@ def causal_attention(
     sums in float32.
 
     Args:
-        q: (B, H, Tq, D), float32 or bfloat16, any strides (the last one is copied to 1 where it is
-            not).
+        q: (B, H, Tq, D), float32, bfloat16 or, on a GPU, float16, any strides (the last one is
+            copied to 1 where it is not).
         k: (B, H, Tk, D), like q.
         v: (B, H, Tk, D), like q.
         dropout_p: Probability, in [0, 1], of an attention weight to be dropped.

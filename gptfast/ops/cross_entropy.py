@@ -203,7 +203,7 @@ def linear_cross_entropy(
     of them at a time, or 768 rows where those are more; on a GPU 200 MiB, or 128 rows.
 
     Args:
-        x: (..., K), float32 or bfloat16.
+        x: (..., K), float32, bfloat16 or, on a GPU, float16.
         weight: (V, K), contiguous, float32 or x's dtype.
         targets: (...), int64 in [0, V) or `ignore_index`.
         ln_w: (K,), float32 or x's dtype, as `layer_norm_linear` has it; None: no norm.

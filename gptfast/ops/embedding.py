@@ -95,14 +95,14 @@ def embedding(
 
     Args:
         idx: (B, T), int64 in [0, V), T at most wpe's rows.
-        wte: (V, C), contiguous, float32 or bfloat16.
+        wte: (V, C), contiguous, float32, bfloat16 or, on a GPU, float16.
         wpe: (block_size, C), float32 or wte's dtype.
         padding_idx: The row of wte that gets no gradient, in [0, V); None: every row gets one.
         dropout_p: Probability, in [0, 1], of an element to be dropped.
         seed: Key of the dropout mask, () int64 or an int; drawn from torch's default generator when
             None.
         stream: Number of this dropout among those that share the seed.
-        dtype: The result's dtype, float32 or bfloat16; wte's when None.
+        dtype: The result's dtype, one of those; wte's when None.
 
     Returns:
         (B, T, C) in `dtype`.

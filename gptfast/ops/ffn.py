@@ -86,7 +86,7 @@ def layer_norm_ffn(
     """Computes x + dropout(GELU(LayerNorm(x) w1' + b1) w2' + b2), hidden activations kept in cache.
 
     Args:
-        x: (..., C), float32 or bfloat16.
+        x: (..., C), float32, bfloat16 or, on a GPU, float16.
         ln_w: (C,), float32 or x's dtype, as are all parameters; gradients have the parameter's
             dtype.
         ln_b: (C,) or None.

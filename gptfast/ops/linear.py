@@ -141,7 +141,7 @@ def layer_norm_linear(
     """Computes LayerNorm(x) weight' + bias; eps 1e-5, statistics in float32, variance two-pass.
 
     Args:
-        x: (..., K), float32 or bfloat16.
+        x: (..., K), float32, bfloat16 or, on a GPU, float16.
         ln_w: (K,), float32 or x's dtype, as are all parameters; gradients have the parameter's
             dtype.
         ln_b: (K,) or None.
@@ -168,7 +168,7 @@ def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
     """Computes residual + x weight' + bias.
 
     Args:
-        x: (..., K), float32 or bfloat16.
+        x: (..., K), float32, bfloat16 or, on a GPU, float16.
         weight: (N, K), contiguous, float32 or x's dtype.
         bias: (N,) or None.
         residual: (..., N), like x.

@@ -103,7 +103,7 @@ def layer_norm_attention(
     `causal_attention`.
 
     Args:
-        x: (B, T, C), float32 or bfloat16.
+        x: (B, T, C), float32, bfloat16 or, on a GPU, float16.
         ln_w: (C,), float32 or x's dtype, as are all parameters; gradients have the parameter's
             dtype.
         ln_b: (C,) or None.

@@ -12,7 +12,6 @@ Letters: B batch, T time, N tokens of a text.
 
 import contextlib
 import functools
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from gptfast import data
+from gptfast.captures import captured
 from gptfast.training.capturable import Watch, observer, obstacle
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ SLOTS = 4  # steps that the host may be ahead of the device
 MAX_GRAPHS = 4  # shapes of a batch, the first ones; others run without a graph
 
 Run = Callable[[], Tensor]
-
-_capturing = threading.Lock()  # a capture forbids others to wait for the device as a whole
 
 
 class Cuda:
@@ -71,19 +69,16 @@ class Cuda:
 
     def capture(self, run: Run) -> Run:
         """Captures what `run` does; returns what does it again, and gives `run`'s result."""
-        with _capturing, torch.cuda.device(self._device):
+        with torch.cuda.device(self._device):
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            graph = torch.cuda.CUDAGraph()
             self._pending = []
             try:
-                with torch.cuda.graph(
-                    graph, self._pool, self._stream, capture_error_mode="thread_local"
-                ):
+                with captured(graph, self._pool, self._stream):
                     result = run()
                 for action in self._pending:
                     action()
             except RuntimeError:
-                torch.cuda.set_stream(current)  # an invalid capture's end raises before that
                 self._leave_capture()
                 raise
             finally:
@@ -103,9 +98,7 @@ class Cuda:
         """
         number = torch.zeros((), device=self._device)
         with contextlib.suppress(RuntimeError):
-            with torch.cuda.graph(
-                torch.cuda.CUDAGraph(), stream=self._stream, capture_error_mode="thread_local"
-            ):
+            with captured(torch.cuda.CUDAGraph(), None, self._stream):
                 number.add_(1.0)
 
     def after_capture(self, action: Callable[[], None]) -> None:

@@ -178,32 +178,47 @@ class Table:
         squares: list[Tensor], steps: list[Tensor], averages: list[Tensor], groups: list[int],
         memory: Tensor | None = None,
     ) -> None:  # fmt: skip
+        if not weights:
+            raise RuntimeError("adamw_: weights must be one tensor or more, got none")
         device = weights[0].get_device()
-        names = ("weights", "grads", "means", "squares") + ("averages",) * bool(averages)
-        columns = [weights, grads, means, squares] + [averages] * bool(averages)
-        for name, tensors in zip(names, columns, strict=True):
-            if not all(_fits(x, like, device) for x, like in zip(tensors, weights, strict=True)):
+        columns = {"weights": weights, "grads": grads, "means": means, "squares": squares}
+        if averages:
+            columns["averages"] = averages
+        counts = {name: len(x) for name, x in columns.items()}
+        for name, count in {**counts, "steps": len(steps), "groups": len(groups)}.items():
+            if count != len(weights):
                 raise RuntimeError(
-                    f"adamw_: {name} must be contiguous float32 tensors of the weights' sizes, "
-                    "on one device"
+                    f"adamw_: {name} must be as many as weights, {len(weights)}, got {count}"
                 )
-        if not all(_fits(step, step, device) and step.numel() == 1 for step in steps):
-            raise RuntimeError(
-                "adamw_: steps must be float32 tensors of one element, on the weights' device"
-            )
+        for name, tensors in columns.items():
+            for i, (x, like) in enumerate(zip(tensors, weights, strict=True)):
+                if not _fits(x, like.numel(), device):
+                    raise RuntimeError(
+                        f"adamw_: {name} must be contiguous float32 tensors of the weights' sizes, "
+                        f"on one device, got {_described(x)} for weight {i}, {_described(like)}"
+                    )
+        for i, step in enumerate(steps):
+            if not _fits(step, 1, device):
+                raise RuntimeError(
+                    "adamw_: steps must be float32 tensors of one element, on the weights' device, "
+                    f"got {_described(step)} for weight {i}"
+                )
         sizes = tuple(weight.numel() for weight in weights)
         self.chunk, chunks = _chunks(sizes)
         self.count, self.chunk_count = len(sizes), len(chunks)
         self.averaged = bool(averages)
-        columns = [weights, grads, means, squares, averages or [], steps]
-        each = [[x.data_ptr() for x in tensors] or [0] * self.count for tensors in columns]
+        fields = weights, grads, means, squares, averages, steps
+        each = [[x.data_ptr() for x in tensors] or [0] * self.count for tensors in fields]
         entries = np.array([*each, sizes, groups], dtype=np.int64).T  # (P, FIELDS)
         self.aligned = not (entries[:, :5] % 16).any()
         self.host = torch.from_numpy(np.concatenate([entries.ravel(), chunks.ravel()]))
         if memory is None:
             memory = torch.empty_like(self.host, device=weights[0].device)
         if memory.shape != self.host.shape:
-            raise RuntimeError("adamw_: memory is that of a table of other parameters")
+            raise RuntimeError(
+                "adamw_: memory must be that of a table of as many parameters, "
+                f"{tuple(self.host.shape)} int64, got {_described(memory)}"
+            )
         self.memory = memory
         self._grads = grads  # their memory must not be used otherwise before the update
 
@@ -234,10 +249,15 @@ class Table:
         return norm
 
 
-def _fits(x: Tensor, like: Tensor, device: int) -> bool:
+def _fits(x: Tensor, size: int, device: int) -> bool:
     """Whether a kernel that is given x's address alone reads what it expects there."""
-    alike = x.dtype == torch.float32 and x.numel() == like.numel()
+    alike = x.dtype == torch.float32 and x.numel() == size
     return alike and x.is_contiguous() and x.get_device() == device
+
+
+def _described(x: Tensor) -> str:
+    strided = "" if x.is_contiguous() else ", not contiguous"
+    return f"{str(x.dtype)[6:]} {tuple(x.shape)} on {x.device}{strided}"
 
 
 def adamw_(

@@ -151,7 +151,7 @@ def row_tiles(*tensors: Tensor) -> bool:
 def descriptors(tiles: bool, rows: int, *tensors: Tensor) -> list[Any]:
     """Returns descriptors for blocks of so many rows of each tensor; without `tiles` None for each.
 
-    rows is that of the first configuration for the call: all others for it have the same.
+    rows is that of the configuration that the call takes.
     """
     if not tiles:
         return [None] * len(tensors)
@@ -168,11 +168,15 @@ FORWARD = {
     (2, 64, True): [config(4, 3, BM=64, BN=64)],
     (2, 128, True): [config(4, 3, BM=64, BN=64)],
     (2, 256, True): [config(4, 2, BM=64, BN=32)],
-    (2, 64, False): [config(8, 3, BM=128, BN=64), config(4, 1, BM=64, BN=64)],
-    (2, 128, False): [config(8, 3, BM=128, BN=64), config(4, 1, BM=32, BN=64)],
+    (2, 64, False): [config(8, 3, BM=128, BN=64)],
+    (2, 128, False): [
+        config(8, 3, BM=128, BN=64),
+        config(8, 2, BM=128, BN=64),
+        config(4, 1, BM=32, BN=64),
+    ],
     (2, 256, False): [config(8, 2, BM=64, BN=32), config(4, 1, BM=32, BN=32)],
-    (4, 64, False): [config(8, 1, BM=32, BN=16), config(4, 1, BM=16, BN=16)],
-    (4, 128, False): [config(8, 1, BM=32, BN=16), config(4, 1, BM=16, BN=16)],
+    (4, 64, False): [config(8, 1, BM=32, BN=16)],
+    (4, 128, False): [config(8, 1, BM=32, BN=16)],
     (4, 256, False): [config(4, 1, BM=16, BN=16)],
 }
 
@@ -262,7 +266,7 @@ def attention(
     if lse.numel():
         grid = lambda meta: (cdiv(Tq, meta["BM"]) * B * H,)  # noqa: E731
         shape: dict[str, Any] = {**parts_of(q), "TILES": row_tiles(k, v)}
-        rows = forward_kernel.fitting({"q": q, **shape})[0]["BN"]
+        rows = forward_kernel.chosen({"q": q, **shape})["BN"]
         forward_kernel[grid](
             q, k, v, out, lse, *descriptors(shape["TILES"], rows, k, v),
             H, Tq, k.shape[2], log2_scale(scale),

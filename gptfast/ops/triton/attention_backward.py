@@ -59,10 +59,10 @@ QUERY_GRAD = {
     (2, 128, True): [config(8, 3, BM=128, BN=64)],
     (2, 256, True): [config(4, 2, BM=64, BN=16)],
     (2, 256, True, "dropout"): [config(8, 2, BM=64, BN=16)],
-    (2, 64, False): [config(4, 2, BM=64, BN=32), config(4, 1, BM=32, BN=32)],
-    (2, 128, False): [config(4, 2, BM=64, BN=32), config(4, 1, BM=32, BN=32)],
+    (2, 64, False): [config(4, 2, BM=64, BN=32)],
+    (2, 128, False): [config(4, 2, BM=64, BN=32)],
     (2, 256, False): [config(4, 1, BM=16, BN=32)],
-    (4, 64, False): [config(8, 1, BM=32, BN=16), config(4, 1, BM=16, BN=16)],
+    (4, 64, False): [config(8, 1, BM=32, BN=16)],
     (4, 128, False): [config(4, 1, BM=16, BN=16)],
     (4, 256, False): [config(8, 1, BM=16, BN=16)],
     (4, 256, False, "dropout"): [config(8, 1, BM=16, BN=32)],
@@ -331,7 +331,7 @@ def write_grads(
     shape: dict[str, Any] = {**parts_of(q), "PRECISION": precision(q.dtype)}
     shape["TILES"] = row_tiles(q, k, v, dout)
     args = {"q": q, "masks": masks, **shape}
-    tile, key_tile = query_grad_kernel.fitting(args)[0], key_grads_kernel.fitting(args)[0]
+    tile, key_tile = query_grad_kernel.chosen(args), key_grads_kernel.chosen(args)
     key_tiles = descriptors(shape["TILES"], tile["BN"], k, v)
     query_tiles = descriptors(shape["TILES"], key_tile["BM"], q, dout)
     each, key_sums = 2 if masks is not None else 3, None  # as query_grad_kernel has it

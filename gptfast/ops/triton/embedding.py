@@ -111,10 +111,10 @@ def tables_kernel(
         total += tl.load(parts + row * C + c[None, :], mask=inside, other=0.0)
     value = tl.sum(total, 0)
     if dwte is not None:
-        at = tl.where(n < V, n, 0) * C + c
+        at = tl.where(n < V, n, 0).to(tl.int64) * C + c
         tl.store(dwte + at, value.to(dwte.dtype.element_ty), mask=c < tl.where(n < V, C, 0))
     if dwpe is not None:
-        at = tl.where(n < V, 0, n - V) * C + c
+        at = tl.where(n < V, 0, n - V).to(tl.int64) * C + c
         tl.store(dwpe + at, value.to(dwpe.dtype.element_ty), mask=c < tl.where(n < V, 0, C))
 
 

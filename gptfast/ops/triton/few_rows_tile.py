@@ -50,7 +50,8 @@ def tile_of(M: int, N: int, K: int, itemsize: int, few_bits: bool = False) -> Ti
     deepest = UNIT if itemsize == 4 else min(128, block_of(STAGE_BYTES // (both * slices) + 1) // 2)
     if few_bits:  # their order of sums repeats every 32 columns
         deepest = max(deepest, UNIT)
-    stages = 3 if launch.shared_limit() > launch.MIN_SHARED else 1
-    return Tile(
-        rows, columns, min(length & -length, deepest), length, slices, at_once, slices, stages
-    )
+    depth = min(length & -length, deepest)
+    stages = 3  # of which all but one wait in shared memory
+    while stages > 1 and (stages - 1) * slices * depth * both > launch.shared_limit():
+        stages -= 1
+    return Tile(rows, columns, depth, length, slices, at_once, slices, stages)

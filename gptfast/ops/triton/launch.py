@@ -45,30 +45,25 @@ def tuned(
     which: Callable[[Args], Any],
     shared: Callable[[Args], int],
     key: list[str],
-    timed: tuple[str, ...] = (),
 ) -> Callable[[Any], "Kernel"]:
     """Decorates a function like `kernel`; tile sizes, warps and stages come from a table.
 
-    The first configuration that fits the device is taken, so that two processes, a resumed run,
-    or the ranks of a parallel run compute the same bits. If others differ from it only in what is
-    `timed`, the fastest of these is taken. Triton's tuner finds it once per `key` and dtypes, and
-    remembers it on disk.
+    The first configuration that fits the device is taken, and nothing is timed, so that two
+    processes, a resumed run, or the ranks of a parallel run compute the same bits.
 
     No key contains the batch size, and kernels that compute rows of an activation are not
     specialised for the number of rows, so a row's bits do not depend on the other rows.
 
     Args:
-        configs: The candidates per kind of call: configurations that do not spill registers on the
-            chips of benchmarks/gpu_static.py, the one that fits every chip last.
+        configs: The configurations per kind of call: such as do not spill registers on the chips of
+            benchmarks/gpu_static.py, the one that fits every chip last.
         which: Returns the kind of a call from its arguments: of the numbers those in `key`, of the
             tensors their dtypes, and the constants.
         shared: Returns the bytes of operands in shared memory from the same arguments and a
             configuration; those above the device's limit are not taken.
         key: Names of the numbers that the choice may depend on.
-        timed: Names of entries in which the order of no sum depends on. To time a kernel is to
-            launch it often, so it must not read what it writes.
     """
-    return lambda function: Kernel(function, Choice(configs, which, shared, key, timed))
+    return lambda function: Kernel(function, Choice(configs, which, shared, key))
 
 
 def config(warps: int, stages: int, **tile: int) -> triton.Config:
@@ -85,37 +80,15 @@ class Choice:
         which: Callable[[Args], Any],
         shared: Callable[[Args], int],
         key: list[str],
-        timed: tuple[str, ...],
     ) -> None:
         self.configs, self.key = configs, key
-        self._which, self._shared, self._timed = which, shared, timed
-        self._tuners: dict[str, Any] = {}
+        self._which, self._shared = which, shared
 
-    def fitting(self, args: Args) -> list[triton.Config]:
-        """Returns the configurations for a call that fit the device."""
+    def choose(self, args: Args) -> triton.Config:
+        """Returns the first configuration for a call that fits the device, or else the last."""
         mine, limit = self.configs[self._which(args)], shared_limit()
-        fit = [each for each in mine if self._shared({**args, **each.all_kwargs()}) <= limit]
-        return fit or mine[-1:]
-
-    def candidates(self, args: Args) -> list[triton.Config]:
-        """Returns those of `fitting` that are timed, or a single one."""
-        first, *others = self.fitting(args)
-        return [first, *(each for each in others if self._fixed(each) == self._fixed(first))]
-
-    def tuner(self, function: Any, candidates: list[triton.Config]) -> Any:
-        """Returns Triton's tuner of a function for these candidates."""
-        name = str([str(each) for each in candidates])
-        if name not in self._tuners:
-            tune = triton.autotune(candidates, self.key, do_bench=_time_briefly, cache_results=True)
-            self._tuners[name] = tune(function)
-        return self._tuners[name]
-
-    def _fixed(self, each: triton.Config) -> dict[str, Any]:
-        return {name: x for name, x in each.all_kwargs().items() if name not in self._timed}
-
-
-def _time_briefly(call: Callable[[], Any], quantiles: list[float]) -> Any:
-    return triton.testing.do_bench(call, warmup=5, rep=10, quantiles=quantiles)
+        fits = (each for each in mine if self._shared({**args, **each.all_kwargs()}) <= limit)
+        return next(fits, mine[-1])
 
 
 class Kernel:
@@ -139,7 +112,7 @@ class Kernel:
 
     @property
     def configs(self) -> list[triton.Config]:
-        """All configurations; a single one is taken for every call."""
+        """All configurations; if it is set to a single one, that is taken for every call."""
         return self._configs
 
     @configs.setter
@@ -150,11 +123,16 @@ class Kernel:
     def __getitem__(self, grid: Grid) -> Callable[..., None]:
         return functools.partial(self._bound, grid)
 
-    def fitting(self, args: Args) -> list[dict[str, Any]]:
-        """Returns constants and options of each configuration that may be taken for such a call."""
+    def chosen(self, args: Args) -> dict[str, Any]:
+        """Returns constants and options of the configuration that such a call takes."""
         if self.choice is None:
-            return [{}]
-        return [each.all_kwargs() for each in self._choose(args, Choice.fitting)]
+            return {}
+        if len(self._configs) == 1:
+            return self._configs[0].all_kwargs()
+        # Numbers that are not in `key` may change without a new choice.
+        may = {*self._constants, *self.choice.key}
+        known = {x: args[x] for x in args if x in may or not isinstance(args[x], int | float)}
+        return self.choice.choose(known).all_kwargs()
 
     def _launch(
         self, grid: Grid, classes: tuple[Any, ...], values: tuple[Any, ...], options: dict[str, Any]
@@ -175,7 +153,7 @@ class Kernel:
                 launcher(x, y, z, stream, function, packed, None, None, None, *words)
                 tell(found, grid, values)
                 return
-        with self._lock, _disable_current_modes():  # a recording wants nothing of the tuner
+        with self._lock, _disable_current_modes():  # a recording wants nothing of the compiler
             found = self._launch_by_triton(grid, classes, values, options)
         tell(found, grid, values)
 
@@ -187,18 +165,11 @@ class Kernel:
         None: the next call is to go through Triton again.
         """
         args = self._by_name(values)
-        candidates = self._choose(args, Choice.candidates)
-        # Nothing can be timed while a graph is captured (triton issue 10596).
-        capturing = len(candidates) > 1 and torch.cuda.is_current_stream_capturing()
-        if len(candidates) > 1 and not capturing:
-            tuner = self.choice.tuner(self.function, candidates)  # type: ignore[union-attr]
-            tuner[grid](**args, **options)
-            candidates = [tuner.best_config]
-        chosen = candidates[0].all_kwargs() if candidates else {}
+        chosen = self.chosen(args)
         constants = {name: x for name, x in args.items() if name in self._constants} | chosen
         size = grid(constants) if callable(grid) else grid
         compiled = self.function[size](**args, **options, **chosen)
-        if capturing or slow_launches() is not None:
+        if slow_launches() is not None:
             return None
         if classes not in self._readers:
             numbers = [] if self.choice is None else self.choice.key
@@ -215,18 +186,6 @@ class Kernel:
         pairs = zip(self._names, values, strict=True)
         return {name: x for name, x in pairs if x is not LATER}
 
-    def _choose(
-        self, args: Args, how: Callable[[Choice, Args], list[triton.Config]]
-    ) -> list[triton.Config]:
-        if self.choice is None or len(self._configs) == 1:
-            return self._configs
-        # Numbers that are not in `key` may change without a new choice.
-        may = {*self._constants, *self.choice.key}
-        return how(
-            self.choice,
-            {name: x for name, x in args.items() if name in may or not isinstance(x, int | float)},
-        )
-
 
 def slow_launches() -> str | None:
     """Returns why every launch goes through Triton, or None where only the first one does.
@@ -239,7 +198,7 @@ def slow_launches() -> str | None:
     if not TRITON_RANGE[0] <= version <= TRITON_RANGE[1]:
         oldest, newest = (".".join(map(str, each)) for each in TRITON_RANGE)
         return f"Triton is {triton.__version__}, not {oldest} to {newest}"
-    if _target(triton.runtime.driver.active)[0] != "cuda":
+    if target()[0] != "cuda":
         return "the GPU is not NVIDIA's"
     return None
 
@@ -324,25 +283,35 @@ def precision(dtype: torch.dtype = torch.float32) -> str:
         return "ieee"
     # torch.set_float32_matmul_precision sets it too, but its getter raises if both APIs were used.
     short = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    backend, arch = ("", "") if INTERPRETED else _target(triton.runtime.driver.active)
+    backend, arch = ("", "") if INTERPRETED else target()
     if backend == "cuda":
         return "tf32" if short else "tf32x3"
     return "tf32" if short and arch == "gfx942" else "ieee"
 
 
 def copies_tiles() -> bool:
-    """Whether the GPU loads blocks of a tensor by descriptors: NVIDIA's from Hopper on."""
+    """Whether kernels load blocks of a tensor by descriptors: on NVIDIA's chips sm_90 to sm_11x.
+
+    Their matrix instructions read what a descriptor has copied. Those of sm_120 read registers, and
+    half as much shared memory holds no tiles for both.
+    """
     if INTERPRETED:
         return False
-    backend, arch = _target(triton.runtime.driver.active)
-    return bool(backend == "cuda" and arch >= 90)
+    backend, arch = target()
+    return bool(backend == "cuda" and 90 <= arch < 120)
 
 
-@functools.lru_cache(1)
-def _target(driver: Any) -> tuple[str, Any]:
-    """The kind of GPU, the same for all of a process: asking the driver takes 1 us."""
-    target = driver.get_current_target()
-    return target.backend, target.arch
+def target() -> tuple[str, Any]:
+    """Returns the current device's backend and architecture: ("cuda", 90), ("hip", "gfx942")."""
+    driver = triton.runtime.driver.active
+    return _target(driver, driver.get_current_device())
+
+
+@functools.lru_cache(16)
+def _target(driver: Any, _: Any) -> tuple[str, Any]:
+    """That of a device, once: asking the driver takes 1 us."""
+    found = driver.get_current_target()
+    return found.backend, found.arch
 
 
 def dropout_args(p: float, seed: Tensor | None, stream: int, device: Any) -> dict[str, Any]:

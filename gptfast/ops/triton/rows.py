@@ -40,10 +40,7 @@ def _tile(columns: int) -> dict[str, int]:
 def layer_norm_kernel(
     x, weight, bias, y, mean, rstd, M, K, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """y = (x - mean) rstd weight + bias, with rstd = 1 / sqrt(variance + eps), in two passes.
-
-    Without y, mean and rstd alone.
-    """
+    """y = (x - mean) rstd weight + bias, with rstd = 1 / sqrt(variance + eps), in two passes."""
     m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, BLOCK)
     inside = (m < M)[:, None] & (k < K)[None, :]
@@ -54,12 +51,11 @@ def layer_norm_kernel(
     scale = 1.0 / tl.sqrt(tl.sum(rest * rest, 1) / K + eps)
     tl.store(mean + m, average, mask=m < M)
     tl.store(rstd + m, scale, mask=m < M)
-    if y is not None:
-        w = tl.load(weight + k, mask=k < K, other=0.0).to(tl.float32)
-        normalized = rest * scale[:, None] * w[None, :]
-        if bias is not None:
-            normalized += tl.load(bias + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
-        tl.store(y + at, normalized.to(y.dtype.element_ty), mask=inside)
+    w = tl.load(weight + k, mask=k < K, other=0.0).to(tl.float32)
+    normalized = rest * scale[:, None] * w[None, :]
+    if bias is not None:
+        normalized += tl.load(bias + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + at, normalized.to(y.dtype.element_ty), mask=inside)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,27 +63,15 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, 
 
     x (..., K) is contiguous.
     """
-    y = torch.empty_like(x)
-    return y, *_layer_norm(x, weight, bias, y)
-
-
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns mean and rstd of the rows of x (..., K), which is contiguous; each (M,) float32."""
-    return _layer_norm(x, None, None, None)
-
-
-def _layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor | None
-) -> tuple[Tensor, Tensor]:
     K = x.shape[-1]
-    M = x.numel() // K
+    M, y = x.numel() // K, torch.empty_like(x)
     mean, rstd = (x.new_empty(M, dtype=torch.float32) for _ in range(2))
     if M:
         tile = _tile(K)
         layer_norm_kernel[(cdiv(M, tile["ROWS"]),)](
             x, weight, bias, y, mean, rstd, M, K, LAYER_NORM_EPS, **tile, num_warps=8
         )
-    return mean, rstd
+    return y, mean, rstd
 
 
 @kernel
