@@ -49,7 +49,6 @@ CHIPS = {
     "sm_89": Chip("RTX 4090", GPUTarget("cuda", 89, 32), 101376, 165.0, 82.6, 1008.0),
     "sm_90": Chip("H100 SXM", GPUTarget("cuda", 90, 32), 232448, 989.0, 67.0, 3350.0),
     "sm_100": Chip("B200", GPUTarget("cuda", 100, 32), 232448, 2250.0, 75.0, 8000.0),
-    "sm_120": Chip("RTX 5090", GPUTarget("cuda", 120, 32), 101376, 209.0, 104.8, 1792.0),
     "gfx942": Chip("MI300X", GPUTarget("hip", "gfx942", 64), 65536, 1307.0, 163.0, 5300.0),
 }
 MATRIX = {"cuda": r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", "hip": r"v_mfma"}

@@ -200,6 +200,7 @@ KEY_GRADS = {
     (4, 64, False): [config(8, 1, BM=32, BN=16)],
     (4, 128, False): [config(8, 1, BM=16, BN=16)],
     (4, 256, False): [config(4, 1, BM=16, BN=16)],
+    (4, 256, False, "dropout"): [config(8, 1, BM=16, BN=16)],
 }
 
 
