@@ -1,13 +1,16 @@
 """Checks that the options of several modules share."""
 
 import operator
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, TypeGuard
 
 from gptfast.errors import ConfigError
 
 MOST = 2**31 - 1  # that an option may count
 SEEDS = 2**63  # how many keys of random numbers there are
+LONGEST_NAME = 255  # bytes of the name of a file or folder
 
 
 def as_int(x: Any) -> int | None:
@@ -49,3 +52,26 @@ def check_seed(value: Any) -> int:
     if seed is None or not 0 <= seed < SEEDS:
         raise ConfigError(f"seed must be a whole number in [0, 2**63), got {value!r}")
     return seed
+
+
+def check_is(name: str, value: Any, kind: type, expected: str) -> None:
+    """Raises ConfigError where an argument is not of a class, which `expected` names."""
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name} must be {expected}, got {_kind_of(value)}")
+
+
+def check_path(name: str, value: Any) -> Path:
+    """An argument that names a file or folder as a path. Raises ConfigError where it cannot."""
+    if not isinstance(value, str | os.PathLike) or value == "":
+        got = "an empty one" if value == "" else _kind_of(value)
+        raise ConfigError(f"{name} must be the path of a file or folder, got {got}")
+    path = Path(value)
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
+        raise ConfigError(
+            f"{name} must be the path of a file or folder, got {len(str(value))} characters"
+        )
+    return path
+
+
+def _kind_of(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"

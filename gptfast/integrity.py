@@ -41,6 +41,8 @@ def _reason(file: Path, error: Exception) -> str:
         start = b""
     if start.startswith(b"version https://git-lfs"):
         return "it is a pointer of Git LFS: git lfs pull gets the file itself"
+    if start.startswith(b"GGUF"):
+        return "it is a GGUF, which gptfast writes and does not read"
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
         return "it is a page of HTML"
     lines = str(error).splitlines()

@@ -29,9 +29,11 @@ try:
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
 except ImportError:
-    raise ConfigError(
-        "lm-evaluation-harness is missing: pip install 'gptfast-kernels[eval]'"
-    ) from None
+    _MISSING = "lm-evaluation-harness is missing: pip install 'gptfast-kernels[eval]'"
+    if __name__ == "__main__":
+        print(f"gptfast.lm_eval: {_MISSING}", file=sys.stderr)
+        sys.exit(2)
+    raise ConfigError(_MISSING) from None
 
 DEFAULT_LENGTH = (
     256  # tokens of an answer where a task names no number, as for lm_eval's own models

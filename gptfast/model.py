@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gptfast import heads, ops, plain, summary
+from gptfast.checks import check_is
 from gptfast.config import GPTConfig
 from gptfast.errors import ConfigError
 from gptfast.initial import InitialDraws, init_gpt2, init_torch
@@ -71,6 +72,7 @@ class GPT(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        check_is("config", config, GPTConfig, "a GPTConfig")
         if config.vocab_size is None:
             raise ConfigError(
                 "a GPT needs a number for vocab_size, got None: gptfast.train takes its text's"

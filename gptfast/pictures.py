@@ -5,6 +5,7 @@ Drawing needs matplotlib, the extra `plot`.
 
 import importlib.util
 import io
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,9 @@ def check_picture(path: Path) -> None:
     """Raises ConfigError where a picture of this name cannot be drawn."""
     if path.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"{path}: a picture's name must end in {', '.join(SUFFIXES)}")
+    folder = next(each for each in path.absolute().parents if each.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise ConfigError(f"{path}: cannot be written, {folder} takes no new files")
     check_matplotlib()
 
 

@@ -124,6 +124,15 @@ def from_dict(d: dict[str, Any]) -> Tokenizer:
     return CharTokenizer.from_dict(d)
 
 
+def check_is_tokenizer(tokenizer: Any) -> None:
+    """Raises ConfigError for what is neither a tokenizer nor None."""
+    lacks = [name for name in ("vocab_size", "padding", "encode") if not hasattr(tokenizer, name)]
+    if tokenizer is not None and lacks:
+        raise ConfigError(
+            f"tokenizer must be one, as a CharTokenizer, got a {type(tokenizer).__name__}"
+        )
+
+
 def check_kept(tokenizer: Tokenizer | None) -> None:
     """Raises ConfigError if `from_dict` would not give a tokenizer back as it is.
 

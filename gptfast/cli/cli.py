@@ -281,7 +281,8 @@ CHOOSING = {
 
 def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        name = f"{error.filename}"
+        return f"{name if len(name) < 300 else f'{name[:100]}..'}: {error.strerror}"
     if isinstance(error, MemoryError):
         return ": ".join(["there is not enough memory", *str(error).splitlines()[:1]])
     return (str(error).strip() or type(error).__name__).splitlines()[0]

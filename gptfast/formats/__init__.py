@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from gptfast import checkpoint
+from gptfast.checks import check_path
 from gptfast.config import GPTConfig
 from gptfast.errors import CheckpointError, ConfigError
 from gptfast.formats import course, huggingface, nanogpt
@@ -133,6 +134,7 @@ def absolute(path: str | Path) -> str:
 
 def _hub_name(path: str | Path) -> str | None:
     """The name of a model on the hub; None for a path on this machine."""
+    check_path("a model", path)
     name = path.as_posix() if isinstance(path, PurePath) else path
     return name.removeprefix(HUB) if name.startswith(HUB) else None
 

@@ -47,7 +47,7 @@ def export(
         WRITERS[to](model, tokenizer, path)
     except OSError as error:
         raise CheckpointError(
-            f"{path}: the model could not be exported ({error.strerror or error})"
+            f"{path}: the model could not be exported ({error.strerror or f'{error}: is it full?'})"
         ) from error
 
 

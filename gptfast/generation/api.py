@@ -199,6 +199,10 @@ def _request(
     dtype: str | None,
     **sampling: Any,
 ) -> Request:
+    if not hasattr(model, "config"):
+        raise ConfigError(
+            f"model must be a GPT or what gptfast.pack returns, got a {type(model).__name__}"
+        )
     config = model.config
     stride = window_stride(overflow, config.block_size)
     max_new_tokens = check_count("max_new_tokens", max_new_tokens, 0)

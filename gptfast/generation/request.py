@@ -10,7 +10,7 @@ from gptfast.checks import SEEDS, as_int, check_seed, is_iterable
 from gptfast.config import GPTConfig
 from gptfast.errors import ConfigError, DataError
 from gptfast.ops.sampling import Sampling
-from gptfast.tokenizer import Tokenizer
+from gptfast.tokenizer import Tokenizer, check_is_tokenizer
 
 Prompt = str | Sequence[int]
 DTYPES = ("bf16", "fp32", "int8")
@@ -99,6 +99,7 @@ def check_dtype(dtype: str | None) -> None:
 
 def check_tokenizer(tokenizer: Tokenizer | None, config: GPTConfig) -> None:
     """Raises ConfigError where the tokenizer has ids that the model does not have."""
+    check_is_tokenizer(tokenizer)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}: they"

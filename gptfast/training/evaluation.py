@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gptfast import data
-from gptfast.checks import check_count
+from gptfast.checks import check_count, check_is
 from gptfast.config import PRECISIONS, Precision
 from gptfast.data.windows import TOKEN_DTYPES
 from gptfast.errors import ConfigError, DataError
@@ -103,6 +103,7 @@ def evaluate(
     """
     if precision not in PRECISIONS:
         raise ConfigError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+    check_is("evaluate: ids", ids, Tensor, "a tensor of tokens")
     if ids.dim() != 1 or ids.dtype not in TOKEN_DTYPES or len(ids) < 2:
         raise DataError(
             "evaluate: ids must be a 1-D tensor of at least 2 tokens, int64 or smaller integers, "

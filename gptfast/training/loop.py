@@ -352,6 +352,10 @@ class Loop:
             trainer.optimizer.load_state_dict(moments)
             trainer.generator.set_state(resumable["dropout"])
             self.generator.set_state(resumable["windows"])
+        if self.state.step > self.total:
+            raise ConfigError(
+                f"{path}: the run is at step {self.state.step} and cannot end at {self.total}"
+            )
         trainer.steps_done = self.state.step
         self.has_checkpoint = True
 

@@ -162,12 +162,13 @@ def _draw(histories: Mapping[str, list[Row]], quantity: Quantity, title: str | N
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
     several = len(histories) > 1
+    lines, labels = [], []
     for colour, (name, rows) in zip(COLOURS, histories.items(), strict=False):
         for curve in _curves(rows, quantity):
             if curve.points:
-                axes.plot(
+                labels.append(f"{name}, {curve.label}" if several else curve.label)
+                lines += axes.plot(
                     *zip(*curve.points, strict=True),
-                    label=f"{name}, {curve.label}" if several else curve.label,
                     color=colour if several or curve.solid else COLOURS[1],
                     linewidth=1.8 if curve.solid else 1.2,
                     linestyle="solid" if curve.solid else (0, (4, 2)),
@@ -184,7 +185,10 @@ def _draw(histories: Mapping[str, list[Row]], quantity: Quantity, title: str | N
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["bottom", "left"]].set_color(GREY)
     axes.tick_params(colors=GREY)
-    axes.legend(frameon=False)
+    # matplotlib leaves out what begins with "_", and reads what is between two "$" as a formula.
+    shown = [f" {label}" if label.startswith("_") else label for label in labels]
+    for text in axes.legend(lines, shown, frameon=False).get_texts():
+        text.set_parse_math(False)
     if title:
         axes.set_title(title, loc="left", parse_math=False)
     return figure

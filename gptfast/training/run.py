@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from gptfast import checkpoint
+from gptfast.checks import check_path
 from gptfast.config import GPTConfig, TrainConfig
 from gptfast.data import as_int64
 from gptfast.errors import CheckpointError, ConfigError
@@ -74,7 +75,7 @@ def check(out: str | Path | None, resume: bool = False, overwrite: bool = False)
         if resume:
             raise ConfigError("resuming needs the directory of the run (out)")
         return
-    path = Path(out)
+    path = check_path("out", out)
     existing = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     if not existing.is_dir():
         raise CheckpointError(
@@ -85,9 +86,10 @@ def check(out: str | Path | None, resume: bool = False, overwrite: bool = False)
     if resume and not (path / STATE_NAME).is_file():
         raise ConfigError(f"{path}: there is no run to resume, it has no {STATE_NAME}")
     if not (resume or overwrite) and any((path / name).exists() for name in FILES):
-        raise ConfigError(
-            f"{path} already holds a run: choose another directory, or say resume or overwrite"
-        )
+        way = "resume or overwrite"
+        if not (path / STATE_NAME).is_file():
+            way = f"overwrite (it cannot be resumed, it has no {STATE_NAME})"
+        raise ConfigError(f"{path} already holds a run: choose another directory, or say {way}")
 
 
 class RunDirectory:

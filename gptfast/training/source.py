@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from gptfast.checks import check_path
 from gptfast.data import read_text
 from gptfast.data.texts import blocks_of, stream_text
 from gptfast.data.token_files import TokenFile, open_tokens
@@ -76,7 +77,7 @@ def source_of_text(recipe: Preset | None, text: str | None, data: str | Path | N
             who = "the run" if name is None else f"the preset {name!r}"
             raise ConfigError(f"{who} has no text of its own: give one (data)")
         return Source(partial(blocks_of, recipe.text()), None, name, None)
-    path = Path(data)
+    path = check_path("data", data)
     noted = str(path.absolute())
     if path.is_dir():
         return Source(None, open_tokens(path), name, noted)

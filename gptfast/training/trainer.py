@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gptfast import data
+from gptfast.checks import check_is
 from gptfast.config import TrainConfig
 from gptfast.errors import ConfigError, DataError
 from gptfast.model import GPT, unwrapped
@@ -49,6 +50,8 @@ from gptfast.training.watching.sampler import Sampler
 def check_lengths(block_size: int, train_ids: Tensor, val_ids: Tensor | None) -> None:
     """Raises DataError if the training or the held-out text is shorter than a window."""
     for part, ids in (("training", train_ids), ("held-out", val_ids)):
+        if ids is not None:
+            check_is(f"the {part} part of the text", ids, Tensor, "a tensor of tokens")
         if ids is not None and len(ids) <= block_size:
             raise DataError(
                 f"the {part} part of the text is shorter than a window: it has {len(ids)} tokens, "
@@ -77,6 +80,7 @@ class Trainer:
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, processes: Processes = ALONE) -> None:
+        check_is("config", config, TrainConfig, "a TrainConfig")
         self.model = model = shared(model, config, processes)
         self.config, self.processes = config, processes
         self.gpt = gpt = unwrapped(model)

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from gptfast import checkpoint, formats
+from gptfast.checks import check_is
 from gptfast.config import GPTConfig, TrainConfig
 from gptfast.data import as_int64
 from gptfast.errors import CheckpointError, ConfigError, DataError
 from gptfast.model import GPT, Backend
 from gptfast.ops.select import usable_device
 from gptfast.presets import PRESETS, Preset, preset
-from gptfast.tokenizer import PAD_ID, Tokenizer
+from gptfast.tokenizer import PAD_ID, Tokenizer, check_is_tokenizer
 from gptfast.tokenizer import from_dict as tokenizer_from
 from gptfast.training import run
 from gptfast.training.callbacks import Callback
@@ -83,6 +84,10 @@ def train(
         ProcessError: another process of the run has ended; the last checkpoint stays.
     """
     recipe = preset(chosen) if isinstance(chosen, str) else chosen
+    check_is("chosen", recipe, Preset, "the name of a preset or a Preset")
+    check_is_tokenizer(tokenizer)
+    for each in callbacks:
+        check_is("each of callbacks", each, Callback, "a Callback")
     device = usable_device(device)
     own = own_device(device)
     processes = join(own)

@@ -74,9 +74,12 @@ class Prepare(Data):
 
         if not self.texts:
             raise ConfigError("there is no text to prepare: name at least one file")
+        for path in self.texts:
+            if path.is_dir():
+                raise DataError(f"{path}: expected a text file, got a directory")
         check_folder(self.out, self.overwrite)
         sizes = [path.stat().st_size if path.is_file() else 0 for path in self.texts]
-        processes = self.processes or _processes(sum(sizes))
+        processes = _processes(sum(sizes)) if self.processes is None else self.processes
         tokenizer = self._tokenizer(sum(sizes))
         with bar("encoding", sum(sizes), in_bytes=True) as read:
             found = prepare(
@@ -185,6 +188,9 @@ def _write_new(path: Path, content: bytes) -> str:
         if path.is_file() and path.read_bytes() == content:
             return "was there already"
         raise DataError(f"{path} exists with another content: remove it, or give another --out")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic({path: content})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic({path: content})
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror})") from error
     return "written"

@@ -75,6 +75,8 @@ class Generate:
     def _prompts(self) -> list[str]:
         from gptfast.data.texts import read_text, without_byte_order_mark
 
+        if "-" in self.prompt and sys.stdin is None:
+            raise ConfigError("--prompt -: there is no standard input")
         prompts = [
             without_byte_order_mark(sys.stdin.read()) if text == "-" else text
             for text in self.prompt

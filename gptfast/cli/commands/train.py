@@ -15,7 +15,7 @@ from gptfast.cli.options import (
     shape_of,
     use_threads,
 )
-from gptfast.errors import CheckpointError
+from gptfast.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from gptfast.cli.run_file import RunFile
@@ -65,6 +65,8 @@ class Train:
 
         if self.plot is not None:  # what would fail after the training fails before it
             check_picture(self.plot)
+        if None not in (self.compute.threads, fields["threads"]):
+            raise ConfigError("--threads and --train.threads are the same: give one of them")
         use_threads(self.compute.threads)
         if fields["threads"] is None:  # of several processes, each would take its share otherwise
             fields = fields | {"threads": self.compute.threads}
@@ -85,10 +87,10 @@ class Train:
         except UnsavedError as error:
             raise _rescued(self.out, error) from error
         if is_first():
-            if self.plot is not None and result.history:
-                plots.plot_history(result.history, self.plot)
             if not result.interrupted:
                 print(f"saved in {self.out}")
+            if self.plot is not None and result.history:
+                plots.plot_history(result.history, self.plot)
         return 0 if result.signal is None else EXIT_SIGNAL + result.signal
 
     def _trackers(self) -> "list[Callback]":
