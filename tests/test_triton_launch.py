@@ -15,6 +15,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from launches import launched_by
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
@@ -359,14 +360,11 @@ def test_an_operator_goes_through_torch_where_anything_watches(
     called.assert_called_once_with(x, x, x, 1.0, 0.0, None, 0)
 
 
-class Launches(TorchDispatchMode):
-    """Runs operators' launchers on tensors without data, and counts what they would launch.
+class LaunchesOfTorch(TorchDispatchMode):
+    """Runs operators' launchers on tensors without data, and counts what torch would launch.
 
-    Of torch's own operators each counts as one kernel, unless it only makes a view or reserves
-    memory; some launch more.
+    Each of its operators counts as one kernel; some launch more.
     """
-
-    FREE = ("detach", "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 
     def __init__(self, counts: Counter[str]) -> None:
         super().__init__()
@@ -383,7 +381,7 @@ class Launches(TorchDispatchMode):
             result = function.decompose(*args, **(kwargs or {}))
         if result is not NotImplemented:
             return result
-        if not function.is_view and name not in self.FREE:
+        if launched_by(function) is not None:
             self.counts[f"aten.{name}"] += 1
         return function(*args, **(kwargs or {}))
 
@@ -427,7 +425,7 @@ def test_launches_of_forward_and_backward(
         idx = torch.empty(batch, config.block_size, dtype=torch.int64)
         seed = torch.empty((), dtype=torch.int64) if config.dropout else None
         counts.clear()
-        with Launches(counts):
+        with LaunchesOfTorch(counts):
             loss = model.loss(idx, idx, seed=seed)
             loss.backward()
     by_torch = sum(n for name, n in counts.items() if name.startswith("aten."))

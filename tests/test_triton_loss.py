@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import test_triton
 import torch
+from launches import Launches
 from test_cross_entropy import norm_case
 from test_embedding import fused, plain, tables
 from test_triton import DEVICE, DTYPES, there
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptfast import ops
 from gptfast.ops import reference
@@ -142,31 +142,6 @@ def test_rows_are_ordered_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(starts.long(), torch.searchsorted(tokens, bounds))
 
 
-class Launches(TorchDispatchMode):
-    """Lists what a GPU would launch: Triton's kernels, and torch's operators that have a kernel."""
-
-    FREE = ("empty", "new_empty", "empty_like", "view", "slice", "t", "detach", "select", "alias")
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        executor = triton.runtime.interpreter.GridExecutor
-        run, launches = executor.__call__, self
-
-        def counted(self: Any, *args: Any, **options: Any) -> None:
-            names = [*launches.names, self.fn.__name__]
-            run(self, *args, **options)
-            launches.names = names  # without the operators of the interpreter itself
-
-        monkeypatch.setattr(executor, "__call__", counted)
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = op.name().removeprefix("aten::").partition(".")[0]
-        if name not in self.FREE:
-            self.names.append(name)
-        return op(*args, **(kwargs or {}))
-
-
 def launched(monkeypatch: pytest.MonkeyPatch, kernel: Any, *args: Any) -> list[str]:
     with Launches(monkeypatch) as launches:
         kernel(*args)
@@ -179,7 +154,7 @@ def test_launches_of_the_loss(where: str, monkeypatch: pytest.MonkeyPatch) -> No
     x, weight, targets, ln_w, ln_b = norm_case(64, 32, 65)
     args: Any = (x, ln_w, ln_b, weight, targets, None, -100, "mean", 0.0, 0b1111)
     names = launched(monkeypatch, cross_entropy.linear_cross_entropy, *args)
-    # In two bytes padded_kernel comes first, which casts and pads the weight.
+    # In two bytes cast_kernel comes first, which also pads the weight.
     assert names[:6] == ["layer_norm_kernel", "addmm", "loss_kernel", "addmm", "addmm", "sum"]
     assert names[6] == "norm_grad_kernel" and len(names) <= 9
 

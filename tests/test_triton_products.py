@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from launches import Launches
 from peers import ffn as torch_ffn
 from test_attention import heads
 from test_ffn import block
@@ -15,7 +16,6 @@ from test_linear import normal, torch_layer_norm_linear
 from test_self_attention import attention_block
 from test_triton import DEVICE, needs_numbers, there, where
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptfast import ops
 from gptfast.ops import reference
@@ -120,49 +120,6 @@ def test_the_choice_of_a_tile() -> None:
         assert products.choose_tile(tiles, M, N, 2, 132, 101376) == small  # does not fit
 
 
-class Recorder(TorchDispatchMode):
-    """Counts what would be launched on a GPU: kernels by name, and operators of torch."""
-
-    FREE = (
-        "empty",
-        "view",
-        "slice",
-        "select",
-        "permute",
-        "transpose",
-        ".t.",
-        "detach",
-        "alias",
-        "unbind",
-    )
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
-        self._inside = False
-        interpreted: Any = type(linear.linear_kernel.function)
-        run = interpreted.run
-
-        def inside(kernel: Any, *args: Any, **options: Any) -> Any:
-            self._inside = True
-            try:
-                return run(kernel, *args, **options)
-            finally:
-                self._inside = False
-
-        def count(kernel: Any, _: Any) -> bool:
-            self.found[kernel.name] += 1
-            return True
-
-        monkeypatch.setattr(interpreted, "run", inside)
-        monkeypatch.setattr(launch, "_watch", count)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self._inside and not any(free in f"{func}" for free in self.FREE):
-            self.found["product" if "addmm" in f"{func}" else f"{func}"] += 1
-        return func(*args, **(kwargs or {}))
-
-
 ATTENTION = ("forward_kernel", "query_grad_kernel", "key_grads_kernel")
 
 
@@ -175,20 +132,20 @@ def test_launches_of_a_layer(dropout_p: float, monkeypatch: pytest.MonkeyPatch) 
     assert x is not None and h is not None
     seed = torch.tensor(3, device=DEVICE)
     options: Any = "tanh", dropout_p, seed if dropout_p else None, 1
-    counts = Recorder(monkeypatch)
+    launches = Launches(monkeypatch)
     dropping = {"dropout_kernel": 1} if dropout_p else {}
 
     def launched(op: Any, *args: Any) -> tuple[Any, Counter[str]]:
-        counts.found.clear()
-        with counts:
+        launches.names.clear()
+        with launches:
             results = op(*args)
-        return results, Counter({k: n for k, n in counts.found.items() if k not in ATTENTION})
+        return results, Counter(name for name in launches.names if name not in ATTENTION)
 
     (_, *kept), found = launched(ffn.ffn, x, *params, *options, True)
     assert found == Counter(layer_norm_kernel=1, linear_kernel=2)
     _, found = launched(ffn.ffn_backward, x, x, *params, *kept, *options, 0b1111111)
     assert found == Counter(
-        hidden_grad_kernel=1, norm_grad_kernel=1, product=3, add_parts_kernel=1, **dropping
+        hidden_grad_kernel=1, norm_grad_kernel=1, addmm=3, add_parts_kernel=1, **dropping
     )
     options = 2, 0.0, 0, *options[1:]
     (_, *kept), found = launched(self_attention.self_attention, h, *others, *options, True)
@@ -196,7 +153,7 @@ def test_launches_of_a_layer(dropout_p: float, monkeypatch: pytest.MonkeyPatch) 
     backward = self_attention.self_attention_backward
     _, found = launched(backward, h, h, *others, *kept, *options, 0b1111111)
     # Attention's kernels sum the columns of dqkv.
-    assert found == Counter(norm_grad_kernel=1, product=4, add_parts_kernel=1)
+    assert found == Counter(norm_grad_kernel=1, addmm=4, add_parts_kernel=1)
 
 
 def test_any_gradients_of_a_sublayer() -> None:
