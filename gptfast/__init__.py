@@ -66,12 +66,13 @@ _HOMES = {
     "tokenizer": ("CharTokenizer", "Tokenizer"),
     "training": ("Callback", "Trainer", "evaluate", "train"),
 }
+_SUBMODULES = ("data", "lm_eval", "ops", "training")
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a public name at its first use, so that `gptfast --help` does not wait for torch."""
-    if name == "ops":
-        return import_module("gptfast.ops")
+    """Loads a name or module at its first use, so that `gptfast --help` does not wait for torch."""
+    if name in _SUBMODULES:
+        return import_module(f"gptfast.{name}")
     for home, names in _HOMES.items():
         if name in names:
             value = globals()[name] = getattr(import_module(f"gptfast.{home}"), name)
@@ -80,4 +81,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_SUBMODULES})

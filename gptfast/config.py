@@ -40,19 +40,21 @@ class GPTConfig:
         ConfigError: A field has a wrong value, or two fields contradict each other.
     """
 
+    # A switch whose default is True is the option --no-NAME, with the same help: it says "whether".
+
     block_size: int = 64  # T, the longest context
     vocab_size: VocabSize = None  # V; None: that of the text that the model is trained on
     n_layer: int = 2  # L
     n_head: int = 2  # H
     n_embd: int = 128  # C
     dropout: float = 0.2  # of the embedding, the attention weights and the FFN's output
-    attn_proj_dropout: bool = False  # and of attn.c_proj's output, as in GPT-2
-    bias: bool = True  # of the linear layers and norms; the head has none
-    attention: bool = True  # False leaves the attention sub-blocks out
-    gelu: Literal["erf", "tanh"] = "erf"
-    tie_weights: bool = False  # the head shares the token embedding's weight
+    attn_proj_dropout: bool = False  # whether attn.c_proj's output has dropout too, as in GPT-2
+    bias: bool = True  # whether the linear layers and norms have biases; the head has none
+    attention: bool = True  # whether the blocks have their attention sub-blocks
+    gelu: Literal["erf", "tanh"] = "erf"  # exact (erf), or GPT-2's approximation (tanh)
+    tie_weights: bool = False  # whether the head shares the token embedding's weight
     padding_idx: int | None = 0  # this token's embedding is zero and is not trained
-    init: Literal["torch", "gpt2"] = "torch"
+    init: Literal["torch", "gpt2"] = "torch"  # whose initial weights: torch's defaults, or GPT-2's
 
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -125,11 +127,12 @@ class TrainConfig:
     decayed: Literal["all", "matrices"] = "all"
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW's
     label_smoothing: float = 0.0  # the part of the target's probability that all tokens share
-    # of the running mean of the weights, e.g. 0.999, which is what is evaluated and saved
-    ema: float | None = None  # None: there is none
+    # decay of a running mean of the weights, e.g. 0.999, which is then what is evaluated and saved;
+    # None: there is no mean
+    ema: float | None = None
     batch_size: int = 64  # B, windows per step, of all processes and accumulated parts together
     accumulation_steps: int = 1  # parts of a batch, one after the other, which saves memory
-    recompute: bool = False  # compute each block again in the backward pass, which saves memory
+    recompute: bool = False  # whether the backward pass computes blocks again, to save memory
     steps: int | None = None  # so many steps, on windows drawn at random; wins over epochs
     epochs: int | None = None  # without steps: so many passes over all windows, each in a new order
     eval_every: int | None = None  # steps; None: after each epoch, or at the end where steps is set

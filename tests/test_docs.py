@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import io
+import json
 import re
 import runpy
 import string
@@ -29,7 +30,8 @@ CHARACTERS = f" \n!$&',-.3:;?{string.ascii_letters}"  # of Tiny Shakespeare
 FILES = {  # that the pages speak of
     "shakespeare.txt": CHARACTERS + PLAY * 50,
     "my.txt": CHARACTERS + PLAY * 50,
-    "run.toml": '[run]\npreset = "shakespeare"\n',
+    "runs/mine/run.toml": '[run]\npreset = "shakespeare"\n',
+    "runs/s/run.toml": '[run]\npreset = "shakespeare"\n',
 }
 HOOK = runpy.run_path(str(ROOT / "docs/hooks/repository.py"))
 
@@ -49,6 +51,7 @@ def commands_of(path: Path) -> list[list[str]]:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the files that the pages speak of, in which the test runs."""
     for name, text in FILES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -239,3 +242,38 @@ def test_what_is_public_is_described() -> None:
                 assert id(value) in objects, (
                     f"no page of docs/api describes {module.__name__}.{name}"
                 )
+
+
+INLINE = re.compile(r"(?<!`)`(gptfast [^`]+)`(?!`)")
+PLACEHOLDER = re.compile(r"\b(RUN|TEXT|FILE|DIR|PRESET|COMMAND)\b")
+
+
+def commands_of_notebook(path: Path) -> list[list[str]]:
+    """Returns the words of the commands in a notebook's texts, without those that name none."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    found = [*INLINE.findall("\n".join(texts))]
+    for text in texts:
+        found += re.findall(r"^```\n(gptfast .*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [
+        words for text in found if not PLACEHOLDER.search(text) for words in command_lines(text)
+    ]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_commands_of_notebooks_have_these_options(
+    path: Path, folder: Path, only_parsed: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in commands_of_notebook(path):
+        arguments = own_arguments(words)
+        assert arguments is not None
+        assert cli.main(arguments) == 0, f"{' '.join(words)}: {capsys.readouterr().err}"
+
+
+def test_byte_pairs_have_a_number_of_tokens() -> None:
+    notebooks = sorted((ROOT / "examples").glob("*.ipynb"))
+    found = [words for path in [*PAGES, *SHARED] for words in commands_of(path)]
+    found += [words for path in notebooks for words in commands_of_notebook(path)]
+    prepared = [words for words in found if "prepare" in words and "bpe" in words]
+    assert len(prepared) > 2
+    assert [words for words in prepared if "--vocab-size" not in words] == []

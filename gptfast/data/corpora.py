@@ -95,5 +95,7 @@ def _download(corpus: Corpus, path: Path) -> None:
             return
     raise DataError(
         f"the corpus {corpus.name!r} could not be downloaded to {path} ({'; '.join(reasons)}): "
-        f"give a copy with --from FILE, or set GPTFAST_DATA_DIR to a folder that has {path.name}"
+        f"give a copy with `gptfast data {corpus.name} --from FILE`, or with --data FILE to "
+        "`gptfast train` or `gptfast reproduce`, "
+        f"or set GPTFAST_DATA_DIR to a folder that has {path.name}"
     )

@@ -195,7 +195,11 @@ def write(model: GPT, tokenizer: Tokenizer | None, folder: Path) -> None:
 
 def _check(config: GPTConfig, tokenizer: Tokenizer | None) -> None:
     for holds, what in (
-        (config.tie_weights, "a head of its own: its head shares the embedding's weights"),
+        (
+            config.tie_weights,
+            "a head of its own: its head shares the embedding's weights, as that of a run with "
+            "--model.tie-weights and --model.init gpt2 does",
+        ),
         (config.attention, "blocks without attention"),
         (config.gelu == "erf", "the tanh approximation of GELU"),
     ):

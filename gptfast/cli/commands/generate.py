@@ -42,7 +42,7 @@ class Generate:
     num_samples: int = 1  # texts per prompt
     seed: int = 0  # of the draws, not negative; equal seeds give equal texts
     stop: Texts = ()  # end before this text
-    stop_at_end: bool = True  # end where the tokenizer's token for the end of a text comes
+    stop_at_end: bool = True  # whether a text ends where the tokenizer's end-of-text token comes
     # what to do past the window: slide it by one token (exact) or by K (faster), end, or refuse
     overflow: Annotated[str, tyro.conf.arg(metavar="recompute|stride:K|stop|error")] = "recompute"
     dtype: Literal["fp32", "bf16", "int8"] | None = None  # of the weights; None: the model's own

@@ -1,12 +1,16 @@
 """The progress bar of a run."""
 
 import math
+import shlex
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gptfast.errors import ConfigError
+from gptfast.run_file import RUN_FILE_NAME, read_run_file
 from gptfast.training.callbacks import Callback
 from gptfast.training.state import Row
 from gptfast.training.watching import machine
@@ -74,6 +78,11 @@ class ProgressBar(Callback):
         note = run.trainer.note()
         if note is not None:
             self._bar.line(note)
+        data, fraction = run.extra.get("data"), run.config.text_fraction
+        if data is not None and fraction < 1.0:
+            part = f"the first {100 * fraction:g} % of {Path(data).name}"
+            how = "--train.text-fraction 1 (text_fraction=1 in Python)"
+            self._bar.line(f"uses {part}; {how} uses all")
 
     def on_step(self, run: "Loop") -> None:
         """Updates the bar, at most UPDATES_PER_SECOND times a second."""
@@ -102,9 +111,22 @@ class ProgressBar(Callback):
         if run.error is None and run.interrupted:
             kept = "nothing was saved"
             if run.path is not None:
-                kept = f"saved in {run.path}; resume goes on from there"
+                kept = f"saved in {run.path}; {_how_to_resume(run.path)} goes on from there"
             self._bar.line(f"interrupted at step {state.step} of {run.total}, {kept}")
 
     def _show(self, run: "Loop", loss: float, speed: float) -> None:
         numbers = f"loss {loss:.4f}  {speed:,.0f} tokens/s  {speed / self._peak_tokens:.0%} of peak"
         self._bar.update(run.state.step, numbers)
+
+
+def _how_to_resume(path: Path) -> str:
+    """The command that resumes the run in a folder; of one that only Python can start, the word."""
+    file = path / RUN_FILE_NAME
+    try:
+        known = "preset" in read_run_file(file)["run"]
+    except ConfigError:  # `Trainer.fit` alone writes none
+        known = False
+    if not known:
+        return "resume"
+    config, out = shlex.quote(str(file)), shlex.quote(str(path))
+    return f"`gptfast train --config {config} --out {out} --resume`"
