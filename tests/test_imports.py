@@ -18,7 +18,7 @@ ROOMS = {
     "markup": ("markup", ""),
     "pictures": ("pictures", "errors"),
     "config": ("config run_file threads", "errors"),
-    "ops": ("ops", "errors"),
+    "ops": ("ops captures", "errors"),
     "data": ("abc_corpus bpe bpe_files data encoding presets tokenizer", "errors config"),
     "model": ("heads initial model modules plain summary", "errors markup config ops"),
     "checkpoint": ("checkpoint integrity storable", "errors config ops data model"),

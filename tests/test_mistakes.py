@@ -61,6 +61,11 @@ def test_a_run_without_a_training_state_is_not_said_to_be_resumable(tmp_path: Pa
         check(tmp_path, resume=False, overwrite=False)
 
 
+def test_a_text_that_is_too_short_says_how_it_is_divided() -> None:
+    with pytest.raises(DataError, match=r"held-out .* text_fraction=1.0, val_fraction=0.01$"):
+        trained(val_fraction=0.01)
+
+
 def test_a_run_does_not_end_before_the_step_it_is_at(tmp_path: Path) -> None:
     trainer = Trainer(GPT(TINY), TrainConfig(steps=4, batch_size=2))
     trainer.fit(IDS, out=tmp_path / "run")

@@ -169,6 +169,7 @@ def _draw(histories: Mapping[str, list[Row]], quantity: Quantity, title: str | N
                 labels.append(f"{name}, {curve.label}" if several else curve.label)
                 lines += axes.plot(
                     *zip(*curve.points, strict=True),
+                    label=labels[-1],
                     color=colour if several or curve.solid else COLOURS[1],
                     linewidth=1.8 if curve.solid else 1.2,
                     linestyle="solid" if curve.solid else (0, (4, 2)),

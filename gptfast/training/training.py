@@ -65,7 +65,8 @@ def train(
             it again.
         backend: the model's.
         device: where the model is trained, and stays.
-        resume: go on with the interrupted run in `out`, with the text and options of its start.
+        resume: go on with the interrupted run in `out`. Text and options are those of its start,
+            which have to be given again; other ones are an error.
         overwrite: replace the run in `out`.
         progress: show a progress bar and the evaluations, on stderr or in the notebook.
         callbacks: what else watches the run.
@@ -115,7 +116,13 @@ def train(
         model, tokenizer = _prepared(f"{source}", *known, recipe.model, tokenizer)
         model.backend = backend
     train_ids, val_ids = split(tokens.ids(tokenizer), recipe.train)
-    check_lengths(model.config.block_size, train_ids, val_ids)
+    try:
+        check_lengths(model.config.block_size, train_ids, val_ids)
+    except DataError as error:
+        parts = (
+            f"text_fraction={recipe.train.text_fraction}, val_fraction={recipe.train.val_fraction}"
+        )
+        raise DataError(f"{error}; by {parts}") from None
     fingerprint = tokens.fingerprint(train_ids, val_ids)
     extra = {"preset": tokens.preset, "data": tokens.data, "init_from": noted}
     made_here = known is None and tokenizer.unit != "character"

@@ -115,6 +115,8 @@ class ProgressBar(Callback):
             self._bar.line(f"interrupted at step {state.step} of {run.total}, {kept}")
 
     def _show(self, run: "Loop", loss: float, speed: float) -> None:
+        # Measured once, at the start, while something else may have been running.
+        self._peak_tokens = max(self._peak_tokens, speed)
         numbers = f"loss {loss:.4f}  {speed:,.0f} tokens/s  {speed / self._peak_tokens:.0%} of peak"
         self._bar.update(run.state.step, numbers)
 
