@@ -114,6 +114,24 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert not (tmp_path / "run").exists()
 
 
+def test_threads_of_the_command_line_win_over_those_of_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gptfast.cli import main
+
+    file = tmp_path / "run.toml"
+    file.write_text('[run]\npreset = "abc"\n[train]\nsteps = 1\nthreads = 2\n')
+    args = ["train", "--config", f"{file}", "--out"]
+    before = torch.get_num_threads()
+    try:
+        for options, threads in (([], 2), (["--threads", "1"], 1)):
+            out = tmp_path / f"run{threads}"
+            assert main([*args, f"{out}", *options]) == 0, capsys.readouterr().err
+            assert f"\nthreads = {threads}\n" in (out / "run.toml").read_text()
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_closed_standard_input_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

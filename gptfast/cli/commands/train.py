@@ -52,8 +52,13 @@ class Train:
         path, _ = source_of(self.init_from, self.out if self.resume else None)
         return None if path is None else Path(path)
 
-    def fit(self, preset: "Preset", fields: dict[str, Any]) -> int:
+    def fit(self, preset: "Preset", fields: dict[str, Any], threads: int | None) -> int:
         """Trains by a preset with these values in all fields of its configs.
+
+        Args:
+            preset: The preset.
+            fields: The values.
+            threads: How many threads `fields` have if no option says so.
 
         Returns:
             0, or 128 and the number of the signal that ended the run, as 130 after Ctrl-C.
@@ -65,11 +70,12 @@ class Train:
 
         if self.plot is not None:  # what would fail after the training fails before it
             check_picture(self.plot)
-        if None not in (self.compute.threads, fields["threads"]):
-            raise ConfigError("--threads and --train.threads are the same: give one of them")
-        use_threads(self.compute.threads)
-        if fields["threads"] is None:  # of several processes, each would take its share otherwise
-            fields = fields | {"threads": self.compute.threads}
+        own = self.compute.threads
+        if own is not None:  # of several processes, each takes its share otherwise
+            if fields["threads"] not in (threads, own):
+                raise ConfigError("--threads and --train.threads are the same: give one of them")
+            fields = fields | {"threads": own}
+        use_threads(own)
         try:
             with handles_ctrl_c():
                 result = train(
@@ -125,14 +131,15 @@ def train_preset(preset: "Preset", source: Path | None, file: "RunFile") -> type
     from gptfast.config import GPTConfig, TrainConfig
 
     shape = preset.model if source is None else shape_of(source)
+    options = file.configured("train", preset.train)
 
     @dataclass(frozen=True)
     class TrainPreset(Train):
         model: GPTConfig = file.configured("model", shape)
-        train: TrainConfig = file.configured("train", preset.train)
+        train: TrainConfig = options
 
         def run(self) -> int:
-            return self.fit(preset, asdict(self.model) | asdict(self.train))
+            return self.fit(preset, asdict(self.model) | asdict(self.train), options.threads)
 
     TrainPreset.__doc__ = f"{Train.__doc__}\n\n{preset.name}: {preset.help}."
     return TrainPreset
