@@ -72,7 +72,10 @@ _SUBMODULES = ("data", "lm_eval", "ops", "training")
 def __getattr__(name: str) -> Any:
     """Loads a name or module at its first use, so that `gptfast --help` does not wait for torch."""
     if name in _SUBMODULES:
-        return import_module(f"gptfast.{name}")
+        try:
+            return import_module(f"gptfast.{name}")
+        except ValueError as error:  # of one whose package is missing
+            raise AttributeError(f"gptfast.{name}: {error}") from error
     for home, names in _HOMES.items():
         if name in names:
             value = globals()[name] = getattr(import_module(f"gptfast.{home}"), name)
@@ -81,4 +84,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_SUBMODULES})
+    return sorted({*globals(), *__all__, *_SUBMODULES} - {"lm_eval"})  # whose package is an extra

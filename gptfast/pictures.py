@@ -33,12 +33,16 @@ def can_draw() -> bool:
 
 
 def check_picture(path: Path) -> None:
-    """Raises ConfigError where no picture of this name can be drawn, DataError where not there."""
+    """Raises ConfigError or DataError where a picture of this name cannot be drawn or written."""
     if path.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"{path}: a picture's name must end in {', '.join(SUFFIXES)}")
     folder = next(each for each in path.absolute().parents if each.exists())
-    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
-        raise DataError(f"{path}: cannot be written ({folder} takes no new files)")
+    if path.exists():
+        writable = path.is_file() and os.access(path, os.W_OK)
+    else:
+        writable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    if not writable:
+        raise DataError(f"{path}: cannot be written")
     check_matplotlib()
 
 

@@ -126,8 +126,8 @@ def from_dict(d: dict[str, Any]) -> Tokenizer:
 
 def check_is_tokenizer(tokenizer: Any) -> None:
     """Raises ConfigError for what is neither a tokenizer nor None."""
-    lacks = [name for name in ("vocab_size", "padding", "encode") if not hasattr(tokenizer, name)]
-    if tokenizer is not None and lacks:
+    known = hasattr(tokenizer, "vocab_size") and hasattr(tokenizer, "encode")
+    if tokenizer is not None and not known:
         raise ConfigError(
             f"tokenizer must be one, as a CharTokenizer, got a {type(tokenizer).__name__}"
         )

@@ -61,6 +61,37 @@ def test_a_run_without_a_training_state_is_not_said_to_be_resumable(tmp_path: Pa
         check(tmp_path, resume=False, overwrite=False)
 
 
+def test_callbacks_come_from_any_iterable() -> None:
+    steps: list[int] = []
+
+    class Notes(gptfast.Callback):
+        def on_step(self, run: Any) -> None:
+            steps.append(run.state.step)
+
+    trained(callbacks=(each for each in [Notes()]))
+    assert steps == [1]
+
+
+@pytest.mark.parametrize(
+    ("options", "resumes"),
+    (
+        ({"preset": "abc"}, True),
+        ({"preset": "abc", "data": __file__}, True),
+        ({"preset": "abc", "data": "/dev/fd/3"}, False),  # a pipe
+        ({"preset": "mine"}, False),  # of Python
+        ({}, False),
+    ),
+)
+def test_a_command_that_resumes_can_be_run(
+    options: dict[str, str], resumes: bool, tmp_path: Path
+) -> None:
+    from gptfast.training.watching.progress import _how_to_resume
+
+    lines = "".join(f"{name} = {value!r}\n" for name, value in options.items())
+    (tmp_path / "run.toml").write_text(f"[run]\n{lines}")
+    assert (_how_to_resume(tmp_path) != "resume") == resumes
+
+
 def test_a_text_that_is_too_short_says_how_it_is_divided() -> None:
     with pytest.raises(DataError, match=r"held-out .* text_fraction=1.0, val_fraction=0.01$"):
         trained(val_fraction=0.01)
@@ -102,12 +133,14 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     text = tmp_path / "text.txt"
     text.write_text("ABCA" * 30)
     (tmp_path / "folder").mkdir()
+    (tmp_path / "a.png").mkdir()
     out = ["--out", f"{tmp_path / 'run'}"]
     for args, message in (
         (["data", "prepare", f"{tmp_path / 'folder'}", *out], "expected a text file, got a dire"),
         (["data", "prepare", f"{text}", *out, "--processes", "0"], "processes"),
         (["train", "abc", *out, "--threads", "1", "--train.threads", "2"], "are the same: give"),
-        (["train", "abc", *out, "--plot", f"{text}/loss.png"], "takes no new files"),
+        (["train", "abc", *out, "--plot", f"{text}/loss.png"], "loss.png: cannot be written"),
+        (["train", "abc", *out, "--plot", f"{tmp_path / 'a.png'}"], "a.png: cannot be written"),
     ):
         assert main(args) == 2
         assert message in capsys.readouterr().err

@@ -373,12 +373,12 @@ def test_a_call_runs_on_the_device_of_its_first_tensor(monkeypatch: pytest.Monke
 def test_a_launch_that_is_not_kept_has_no_plan_until_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     by_triton = launch.Kernel._launch_by_triton
     planned = plans.Planned(normed, kernels.KERNELS)
-    with monkeypatch.context() as while_capturing:
+    with monkeypatch.context() as slow:
         not_kept = lambda *args: by_triton(*args) and None  # noqa: E731
-        while_capturing.setattr(launch.Kernel, "_launch_by_triton", not_kept)
+        slow.setattr(launch.Kernel, "_launch_by_triton", not_kept)
         for _ in range(3):
             assert not by_plan(planned, X, WEIGHT)
-    assert not by_plan(planned, X, WEIGHT)  # recorded, now that the configuration is chosen
+    assert not by_plan(planned, X, WEIGHT)  # recorded, now that its launch is kept
     assert by_plan(planned, X, WEIGHT)
 
 

@@ -5,7 +5,7 @@ and the course's weights. What lies on Hugging Face's hub is fetched first.
 """
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -134,8 +134,8 @@ def absolute(path: str | Path) -> str:
 
 def _hub_name(path: str | Path) -> str | None:
     """The name of a model on the hub; None for a path on this machine."""
-    check_path("a model", path)
-    name = path.as_posix() if isinstance(path, PurePath) else path
+    place = check_path("a model", path)
+    name = path if isinstance(path, str) else place.as_posix()
     return name.removeprefix(HUB) if name.startswith(HUB) else None
 
 

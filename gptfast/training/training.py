@@ -65,8 +65,9 @@ def train(
             it again.
         backend: the model's.
         device: where the model is trained, and stays.
-        resume: go on with the interrupted run in `out`. Text and options are those of its start,
-            which have to be given again; other ones are an error.
+        resume: go on with the interrupted run in `out`. Its text and options have to be given
+            again. Others are an error, but for those of how long it lasts and what it shows,
+            saves and computes by, as steps, eval_every and threads.
         overwrite: replace the run in `out`.
         progress: show a progress bar and the evaluations, on stderr or in the notebook.
         callbacks: what else watches the run.
@@ -87,8 +88,10 @@ def train(
     recipe = preset(chosen) if isinstance(chosen, str) else chosen
     check_is("chosen", recipe, Preset, "the name of a preset or a Preset")
     check_is_tokenizer(tokenizer)
+    callbacks = [*callbacks]
     for each in callbacks:
-        check_is("each of callbacks", each, Callback, "a Callback")
+        if isinstance(each, type) or not hasattr(each, "on_start"):
+            check_is("each of callbacks", each, Callback, "a Callback")
     device = usable_device(device)
     own = own_device(device)
     processes = join(own)

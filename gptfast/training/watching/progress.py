@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gptfast.errors import ConfigError
+from gptfast.presets import PRESETS
 from gptfast.run_file import RUN_FILE_NAME, read_run_file
 from gptfast.training.callbacks import Callback
 from gptfast.training.state import Row
@@ -80,7 +81,8 @@ class ProgressBar(Callback):
             self._bar.line(note)
         data, fraction = run.extra.get("data"), run.config.text_fraction
         if data is not None and fraction < 1.0:
-            part = f"the first {100 * fraction:g} % of {Path(data).name}"
+            name = Path(data).name if Path(data).is_file() else "the text"
+            part = f"the first {100 * fraction:g} % of {name}"
             how = "--train.text-fraction 1 (text_fraction=1 in Python)"
             self._bar.line(f"uses {part}; {how} uses all")
 
@@ -125,10 +127,11 @@ def _how_to_resume(path: Path) -> str:
     """The command that resumes the run in a folder; of one that only Python can start, the word."""
     file = path / RUN_FILE_NAME
     try:
-        known = "preset" in read_run_file(file)["run"]
+        table = read_run_file(file)["run"]
     except ConfigError:  # `Trainer.fit` alone writes none
-        known = False
-    if not known:
         return "resume"
+    data = Path(table.get("data", path))
+    if table.get("preset") not in PRESETS or not (data.is_file() or data.is_dir()):
+        return "resume"  # a pipe cannot be read again
     config, out = shlex.quote(str(file)), shlex.quote(str(path))
     return f"`gptfast train --config {config} --out {out} --resume`"
