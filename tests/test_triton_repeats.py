@@ -96,7 +96,7 @@ def configurations() -> Iterator[Any]:
 
 @pytest.mark.cuda
 @pytest.mark.full
-@pytest.mark.parametrize(("checks", "places"), configurations())
+@pytest.mark.parametrize(("checks", "places"), [*configurations()])
 def test_every_configuration_is_right_and_repeats(
     checks: list[Any], places: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
