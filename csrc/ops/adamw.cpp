@@ -20,8 +20,8 @@ float* values(const Arguments& args, const char* name, const Tensor& x, const Te
 // A parameter's step count, which torch keeps as a tensor.
 float* count(const Arguments& args, const Tensor& step) {
   args.require(step.is_cpu() && step.numel() == 1 && step.scalar_type() == ScalarType::Float,
-               "steps must be float32 tensors of one element on the CPU, got ",
-               step.scalar_type(), " ", step.sizes());
+               "steps must be float32 tensors of one element on the CPU, got ", step.scalar_type(),
+               " ", step.sizes());
   return static_cast<float*>(step.data_ptr());
 }
 
