@@ -510,6 +510,9 @@ def test_decode_attention(H: int, D: int, capacity: int, dtype: torch.dtype) -> 
         Sampling(temperature=0.0, repetition_penalty=3.0),
         Sampling(min_p=1.0),
         Sampling(top_k=68),
+        Sampling(top_k=1),
+        Sampling(top_p=1e-46),  # less than any number of float32
+        Sampling(temperature=1e-46),
     ),
 )
 @pytest.mark.parametrize("V", (full(1), full(5), 66, 1500))
@@ -540,6 +543,22 @@ def test_the_cpu_draws_the_same_tokens(V: int, how: Sampling) -> None:
     assert torch.equal(on_device[-2].cpu(), expected)
     exact = logits.cpu().double().log_softmax(-1).gather(1, expected[:, None])[:, 0]
     assert torch.allclose(on_device[-1].cpu().double(), exact, atol=1e-5)
+
+
+@needs_numbers
+def test_the_highest_score_is_told_from_the_next_number() -> None:
+    R, V = 40, 8
+    highest = 60 * torch.rand(R, generator=torch.Generator().manual_seed(1)) - 30
+    logits = torch.full((R, V), -50.0)
+    logits[:, 5], logits[:, 2] = highest, highest.nextafter(torch.tensor(-math.inf))
+    rows, none = torch.arange(R), torch.zeros(R, V, dtype=torch.uint8)
+    tokens, logprobs = torch.empty(R, dtype=torch.int64), torch.empty(R)
+    arguments = [x.to(DEVICE) for x in (logits, none, rows, rows, rows, tokens, logprobs)]
+    for how in (Sampling(top_k=1), Sampling(top_p=1e-3)):
+        numbers = torch.tensor(numbers_of(how), dtype=torch.float64).to(DEVICE)
+        sample(kind_of(how, V), numbers, arguments[0], V, *arguments[1:])
+        allowed = {5} if how.top_k == 1 else {2, 5}  # whose weights are equal in float32
+        assert {*arguments[-2].tolist()} <= allowed
 
 
 SMALL = GPTConfig(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=32, dropout=0.2)

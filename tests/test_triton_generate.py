@@ -18,7 +18,7 @@ from test_triton import DEVICE, needs_numbers, where  # noqa: F401 (a fixture of
 from torch import Tensor
 
 from gptfast import GPT, CharTokenizer, DataError, GPTConfig
-from gptfast.generation import dtypes, kept, make_request
+from gptfast.generation import decoder, dtypes, kept, make_request
 from gptfast.generation.decoder import Decoder, Flight, Shape
 from gptfast.generation.sequences import Update
 from gptfast.generation.sizes import slots_bucket, unrolled
@@ -489,6 +489,23 @@ def test_slots_without_a_sequence_read_within_the_tables() -> None:
         while loop.run(1e9):
             pass
         assert decoder._progress.lengths[3] == 1 and bool(decoder._logits.isfinite().all())
+
+
+def test_work_on_several_streams_is_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[str] = []
+
+    def stream(name: str) -> Any:
+        return SimpleNamespace(name=name, wait_stream=lambda other: waits.append(name + other.name))
+
+    a, b, c = map(stream, "abc")
+    current = [a]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current[0])
+    order = decoder.Order(torch.device("cuda"))
+    for each in (a, b, b, c):
+        current[0] = each
+        order.begin()
+        order.end()
+    assert waits == ["ba", "ab", "ab", "cb", "ac"]
 
 
 def test_a_decoder_serves_one_loop_at_a_time() -> None:

@@ -78,13 +78,36 @@ class Flight(NamedTuple):
     before: Any  # that of the flight queued before it
 
 
+class Order:
+    """The order of a decoder's work, which may be queued on several streams, one after another."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            # To that of the beginning, torch gives the memory back.
+            self._first = self._last = torch.cuda.current_stream(device)
+
+    def begin(self) -> None:
+        """Lets the current stream wait for what has been queued on another one."""
+        if self._device.type == "cuda":
+            current = torch.cuda.current_stream(self._device)
+            if current != self._last:
+                current.wait_stream(self._last)
+                self._last = current
+
+    def end(self) -> None:
+        """Lets the first stream wait: what is freed there now is not used elsewhere any more."""
+        if self._device.type == "cuda" and self._last != self._first:
+            self._first.wait_stream(self._last)
+
+
 class Decoder:
     """The tensors of S slots, none of which moves or changes its shape: graphs refer to them."""
 
     def __init__(self, shape: Shape, weights: Weights) -> None:
         config, device = shape.config, weights.wte.device
         S, C, V = shape.slots, config.n_embd, config.vocab_size
-        self.shape, self.weights = shape, weights
+        self.shape, self.weights, self.order = shape, weights, Order(device)
 
         def zeros(*size: int, dtype: torch.dtype = weights.dtype) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
@@ -143,9 +166,8 @@ class Decoder:
             self._sampled = numbers
 
     def clear(self) -> None:
-        """Stops all slots, after steps that nobody looked at, perhaps on another stream."""
-        if self._arrived is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._arrived)
+        """Stops all slots, after steps that nobody looked at."""
+        self.order.begin()
         self._whole_state.copy_(self._idle)
         self._arrived = None
 

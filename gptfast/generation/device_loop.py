@@ -124,12 +124,16 @@ class DeviceLoop:
             self._look_seconds = max(LOOK_SECONDS, seconds / LOOK_SHARE)
         device = self._decoder.device
         with torch.cuda.device(device if device.type == "cuda" else -1), _no_autocast(device.type):
-            while self._unfinished:
-                while len(self._queued) < ahead and self._queue(one_by_one):
-                    pass
-                self._look()
-                if perf_counter() >= end:
-                    break
+            self._decoder.order.begin()
+            try:
+                while self._unfinished:
+                    while len(self._queued) < ahead and self._queue(one_by_one):
+                        pass
+                    self._look()
+                    if perf_counter() >= end:
+                        break
+            finally:
+                self._decoder.order.end()
         if self._unfinished:
             return True
         self._queued.clear()  # of sequences that have ended at stops

@@ -17,6 +17,7 @@ from gptfast.ops.random import WORD, philox
 SAMPLING_STREAM = WORD  # no dropout has this Philox stream
 # The kernels compute in float32, which larger factors would overflow.
 MAX_TEMPERATURE, MAX_PENALTY = 1e6, 1e3
+LEAST = 2.0**-126  # which float32 has with all of its bits; a smaller number could become 0
 MAX_TOP_K = 2**31 - 1  # no vocabulary is larger
 
 
@@ -66,9 +67,9 @@ class Sampling:
             )
         # float() because torch and the extension do not take every type of number.
         numbers = {
-            "temperature": float(temperature),
+            "temperature": max(float(temperature), LEAST) if temperature else 0.0,
             "top_k": min(count, MAX_TOP_K),
-            "top_p": 1.0 if top_p is None else float(top_p),
+            "top_p": 1.0 if top_p is None else max(float(top_p), LEAST),
             "min_p": 0.0 if min_p is None else float(min_p),
             "repetition_penalty": float(repetition_penalty),
         }

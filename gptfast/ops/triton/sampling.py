@@ -224,7 +224,7 @@ def sample_kernel(
             low = (first * 0).to(tl.int64) + MIN_SCORE
             high = _ordered(highest.to(tl.int32, bitcast=True)).to(tl.int64)
             while low < high:
-                step = (high - low + 3) // 4
+                step = (high - low + 4) // 4  # of high - low + 1 candidates
                 c1, c2, c3 = nobody, nobody, nobody
                 for j0 in tl.range(0, V, BLOCK):
                     z = _score(logits, seen, held, j0 + lane, V, columns, penalty, HELD)
@@ -249,7 +249,7 @@ def sample_kernel(
             wanted = tl.load(numbers + 2).to(tl.float32) * tl.sum(whole, 0)
             low, high = first * 0, first * 0 + ONE
             while low < high:
-                step = (high - low + 3) // 4
+                step = (high - low + 4) // 4  # of high - low + 1 candidates
                 s1, s2, s3 = nothing_yet, nothing_yet, nothing_yet
                 for j0 in tl.range(0, V, BLOCK):
                     p = _kept(
