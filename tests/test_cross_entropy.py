@@ -274,6 +274,15 @@ def test_losses_of_tokens_have_the_bits_of_a_text_alone(isa: str) -> None:
     assert torch.equal(shaped.flatten(), together)
 
 
+def test_a_mean_over_weights_that_add_up_to_0_is_0() -> None:
+    x, weight, targets = case(2, 16, 5)
+    for op in (ops.linear_cross_entropy, reference.linear_cross_entropy):
+        leaf = x.detach().requires_grad_()
+        loss = op(leaf, weight, targets, token_weights=torch.tensor([1.0, -1.0]))
+        (dx,) = torch.autograd.grad(loss, leaf)
+        assert loss == 0.0 and (dx == 0.0).all()
+
+
 def test_errors_of_reductions_and_token_weights() -> None:
     x, weight, targets = case(40, 16, 30)
     with pytest.raises(ValueError, match=r"reduction must be one of .*, got 'max'"):

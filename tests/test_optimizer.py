@@ -238,6 +238,19 @@ def test_a_gradient_that_is_not_finite_shows_in_every_weight(isa: str) -> None:
     assert all(param.isnan().all() for param in params)
 
 
+def test_without_clipping_a_norm_that_overflows_changes_no_other_weight(isa: str) -> None:
+    ours, theirs = parameters(), parameters()
+    for params in (ours, theirs):
+        set_gradients(params, 0)
+        params[2].grad.fill_(3e19)
+    AdamW(ours, **OPTIONS).clipped_step(None)
+    torch.optim.AdamW(theirs, **OPTIONS).step()
+    assert bool(ours[2].isfinite().all())
+    for i in range(len(ours)):
+        if i != 2:
+            torch.testing.assert_close(ours[i], theirs[i], rtol=1e-6, atol=1e-7)
+
+
 def test_torch_does_what_the_kernel_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype, fused in ((torch.float64, True), (torch.float32, False)):
         params = [nn.Parameter(param.detach().to(dtype)) for param in parameters()]

@@ -546,6 +546,19 @@ def test_the_cpu_draws_the_same_tokens(V: int, how: Sampling) -> None:
 
 
 @needs_numbers
+def test_gradients_of_rows_that_overlap() -> None:
+    q = heads(1, 2, 20).to(DEVICE).unfold(2, 12, 1)  # (1, 2, 9, 12)
+    k, v = (heads(1, 2, 9, 12, seed=i).to(DEVICE) for i in (1, 2))
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    found = [
+        torch.autograd.grad(op(*leaves).square().sum(), leaves)
+        for op in (ops.causal_attention, reference.causal_attention)
+    ]
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@needs_numbers
 def test_the_highest_score_is_told_from_the_next_number() -> None:
     R, V = 40, 8
     highest = 60 * torch.rand(R, generator=torch.Generator().manual_seed(1)) - 30

@@ -136,6 +136,19 @@ def test_a_gradient_that_is_not_finite_shows_in_every_weight() -> None:
     assert all(param.isnan().all() for param in params)
 
 
+def test_without_clipping_a_norm_that_overflows_changes_no_other_weight() -> None:
+    ours, theirs = own_parameters(), own_parameters()
+    for params in (ours, theirs):
+        give_gradients(params, 0)
+        params[2].grad.fill_(3e19)
+    optimizer_of(ours).clipped_step(None)
+    torch.optim.AdamW(theirs, **OPTIONS).step()
+    assert bool(ours[2].isfinite().all())
+    for i in range(len(ours)):
+        if i != 2:
+            torch.testing.assert_close(ours[i], theirs[i], rtol=1e-5, atol=1e-6)
+
+
 def test_chunks_cover_every_element_once() -> None:
     for sizes in ((3, 0, 5), (2048,), (2049, 1), (50257 * 768, 1024 * 768, 768, 3), (1,) * 5000):
         chunk, chunks = adamw._chunks(sizes)
@@ -161,3 +174,5 @@ def test_wrong_tensors_are_refused_by_name() -> None:
         adamw_(w, w, w, w, [torch.zeros(2, device=DEVICE)], [], *options)
     with pytest.raises(RuntimeError, match="adamw_: averages must be contiguous float32"):
         adamw_(w, w, w, w, step, [three], *options)
+    with pytest.raises(RuntimeError, match="adamw_: weight_decay must be as many .* 1, got 0"):
+        adamw_(w, w, w, w, step, [], [], *options[1:])

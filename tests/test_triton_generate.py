@@ -284,6 +284,7 @@ class Prepared:
 
     def __init__(self, tokens: Any, logprobs: Any) -> None:
         self._tokens, self._logprobs, self._drawn = tokens, logprobs, 0
+        self.order = decoder.Order(self.device)
 
     def start(self, starts: Any) -> None:
         """Nothing."""
@@ -308,8 +309,8 @@ def loop_over(
     **options: Any,
 ) -> device_loop.DeviceLoop:
     """Makes a loop whose sequences draw these tokens, (S, steps)."""
-    decoder = Prepared(tokens, logprobs)
-    monkeypatch.setattr(device_loop, "take_decoder", lambda *_: decoder)
+    prepared = Prepared(tokens, logprobs)
+    monkeypatch.setattr(device_loop, "take_decoder", lambda *_: prepared)
     monkeypatch.setattr(device_loop, "keep_decoder", lambda *_: None)
     model = GPT(GPTConfig(block_size=512, vocab_size=300, n_layer=1, n_embd=16)).to(DEVICE)
     prompts = [[1, 2]] * len(tokens)

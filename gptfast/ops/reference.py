@@ -173,8 +173,10 @@ def linear_cross_entropy(
             losses = losses * weights
         if reduction == "none":
             return losses
+        if reduction == "sum":
+            return losses.sum()
         total = weights.sum()
-        return losses.sum() / (1.0 if reduction == "sum" else total + (total == 0))
+        return torch.where(total == 0, 0.0, losses.sum() / (total + (total == 0)))
 
 
 def embedding(

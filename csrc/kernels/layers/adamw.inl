@@ -74,7 +74,8 @@ void adamw(const AdamW& s, const Parallel& parallel) {
   for (int64_t i = 0; i < chunks; ++i) total += partial[i];
   *s.norm = static_cast<float>(__builtin_sqrt(total));
   const float factor = s.clip / (*s.norm + 1e-6f);  // a NaN stays and shows in the weights
-  const float used = factor > 1.0f ? 1.0f : factor;
+  // Without a limit it is 1, also if the norm overflows.
+  const float used = factor > 1.0f || s.clip == __builtin_inff() ? 1.0f : factor;
   run_tasks(parallel, chunks, [&](int64_t task) {
     if (chunk[task].param->average != nullptr)
       adamw_chunk<true>(s, chunk[task], used);

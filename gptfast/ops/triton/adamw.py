@@ -116,8 +116,10 @@ def adamw_kernel(
     size = tl.sqrt(tl.sum(squares, 0)).to(tl.float32)
     if tl.program_id(0) == 0:
         tl.store(norm, size)
-    factor = tl.load(numbers + 4).to(tl.float32) / (size + 1e-6)
+    clip = tl.load(numbers + 4).to(tl.float32)
+    factor = clip / (size + 1e-6)
     factor = tl.where(factor > 1.0, 1.0, factor)  # a NaN stays and shows in the weights
+    factor = tl.where(clip == float("inf"), 1.0, factor)  # also if the norm overflows
     weight_decay = tl.load(numbers + OPTIONS + tl.load(entry + 7))
     decay = (1.0 - tl.load(numbers) * weight_decay).to(tl.float32)
     beta1, beta2 = tl.load(numbers + 1).to(tl.float32), tl.load(numbers + 2).to(tl.float32)
@@ -266,6 +268,11 @@ def adamw_(
     beta2: float, eps: float, clip: float, ema: float,
 ) -> Tensor:  # fmt: skip
     """gptfast::adamw_."""
+    if len(weight_decay) != len(weights):
+        raise RuntimeError(
+            f"adamw_: weight_decay must be as many as weights, {len(weights)}, "
+            f"got {len(weight_decay)}"
+        )
     table = Table(weights, grads, means, squares, steps, averages, [*range(len(weights))])
     table.upload()
     options = [lr, beta1, beta2, eps, clip, ema, *weight_decay]

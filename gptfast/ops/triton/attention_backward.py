@@ -366,12 +366,18 @@ def write_grads(
     return sums[:, :columns], sums[:, columns:] if key_sums is None else key_sums
 
 
+def _grad_of(x: Tensor) -> Tensor:
+    """Reserves a gradient of x's strides, or a contiguous one if rows of x overlap."""
+    made = torch.empty_like(x)
+    return made if made.stride(-1) == 1 else x.new_empty(x.shape)
+
+
 def attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
     dropout_p: float, seed: Tensor | None, stream: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """gptfast::attention_backward."""
-    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    grads = _grad_of(q), _grad_of(k), _grad_of(v)
     heads = dout.transpose(1, 2)  # contiguous if it is the gradient of causal_attention's result
     if not heads.is_contiguous():
         heads = dout.contiguous().transpose(1, 2)
