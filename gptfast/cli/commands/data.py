@@ -74,9 +74,6 @@ class Prepare(Data):
 
         if not self.texts:
             raise ConfigError("there is no text to prepare: name at least one file")
-        for path in self.texts:
-            if path.is_dir():
-                raise DataError(f"{path}: expected a text file, got a directory")
         check_folder(self.out, self.overwrite)
         sizes = [path.stat().st_size if path.is_file() else 0 for path in self.texts]
         processes = _processes(sum(sizes)) if self.processes is None else self.processes
@@ -104,7 +101,8 @@ class Prepare(Data):
             raise ConfigError("--vocab-size N belongs to --tokenizer bpe, which needs it")
         if self.tokenizer not in ("char", "bpe"):
             return _stored_tokenizer(self.tokenizer)
-        if not all(path.is_file() for path in self.texts if path.exists()):
+        # (What is missing or a directory, the reading says.)
+        if any(path.exists() and not path.is_file() and not path.is_dir() for path in self.texts):
             raise DataError("a text that a vocabulary is made of is read twice: give it as a file")
         with bar("reading the vocabulary", size, in_bytes=True) as read:
             texts = pieces(self.texts, self.separator, read)
