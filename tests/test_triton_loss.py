@@ -43,7 +43,7 @@ def test_loss_in_blocks_of_rows(
     M: int, reduction: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few_rows(monkeypatch)
-    monkeypatch.setattr(cross_entropy, "ROW_BLOCK", 64)
+    monkeypatch.setattr(cross_entropy, "ROW_BYTES", 256)
     inputs = there(*norm_case(M, 48, 150))
     assert inputs[2] is not None
     inputs[2][1::3] = -100
@@ -87,7 +87,7 @@ def test_label_smoothing_in_blocks_of_rows(
     M: int, reduction: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few_rows(monkeypatch)
-    monkeypatch.setattr(cross_entropy, "ROW_BLOCK", 64)
+    monkeypatch.setattr(cross_entropy, "ROW_BYTES", 256)
     inputs = there(*norm_case(M, 48, 150)[:3])
     assert inputs[2] is not None
     inputs[2][1::3] = -100
@@ -101,12 +101,42 @@ def test_label_smoothing_in_blocks_of_rows(
 
 @pytest.mark.parametrize("V", (5, 300))
 def test_logits_of_minus_infinity(V: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "ROW_BLOCK", 64)
+    monkeypatch.setattr(cross_entropy, "ROW_BYTES", 256)
     x, weight = torch.ones(3, 16, device=DEVICE), torch.zeros(V, 16, device=DEVICE)
     weight[: V - 2] = -torch.inf  # more than the first block of columns
     targets = torch.full((3,), V - 1, device=DEVICE)
     loss = ops.linear_cross_entropy(x, weight, targets)
     torch.testing.assert_close(loss.cpu(), torch.tensor(2.0).log())
+    for smoothing in (0.0, 0.1):  # the target's logit, too, or one that a smoothed target has
+        wrong = ops.linear_cross_entropy(x, weight, 0 * targets, label_smoothing=smoothing)
+        assert wrong == torch.inf
+
+
+@pytest.mark.parametrize("smoothing", (0.0, 0.2))
+@pytest.mark.parametrize("V", (62, 63, 64, 65, 126, 129, 190, 257))
+def test_whole_blocks_of_columns_and_the_last_one(
+    V: int, smoothing: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cross_entropy, "ROW_BYTES", 256)
+    x, weight, _, _, _ = norm_case(V, 48, V)
+    targets = torch.arange(V)  # each column is a target once
+    targets[1::7] = -100
+    inputs = there(x, weight, targets)
+
+    def torch_own(x: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Tensor:
+        return F.cross_entropy(F.linear(x, weight).float(), targets, **options)
+
+    both = ops.linear_cross_entropy, reference.linear_cross_entropy
+    check_op(*both, torch_own, inputs, torch.float32, label_smoothing=smoothing)
+
+
+def test_rows_that_do_not_count_are_not_read() -> None:
+    x, weight, targets, _, _ = norm_case(4, 16, 300)
+    x[1], targets[1] = torch.inf, -100  # whose logits are infinite or NaN
+    leaves = [t.to(DEVICE).requires_grad_() for t in (x, weight)]
+    loss = ops.linear_cross_entropy(*leaves, targets.to(DEVICE))
+    dx, _ = torch.autograd.grad(loss, leaves)
+    assert torch.isfinite(loss) and torch.isfinite(dx[[0, 2, 3]]).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

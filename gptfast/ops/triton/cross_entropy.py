@@ -29,10 +29,11 @@ from gptfast.ops.triton.tiles import LN2, LOG2E
 BLOCK_BYTES = 200 << 20
 ROWS_MULTIPLE = 128  # blocks have a multiple of so many rows, those of the products' tiles
 COLUMNS_MULTIPLE = 64  # rows of logits have a stride of a multiple of so many elements
-# Columns of a row that a program of `loss_kernel` reads at a time, 32 elements per thread. Two
-# programs run on a multiprocessor of an H100, so that the L2 cache can hold what they read twice.
-ROW_BLOCK = 8192
+# Bytes of a row that a program of `loss_kernel` reads at a time. Two programs of 16 warps run on a
+# multiprocessor of an H100, so that the L2 cache can hold what they read twice.
+ROW_BYTES = 32768
 SMALL_BLOCK = 4096  # elements of several short rows
+WARP_BLOCK = 1024  # elements of a warp, 32 per thread
 COUNT_BLOCK = 2048  # targets that a program counts at a time
 # Every program of `loss_kernel` counts the targets if they read at most so many in all; otherwise
 # a kernel of its own counts them.
@@ -61,13 +62,66 @@ def total_kernel(targets, token_weights, total, ignore_index, M, BLOCK: tl.const
     tl.store(total, total_weight(targets, token_weights, ignore_index, M, BLOCK))
 
 
+@triton.jit
+def scores(logits, row, v0, V, columns, wanted, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    """Loads BLOCK columns of logits from v0 on, and returns where they are as well.
+
+    WHOLE says that V is not among them; those from V on are -inf. Rows not wanted are 0.
+    """
+    v = v0 + tl.arange(0, BLOCK)
+    at = logits + row[:, None] + v[None, :]
+    here = wanted[:, None] if WHOLE else wanted[:, None] & (v < columns)[None, :]
+    s = tl.load(at, mask=here, other=0.0).to(tl.float32)
+    return at, s if WHOLE else tl.where((v < V)[None, :], s, -float("inf"))
+
+
+@triton.jit
+def add_scores(
+    logits, row, v0, V, columns, inside, reference, smoothing, top, sums, shifted,
+    WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
+    """A step of the online softmax of each lane, which a thread has for itself, by BLOCK columns:
+
+    top' = max(top, max_j s_j),  sums' = sums exp(top - top') + sum_j exp(s_j - top'),
+    and for label smoothing shifted' = shifted + sum_j (s_j - reference).
+    """
+    _, s = scores(logits, row, v0, V, columns, inside, WHOLE, BLOCK)
+    own = tl.reshape(s, [ROWS, BLOCK // (LANES * VECTOR), LANES, VECTOR])
+    both = tl.maximum(top, tl.max(tl.max(own, 3), 1))
+    sums *= tl.exp2((top - both) * LOG2E)
+    sums += tl.sum(tl.sum(tl.exp2((own - both[:, None, :, None]) * LOG2E), 3), 1)
+    if smoothing is not None:
+        rest = s - reference[:, None]
+        if not WHOLE:
+            rest = tl.where((v0 + tl.arange(0, BLOCK) < V)[None, :], rest, 0.0)
+        shifted += tl.sum(tl.sum(tl.reshape(rest, own.shape), 3), 1)
+    return both, sums, shifted
+
+
+@triton.jit
+def replace_scores(
+    logits, row, v0, V, columns, kept, inside, smoothing, top, factor, share,
+    WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Replaces BLOCK columns by their gradients, but for the target's part of them."""
+    at, s = scores(logits, row, v0, V, columns, kept, WHOLE, BLOCK)
+    ds = tl.exp2((s - top[:, None]) * LOG2E) * factor[:, None]
+    v = v0 + tl.arange(0, BLOCK)
+    if smoothing is not None:
+        uniform = smoothing / V * share[:, None]
+        ds -= uniform if WHOLE else tl.where((v < V)[None, :], uniform, 0.0)
+    here = inside[:, None] if WHOLE else inside[:, None] & (v < columns)[None, :]
+    tl.store(at, ds.to(logits.dtype.element_ty), mask=here)
+
+
 @kernel
 @triton.jit(do_not_specialize=["ignore_index", "first", "count"])
 def loss_kernel(
     logits, targets, token_weights, total, losses, ignore_index, smoothing, first, count, M, V,
     columns,
     MEAN: tl.constexpr, GRAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    COUNT: tl.constexpr,
+    LAST: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """Losses of `count` rows of logits s, the rows from `first` on; replaces s by its gradient.
 
@@ -82,6 +136,11 @@ def loss_kernel(
     where the share of a row is its weight, or 1; for a mean divided by the sum of them all, which
     is `total` or, without it, counted here; and 0 if the target is ignored. Rows have a stride of
     `columns`, a multiple of 16, so that loads are wide; the gradient of columns from V on is 0.
+
+    An H100 moves the four bytes of a logit in the time of 39 instructions, most of which pass while
+    its warps wait. So the loops have 14: only the last block of columns has masks, the target's own
+    part is subtracted from one logit, not from all, and each thread has a maximum and a sum of its
+    own ("lane") until the end of the row.
     """
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m = first + r
@@ -105,48 +164,53 @@ def loss_kernel(
     share = tl.where(counted, share, 0.0)
 
     row = r.to(tl.int64) * columns
-    target_logit = tl.load(logits + row + target, mask=counted, other=0.0).to(tl.float32)
+    at_target = logits + row + target
+    target_logit = tl.load(at_target, mask=counted, other=0.0).to(tl.float32)
     # From a finite value: -inf - (-inf), where a block of columns is -inf, would be nan.
-    top = tl.full([ROWS], LOWEST, tl.float32)
-    sums = tl.zeros([ROWS], tl.float32)
-    below = tl.zeros([ROWS], tl.float32)  # the sum of s_j - top, of the v0 columns so far
-    for v0 in tl.range(0, columns, BLOCK):
-        v = v0 + tl.arange(0, BLOCK)
-        here = inside[:, None] & (v < columns)[None, :]
-        s = tl.load(logits + row[:, None] + v[None, :], mask=here, other=0.0).to(tl.float32)
-        s = tl.where((v < V)[None, :], s, -float("inf"))
-        both = tl.maximum(top, tl.max(s, 1))
-        sums *= tl.exp2((top - both) * LOG2E)
-        sums += tl.sum(tl.exp2((s - both[:, None]) * LOG2E), 1)
-        if smoothing is not None:
-            below += v0 * (top - both)
-            below += tl.sum(tl.where((v < V)[None, :], s - both[:, None], 0.0), 1)
-        top = both
+    tops = tl.full([ROWS, LANES], LOWEST, tl.float32)
+    sums = tl.zeros([ROWS, LANES], tl.float32)
+    shifted = tl.zeros([ROWS, LANES], tl.float32)
+    # Any finite number will do; one close to the scores keeps their precision.
+    reference = tl.where(target_logit > LOWEST, target_logit, 0.0)
+    last = V // BLOCK * BLOCK
+    for v0 in tl.range(0, last, BLOCK):
+        tops, sums, shifted = add_scores(
+            logits, row, v0, V, columns, inside, reference, smoothing, tops, sums, shifted,
+            True, ROWS, BLOCK, LANES, VECTOR,
+        )  # fmt: skip
+    tops, sums, shifted = add_scores(
+        logits, row, last, V, columns, inside, reference, smoothing, tops, sums, shifted,
+        False, ROWS, LAST, LANES, VECTOR,
+    )  # fmt: skip
+    top = tl.max(tops, 1)
+    exp_sum = tl.sum(sums * tl.exp2((tops - top[:, None]) * LOG2E), 1)
     # max + ln sum would be rounded to the precision of max.
-    if smoothing is None:
-        loss = (top - target_logit) + tl.log2(sums) * LN2
-    else:
-        loss = (1.0 - smoothing) * (top - target_logit) - smoothing / V * below
-        loss += tl.log2(sums) * LN2
+    loss = top - target_logit
+    if smoothing is not None:
+        loss = (1.0 - smoothing) * loss + smoothing * (top - reference)
+        loss -= smoothing / V * tl.sum(shifted, 1)
+    loss += tl.log2(exp_sum) * LN2
     tl.store(losses + m, tl.where(counted, loss * share, 0.0), mask=inside)
 
     if GRAD:
         tl.debug_barrier()  # every thread has read the logits that others replace
-        scale = 1.0 / sums
-        for v0 in tl.range(0, columns, BLOCK):
-            v = v0 + tl.arange(0, BLOCK)
-            here = inside[:, None] & (v < columns)[None, :]
-            at = logits + row[:, None] + v[None, :]
-            s = tl.load(at, mask=here, other=0.0).to(tl.float32)
-            s = tl.where((v < V)[None, :], s, -float("inf"))
-            ds = tl.exp2((s - top[:, None]) * LOG2E) * scale[:, None]
-            if smoothing is None:
-                ds -= tl.where(v[None, :] == target[:, None], 1.0, 0.0)
-            else:
-                ds -= tl.where(v[None, :] == target[:, None], 1.0 - smoothing, 0.0)
-                ds -= tl.where((v < V)[None, :], smoothing / V, 0.0)
-            ds = tl.where(share[:, None] == 0.0, 0.0, ds * share[:, None])
-            tl.store(at, ds.to(logits.dtype.element_ty), mask=here)
+        kept = share != 0.0  # of other rows nothing is read, because 0 times inf would be nan
+        top = tl.where(kept, top, 0.0)
+        scale = tl.where(kept, 1.0 / exp_sum, 0.0)
+        for v0 in tl.range(0, last, BLOCK):
+            replace_scores(
+                logits, row, v0, V, columns, kept, inside, smoothing, top, scale * share, share,
+                True, BLOCK,
+            )  # fmt: skip
+        replace_scores(
+            logits, row, last, V, columns, kept, inside, smoothing, top, scale * share, share,
+            False, LAST,
+        )  # fmt: skip
+        tl.debug_barrier()  # every thread has written what one of them now corrects
+        ds = tl.exp2((target_logit - top) * LOG2E) * scale - 1.0
+        if smoothing is not None:
+            ds += smoothing - smoothing / V
+        tl.store(at_target, (ds * share).to(logits.dtype.element_ty), mask=kept)
 
 
 def linear_cross_entropy(
@@ -168,10 +232,7 @@ def linear_cross_entropy(
 
     rows = _block_rows(M, columns * x.element_size())
     logits, losses = x.new_empty(rows, columns), x.new_empty(M, dtype=torch.float32)
-    block = block_of(min(columns, ROW_BLOCK))
-    several = max(1, SMALL_BLOCK // block) if columns <= ROW_BLOCK else 1
-    tile = {"ROWS": several, "BLOCK": block, "COUNT": COUNT_BLOCK}
-    warps = 8 if block > SMALL_BLOCK else 4
+    tile, warps = _loss_tile(V, columns, x.element_size())
     total, smoothing = None, label_smoothing or None
     if reduction == "mean" and cdiv(M, tile["ROWS"]) * M > COUNT_READS:
         total = losses.new_empty(1)
@@ -190,8 +251,8 @@ def linear_cross_entropy(
         matmul(part, own.t(), out=own_logits)
         loss_kernel[(cdiv(count, tile["ROWS"]),)](
             logits, targets, token_weights, total, losses, ignore_index, smoothing, first, count,
-            M, V, columns, MEAN=reduction == "mean", GRAD=wanted != 0, **tile, num_warps=warps,
-            **ASSERTING,
+            M, V, columns, MEAN=reduction == "mean", GRAD=wanted != 0, COUNT=COUNT_BLOCK, **tile,
+            num_warps=warps, **ASSERTING,
         )  # fmt: skip
         if with_dweight:
             matmul(own_logits.t(), part, dtype, out=dweight, accumulate=first > 0)
@@ -212,3 +273,15 @@ def _block_rows(M: int, bytes_per_row: int) -> int:
     most = max(1, BLOCK_BYTES // bytes_per_row // ROWS_MULTIPLE) * ROWS_MULTIPLE
     blocks = max(1, cdiv(M, most))
     return max(1, min(M, cdiv(cdiv(M, blocks), ROWS_MULTIPLE) * ROWS_MULTIPLE))
+
+
+def _loss_tile(V: int, columns: int, itemsize: int) -> tuple[dict[str, int], int]:
+    """Returns the tile sizes of `loss_kernel` and its warps, which have 32 elements per thread."""
+    block = block_of(min(columns, ROW_BYTES // itemsize))
+    several = max(1, SMALL_BLOCK // block) if columns <= block else 1
+    warps = max(block, SMALL_BLOCK) // WARP_BLOCK
+    vector = 16 // itemsize  # columns that a thread reads at once
+    lanes = min(block // vector, 32 * warps)
+    last = block_of(columns - V // block * block, lanes * vector)
+    tile = {"ROWS": several, "BLOCK": block, "LAST": last, "LANES": lanes, "VECTOR": vector}
+    return tile, warps
