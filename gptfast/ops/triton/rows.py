@@ -106,8 +106,8 @@ def norm_grad_kernel(
                 normalized += tl.load(bias + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
             tl.store(n + at, normalized.to(n.dtype.element_ty), mask=inside)
         g = d * w[None, :]
-        mean_g = tl.sum(g, 1) / K
-        mean_gx = tl.sum(g * xhat, 1) / K
+        # One reduction, because warps wait for each other in each.
+        mean_g, mean_gx = tl.split(tl.sum(tl.join(g, g * xhat), 1) / K)
         result = (g - mean_g[:, None] - xhat * mean_gx[:, None]) * row_rstd[:, None]
         if add is not None:
             other = tl.load(add + at, mask=inside, other=0.0).to(tl.float32)
