@@ -3,6 +3,7 @@
 import operator
 import os
 from collections.abc import Iterable
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -17,13 +18,22 @@ def as_int(x: Any) -> int | None:
     """A whole number of any type as an int; None where it is none, as an array or a bool is."""
     if type(x) is int:  # torch.compile follows no more than this
         return x
-    if getattr(x, "ndim", 0):
-        return None
-    value = x.item() if hasattr(x, "item") else x  # of numpy's and torch's types
+    value = _item(x)
     try:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         return None
+
+
+def as_number(x: Any) -> float | None:
+    """A real number of any type as a float; None where it is none, as an array or a bool is."""
+    value = _item(x)
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
+
+
+def _item(x: Any) -> Any:
+    """The number in one of numpy's or torch's objects without dimensions; other objects as such."""
+    return x.item() if hasattr(x, "item") and not getattr(x, "ndim", 0) else x
 
 
 def is_iterable(x: Any) -> TypeGuard[Iterable[Any]]:

@@ -2,10 +2,9 @@
 
 import math
 from dataclasses import asdict, dataclass, fields
-from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
-from gptfast.checks import as_int, check_seed
+from gptfast.checks import as_int, as_number, check_seed
 from gptfast.errors import ConfigError
 
 Precision = Literal["fp32", "bf16"]
@@ -65,9 +64,10 @@ class GPTConfig:
                 f"n_embd must be divisible by n_head, got n_embd={self.n_embd} and"
                 f" n_head={self.n_head}"
             )
-        if not (isinstance(self.dropout, float | Real) and 0.0 <= self.dropout < 1.0):
+        dropout = as_number(self.dropout)
+        if dropout is None or not 0.0 <= dropout < 1.0:
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout!r}")
-        object.__setattr__(self, "dropout", float(self.dropout))
+        object.__setattr__(self, "dropout", dropout)
         for name in ("attn_proj_dropout", "bias", "attention", "tie_weights"):
             value = getattr(self, name)
             if value not in (True, False):
@@ -172,14 +172,13 @@ class TrainConfig:
         _check_number("weight_decay", self.weight_decay, least=0.0)
         _check_number("text_fraction", self.text_fraction, above=0.0, most=1.0)
         _check_number("val_fraction", self.val_fraction, least=0.0, below=1.0)
-        pair = isinstance(self.betas, tuple | list) and len(self.betas) == 2
-        if not pair or not all(isinstance(b, int | float) and 0 <= b < 1 for b in self.betas):
+        # Of JSON it is a list, which would not be hashable.
+        betas = [*map(as_number, self.betas)] if isinstance(self.betas, tuple | list) else []
+        if len(betas) != 2 or not all(b is not None and 0.0 <= b < 1.0 for b in betas):
             raise ConfigError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
-        # A list, as JSON gives it, would not be hashable, and numpy's numbers cannot be saved.
-        object.__setattr__(self, "betas", tuple(map(float, self.betas)))
+        object.__setattr__(self, "betas", tuple(betas))
         for name in NUMBERS:
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, float(getattr(self, name)))
+            object.__setattr__(self, name, as_number(getattr(self, name)))
         object.__setattr__(self, "seed", check_seed(self.seed))
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
@@ -217,8 +216,8 @@ def _check_number(
     below: float = math.inf,
     most: float = math.inf,
 ) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and above < value < below and least <= value <= most:
+    number = as_number(value)
+    if number is not None and above < number < below and least <= number <= most:
         return
     low = f"above {above:g}" if above > -math.inf else f"at least {least:g}"
     high = f" and below {below:g}" if below < math.inf else f" and at most {most:g}"

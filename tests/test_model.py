@@ -3,8 +3,9 @@
 import copy
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gptfast import GPT, BackendError, ConfigError, GPTConfig
+from gptfast.config import TrainConfig
 from gptfast.formats.course import from_state_dict, own_name
 from gptfast.model import unwrapped
+from gptfast.ops.sampling import Sampling
 from gptfast.presets import PRESETS
 from gptfast.testing import assert_budget
 
@@ -365,6 +368,26 @@ def test_config_takes_numpys_numbers() -> None:
     config = GPTConfig(**fields, bias=np.bool_(False), padding_idx=np.uint8(1))
     assert json.dumps(config.to_dict()) == json.dumps(plain.to_dict())
     assert config == plain and config.head_dim == 32
+    half, tenth = np.float32(0.5), torch.tensor(0.125)
+    trained = TrainConfig(lr=half, betas=(half, tenth), clip=tenth, ema=half, text_fraction=half)
+    assert trained == TrainConfig(
+        lr=0.5, betas=(0.5, 0.125), clip=0.125, ema=0.5, text_fraction=0.5
+    ) and json.dumps(asdict(trained))
+    drawn = Sampling(temperature=half, top_p=tenth, min_p=half)
+    assert drawn == Sampling(temperature=0.5, top_p=0.125, min_p=0.5)
+
+
+@pytest.mark.parametrize("wrong", (True, "0.5", np.array([0.5]), torch.tensor(0.5j), float("nan")))
+def test_what_is_no_number_is_an_error(wrong: Any) -> None:
+    for make in (
+        lambda: GPTConfig(dropout=wrong),
+        lambda: TrainConfig(lr=wrong),
+        lambda: TrainConfig(betas=(0.9, wrong)),
+        lambda: Sampling(temperature=wrong),
+        lambda: Sampling(min_p=wrong),
+    ):
+        with pytest.raises(ConfigError, match="got .*(True|0.5|nan)"):
+            make()
 
 
 def test_a_model_needs_the_size_of_its_vocabulary() -> None:

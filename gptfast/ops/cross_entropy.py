@@ -199,8 +199,9 @@ def linear_cross_entropy(
     With label smoothing e it is (1 - e) times that, plus e times the mean of -log softmax.
 
     Of a mean or a sum the gradients are made in the same call, those of reduction "none" in the
-    backward, which computes the logits again. They exist by blocks of rows: on a CPU at most 160 MB
-    of them at a time, or 768 rows where those are more; on a GPU 200 MiB, or 128 rows.
+    backward, which computes the logits again. They exist by blocks of rows: on a CPU at most 160
+    MiB of them at a time, but at least 192 to 768 rows, by dtype and processor; on a GPU 200 MiB,
+    but at least 128 rows.
 
     Args:
         x: (..., K), float32, bfloat16 or, on a GPU, float16.

@@ -5,12 +5,11 @@ Letters: n sequences, V vocab_size.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 from torch import Tensor
 
-from gptfast.checks import as_int
+from gptfast.checks import as_int, as_number
 from gptfast.errors import ConfigError
 from gptfast.ops.random import WORD, philox
 
@@ -78,7 +77,8 @@ class Sampling:
 
 
 def _within(value: object, least: float, most: float) -> bool:
-    return isinstance(value, (float, int, Real)) and least <= float(value) <= most
+    number = as_number(value)
+    return number is not None and least <= number <= most
 
 
 def choose(

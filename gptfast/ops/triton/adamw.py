@@ -47,7 +47,7 @@ def _chunk(table, P, FIELDS: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["P"])
 def grad_norm_kernel(
     table, numbers, parts, rates, P, CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
-    AVERAGED: tl.constexpr, OPTIONS: tl.constexpr, FIELDS: tl.constexpr, BLOCK: tl.constexpr,
+    AVERAGED: tl.constexpr, FIELDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The sum of squares of a chunk of gradients; a parameter's first chunk counts its step.
 
@@ -241,13 +241,14 @@ class Table:
         )
         constants = {
             "CHUNK": self.chunk, "ALIGNED": self.aligned, "AVERAGED": self.averaged,
-            "OPTIONS": OPTIONS, "FIELDS": FIELDS, "BLOCK": BLOCK,
+            "FIELDS": FIELDS, "BLOCK": BLOCK,
         }  # fmt: skip
         grid = (self.chunk_count,)
         grad_norm_kernel[grid](self.memory, options, parts, rates, self.count, **constants)
         adamw_kernel[grid](
-            self.memory, options, parts, rates, norm, self.count, self.chunk_count, **constants
-        )
+            self.memory, options, parts, rates, norm, self.count, self.chunk_count,
+            OPTIONS=OPTIONS, **constants,
+        )  # fmt: skip
         return norm
 
 

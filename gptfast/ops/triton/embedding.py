@@ -96,9 +96,9 @@ def one_hot_kernel(
 
 
 @kernel
-@triton.jit(do_not_specialize=["P", "T", "block_size", "padding"])
+@triton.jit(do_not_specialize=["P", "T", "padding"])
 def tables_kernel(
-    parts, dwte, dwpe, P, T, C, V, block_size, padding, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    parts, dwte, dwpe, P, T, C, V, padding, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """Adds up the P parts of a row of dwte or dwpe, ROWS at a time; dwpe's rows from T on are 0."""
     n = tl.program_id(0)
@@ -254,7 +254,7 @@ def _grads_by_product(
     )  # fmt: skip
     columns = min(256, block_of(C))
     tables_kernel[(V + block_size, cdiv(C, columns))](
-        sums, dwte, dwpe, parts, T, C, V, block_size, padding_idx, ROWS=16, COLUMNS=columns,
+        sums, dwte, dwpe, parts, T, C, V, padding_idx, ROWS=16, COLUMNS=columns,
         num_warps=2,
     )  # fmt: skip
 
