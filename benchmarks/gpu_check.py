@@ -29,10 +29,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package need not be installed, see `search_path`
-from gpu.report import Report  # noqa: E402
+from gpu.report import MARK, Report  # noqa: E402
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
-MARK = "ROW "
 WORKERS, MOST_TESTS = 12, 16  # processes that compile, and that test
 FULL_FACTOR = 10  # by which --full lengthens the limits
 

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 
 from gptfast.config import GPTConfig
-from gptfast.errors import CheckpointError, ConfigError
+from gptfast.errors import CheckpointError, ConfigError, reason
 from gptfast.files import write_atomic
 from gptfast.integrity import digest, reading
 from gptfast.model import GPT, unwrapped
@@ -92,7 +92,7 @@ def save(
         write_atomic(files, durable=True)
     except OSError as error:
         raise CheckpointError(
-            f"{path}: the checkpoint could not be saved ({error.strerror or error}); "
+            f"{path}: the checkpoint could not be saved ({reason(error)}); "
             "one that was there before is kept"
         ) from error
 

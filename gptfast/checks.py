@@ -5,9 +5,12 @@ import os
 from collections.abc import Iterable
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from gptfast.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 MOST = 2**31 - 1  # that an option may count
 SEEDS = 2**63  # how many keys of random numbers there are
@@ -81,6 +84,11 @@ def check_path(name: str, value: Any) -> Path:
             f"{name} must be the path of a file or folder, got {len(str(value))} characters"
         )
     return path
+
+
+def dtype_name(dtype: "torch.dtype") -> str:
+    """A dtype as an error names it: float32."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _kind_of(value: Any) -> str:

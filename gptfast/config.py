@@ -2,20 +2,13 @@
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from gptfast.checks import as_int, as_number, check_seed
 from gptfast.errors import ConfigError
 
 Precision = Literal["fp32", "bf16"]
-PRECISIONS = ("fp32", "bf16")
-CHOICES = {  # of fields of TrainConfig
-    "precision": PRECISIONS,
-    "graph": ("auto", "off"),
-    "schedule": ("constant", "cosine", "linear", "wsd"),
-    "decayed": ("all", "matrices"),
-    "parallel": ("ddp", "fsdp"),
-}
+PRECISIONS = get_args(Precision)
 NUMBERS = (  # fields of TrainConfig
     *("lr", "min_lr", "clip", "weight_decay", "label_smoothing", "ema", "save_minutes"),
     *("text_fraction", "val_fraction"),
@@ -68,14 +61,7 @@ class GPTConfig:
         if dropout is None or not 0.0 <= dropout < 1.0:
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout!r}")
         object.__setattr__(self, "dropout", dropout)
-        for name in ("attn_proj_dropout", "bias", "attention", "tie_weights"):
-            value = getattr(self, name)
-            if value not in (True, False):
-                raise ConfigError(f"{name} must be True or False, got {value!r}")
-            object.__setattr__(self, name, bool(value))
-        for name, known in (("gelu", ("erf", "tanh")), ("init", ("torch", "gpt2"))):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        _check_choices(self)
         if self.padding_idx is not None:
             token, limit = as_int(self.padding_idx), self.vocab_size
             if token is None or token < 0 or limit is not None and token >= limit:
@@ -180,11 +166,7 @@ class TrainConfig:
         for name in NUMBERS:
             object.__setattr__(self, name, as_number(getattr(self, name)))
         object.__setattr__(self, "seed", check_seed(self.seed))
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
-        if self.recompute not in (True, False):
-            raise ConfigError(f"recompute must be True or False, got {self.recompute!r}")
+        _check_choices(self)
         if self.sample is not None and not (isinstance(self.sample, str) and self.sample):
             raise ConfigError(f"sample must be a text of at least a character, got {self.sample!r}")
         if self.patience is not None and self.val_fraction == 0.0:
@@ -198,6 +180,19 @@ class TrainConfig:
                 f"accumulation_steps must be at most batch_size={self.batch_size}, "
                 f"got {self.accumulation_steps}"
             )
+
+
+def _check_choices(config: GPTConfig | TrainConfig) -> None:
+    """Checks the fields that are switches or have a choice of words, by their annotations."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type is bool:
+            if value not in (True, False):
+                raise ConfigError(f"{field.name} must be True or False, got {value!r}")
+            object.__setattr__(config, field.name, bool(value))
+        elif get_origin(field.type) is Literal and value not in get_args(field.type):
+            known = get_args(field.type)
+            raise ConfigError(f"{field.name} must be one of {known}, got {value!r}")
 
 
 def _positive(name: str, value: Any) -> int:

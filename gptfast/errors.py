@@ -19,3 +19,8 @@ class CheckpointError(GptfastError, RuntimeError):
 
 class BackendError(GptfastError, RuntimeError):
     """A requested backend or instruction set that this build or machine does not support."""
+
+
+def reason(error: OSError) -> str:
+    """What the system says of a failure, without the path, which the sentence around it names."""
+    return error.strerror or str(error)

@@ -11,6 +11,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+LOCK_NAME = ".lock"  # in a folder that one process at a time writes
+
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:

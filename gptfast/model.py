@@ -24,6 +24,7 @@ from gptfast.ops.autograd import transformed
 from gptfast.ops.random import seed_tensor
 
 Backend = Literal["auto", "fused", "reference"]
+EMBEDDING, HEAD = "wte.weight", "lm_head.weight"  # two names of one weight if it is tied
 
 
 class Intermediates(NamedTuple):

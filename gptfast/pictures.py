@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gptfast.errors import ConfigError, DataError
+from gptfast.errors import ConfigError, DataError, reason
 
 SUFFIXES = (".png", ".svg", ".pdf")
 # Told apart by colour-blind readers too (Okabe and Ito, "Color Universal Design", 2008).
@@ -73,7 +73,7 @@ def save_picture(path: str | Path, draw: Callable[[], Any]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(figure, path)
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise DataError(f"{path}: cannot be written ({reason(error)})") from error
     return path
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gptfast.errors import ConfigError
+from gptfast.errors import ConfigError, reason
 
 RUN_FILE_NAME = "run.toml"
 TABLES = ("run", "model", "train")
@@ -32,7 +32,7 @@ def read_run_file(path: str | Path) -> dict[str, dict[str, Any]]:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise ConfigError(f"{path}: cannot be read ({reason(error)})") from error
     except ValueError as error:  # of tomllib, or of bytes that are not UTF-8
         raise ConfigError(f"{path}: not a TOML file ({error})") from error
     for name, values in found.items():

@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptfast.checks import dtype_name
 from gptfast.config import GPTConfig
 from gptfast.errors import CheckpointError
 from gptfast.initial import InitialDraws
 from gptfast.integrity import reading
-from gptfast.model import GPT
+from gptfast.model import EMBEDDING, GPT, HEAD
 from gptfast.plain import overridden
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-HEAD = "lm_head.weight"
-EMBEDDING = "wte.weight"
 
 
 def empty(config: GPTConfig) -> GPT:
@@ -183,7 +182,7 @@ def mismatch(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str | Non
         dense = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_meta
         if not dense or tensor.dtype not in DTYPES:
             return (
-                f"{name} is a {type(tensor).__name__} of {str(tensor.dtype)[6:]} on "
+                f"{name} is a {type(tensor).__name__} of {dtype_name(tensor.dtype)} on "
                 f"{tensor.device}, expected a dense floating-point tensor"
             )
     return None

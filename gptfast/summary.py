@@ -4,6 +4,7 @@ import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from gptfast import markup
+from gptfast.checks import dtype_name
 from gptfast.config import GPTConfig
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def _facts(model: "GPT") -> list[tuple[str, str]]:
     dropping = ", with dropout" if model.config.dropout else ""
     tensors = list(model.parameters())
     size = sum(each.numel() * each.element_size() for each in tensors)
-    dtypes = sorted({str(each.dtype).removeprefix("torch.") for each in tensors})
+    dtypes = sorted({dtype_name(each.dtype) for each in tensors})
     facts = [
         ("shape", ", ".join(f"{name} {config[name]}" for name in sizes)),
         ("other options", ", ".join(f"{name} {config[name]}" for name in others)),

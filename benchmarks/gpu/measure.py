@@ -18,8 +18,9 @@ import torch
 from command import drop_contenders_that_fail
 from common import OURS, Case, Row, Run, drop_contenders_that_err
 
+from gpu.report import MARK
+
 DEVICE = "cuda"
-MARK = "ROW "  # begins a line of the standard output that has a result
 POISON_BYTES = 2 << 30
 SECONDS = 0.4  # to time a contender of "calls" for, in groups of at most MAX_CALLS
 GROUPS, MAX_CALLS = 5, 50

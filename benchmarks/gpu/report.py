@@ -5,6 +5,7 @@ from typing import Any
 
 from show import to_text
 
+MARK = "ROW "  # begins a line of a section's standard output that has a result
 CEILINGS = "ceilings"  # the section that measures what the GPU reaches
 
 

@@ -22,12 +22,11 @@ from gptfast.data.token_files import (
 from gptfast.data.tokens import check_cuts, dtype_for
 from gptfast.data.workers import mapped
 from gptfast.encoding import UnknownCharacterError
-from gptfast.errors import DataError
+from gptfast.errors import DataError, reason
 from gptfast.files import write_atomic
-from gptfast.lock import locked
+from gptfast.lock import LOCK_NAME, locked
 from gptfast.tokenizer import Tokenizer, check_kept
 
-LOCK_NAME = ".lock"
 MOST_PROCESSES = 1024
 
 Read = Callable[[int], None]  # is told the bytes that have been read
@@ -81,7 +80,7 @@ def prepare(
     except BlockingIOError:
         raise DataError(f"{out}: other tokens are being prepared there") from None
     except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error.strerror or error})") from error
+        raise DataError(f"{out}: cannot be written ({reason(error)})") from error
     return open_tokens(out)
 
 

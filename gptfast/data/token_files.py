@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gptfast.data.texts import PIECE
 from gptfast.data.tokens import dtype_for
-from gptfast.errors import DataError
+from gptfast.errors import DataError, reason
 from gptfast.tokenizer import Tokenizer, from_dict
 
 TOKENS_NAME = "tokens.bin"
@@ -63,7 +63,7 @@ def open_tokens(path: str | Path) -> TokenFile:
     try:
         found = file.stat().st_size
     except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror or error})") from None
+        raise DataError(f"{file}: cannot be read ({reason(error)})") from None
     if found != size:
         raise DataError(
             f"{file}: expected {size:,} bytes for {tokens:,} tokens, got {found:,}: prepare it anew"
@@ -80,7 +80,7 @@ def verify(tokens: TokenFile) -> None:
             while block := opened.read(PIECE):
                 sha.update(block)
     except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror or error})") from None
+        raise DataError(f"{file}: cannot be read ({reason(error)})") from None
     if sha.hexdigest() != tokens.sha256:
         raise DataError(
             f"{file}: damaged: expected sha256 {tokens.sha256[:12]}…, got {sha.hexdigest()[:12]}…"
@@ -91,7 +91,7 @@ def _mapped(file: Path, dtype: np.dtype) -> Tensor:
     try:
         array = np.memmap(file, dtype, mode="r")
     except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror or error})") from None
+        raise DataError(f"{file}: cannot be read ({reason(error)})") from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, that tensors can be written to: nothing does
         return torch.from_numpy(array)
@@ -107,7 +107,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
             "writes last"
         ) from None
     except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror or error})") from None
+        raise DataError(f"{file}: cannot be read ({reason(error)})") from None
     except ValueError as error:
         raise DataError(f"{file}: damaged ({error})") from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gptfast.checks import as_int
+from gptfast.checks import as_int, dtype_name
 from gptfast.data.shuffle import shuffled
 from gptfast.errors import DataError
 
@@ -24,7 +24,7 @@ def _num_windows(ids: Tensor, block_size: int) -> int:
     if not isinstance(ids, Tensor):
         raise DataError(f"{what} {type(ids).__name__}")
     if ids.dim() != 1 or ids.dtype not in TOKEN_DTYPES:
-        raise DataError(f"{what} {ids.dim()}-D {str(ids.dtype)[6:]}")
+        raise DataError(f"{what} {ids.dim()}-D {dtype_name(ids.dtype)}")
     if len(ids) <= block_size:
         raise DataError(
             f"the text is shorter than a window: it has {len(ids)} tokens and a window needs "

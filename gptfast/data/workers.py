@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
-from gptfast.errors import DataError, GptfastError
+from gptfast.errors import DataError, GptfastError, reason
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -45,8 +45,8 @@ def mapped(work: Callable[[Job], Result], jobs: Iterable[Job], processes: int) -
                 try:
                     worker.start()
                 except OSError as error:
-                    why = error.strerror or error
-                    raise DataError(f"{processes} processes cannot be started ({why})") from error
+                    what = f"{processes} processes cannot be started ({reason(error)})"
+                    raise DataError(what) from error
                 workers.append(worker)
                 theirs.close()
         begun = 0

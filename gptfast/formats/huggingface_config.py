@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from gptfast.checks import dtype_name
 from gptfast.config import GPTConfig
 from gptfast.errors import CheckpointError, ConfigError
 from gptfast.formats.weight_files import read_json
@@ -146,7 +147,7 @@ def to_config(config: GPTConfig, dtype: torch.dtype, tokenizer: Tokenizer | None
         "layer_norm_epsilon": LAYER_NORM_EPS,
         "tie_word_embeddings": config.tie_weights,
         **special_ids(tokenizer),
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": dtype_name(dtype),
     }
 
 

@@ -15,16 +15,8 @@ from gptfast.config import GPTConfig
 from gptfast.errors import CheckpointError
 from gptfast.formats.weight_files import own_names, read_json
 from gptfast.formats.weight_files import read_weights as read_content
-from gptfast.model import GPT
-from gptfast.storable import (
-    EMBEDDING,
-    HEAD,
-    assembled,
-    check_fit,
-    skeleton,
-    stored_tensors,
-    with_all_biases,
-)
+from gptfast.model import EMBEDDING, GPT, HEAD
+from gptfast.storable import assembled, check_fit, skeleton, stored_tensors, with_all_biases
 
 WEIGHTS_NAME = "model.safetensors"
 TORCH_NAME = "pytorch_model.bin"

@@ -23,8 +23,8 @@ from gptfast.config import GPTConfig
 from gptfast.errors import CheckpointError, ConfigError, DataError
 from gptfast.files import write_atomic
 from gptfast.formats.weight_files import own_names, read_plain, read_torch
-from gptfast.model import GPT
-from gptfast.storable import EMBEDDING, HEAD, assembled, stored_config, stored_tensors
+from gptfast.model import EMBEDDING, GPT, HEAD
+from gptfast.storable import assembled, stored_config, stored_tensors
 from gptfast.tokenizer import CharTokenizer, Tokenizer
 
 CHECKPOINT_NAME = "ckpt.pt"

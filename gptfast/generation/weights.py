@@ -8,12 +8,10 @@ from torch import Tensor
 from gptfast import plain
 from gptfast.generation.dtypes import activations
 from gptfast.generation.snapshot import has_int8
-from gptfast.model import GPT
+from gptfast.model import EMBEDDING, GPT, HEAD
 from gptfast.modules import Block
 from gptfast.ops.int8 import Int8Weight, empty_int8
 from gptfast.ops.triton.int8 import round_to_int8
-
-EMBEDDING, HEAD = "wte.weight", "lm_head.weight"
 
 Norm = tuple[Tensor, Tensor | None]
 Linear = tuple[Tensor | Int8Weight, Tensor | None]

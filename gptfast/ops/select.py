@@ -5,6 +5,7 @@ from types import ModuleType
 
 import torch
 
+from gptfast.checks import dtype_name
 from gptfast.errors import BackendError, ConfigError
 
 FUSED_DTYPES = {
@@ -44,8 +45,8 @@ def unavailable(device: str, dtype: torch.dtype, head_dim: int = 0) -> tuple[str
         return (f"there are none for device type {device!r}",)
     reasons = []
     if dtype not in FUSED_DTYPES[device]:
-        known, got = ([_name(x) for x in dtypes] for dtypes in (FUSED_DTYPES[device], (dtype,)))
-        reasons.append(f"they compute in {' and '.join(known)}, not {got[0]}")
+        known = " and ".join(map(dtype_name, FUSED_DTYPES[device]))
+        reasons.append(f"they compute in {known}, not {dtype_name(dtype)}")
     max_head_dim = MAX_HEAD_DIM.get(device, head_dim)
     if head_dim > max_head_dim:
         reasons.append(f"head_dim is at most {max_head_dim} there, not {head_dim}")
@@ -53,10 +54,6 @@ def unavailable(device: str, dtype: torch.dtype, head_dim: int = 0) -> tuple[str
     if error is not None:
         reasons.append(error)
     return tuple(reasons)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def require_fused(

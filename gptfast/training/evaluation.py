@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gptfast import data
-from gptfast.checks import check_count, check_is
+from gptfast.checks import check_count, check_is, dtype_name
 from gptfast.config import PRECISIONS, Precision
 from gptfast.data.windows import TOKEN_DTYPES
 from gptfast.errors import ConfigError, DataError
@@ -107,7 +107,7 @@ def evaluate(
     if ids.dim() != 1 or ids.dtype not in TOKEN_DTYPES or len(ids) < 2:
         raise DataError(
             "evaluate: ids must be a 1-D tensor of at least 2 tokens, int64 or smaller integers, "
-            f"got shape {tuple(ids.shape)} of {str(ids.dtype)[6:]}"
+            f"got shape {tuple(ids.shape)} of {dtype_name(ids.dtype)}"
         )
     gpt = unwrapped(model)
     T, device = gpt.config.block_size, gpt.main_weight.device

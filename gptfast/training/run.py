@@ -23,13 +23,13 @@ from typing import Any
 import torch
 
 from gptfast import checkpoint
-from gptfast.checks import check_path
+from gptfast.checks import check_path, dtype_name
 from gptfast.config import GPTConfig, TrainConfig
 from gptfast.data import as_int64
-from gptfast.errors import CheckpointError, ConfigError
+from gptfast.errors import CheckpointError, ConfigError, reason
 from gptfast.files import write_atomic
 from gptfast.integrity import load_sealed, reading, save_sealed
-from gptfast.lock import locked
+from gptfast.lock import LOCK_NAME, locked
 from gptfast.model import GPT
 from gptfast.run_file import RUN_FILE_NAME
 from gptfast.storable import mismatch, stored_config
@@ -38,7 +38,6 @@ from gptfast.training.state import Row, RunState, lines_of, run_state
 
 HISTORY_NAME = "history.jsonl"
 STATE_NAME = "training_state.pt"
-LOCK_NAME = ".lock"
 BEST_NAME = "best"
 CHECKPOINT_FILES = (checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME)
 FILES = (STATE_NAME, HISTORY_NAME, *CHECKPOINT_FILES)
@@ -157,9 +156,7 @@ class RunDirectory:
             raise self._unwritable(error) from error
 
     def _unwritable(self, error: OSError) -> CheckpointError:
-        return CheckpointError(
-            f"{self.path}: a run cannot be written there ({error.strerror or error})"
-        )
+        return CheckpointError(f"{self.path}: a run cannot be written there ({reason(error)})")
 
     def _write_history(self, history: list[Row]) -> None:
         assert self.path is not None
@@ -295,7 +292,7 @@ def _read_state(file: Path) -> dict[str, Any]:
 def _other_dtype(found: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> str | None:
     for name, tensor in found.items():
         if tensor.dtype != own[name].dtype:
-            return f"{name} is of {str(tensor.dtype)[6:]}, not of {str(own[name].dtype)[6:]}"
+            return f"{name} is of {dtype_name(tensor.dtype)}, not of {dtype_name(own[name].dtype)}"
     return None
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from gptfast.errors import CheckpointError
+from gptfast.errors import CheckpointError, reason
 from gptfast.files import write_atomic
 from gptfast.presets import PRESETS, Preset
 from gptfast.run_file import RUN_FILE_NAME, to_toml
@@ -34,9 +34,7 @@ class RunFile(Callback):
         try:
             write_atomic({file: content.encode("utf-8", "replace")})
         except OSError as error:
-            raise CheckpointError(
-                f"{file}: cannot be written ({error.strerror or error})"
-            ) from error
+            raise CheckpointError(f"{file}: cannot be written ({reason(error)})") from error
 
 
 def options_of(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gptfast import data
-from gptfast.checks import check_is
+from gptfast.checks import check_is, dtype_name
 from gptfast.config import TrainConfig
 from gptfast.errors import ConfigError, DataError
 from gptfast.model import GPT, unwrapped
@@ -91,7 +91,7 @@ class Trainer:
             if param.dtype not in (torch.float32, torch.float64):
                 raise ConfigError(
                     "training needs float32 weights (precision='bf16' lowers activations alone), "
-                    f"got {str(param.dtype)[6:]} for {name}"
+                    f"got {dtype_name(param.dtype)} for {name}"
                 )
         if not trained:
             raise ConfigError(

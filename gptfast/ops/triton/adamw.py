@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptfast.checks import dtype_name
 from gptfast.ops.adamw import OPTIONS
 from gptfast.ops.triton.launch import block_of, kernel
 
@@ -260,7 +261,7 @@ def _fits(x: Tensor, size: int, device: int) -> bool:
 
 def _described(x: Tensor) -> str:
     strided = "" if x.is_contiguous() else ", not contiguous"
-    return f"{str(x.dtype)[6:]} {tuple(x.shape)} on {x.device}{strided}"
+    return f"{dtype_name(x.dtype)} {tuple(x.shape)} on {x.device}{strided}"
 
 
 def adamw_(

@@ -3,6 +3,7 @@
 import json
 from typing import TYPE_CHECKING
 
+from gptfast.errors import reason
 from gptfast.files import write_atomic
 from gptfast.pictures import can_draw
 from gptfast.training.callbacks import Callback
@@ -26,7 +27,7 @@ class Records(Callback):
         try:
             write_atomic({run.path / MACHINE_NAME: content.encode("utf-8")})
         except OSError as error:
-            run.warn(f"{run.path / MACHINE_NAME}: cannot be written ({error.strerror or error})")
+            run.warn(f"{run.path / MACHINE_NAME}: cannot be written ({reason(error)})")
 
     def on_end(self, run: "Loop") -> None:
         """Draws the losses, once there are two evaluations."""

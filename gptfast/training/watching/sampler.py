@@ -4,7 +4,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from gptfast.errors import ConfigError
+from gptfast.errors import ConfigError, reason
 from gptfast.files import write_atomic
 from gptfast.generation import generate
 from gptfast.tokenizer import Tokenizer
@@ -83,9 +83,7 @@ class Sampler(Callback):
                 with open(run.path / SAMPLES_NAME, "a", encoding="utf-8") as file:
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
             except OSError as error:
-                run.warn(
-                    f"{run.path / SAMPLES_NAME}: cannot be written ({error.strerror or error})"
-                )
+                run.warn(f"{run.path / SAMPLES_NAME}: cannot be written ({reason(error)})")
 
 
 def _step(line: bytes) -> float:
