@@ -107,25 +107,13 @@ def train(
     tokens = source_of_text(recipe, text, data)
     given = tokenizer is not None
     if known is None:
-        if tokenizer is None and resume:
-            tokenizer = _tokens_of(out)
-        tokenizer = tokenizer or tokens.tokenizer()
-        model = GPT(
-            _with_vocabulary(recipe.model, tokenizer),
-            backend,
-            generator=torch.Generator().manual_seed(recipe.train.seed),
-        )
+        tokenizer = tokenizer or (_tokens_of(out) if resume else None) or tokens.tokenizer()
+        draws = torch.Generator().manual_seed(recipe.train.seed)
+        model = GPT(_with_vocabulary(recipe.model, tokenizer), backend, generator=draws)
     else:
         model, tokenizer = _prepared(f"{source}", *known, recipe.model, tokenizer)
         model.backend = backend
-    train_ids, val_ids = split(tokens.ids(tokenizer), recipe.train)
-    try:
-        check_lengths(model.config.block_size, train_ids, val_ids)
-    except DataError as error:
-        parts = (
-            f"text_fraction={recipe.train.text_fraction}, val_fraction={recipe.train.val_fraction}"
-        )
-        raise DataError(f"{error}; by {parts}") from None
+    train_ids, val_ids = _long_parts(tokens.ids(tokenizer), recipe.train, model.config.block_size)
     fingerprint = tokens.fingerprint(train_ids, val_ids)
     extra = {"preset": tokens.preset, "data": tokens.data, "init_from": noted}
     made_here = known is None and tokenizer.unit != "character"
@@ -250,6 +238,17 @@ def split(ids: Tensor, config: TrainConfig) -> tuple[Tensor, Tensor | None]:
         return used, None
     cut = int(len(used) * (1.0 - config.val_fraction))
     return used[:cut], used[cut:]
+
+
+def _long_parts(ids: Tensor, config: TrainConfig, block_size: int) -> tuple[Tensor, Tensor | None]:
+    """Returns the parts of `split`, which must be long enough to train on and to evaluate."""
+    parts = split(ids, config)
+    try:
+        check_lengths(block_size, *parts)
+    except DataError as error:
+        by = f"text_fraction={config.text_fraction}, val_fraction={config.val_fraction}"
+        raise DataError(f"{error}; by {by}") from None
+    return parts
 
 
 def held_out(path: str | Path) -> Tensor:
