@@ -98,9 +98,62 @@ def test_norm_without_bias_and_without_grad(isa: str, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_chunks_of_rows(isa: str, dtype: torch.dtype) -> None:
-    """A chunk has at most 32 million logits, here 1536 of the 1700 rows."""
+    """A chunk has at most 40 Mi logits, here up to 1613 of the 1700 rows, at every level."""
     args = (ops.linear_cross_entropy, reference.linear_cross_entropy, torch_linear_cross_entropy)
-    check_op(*args, case(1700, 8, 22000), dtype)
+    check_op(*args, case(1700, 8, 26000), dtype)
+
+
+@pytest.mark.parametrize("masked", (5, 1536, 3071))
+def test_logits_of_minus_infinity(isa: str, masked: int) -> None:
+    """Also where all those of the first block of 1536 columns are."""
+    x, weight = torch.ones(3, 1).requires_grad_(), torch.zeros(3072, 1)
+    weight[:masked] = -torch.inf
+    loss = ops.linear_cross_entropy(x, weight, torch.full((3,), 3071), reduction="none")
+    assert torch.allclose(loss, torch.tensor(3072.0 - masked).log())
+    (dlogits,) = torch.autograd.grad(
+        ops.linear_cross_entropy(torch.ones(1, 1), (bias := weight.clone().requires_grad_()),
+                                 torch.tensor([3071])), bias,
+    )  # fmt: skip
+    assert torch.isfinite(dlogits).all() and (dlogits[:masked] == 0).all()
+
+
+def test_a_mean_by_tiny_weights(isa: str) -> None:
+    inputs = case(6, 8, 5)
+    x = inputs[0].requires_grad_()
+    tiny = torch.full((6,), 1e-40)
+    loss = ops.linear_cross_entropy(*inputs, token_weights=tiny)
+    assert torch.allclose(loss, ops.linear_cross_entropy(*inputs), rtol=1e-4)
+    assert torch.isfinite(torch.autograd.grad(loss, x)[0]).all()
+
+
+def test_gradients_by_batches() -> None:
+    x, weight, targets = case(5, 8, 6)
+    one = torch.autograd.functional.jacobian(
+        lambda y: ops.linear_cross_entropy(y, weight, targets), x, vectorize=True
+    )
+    loss = ops.linear_cross_entropy(x.requires_grad_(), weight, targets)
+    (several,) = torch.autograd.grad(loss, x, torch.tensor([1.0, 2.0]), is_grads_batched=True)
+    assert torch.equal(several, torch.stack([one, 2 * one]))
+
+
+def test_a_single_row_without_leading_dimensions() -> None:
+    x, weight, _ = case(1, 8, 6)
+    ours, specified = (
+        op.linear_cross_entropy(x[0], weight, torch.tensor(2)) for op in (ops, reference)
+    )
+    assert ours.shape == specified.shape == () and torch.allclose(ours, specified)
+
+
+def test_parts_of_the_weights_gradient_do_not_depend_on_threads(isa: str) -> None:
+    """A vocabulary of several shared pieces, whose parts of 1000 rows are added in order."""
+    x, weight, targets = (each for each in case(1000, 64, 12000))
+    grads = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        leaves = [x.detach().requires_grad_(), weight.detach().requires_grad_()]
+        loss = ops.linear_cross_entropy(*leaves, targets)
+        grads.append([loss, *torch.autograd.grad(loss, leaves)])
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*grads, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

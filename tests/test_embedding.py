@@ -29,7 +29,9 @@ def plain(wte: Tensor, wpe: Tensor, idx: Tensor, **options: Any) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dropout_p", (0.0, 0.2))
 @pytest.mark.parametrize("padding_idx", (None, 0))
-@pytest.mark.parametrize(("B", "T", "V", "C"), ((1, 1, 2, 8), (2, 5, 7, 16), (9, 33, 66, 100)))
+@pytest.mark.parametrize(
+    ("B", "T", "V", "C"), ((1, 1, 2, 8), (2, 5, 7, 16), (9, 33, 66, 100), (2, 30, 9, 1600))
+)
 def test_budget(
     isa: str,
     B: int,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptfast import GPT, GPTConfig, ops
+from gptfast import GPT, BackendError, ConfigError, GPTConfig, ops
 from gptfast.ops import adamw, select
 from gptfast.ops.arguments import Argument, Kind, Table, activation, parameter
 
@@ -118,6 +118,116 @@ def test_what_is_not_a_number_is_not_hidden(isa: str, bad: float) -> None:
     x[5, 2] = bad
     for op in (ops, ops.reference):
         assert not op.layer_norm_linear(x, R(16), None, R(8, 16), None)[5].isfinite().any()
+
+
+@pytest.mark.parametrize("word", (0x7FC00001, 0x7F800001, 0xFFFFFFFF))
+def test_any_kind_of_nan_is_not_hidden(isa: str, word: int) -> None:
+    bad = torch.tensor(word - 2**32 if word >> 31 else word, dtype=torch.int32).view(torch.float32)
+    for T in (5, 20, 200):
+        q, k, v = R(1, 1, T, 8), R(1, 1, T, 8), R(1, 1, T, 8)
+        k[0, 0, 3, 3] = bad
+        out = ops.causal_attention(q, k, v)[0, 0]
+        assert out[3:].isnan().all() and torch.isfinite(out[:3]).all()
+    x, weight, targets = R(20, 8), R(30, 8), torch.arange(10).repeat(2)
+    weight[11, 3] = bad  # of no target
+    assert ops.linear_cross_entropy(x, weight, targets).isnan()
+
+
+def test_the_norm_of_a_constant_row_is_its_bias(isa: str) -> None:
+    x = (100 + 0.3 * R(100, 1)).expand(100, 384).contiguous()
+    for dtype in (torch.float32, torch.bfloat16):
+        ours = ops.layer_norm_linear(x.to(dtype), torch.ones(384), None, torch.eye(384), None)
+        assert (ours == 0).all()
+
+
+def test_a_gradient_that_is_not_there_gives_none() -> None:
+    class Stops(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> None:
+            return None
+
+    x, heads_of = R(2, 9, 32, requires_grad=True), R(2, 3, 9, 16, requires_grad=True)
+    ln_w, w_qkv, w, w1 = R(32), R(96, 32), R(32, 32), R(64, 32)
+    idx, table = torch.zeros(2, 9, dtype=torch.int64), R(5, 8, requires_grad=True)
+    for out in (
+        ops.causal_attention(heads_of, heads_of, heads_of),
+        ops.layer_norm_attention(x, ln_w, None, w_qkv, None, w, None, n_head=2),
+        ops.layer_norm_linear(x, ln_w, None, w, None),
+        ops.linear_residual(x, w, None, R(2, 9, 32)),
+        ops.layer_norm_ffn(x, ln_w, None, w1, None, w1.t().contiguous(), None),
+        ops.embedding(idx, table, R(9, 8)),
+        ops.linear_cross_entropy(x, w, idx),
+        ops.linear_cross_entropy(x, w, idx, reduction="none"),
+    ):
+        Stops.apply(out).sum().backward()
+    assert x.grad is heads_of.grad is table.grad is None
+
+
+def test_numbers_of_a_wrong_kind_are_refused_by_name() -> None:
+    q, x, idx = R(1, 1, 4, 8), R(1, 4, 8), torch.zeros(1, 4, dtype=torch.int64)
+    block = (R(8), None, R(24, 8), None, R(8, 8), None)
+    whole, tables = r"must be a whole number \(int64\), got", (R(5, 8), R(4, 8))
+    calls: dict[str, Any] = {
+        "layer_norm_attention: n_head " + whole: lambda: ops.layer_norm_attention(
+            x,
+            *block,
+            n_head=2.0,  # type: ignore[arg-type]
+        ),
+        "causal_attention: stream " + whole: lambda: ops.causal_attention(q, q, q, stream=2**70),
+        "embedding: padding_idx " + whole: lambda: ops.embedding(
+            idx,
+            *tables,
+            padding_idx=1.5,  # type: ignore[arg-type]
+        ),
+        "linear_cross_entropy: ignore_index " + whole: lambda: ops.linear_cross_entropy(
+            x,
+            R(5, 8),
+            idx,
+            ignore_index=None,  # type: ignore[arg-type]
+        ),
+        "embedding: dtype must be a torch.dtype, got 'float32'": lambda: ops.embedding(
+            idx,
+            *tables,
+            dtype="float32",  # type: ignore[arg-type]
+        ),
+        "causal_attention: dropout_p must be a number, got None": lambda: ops.causal_attention(
+            q,
+            q,
+            q,
+            dropout_p=None,  # type: ignore[arg-type]
+        ),
+        "causal_attention: scale must be a number, got tensor": lambda: ops.causal_attention(
+            q,
+            q,
+            q,
+            scale=torch.ones(2),  # type: ignore[arg-type]
+        ),
+        "linear_cross_entropy: label_smoothing must be a number": lambda: ops.linear_cross_entropy(
+            x,
+            R(5, 8),
+            idx,
+            label_smoothing="x",  # type: ignore[arg-type]
+        ),
+    }
+    for message, call in calls.items():
+        with pytest.raises(TypeError, match=message):
+            call()
+    with pytest.raises(BackendError, match="float32 and bfloat16, not float16"):
+        ops.embedding(idx, *tables, dtype=torch.float16)
+
+
+def test_a_seed_has_a_value() -> None:
+    q = R(1, 1, 8, 8)
+    with pytest.raises(ConfigError, match="seed must be .* on meta"):
+        ops.causal_attention(q, q, q, dropout_p=0.5, seed=torch.tensor(3, device="meta"))
+    expected = ops.causal_attention(q, q, q, dropout_p=0.5, seed=3)
+    with torch.device("meta"):
+        assert torch.equal(ops.causal_attention(q, q, q, dropout_p=0.5, seed=3), expected)
+        assert torch.isfinite(ops.causal_attention(q, q, q, dropout_p=0.5)).all()
 
 
 def test_what_has_no_dimensions_is_refused_by_name() -> None:

@@ -139,8 +139,11 @@ def test_rows_of_a_batch_have_the_bits_they_have_alone(isa: str, dtype: torch.dt
         assert torch.equal(torch.autograd.grad(alone, x, dy[3:4])[0][3:4], dx[3:4])
 
 
-def test_gradients_do_not_depend_on_the_number_of_threads(isa: str) -> None:
-    leaves = [t.requires_grad_() for t in attention_block(30, 60, 64) if t is not None]
+@pytest.mark.parametrize("shape", ((30, 60, 64), (1, 140, 96)))  # the second: by columns, too
+def test_gradients_do_not_depend_on_the_number_of_threads(
+    isa: str, shape: tuple[int, int, int]
+) -> None:
+    leaves = [t.requires_grad_() for t in attention_block(*shape) if t is not None]
     grads = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)

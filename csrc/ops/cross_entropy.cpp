@@ -24,6 +24,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
   const Tensor dense_x = args.rows("x", x, M, K);
   const Tensor dense_targets = args.indices(
       "targets", torch::stable::reshape(targets, {targets.numel()}), {M}, V, ignore_index);
+  args.require(ln_w.has_value() || !ln_b.has_value(), "ln_b needs ln_w");
   CrossEntropy s = {};
   s.dtype = args.dtype();
   s.M = M, s.K = K, s.V = V;

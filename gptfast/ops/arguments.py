@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from gptfast.checks import as_int
 from gptfast.ops.autograd import constant, transformed
 
 
@@ -225,12 +226,20 @@ def _sizes_function(arguments: dict[str, Argument]) -> Callable[..., dict[str, A
     return made
 
 
+def check_int(op: str, name: str, value: Any) -> int:
+    """Returns an argument that is a whole number as an int. Raises TypeError where it is none."""
+    number = as_int(value)
+    if number is None or not -(2**63) <= number < 2**63:
+        raise TypeError(f"{op}: {name} must be a whole number (int64), got {value!r}")
+    return number
+
+
 def check_dropout(op: str, dropout_p: float, name: str = "dropout_p") -> float:
     """Checks a dropout probability and returns it as a number.
 
     Raises:
         ValueError: It is not in [0, 1].
-        TypeError: It is a tensor whose gradient would be lost.
+        TypeError: It is no number, or a tensor whose gradient would be lost.
     """
     dropout_p = constant(op, name, dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
@@ -243,7 +252,7 @@ def check_smoothing(op: str, label_smoothing: float) -> float:
 
     Raises:
         ValueError: It is not in [0, 1).
-        TypeError: It is a tensor whose gradient would be lost.
+        TypeError: It is no number, or a tensor whose gradient would be lost.
     """
     label_smoothing = constant(op, "label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing < 1.0:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from gptfast.ops import select
-from gptfast.ops.arguments import Table, activation, check_dropout
-from gptfast.ops.autograd import Fused, backward_of, constant, needs_grad
+from gptfast.ops.arguments import Table, activation, check_dropout, check_int
+from gptfast.ops.autograd import Fused, backward_of, constant, needs_grad, nothing
 from gptfast.ops.flops import of_attention
 from gptfast.ops.library import define, public
 from gptfast.ops.random import seed_tensor
@@ -66,6 +66,8 @@ class _Attention(Fused):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        if grads[0] is None:
+            return nothing(ctx)
         *kept, seed = ctx.saved_tensors
         scale, dropout_p, stream = ctx.options
         found = backward_of(
@@ -125,6 +127,7 @@ def causal_attention(
     select.require_fused("causal_attention", q.device.type, q.dtype, head_dim=D)
     dropout_p = check_dropout("causal_attention", dropout_p)
     scale = 1 / math.sqrt(D) if scale is None else constant("causal_attention", "scale", scale)
+    stream = check_int("causal_attention", "stream", stream)
     if scale < 0.0:
         q, scale = -q, -scale  # the kernels take the largest score for the likeliest
     if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):

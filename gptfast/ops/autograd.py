@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from gptfast.checks import as_number
 from gptfast.errors import BackendError
 
 
@@ -44,16 +45,20 @@ def constant(op: str, name: str, value: Any) -> float:
     """Converts an argument that the kernels need as a number; a tensor must have one element.
 
     Raises:
-        TypeError: `value` is a tensor that may need a gradient, which the kernels do not compute.
+        TypeError: `value` is no number, or a tensor that may need a gradient, which the kernels do
+            not compute.
     """
-    if isinstance(value, Tensor):
-        if needs_grad(value):
-            raise TypeError(
-                f"{op}: {name} must be a number, got a tensor that may need a gradient; the kernels"
-                f" have none for it, gptfast.ops.reference.{op} treats it as torch does"
-            )
-        return value.item()
-    return value
+    if isinstance(value, Tensor) and needs_grad(value):
+        raise TypeError(
+            f"{op}: {name} must be a number, got a tensor that may need a gradient; the kernels"
+            f" have none for it, gptfast.ops.reference.{op} treats it as torch does"
+        )
+    if torch.compiler.is_compiling():  # the number may have a symbol
+        return value.item() if isinstance(value, Tensor) else value
+    number = value if type(value) is float else as_number(value)
+    if number is None:
+        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+    return number
 
 
 class Fused(torch.autograd.Function):
@@ -124,6 +129,11 @@ def refuse(op: str) -> Any:
         f"{op}: the fused kernels have neither second derivatives nor forward mode;"
         f" gptfast.ops.reference.{op} (a model with backend='reference') has both"
     )
+
+
+def nothing(ctx: Any) -> tuple[None, ...]:
+    """The gradients of a function whose result has none itself: None for each input."""
+    return (None,) * len(ctx.needs_input_grad)
 
 
 def wanted(needs: tuple[bool, ...]) -> int:

@@ -15,6 +15,7 @@ from gptfast.ops.arguments import (
     Table,
     activation,
     check_choice,
+    check_int,
     check_smoothing,
     parameter,
 )
@@ -22,6 +23,7 @@ from gptfast.ops.autograd import (
     Fused,
     backward_of,
     needs_grad,
+    nothing,
     only_wanted,
     refuse,
     transformed,
@@ -96,7 +98,7 @@ class _ReducedLoss(Fused):
         if not torch.compiler.is_compiling() and any(each is not None for each in second):
             refuse(_ReducedLoss.op)
         if dloss is None:
-            return (None,) * len(needs)
+            return nothing(ctx)
         grads = only_wanted(ctx.saved_tensors, needs[:4])
         return *(_scaled(grads, dloss)), *(None,) * (len(needs) - 4)
 
@@ -121,7 +123,9 @@ def _scaled(grads: list[Tensor | None], dloss: Tensor) -> list[Tensor | None]:
     that is differentiated as it is needs no pass over them; on a GPU, which is not waited for, that
     is known of `one` alone. What a compiled graph or a transform does cannot depend on the value.
     """
-    plain = not (torch.compiler.is_compiling() or transformed() or torch.is_grad_enabled())
+    batched = torch._C._functorch.is_legacy_batchedtensor(dloss)  # by is_grads_batched
+    traced = torch.compiler.is_compiling() or transformed() or batched
+    plain = not (traced or torch.is_grad_enabled())
     once = plain and not torch._C._autograd._get_current_graph_task_keep_graph()
     if not once:
         return [None if grad is None else grad * dloss for grad in grads]
@@ -146,11 +150,14 @@ class _TokenLosses(Fused):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, ctx.ignore_index, ctx.label_smoothing = inputs
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (dlosses,) = grads
+        if dlosses is None:
+            return nothing(ctx)
         *inputs, token_weights = ctx.saved_tensors
         needs = ctx.needs_input_grad
         _refuse_token_weights(needs[5])
@@ -230,6 +237,7 @@ def linear_cross_entropy(
     select.require_fused(op, x.device.type, x.dtype)
     check_choice(op, "reduction", reduction, REDUCTIONS)
     label_smoothing = check_smoothing(op, label_smoothing)
+    ignore_index = check_int(op, "ignore_index", ignore_index)
     if ln_w is None and ln_b is not None:
         raise ValueError(f"{op}: ln_b needs ln_w, got ln_b alone")
     if token_weights is not None:

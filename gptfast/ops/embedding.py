@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gptfast.ops import select
-from gptfast.ops.arguments import Argument, Kind, Table, check_dropout, parameter
-from gptfast.ops.autograd import Fused, backward_of, needs_grad, only_wanted, wanted
+from gptfast.ops.arguments import Argument, Kind, Table, check_dropout, check_int, parameter
+from gptfast.ops.autograd import Fused, backward_of, needs_grad, nothing, only_wanted, wanted
 from gptfast.ops.library import define, public
 from gptfast.ops.linear import fake_grad
 from gptfast.ops.random import seed_tensor
@@ -57,11 +57,14 @@ class _Embedding(Fused):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         wte, wpe, idx, seed, *options = inputs
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(idx, wte, wpe, seed)
         ctx.options = options[:3]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        if grads[0] is None:
+            return nothing(ctx)
         idx, wte, wpe, seed = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
         found = backward_of(
@@ -120,12 +123,16 @@ def embedding(
         raise ValueError(
             f"{op}: idx must be (B, T) with T at most {block_size}, got shape {tuple(idx.shape)}"
         )
-    if padding_idx is not None and not 0 <= padding_idx < V:
+    padding = -1 if padding_idx is None else check_int(op, "padding_idx", padding_idx)
+    if padding_idx is not None and not 0 <= padding < V:
         raise ValueError(f"{op}: padding_idx must be None or in [0, {V}), got {padding_idx}")
     dropout_p = check_dropout(op, dropout_p)
+    stream = check_int(op, "stream", stream)
     key = seed_tensor(seed) if dropout_p > 0.0 else None
-    dtype = dtype or wte.dtype
+    dtype = wte.dtype if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{op}: dtype must be a torch.dtype, got {dtype!r}")
+    select.require_fused(op, wte.device.type, dtype)
     if not needs_grad(wte, wpe):
         return _embedding(idx, wte, wpe, dropout_p, key, stream, dtype)
-    padding = -1 if padding_idx is None else padding_idx
     return _Embedding.call(wte, wpe, idx, key, padding, dropout_p, stream, dtype)

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from gptfast.ops import select
-from gptfast.ops.arguments import Table, activation, affine, check_choice, check_dropout
+from gptfast.ops.arguments import (
+    Table,
+    activation,
+    affine,
+    check_choice,
+    check_dropout,
+    check_int,
+)
 from gptfast.ops.autograd import needs_grad
 from gptfast.ops.flops import of_product, of_product_backward
 from gptfast.ops.library import define, public
@@ -113,6 +120,7 @@ def layer_norm_ffn(
     select.require_fused(op, x.device.type, x.dtype)
     check_choice(op, "gelu", gelu, ("erf", "tanh"))
     dropout_p = check_dropout(op, dropout_p)
+    stream = check_int(op, "stream", stream)
     key = seed_tensor(seed) if dropout_p > 0.0 else None
     if not needs_grad(x, *params):
         return _ffn(x, *params, gelu, dropout_p, key, stream, False)[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gptfast.ops import select
 from gptfast.ops.arguments import Table, activation, affine
-from gptfast.ops.autograd import Fused, backward_of, needs_grad, only_wanted, wanted
+from gptfast.ops.autograd import Fused, backward_of, needs_grad, nothing, only_wanted, wanted
 from gptfast.ops.flops import of_product, of_product_backward
 from gptfast.ops.library import define, public
 
@@ -84,6 +84,8 @@ class _LayerNormLinear(Fused):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        if grads[0] is None:
+            return nothing(ctx)
         needs = ctx.needs_input_grad
         dx_and_params = backward_of(
             _LayerNormLinear.op, _linear_backward, grads[0], *ctx.saved_tensors, wanted(needs)
@@ -101,11 +103,14 @@ class _LinearResidual(Fused):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         x, weight, bias, _ = inputs
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (dy,) = grads
+        if dy is None:
+            return nothing(ctx)
         x, weight, bias = ctx.saved_tensors
         need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad
         needs = need_x, False, False, need_weight, need_bias

@@ -28,13 +28,13 @@ def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None = N
         ConfigError: An int is not in [0, 2**63), or a tensor is not int64 with one element.
     """
     if seed is None:
-        return torch.randint(2**62, (), dtype=torch.int64, generator=generator)
+        return torch.randint(2**62, (), dtype=torch.int64, generator=generator, device="cpu")
     if not isinstance(seed, Tensor):
-        return torch.tensor(check_seed(seed), dtype=torch.int64)
-    if seed.dtype != torch.int64 or seed.numel() != 1:
+        return torch.tensor(check_seed(seed), dtype=torch.int64, device="cpu")
+    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.is_meta:
         raise ConfigError(
             f"seed must be one whole number or an int64 tensor of one, got {tuple(seed.shape)} of"
-            f" {seed.dtype}"
+            f" {seed.dtype} on {seed.device}"
         )
     return seed
 

@@ -159,7 +159,7 @@ def linear_cross_entropy(
     with torch.autocast(x.device.type, enabled=False):
         wide = x.to(_wide(x))
         normalized = wide if ln_w is None else _layer_norm(wide, ln_w, ln_b)
-        logits = _linear(normalized, weight, None).flatten(0, -2)
+        logits = _linear(normalized, weight, None).reshape(-1, weight.shape[0])
         losses = F.cross_entropy(
             logits,
             targets.flatten(),

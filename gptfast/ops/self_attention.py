@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gptfast.ops import select
-from gptfast.ops.arguments import Table, activation, affine, check_dropout
+from gptfast.ops.arguments import Table, activation, affine, check_dropout, check_int
 from gptfast.ops.autograd import needs_grad
 from gptfast.ops.flops import of_attention, of_product, of_product_backward
 from gptfast.ops.library import define, public
@@ -129,6 +129,7 @@ def layer_norm_attention(
     op = "layer_norm_attention"
     params = (ln_w, ln_b, w_qkv, b_qkv, w_proj, b_proj)
     C = _TABLE.check(x, *params)["C"]
+    n_head = check_int(op, "n_head", n_head)
     if n_head < 1 or C == 0 or C % n_head:
         raise ValueError(
             f"{op}: x must have columns that n_head={n_head} divides, got shape {tuple(x.shape)}"
@@ -136,6 +137,8 @@ def layer_norm_attention(
     select.require_fused(op, x.device.type, x.dtype, head_dim=C // n_head)
     dropout_p = check_dropout(op, dropout_p)
     proj_dropout_p = check_dropout(op, proj_dropout_p, "proj_dropout_p")
+    stream = check_int(op, "stream", stream)
+    proj_stream = check_int(op, "proj_stream", proj_stream)
     key = seed_tensor(seed) if dropout_p > 0.0 or proj_dropout_p > 0.0 else None
     options = n_head, proj_dropout_p, proj_stream, dropout_p, key, stream
     if not needs_grad(x, *params):

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gptfast.ops.autograd import Fused, backward_of, only_wanted, wanted
+from gptfast.ops.autograd import Fused, backward_of, nothing, only_wanted, wanted
 from gptfast.ops.linear import fake_grads
 
 
@@ -42,6 +42,8 @@ def sublayer(
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:
+            if grads[0] is None:
+                return nothing(ctx)
             *kept, seed = ctx.saved_tensors
             needs = ctx.needs_input_grad[:7]
             found = backward_of(

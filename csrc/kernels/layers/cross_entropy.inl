@@ -60,7 +60,7 @@ class CrossEntropyPass {
     if (s.reduction != Reduction::mean) return;
     double total = 0.0;
     for (int64_t i = 0; i < s.M; ++i) total += weight_of(i);
-    share_ = total == 0.0 ? 0.0f : 1.0f / static_cast<float>(total);
+    share_ = total == 0.0 ? 0.0 : 1.0 / total;
   }
 
   void run() {
@@ -238,7 +238,8 @@ class CrossEntropyPass {
 
   // Turns ds from logits (or from exp(s - m), if the whole vocabulary is one block) into gradients.
   void grad_row(int64_t m, const RowSum& row, int64_t v0, int64_t n, float* ds) const {
-    const float share = share_ * weight_of(m), each = share / row.l, e = s_.label_smoothing;
+    const float share = static_cast<float>(share_ * static_cast<double>(weight_of(m)));
+    const float each = share / row.l, e = s_.label_smoothing;
     const float of_all = e == 0.0f ? 0.0f : share * (e / static_cast<float>(s_.V));
     const bool counts = share != 0.0f;
     for_vectors(n, [&](int64_t j, auto part) {
@@ -274,7 +275,7 @@ class CrossEntropyPass {
     if (s_.reduction == Reduction::none)
       for (int64_t i = 0; i < s_.M; ++i) s_.loss[i] = losses_[i];
     else
-      *s_.loss = static_cast<float>(total_loss * static_cast<double>(share_));
+      *s_.loss = static_cast<float>(total_loss * share_);
     dln_w_.finish(s_.dnorm.weight);
     dln_b_.finish(s_.dnorm.bias);
     if (with_dweight_) sums_.finish(s_.M == 0, parallel_);
@@ -287,7 +288,7 @@ class CrossEntropyPass {
   bool with_dx_, with_dweight_, with_grad_;
   RowParts<P> parts_;
   int64_t k_ld_, x_stride_, logits_ld_;
-  float share_ = 1.0f;  // of a row of weight 1 in the loss
+  double share_ = 1.0;  // of a row of weight 1 in the loss; float has none for tiny weights
   float* losses_;
   WeightSums<P> sums_;
   ColumnSums dln_w_, dln_b_;

@@ -33,16 +33,17 @@ struct RowSum {
 template <bool BELOW = false>
 inline void add_logits(const float* s, int64_t n, RowSum& row, float* exponentials) {
   const float highest = highest_score(s, n), top = row.m > highest ? row.m : highest;
+  const float shift = top == neg_inf ? 0.0f : top;  // -inf - (-inf) would be NaN
   VF total = splat(0.0f), below = splat(0.0f);
   for_vectors(n, [&](int64_t j, auto part) {
-    const VF from_top = load(s + j, part) - top;
+    const VF from_top = load(s + j, part) - shift;
     const VF e = exp(from_top);
     if (exponentials) store(exponentials + j, e, part);
     total += mask(e, part);
     if constexpr (BELOW) below += mask(from_top, part);
   });
   if constexpr (BELOW) {
-    if (row.n > 0) row.below += static_cast<float>(row.n) * (row.m - top);
+    if (row.n > 0) row.below += static_cast<float>(row.n) * (row.m - shift);
     row.below += sum(below);
     row.n += n;
   }

@@ -33,17 +33,22 @@ struct Moments {
 };
 
 // Mean and rstd of `rows` rows of n columns, at most W rows, one per lane. Two passes: the mean
-// first, then the mean of the squared differences from it.
+// first, then the mean of the squared differences from it. The mean is x_0 + mean_j (x_j - x_0), so
+// that its rounding error is small beside the row's deviation, however large its numbers are.
 template <class T>
 inline void moments(const T* x, int64_t rows, int64_t n, VF& mean, VF& rstd) {
   VF of_row[W];
+  float first[W] = {};
   for (int64_t i = rows; i < W; ++i) of_row[i] = splat(0.0f);
   for (int64_t i = 0; i < rows; ++i) {
     VF total = splat(0.0f);
-    for_vectors(n, [&](int64_t j, auto part) { total += load(x + i * n + j, part); });
+    first[i] = load(x + i * n, Tail{1})[0];
+    for_vectors(n, [&](int64_t j, auto part) {
+      total += mask(load(x + i * n + j, part) - first[i], part);
+    });
     of_row[i] = total;
   }
-  mean = reduce_each(of_row, rows, Add{}) / static_cast<float>(n);
+  mean = reduce_each(of_row, rows, Add{}) / static_cast<float>(n) + load(first);
   float mean_of[W];
   store(mean_of, mean);
   for (int64_t i = 0; i < rows; ++i) {

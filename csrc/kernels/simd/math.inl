@@ -37,7 +37,8 @@ template <int N>
   constexpr float shift = 0x1.8p23f;  // adding it leaves round(x) in the low bits of the sum
   const VF sum = x + shift;
   const VF p = polynomial(x - (sum - shift), c);
-  return x < splat(-126.0f) ? splat(0.0f) : (VF)(bits(p) + (bits(sum) << 23));
+  // A sum of bits may turn a NaN into a number, x 0 cannot.
+  return x >= splat(-126.0f) ? (VF)(bits(p) + (bits(sum) << 23)) : x * 0.0f + 0.0f;
 #endif
 }
 

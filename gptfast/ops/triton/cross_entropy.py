@@ -160,7 +160,7 @@ def loss_kernel(
             whole = total_weight(targets, token_weights, ignore_index, M, COUNT)
         else:
             whole = tl.load(total)
-        share *= tl.where(whole == 0.0, 0.0, 1.0 / whole)
+        share = tl.where(whole == 0.0, 0.0, share / whole)
     share = tl.where(counted, share, 0.0)
 
     row = r.to(tl.int64) * columns
