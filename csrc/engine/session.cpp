@@ -41,6 +41,11 @@ Session::Session(std::shared_ptr<const Model> model, std::vector<Prompt> prompts
     sequences_.push_back(std::move(s));
   }
   check();
+  if (options_.sampling.repetition_penalty != 1.0f)
+    for (Sequence& s : sequences_) {
+      s.is_seen.assign(static_cast<size_t>(model_->config().vocab_size), false);
+      for (const int64_t token : s.tokens) s.see(token);
+    }
   for (auto i = static_cast<int64_t>(sequences_.size()) - 1; i >= 0; --i)
     if (sequence(i).state == State::waiting) waiting_.push_back(i);
   for (int64_t slot = options_.slots - 1; slot >= 0; --slot) free_slots_.push_back(slot);
@@ -205,6 +210,7 @@ void Session::pass(const int64_t* chosen, int64_t count, const Parallel& paralle
     s.cached = kept ? s.window() : 0;
     make_room(s.tokens, 1), make_room(s.logprobs, 1);
     make_room(s.top_tokens, tops), make_room(s.top_logprobs, tops);
+    if (!s.is_seen.empty()) make_room(s.seen, 1);
   }
   const Batch batch = {count,        tokens_.data(), starts_.data(),
                        slot_.data(), cached_.data(), kept_.data()};
@@ -231,7 +237,7 @@ void Session::append(Sequence& s, const float* logits) const {
   s.top_logprobs.resize(end + static_cast<size_t>(k));
   SampleRow row = {};
   row.logits = logits, row.V = model_->config().vocab_size;
-  row.seen = s.tokens.data(), row.seen_count = s.length();
+  row.seen = s.seen.data(), row.seen_count = static_cast<int64_t>(s.seen.size());
   row.seed = static_cast<uint64_t>(s.seed);
   row.sequence = static_cast<uint32_t>(s.sequence_id);
   row.step = static_cast<uint32_t>(s.generated());
@@ -249,6 +255,7 @@ void Session::append(Sequence& s, const float* logits) const {
     return;
   }
   s.tokens.push_back(chosen.token);
+  s.see(chosen.token);
   s.logprobs.push_back(chosen.logprob);
   if (ends_with_stop(s))
     s.state = State::stop;

@@ -50,6 +50,10 @@ struct Sequence {
   // and their log-probabilities.
   std::vector<int64_t> top_tokens;
   std::vector<float> top_logprobs;
+  // The distinct tokens so far, and for each id whether it is among them; empty without a
+  // repetition penalty. A penalty for each token of the text would make its length quadratic.
+  std::vector<int64_t> seen;
+  std::vector<bool> is_seen;
   int64_t prompt;  // its number of tokens
   int64_t seed, sequence_id;
   int64_t same_prompt;  // index of the first sequence with this prompt
@@ -61,6 +65,12 @@ struct Sequence {
   int64_t length() const { return static_cast<int64_t>(tokens.size()); }
   int64_t generated() const { return length() - prompt; }
   int64_t window() const { return length() - offset; }
+
+  void see(int64_t token) {
+    if (is_seen.empty() || is_seen[static_cast<size_t>(token)]) return;
+    is_seen[static_cast<size_t>(token)] = true;
+    seen.push_back(token);
+  }
 };
 
 class Session {

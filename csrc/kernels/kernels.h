@@ -256,7 +256,7 @@ struct Sampling {
 struct SampleRow {
   const float* logits;  // (V,)
   int64_t V;
-  const int64_t* seen;  // (seen_count,) tokens of the sequence so far
+  const int64_t* seen;  // (seen_count,) tokens of the sequence so far; none without a penalty
   int64_t seen_count;
   uint64_t seed;
   uint32_t sequence, step;  // every pair (sequence_id, step) draws its own random number

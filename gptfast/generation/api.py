@@ -6,7 +6,7 @@ from typing import Any, overload
 
 from gptfast.checks import as_int, check_count, is_iterable
 from gptfast.errors import ConfigError, DataError
-from gptfast.generation.engine import Engine, PackedModel, engine_device
+from gptfast.generation.engine import Engine, PackedModel, engine_device, own_model
 from gptfast.generation.reference_loop import ReferenceLoop
 from gptfast.generation.request import (
     GIB,
@@ -199,11 +199,7 @@ def _request(
     dtype: str | None,
     **sampling: Any,
 ) -> Request:
-    if not hasattr(model, "config"):
-        raise ConfigError(
-            f"model must be a GPT or what gptfast.pack returns, got a {type(model).__name__}"
-        )
-    config = model.config
+    config = own_model(model).config
     stride = window_stride(overflow, config.block_size)
     max_new_tokens = check_count("max_new_tokens", max_new_tokens, 0)
     num_samples = check_count("num_samples", num_samples, 1)
@@ -247,6 +243,7 @@ def _request(
 
 def _loop(model: GPT | PackedModel, request: Request, lasting: bool = False) -> Loop:
     """Chooses the loop; `lasting` says that the model may change before the loop is done."""
+    model = own_model(model)
     if isinstance(model, PackedModel):
         model.check_dtype(request.dtype)
         return Engine(model, request)

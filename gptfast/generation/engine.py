@@ -18,7 +18,7 @@ from gptfast.generation.request import (
 )
 from gptfast.generation.sequences import Update
 from gptfast.generation.supported import unsupported_part
-from gptfast.model import GPT
+from gptfast.model import GPT, unwrapped
 from gptfast.modules import not_fused
 from gptfast.ops import select
 
@@ -31,11 +31,14 @@ def pack(model: GPT, dtype: str | None = None) -> "PackedModel":
         dtype: As for `generate`, whose calls with the packed model then take no other.
 
     Raises:
-        ConfigError: `dtype` is unknown.
+        ConfigError: `dtype` is unknown, or `model` no GPT or packed already.
         BackendError: The kernels cannot run, the model's backend is "reference", or one of its
             modules is no plain layer.
     """
     check_dtype(dtype)
+    if isinstance(model, PackedModel):
+        raise ConfigError("pack: the model is packed already")
+    model = unwrapped(model)
     if model.backend == "reference":
         raise BackendError("pack: the model's backend is 'reference', which packs nothing")
     device = model.main_weight.device.type
@@ -47,6 +50,22 @@ def pack(model: GPT, dtype: str | None = None) -> "PackedModel":
     if unsupported is not None:
         raise BackendError(f"pack: {not_fused(unsupported)}; an unpacked model calls its modules")
     return PackedModel(model, dtype)
+
+
+def own_model(model: Any) -> "GPT | PackedModel":
+    """Returns what computes: a packed model, or the GPT, which torch.compile may be around.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    if isinstance(model, PackedModel):
+        return model
+    try:
+        return unwrapped(model)
+    except ConfigError:
+        raise ConfigError(
+            f"model must be a GPT or what gptfast.pack returns, got a {type(model).__name__}"
+        ) from None
 
 
 def engine_device(op: str, model: GPT, dtype: str | None) -> str | None:

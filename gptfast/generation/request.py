@@ -83,6 +83,9 @@ def window_stride(overflow: str, block_size: int) -> int | None:
     if overflow in ("stop", "error"):
         return None
     head, _, count = str(overflow).partition(":")
+    digits = len(str(block_size))  # of more, Python may refuse to make a number
+    if head == "stride" and count[:-digits].strip("0") == "" and count.isdecimal():
+        count = count[-digits:]
     if head == "stride" and count.isdecimal() and 0 < int(count) <= block_size:
         return int(count)
     raise ConfigError(

@@ -10,7 +10,7 @@ import torch
 
 from gptfast.checks import check_count
 from gptfast.encoding import characters_in
-from gptfast.generation.engine import PackedModel, engine_device
+from gptfast.generation.engine import PackedModel, engine_device, own_model
 from gptfast.generation.request import (
     Prompt,
     check_dtype,
@@ -131,6 +131,7 @@ def score(
         BackendError: `model.backend` is "fused" and the kernels cannot run, or do not know one of
             the model's modules.
     """
+    model = own_model(model)
     T = model.config.block_size
     check_dtype(dtype)
     check_tokenizer(tokenizer, model.config)
