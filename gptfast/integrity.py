@@ -21,7 +21,7 @@ def reading(file: Path) -> Iterator[None]:
     """Turns whatever parsers make of a damaged file into one sentence that names it.
 
     Raises:
-        CheckpointError: anything but a GptfastError was raised inside, which passes as it is.
+        CheckpointError: Anything but a GptfastError was raised inside, which passes as it is.
     """
     try:
         yield
@@ -65,8 +65,8 @@ def save_sealed(content: Any, file: BinaryIO) -> None:
     """Writes by `torch.save`, and then the sha256 of all that, which readers of zip archives skip.
 
     Args:
-        content: what `torch.load` gives back.
-        file: empty, open for writing.
+        content: What `torch.load` gives back.
+        file: Empty, open for writing.
     """
     hashed = _Hashed(file)
     torch.save(content, cast("IO[bytes]", hashed))
@@ -77,7 +77,7 @@ def load_sealed(file: BinaryIO) -> tuple[Any, bool]:
     """Reads what `save_sealed` or `torch.save` wrote, onto the CPU.
 
     Args:
-        file: open for reading.
+        file: Open for reading.
 
     Returns:
         The content, and whether there is a checksum.

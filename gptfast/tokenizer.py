@@ -152,11 +152,11 @@ class CharTokenizer:
     """Maps characters to ids and back: `chars[i]` has id `i + 1`, and id 0 is `<PAD>`.
 
     Args:
-        chars: distinct single characters in the order of their ids, at least one.
+        chars: Distinct single characters in the order of their ids, at least one.
         padded: False makes a tokenizer without padding, as nanoGPT's: `chars[i]` has id `i`.
 
     Raises:
-        DataError: if `chars` is empty, has duplicates or an item that is not one character, or if
+        DataError: `chars` is empty, has duplicates or an item that is not one character, or
             `padded` is no bool.
     """
 
@@ -187,7 +187,7 @@ class CharTokenizer:
         """Makes a tokenizer from the distinct characters of `text`, sorted by code point.
 
         Raises:
-            DataError: if `text` is empty.
+            DataError: `text` is empty.
         """
         if not text:
             raise DataError("a vocabulary cannot be made from an empty text")
@@ -264,7 +264,7 @@ class CharTokenizer:
         """Rebuilds a tokenizer from `to_dict`, or from the string `chars` of earlier versions.
 
         Raises:
-            DataError: if `d` has neither form.
+            DataError: `d` has neither form.
         """
         form = d if isinstance(d, dict) and d.get("kind") == "char" else {}
         points, chars = form.get("code_points"), form.get("chars")

@@ -27,13 +27,13 @@ def parts(
     """Yields the documents of a file in pieces, which `cut` has cut.
 
     Args:
-        path: a UTF-8 file.
-        separator: what a line between two documents consists of; None: the file is one document.
+        path: A UTF-8 file.
+        separator: The line between two documents; None: the file is one document.
             A document has the end of its last line. One of no character does not count.
-        read: see `stream_text`.
+        read: See `stream_text`.
 
     Raises:
-        DataError: see `stream_text`; there is no document in the file.
+        DataError: See `stream_text`; there is no document in the file.
     """
     blocks = stream_text(path, read)
     number = 0

@@ -46,7 +46,7 @@ def open_tokens(path: str | Path) -> TokenFile:
     """Opens a folder that `prepare` wrote. Nothing of the tokens is read.
 
     Raises:
-        DataError: there is none, it is not complete, or its two files do not fit together.
+        DataError: There is none, it is not complete, or its two files do not fit together.
     """
     path = Path(path)
     file, meta = path / TOKENS_NAME, _read_meta(path)

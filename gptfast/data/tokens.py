@@ -26,7 +26,7 @@ class Growing:
     """An array that grows, of which no more than a segment is ever there twice.
 
     Args:
-        dtype: its elements'.
+        dtype: The dtype of its elements.
     """
 
     def __init__(self, dtype: np.dtype) -> None:
@@ -77,7 +77,7 @@ def encoded(tokenizer: Tokenizer, blocks: Iterable[str], unknown: Unknown = "err
         (N,) of `dtype_for` the vocabulary.
 
     Raises:
-        DataError: the text has characters that the tokenizer lacks, or its tokens are others when
+        DataError: The text has characters that the tokenizer lacks, or its tokens are others when
             it is cut.
     """
     dtype = dtype_for(tokenizer.vocab_size)

@@ -24,14 +24,14 @@ def mapped(work: Callable[[Job], Result], jobs: Iterable[Job], processes: int) -
     At most one job per process is begun and not yet yielded.
 
     Args:
-        work: what is done with a job, picklable as all of these.
-        jobs: the jobs.
-        processes: how many, at least 1; they are new interpreters, since a fork of one that has
+        work: What is done with a job, picklable as all of these.
+        jobs: The jobs.
+        processes: How many, at least 1; they are new interpreters, since a fork of one that has
             threads, as torch's, may hang.
 
     Raises:
-        DataError: a process was ended from outside.
-        GptfastError: what `work` raised.
+        DataError: A process was ended from outside.
+        GptfastError: What `work` raised.
     """
     context = multiprocessing.get_context("spawn")
     workers: list[Any] = []

@@ -32,21 +32,21 @@ def load(
     """Reads a model of any format that gptfast knows.
 
     Args:
-        path: a run or a checkpoint of gptfast; a folder of Hugging Face with a GPT-2; nanoGPT's
+        path: A run or a checkpoint of gptfast; a folder of Hugging Face with a GPT-2; nanoGPT's
             `ckpt.pt` or a folder with one; a file with the course's weights; or "hf:OWNER/NAME", or
             "hf:OWNER/NAME@REVISION", for a model on Hugging Face's hub. Nothing but the last ever
             asks the network.
-        device: where the model goes.
+        device: Where the model goes.
         n_head: H of the course's weights, which do not tell it; for them alone.
 
     Returns:
-        the model, in evaluation mode and in the dtype of its file, and its tokenizer (None if there
+        The model, in evaluation mode and in the dtype of its file, and its tokenizer (None if there
         is none). The caller's random stream is left as it was.
 
     Raises:
-        ConfigError: there is no such device, `n_head` is missing or has no place here, or a library
+        ConfigError: There is no such device, `n_head` is missing or has no place here, or a library
             is missing.
-        CheckpointError: there is no model, a damaged one, or one that computes something else than
+        CheckpointError: There is no model, a damaged one, or one that computes something else than
             a GPT here.
     """
     device = usable_device(device)

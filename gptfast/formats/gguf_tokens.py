@@ -39,11 +39,11 @@ def tokens_of(tokenizer: Tokenizer, vocab_size: int) -> Tokens:
     """Translates a CharTokenizer or a BPETokenizer.
 
     Args:
-        tokenizer: It.
+        tokenizer: The tokenizer to translate.
         vocab_size: V, the model's, which may have more ids.
 
     Raises:
-        CheckpointError: llama.cpp would read texts otherwise than the tokenizer.
+        CheckpointError: The tokenizer would give other tokens in llama.cpp.
     """
     end = _end_of(tokenizer, vocab_size)
     if isinstance(tokenizer, BPETokenizer):

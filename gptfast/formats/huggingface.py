@@ -75,12 +75,12 @@ def write(model: GPT, tokenizer: Tokenizer | None, folder: Path) -> None:
     Args:
         model: Of plain layers, see `gptfast.export`.
         tokenizer: None writes none.
-        folder: made if missing. A model that this function wrote there is replaced whole.
+        folder: Made if missing. A model that this function wrote there is replaced whole.
 
     Raises:
-        CheckpointError: the folder has other parts of a model; or the model or the tokenizer has
+        CheckpointError: The folder has other parts of a model; or the model or the tokenizer has
             what GPT-2 has not.
-        OSError: the files cannot be written, and those from before are still there.
+        OSError: The files cannot be written, and those from before are still there.
     """
     config = stored_config(model)
     if not config.attention:

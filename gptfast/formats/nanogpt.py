@@ -151,8 +151,8 @@ def write(model: GPT, tokenizer: Tokenizer | None, folder: Path) -> None:
         folder: Made if missing.
 
     Raises:
-        CheckpointError: nanoGPT has no such model or tokenizer, or the folder has the characters of
-            another one.
+        CheckpointError: There is no such model or tokenizer in nanoGPT, or the folder has the
+            characters of another one.
         OSError: A file cannot be written.
     """
     config = stored_config(model)

@@ -213,7 +213,7 @@ def linear_cross_entropy(
             that is 0; "sum"; or "none", which gives the loss of each token, 0 where it is ignored.
         token_weights: (...), floating-point, what each token's loss is multiplied by; None: 1. A
             constant: it gets no gradient.
-        label_smoothing: e, the part of the target's probability that all V tokens share, in [0, 1).
+        label_smoothing: The part e of the target's probability that all V tokens share, in [0, 1).
 
     Returns:
         () float32; of reduction "none" (...) float32.

@@ -51,9 +51,9 @@ class Processes:
     """The processes that train one model. By default this one is alone, and nothing is sent.
 
     Attributes:
-        rank: which of them this one is.
-        size: their number.
-        control: the group by which they agree, of gloo; None alone.
+        rank: Which of them this one is.
+        size: Their number.
+        control: The group by which they agree, of gloo; None alone.
     """
 
     rank: int = 0
@@ -114,7 +114,7 @@ class Processes:
         torchrun ends the others then, by SIGTERM: it is ignored, so that they say the sentence.
 
         Args:
-            kept: the end of that sentence.
+            kept: The end of the sentence.
         """
         try:
             yield
@@ -151,11 +151,11 @@ def join(device: torch.device, timeout: timedelta = TIMEOUT) -> Processes:
     which is used then.
 
     Args:
-        device: where this process trains.
-        timeout: how long another may be without an answer.
+        device: Where this process trains.
+        timeout: How long another process may take to answer.
 
     Raises:
-        ProcessError: they did not find each other.
+        ProcessError: They did not find each other.
     """
     if not dist.is_available():
         return ALONE
@@ -190,10 +190,10 @@ def own_device(device: torch.device) -> torch.device:
     """Returns the device of this process: of several on a machine, each has a GPU of its own.
 
     Args:
-        device: the run's; a GPU has no number where there are several processes.
+        device: The run's; a GPU has no number where there are several processes.
 
     Raises:
-        ConfigError: it names one GPU for all, or there are fewer GPUs than processes.
+        ConfigError: It names one GPU for all, or there are fewer GPUs than processes.
     """
     count = local_processes()
     if device.type != "cuda" or count == 1:

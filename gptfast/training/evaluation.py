@@ -78,19 +78,19 @@ def evaluate(
     computed together, so it may be of any length. `gptfast.score` gives each token's loss.
 
     Args:
-        model: a GPT, which torch.compile or DistributedDataParallel may wrap. Its modules are
+        model: A GPT, which torch.compile or DistributedDataParallel may wrap. Its modules are
             switched to evaluation mode and back to their previous mode.
         ids: (N,) int64 or smaller integers, at least 2 tokens.
         precision: "fp32", or "bf16" for activations in bfloat16.
-        processes: those that share the windows out, and all call this; the result is that of one.
-        stride: how many tokens the window moves along the text, at most block_size. Each token past
+        processes: Those that share the windows out, and all call this; the result is that of one.
+        stride: How many tokens the window moves along the text, at most block_size. Each token past
             the first window is predicted from at least block_size - stride + 1 tokens before it,
             which takes block_size / stride times as long as disjoint windows do. None: disjoint
             windows of block_size tokens, of which the last may be shorter; the first tokens of each
             are predicted from few, so the loss is higher. (With stride=block_size only the last
             window differs: it is moved back until it is full.)
-        tokenizer: that of the tokens, which says what they write.
-        scored: is told how many more tokens have been predicted.
+        tokenizer: The tokenizer of `ids`, which says what text they write.
+        scored: Called with the number of tokens predicted since its last call.
 
     Returns:
         The mean loss in nats per token, the perplexity, the number of predicted tokens (the first

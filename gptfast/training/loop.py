@@ -38,7 +38,7 @@ class UnsavedError(CheckpointError):
     """The last save of a run failed. The files of the previous save, if any, are kept.
 
     Attributes:
-        result: what `fit` would have returned, with the trained model.
+        result: What `fit` would have returned, with the trained model.
     """
 
     def __init__(self, message: str, result: TrainResult) -> None:

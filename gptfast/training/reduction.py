@@ -15,7 +15,7 @@ def scattered_sum(x: Tensor, group: Any = None) -> Tensor:
 
     Args:
         x: (W n,) of every process, on the CPU.
-        group: the processes, W; None: all.
+        group: The processes, W; None: all.
 
     Returns:
         (n,), the sum of the part with this process's rank.

@@ -61,13 +61,13 @@ def check(out: str | Path | None, resume: bool = False, overwrite: bool = False)
     """Checks, without changing anything, that a run may be written to `out`.
 
     Args:
-        out: the run's directory; None for a run that is not written.
-        resume: the run in there is to go on.
-        overwrite: the run in there, if any, is to be replaced.
+        out: The run's directory; None for a run that is not written.
+        resume: The run in there is to go on.
+        overwrite: The run in there, if any, is to be replaced.
 
     Raises:
-        ConfigError: it holds a run and neither is asked for, or it holds none to resume.
-        CheckpointError: it cannot be written to.
+        ConfigError: It holds a run and neither is asked for, or it holds none to resume.
+        CheckpointError: It cannot be written to.
     """
     if resume and overwrite:
         raise ConfigError("a run can be resumed or overwritten, not both")
@@ -96,7 +96,7 @@ class RunDirectory:
     """Writes a run to its directory; with `path` None it writes nothing.
 
     Args:
-        path: the directory.
+        path: The directory.
         writes: False for all but one of several processes.
     """
 
@@ -114,12 +114,12 @@ class RunDirectory:
         Windows, and on file systems without locks, no run is kept out.
 
         Args:
-            resume: as for `check`.
-            overwrite: as for `check`.
+            resume: As for `check`.
+            overwrite: As for `check`.
 
         Raises:
-            ConfigError: another run is being trained there, or see `check`.
-            CheckpointError: the directory cannot be written to.
+            ConfigError: Another run is being trained there, or see `check`.
+            CheckpointError: The directory cannot be written to.
         """
         check(self.path, resume, overwrite)
         if self.path is None:
@@ -140,11 +140,11 @@ class RunDirectory:
         """Writes the history so far.
 
         Args:
-            history: rows of the run's earlier part.
-            resume: keep the files of the run that is there; otherwise they are removed.
+            history: Rows of the run's earlier part.
+            resume: Keep the files of the run that is there; otherwise they are removed.
 
         Raises:
-            CheckpointError: the directory cannot be written to.
+            CheckpointError: The directory cannot be written to.
         """
         if self.path is None:
             return
@@ -178,16 +178,16 @@ class RunDirectory:
         """Replaces checkpoint, training state and, after them, history by those of this moment.
 
         Args:
-            model: the model that is trained, whose weights the training state holds.
-            tokenizer: stored in the checkpoint.
-            config: how the run trains.
-            state: where it is.
-            resumable: what else `load` is to give back, the states of optimizer and generators.
+            model: The model that is trained, whose weights the training state holds.
+            tokenizer: Stored in the checkpoint.
+            config: How the run trains.
+            state: Where it is.
+            resumable: What else `load` is to give back, the states of optimizer and generators.
             extra: JSON-able, stored in the checkpoint.
-            result: the model of the checkpoint.
+            result: The model of the checkpoint.
 
         Raises:
-            CheckpointError: a file cannot be written; the one that was there before is kept.
+            CheckpointError: A file cannot be written; the one that was there before is kept.
         """
         if self.path is None or not self._writes:
             return
@@ -223,16 +223,16 @@ class RunDirectory:
         """Reads what `save` wrote.
 
         Args:
-            model: of the run's shape.
-            config: as the run's, but for FREE_FIELDS.
+            model: A model of the run's shape.
+            config: The run's config; only FREE_FIELDS may differ.
 
         Returns:
-            where the run is, the model's weights, and what `save` was given as `resumable`.
+            Where the run is, the model's weights, and what `save` was given as `resumable`.
 
         Raises:
-            CheckpointError: the file is damaged, foreign, of a newer version or of another run than
+            CheckpointError: The file is damaged, foreign, of a newer version or of another run than
                 the checkpoint beside it.
-            ConfigError: the run was started with another model or another training.
+            ConfigError: The run was started with another model or another training.
         """
         assert self.path is not None  # `check` refuses to resume without a directory
         with self.reading_state() as file:

@@ -27,15 +27,15 @@ def shared(model: nn.Module, config: TrainConfig, processes: Processes) -> nn.Mo
     Gradients become sums over the processes, not means: a trainer weighs its part of a batch.
 
     Args:
-        model: a GPT with the same weights in every process; with "fsdp" it is changed in place.
+        model: A GPT with the same weights in every process; with "fsdp" it is changed in place.
         config: `parallel` is used.
-        processes: those that train it.
+        processes: Those that train it.
 
     Returns:
-        what to call in training.
+        What to call in training.
 
     Raises:
-        ConfigError: the model is in DistributedDataParallel, or "fsdp" for one within a wrapper.
+        ConfigError: The model is in DistributedDataParallel, or "fsdp" for one within a wrapper.
         CheckpointError: "fsdp" for a GPT that a checkpoint cannot hold.
     """
     if processes.size == 1:

@@ -68,15 +68,15 @@ class Trainer:
     default generator.) Equal seeds and thread counts give bitwise equal results.
 
     Args:
-        model: a GPT with float32 weights, which remain the master weights with "bf16". `step` calls
+        model: A GPT with float32 weights, which remain the master weights with "bf16". `step` calls
             a wrapper of torch.compile or DistributedDataParallel, if there is one.
-        config: the training options.
-        processes: those that train the model together, each with the same arguments and calls.
+        config: The training options.
+        processes: Those that train the model together, each with the same arguments and calls.
             Every one computes a part of each batch, and `config.parallel` says how the model is
             shared. The parts, and their dropout masks, are those of as many accumulation steps.
 
     Raises:
-        ConfigError: a trained weight is neither float32 nor float64, or all weights are frozen.
+        ConfigError: A trained weight is neither float32 nor float64, or all weights are frozen.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, processes: Processes = ALONE) -> None:
@@ -310,15 +310,15 @@ class Trainer:
             train_ids: (N,) int64 or smaller integers, more than block_size tokens. Of a mapped file
                 no more is read than the windows.
             val_ids: (M,) the same of the held-out text, more than block_size tokens, or None.
-            tokenizer: stored in the checkpoint.
-            out: directory of the run; None writes nothing.
-            resume: continue the interrupted run in `out`; the results are bitwise those of an
+            tokenizer: Stored in the checkpoint.
+            out: Directory of the run; None writes nothing.
+            resume: Continue the interrupted run in `out`; the results are bitwise those of an
                 uninterrupted run.
-            overwrite: replace the run in `out`.
-            progress: show a progress bar and the evaluations, on stderr or in the notebook.
-            callbacks: what else watches the run.
+            overwrite: Replace the run in `out`.
+            progress: Show a progress bar and the evaluations, on stderr or in the notebook.
+            callbacks: What else watches the run.
             extra: JSON-serialisable values, stored in the checkpoint with those of training.
-            fingerprint: what the run knows its text by when it is resumed; None hashes all tokens.
+            fingerprint: Identifies the text when the run is resumed; None hashes all tokens.
 
         Returns:
             The model and the history, one row per evaluation: `step`, `epoch` (passes over the
@@ -326,13 +326,13 @@ class Trainer:
             `perplexity`, `tokens_per_s`, `seconds` (of training, without evaluations), `lr`.
 
         Raises:
-            ConfigError: neither steps nor epochs are set, another run is being trained in `out`, or
+            ConfigError: Neither steps nor epochs are set, another run is being trained in `out`, or
                 see `gptfast.training.run.check`.
-            DataError: a text is not longer than block_size.
+            DataError: A text is not longer than block_size.
             CheckpointError: `out` cannot be written or read, or a checkpoint cannot hold the model.
-            UnsavedError: the last save failed; the error's `result` has the trained model.
-            TrainError: the loss or a weight is not finite; the last checkpoint is kept.
-            ProcessError: another process of the run has ended; the last checkpoint is kept.
+            UnsavedError: The last save failed; the error's `result` has the trained model.
+            TrainError: The loss or a weight is not finite; the last checkpoint is kept.
+            ProcessError: Another process of the run has ended; the last checkpoint is kept.
             TypeError: `extra` is not JSON-serialisable.
         """
         if self.config.steps is None and self.config.epochs is None:

@@ -15,7 +15,7 @@ class Tracker(Callback):
     """Sends a run's numbers to another program: the loss each few steps, and every evaluation.
 
     Args:
-        every: so many steps' mean loss is sent at once, as `loss/steps`.
+        every: How many steps to average for each `loss/steps` that is sent.
     """
 
     def __init__(self, every: int = 10) -> None:
