@@ -1,7 +1,7 @@
 """Linear layers of few rows, as decoding needs them: fixed tiles, nothing tuned.
 
-A step of decoding multiplies few rows by every weight, so it is the latency of a kernel and the
-bytes of the weights that count. Each warp sums its own slice of K: short chains of matrix
+A step of decoding multiplies few rows by every weight, so kernel latency and weight bandwidth
+dominate. Each warp sums its own slice of K: short chains of matrix
 instructions instead of a long one. The slices' sums are added in a fixed order at the end.
 
 Weights of 8 bits are integers until they are in registers, where every dtype has them exactly; the
@@ -170,7 +170,7 @@ def _activations(x, wte, wpe, m, token, place, k, M, K):
 
 @triton.jit
 def _sum_of_slices(acc, SLICES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """acc (SLICES, BM, BN), which each have a warp, summed in pairs.
+    """Sums acc (SLICES, BM, BN) over the slices, in pairs; each slice belongs to a warp.
 
     tl.sum would exchange numbers between warps one by one.
     """
@@ -222,7 +222,7 @@ def few_rows_kernel(
                 shifts = shifts + (_vector(ln_b, k, K)[:, None, :],)  # type: ignore[assignment]
     wait_for_predecessor(OVERLAP)
     token, place = _places(m, M, tokens, lengths, capacity)
-    # What the epilogue needs comes from the L2 cache as well, so it is fetched now.
+    # The epilogue's operands come from the L2 cache as well, so they are loaded now.
     inside = (m < M)[:, None] & (n < N)[None, :]
     old, runs = tl.zeros([BM, BN], tl.float32), m < M
     if residual is not None:
@@ -263,7 +263,7 @@ def few_rows_kernel(
                     shift = shifts[i]
                 a = _normal(a, mean[None, :, None], rstd[None, :, None], scales[i], shift)
             operands = operands + (a,)  # type: ignore[assignment]
-        for i in tl.static_range(LENGTH // BK):  # apart: all operands pass by one barrier
+        for i in tl.static_range(LENGTH // BK):  # own loop: all operands share a barrier
             b = right[i].to(operands[i].dtype)  # type: ignore[var-annotated]
             acc = tl.dot(operands[i], b, acc, input_precision=PRECISION)
     else:

@@ -1,6 +1,6 @@
 """Rounds weights to 8 bits; the specification is `ops.int8.rounded`.
 
-A call of generation does it anew, so it must not take longer than reading the weights once.
+Every call of generation rounds anew, so this must not take longer than reading the weights once.
 """
 
 import triton

@@ -1,4 +1,4 @@
-"""Sequences get slots of a generation: all of a call in one launch, from one copy of the host's.
+"""Gives slots to sequences: one launch for all of a call, from one copy of the host's data.
 
 Letters: n sequences, S slots.
 """
