@@ -110,7 +110,7 @@ class RunDirectory:
     def opened(self, resume: bool, overwrite: bool) -> Iterator[None]:
         """Makes the directory and keeps other runs out of it, until the end of the `with`.
 
-        The operating system drops the lock of a process that dies. Reading does not ask for it. On
+        The operating system drops the lock of a process that dies. Readers do not need it. On
         Windows, and on file systems without locks, no run is kept out.
 
         Args:
@@ -182,7 +182,7 @@ class RunDirectory:
             tokenizer: Stored in the checkpoint.
             config: How the run trains.
             state: Where it is.
-            resumable: What else `load` is to give back, the states of optimizer and generators.
+            resumable: What else `load` must give back: the states of optimizer and generators.
             extra: JSON-able, stored in the checkpoint.
             result: The model of the checkpoint.
 
@@ -237,13 +237,13 @@ class RunDirectory:
         assert self.path is not None  # `check` refuses to resume without a directory
         with self.reading_state() as file:
             content = _read_state(file)
-            # What the file's version had no name for yet is as by default.
+            # Fields that the file's version did not have yet take their defaults.
             saved = GPTConfig().to_dict() | content["model"]
             _check_same(self.path, saved, stored_config(model).to_dict())
             _check_same(self.path, asdict(TrainConfig()) | content["train"], asdict(config))
             state = run_state(content["state"], content["version"])
             if content["train"].get("eval_tokens") != config.eval_tokens:
-                state.forget_best()  # its loss is one of other tokens
+                state.forget_best()  # its loss was measured on other tokens
             self.best_step = state.best_step
             if content["version"] > 1:
                 self.id = content["run"]
@@ -263,7 +263,7 @@ class RunDirectory:
             yield self.path / STATE_NAME
 
     def _check_checkpoint(self, step: int) -> None:
-        """Raises CheckpointError where the checkpoint is none that a save of this run left."""
+        """Raises CheckpointError unless a save of this run left the checkpoint."""
         assert self.path is not None
         file = self.path / checkpoint.WEIGHTS_NAME
         if not file.exists():
@@ -315,7 +315,7 @@ def _other_moments(resumable: dict[str, Any], model: GPT) -> str | None:
 
 
 def fingerprint(*parts: torch.Tensor | None) -> str:
-    """The sha256 of token sequences as int64, by which a resumed run knows its text again."""
+    """The sha256 of token sequences as int64, by which a resumed run recognises its text."""
     sha = hashlib.sha256()
     for part in parts:
         ids = torch.empty(0, dtype=torch.int64) if part is None else part
@@ -326,9 +326,9 @@ def fingerprint(*parts: torch.Tensor | None) -> str:
 
 
 def _check_same(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    ends = wanted.get("schedule") in ("cosine", "linear")  # and wants to know when
+    ends = wanted.get("schedule") in ("cosine", "linear")  # and its rates depend on when
     for name, value in wanted.items():
-        # A run by steps draws its windows otherwise than one by epochs.
+        # A run by steps and one by epochs draw their windows in different ways.
         other_way = name == "steps" and (value is None) != (saved.get(name) is None)
         other_way |= ends and name in ("steps", "epochs")
         if saved.get(name) != value and (name not in FREE_FIELDS or other_way):

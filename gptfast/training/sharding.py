@@ -75,15 +75,15 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def unsummed(model: nn.Module) -> AbstractContextManager[None]:
-    """Adds up gradients of backward passes in each process, which the next one outside sums.
+    """Makes backward passes inside add up gradients per process; the next pass outside sums them.
 
-    FSDP sums those of each pass, and so keeps no whole gradients.
+    FSDP sums the gradients of every pass, and so keeps no whole gradients.
     """
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def local(x: Tensor) -> Tensor:
-    """Returns this process's part of a tensor: all of it, where it is not shared out."""
+    """Returns this process's part of a tensor, or all of it if the tensor is not in parts."""
     return cast(Any, x).to_local() if hasattr(x, "to_local") else x
 
 
@@ -104,7 +104,7 @@ def clip_parts_(params: Sequence[Tensor], clip: float) -> None:
 
 @contextmanager
 def exchanged(first: Sequence[Tensor], second: Sequence[Tensor]) -> Iterator[None]:
-    """Exchanges the contents of tensors with those of others, if there are any, for a while."""
+    """Swaps the contents of two lists of tensors during the `with`; the second may be empty."""
 
     @torch.no_grad()
     def exchange() -> None:
@@ -126,7 +126,7 @@ def whole(x: Tensor) -> Tensor:
 
 
 def part_of(x: Tensor, like: Tensor) -> Tensor:
-    """Shares out a tensor that every process has, in the way of another."""
+    """Splits a tensor that every process has into parts as `like` is split."""
     if not hasattr(like, "to_local"):
         return x
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -179,7 +179,7 @@ def parts_of_state(state: dict[str, Any], params: Sequence[Tensor]) -> dict[str,
 
 
 def reshard(model: GPT) -> None:
-    """Drops whole weights that an evaluation has gathered, which the next step would take."""
+    """Drops the whole weights that an evaluation gathered, or the next step would use them."""
     cast(Any, model).reshard()
 
 

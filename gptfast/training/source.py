@@ -50,7 +50,7 @@ class Source:
         return self.file.ids
 
     def fingerprint(self, train_ids: Tensor, val_ids: Tensor | None) -> str:
-        """Returns what a resumed run knows its text by; of a folder, without reading it."""
+        """Returns the name by which a resumed run recognises its text; does not read a folder."""
         named = run.fingerprint if self.file is None else self.file.fingerprint
         return named(train_ids, val_ids)
 

@@ -122,15 +122,15 @@ class Trainer:
         """Trains on one batch: forward pass, backward pass, gradient clipping, AdamW.
 
         On a GPU the step is a CUDA graph from the third batch of a shape on, see `TrainConfig`;
-        weights and losses have the same bits without it. The step is not waited for.
+        weights and losses have the same bits without it. The call does not wait for the step.
 
         Args:
             idx: (B, T) int64.
             targets: (B, T) int64, the token after each position.
 
         Returns:
-            () float32, the loss before the update, detached. It is the caller's: later steps do not
-            overwrite it. Of several processes each gets its share: the sum is the loss.
+            () float32, the loss before the update, detached. Later steps do not overwrite it. Each
+            of several processes gets its share; the sum of the shares is the loss.
         """
         self._prepare()
         loss = self.graphs.step(self, idx, targets)
@@ -212,7 +212,7 @@ class Trainer:
     ) -> Tensor:
         """Adds the gradients of a part's loss times `weight` (None: 1); returns the loss itself."""
         options: dict[str, Any] = {"seed": key}
-        if self.config.label_smoothing:  # which a loss of the user's own need not know
+        if self.config.label_smoothing:  # a user's own loss need not take it
             options["label_smoothing"] = self.config.label_smoothing
         with autocast(self.device, self.config.precision):
             if self.model is self.gpt and not self.sharded:
@@ -236,9 +236,9 @@ class Trainer:
 
     @property
     def averaged(self) -> GPT:
-        """The model of the weights' running means, which it shares; without `ema`, the model.
+        """A view of the model whose weights are the running means; without `ema` the model itself.
 
-        Where each process has a part of the model, it is the copy `whole_models` made last.
+        It shares the means' memory. For a sharded model it is the last copy by `whole_models`.
         """
         if self.sharded:
             return self.whole_models()[1] if self._averaged is None else self._averaged[1]
@@ -307,8 +307,8 @@ class Trainer:
         handlers; outside the main thread, all signals do.
 
         Args:
-            train_ids: (N,) int64 or smaller integers, more than block_size tokens. Of a mapped file
-                no more is read than the windows.
+            train_ids: (N,) int64 or smaller integers, more than block_size tokens. Only the
+                windows of a mapped file are read.
             val_ids: (M,) the same of the held-out text, more than block_size tokens, or None.
             tokenizer: Stored in the checkpoint.
             out: Directory of the run; None writes nothing.
