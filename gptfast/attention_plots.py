@@ -281,7 +281,7 @@ def _draw_bars(shares: Shares, where: str) -> Any:
 
 
 def _caption(figure: Any, lines: Sequence[str], left: float) -> None:
-    """Text at the top, of which nothing is taken for a formula."""
+    """Text at the top; matplotlib must not read any of it as a formula."""
     figure.text(
         left / figure.get_figwidth(),
         1 - 0.1 / figure.get_figheight(),

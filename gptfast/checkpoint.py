@@ -9,8 +9,8 @@ the configuration of another save. `config.json` is the readable copy.
 weights, at worst without their readable copy, and they load. Two files that disagree therefore come
 from an edit or a copy by hand, and are refused. One process at a time may save to a directory.
 
-Version 2 added the checksums and the tokenizer's code points. Version 1 is still read. A tokenizer
-of byte-pair encoding is in there whole: one of 50,000 tokens makes 2 MB of each of the two files.
+Version 2 added the checksums and the tokenizer's code points. Version 1 is still read. The
+files hold a byte-pair tokenizer whole: one of 50,000 tokens adds 2 MB to each of the two files.
 """
 
 import hashlib
@@ -98,7 +98,7 @@ def save(
 
 
 def _sum(header: dict[str, Any]) -> str:
-    """The sha256 of a header but for this checksum itself, however it is laid out."""
+    """The sha256 of a header without this checksum itself, whatever the layout."""
     covered = {name: value for name, value in header.items() if name != _SUM}
     return hashlib.sha256(json.dumps(covered, sort_keys=True).encode("ascii")).hexdigest()
 
@@ -136,7 +136,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tok
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder has a checkpoint, which either of its files says: one may be damaged."""
+    """Whether a folder has a checkpoint. One of its files is enough: the other may be damaged."""
     with suppress(CheckpointError), reading(folder / WEIGHTS_NAME):
         with safe_open(folder / WEIGHTS_NAME, framework="pt") as opened:
             if _METADATA_KEY in (opened.metadata() or {}):

@@ -18,10 +18,10 @@ _READ_AT_ONCE = 1 << 20
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Turns whatever parsers make of a damaged file into one sentence that names it.
+    """Turns any error that parsers raise for a damaged file into one sentence that names it.
 
     Raises:
-        CheckpointError: Anything but a GptfastError was raised inside, which passes as it is.
+        CheckpointError: Anything but a GptfastError was raised inside; a GptfastError passes.
     """
     try:
         yield

@@ -40,7 +40,7 @@ DEFAULT_LENGTH = (
 )
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-LONGER = 8  # so many times as many tokens are compared when the ones before were greedy
+LONGER = 8  # how many times as many tokens to compare next if the ones before were greedy
 
 
 @register_model("gptfast")
@@ -157,7 +157,7 @@ class GptfastLM(LM):
         return found
 
     def _greedy(self, texts: list[list[int]], counts: list[int]) -> list[bool]:
-        """Whether the last tokens of each text, so many, are those that greedy generation writes.
+        """Whether greedy generation writes the last tokens of each text, `counts` of them.
 
         Most differ in the first token, so one token is generated after every different context,
         then more for those that go on.

@@ -75,7 +75,7 @@ def stored_config(model: GPT) -> GPTConfig:
     """
     head, embedding = model.lm_head.weight, model.wte.weight
     tied = head is embedding or (
-        head.data_ptr() == embedding.data_ptr() != 0  # as are those of parts of weights
+        head.data_ptr() == embedding.data_ptr() != 0  # parts of weights have the address 0
         and (head.dtype, head.shape, head.stride())
         == (embedding.dtype, embedding.shape, embedding.stride())
     )

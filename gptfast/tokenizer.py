@@ -1,6 +1,6 @@
-"""What a tokenizer is, and the one of characters: id 0 is padding, then come the text's, sorted.
+"""What a tokenizer is, and the tokenizer of characters: id 0 is padding, then sorted characters.
 
-Those of other projects have no padding: the first character has id 0 (`padded=False`).
+Other projects' tokenizers have no padding: the first character has id 0 (`padded=False`).
 """
 
 import codecs
@@ -97,7 +97,7 @@ def text_size(tokenizer: Tokenizer, ids: torch.Tensor) -> TextSize:
     """Measures the text of ids.
 
     Args:
-        tokenizer: Theirs.
+        tokenizer: The tokenizer of the ids.
         ids: (N,) int64 or smaller integers; those that the tokenizer does not have write nothing.
     """
     V = tokenizer.vocab_size

@@ -18,7 +18,7 @@ from gptfast.errors import ConfigError, GptfastError
 Parsed = TypeVar("Parsed")
 
 EXIT_BAD_INPUT, EXIT_CLOSED_PIPE = 2, 141
-MISTAKES = (  # what one sentence explains
+MISTAKES = (  # errors that become one sentence
     GptfastError, ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError,
 )  # fmt: skip
 

@@ -30,7 +30,7 @@ from gptfast.tokenizer import Tokenizer, check_kept
 LOCK_NAME = ".lock"
 MOST_PROCESSES = 1024
 
-Read = Callable[[int], None]  # is told the bytes that have been read
+Read = Callable[[int], None]  # called with the number of bytes read
 Encoded = tuple[bytes, int, int]  # tokens as bytes, how many, and how many documents end there
 
 
@@ -112,7 +112,7 @@ def _folder(out: Path) -> Iterator[None]:
 def pieces(
     texts: Sequence[str | Path], separator: str | None = None, read: Read = lambda _: None
 ) -> Iterator[str]:
-    """Yields all that `prepare` would encode, for a tokenizer to be made of it; see there."""
+    """Yields the texts that `prepare` would encode, to make a tokenizer from; see `prepare`."""
     for path in texts:
         for part in parts(Path(path), separator, read):
             yield part.text

@@ -1,4 +1,4 @@
-"""Random orders of the numbers below n: a table of 4 bytes a number, or, for many, none at all."""
+"""Random orders of the numbers below n: by a table of 4 bytes a number, or, for many, without."""
 
 from collections.abc import Iterator
 

@@ -55,7 +55,7 @@ def stream_text(path: str | Path, read: Callable[[int], None] = lambda _: None) 
         read: Called with the number of bytes of each piece.
 
     Raises:
-        DataError: As by `read_text`, when the piece in question is asked for.
+        DataError: As `read_text` does, when the caller asks for the faulty piece.
     """
     path = Path(path)
     decoder = codecs.getincrementaldecoder("utf-8")()
@@ -105,7 +105,7 @@ def cut(blocks: Iterable[str]) -> Iterator[str]:
     whole. A text that has no such place in MOST_UNCUT characters is cut anywhere.
 
     Args:
-        blocks: Pieces of the text that are cut anywhere.
+        blocks: Pieces of the text, cut anywhere.
 
     Yields:
         Non-empty pieces.

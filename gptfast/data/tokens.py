@@ -23,7 +23,7 @@ def dtype_for(vocab_size: int) -> np.dtype:
 
 
 class Growing:
-    """An array that grows, of which no more than a segment is ever there twice.
+    """A growing array that never holds more than one segment twice in memory.
 
     Args:
         dtype: The dtype of its elements.
@@ -32,7 +32,7 @@ class Growing:
     def __init__(self, dtype: np.dtype) -> None:
         self._dtype = dtype
         self._full: list[np.ndarray] = []
-        self._last = self._segment()  # memory that is not written to is not taken
+        self._last = self._segment()  # takes memory only where it is written
         self._used = 0  # elements of the last one
 
     def _segment(self) -> np.ndarray:
@@ -50,7 +50,7 @@ class Growing:
             values = values[len(some) :]
 
     def whole(self) -> np.ndarray:
-        """Returns the array; the last call."""
+        """Returns the array; must be the last call."""
         if not self._full:
             return self._last[: self._used]
         out = np.empty(len(self._full) * len(self._last) + self._used, self._dtype)
@@ -71,7 +71,7 @@ def char_tokenizer(blocks: Iterable[str]) -> CharTokenizer:
 
 
 def encoded(tokenizer: Tokenizer, blocks: Iterable[str], unknown: Unknown = "error") -> Tensor:
-    """Encodes a text without ever having it, or its tokens as int64, as a whole.
+    """Encodes a text without holding all of it, or all tokens as int64, in memory.
 
     Returns:
         (N,) of `dtype_for` the vocabulary.

@@ -1,7 +1,7 @@
 """Models wherever they come from: `load` finds out whose format a model has, and reads it.
 
 The formats are gptfast's own checkpoints, folders of Hugging Face with a GPT-2, nanoGPT's `ckpt.pt`
-and the course's weights. What lies on Hugging Face's hub is fetched first.
+and the course's weights. Models on Hugging Face's hub are fetched first.
 """
 
 from collections.abc import Iterable, Mapping
@@ -61,7 +61,7 @@ def load(
 
 
 def config_of(path: str | Path) -> GPTConfig:
-    """Reads the shape of a model that `load` reads; raises what that does."""
+    """Reads the shape of a model that `load` reads; raises the same errors."""
     place, found = _found(path)
     if found == "gptfast":
         return GPTConfig.from_dict(checkpoint.read_config(place)["config"])
@@ -71,7 +71,7 @@ def config_of(path: str | Path) -> GPTConfig:
 
 
 def tokenizer_of(path: str | Path) -> Tokenizer | None:
-    """Reads the tokenizer of a model that `load` reads; raises what that does."""
+    """Reads the tokenizer of a model that `load` reads; raises the same errors."""
     place, found = _found(path)
     if found == "gptfast":
         stored = checkpoint.read_config(place)["tokenizer"]
@@ -84,7 +84,7 @@ def tokenizer_of(path: str | Path) -> Tokenizer | None:
 def stored_with(path: str | Path) -> dict[str, Any] | None:
     """Reads what a checkpoint of gptfast holds beside the weights, see `checkpoint.read_config`.
 
-    Returns None for a model of another format that `load` reads, and raises what that does.
+    Returns None for a model of another format that `load` reads, and raises the same errors.
     """
     place, found = _found(path)
     return checkpoint.read_config(place) if found == "gptfast" else None
@@ -110,14 +110,14 @@ def format_of(place: Path) -> Format:
 
 
 def _found(path: str | Path) -> tuple[Path, Format]:
-    """Returns where a model is and its format, before weights of another's are fetched."""
+    """Returns a model's place and format; fetches weights only of a gptfast checkpoint."""
     place = _located(path, weights=False)
     found = format_of(place)
     return (_located(path) if found == "gptfast" else place), found
 
 
 def _located(path: str | Path, weights: bool = True) -> Path:
-    """Returns the place of a model on this machine, to which one on the hub is fetched."""
+    """Returns the place of a model on this machine, after fetching one on the hub."""
     name = _hub_name(path)
     if name is None:
         return Path(path)
@@ -127,7 +127,7 @@ def _located(path: str | Path, weights: bool = True) -> Path:
 
 
 def absolute(path: str | Path) -> str:
-    """The path of a model as it is from any folder; a name of the hub stays as it is."""
+    """Returns the absolute path of a model; a name of the hub stays as it is."""
     name = _hub_name(path)
     return str(Path(path).absolute()) if name is None else f"{HUB}{name}"
 

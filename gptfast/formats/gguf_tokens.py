@@ -1,8 +1,8 @@
 """Tokenizers as llama.cpp has them: GPT-2's byte-level encoding, by tokens and merges.
 
 A token is written in GPT-2's symbols, one for each byte. llama.cpp cuts a text into words as GPT-2
-does, starts with the symbols of their bytes and applies the merges. What ends up as no token is
-left out. So
+does, starts with the symbols of their bytes and applies the merges. It drops symbols that end up
+as no token. So
 
 - a BPETokenizer that cuts texts as GPT-2's goes over as it is;
 - a character's token is that of its bytes, which merges join from the first one on. They join
@@ -10,8 +10,8 @@ left out. So
   is joined on the way needs no id.
 
 llama.cpp also needs an id that ends a text, and takes some character's where none is named. This is
-the tokenizer's own, else an id that stands for no text, such as padding. Such ids are of the type
-that no text gives and that writes nothing.
+the tokenizer's own, else an id that stands for no text, such as padding. Such ids get a type that
+no text encodes to and that writes nothing.
 """
 
 from typing import NamedTuple
