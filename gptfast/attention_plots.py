@@ -41,7 +41,7 @@ def plot_attention(weights: Tensor, labels: Sequence[str], path: str | Path) -> 
 
 
 def attention_figure(weights: Tensor, labels: Sequence[str]) -> Any:
-    """Draws what `plot_attention` writes.
+    """Draws the picture that `plot_attention` writes.
 
     Args:
         weights: (L, H, T, T), the attention weights.
@@ -76,7 +76,7 @@ def plot_contributions(shares: Shares, where: str, path: str | Path) -> Path:
 
 
 def contributions_figure(shares: Shares, where: str) -> Any:
-    """Draws what `plot_contributions` writes.
+    """Draws the picture that `plot_contributions` writes.
 
     Args:
         shares: The terms of the attention's output at a position.

@@ -1,4 +1,4 @@
-"""Files that are read whole or refused: checksums, and one sentence for what is damaged."""
+"""Checksums, so that a file is read whole or refused, and one sentence for a damaged file."""
 
 import hashlib
 import os
@@ -83,7 +83,7 @@ def load_sealed(file: BinaryIO) -> tuple[Any, bool]:
         The content, and whether there is a checksum.
 
     Raises:
-        ValueError: The checksum is not that of the file.
+        ValueError: The file's checksum is wrong.
         Exception: Whatever `torch.load` raises.
     """
     sealed = _check_seal(file)

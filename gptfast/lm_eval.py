@@ -213,7 +213,7 @@ class GptfastLM(LM):
 
 
 def generation_options(task: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the options of `gptfast.generate` for those of a task.
+    """Translates a task's options to options of `gptfast.generate`.
 
     Raises:
         ConfigError: There is no such option.

@@ -41,7 +41,7 @@ def assembled(config: GPTConfig, tensors: dict[str, Tensor], source: str | Path)
         source: Where they come from, for the error.
 
     Raises:
-        CheckpointError: The tensors are not those of the configuration.
+        CheckpointError: The tensors do not fit the configuration.
     """
     model = skeleton(config, tensors, source)
     if config.tie_weights and EMBEDDING in tensors:

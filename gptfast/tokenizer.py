@@ -43,7 +43,7 @@ class Tokenizer(Protocol):
 
     @property
     def end_of_text(self) -> int | None:
-        """The id that ends a text, and separates those of a token file; None: there is none."""
+        """The id that ends a text, and separates texts in a token file; None: there is none."""
         ...
 
     @property
@@ -244,7 +244,7 @@ class CharTokenizer:
 
     @property
     def pieces(self) -> list[bytes]:
-        """The UTF-8 of each id; that of padding is empty, that of half a surrogate pair 3 bytes."""
+        """The UTF-8 of each id: empty for padding, 3 bytes for half of a surrogate pair."""
         return [text.encode("utf-8", "surrogatepass") for text in self._written]
 
     def decoder(self) -> codecs.IncrementalDecoder:

@@ -177,6 +177,6 @@ def _options(command: type) -> list[dict[str, Any]]:
 
 
 def _help(description: str) -> str:
-    """The help of an option, of which tyro says "METAVAR • help (default: value)"."""
+    """Returns the help in a description by tyro, "METAVAR • help (default: value)"."""
     text = " ".join(description.partition(" • ")[2].split() or description.split())
     return re.sub(r" ?\((default: .*|required|repeatable)\)$", "", text)

@@ -45,7 +45,7 @@ def data_dir() -> Path:
     chosen = os.environ.get("GPTFAST_DATA_DIR")
     if chosen:
         return Path(chosen).expanduser()
-    import pooch  # here, because training on texts of one's own needs no downloads
+    import pooch  # here, because only downloads need it
 
     return Path(pooch.os_cache("gptfast"))
 

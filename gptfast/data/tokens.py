@@ -11,7 +11,7 @@ from gptfast.encoding import Place, Unknown, UnknownCharacterError
 from gptfast.errors import DataError
 from gptfast.tokenizer import CharTokenizer, Tokenizer
 
-CHECKED = 20_000  # characters whose tokens are compared with those of two parts
+CHECKED = 20_000  # characters to encode as a whole and in two parts, for comparison
 
 SEGMENT = 2**25  # bytes; the allocator gives so much back to the system as soon as it is freed
 

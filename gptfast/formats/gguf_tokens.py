@@ -5,7 +5,7 @@ does, starts with the symbols of their bytes and applies the merges. It drops sy
 as no token. So
 
 - a BPETokenizer that cuts texts as GPT-2's goes over as it is;
-- a character's token is that of its bytes, which merges join from the first one on. They join
+- a character's token consists of its bytes, which merges join from the first one on. They join
   nothing else: in UTF-8 the byte that begins a character is never one that continues another. What
   is joined on the way needs no id.
 

@@ -116,7 +116,7 @@ class _Source:
             why = "no such repository, or a private one, which needs `hf auth login`"
         except errors.RevisionNotFoundError:
             why = f"the repository has no revision {self.revision!r}"
-        except Exception as error:  # the library passes on those of its own libraries
+        except Exception as error:  # the library passes on errors of its own libraries
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             why = f"{file} cannot be fetched ({first})"
         raise CheckpointError(f"hf:{self.name}: {why}")

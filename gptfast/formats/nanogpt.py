@@ -51,7 +51,7 @@ def read(path: str | Path) -> tuple[GPT, Tokenizer | None]:
         characters, None without `meta.pkl`.
 
     Raises:
-        CheckpointError: There is no such file, it is damaged, not nanoGPT's or of a variant of it.
+        CheckpointError: The file is missing, damaged, not nanoGPT's, or of a variant of nanoGPT.
     """
     path = Path(path)
     file = path / CHECKPOINT_NAME if path.is_dir() else path

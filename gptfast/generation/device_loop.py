@@ -282,7 +282,7 @@ def _of(values: list[int], places: list[int]) -> Ints:
 
 
 def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """Autocast would lower the dtype of a prefill, but not that of a captured decode step."""
+    """Turns autocast off: it would change a prefill's dtype, but not a captured decode step's."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()

@@ -144,7 +144,7 @@ def _count(batch: list[Window]) -> int:
 
 
 def _nats(gpt: GPT, ids: Tensor, batch: list[Window]) -> float:
-    """The sum of the losses of what is new in windows of equal lengths."""
+    """Sums the losses of the new tokens in windows of equal lengths."""
     length = batch[0].length
     starts = torch.tensor([window.first for window in batch])
     idx, targets = (each.to(gpt.main_weight.device) for each in data.gather(ids, starts, length))

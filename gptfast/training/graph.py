@@ -216,7 +216,7 @@ class StepGraph:
         keys = messages.keys if trainer.gpt.config.dropout > 0.0 else None
         loss = trainer.loss_and_grads(idx, targets, keys)
         table = trainer.optimizer.table(self._table_memory)
-        self._table_memory = table.memory  # in the capture, that of the rehearsal
+        self._table_memory = table.memory  # the capture uses the rehearsal's memory
         self._cuda.after_capture(table.upload)
         table.update(messages.numbers)
         trainer.drop_grads()
@@ -282,7 +282,7 @@ class StepGraphs:
             self._watch = Watch(trainer)
         if observer() is not None:
             return None
-        # Gradients that somebody left add to those of the step, and are not where the graph's are.
+        # Gradients left by another backward add to the step's, and are not where the graph's are.
         if any(param.grad is not None for param in trainer.parameters):
             return None
         text = None if ids is None else (ids.data_ptr(), ids.dtype, ids.shape, ids.stride())

@@ -113,7 +113,7 @@ class Loop:
 
     @property
     def model(self) -> GPT:
-        """The model that is evaluated and saved; with `ema`, that of the mean weights."""
+        """The model that is evaluated and saved; with `ema`, the one with the mean weights."""
         return self.trainer.averaged
 
     @property

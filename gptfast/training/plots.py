@@ -52,7 +52,7 @@ def history_figure(
     quantity: Quantity = "loss",
     title: str | None = None,
 ) -> Any:
-    """Draws what `plot_history` writes.
+    """Draws the picture that `plot_history` writes.
 
     Args:
         runs: As for `plot_history`.

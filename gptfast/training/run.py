@@ -175,7 +175,7 @@ class RunDirectory:
         extra: dict[str, Any],
         result: GPT,
     ) -> None:
-        """Replaces checkpoint, training state and, after them, history by those of this moment.
+        """Writes the checkpoint, the training state and, after them, the history of this moment.
 
         Args:
             model: The model that is trained, whose weights the training state holds.

@@ -1,7 +1,8 @@
 """A model that several processes train: a copy in each, or a part of every weight in each.
 
-With FSDP2 a parameter is a DTensor, of which a process has some rows. The model's own code never
-sees that: in a forward or backward pass, FSDP puts plain whole weights in the place of the parts.
+With FSDP2 a parameter is a DTensor, and each process has some of its rows. The model's own code
+never sees that: in a forward or backward pass, FSDP puts plain whole weights in the place of the
+parts.
 """
 
 from collections.abc import Iterator, Sequence

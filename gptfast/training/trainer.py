@@ -295,12 +295,12 @@ class Trainer:
     ) -> TrainResult:
         """Trains for `config.steps` or `config.epochs`, with evaluations and checkpoints.
 
-        The directory `out` holds the last checkpoint and, in `best`, that of the evaluation with
-        the smallest held-out loss; with `config.ema` both are of the mean weights. They are written
-        at each evaluation, at the intervals `config.save_every` and `config.save_minutes` and at
-        the end. If a save fails, training continues with a warning, except after the last step.
-        `out` is locked against other runs. Of several processes the first one alone writes, shows
-        and calls callbacks.
+        The directory `out` holds the last checkpoint and, in `best`, the checkpoint of the
+        evaluation with the smallest held-out loss; with `config.ema` both hold the mean weights.
+        They are written at each evaluation, at the intervals `config.save_every` and
+        `config.save_minutes` and at the end. If a save fails, training continues with a warning,
+        except after the last step. `out` is locked against other runs. With several processes, only
+        the first one writes, shows and calls callbacks.
 
         The first Ctrl-C, SIGTERM or SIGHUP ends the run after the current step; a second one takes
         effect at once, without a save. Signals that the program handles or ignores keep their
@@ -317,7 +317,7 @@ class Trainer:
             overwrite: Replace the run in `out`.
             progress: Show a progress bar and the evaluations, on stderr or in the notebook.
             callbacks: What else watches the run.
-            extra: JSON-serialisable values, stored in the checkpoint with those of training.
+            extra: JSON-serialisable values, stored in the checkpoint along with training's own.
             fingerprint: Identifies the text when the run is resumed; None hashes all tokens.
 
         Returns:

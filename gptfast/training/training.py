@@ -57,17 +57,17 @@ def train(
         text: The text; None takes `data`, and without either the preset's own text.
         data: A UTF-8 text file, or a folder that `gptfast data prepare` wrote, whose tokens are
             read when they are needed.
-        tokenizer: None takes that of `init_from`, of the run to resume, or of the folder, or makes
-            one of the text's characters.
+        tokenizer: None takes the tokenizer of `init_from`, of the run to resume, or of the folder,
+            or makes one of the text's characters.
         init_from: Any model that `gptfast.load` reads by its path alone, from which this run
-            starts: weights, shape and tokenizer are its own, the training is that of `chosen`. Of
-            the shape only `dropout` may be given another value. Resuming such a run does not need
+            starts: it gives weights, shape and tokenizer, `chosen` gives the training. Of the shape
+            only `dropout` may have another value. Resuming such a run does not need
             it again.
         backend: The model's backend.
         device: Where the model is trained, and stays.
         resume: Go on with the interrupted run in `out`. Its text and options have to be given
-            again. Others are an error, but for those of how long it lasts and what it shows,
-            saves and computes by, as steps, eval_every and threads.
+            again. Other options are an error, except for how long the run lasts and what it
+            shows, saves and computes by, such as steps, eval_every and threads.
         overwrite: Replace the run in `out`.
         progress: Show a progress bar and the evaluations, on stderr or in the notebook.
         callbacks: What else watches the run.

@@ -265,7 +265,7 @@ def key_grads_kernel(
             shown = queries if PART == BLOCK_D else q
             if q.dtype.element_ty == tl.float32:
                 # The sum of tf32x3's products depends on which operand is the left one, and a large
-                # score must be exactly that of the forward, or its weight is not.
+                # score must equal the forward's exactly, or its weight would differ.
                 s = row_products(
                     shown, i0, q_row, Tq, keys, j0, k_row, Tk, tl.zeros([BM, BN], tl.float32),
                     PRECISION, D, BLOCK_D, PART, BM, BN,

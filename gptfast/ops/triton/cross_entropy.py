@@ -28,7 +28,7 @@ from gptfast.ops.triton.tiles import LN2, LOG2E
 # which passes through memory each time: on an H100 blocks of 128 MB take 10 % longer than those of
 # 256 MB.
 BLOCK_BYTES = 200 << 20
-ROWS_MULTIPLE = 128  # blocks have a multiple of so many rows, those of the products' tiles
+ROWS_MULTIPLE = 128  # rows of the products' tiles; blocks have a multiple of so many
 COLUMNS_MULTIPLE = 64  # rows of logits have a stride of a multiple of so many elements
 # Bytes of a row that a program of `loss_kernel` reads at a time. Two programs of 16 warps run on a
 # multiprocessor of an H100, so that the L2 cache can hold what they read twice.

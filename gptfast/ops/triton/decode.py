@@ -103,8 +103,8 @@ def decode_attention(
 
     Args:
         q: (S, H D), float32, float16 or bfloat16, any stride between slots.
-        cache: (S, 2, H, capacity, D) in q's dtype, contiguous: keys, then values; those of the new
-            token included.
+        cache: (S, 2, H, capacity, D) in q's dtype, contiguous: keys, then values, the new token's
+            included.
         lengths: (S,) int64, at least 1; lengths above `capacity` count as `capacity`.
         out: Receives the result, if given.
         longest: The model's longest window. The bits depend on it, but not on the capacity, which
@@ -208,7 +208,7 @@ def fill_kernel(
 
 
 def fill_cache(kv: Tensor, slots: Tensor, lengths: Tensor, cache: Tensor) -> None:
-    """Writes keys and values of windows to the cache, without those of each window's last token.
+    """Writes keys and values of windows to the cache, except for each window's last token.
 
     Args:
         kv: (n, T, 2 C): keys, then values; the rows are equally far apart, by any stride.

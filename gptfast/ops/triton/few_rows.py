@@ -195,7 +195,7 @@ def few_rows_kernel(
 ):  # fmt: skip
     """A tile of y = f(LayerNorm(x) weight' + bias) + residual, each part of it optional.
 
-    With `weight_scale`, the weight has integers, of which row n is multiplied by weight_scale[n].
+    With `weight_scale`, the weight has integers; row n of them is multiplied by weight_scale[n].
     With `wte`, x is the sum of two embeddings, which the programs of the first columns also write
     to x. With `cache`, the N = 3 H D columns are queries, keys and values: y receives the queries,
     the cache the others. AT_ONCE, all operands are loaded before the first product, the weights
@@ -239,7 +239,7 @@ def few_rows_kernel(
             left = left + (a,)  # type: ignore[assignment]
     mean, rstd = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
     if ln_w is not None:
-        # Two rows per warp, as norm_kernel has them: fewer would be summed in another order.
+        # Two rows per warp, as in norm_kernel: fewer would be summed in another order.
         ROWS: tl.constexpr = max(BM, NORM_LEAST)
         i = m0 + tl.arange(0, ROWS)
         own_token, own_place = token, place

@@ -1,7 +1,7 @@
 """Kernels that start while the one before them ends: CUDA's programmatic dependent launch.
 
-A kernel of a decode step takes a few microseconds, of which its start, its first loads and its end
-are a large part. So the next kernel may start when this one says so, and loads weights before it
+A kernel of a decode step takes a few microseconds, and its start, its first loads and its end are a
+large part of them. So the next kernel may start when this one says so, and loads weights before it
 waits.
 
 Before `wait_for_predecessor`, which every program calls, a kernel reads nothing but weights, which

@@ -41,7 +41,7 @@ class Tile(NamedTuple):
     stages: int
     parts: int  # 1, 2 or 4, into which its columns are split after the product; see tiles.parts_of
     programs: int  # per multiprocessor: one finishes its tile while another multiplies
-    cost: float  # time per element of the tile, relative to that of the fastest
+    cost: float  # time per element of the tile, relative to the fastest tile
 
 
 # With descriptors: 2-byte elements. The second has more threads for what follows the product.

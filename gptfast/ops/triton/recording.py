@@ -155,9 +155,9 @@ class Launched:
     def fill(self, *addresses: int) -> list[Any]:
         """Returns tensor maps for descriptors of tensors at these addresses, and keeps them.
 
-        A map consists of the address and of what is the same in all calls of a plan.
+        A map depends on the address alone; the rest is the same in all calls of a plan.
         """
-        with self._lock:  # the places are those of all threads
+        with self._lock:  # all threads share the places
             for place, at in zip(self.described, addresses, strict=True):
                 place.at = at
             made = [x for x in leaves(self._made()) if is_map(x)]

@@ -27,7 +27,7 @@ class Launch(NamedTuple):
 def bound(
     launch: Callable[..., None], parameters: Iterable[inspect.Parameter], later: set[str]
 ) -> Callable[..., None]:
-    """Makes a function of a grid and a kernel's arguments, of which those `later` may be missing.
+    """Makes a function of a grid and a kernel's arguments; a call may omit those in `later`.
 
     It calls launch(grid, classes of the arguments, their values, options).
     """

@@ -1,4 +1,4 @@
-"""What the programs that track experiments share: which numbers of a run they get, and when."""
+"""Shared by trackers of experiments: which numbers of a run they get, and when."""
 
 from typing import TYPE_CHECKING
 
