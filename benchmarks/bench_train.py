@@ -101,11 +101,11 @@ def torch_step(
     """Makes the contender that does the same step with a torch model, activations in `dtype`.
 
     Args:
-        shape: the model and its batch.
-        dtype: see `Row`.
-        make: makes the model.
-        loss_of: computes the loss from model, inputs and targets.
-        in_graph: the step is one CUDA graph.
+        shape: The model and its batch.
+        dtype: See `Row`.
+        make: Makes the model.
+        loss_of: Computes the loss from model, inputs and targets.
+        in_graph: The step is one CUDA graph.
     """
     x, y = batch_of(shape)
     model = make(shape.model)

@@ -41,12 +41,12 @@ def main(
     """Runs a benchmark script.
 
     Args:
-        script: its name without `bench_`.
-        about: the description for --help.
-        rows: its rows, whose cases are built one at a time; or a function that makes them of a
+        script: Its name without `bench_`.
+        about: The description for --help.
+        rows: Its rows, whose cases are built one at a time; or a function that makes them of a
             text, which gives the script the option --data.
-        argv: the options; None uses those of the process.
-        with_memory: whether the script has the option --memory.
+        argv: The options; None uses those of the process.
+        with_memory: Whether the script has the option --memory.
 
     Returns:
         The exit code.
@@ -242,7 +242,7 @@ def drop_contenders_that_fail(case: Case) -> dict[str, str]:
     """Calls every contender once, removes those that raise, and returns the reasons by name.
 
     Raises:
-        AssertionError: gptfast raises.
+        AssertionError: The contender of gptfast raises.
     """
     notes = {}
     for name, contender in list(case.contenders.items()):

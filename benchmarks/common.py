@@ -127,15 +127,15 @@ def compare(
     """Makes the case of contenders that do the same work on the same tensors.
 
     Args:
-        contenders: gptfast, then others in torch; the first that is right defines the budget.
-        oracle: the same work in float64.
-        flops: see `Case`.
-        dtype: see `Row`.
-        checked: contenders to verify instead, by the same names. With dropout they do the same work
+        contenders: First gptfast, then others in torch; the first that is right defines the budget.
+        oracle: The same work in float64.
+        flops: See `Case`.
+        dtype: See `Row`.
+        checked: Contenders to verify instead, by the same names. With dropout they do the same work
             with equal masks, because the timed ones draw their own.
-        part: selects the part of each result that the oracle computes.
-        one_scale: the rounding in the budget of every gradient is that of the largest gradient.
-        compiles: see `Case`.
+        part: Selects the part of each result that the oracle computes.
+        one_scale: The rounding in the budget of every gradient is that of the largest gradient.
+        compiles: See `Case`.
     """
 
     def verify() -> dict[str, str]:
@@ -237,9 +237,9 @@ def measure(
     """Times the contenders in turn, each once a round, after a round that warms up.
 
     Args:
-        contenders: by name.
-        seconds: the intended total time of the rounds; see `count_rounds`.
-        rests: seconds of sleep after a call of a contender, by name; all threads are woken up
+        contenders: By name.
+        seconds: The intended total time of the rounds; see `count_rounds`.
+        rests: Seconds of sleep after a call of a contender, by name; all threads are woken up
             before the next call.
     """
     names = list(contenders)
@@ -294,14 +294,14 @@ def peak(dtype: str, quick: bool = False) -> dict[str, Any]:
     """Measures the fastest matrix product that torch.mm or gptfast reaches here.
 
     Args:
-        dtype: a key of DTYPES.
-        quick: measure only the smallest size.
+        dtype: A key of DTYPES.
+        quick: Measure only the smallest size.
 
     Returns:
         `gflops`, `by` (the name of the faster one) and `size`.
 
     Raises:
-        AssertionError: gptfast's product exceeds the error budget.
+        AssertionError: The product of gptfast exceeds the error budget.
     """
     found: dict[str, Any] = {"gflops": 0.0}
     sizes = PEAK_SIZES if torch.get_default_device().type == "cpu" else GPU_PEAK_SIZES

@@ -29,9 +29,9 @@ def of_contenders(
     """Measures contenders of a row, one process after the other.
 
     Args:
-        module: the script that defines the row.
-        row: a row whose `alone` builds the contenders.
-        names: names of the contenders.
+        module: The script that defines the row.
+        row: A row whose `alone` builds the contenders.
+        names: Names of the contenders.
 
     Returns:
         MiB by contender, and notes on contenders that could not be measured.

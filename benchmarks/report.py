@@ -205,7 +205,7 @@ def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of README that have results: by dtype the speed, and by how much and whom it beats.
 
     Returns:
-        per row `text`, and `speed` and `best`, which map a dtype to (milliseconds or tokens per
+        Per row `text`, and `speed` and `best`, which map a dtype to (milliseconds or tokens per
         second, unit) and to (ratio, name of the fastest contender).
     """
     scripts = {result["script"]: by_name(result) for result in results if "rows" in result}

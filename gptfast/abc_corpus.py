@@ -43,7 +43,7 @@ def abc_corpus(seed: int = 1) -> str:
         seed: R's seed, a signed or unsigned 32-bit integer; 1 gives the corpus in `CORPORA`.
 
     Raises:
-        DataError: if `seed` is not a 32-bit integer.
+        DataError: `seed` is not a 32-bit integer.
     """
     key = as_int(seed)
     if key is None or not -(2**31) <= key < 2**32:
@@ -61,7 +61,7 @@ def _chain() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the hidden Markov model with S states and A characters, float64.
 
     Returns:
-        stationary distribution (S,), transition matrix (S, S), emission matrix (S, A).
+        Stationary distribution (S,), transition matrix (S, S), emission matrix (S, A).
     """
     lengths = [len(word) for word in WORDS]
     first = np.cumsum([0, *lengths[:-1]])
@@ -82,13 +82,13 @@ def abc_next_distribution(context: str) -> dict[str, float]:
     The context may begin anywhere in the text (stationary start), as a training window does.
 
     Args:
-        context: the preceding characters; an empty context gives the marginal distribution.
+        context: The preceding characters; an empty context gives the marginal distribution.
 
     Returns:
         The probability of each of the corpus's four characters (newline, A, B, C), zeros included.
 
     Raises:
-        DataError: if the source cannot produce `context`; names the first impossible position.
+        DataError: The source cannot produce `context`; names the first impossible position.
     """
     belief, transition, emission = _chain()
     for i, char in enumerate(context):
@@ -108,7 +108,7 @@ def abc_entropy(max_context: int = 16) -> float:
     is exact: all contexts that the source can produce are enumerated with their probabilities.
 
     Raises:
-        DataError: if `max_context` is below 1.
+        DataError: `max_context` is below 1.
     """
     count = as_int(max_context)
     if count is None or count < 1:

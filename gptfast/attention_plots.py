@@ -28,20 +28,20 @@ def plot_attention(weights: Tensor, labels: Sequence[str], path: str | Path) -> 
     Args:
         weights: (L, H, T, T), the attention weights.
         labels: T characters, or what T tokens write, on both axes.
-        path: the picture, PNG, SVG or PDF by its suffix; its directory is made if missing.
+        path: The picture, PNG, SVG or PDF by its suffix; its directory is made if missing.
 
     Returns:
         The path.
 
     Raises:
-        ConfigError: an unknown suffix, or matplotlib is missing.
-        DataError: the picture cannot be written.
+        ConfigError: An unknown suffix, or matplotlib is missing.
+        DataError: The picture cannot be written.
     """
     return save_picture(path, lambda: attention_figure(weights, labels))
 
 
 def attention_figure(weights: Tensor, labels: Sequence[str]) -> Any:
-    """Draws what `plot_attention` writes.
+    """Draws the picture that `plot_attention` writes.
 
     Args:
         weights: (L, H, T, T), the attention weights.
@@ -51,7 +51,7 @@ def attention_figure(weights: Tensor, labels: Sequence[str]) -> Any:
         A matplotlib Figure, which a notebook shows after `%matplotlib inline`.
 
     Raises:
-        ConfigError: matplotlib is missing.
+        ConfigError: Matplotlib is missing.
     """
     check_matplotlib()
     return _draw_maps(weights.detach().float().cpu(), labels)
@@ -61,32 +61,32 @@ def plot_contributions(shares: Shares, where: str, path: str | Path) -> Path:
     """Draws, per layer, each term's norm and its projection on the attention's output.
 
     Args:
-        shares: the terms of the attention's output at a position.
-        where: the position, in words.
-        path: the picture, PNG, SVG or PDF by its suffix; its directory is made if missing.
+        shares: The terms of the attention's output at a position.
+        where: The position, in words.
+        path: The picture, PNG, SVG or PDF by its suffix; its directory is made if missing.
 
     Returns:
         The path.
 
     Raises:
-        ConfigError: an unknown suffix, or matplotlib is missing.
-        DataError: the picture cannot be written.
+        ConfigError: An unknown suffix, or matplotlib is missing.
+        DataError: The picture cannot be written.
     """
     return save_picture(path, lambda: contributions_figure(shares, where))
 
 
 def contributions_figure(shares: Shares, where: str) -> Any:
-    """Draws what `plot_contributions` writes.
+    """Draws the picture that `plot_contributions` writes.
 
     Args:
-        shares: the terms of the attention's output at a position.
-        where: the position, in words.
+        shares: The terms of the attention's output at a position.
+        where: The position, in words.
 
     Returns:
         A matplotlib Figure, which a notebook shows after `%matplotlib inline`.
 
     Raises:
-        ConfigError: matplotlib is missing.
+        ConfigError: Matplotlib is missing.
     """
     check_matplotlib()
     return _draw_bars(shares, where)
@@ -281,7 +281,7 @@ def _draw_bars(shares: Shares, where: str) -> Any:
 
 
 def _caption(figure: Any, lines: Sequence[str], left: float) -> None:
-    """Text at the top, of which nothing is taken for a formula."""
+    """Text at the top; matplotlib must not read any of it as a formula."""
     figure.text(
         left / figure.get_figwidth(),
         1 - 0.1 / figure.get_figheight(),

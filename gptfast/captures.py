@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-# A capture waits for the device as a whole when it begins, which another one forbids.
+# A capture begins by waiting for the whole device, which fails during another capture.
 _capturing = threading.RLock()
 
 
@@ -15,8 +15,8 @@ _capturing = threading.RLock()
 def captured(graph: Any, pool: Any, stream: Any) -> Iterator[None]:
     """Captures what this thread queues on the current device, while other threads go on.
 
-    The stream is the one before afterwards, also if the capture fails: then torch's own context
-    leaves that of the capture, because the end of the capture raises.
+    Afterwards the current stream is the one from before, also if the capture fails: torch's own
+    context then leaves the stream of the capture, because the end of the capture raises.
 
     Args:
         graph: A torch.cuda.CUDAGraph that receives it.

@@ -9,8 +9,8 @@ the configuration of another save. `config.json` is the readable copy.
 weights, at worst without their readable copy, and they load. Two files that disagree therefore come
 from an edit or a copy by hand, and are refused. One process at a time may save to a directory.
 
-Version 2 added the checksums and the tokenizer's code points. Version 1 is still read. A tokenizer
-of byte-pair encoding is in there whole: one of 50,000 tokens makes 2 MB of each of the two files.
+Version 2 added the checksums and the tokenizer's code points. Version 1 is still read. The
+files hold a byte-pair tokenizer whole: one of 50,000 tokens adds 2 MB to each of the two files.
 """
 
 import hashlib
@@ -48,23 +48,23 @@ def save(
     path: str | Path,
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint to the directory `path`; it replaces the old one whole, or not at all.
+    """Writes a checkpoint to the directory `path`; it replaces the old one whole, or not at all.
 
     Args:
-        model: a GPT, also within `torch.compile` or DistributedDataParallel; its tensors are stored
+        model: A GPT, also within `torch.compile` or DistributedDataParallel; its tensors are stored
             in their dtype. `tie_weights` is stored as it is now: true where head and embedding
             share one tensor, which is stored once.
-        tokenizer: stored with the model; None stores none.
-        path: the directory, made if missing; other files in it are left alone.
+        tokenizer: Stored with the model; None stores none.
+        path: The directory, made if missing; other files in it are left alone.
         extra: JSON-able, kept with the model; `read_config(path)["extra"]` gives it back.
 
     Raises:
-        ConfigError: if there is no GPT in `model`, or the tokenizer is of another class than
+        ConfigError: There is no GPT in `model`, or the tokenizer is of another class than
             gptfast's and would not come back.
-        CheckpointError: if what is written would load as another model (modules were replaced or
-            changed), if the tokenizer has more ids than the model, or if the files cannot be
-            written; a checkpoint that was there before still loads.
-        TypeError: if `extra` is not JSON-able.
+        CheckpointError: The checkpoint would load as another model (modules were replaced or
+            changed), the tokenizer has more ids than the model, or the files cannot be written; a
+            checkpoint that was there before still loads.
+        TypeError: `extra` is not JSON-able.
     """
     path = Path(path)
     model = unwrapped(model)
@@ -98,26 +98,26 @@ def save(
 
 
 def _sum(header: dict[str, Any]) -> str:
-    """The sha256 of a header but for this checksum itself, however it is laid out."""
+    """The sha256 of a header without this checksum itself, whatever the layout."""
     covered = {name: value for name, value in header.items() if name != _SUM}
     return hashlib.sha256(json.dumps(covered, sort_keys=True).encode("ascii")).hexdigest()
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer | None]:
-    """Read a checkpoint that `save` wrote.
+    """Reads a checkpoint that `save` wrote.
 
     Args:
-        path: the directory.
-        device: where the model goes.
+        path: The directory.
+        device: Where the model goes.
 
     Returns:
-        the model, in evaluation mode and in the dtype it was saved in, and its tokenizer (None if
+        The model, in evaluation mode and in the dtype it was saved in, and its tokenizer (None if
         it was saved without). The caller's random stream is left as it was.
 
     Raises:
-        ConfigError: if there is no such device.
-        CheckpointError: if the checkpoint is missing, damaged, not gptfast's, of another version,
-            or if its parts do not fit each other.
+        ConfigError: There is no such device.
+        CheckpointError: The checkpoint is missing, damaged, not gptfast's, of another version,
+            or its parts do not fit each other.
     """
     device = usable_device(device)
     file = Path(path) / WEIGHTS_NAME
@@ -136,7 +136,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tok
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder has a checkpoint, which either of its files says: one may be damaged."""
+    """Whether a folder has a checkpoint. One of its files is enough: the other may be damaged."""
     with suppress(CheckpointError), reading(folder / WEIGHTS_NAME):
         with safe_open(folder / WEIGHTS_NAME, framework="pt") as opened:
             if _METADATA_KEY in (opened.metadata() or {}):
@@ -148,14 +148,14 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """Read what is stored beside the weights: `format`, `version`, `config`, `tokenizer`, `extra`.
+    """Reads what lies beside the weights: `format`, `version`, `config`, `tokenizer`, `extra`.
 
     Args:
-        path: the checkpoint's directory.
+        path: The checkpoint's directory.
 
     Raises:
-        CheckpointError: if the checkpoint is missing, damaged, not gptfast's or of another version,
-            or if `config.json` is not the one that was saved with the weights.
+        CheckpointError: The checkpoint is missing, damaged, not gptfast's or of another version,
+            or `config.json` is not the one that was saved with the weights.
     """
     return _read(Path(path), with_tensors=False)[0]
 

@@ -12,13 +12,13 @@ from gptfast.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-MOST = 2**31 - 1  # that an option may count
+MOST = 2**31 - 1  # largest value of a counting option
 SEEDS = 2**63  # how many keys of random numbers there are
 LONGEST_NAME = 255  # bytes of the name of a file or folder
 
 
 def as_int(x: Any) -> int | None:
-    """A whole number of any type as an int; None where it is none, as an array or a bool is."""
+    """A whole number of any type as an int; None if x is no integer (arrays and bools are not)."""
     if type(x) is int:  # torch.compile follows no more than this
         return x
     value = _item(x)
@@ -40,9 +40,9 @@ def _item(x: Any) -> Any:
 
 
 def is_iterable(x: Any) -> TypeGuard[Iterable[Any]]:
-    """Whether there is something to go through, which a tensor or an array of no dimension lacks.
+    """Whether x can be iterated; a tensor or an array of no dimension cannot.
 
-    Nothing of it is taken.
+    It takes no item.
     """
     try:
         iter(x)
@@ -52,7 +52,7 @@ def is_iterable(x: Any) -> TypeGuard[Iterable[Any]]:
 
 
 def check_count(name: str, value: Any, least: int, most: int = MOST) -> int:
-    """An option that counts something as an int. Raises ConfigError where it does not."""
+    """Returns a counting option as an int. Raises ConfigError if it is none in the range."""
     count = as_int(value)
     if count is None or not least <= count <= most:
         raise ConfigError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
@@ -60,7 +60,7 @@ def check_count(name: str, value: Any, least: int, most: int = MOST) -> int:
 
 
 def check_seed(value: Any) -> int:
-    """A key of random numbers as an int. Raises ConfigError where it is none."""
+    """Returns a key of random numbers as an int. Raises ConfigError if it is none."""
     seed = as_int(value)
     if seed is None or not 0 <= seed < SEEDS:
         raise ConfigError(f"seed must be a whole number in [0, 2**63), got {value!r}")
@@ -74,7 +74,7 @@ def check_is(name: str, value: Any, kind: type, expected: str) -> None:
 
 
 def check_path(name: str, value: Any) -> Path:
-    """An argument that names a file or folder as a path. Raises ConfigError where it cannot."""
+    """Returns an argument as a path. Raises ConfigError if it cannot name a file or folder."""
     if not isinstance(value, str | os.PathLike) or value == "":
         got = "an empty one" if value == "" else _kind_of(value)
         raise ConfigError(f"{name} must be the path of a file or folder, got {got}")

@@ -13,8 +13,8 @@ def write_atomic(files: Mapping[Path, Content], durable: bool = False) -> None:
 
     All are first written aside, as `<name>.tmp`; whatever fails there leaves the old files as they
     are. Then the old ones but the first are removed, and the new ones take their places in order: a
-    crash in between leaves the first file, old or new, without the others. What a killed process
-    left aside is overwritten by the next call.
+    crash in between leaves the first file, old or new, without the others. The next call
+    overwrites what a killed process left aside.
 
     Args:
         files: By path, what each is to hold: bytes, or a function that writes to an open file.

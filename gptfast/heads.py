@@ -137,7 +137,7 @@ def _called_terms(layer: _Layer, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]
     """The terms where layers are called: `attn` is, with each head alone and with none.
 
     Raises:
-        ConfigError: What `attn` makes of its heads is no sum over them.
+        ConfigError: The output of `attn` is no sum over its heads.
     """
     block = layer.block
     y = block.ln_1(layer.x).to(layer.x.dtype)

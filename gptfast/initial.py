@@ -15,7 +15,7 @@ class InitialDraws(TorchFunctionMode):
     """Makes the initialisers of torch.nn draw from a generator, in this thread.
 
     Args:
-        generator: the source of the random numbers. None skips the initialisation, for a model
+        generator: The source of the random numbers. None skips the initialisation, for a model
             whose weights are replaced afterwards or that is on the meta device (where torch would
             spend seconds loading its compiler).
     """

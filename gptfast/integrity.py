@@ -1,4 +1,4 @@
-"""Files that are read whole or refused: checksums, and one sentence for what is damaged."""
+"""Checksums, so that a file is read whole or refused, and one sentence for a damaged file."""
 
 import hashlib
 import os
@@ -18,10 +18,10 @@ _READ_AT_ONCE = 1 << 20
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Turns whatever parsers make of a damaged file into one sentence that names it.
+    """Turns any error that parsers raise for a damaged file into one sentence that names it.
 
     Raises:
-        CheckpointError: anything but a GptfastError was raised inside, which passes as it is.
+        CheckpointError: Anything but a GptfastError was raised inside; a GptfastError passes.
     """
     try:
         yield
@@ -65,8 +65,8 @@ def save_sealed(content: Any, file: BinaryIO) -> None:
     """Writes by `torch.save`, and then the sha256 of all that, which readers of zip archives skip.
 
     Args:
-        content: what `torch.load` gives back.
-        file: empty, open for writing.
+        content: What `torch.load` gives back.
+        file: Empty, open for writing.
     """
     hashed = _Hashed(file)
     torch.save(content, cast("IO[bytes]", hashed))
@@ -77,13 +77,13 @@ def load_sealed(file: BinaryIO) -> tuple[Any, bool]:
     """Reads what `save_sealed` or `torch.save` wrote, onto the CPU.
 
     Args:
-        file: open for reading.
+        file: Open for reading.
 
     Returns:
         The content, and whether there is a checksum.
 
     Raises:
-        ValueError: The checksum is not that of the file.
+        ValueError: The file's checksum is wrong.
         Exception: Whatever `torch.load` raises.
     """
     sealed = _check_seal(file)

@@ -40,7 +40,7 @@ DEFAULT_LENGTH = (
 )
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-LONGER = 8  # so many times as many tokens are compared when the ones before were greedy
+LONGER = 8  # how many times as many tokens to compare next if the ones before were greedy
 
 
 @register_model("gptfast")
@@ -48,20 +48,20 @@ class GptfastLM(LM):
     """A GPT for lm_eval's tasks. All requests of a task are one batch.
 
     Args:
-        path: a run of `gptfast train`, or anything else that `gptfast.load` reads; or what it
+        path: A run of `gptfast train`, or anything else that `gptfast.load` reads; or what it
             returned, a model with its tokenizer.
-        device: where a model goes that is read.
-        dtype: as for `gptfast.generate`.
-        stride: how many tokens the window moves along a text whose perplexity is computed, see
+        device: The device for a model that is read.
+        dtype: As for `gptfast.generate`.
+        stride: How many tokens the window moves along a text whose perplexity is computed, see
             `gptfast.score`. None: block_size, as lm_eval's own models do it.
-        prefix: the text before one that begins with nothing. None: the tokenizer's end-of-text
+        prefix: The text before one that begins with nothing. None: the tokenizer's end-of-text
             token, or a line break where it has none.
-        seed: of the draws of sampled answers.
-        batch_size: lm_eval passes it; of no effect, as is the next one.
-        max_batch_size: see batch_size.
+        seed: The seed of sampled answers.
+        batch_size: Has no effect, nor has the next one; lm_eval passes both.
+        max_batch_size: See batch_size.
 
     Raises:
-        ConfigError: the model has no tokenizer, or an option is wrong.
+        ConfigError: The model has no tokenizer, or an option is wrong.
         CheckpointError: `path` cannot be read.
     """
 
@@ -91,13 +91,13 @@ class GptfastLM(LM):
         continuation.
 
         Args:
-            requests: lm_eval's; `args` are context and continuation.
+            requests: Those of lm_eval; `args` are context and continuation.
 
         Returns:
             Of each the log-probability, in nats, and whether greedy generation writes it.
 
         Raises:
-            DataError: a continuation is empty, or a text has a character that the model does not
+            DataError: A continuation is empty, or a text has a character that the model does not
                 know, whose probability is therefore unknown.
         """
         T, texts, counts = self.model.config.block_size, [], []
@@ -115,7 +115,7 @@ class GptfastLM(LM):
         """Scores whole texts, in windows that move by `stride`, each after `prefix`.
 
         Args:
-            requests: lm_eval's; `args` is the text.
+            requests: Those of lm_eval; `args` is the text.
 
         Returns:
             The log-probability, in nats, of each.
@@ -129,14 +129,14 @@ class GptfastLM(LM):
         """Generates answers. One that outgrows the window goes on: see `overflow` of `generate`.
 
         Args:
-            requests: lm_eval's; `args` are a context and options: `until`, `max_gen_toks` or
+            requests: Those of lm_eval; `args` are a context and options: `until`, `max_gen_toks` or
                 another of LENGTHS, `do_sample` and those of SAMPLING.
 
         Returns:
             The texts, without the stop that ended them.
 
         Raises:
-            ConfigError: there is no such option.
+            ConfigError: There is no such option.
         """
         groups: dict[str, list[int]] = {}  # of equal options
         for i, request in enumerate(requests):
@@ -157,7 +157,7 @@ class GptfastLM(LM):
         return found
 
     def _greedy(self, texts: list[list[int]], counts: list[int]) -> list[bool]:
-        """Whether the last tokens of each text, so many, are those that greedy generation writes.
+        """Whether greedy generation writes the last tokens of each text, `counts` of them.
 
         Most differ in the first token, so one token is generated after every different context,
         then more for those that go on.
@@ -213,10 +213,10 @@ class GptfastLM(LM):
 
 
 def generation_options(task: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the options of `gptfast.generate` for those of a task.
+    """Translates a task's options to options of `gptfast.generate`.
 
     Raises:
-        ConfigError: there is no such option.
+        ConfigError: There is no such option.
     """
     given = {name: value for name, value in task.items() if value is not None}
     until = given.pop("until", [])

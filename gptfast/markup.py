@@ -26,8 +26,8 @@ def table(rows: Sequence[Sequence[object]], head: Sequence[object] = ()) -> str:
     """Makes a table: columns of numbers to the right, the others to the left.
 
     Args:
-        rows: of cells.
-        head: the names of the columns, if they have any.
+        rows: Rows of cells.
+        head: The names of the columns, if they have any.
     """
     columns = zip(*rows, strict=True)
     sides = ["right" if all(map(_is_number, cells)) else "left" for cells in columns]
@@ -52,9 +52,9 @@ def picture(png: bytes, text: object, width: int) -> str:
     """Embeds a picture.
 
     Args:
-        png: the picture.
-        text: what it shows, for who cannot see it.
-        width: in pixels.
+        png: The picture.
+        text: What it shows, for readers who cannot see it.
+        width: Its width in pixels.
     """
     data = base64.b64encode(png).decode("ascii")
     return f'<img src="data:image/png;base64,{data}" alt="{escaped(text)}" width="{width}">'
@@ -64,9 +64,9 @@ def marked(text: str, note: object, strength: float) -> str:
     """Returns a piece of text with a background, and a note that appears under the pointer.
 
     Args:
-        text: the piece; line breaks and spaces stay within `preformatted`.
-        note: what the note says.
-        strength: of the background, from 0 to 1.
+        text: The piece; line breaks and spaces stay within `preformatted`.
+        note: What the note says.
+        strength: How strong the background is, from 0 to 1.
     """
     colour = f"rgba(230, 159, 0, {0.5 * min(1.0, max(0.0, strength)):.2f})"
     return f'<span title="{escaped(note)}" style="background: {colour}">{escaped(text)}</span>'

@@ -225,7 +225,7 @@ class GPT(nn.Module):
             (L, B, H, T, C), float32 or the activations' wider dtype.
 
         Raises:
-            ConfigError: As of `attention_weights`; or what replaces c_proj is not linear.
+            ConfigError: As for `attention_weights`; or a module in place of c_proj is not linear.
         """
         return heads.attention_terms(self, idx).heads
 
@@ -233,7 +233,7 @@ class GPT(nn.Module):
         """The blocks' output, (B, T, C), before the final norm."""
         self.check_idx(idx)
         dropout_p = self.config.dropout if self.training else 0.0
-        # Drawn on the CPU: masks are the same on every device, which is not waited for.
+        # Drawn on the CPU, so that masks are the same on every device and we need not wait for it.
         key = seed_tensor(seed).to(idx.device, non_blocking=True) if dropout_p > 0.0 else None
         context = ForwardContext(
             self._ops(),

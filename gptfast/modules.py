@@ -124,14 +124,14 @@ class Block(nn.Module):
     A half is one fused operator if all of its layers are plain. Otherwise the block calls its norm,
     then `attn` or `mlp` with the result. A CausalSelfAttention, or a module that contains one, also
     receives the attention function as `attend`. The block itself adds the residual, and applies
-    dropout to the result of `mlp` and, where the config says so, to that of `attn`.
+    dropout to the result of `mlp` and, where the config says so, of `attn`.
     """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.stream = 1 + 2 * layer  # of the attention weights' dropout; the FFN has the next one
-        # of the dropout of attention's output, after those of all layers; 0: there is none
+        # The dropout of attention's output has a stream after those of all layers; 0: it has none.
         self.proj_stream = 1 + 2 * config.n_layer + layer if config.attn_proj_dropout else 0
         if config.attention:
             self.ln_1 = nn.LayerNorm(config.n_embd, eps=reference.LAYER_NORM_EPS, bias=config.bias)
@@ -143,7 +143,7 @@ class Block(nn.Module):
         """(B, T, C) -> (B, T, C).
 
         With `context.recompute`, the backward pass computes the block once more, with the same
-        dropout masks. It raises BackendError if the weights are not those of the forward pass.
+        dropout masks. It raises BackendError if the weights have changed since the forward pass.
         """
         if not context.recompute:
             return self._computed(x, context)
@@ -239,7 +239,7 @@ class Block(nn.Module):
                 *qkv, dropout_p=context.dropout_p, seed=context.seed, stream=self.stream
             )
 
-        # A user's layer may return another dtype than that of the residual stream.
+        # A user's layer may return another dtype than the residual stream has.
         return lambda qkv, n_head: packed_attention(attention, qkv.to(dtype), n_head)
 
     def _called_attention(self, attend: Attend, x: Tensor, context: ForwardContext) -> Tensor:

@@ -57,7 +57,7 @@ def save_picture(path: str | Path, draw: Callable[[], Any]) -> Path:
 
     Args:
         path: The file, PNG, SVG or PDF by its suffix.
-        draw: Returns a matplotlib figure; called if a picture of this name can be drawn.
+        draw: Returns a matplotlib figure; called only if a picture of this name can be drawn.
 
     Returns:
         The path.

@@ -90,7 +90,7 @@ def unmodified(module: nn.Module, kind: type[nn.Module]) -> str | None:
 def overridden(module: nn.Module, kind: type[nn.Module]) -> str | None:
     """Returns which member of `kind` the module's class overrides, or None if it overrides none.
 
-    What only shows a module does not count.
+    Members that only display a module do not count.
     """
     for own in type(module).__mro__[: type(module).__mro__.index(kind)]:
         for name in vars(own):

@@ -25,7 +25,7 @@ def read_run_file(path: str | Path) -> dict[str, dict[str, Any]]:
         The options by table; a table that the file lacks is empty.
 
     Raises:
-        ConfigError: the file cannot be read, is not TOML, or has something else than the tables.
+        ConfigError: The file cannot be read, is not TOML, or has something else than the tables.
     """
     try:
         found = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))

@@ -40,7 +40,7 @@ def assembled(config: GPTConfig, tensors: dict[str, Tensor], source: str | Path)
         source: Where they come from, for the error.
 
     Raises:
-        CheckpointError: The tensors are not those of the configuration.
+        CheckpointError: The tensors do not fit the configuration.
     """
     model = skeleton(config, tensors, source)
     if config.tie_weights and EMBEDDING in tensors:
@@ -74,7 +74,7 @@ def stored_config(model: GPT) -> GPTConfig:
     """
     head, embedding = model.lm_head.weight, model.wte.weight
     tied = head is embedding or (
-        head.data_ptr() == embedding.data_ptr() != 0  # as are those of parts of weights
+        head.data_ptr() == embedding.data_ptr() != 0  # parts of weights have the address 0
         and (head.dtype, head.shape, head.stride())
         == (embedding.dtype, embedding.shape, embedding.stride())
     )

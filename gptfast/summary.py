@@ -21,7 +21,7 @@ class Part(NamedTuple):
 
 
 def parts_of(model: "GPT") -> list[Part]:
-    """Lists the parts of a model; of tensors that two parts share, the first has them."""
+    """Lists the parts of a model; a tensor that two parts share counts for the first."""
     shapes: dict[str, dict[str, str]] = {}
     numbers: dict[str, int] = {}
     for name, parameter in model.named_parameters():

@@ -23,10 +23,10 @@ class ThreadLimits:
     """The limits on the number of threads.
 
     Attributes:
-        torch: size of torch's thread pool, which the kernels use.
-        affinity: number of processors that the process may run on.
+        torch: Size of torch's thread pool, which the kernels use.
+        affinity: Number of processors that the process may run on.
         quota: CPU time limit of its control group, in processors; None if there is no limit.
-        processes: how many processes of this run share them on this machine.
+        processes: How many processes of this run share them on this machine.
     """
 
     torch: int
@@ -71,8 +71,8 @@ def check_threads(name: str, value: int) -> int:
     The limit exists because the OpenMP library ends the process when a thread cannot be started.
 
     Args:
-        name: the option's name, for the error message.
-        value: the number of threads.
+        name: The option's name, for the error message.
+        value: The number of threads.
 
     Raises:
         ConfigError: `value` is not an integer from 1 to max(256, 4 times the processors).
@@ -89,8 +89,8 @@ def cgroup_quota(root: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> float
     """Returns the CPU quota of the process's control group, in processors.
 
     Args:
-        root: the directory in which the control groups are mounted.
-        membership: the file that lists the process's groups, one `id:controllers:path` per line.
+        root: The directory in which the control groups are mounted.
+        membership: The file that lists the process's groups, one `id:controllers:path` per line.
 
     Returns:
         The smallest quota of the group and its ancestors; None if none of them has a quota.

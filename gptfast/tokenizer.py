@@ -1,6 +1,6 @@
-"""What a tokenizer is, and the one of characters: id 0 is padding, then come the text's, sorted.
+"""What a tokenizer is, and the tokenizer of characters: id 0 is padding, then sorted characters.
 
-Those of other projects have no padding: the first character has id 0 (`padded=False`).
+Other projects' tokenizers have no padding: the first character has id 0 (`padded=False`).
 """
 
 import codecs
@@ -43,7 +43,7 @@ class Tokenizer(Protocol):
 
     @property
     def end_of_text(self) -> int | None:
-        """The id that ends a text, and separates those of a token file; None: there is none."""
+        """The id that ends a text, and separates texts in a token file; None: there is none."""
         ...
 
     @property
@@ -97,7 +97,7 @@ def text_size(tokenizer: Tokenizer, ids: torch.Tensor) -> TextSize:
     """Measures the text of ids.
 
     Args:
-        tokenizer: Theirs.
+        tokenizer: The tokenizer of the ids.
         ids: (N,) int64 or smaller integers; those that the tokenizer does not have write nothing.
     """
     V = tokenizer.vocab_size
@@ -152,11 +152,11 @@ class CharTokenizer:
     """Maps characters to ids and back: `chars[i]` has id `i + 1`, and id 0 is `<PAD>`.
 
     Args:
-        chars: distinct single characters in the order of their ids, at least one.
+        chars: Distinct single characters in the order of their ids, at least one.
         padded: False makes a tokenizer without padding, as nanoGPT's: `chars[i]` has id `i`.
 
     Raises:
-        DataError: if `chars` is empty, has duplicates or an item that is not one character, or if
+        DataError: `chars` is empty, has duplicates or an item that is not one character, or
             `padded` is no bool.
     """
 
@@ -187,7 +187,7 @@ class CharTokenizer:
         """Makes a tokenizer from the distinct characters of `text`, sorted by code point.
 
         Raises:
-            DataError: if `text` is empty.
+            DataError: `text` is empty.
         """
         if not text:
             raise DataError("a vocabulary cannot be made from an empty text")
@@ -244,7 +244,7 @@ class CharTokenizer:
 
     @property
     def pieces(self) -> list[bytes]:
-        """The UTF-8 of each id; that of padding is empty, that of half a surrogate pair 3 bytes."""
+        """The UTF-8 of each id: empty for padding, 3 bytes for half of a surrogate pair."""
         return [text.encode("utf-8", "surrogatepass") for text in self._written]
 
     def decoder(self) -> codecs.IncrementalDecoder:
@@ -264,7 +264,7 @@ class CharTokenizer:
         """Rebuilds a tokenizer from `to_dict`, or from the string `chars` of earlier versions.
 
         Raises:
-            DataError: if `d` has neither form.
+            DataError: `d` has neither form.
         """
         form = d if isinstance(d, dict) and d.get("kind") == "char" else {}
         points, chars = form.get("code_points"), form.get("chars")

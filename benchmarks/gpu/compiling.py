@@ -162,9 +162,9 @@ def fill_cache(rows: list[Row], folder: Path, forget: Any) -> None:
     """Compiles what these rows need.
 
     Args:
-        rows: the rows of this process.
-        folder: see `Claims`.
-        forget: forgets the models that rows share, which hold what was recorded without launches.
+        rows: The rows of this process.
+        folder: See `Claims`.
+        forget: Forgets the models that rows share, which hold what was recorded without launches.
     """
     claims = Claims(folder)
     with compiling(claims):

@@ -72,13 +72,13 @@ def layer(
     """Makes the case of a layer, forward and, unless `grad` is None, backward.
 
     Args:
-        ours: gptfast's operator.
-        exact: the reference.
-        theirs: the same in torch ops.
-        inputs: arguments of all three; the first is x, (M, K).
-        at: the index of the weight, (N, K).
-        grad: the gradient of the result, (M, N).
-        dtype: see `Row`.
+        ours: The operator of gptfast.
+        exact: The reference.
+        theirs: The same in torch ops.
+        inputs: Arguments of all three; the first is x, (M, K).
+        at: The index of the weight, (N, K).
+        grad: The gradient of the result, (M, N).
+        dtype: See `Row`.
     """
     x, weight = inputs[0], inputs[at]
     factor = 1 if grad is None else 3

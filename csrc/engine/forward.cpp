@@ -174,7 +174,7 @@ class Pass {
                   model_.dtype(), parallel);
   }
 
-  // What the attention of every layer has in common.
+  // The arguments that the attention of every layer shares.
   CachedAttention attention(int64_t layer) const {
     CachedAttention s = {};
     s.shape = cache_.shape();

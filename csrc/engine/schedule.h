@@ -30,9 +30,9 @@ struct Batch {
   }
 };
 
-// The sizes that decide how the work is divided. The ratios are times of generation with another
-// value to those with this one, on 2 cores with AVX2, models S and L of bench_generate.py in fp32,
-// the best of 14 calls each in turn; there, differences below 0.05 are noise.
+// The sizes that decide how the work is divided. A ratio is the time of generation with another
+// value over the time with this one, on 2 cores with AVX2, models S and L of bench_generate.py in
+// fp32, the best of 14 calls each in turn; there, differences below 0.05 are noise.
 namespace limits {
 
 // Bytes of the layers' weights that stay in a core's own cache beside the activations of a block of

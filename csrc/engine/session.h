@@ -29,7 +29,7 @@ struct SessionOptions {
   int64_t stride = 0;                     // tokens by which a full window moves; 0: it does not
   int64_t top_logprobs = 0;               // how many of the most probable tokens to report each
   std::vector<int64_t> stop_tokens;       // each ends a sequence and is not part of it
-  int64_t end_token = -1;                 // likewise, of the tokenizer; -1: none
+  int64_t end_token = -1;                 // likewise, the tokenizer's; -1: none
   std::vector<std::string> stop_strings;  // bytes; each ends a sequence and is part of it
   std::vector<std::string> pieces;        // the bytes that each token writes, for stop_strings
   int64_t slots = 1;                      // sequences that run at once

@@ -116,7 +116,7 @@ class Wanted {
   // A new tensor of the parameter's shape and dtype for its gradient; an empty one if the parameter
   // is absent or its gradient is not wanted.
   Tensor new_grad(int i, const OptionalTensor& param) const;
-  // A new tensor for the gradient of x, also if only those of the norm are wanted, which need it.
+  // A new tensor for the gradient of x, also if only the norm's gradients are wanted: they need it.
   Tensor new_dx(const Tensor& x) const;
 
  private:

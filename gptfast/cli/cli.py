@@ -18,7 +18,7 @@ from gptfast.errors import ConfigError, GptfastError
 Parsed = TypeVar("Parsed")
 
 EXIT_BAD_INPUT, EXIT_CLOSED_PIPE = 2, 141
-MISTAKES = (  # what one sentence explains
+MISTAKES = (  # errors that become one sentence
     GptfastError, ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError,
 )  # fmt: skip
 
@@ -41,10 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        argv: the arguments without the program's name; None takes the process's own.
+        argv: The arguments without the program's name; None takes the process's own.
 
     Returns:
-        the exit code: 0, 1 where a command says no, 2 for bad input, 130 after Ctrl-C (129 and 143
+        The exit code: 0, 1 where a command says no, 2 for bad input, 130 after Ctrl-C (129 and 143
         where a run ended by SIGHUP and SIGTERM), 141 when the reader of the output has gone.
     """
     for stream in (sys.stdout, sys.stderr):

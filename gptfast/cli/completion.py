@@ -3,8 +3,8 @@
 A script is a table of words, which takes no Python when the user presses TAB, and a function that
 looks them up. A place in the table is what the line begins with, such as "", "train" or
 "train abc"; with an option at its end, such as "eval --backend", it holds the option's choices. The
-shell offers files where the table has nothing, and where a word is no option and the place has
-options alone: paths are what such words are here.
+shell offers files where the table has nothing, and where a word is no option and the place has only
+options, because such words are paths here.
 """
 
 import ast
@@ -177,6 +177,6 @@ def _options(command: type) -> list[dict[str, Any]]:
 
 
 def _help(description: str) -> str:
-    """The help of an option, of which tyro says "METAVAR • help (default: value)"."""
+    """Returns the help in a description by tyro, "METAVAR • help (default: value)"."""
     text = " ".join(description.partition(" • ")[2].split() or description.split())
     return re.sub(r" ?\((default: .*|required|repeatable)\)$", "", text)

@@ -73,11 +73,11 @@ def demo(seed: int = 1, console: Console | None = None) -> DemoResult:
     """Trains the `abc` model, samples, and compares: model and source, fused and reference.
 
     Args:
-        seed: the seed of initial weights, windows, dropout and samples.
-        console: where to print; None prints to the standard output.
+        seed: The seed of initial weights, windows, dropout and samples.
+        console: Where to print; None prints to the standard output.
 
     Returns:
-        the results; the times depend on the machine.
+        The results; the times depend on the machine.
 
     Raises:
         ConfigError: `seed` is not in [0, 2**63).
@@ -219,10 +219,10 @@ def covered_by_words(text: str) -> tuple[int, int]:
     """Finds the largest number of characters that complete words of the language can cover.
 
     Args:
-        text: any text; its first and last word may be incomplete.
+        text: Any text; its first and last word may be incomplete.
 
     Returns:
-        the number of words, and of the characters that they cover.
+        The number of words, and of the characters that they cover.
     """
     best = [(0, 0)]  # for each prefix: characters covered, words
     for end in range(1, len(text) + 1):

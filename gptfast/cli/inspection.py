@@ -39,11 +39,11 @@ def attention_report(
     """Writes what each head attends to and, given a position, adds there; or draws the latter.
 
     Args:
-        model: the model.
-        tokenizer: its tokenizer.
-        text: what it reads.
-        position: the token at which contributions are shown; negative ones count from the end.
-        plot: a picture: of the contributions, or of the attention where no position is given.
+        model: The model.
+        tokenizer: Its tokenizer.
+        text: What it reads.
+        position: The token at which contributions are shown; negative ones count from the end.
+        plot: A picture: of the contributions, or of the attention where no position is given.
     """
     if tokenizer is None or not text:
         raise ConfigError("--attention needs at least one character, and a model with a tokenizer")

@@ -91,9 +91,9 @@ def bar(what: str, size: int, in_bytes: bool = False) -> Iterator[Callable[[int]
     """Shows a bar in a terminal; yields what advances it.
 
     Args:
-        what: what is being done.
-        size: how many bytes or other items there are; 0: it is not known.
-        in_bytes: whether they are bytes.
+        what: What is being done.
+        size: How many bytes or other items there are; 0: it is not known.
+        in_bytes: Whether they are bytes.
     """
     from rich.console import Console
     from rich.progress import (

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 Config = TypeVar("Config", "GPTConfig", "TrainConfig")
 Trains = TypeVar("Trains", bound=Train)
 
-ACTS = ("config", "resume", "overwrite")  # what is asked of one call, not options of a run
+ACTS = ("config", "resume", "overwrite")  # requests of one call, not options of a run
 
 
 @dataclass(frozen=True)
 class ConfigOption:
-    """The option that is read before the others, whose defaults its file has."""
+    """The option that is read first, because its file has the defaults of the others."""
 
     config: File = None
 

@@ -45,7 +45,7 @@ def data_dir() -> Path:
     chosen = os.environ.get("GPTFAST_DATA_DIR")
     if chosen:
         return Path(chosen).expanduser()
-    import pooch  # here, because training on texts of one's own needs no downloads
+    import pooch  # here, because only downloads need it
 
     return Path(pooch.os_cache("gptfast"))
 
@@ -54,10 +54,10 @@ def shakespeare(source: str | Path | None = None) -> str:
     """Returns Tiny Shakespeare, downloaded once or read from a file; checks its SHA-256.
 
     Args:
-        source: a file with the text; None reads it from `data_dir()`, after a download if needed.
+        source: A file with the text; None reads it from `data_dir()`, after a download if needed.
 
     Raises:
-        DataError: if the file's hash is wrong, it cannot be read, or the download fails.
+        DataError: The file's hash is wrong, it cannot be read, or the download fails.
     """
     corpus = CORPORA["shakespeare"]
     if source is not None:

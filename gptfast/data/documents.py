@@ -24,16 +24,16 @@ class Part(NamedTuple):
 def parts(
     path: Path, separator: str | None, read: Callable[[int], None] = lambda _: None
 ) -> Iterator[Part]:
-    """Yields the documents of a file in pieces, which `cut` has cut.
+    """Yields the documents of a file in pieces made by `cut`.
 
     Args:
-        path: a UTF-8 file.
-        separator: what a line between two documents consists of; None: the file is one document.
-            A document has the end of its last line. One of no character does not count.
-        read: see `stream_text`.
+        path: A UTF-8 file.
+        separator: The line between two documents; None: the file is one document.
+            A document includes the end of its last line. An empty document does not count.
+        read: See `stream_text`.
 
     Raises:
-        DataError: see `stream_text`; there is no document in the file.
+        DataError: See `stream_text`; there is no document in the file.
     """
     blocks = stream_text(path, read)
     number = 0
@@ -53,7 +53,7 @@ def parts(
 
 
 def _separated(blocks: Iterable[str], separator: str) -> Iterator[Iterator[str]]:
-    """Yields documents, each as an iterator that is to be exhausted before the next one."""
+    """Yields documents as iterators; the caller must exhaust each before the next one."""
     tokens = _split(blocks, separator)
     more = True
 
@@ -75,7 +75,7 @@ def _split(blocks: Iterable[str], separator: str) -> Iterator[str | None]:
     rest, at_start = "", True  # whether `rest` is at the start of a line
     for block in blocks:
         rest += block
-        # What may be the start of a separator waits for the rest of its line.
+        # A possible start of a separator waits for the rest of its line.
         end = rest.rfind("\n") + 1
         if len(rest) - end > len(separator) + 1:
             end = len(rest)

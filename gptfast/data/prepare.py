@@ -29,7 +29,7 @@ from gptfast.tokenizer import Tokenizer, check_kept
 
 MOST_PROCESSES = 1024
 
-Read = Callable[[int], None]  # is told the bytes that have been read
+Read = Callable[[int], None]  # called with the number of bytes read
 Encoded = tuple[bytes, int, int]  # tokens as bytes, how many, and how many documents end there
 
 
@@ -51,16 +51,16 @@ def prepare(
 
     Args:
         texts: UTF-8 files; each is a document.
-        out: the folder, made if missing.
-        tokenizer: what encodes the texts, see also `gptfast.data.tokens.char_tokenizer`.
-        separator: what a line consists of that separates documents within a file.
-        processes: how many encode. More than one needs, as all of Python's new processes, a main
+        out: The folder, made if missing.
+        tokenizer: What encodes the texts, see also `gptfast.data.tokens.char_tokenizer`.
+        separator: The line that separates documents within a file.
+        processes: How many encode. More than one needs, as all of Python's new processes, a main
             module that can be imported.
-        overwrite: replace the tokens that are in the folder.
-        read: is told the bytes of each piece that has been read.
+        overwrite: Replace the tokens that are in the folder.
+        read: Called with the number of bytes of each piece that has been read.
 
     Raises:
-        DataError: a text is missing, empty, not UTF-8 or has characters that the tokenizer lacks;
+        DataError: A text is missing, empty, not UTF-8 or has characters that the tokenizer lacks;
             the folder holds tokens already, or cannot be written.
     """
     out = Path(out)
@@ -111,7 +111,7 @@ def _folder(out: Path) -> Iterator[None]:
 def pieces(
     texts: Sequence[str | Path], separator: str | None = None, read: Read = lambda _: None
 ) -> Iterator[str]:
-    """Yields all that `prepare` would encode, for a tokenizer to be made of it; see there."""
+    """Yields the texts that `prepare` would encode, to make a tokenizer from; see `prepare`."""
     for path in texts:
         for part in parts(Path(path), separator, read):
             yield part.text

@@ -1,4 +1,4 @@
-"""Random orders of the numbers below n: a table of 4 bytes a number, or, for many, none at all."""
+"""Random orders of the numbers below n: by a table of 4 bytes a number, or, for many, without."""
 
 from collections.abc import Iterator
 
@@ -19,10 +19,10 @@ def shuffled(
     Up to MOST_IN_A_TABLE numbers, the order is that of `torch.randperm`.
 
     Args:
-        n: how many numbers.
+        n: How many numbers.
         batch_size: B; the last batch may be smaller.
-        generator: the source of the order, of which a part is drawn at the first batch.
-        first: so many numbers of the order are left out.
+        generator: The source of the order; a part of the order is drawn at the first batch.
+        first: How many numbers of the order to skip.
 
     Yields:
         (B,) int64, on the generator's device from a table, else on the CPU.
@@ -49,8 +49,8 @@ class Permutation:
     beyond goes through it again, until it is below. It takes no memory and can start anywhere.
 
     Args:
-        n: how many numbers, at least 1.
-        generator: the source of the rounds' keys.
+        n: How many numbers, at least 1.
+        generator: The source of the rounds' keys.
     """
 
     def __init__(self, n: int, generator: torch.Generator) -> None:

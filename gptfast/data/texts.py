@@ -42,7 +42,7 @@ def read_text(path: str | Path) -> str:
     """Reads a UTF-8 text file: keeps line ends as they are, removes a byte order mark.
 
     Raises:
-        DataError: if the file is missing, a directory, unreadable, empty or not UTF-8.
+        DataError: The file is missing, a directory, unreadable, empty or not UTF-8.
     """
     return "".join(stream_text(path))
 
@@ -51,11 +51,11 @@ def stream_text(path: str | Path, read: Callable[[int], None] = lambda _: None) 
     """Yields the text of a UTF-8 file like `read_text`, in non-empty pieces of about PIECE bytes.
 
     Args:
-        path: the file.
-        read: is told the number of bytes of each piece.
+        path: The file.
+        read: Called with the number of bytes of each piece.
 
     Raises:
-        DataError: as by `read_text`, when the piece in question is asked for.
+        DataError: As `read_text` does, when the caller asks for the faulty piece.
     """
     path = Path(path)
     decoder = codecs.getincrementaldecoder("utf-8")()
@@ -105,7 +105,7 @@ def cut(blocks: Iterable[str]) -> Iterator[str]:
     whole. A text that has no such place in MOST_UNCUT characters is cut anywhere.
 
     Args:
-        blocks: pieces of the text that are cut anywhere.
+        blocks: Pieces of the text, cut anywhere.
 
     Yields:
         Non-empty pieces.

@@ -43,10 +43,10 @@ class TokenFile:
 
 
 def open_tokens(path: str | Path) -> TokenFile:
-    """Opens a folder that `prepare` wrote. Nothing of the tokens is read.
+    """Opens a folder that `prepare` wrote. Does not read the tokens.
 
     Raises:
-        DataError: there is none, it is not complete, or its two files do not fit together.
+        DataError: There is none, it is not complete, or its two files do not fit together.
     """
     path = Path(path)
     file, meta = path / TOKENS_NAME, _read_meta(path)
@@ -93,7 +93,7 @@ def _mapped(file: Path, dtype: np.dtype) -> Tensor:
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({reason(error)})") from None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, that tensors can be written to: nothing does
+        warnings.simplefilter("ignore")  # torch's, that tensors can be written to: nothing writes
         return torch.from_numpy(array)
 
 

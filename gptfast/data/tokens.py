@@ -11,7 +11,7 @@ from gptfast.encoding import Place, Unknown, UnknownCharacterError
 from gptfast.errors import DataError
 from gptfast.tokenizer import CharTokenizer, Tokenizer
 
-CHECKED = 20_000  # characters whose tokens are compared with those of two parts
+CHECKED = 20_000  # characters to encode as a whole and in two parts, for comparison
 
 SEGMENT = 2**25  # bytes; the allocator gives so much back to the system as soon as it is freed
 
@@ -23,16 +23,16 @@ def dtype_for(vocab_size: int) -> np.dtype:
 
 
 class Growing:
-    """An array that grows, of which no more than a segment is ever there twice.
+    """A growing array that never holds more than one segment twice in memory.
 
     Args:
-        dtype: its elements'.
+        dtype: The dtype of its elements.
     """
 
     def __init__(self, dtype: np.dtype) -> None:
         self._dtype = dtype
         self._full: list[np.ndarray] = []
-        self._last = self._segment()  # memory that is not written to is not taken
+        self._last = self._segment()  # takes memory only where it is written
         self._used = 0  # elements of the last one
 
     def _segment(self) -> np.ndarray:
@@ -50,7 +50,7 @@ class Growing:
             values = values[len(some) :]
 
     def whole(self) -> np.ndarray:
-        """Returns the array; the last call."""
+        """Returns the array; must be the last call."""
         if not self._full:
             return self._last[: self._used]
         out = np.empty(len(self._full) * len(self._last) + self._used, self._dtype)
@@ -71,13 +71,13 @@ def char_tokenizer(blocks: Iterable[str]) -> CharTokenizer:
 
 
 def encoded(tokenizer: Tokenizer, blocks: Iterable[str], unknown: Unknown = "error") -> Tensor:
-    """Encodes a text without ever having it, or its tokens as int64, as a whole.
+    """Encodes a text without holding all of it, or all tokens as int64, in memory.
 
     Returns:
         (N,) of `dtype_for` the vocabulary.
 
     Raises:
-        DataError: the text has characters that the tokenizer lacks, or its tokens are others when
+        DataError: The text has characters that the tokenizer lacks, or its tokens are others when
             it is cut.
     """
     dtype = dtype_for(tokenizer.vocab_size)

@@ -53,7 +53,7 @@ def placed(ids: Tensor, device: torch.device) -> Tensor:
 
     Args:
         ids: (N,) of any of TOKEN_DTYPES.
-        device: where a model is.
+        device: Where a model is.
 
     Returns:
         The tokens there; where they are too many, `ids` itself, whose windows are then gathered on
@@ -70,13 +70,13 @@ def gather(ids: Tensor, starts: Tensor, block_size: int) -> tuple[Tensor, Tensor
     """Returns the windows of a text that start at `starts`.
 
     Args:
-        ids: tokens of the text, (N,) of any of TOKEN_DTYPES; of a mapped file, only the windows
+        ids: Tokens of the text, (N,) of any of TOKEN_DTYPES; of a mapped file, only the windows
             are read.
         starts: (B,) int64, in [0, N - T); copied to the device of `ids`, if it is elsewhere.
         block_size: T, the length of a window.
 
     Returns:
-        inputs and targets (the inputs shifted by one), each (B, T) int64 on the device of `ids`.
+        Inputs and targets (the inputs shifted by one), each (B, T) int64 on the device of `ids`.
     """
     first = torch.arange(2, device=ids.device)[:, None, None]
     at = starts.to(ids.device)[:, None] + torch.arange(block_size, device=ids.device)  # (B, T)
@@ -101,16 +101,16 @@ def random_windows(
     """Draws `batch_size` windows whose starts are independent and uniformly distributed.
 
     Args:
-        ids: tokens of the text, (N,) of any of TOKEN_DTYPES.
+        ids: Tokens of the text, (N,) of any of TOKEN_DTYPES.
         block_size: T, the length of a window.
         batch_size: B.
-        generator: the source of the starts; torch's default generator if None.
+        generator: The source of the starts; torch's default generator if None.
 
     Returns:
-        inputs and targets (the inputs shifted by one), each (B, T) int64 on the device of `ids`.
+        Inputs and targets (the inputs shifted by one), each (B, T) int64 on the device of `ids`.
 
     Raises:
-        DataError: if the text is shorter than T + 1, a size is below 1, or `ids` is not 1-D or of
+        DataError: The text is shorter than T + 1, a size is below 1, or `ids` is not 1-D or of
             another dtype.
     """
     return gather(ids, random_starts(ids, block_size, batch_size, generator), block_size)
@@ -120,14 +120,14 @@ class EpochWindows:
     """Iterates over all windows of a text in batches; each iteration is one epoch in a new order.
 
     Args:
-        ids: tokens of the text, (N,) of any of TOKEN_DTYPES.
+        ids: Tokens of the text, (N,) of any of TOKEN_DTYPES.
         block_size: T, the length of a window.
         batch_size: B; the last batch of an epoch may be smaller.
-        generator: the source of a new random order per epoch; None keeps the order of the text.
-        stride: distance between starts; 1 gives all N - T windows, T gives disjoint targets.
+        generator: The source of a new random order per epoch; None keeps the order of the text.
+        stride: Distance between starts; 1 gives all N - T windows, T gives disjoint targets.
 
     Raises:
-        DataError: if the text is shorter than T + 1, a size is below 1, or `ids` is not 1-D or of
+        DataError: The text is shorter than T + 1, a size is below 1, or `ids` is not 1-D or of
             another dtype.
     """
 
@@ -159,7 +159,7 @@ class EpochWindows:
         """Yields where the windows of each batch of an epoch start, (B,) int64 each.
 
         Args:
-            done: so many batches of the epoch are left out, at little cost.
+            done: How many batches of the epoch to skip, at little cost.
         """
         first = done * self.batch_size
         if self.generator is None:

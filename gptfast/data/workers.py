@@ -1,7 +1,8 @@
 """Several processes that do jobs of one kind; their results come in the order of the jobs.
 
-Each has a pipe of its own. So a process that is killed is noticed at once, where those of a
-`ProcessPoolExecutor`, which share one, can leave the others' results behind half a message.
+Each process has a pipe of its own, so we notice at once if one is killed. The processes of a
+`ProcessPoolExecutor` share a pipe, in which a killed one can block the others' results behind half
+a message.
 """
 
 import multiprocessing
@@ -24,14 +25,14 @@ def mapped(work: Callable[[Job], Result], jobs: Iterable[Job], processes: int) -
     At most one job per process is begun and not yet yielded.
 
     Args:
-        work: what is done with a job, picklable as all of these.
-        jobs: the jobs.
-        processes: how many, at least 1; they are new interpreters, since a fork of one that has
-            threads, as torch's, may hang.
+        work: Does a job; picklable, like jobs and results.
+        jobs: The jobs.
+        processes: How many, at least 1. They are new interpreters, because the fork of a process
+            with threads, such as torch's, may hang.
 
     Raises:
-        DataError: a process was ended from outside.
-        GptfastError: what `work` raised.
+        DataError: A process was ended from outside.
+        GptfastError: What `work` raised.
     """
     context = multiprocessing.get_context("spawn")
     workers: list[Any] = []
@@ -102,7 +103,7 @@ def _ended() -> DataError:
 
 @contextmanager
 def _ignored_interrupts() -> Iterator[None]:
-    """Ignores Ctrl-C; processes that are started meanwhile do so for good, as theirs is ours."""
+    """Ignores Ctrl-C; child processes that start meanwhile inherit this and ignore it for good."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

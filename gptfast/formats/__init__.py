@@ -1,7 +1,7 @@
 """Models wherever they come from: `load` finds out whose format a model has, and reads it.
 
 The formats are gptfast's own checkpoints, folders of Hugging Face with a GPT-2, nanoGPT's `ckpt.pt`
-and the course's weights. What lies on Hugging Face's hub is fetched first.
+and the course's weights. Models on Hugging Face's hub are fetched first.
 """
 
 from collections.abc import Iterable, Mapping
@@ -32,21 +32,21 @@ def load(
     """Reads a model of any format that gptfast knows.
 
     Args:
-        path: a run or a checkpoint of gptfast; a folder of Hugging Face with a GPT-2; nanoGPT's
+        path: A run or a checkpoint of gptfast; a folder of Hugging Face with a GPT-2; nanoGPT's
             `ckpt.pt` or a folder with one; a file with the course's weights; or "hf:OWNER/NAME", or
             "hf:OWNER/NAME@REVISION", for a model on Hugging Face's hub. Nothing but the last ever
             asks the network.
-        device: where the model goes.
+        device: Where the model goes.
         n_head: H of the course's weights, which do not tell it; for them alone.
 
     Returns:
-        the model, in evaluation mode and in the dtype of its file, and its tokenizer (None if there
+        The model, in evaluation mode and in the dtype of its file, and its tokenizer (None if there
         is none). The caller's random stream is left as it was.
 
     Raises:
-        ConfigError: there is no such device, `n_head` is missing or has no place here, or a library
+        ConfigError: There is no such device, `n_head` is missing or has no place here, or a library
             is missing.
-        CheckpointError: there is no model, a damaged one, or one that computes something else than
+        CheckpointError: There is no model, a damaged one, or one that computes something else than
             a GPT here.
     """
     device = usable_device(device)
@@ -61,7 +61,7 @@ def load(
 
 
 def config_of(path: str | Path) -> GPTConfig:
-    """Reads the shape of a model that `load` reads; raises what that does."""
+    """Reads the shape of a model that `load` reads; raises the same errors."""
     place, found = _found(path)
     if found == "gptfast":
         return GPTConfig.from_dict(checkpoint.read_config(place)["config"])
@@ -71,7 +71,7 @@ def config_of(path: str | Path) -> GPTConfig:
 
 
 def tokenizer_of(path: str | Path) -> Tokenizer | None:
-    """Reads the tokenizer of a model that `load` reads; raises what that does."""
+    """Reads the tokenizer of a model that `load` reads; raises the same errors."""
     place, found = _found(path)
     if found == "gptfast":
         stored = checkpoint.read_config(place)["tokenizer"]
@@ -84,7 +84,7 @@ def tokenizer_of(path: str | Path) -> Tokenizer | None:
 def stored_with(path: str | Path) -> dict[str, Any] | None:
     """Reads what a checkpoint of gptfast holds beside the weights, see `checkpoint.read_config`.
 
-    Returns None for a model of another format that `load` reads, and raises what that does.
+    Returns None for a model of another format that `load` reads, and raises the same errors.
     """
     place, found = _found(path)
     return checkpoint.read_config(place) if found == "gptfast" else None
@@ -110,14 +110,14 @@ def format_of(place: Path) -> Format:
 
 
 def _found(path: str | Path) -> tuple[Path, Format]:
-    """Returns where a model is and its format, before weights of another's are fetched."""
+    """Returns a model's place and format; fetches weights only of a gptfast checkpoint."""
     place = _located(path, weights=False)
     found = format_of(place)
     return (_located(path) if found == "gptfast" else place), found
 
 
 def _located(path: str | Path, weights: bool = True) -> Path:
-    """Returns the place of a model on this machine, to which one on the hub is fetched."""
+    """Returns the place of a model on this machine, after fetching one on the hub."""
     name = _hub_name(path)
     if name is None:
         return Path(path)
@@ -127,7 +127,7 @@ def _located(path: str | Path, weights: bool = True) -> Path:
 
 
 def absolute(path: str | Path) -> str:
-    """The path of a model as it is from any folder; a name of the hub stays as it is."""
+    """Returns the absolute path of a model; a name of the hub stays as it is."""
     name = _hub_name(path)
     return str(Path(path).absolute()) if name is None else f"{HUB}{name}"
 

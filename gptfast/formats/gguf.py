@@ -50,7 +50,7 @@ def write(model: GPT, tokenizer: Tokenizer | None, path: Path) -> None:
 
     Raises:
         ConfigError: The package gguf is missing.
-        CheckpointError: llama.cpp has no such model or tokenizer.
+        CheckpointError: There is no such model or tokenizer in llama.cpp.
         OSError: The file cannot be written.
     """
     library = _library()

@@ -1,17 +1,17 @@
 """Tokenizers as llama.cpp has them: GPT-2's byte-level encoding, by tokens and merges.
 
 A token is written in GPT-2's symbols, one for each byte. llama.cpp cuts a text into words as GPT-2
-does, starts with the symbols of their bytes and applies the merges. What ends up as no token is
-left out. So
+does, starts with the symbols of their bytes and applies the merges. It drops symbols that end up
+as no token. So
 
 - a BPETokenizer that cuts texts as GPT-2's goes over as it is;
-- a character's token is that of its bytes, which merges join from the first one on. They join
+- a character's token consists of its bytes, which merges join from the first one on. They join
   nothing else: in UTF-8 the byte that begins a character is never one that continues another. What
   is joined on the way needs no id.
 
 llama.cpp also needs an id that ends a text, and takes some character's where none is named. This is
-the tokenizer's own, else an id that stands for no text, such as padding. Such ids are of the type
-that no text gives and that writes nothing.
+the tokenizer's own, else an id that stands for no text, such as padding. Such ids get a type that
+no text encodes to and that writes nothing.
 """
 
 from typing import NamedTuple
@@ -39,11 +39,11 @@ def tokens_of(tokenizer: Tokenizer, vocab_size: int) -> Tokens:
     """Translates a CharTokenizer or a BPETokenizer.
 
     Args:
-        tokenizer: It.
+        tokenizer: The tokenizer to translate.
         vocab_size: V, the model's, which may have more ids.
 
     Raises:
-        CheckpointError: llama.cpp would read texts otherwise than the tokenizer.
+        CheckpointError: The tokenizer would give other tokens in llama.cpp.
     """
     end = _end_of(tokenizer, vocab_size)
     if isinstance(tokenizer, BPETokenizer):

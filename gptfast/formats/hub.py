@@ -1,7 +1,7 @@
 """Fetches models from Hugging Face's hub, into its cache, by its library `huggingface_hub`.
 
 The library's variables say where the cache is and what may be asked (HF_HOME, HF_HUB_CACHE,
-HF_HUB_OFFLINE, HF_TOKEN). What is in the cache is not fetched again, and is there without network.
+HF_HUB_OFFLINE, HF_TOKEN). Files in the cache are not fetched again, and need no network.
 """
 
 import warnings
@@ -19,7 +19,7 @@ from gptfast.formats.huggingface_weights import INDEX_SUFFIX, WEIGHTS_NAMES, sha
 def fetch(name: str, weights: bool = True) -> Path:
     """Fetches a model: its configuration, its tokenizer and its weights, all of one revision.
 
-    Of weights in several formats those are fetched that come first in WEIGHTS_NAMES.
+    If the weights come in several formats, it fetches the first in WEIGHTS_NAMES.
 
     Args:
         name: "OWNER/NAME", or "OWNER/NAME@REVISION" with a branch, a tag or a commit.
@@ -116,13 +116,13 @@ class _Source:
             why = "no such repository, or a private one, which needs `hf auth login`"
         except errors.RevisionNotFoundError:
             why = f"the repository has no revision {self.revision!r}"
-        except Exception as error:  # the library passes on those of its own libraries
+        except Exception as error:  # the library passes on errors of its own libraries
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             why = f"{file} cannot be fetched ({first})"
         raise CheckpointError(f"hf:{self.name}: {why}")
 
     def lacks(self, what: str) -> CheckpointError:
-        """Returns the error which says that something is not there."""
+        """Makes the error that something is missing."""
         if self.unreached is None:
             return CheckpointError(f"hf:{self.name}: the repository has no {what}")
         offline = isinstance(self.unreached, self._hub.errors.OfflineModeIsEnabled)

@@ -31,7 +31,7 @@ from gptfast.tokenizer import Tokenizer
 __all__ = ["read", "read_config", "read_tokenizer", "write"]
 
 GENERATION_NAME = "generation_config.json"
-# What readers take for a part of the model wherever it is in the folder.
+# Files in a folder that readers take for parts of the model.
 NAMES = {
     *(CONFIG_NAME, GENERATION_NAME, SETTINGS_NAME, SPECIAL_NAME, ADDED_NAME),
     *(*WEIGHTS_NAMES, *VOCABULARY_NAMES),
@@ -66,21 +66,22 @@ def write(model: GPT, tokenizer: Tokenizer | None, folder: Path) -> None:
     """Writes a model and its tokenizer as a folder of Hugging Face, which `read` reads as well.
 
     `GPT2LMHeadModel` and `AutoTokenizer` of transformers load it, and compute the same. Biases that
-    the model lacks are zeros there. Dropout is that of all three places of GPT-2, for transformers
-    to train with: a model without `attn_proj_dropout` would be trained with more there than here.
+    the model lacks are zeros there. transformers trains with the
+    dropout in all three places of GPT-2, so a model without `attn_proj_dropout` gets more dropout
+    there than here.
 
-    A text that spells a special token is that token for transformers, and not for gptfast; of a
-    CharTokenizer, it is text for both.
+    transformers takes a text that spells a special token for that token, gptfast takes it for text;
+    with a CharTokenizer both take it for text.
 
     Args:
         model: Of plain layers, see `gptfast.export`.
         tokenizer: None writes none.
-        folder: made if missing. A model that this function wrote there is replaced whole.
+        folder: Made if missing. A model that this function wrote there is replaced whole.
 
     Raises:
-        CheckpointError: the folder has other parts of a model; or the model or the tokenizer has
+        CheckpointError: The folder has other parts of a model; or the model or the tokenizer has
             what GPT-2 has not.
-        OSError: the files cannot be written, and those from before are still there.
+        OSError: The files cannot be written, and those from before are still there.
     """
     config = stored_config(model)
     if not config.attention:
@@ -105,7 +106,7 @@ def _texts(gpt: GPT, config: GPTConfig, tokenizer: Tokenizer | None) -> dict[str
 
 
 def _check_folder(folder: Path, written: set[str]) -> None:
-    """Raises CheckpointError if a folder has what is not to be replaced, or would be mixed in."""
+    """Raises CheckpointError if a folder has files that the new model would mix with."""
     for name in sorted(NAMES - written):
         if (folder / name).exists():
             raise CheckpointError(

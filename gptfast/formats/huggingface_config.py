@@ -52,8 +52,8 @@ _DROPOUT = 0.1  # where a file leaves it out
 def read_config(folder: Path) -> GPTConfig:
     """Reads the shape of a GPT-2 from its `config.json`.
 
-    Where the three dropouts of GPT-2 are one number, that is `dropout`, with `attn_proj_dropout`.
-    Where they differ, `dropout` is 0 and a warning says so: only training would notice.
+    If the three dropouts of GPT-2 are equal, they become `dropout`, with `attn_proj_dropout`. If
+    they differ, `dropout` is 0 and a warning says so: only training would notice.
 
     Raises:
         CheckpointError: The file is missing or damaged, or describes a model that computes

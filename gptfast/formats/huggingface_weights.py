@@ -32,7 +32,7 @@ _TRANSPOSED = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_p
 def read_weights(folder: Path, config: GPTConfig) -> GPT:
     """Reads a folder's weights into the model of its configuration.
 
-    Of several files the first in WEIGHTS_NAMES is read.
+    If there are several files, it reads the first in WEIGHTS_NAMES.
 
     Raises:
         CheckpointError: Weights are missing, damaged, left over, of another shape or no

@@ -51,7 +51,7 @@ def read(path: str | Path) -> tuple[GPT, Tokenizer | None]:
         characters, None without `meta.pkl`.
 
     Raises:
-        CheckpointError: There is no such file, it is damaged, not nanoGPT's or of a variant of it.
+        CheckpointError: The file is missing, damaged, not nanoGPT's, or of a variant of nanoGPT.
     """
     path = Path(path)
     file = path / CHECKPOINT_NAME if path.is_dir() else path
@@ -151,8 +151,8 @@ def write(model: GPT, tokenizer: Tokenizer | None, folder: Path) -> None:
         folder: Made if missing.
 
     Raises:
-        CheckpointError: nanoGPT has no such model or tokenizer, or the folder has the characters of
-            another one.
+        CheckpointError: There is no such model or tokenizer in nanoGPT, or the folder has the
+            characters of another one.
         OSError: A file cannot be written.
     """
     config = stored_config(model)

@@ -1,6 +1,6 @@
-"""Reads the files in which models of others lie: safetensors, torch's archives, pickles, JSON.
+"""Reads the files of other projects' models: safetensors, torch's archives, pickles, JSON.
 
-Nothing that is in a file is run.
+It executes nothing in a file.
 """
 
 import json

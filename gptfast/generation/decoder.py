@@ -28,9 +28,9 @@ from gptfast.ops.triton.few_rows import Append, Embedding, few_rows_linear
 from gptfast.ops.triton.sampling import Kind, Progress, numbers_of, sample
 from gptfast.ops.triton.slots import COLUMNS, FIELDS, start_slots
 
-MOST_STEPS = 128  # to be queued before a look
+MOST_STEPS = 128  # that one call queues at most
 FLIGHTS = 3  # queued results that may be unread at once
-FILL_ROWS = 16384  # rows of an activation at most, while windows are computed
+FILL_ROWS = 16384  # most rows of an activation while windows are computed
 UNKNOWN_SECONDS = 1.0
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
@@ -75,20 +75,20 @@ class Flight(NamedTuple):
     steps: int
     results: Tensor  # (MOST_STEPS, 2, >= S) int32: tokens, -1 where a slot did not run; logprobs
     arrived: Any  # torch.cuda.Event; None on the CPU
-    before: Any  # that of the flight queued before it
+    before: Any  # `arrived` of the flight queued before it
 
 
 class Order:
-    """The order of a decoder's work, which may be queued on several streams, one after another."""
+    """Keeps a decoder's work in order when calls queue it on several streams, one after another."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         if device.type == "cuda":
-            # To that of the beginning, torch gives the memory back.
+            # torch returns freed memory to the stream that allocated it: this one.
             self._first = self._last = torch.cuda.current_stream(device)
 
     def begin(self) -> None:
-        """Lets the current stream wait for what has been queued on another one."""
+        """Makes the current stream wait for work that was queued on another one."""
         if self._device.type == "cuda":
             current = torch.cuda.current_stream(self._device)
             if current != self._last:
@@ -96,13 +96,13 @@ class Order:
                 self._last = current
 
     def end(self) -> None:
-        """Lets the first stream wait: what is freed there now is not used elsewhere any more."""
+        """Makes the allocating stream wait, so that no other one still uses memory freed on it."""
         if self._device.type == "cuda" and self._last != self._first:
             self._first.wait_stream(self._last)
 
 
 class Decoder:
-    """The tensors of S slots, none of which moves or changes its shape: graphs refer to them."""
+    """The tensors of S slots. None moves or changes its shape, because graphs refer to them."""
 
     def __init__(self, shape: Shape, weights: Weights) -> None:
         config, device = shape.config, weights.wte.device
@@ -159,14 +159,14 @@ class Decoder:
         return self._cache.nbytes + self._logits.nbytes + self.weights.bytes
 
     def set_sampling(self, how: Sampling) -> None:
-        """Sets the numbers of sampling, whose kind is that of the decoder."""
+        """Sets the numbers of sampling; its kind must be the decoder's."""
         numbers = numbers_of(how)
         if numbers != self._sampled:
             self._numbers.copy_(torch.tensor(numbers, dtype=torch.float64))
             self._sampled = numbers
 
     def clear(self) -> None:
-        """Stops all slots, after steps that nobody looked at."""
+        """Stops all slots, also those that run on because nobody read their last steps."""
         self.order.begin()
         self._whole_state.copy_(self._idle)
         self._arrived = None
@@ -255,7 +255,7 @@ class Decoder:
         )  # fmt: skip
 
     def _run_stretch(self, stretch: Stretch) -> Iterator[int]:
-        """Queues steps in runs that have a graph; yields how many, after each run."""
+        """Queues steps in runs that each have a graph; yields the length of each run."""
         left, slots, stride, each = stretch
         T = max(1, self.shape.config.block_size - stride)
         together = each and slots is not None and len(slots) <= self._at_once(T)
@@ -297,11 +297,11 @@ class Decoder:
             self._run(key, key, functools.partial(self._compute_windows, n, T, stride))
 
     def _at_once(self, T: int) -> int:
-        """Of how many slots T positions are computed together."""
+        """Returns for how many slots T positions are computed together."""
         return 1 << max(1, FILL_ROWS // T).bit_length() - 1
 
     def _list(self, slots: Ints) -> int:
-        """Writes down whose windows are computed next; returns how many places they take."""
+        """Puts the slots whose windows come next into `_members`; returns the number of places."""
         n = min(slots_bucket(len(slots)), self.shape.slots)
         listed = np.full(n, -1)
         listed[: len(slots)] = slots
@@ -342,9 +342,9 @@ class Decoder:
             )  # fmt: skip
 
     def _dense(self, linear: Linear) -> tuple[Tensor, Tensor | None]:
-        """A linear layer for the operators of training, which do not read weights of 8 bits.
+        """Returns a linear layer without 8-bit weights, which operators of training cannot read.
 
-        Products of many rows take longer than this copy, whose memory the next layer uses again.
+        Products of many rows take longer than this copy, and the next layer reuses its memory.
         """
         weight, bias = linear
         if isinstance(weight, Int8Weight):
@@ -352,11 +352,11 @@ class Decoder:
         return weight, bias
 
     def _run(self, key: Any, warmed_by: Any, function: Callable[[], None]) -> None:
-        """Calls a function the first time, which compiles and tunes kernels; replays it later.
+        """Calls a function the first time, so that its kernels compile; later replays its graph.
 
         Args:
-            key: What the graph is kept by.
-            warmed_by: What a first call is known by; functions with the same kernels share it.
+            key: The key of its graph.
+            warmed_by: The key of the first call; functions with the same kernels share it.
             function: Queues kernels that work on this object's tensors alone.
         """
         if not self._state.is_cuda or warmed_by not in self._used:

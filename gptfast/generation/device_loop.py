@@ -1,13 +1,13 @@
 """Generation on a GPU: the host gives slots to sequences, queues steps, and reads what they drew.
 
-While queued steps run, the host looks at the results of those before them, so the device does not
-wait for it. How many tokens each slot draws until its sequence is as long as it may become is known
-beforehand: slots go to the next sequences without a look. A sequence that ends at a stop is found
-at the look; what its slot has drawn since is dropped. Draws come from counters, so no result
-depends on when the host looks.
+While queued steps run, the host reads the results of the steps before them, so the device does not
+wait for the host. The host knows beforehand how many tokens each slot draws until its sequence has
+its full length, and gives slots to the next sequences without polling. It notices a sequence that
+ends at a stop only when it polls, and drops what the slot has drawn since. Draws come from
+counters, so no result depends on when the host polls.
 
-All that is done per token or per slot is done on whole arrays: a step of a thousand slots takes a
-tenth of a millisecond.
+The host handles tokens and slots as whole arrays, because a step of a thousand slots takes a tenth
+of a millisecond.
 """
 
 import contextlib
@@ -40,14 +40,14 @@ from gptfast.ops.sampling import top_logprobs
 from gptfast.ops.triton.launch import precision
 from gptfast.ops.triton.sampling import kind_of
 
-LOOK_SECONDS = 0.0025  # of steps that are queued and looked at together, at most
-LOOK_SHARE = 4  # where there are no stops: the seconds of a run divided by this, if that is more
-LOOK_STEPS = 8  # that are queued together, at least
-MOST_SLOTS = 4096  # where the request does not say; more would not be faster
+LOOK_SECONDS = 0.0025  # most seconds between polls: of steps that are queued and read together
+LOOK_SHARE = 4  # without stops, poll every `seconds / LOOK_SHARE` of a run if that is longer
+LOOK_STEPS = 8  # fewest steps that are queued together
+MOST_SLOTS = 4096  # unless the request says otherwise; more would not be faster
 
 
 class _Queued(NamedTuple):
-    """Steps that have been queued, and whose they are."""
+    """Queued steps, and the sequences that they draw for."""
 
     flight: Flight
     owners: Ints  # (S,), the sequence of each slot
@@ -84,7 +84,7 @@ class DeviceLoop:
                 self._decoder = take_decoder(model, shape, request.sampling)
             slots = shape.slots
         self._allowed = min(slots, request.max_batch or slots)
-        # Of each slot, as it will be when all queued steps are done.
+        # The state of each slot after all queued steps.
         self._owners = np.full(slots, -1)
         self._lengths = np.zeros(slots, np.int64)  # of the window
         self._left = np.zeros(slots, np.int64)  # tokens still to be drawn
@@ -146,12 +146,12 @@ class DeviceLoop:
         return self._sequences.updates()
 
     def _queue(self, one_by_one: bool) -> bool:
-        """Queues steps, and takes note of how far the slots will be; False if none are needed."""
+        """Queues steps and notes the slots' state after them; False if no steps are needed."""
         self._fill_slots()
         running = self._left[self._left > 0]
         if not len(running):
             return False
-        # Where others wait for a slot, up to the first that becomes free.
+        # If sequences wait for a slot, only until the first slot becomes free.
         left = int(running.min() if len(self._waiting) else running.max())
         steps = 1 if one_by_one else min(left, self._steps_per_look(left))
         owners, counts = self._owners.copy(), np.minimum(self._left, steps)
@@ -161,10 +161,10 @@ class DeviceLoop:
         return True
 
     def _steps_per_look(self, left: int) -> int:
-        """How many steps to queue of those that are left.
+        """Returns how many of the steps that are left to queue at once.
 
-        At the end half of them, because making lists of the last results takes time that nothing
-        hides.
+        Near the end it is half of them, because no queued step hides the time in which the host
+        makes lists of the last results.
         """
         timely = int(self._look_seconds / self._own_decoder.step_seconds)
         half = max(left // 2 + LOOK_STEPS - 1, 2 * LOOK_STEPS)
@@ -193,7 +193,7 @@ class DeviceLoop:
         self._lengths[slots] = lengths - offsets
 
     def _stretches(self, steps: int) -> Iterator[Stretch]:
-        """Divides steps by where windows move, and counts them.
+        """Divides steps where windows move, and counts what the slots draw.
 
         A window that is longer than block_size moves before its slot takes a step. With a stride
         of 1 it moves before every step from then on.
@@ -206,7 +206,7 @@ class DeviceLoop:
             yield Stretch(steps)
             return
         while steps > 0:
-            # Steps of each slot until its window must move, or for ever if it stops before that.
+            # Steps of each slot until its window must move; no limit if it ends before that.
             room = size + 1 - self._lengths
             room[self._left <= room] = MOST_STEPS
             moving = None
@@ -282,7 +282,7 @@ def _of(values: list[int], places: list[int]) -> Ints:
 
 
 def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """Autocast would lower the dtype of a prefill, but not that of a captured decode step."""
+    """Turns autocast off: it would change a prefill's dtype, but not a captured decode step's."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""The dtypes by the names that generation has for them, and that of a call's activations."""
+"""The names of dtypes in generation, and the dtype of a call's activations."""
 
 import torch
 

@@ -13,8 +13,9 @@ from gptfast.ops.sampling import Sampling
 KEPT_BYTES = 512 << 20  # of the decoders kept for a model, at most, or
 KEPT_SHARE = 16  # the GPU's memory divided by this, where that is more
 
-_kept: WeakKeyDictionary[GPT, list[Decoder]] = WeakKeyDictionary()  # the last one used last
-_lock = threading.Lock()  # of `_kept`, for models that several threads generate with
+# Ordered by use, most recent last.
+_kept: WeakKeyDictionary[GPT, list[Decoder]] = WeakKeyDictionary()
+_lock = threading.Lock()  # of `_kept`: several threads may generate with one model
 
 
 def take_decoder(model: GPT, shape: Shape, how: Sampling) -> Decoder:
@@ -22,7 +23,7 @@ def take_decoder(model: GPT, shape: Shape, how: Sampling) -> Decoder:
     weights = parameters_of(model)
     with _lock:
         mine = _kept.get(model, [])
-        mine[:] = [each for each in mine if each.weights.fits(weights)]  # of weights that moved
+        mine[:] = [each for each in mine if each.weights.fits(weights)]  # others' weights moved
         decoder = next((each for each in mine if each.shape == shape), None)
         if decoder is not None:
             mine.remove(decoder)
@@ -37,7 +38,7 @@ def take_decoder(model: GPT, shape: Shape, how: Sampling) -> Decoder:
 
 
 def keep_decoder(model: GPT, decoder: Decoder) -> None:
-    """Keeps a decoder for the next call; the oldest ones go where they take too much memory."""
+    """Keeps a decoder for the next call; drops the oldest ones if they take too much memory."""
     decoder.weights.let_go()
     most = KEPT_BYTES
     if decoder.device.type == "cuda":

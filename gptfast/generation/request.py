@@ -37,7 +37,7 @@ class Request(NamedTuple):
     end_token: int | None  # the tokenizer's, which ends a text as well; None: none does
     stop_strings: list[bytes]
     pieces: list[bytes] | None  # what each token id writes; None without a tokenizer
-    decoder: Callable[[], codecs.IncrementalDecoder]  # makes what turns that into text
+    decoder: Callable[[], codecs.IncrementalDecoder]  # makes a decoder of those bytes
     max_batch: int | None  # None: as many as suit the device
     max_cache_bytes: int
     dtype: str | None  # None: the model's own
@@ -55,8 +55,8 @@ def slots_at_once(
 
     Args:
         request: Limits them by `max_batch` and `max_cache_bytes`.
-        most: What suits the device, where there is no `max_batch`.
-        capacity: Tokens that a slot of the cache has room for.
+        most: The most that suits the device, if there is no `max_batch`.
+        capacity: Tokens that a slot of the cache can hold.
         slot_bytes: Bytes of a slot.
         used_bytes: Bytes of `max_cache_bytes` that something else takes.
 
@@ -134,7 +134,7 @@ def encode(
         return [ids.copy() for ids in given]
     by_character = tokenizer is not None and tokenizer.unit == "character"
     if tokenizer is not None and by_character and set(map(type, given)) == {str} and all(given):
-        with suppress(DataError):  # below, which names the text
+        with suppress(DataError):  # the loop below raises one that names the text
             ids, ends = tokenizer.encode("".join(given)), [0, *accumulate(map(len, given))]
             return [ids[start:end] for start, end in pairwise(ends)]
     encoded = []
@@ -156,7 +156,7 @@ def encode(
 
 
 def _all_ids(texts: list[Any], vocab_size: int) -> bool:
-    """Whether these are lists of token ids, none of them empty; tells no more, but soon."""
+    """Whether these are non-empty lists of token ids. Fast, but does not say what is wrong."""
     if set(map(type, texts)) != {list} or not all(texts):
         return False
     ids = list(chain.from_iterable(texts))

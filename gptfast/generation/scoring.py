@@ -90,8 +90,8 @@ def windows_of(tokens: int, T: int, stride: int | None) -> Iterator[Window]:
     Args:
         tokens: How many the text has.
         T: The length of a window; all have it, if the text does.
-        stride: How many tokens the window moves, at most T. None: disjoint windows, of which the
-            last has what is left.
+        stride: How many tokens the window moves, at most T. None: disjoint windows; the last one
+            has the rest.
     """
     scored = 0
     while scored < tokens - 1:

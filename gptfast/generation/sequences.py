@@ -52,7 +52,7 @@ class Sequences:
                 self.limits[i] = min(most, max(0, block_size + 1 - len(prompt)))
                 if self.limits[i] == 0:
                     self.states[i] = "window"
-        nothing: list[Any] = []  # of those that have not begun; it never changes, and stays here
+        nothing: list[Any] = []  # shared by all that have not begun; nobody appends to it
 
         def empty() -> list[list[Any]]:
             return [nothing if state == "running" else [] for state in self.states]
@@ -62,12 +62,12 @@ class Sequences:
         self._top_logprobs: list[list[TopLogprobs]] = []
         if request.top_logprobs:
             self._top_logprobs = [[] for _ in range(count)]
-        # States and lengths: none before the first time, and None when nothing will follow.
+        # States and lengths as last reported; empty before the first time, None after the last.
         self._reported: list[tuple[str, int]] | None = []
         end = [] if request.end_token is None else [request.end_token]
         self.stop_tokens = [*request.stop_tokens, *end]  # none of which becomes part of a text
         self._reach = max(map(len, request.stop_strings), default=1) - 1
-        self._tails = [b""] * count if self._reach else []  # of texts: part of a stop, perhaps
+        self._tails = [b""] * count if self._reach else []  # ends of texts that may begin a stop
 
     def running(self) -> list[int]:
         """Lists the sequences that need another token."""
@@ -85,8 +85,8 @@ class Sequences:
 
         Args:
             sequences: Which ones.
-            tokens: Of each, no more than its limit leaves room for. These lists and those of the
-                next argument become the sequences' own.
+            tokens: The tokens of each, no more than its limit allows. The sequences keep these
+                lists and those of the next argument as their own.
             logprobs: Of these tokens.
             top_logprobs: Of the same positions, if the request wants them.
             suspects: Places in these lists where a stop may be among the tokens; all if None.
@@ -168,7 +168,7 @@ _made: Any = functools.partial(tuple.__new__, Update)
 
 
 def _grow(lists: list[list[Any]], places: list[int], new: list[list[Any]]) -> None:
-    """Appends to the lists at some places; the first time, what is new becomes the list."""
+    """Appends to the lists at some places; an empty list is replaced by the new one."""
     for i, more in zip(places, new, strict=True):
         own = lists[i]
         if own:

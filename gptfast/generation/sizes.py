@@ -1,10 +1,10 @@
 """How sizes are rounded for a decoder, so that calls and steps share its caches and graphs."""
 
 MOST_UNROLLED = 32  # steps in a graph
-# Of those that a step always has, in a graph of steps, if that is no less than 8 steps. Many slots
-# need a few more for norms and draws, and windows that move those of a forward pass.
+# Target number of launches in one graph, which has at least 8 steps. Many slots add a few launches
+# for norms and draws, and windows that move add those of a forward pass.
 GRAPH_LAUNCHES = 512
-FILL_LENGTH = 4  # positions of a window at least, which are computed together
+FILL_LENGTH = 4  # fewest positions of a window that are computed together
 
 
 def fill_length(length: int, capacity: int) -> int:

@@ -32,8 +32,8 @@ class Weights:
     """The weights of a model, by name.
 
     Those in the dtype of the call are the model's own tensors if the model does not change during
-    it; they are let go between calls. Others are copies, which each call makes anew in the same
-    place: a change through `Parameter.data` leaves no trace that could be looked for.
+    it; we release them between calls. Others are copies, which each call makes anew in the same
+    memory, because a change through `Parameter.data` leaves no trace to detect.
 
     With 8 bits the weights of linear layers are copies. All other weights stay exact: the kernels
     take the model's own in the dtype of the activations or float32.
@@ -73,7 +73,7 @@ class Weights:
         return sum(each.nbytes for each in self._copies.values())
 
     def fits(self, given: dict[str, Tensor]) -> bool:
-        """Whether `take` would fill the same memory, and find the other weights where they were."""
+        """Whether `take` would fill the same memory, and other weights have not moved."""
         return _is_tied(given) == self._tied and self._needs(given) == self._needed
 
     def _needs(self, given: dict[str, Tensor]) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class Weights:
             self._named[HEAD] = self._named[EMBEDDING]
 
     def let_go(self) -> None:
-        """Lets the model's own tensors go."""
+        """Releases the model's own tensors."""
         self._named = {}
 
     @property
@@ -141,7 +141,7 @@ class Weights:
 def parameters_of(model: GPT) -> dict[str, Tensor]:
     """Returns the parameters of a model of plain layers by name.
 
-    In half of the time that named_parameters takes, which looks for them everywhere.
+    It takes half the time of named_parameters, which searches every module.
     """
     layers = plain.layers_of(model, plain.bypassable, plain.bypassable)
     return {

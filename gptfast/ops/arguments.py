@@ -90,11 +90,11 @@ class Table:
             try:
                 return self._sizes(*tensors)
             except (AttributeError, ValueError):
-                pass  # `_check_each` knows the words
+                pass  # `_check_each` finds the wrong argument and words the error
         return self._check_each(tensors)
 
     def _check_each(self, tensors: tuple[Tensor | None, ...]) -> dict[str, Any]:
-        """Does what `check` says, one argument after the other, and knows which is wrong."""
+        """Checks one argument after the other as `check` does, so that an error can name it."""
         found: dict[str, Any] = {}
         first: Any = tensors[0]
         if not isinstance(first, Tensor) or not first.dtype.is_floating_point:
@@ -147,11 +147,11 @@ class Table:
     def _refuse_shape(
         self, name: str, letters: tuple[str, ...], x: Tensor, found: dict[str, Any]
     ) -> NoReturn:
-        """Raises the error of a shape, which says of the expected one what is known so far."""
+        """Raises an error that names as much of the expected shape as is known so far."""
         leading = self._arguments[name].shape.startswith("...")
         got = tuple(x.shape)
         if len(got) == len(letters) and not leading:
-            found = dict(zip(letters, got, strict=True)) | found  # a size not known may be any
+            found = dict(zip(letters, got, strict=True)) | found  # an unknown size may be anything
         if all(letter in found for letter in letters) and (not leading or "..." in found):
             shape = (*(found["..."] if leading else ()), *(found[letter] for letter in letters))
             raise ValueError(f"{self.op}: {name} must have shape {shape}, got {got}")
@@ -161,7 +161,7 @@ class Table:
 
 
 def _row(name: str, argument: Argument) -> tuple[Any, ...]:
-    """Returns what `Table._check_each` reads of an argument, in the order of its unpacking."""
+    """Returns an argument's entries for `Table._check_each`, in the order that it unpacks."""
     sizes = re.findall(r"(\d*)(\w+)", argument.shape)
     letters = tuple(factor + letter for factor, letter in sizes)
     multiples = tuple((factor + letter, int(factor), letter) for factor, letter in sizes if factor)
@@ -172,11 +172,11 @@ def _row(name: str, argument: Argument) -> tuple[Any, ...]:
 
 
 def _sizes_function(arguments: dict[str, Argument]) -> Callable[..., dict[str, Any]]:
-    """Makes a function of a table's tensors that does what `Table.check` does.
+    """Makes a function that checks a table's tensors as `Table.check` does, but faster.
 
-    It raises a ValueError without words or an AttributeError where anything is not as expected. It
-    is a few lines of Python without a loop, because every operator comes here and some take
-    microseconds. That of q="B H Tq D", k="B H Tk D":
+    It raises a ValueError without a message, or an AttributeError, where anything is not as
+    expected. It is a few lines of Python without a loop, because every operator calls it and some
+    operators take microseconds. For q="B H Tq D", k="B H Tk D" it does this:
 
         dtype, device = q.dtype, q.device
         B, H, Tq, D, = q.shape

@@ -97,13 +97,13 @@ def causal_attention(
 ) -> Tensor:
     """Computes dropout(softmax(scale q k' + causal mask)) v without the (Tq, Tk) matrix in memory.
 
-    The mask is aligned bottom-right: query i sees the keys up to i + Tk - Tq; where that is none,
-    the result is 0. Online softmax in blocks (FlashAttention-2, arXiv:2307.08691), statistics and
-    sums in float32.
+    The mask is aligned bottom-right: query i sees the keys up to i + Tk - Tq; a query that sees no
+    key gives 0. Online softmax in blocks (FlashAttention-2, arXiv:2307.08691), statistics and sums
+    in float32.
 
     Args:
-        q: (B, H, Tq, D), float32, bfloat16 or, on a GPU, float16, any strides (the last one is
-            copied to 1 where it is not).
+        q: (B, H, Tq, D), float32, bfloat16 or, on a GPU, float16, any strides (a tensor whose
+            last stride is not 1 is copied).
         k: (B, H, Tk, D), like q.
         v: (B, H, Tk, D), like q.
         dropout_p: Probability, in [0, 1], of an attention weight to be dropped.
@@ -129,7 +129,7 @@ def causal_attention(
     scale = 1 / math.sqrt(D) if scale is None else constant("causal_attention", "scale", scale)
     stream = check_int("causal_attention", "stream", stream)
     if scale < 0.0:
-        q, scale = -q, -scale  # the kernels take the largest score for the likeliest
+        q, scale = -q, -scale  # the kernels need the largest score to be the likeliest
     if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     key = seed_tensor(seed) if dropout_p > 0.0 else None

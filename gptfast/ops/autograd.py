@@ -115,8 +115,8 @@ class _Backward(torch.autograd.Function):
 def backward_of(op: str, operator: Callable[..., Any], *args: Any) -> Any:
     """Calls a backward such that differentiating its results raises BackendError.
 
-    (torch's `once_differentiable` raises only if the incoming gradient requires a gradient, which
-    that of a loss does not.)
+    (torch's `once_differentiable` raises only if the incoming gradient requires a gradient, and the
+    gradient of a loss does not.)
     """
     if transformed() or (torch.is_grad_enabled() and not torch.compiler.is_compiling()):
         return _Backward.apply(op, operator, *args)

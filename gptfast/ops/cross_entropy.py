@@ -72,9 +72,9 @@ _linear_cross_entropy = define(
 
 
 class _ReducedLoss(Fused):
-    """A mean or a sum; the gradients are made with it, and are results as well.
+    """A mean or a sum, computed together with its gradients, which are outputs as well.
 
-    So whoever differentiates a gradient differentiates a result of this function, and is refused.
+    A second derivative therefore differentiates an output of this function and raises.
     """
 
     op = "linear_cross_entropy"
@@ -94,7 +94,7 @@ class _ReducedLoss(Fused):
         dloss, *second = incoming
         needs = ctx.needs_input_grad
         _refuse_token_weights(needs[5])
-        # What is compiled is differentiated once, with zeros for results that nothing reads.
+        # A compiled graph is differentiated once, with zeros for outputs that nothing reads.
         if not torch.compiler.is_compiling() and any(each is not None for each in second):
             refuse(_ReducedLoss.op)
         if dloss is None:
@@ -109,7 +109,7 @@ _ONES: dict[torch.device, Tensor] = {}
 def one(device: torch.device) -> Tensor:
     """Returns a gradient of 1 for `backward`, () float32, which the loss knows without reading it.
 
-    There is one per device. It must not be changed.
+    There is one per device, which the caller must not change.
     """
     if device not in _ONES:
         _ONES[device] = torch.ones((), device=device)
@@ -117,11 +117,11 @@ def one(device: torch.device) -> Tensor:
 
 
 def _scaled(grads: list[Tensor | None], dloss: Tensor) -> list[Tensor | None]:
-    """The gradients of a loss whose own is `dloss`.
+    """Multiplies the gradients that were made with a loss by `dloss`, the loss's own gradient.
 
-    If the loss is differentiated once, they take the place of those that were made with it. A loss
-    that is differentiated as it is needs no pass over them; on a GPU, which is not waited for, that
-    is known of `one` alone. What a compiled graph or a transform does cannot depend on the value.
+    If the loss is differentiated once, this happens in place. A `dloss` of 1 needs no pass over the
+    gradients; on a GPU only `one` is recognised, because reading the value would synchronise. A
+    compiled graph or a transform cannot branch on the value.
     """
     batched = torch._C._functorch.is_legacy_batchedtensor(dloss)  # by is_grads_batched
     traced = torch.compiler.is_compiling() or transformed() or batched
@@ -138,7 +138,7 @@ def _scaled(grads: list[Tensor | None], dloss: Tensor) -> list[Tensor | None]:
 
 
 class _TokenLosses(Fused):
-    """A loss per token, whose gradients are made in the backward, as those of a weighted sum."""
+    """A loss per token. The backward makes the gradients: those of a weighted sum."""
 
     op = "linear_cross_entropy"
 
@@ -205,10 +205,10 @@ def linear_cross_entropy(
 
     With label smoothing e it is (1 - e) times that, plus e times the mean of -log softmax.
 
-    Of a mean or a sum the gradients are made in the same call, those of reduction "none" in the
-    backward, which computes the logits again. They exist by blocks of rows: on a CPU at most 160
-    MiB of them at a time, but at least 192 to 768 rows, by dtype and processor; on a GPU 200 MiB,
-    but at least 128 rows.
+    For a mean or a sum, the same call makes the gradients; for reduction "none" the backward makes
+    them and computes the logits again. Only a block of rows of logits exists at a time: on a CPU at
+    most 160 MiB, but at least 192 to 768 rows, by dtype and processor; on a GPU 200 MiB, but at
+    least 128 rows.
 
     Args:
         x: (..., K), float32, bfloat16 or, on a GPU, float16.
@@ -217,11 +217,11 @@ def linear_cross_entropy(
         ln_w: (K,), float32 or x's dtype, as `layer_norm_linear` has it; None: no norm.
         ln_b: (K,) or None.
         ignore_index: Targets of this value count for nothing.
-        reduction: "mean" divides the sum of the losses by that of their weights, and is 0 where
-            that is 0; "sum"; or "none", which gives the loss of each token, 0 where it is ignored.
-        token_weights: (...), floating-point, what each token's loss is multiplied by; None: 1. A
-            constant: it gets no gradient.
-        label_smoothing: e, the part of the target's probability that all V tokens share, in [0, 1).
+        reduction: "mean" divides the sum of the losses by the sum of their weights, and is 0 where
+            that sum is 0; "sum"; or "none", the loss of each token, 0 where it is ignored.
+        token_weights: (...), floating-point, a factor of each token's loss; None: 1. A constant:
+            it gets no gradient.
+        label_smoothing: The part e of the target's probability that all V tokens share, in [0, 1).
 
     Returns:
         () float32; of reduction "none" (...) float32.

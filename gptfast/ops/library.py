@@ -11,12 +11,13 @@ from gptfast.ops import flops as formulas
 from gptfast.ops.autograd import transformed, vmap_in_a_loop
 
 LIBRARY = torch.library.Library("gptfast", "DEF")
-# Kernels in Python, by operator and `is_cuda`, which `define`'s functions may call themselves.
+# Python kernels by (operator, is_cuda); `define`'s functions call them directly, without torch's
+# dispatcher.
 KERNELS: dict[tuple[str, bool], Callable[..., Any]] = {}
 NUMBERS = {int, float, bool, str, torch.dtype, type(None)}
 PLAIN = NUMBERS | {Tensor, torch.nn.Parameter}
-# The public functions by name, and what does the same for tensors that need no gradient, by name
-# and `is_cuda`.
+# Public functions by name, and their faster replacements for calls without gradients, by (name,
+# is_cuda).
 PUBLIC: dict[str, Callable[..., Any]] = {}
 INSTEAD: dict[tuple[str, bool], Callable[..., Any]] = {}
 
@@ -28,7 +29,7 @@ def define(schema: str, fake: Callable[..., Any], flops: Callable[..., int] | No
 
     Kernels are registered elsewhere: for the CPU by the compiled extension, for CUDA by
     gptfast.ops.triton. torch's dispatcher takes some 10 us to reach a kernel in Python. The
-    function does without it where nothing would notice; its callers see to gradients.
+    function bypasses it where nothing would notice; its callers handle gradients.
 
     Args:
         schema: The schema in torch's notation.
@@ -54,9 +55,10 @@ def define(schema: str, fake: Callable[..., Any], flops: Callable[..., int] | No
 
 
 def public(function: Function) -> Function:
-    """Decorates a public function: where nothing watches or needs a gradient, a plan may do it.
+    """Decorates a public function: a plan may replace calls that need no gradient.
 
-    Its arguments are checked when they are seen for the first time; see gptfast.ops.triton.plans.
+    Such a call must be `unobserved`. Only the first calls of a signature check the arguments; see
+    gptfast.ops.triton.plans.
     """
     name = function.__name__
     PUBLIC[name] = function
@@ -86,9 +88,9 @@ _traced, _profiled = torch._C._get_tracing_state, torch._C._autograd._profiler_e
 
 
 def unobserved(args: tuple[Any, ...]) -> bool:
-    """Whether a call with these arguments is just that of a kernel.
+    """Whether a call with these arguments may go straight to a kernel.
 
-    It is not for subclasses of tensors, such as fake ones, and not while a mode, a transform of
+    It may not with subclasses of tensors, such as fake ones, nor while a mode, a transform of
     torch.func, a tracer or a profiler is active.
     """
     return PLAIN.issuperset(map(type, args)) and not (

@@ -17,15 +17,15 @@ from gptfast.ops.library import define, public
 
 
 def fake_grad(param: Tensor | None, like: Tensor, want: bool = True) -> Tensor:
-    """What an operator returns for a parameter's gradient."""
+    """Makes an operator's fake gradient of a parameter; empty if absent or not wanted."""
     if param is None or not want:
         return like.new_empty(0, dtype=torch.float32)
     return param.new_empty(param.shape)
 
 
 def fake_grads(x: Tensor, params: tuple[Tensor | None, ...], wanted: int) -> tuple[Tensor, ...]:
-    """What a backward returns for the gradients of x and of the parameters."""
-    dx = x.new_empty(x.shape if wanted & 0b111 else 0)  # on the way to the norm's
+    """Makes a backward's fake gradients of x and of the parameters."""
+    dx = x.new_empty(x.shape if wanted & 0b111 else 0)  # the norm's gradients need dx too
     return dx, *(fake_grad(p, x, bool(wanted >> i & 1)) for i, p in enumerate(params, 1))
 
 
@@ -114,7 +114,7 @@ class _LinearResidual(Fused):
         x, weight, bias = ctx.saved_tensors
         need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad
         needs = need_x, False, False, need_weight, need_bias
-        none = x.new_empty(0, dtype=torch.float32)  # of the norm
+        none = x.new_empty(0, dtype=torch.float32)  # mean and rstd of the absent norm
         dx, _, _, dweight, dbias = only_wanted(
             backward_of(
                 _LinearResidual.op, _linear_backward,

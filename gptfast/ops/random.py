@@ -21,8 +21,8 @@ def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None = N
     value is a key different from all others.
 
     Args:
-        seed: an integer, an int64 tensor with one element, which is returned as it is, or None.
-        generator: the source of the random key; None uses torch's default generator.
+        seed: An integer, an int64 tensor with one element, which is returned as it is, or None.
+        generator: The source of the random key; None uses torch's default generator.
 
     Raises:
         ConfigError: An int is not in [0, 2**63), or a tensor is not int64 with one element.

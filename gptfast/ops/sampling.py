@@ -16,7 +16,7 @@ from gptfast.ops.random import WORD, philox
 SAMPLING_STREAM = WORD  # no dropout has this Philox stream
 # The kernels compute in float32, which larger factors would overflow.
 MAX_TEMPERATURE, MAX_PENALTY = 1e6, 1e3
-LEAST = 2.0**-126  # which float32 has with all of its bits; a smaller number could become 0
+LEAST = 2.0**-126  # float32's smallest normal number; a smaller number could become 0
 MAX_TOP_K = 2**31 - 1  # no vocabulary is larger
 
 
@@ -24,8 +24,8 @@ MAX_TOP_K = 2**31 - 1  # no vocabulary is larger
 class Sampling:
     """How a token is chosen; `generate` explains the options.
 
-    The fields are numbers, in the order of `Sampling` in csrc/kernels/kernels.h. The constructor
-    alone takes None, for the number that sets no limit.
+    The fields are numbers, in the order of `Sampling` in csrc/kernels/kernels.h. Only the
+    constructor takes None, which stands for the number that sets no limit.
 
     Raises:
         ConfigError: An option is out of its range.

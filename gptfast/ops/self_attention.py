@@ -99,7 +99,7 @@ def layer_norm_attention(
 ) -> Tensor:
     """Computes x + dropout(attention(LayerNorm(x) w_qkv' + b_qkv) w_proj' + b_proj), as in GPT-2.
 
-    The packed projection's columns are those of q, then k, then v, each (H, D); attention is
+    The packed projection's columns are q, then k, then v, each (H, D); attention is
     `causal_attention`.
 
     Args:
@@ -117,7 +117,7 @@ def layer_norm_attention(
             when None.
         stream: Number of this dropout among those that share the seed.
         proj_dropout_p: Probability, in [0, 1], of an output of the projection to be dropped.
-        proj_stream: Number of that dropout, another one than `stream`.
+        proj_stream: Number of the projection's dropout, which must differ from `stream`.
 
     Returns:
         (B, T, C) in x's dtype.

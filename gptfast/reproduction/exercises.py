@@ -50,9 +50,9 @@ class Reproduction:
     """What `reproduce` gives.
 
     Attributes:
-        runs: those of each exercise, by the preset's name.
-        report: the report; None if a signal ended a run.
-        signal: the signal that did.
+        runs: Those of each exercise, by the preset's name.
+        report: The report; None if a signal ended a run.
+        signal: The signal that ended it, or None.
     """
 
     runs: dict[str, list[Trained]]

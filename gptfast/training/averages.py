@@ -1,4 +1,4 @@
-"""The model whose weights are the running means of those that are trained."""
+"""The model whose weights are the running means of the trained ones."""
 
 import copy
 from typing import TypeVar

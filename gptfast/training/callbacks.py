@@ -1,4 +1,4 @@
-"""What may watch a run: a callback, whose methods the loop calls."""
+"""Callbacks watch a run: the loop calls their methods."""
 
 from typing import TYPE_CHECKING
 

@@ -1,9 +1,9 @@
-"""Whether a trainer's step can be a CUDA graph, and whether a graph is still that of the step.
+"""Whether a trainer's step can be a CUDA graph, and whether a graph still matches the step.
 
 Python runs while a graph is captured, and not when it is replayed. So the rule is: a graph is made
 for an unmodified GPT of plain layers without hooks, whose Python is known, and for AdamW by the
-kernels. `obstacle` names what is otherwise. A user's subclass, adapter or layer, or a wrapper of
-torch.compile or DistributedDataParallel, trains without a graph.
+kernels. `obstacle` names what breaks this rule. A user's subclass, adapter or layer, or a wrapper
+of torch.compile or DistributedDataParallel, trains without a graph.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -57,7 +57,7 @@ def obstacle(trainer: "Trainer") -> str | None:
 
 
 def observer() -> str | None:
-    """Returns what observes, just now, all that Python does, which a replay would hide."""
+    """Returns what observes Python's calls at the moment; a replay would hide them from it."""
     if torch_modules._has_any_global_hook():
         return "there are hooks on all modules"
     if _python_dispatch._get_current_dispatch_mode() is not None:
@@ -80,9 +80,9 @@ def _block(module: nn.Module) -> str | None:
 
 
 class Watch:
-    """What graphs hold of a trainer whose step has no `obstacle`.
+    """The parts of a trainer that its graphs depend on, for a step that has no `obstacle`.
 
-    Every step asks whether it is still so: hence the flat lists.
+    Every step checks them, so they are in flat lists for speed.
     """
 
     def __init__(self, trainer: "Trainer") -> None:
@@ -92,7 +92,7 @@ class Watch:
         ]
         self._dicts = dicts
         self._hooks = [own[name] for own in dicts for name in HOOKS]
-        # The dictionaries themselves: the id of one that has gone may be that of another.
+        # The dictionaries themselves, because Python may reuse the id of a freed one.
         self._state = optimizer.state
         self._moments = [(param, _moments_of(optimizer, param)) for param in trainer.parameters]
         entries = [own[name] for own in dicts for name in ("_parameters", "_modules")]
@@ -106,7 +106,7 @@ class Watch:
         self._addresses = [param.data_ptr() for param in self._params]
 
     def holds(self, trainer: "Trainer") -> bool:
-        """Whether nothing has changed that a graph holds, and there is still no `obstacle`."""
+        """Whether nothing that a graph depends on has changed, and there is still no `obstacle`."""
         if any(self._hooks) or self._facts_of(trainer) != self._facts:
             return False
         for each, name, value in self._entries:

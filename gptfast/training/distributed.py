@@ -1,10 +1,10 @@
 """Several processes that train one model: how they find each other, agree, and end together.
 
 torchrun starts them and tells each by environment variables which one it is. Every process has the
-same arguments, draws the same numbers, and computes its own part of each batch. What they tell each
-other besides gradients goes through the CPU, by gloo.
+same arguments, draws the same numbers, and computes its own part of each batch. All that they
+exchange besides gradients goes through the CPU, by gloo.
 
-The word `first` is for the process of rank 0, which alone writes and shows.
+`first` means the process of rank 0, the only one that writes and shows.
 """
 
 import atexit
@@ -51,9 +51,9 @@ class Processes:
     """The processes that train one model. By default this one is alone, and nothing is sent.
 
     Attributes:
-        rank: which of them this one is.
-        size: their number.
-        control: the group by which they agree, of gloo; None alone.
+        rank: Which of them this one is.
+        size: Their number.
+        control: The group by which they agree, of gloo; None alone.
     """
 
     rank: int = 0
@@ -76,7 +76,7 @@ class Processes:
         return [each.tolist() for each in found]
 
     def agreed(self, loss: float, received: int | None, stopped: bool, waited: float) -> Agreed:
-        """Tells the others, and returns what all know then; see `Agreed`."""
+        """Exchanges these values with the other processes; returns what all then know."""
         rows = self.gathered(loss, float(received or 0), float(stopped), waited)
         losses, signals, stops, waits = zip(*rows, strict=True)
         return Agreed(sum(losses), int(max(signals)) or None, any(stops), waits[0])
@@ -109,12 +109,12 @@ class Processes:
 
     @contextmanager
     def losses_noticed(self, kept: str) -> Iterator[None]:
-        """Makes one sentence of what is raised where another process is gone.
+        """Makes one sentence of the errors that the loss of another process causes here.
 
-        torchrun ends the others then, by SIGTERM: it is ignored, so that they say the sentence.
+        torchrun then ends this process by SIGTERM; we ignore it, so that the sentence is printed.
 
         Args:
-            kept: the end of that sentence.
+            kept: The end of the sentence.
         """
         try:
             yield
@@ -139,23 +139,23 @@ def _answered() -> Iterator[None]:
 
 
 def _is_of_a_loss(error: Exception) -> bool:
-    """Whether an exception came from a collective; gloo's are told by the text alone."""
+    """Whether a collective raised it; gloo raises plain RuntimeError, known only by its text."""
     known = (ProcessError, dist.DistError)
     return isinstance(error, known) or isinstance(error, RuntimeError) and "gloo" in str(error)
 
 
 def join(device: torch.device, timeout: timedelta = TIMEOUT) -> Processes:
-    """Finds the other processes of the run; at the first call, which waits for them.
+    """Finds the other processes of the run; the first call waits for them.
 
     A process that torchrun did not start is alone, unless the program has made a process group,
     which is used then.
 
     Args:
-        device: where this process trains.
-        timeout: how long another may be without an answer.
+        device: Where this process trains.
+        timeout: How long another process may take to answer.
 
     Raises:
-        ProcessError: they did not find each other.
+        ProcessError: They did not find each other.
     """
     if not dist.is_available():
         return ALONE
@@ -182,7 +182,7 @@ def _control() -> Any:
 
 
 def is_one_of_several() -> bool:
-    """Whether torchrun, or what sets the same variables, started this process and others."""
+    """Whether torchrun, or another program that sets its variables, started several processes."""
     return all(name in os.environ for name in ENVIRONMENT) and os.environ["WORLD_SIZE"] != "1"
 
 
@@ -190,10 +190,10 @@ def own_device(device: torch.device) -> torch.device:
     """Returns the device of this process: of several on a machine, each has a GPU of its own.
 
     Args:
-        device: the run's; a GPU has no number where there are several processes.
+        device: The run's; a GPU has no number where there are several processes.
 
     Raises:
-        ConfigError: it names one GPU for all, or there are fewer GPUs than processes.
+        ConfigError: It names one GPU for all, or there are fewer GPUs than processes.
     """
     count = local_processes()
     if device.type != "cuda" or count == 1:
@@ -210,14 +210,14 @@ def own_device(device: torch.device) -> torch.device:
 
 
 def is_first() -> bool:
-    """Whether this process is the one of its run that shows, as torchrun has told it."""
+    """Whether this is the process of its run that shows, as torchrun's variables say."""
     return not is_one_of_several() or os.environ["RANK"] == "0"
 
 
 def says(sentence: str) -> bool:
-    """Whether this process is to say a sentence, which of several processes one says.
+    """Whether this process prints a message that only one of several should print.
 
-    A process that cannot ask the others says it.
+    A process that cannot ask the others prints it.
     """
     if not is_one_of_several():
         return True

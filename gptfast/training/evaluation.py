@@ -74,23 +74,25 @@ def evaluate(
 ) -> Evaluation:
     """Computes the mean loss over a text, without dropout.
 
-    The text is never in memory as logits, and of a mapped file only the windows are read that are
-    computed together, so it may be of any length. `gptfast.score` gives each token's loss.
+    The logits of the whole text are never in memory, and of a mapped file we read only the windows
+    that are computed together, so the text may have any length. `gptfast.score` gives each token's
+    loss.
 
     Args:
-        model: a GPT, which torch.compile or DistributedDataParallel may wrap. Its modules are
+        model: A GPT, which torch.compile or DistributedDataParallel may wrap. Its modules are
             switched to evaluation mode and back to their previous mode.
         ids: (N,) int64 or smaller integers, at least 2 tokens.
         precision: "fp32", or "bf16" for activations in bfloat16.
-        processes: those that share the windows out, and all call this; the result is that of one.
-        stride: how many tokens the window moves along the text, at most block_size. Each token past
+        processes: The processes that share the windows; all must call this. The result is the same
+            as with one process.
+        stride: How many tokens the window moves along the text, at most block_size. Each token past
             the first window is predicted from at least block_size - stride + 1 tokens before it,
             which takes block_size / stride times as long as disjoint windows do. None: disjoint
             windows of block_size tokens, of which the last may be shorter; the first tokens of each
             are predicted from few, so the loss is higher. (With stride=block_size only the last
             window differs: it is moved back until it is full.)
-        tokenizer: that of the tokens, which says what they write.
-        scored: is told how many more tokens have been predicted.
+        tokenizer: The tokenizer of `ids`, which says what text they write.
+        scored: Called with the number of tokens predicted since its last call.
 
     Returns:
         The mean loss in nats per token, the perplexity, the number of predicted tokens (the first
@@ -142,13 +144,13 @@ def _count(batch: list[Window]) -> int:
 
 
 def _nats(gpt: GPT, ids: Tensor, batch: list[Window]) -> float:
-    """The sum of the losses of what is new in windows of equal lengths."""
+    """Sums the losses of the new tokens in windows of equal lengths."""
     length = batch[0].length
     starts = torch.tensor([window.first for window in batch])
     idx, targets = (each.to(gpt.main_weight.device) for each in data.gather(ids, starts, length))
     old = torch.tensor([length - window.new for window in batch], device=idx.device)  # (B,)
     targets.masked_fill_(torch.arange(length, device=idx.device) < old[:, None], IGNORED)
-    # A model of which each process has a part gathers itself where it is called.
+    # A sharded model gathers its weights only when it is called.
     loss = gpt(idx, targets=targets) if is_sharded(gpt) else gpt.loss(idx, targets)
     return loss.item() * _count(batch)
 
@@ -171,5 +173,5 @@ def _shared_sum(
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """Makes activations those of `precision`, within a `with`."""
+    """Returns a context in which activations have the dtype of `precision`."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

@@ -4,8 +4,8 @@ A graph repeats its kernels at the addresses of the capture. So whatever differs
 lies in tensors that stay where they are: the batch, the dropout's key, the optimizer's options. The
 host writes them before each replay, and results have the bits of a step without a graph.
 
-What step can be a graph, `capturable` says. A graph is made anew when anything has changed
-that it holds: parameters, what is trained, the optimizer's moments, the model's options.
+`capturable` says which steps can be a graph. A graph is made anew when anything that it depends on
+has changed: parameters, what is trained, the optimizer's moments, the model's options.
 
 Letters: B batch, T time, N tokens of a text.
 """
@@ -35,11 +35,11 @@ Run = Callable[[], Tensor]
 
 
 class Cuda:
-    """What a graph of a step needs of a CUDA device. Tests put one of their own in its place."""
+    """The parts of CUDA that a step's graph uses. Tests replace them by their own."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream: Any = None  # made at the first use, which is after that of the device
+        self._stream: Any = None  # made at the first use, when the device is in use
         self._pool: Any = None  # the graphs of a trainer share their memory: one runs at a time
         self._pending: list[Callable[[], None]] | None = None
 
@@ -56,7 +56,7 @@ class Cuda:
         event.record(torch.cuda.current_stream(self._device))
 
     def rehearse(self, run: Run) -> Tensor:
-        """Calls `run` on the stream of the capture, so that nothing is new to it there."""
+        """Calls `run` on the capture's stream, so that all one-time work precedes the capture."""
         with torch.cuda.device(self._device):
             self._stream = self._stream or torch.cuda.Stream()
             current = torch.cuda.current_stream()
@@ -68,7 +68,7 @@ class Cuda:
             return result
 
     def capture(self, run: Run) -> Run:
-        """Captures what `run` does; returns what does it again, and gives `run`'s result."""
+        """Captures `run`; returns a function that replays it and returns its result."""
         with torch.cuda.device(self._device):
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
@@ -94,7 +94,7 @@ class Cuda:
     def _leave_capture(self) -> None:
         """Lets torch draw random numbers again, which a failed capture forbids until the next one.
 
-        Memory of the failed one stays in its pool, so that none can be captured there.
+        It captures without the pool, where the failed capture's memory would prevent it.
         """
         number = torch.zeros((), device=self._device)
         with contextlib.suppress(RuntimeError):
@@ -110,7 +110,7 @@ class Cuda:
 
 
 class Messages:
-    """What the host tells the device before each step, without waiting for it.
+    """Sends numbers to the device before each step, without waiting for the device.
 
     The device reads a pinned buffer some time after the host has written it. So there are SLOTS of
     them, and the host waits only for a buffer that has not been read yet.
@@ -119,14 +119,14 @@ class Messages:
         numbers: How many options the optimizer has.
         starts: B, how many starts of windows a message has.
         keys: How many keys of dropout masks.
-        device: That of the model.
+        device: The model's device.
         cuda: See Cuda.
     """
 
     def __init__(
         self, numbers: int, starts: int, keys: int, device: torch.device, cuda: Cuda
     ) -> None:
-        # All are at multiples of 16 bytes, as tensors are: a kernel would depend on it.
+        # Aligned to 16 bytes like any tensor: compiled kernels are specialised on alignment.
         first_key = numbers + numbers % 2
         header = first_key + 2 * keys
         words = header + starts
@@ -159,7 +159,7 @@ class StepGraph:
     """The step for batches of one shape: done once without a graph, then captured, then replayed.
 
     Args:
-        trainer: Whose step it is.
+        trainer: The trainer of the step.
         cuda: See Cuda.
         shape: B and T.
         ids: (N,) tokens on the model's device, the text whose windows are trained on; None for
@@ -216,7 +216,7 @@ class StepGraph:
         keys = messages.keys if trainer.gpt.config.dropout > 0.0 else None
         loss = trainer.loss_and_grads(idx, targets, keys)
         table = trainer.optimizer.table(self._table_memory)
-        self._table_memory = table.memory  # in the capture, that of the rehearsal
+        self._table_memory = table.memory  # the capture uses the rehearsal's memory
         self._cuda.after_capture(table.upload)
         table.update(messages.numbers)
         trainer.drop_grads()
@@ -227,8 +227,8 @@ class StepGraphs:
     """The graphs of a trainer's steps, one per shape of a batch.
 
     The first batch of a shape runs without a graph, so that a shape that does not come again costs
-    nothing; the second does as well, but in the way of the capture, which is done at the third. All
-    of them are steps of the training.
+    nothing. The second rehearses the capture, still without a graph; the third captures. All of
+    them are steps of the training.
 
     Args:
         cuda: See Cuda; None if the model's device has no graphs.
@@ -253,7 +253,7 @@ class StepGraphs:
         """
         integers = idx.dtype == targets.dtype == torch.int64
         if not integers or idx.dim() != 2 or idx.shape != targets.shape:
-            return None  # which is an error, or the reference's case
+            return None  # the caller raises the error, or takes the reference
         B, T = idx.shape
         graph = self._graph(trainer, (B, T), None)
         return None if graph is None else graph.step(trainer, (idx, targets), None)
@@ -282,7 +282,7 @@ class StepGraphs:
             self._watch = Watch(trainer)
         if observer() is not None:
             return None
-        # Gradients that somebody left add to those of the step, and are not where the graph's are.
+        # Gradients left by another backward add to the step's, and are not where the graph's are.
         if any(param.grad is not None for param in trainer.parameters):
             return None
         text = None if ids is None else (ids.data_ptr(), ids.dtype, ids.shape, ids.stride())

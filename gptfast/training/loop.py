@@ -38,7 +38,7 @@ class UnsavedError(CheckpointError):
     """The last save of a run failed. The files of the previous save, if any, are kept.
 
     Attributes:
-        result: what `fit` would have returned, with the trained model.
+        result: What `fit` would have returned, with the trained model.
     """
 
     def __init__(self, message: str, result: TrainResult) -> None:
@@ -100,7 +100,7 @@ class Loop:
         self.loss = math.nan  # of the step that was counted last
         self.callbacks, self.shown = callbacks if self.processes.first else (), shown
         self.error: BaseException | None = None  # what ended the run before its time
-        self.clock = 0.0  # until when the steps' time has been counted
+        self.clock = 0.0  # the moment up to which the steps' time has been counted
         self.saved_at = time.monotonic()
         self.has_checkpoint = False  # whether the directory contains a checkpoint of this run
         self.stopped = False  # whether `stop` was called
@@ -113,7 +113,7 @@ class Loop:
 
     @property
     def model(self) -> GPT:
-        """The model that is evaluated and saved; with `ema`, that of the mean weights."""
+        """The model that is evaluated and saved; with `ema`, the one with the mean weights."""
         return self.trainer.averaged
 
     @property
@@ -146,13 +146,13 @@ class Loop:
         )
 
     def _is_stopped(self) -> bool:
-        """Whether the run ends before its last step, because that is of no use."""
+        """Whether a callback or `patience` ends the run early."""
         patience = self.config.patience
         stopped = self.stopped if self.processes.size == 1 else self.agreed.stopped
         return stopped or patience is not None and self.state.not_better >= patience
 
     def _signal(self) -> int | None:
-        """The signal that ends the run; of several processes, the one that all know of."""
+        """The signal that ends the run; with several processes, the one that all agreed on."""
         return self.received_signal() if self.processes.size == 1 else self.agreed.signal
 
     def train(self) -> None:
@@ -199,7 +199,7 @@ class Loop:
         return time.monotonic() - self.saved_at
 
     def _gather_for_callbacks(self) -> None:
-        """Gathers a model of which each process has a part, for the first one's callbacks."""
+        """Gathers a sharded model for the callbacks of the first process."""
         if self.trainer.sharded:
             self.trainer.whole_models()
 
@@ -315,7 +315,7 @@ class Loop:
         self.warn(f"{failed}, training goes on: {error}")
 
     def save(self, model: GPT, result: GPT, moments: dict[str, Any]) -> None:
-        """Writes the checkpoint and the training state, of what `Trainer.whole` gives."""
+        """Writes the checkpoint and the training state from what `Trainer.whole` returned."""
         # `load` draws the order of the epoch again, so it needs the state before that draw. The
         # current state is the right one between two epochs and for random windows.
         between = self.config.steps is not None or self.state.step % len(self.windows) == 0

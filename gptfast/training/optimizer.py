@@ -46,7 +46,7 @@ class AdamW(torch.optim.AdamW):
     everything else. All use torch's state, so a checkpoint of one can be loaded by the other, on
     any device.
 
-    Of parameters that processes have shared out, DTensors, the kernels see this process's parts.
+    Where processes share out the parameters (DTensors), the kernels see this process's parts.
 
     With `ema`, the state of a parameter also has its "average", a running mean of the weight that
     starts as the initial weight. Step t makes it
@@ -88,7 +88,7 @@ class AdamW(torch.optim.AdamW):
         first, *others = self.param_groups
         if not self._kernel or first["amsgrad"] or first["maximize"]:
             return False
-        known = len(self.param_groups) == self._groups  # another one may have other tensors
+        known = len(self.param_groups) == self._groups  # an added group may have other tensors
         return known and all(each[name] == first[name] for each in others for name in ALIKE)
 
     @property
@@ -143,7 +143,7 @@ class AdamW(torch.optim.AdamW):
                 yield param, number
 
     def _tensors(self) -> tuple[Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, list[int]]:
-        """Returns what a step reads and writes, of all with a gradient.
+        """Returns what a step reads and writes for all parameters that have a gradient.
 
         That is: weights, gradients, moments, step counts, averages (none without `ema`), groups.
         """

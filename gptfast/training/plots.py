@@ -29,19 +29,19 @@ def plot_history(
     drawn at the middle of those steps. A perplexity is the exponential of a loss.
 
     Args:
-        runs: one run, or several to compare. A run is its directory, its `history.jsonl`, or its
+        runs: One run, or several to compare. A run is its directory, its `history.jsonl`, or its
             history (rows with `step`, `train_loss`, `val_loss`); a mapping gives runs names.
-        path: the file, PNG, SVG or PDF by its suffix; its directory is created if missing.
-        quantity: what is plotted.
-        title: the title of the plot.
+        path: The file, PNG, SVG or PDF by its suffix; its directory is created if missing.
+        quantity: What is plotted.
+        title: The title of the plot.
 
     Returns:
         The path of the file.
 
     Raises:
-        ConfigError: unknown suffix or quantity, no runs or more than colours, or matplotlib is
+        ConfigError: Unknown suffix or quantity, no runs or more than colours, or matplotlib is
             missing.
-        DataError: a history is missing, empty or invalid, or the file cannot be written.
+        DataError: A history is missing, empty or invalid, or the file cannot be written.
     """
     return save_picture(path, lambda: history_figure(runs, quantity=quantity, title=title))
 
@@ -52,19 +52,19 @@ def history_figure(
     quantity: Quantity = "loss",
     title: str | None = None,
 ) -> Any:
-    """Draws what `plot_history` writes.
+    """Draws the picture that `plot_history` writes.
 
     Args:
-        runs: as for `plot_history`.
-        quantity: what is plotted.
-        title: the title of the plot.
+        runs: As for `plot_history`.
+        quantity: What is plotted.
+        title: The title of the plot.
 
     Returns:
         A matplotlib Figure, which a notebook shows after `%matplotlib inline`.
 
     Raises:
-        ConfigError: unknown quantity, no runs or more than colours, or matplotlib is missing.
-        DataError: a history is missing, empty or invalid.
+        ConfigError: Unknown quantity, no runs or more than colours, or matplotlib is missing.
+        DataError: A history is missing, empty or invalid.
     """
     if quantity not in LABELS:
         raise ConfigError(f"quantity must be one of {', '.join(LABELS)}, got {quantity!r}")
@@ -76,13 +76,13 @@ def read_history(path: str | Path) -> list[Row]:
     """Reads the history of a run.
 
     Args:
-        path: the run's directory, or its `history.jsonl`.
+        path: The run's directory, or its `history.jsonl`.
 
     Returns:
         One row per evaluation; see `Trainer.fit`.
 
     Raises:
-        DataError: the file is missing, cannot be read or is not a history.
+        DataError: The file is missing, cannot be read or is not a history.
     """
     file = Path(path)
     if file.is_dir():

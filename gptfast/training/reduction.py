@@ -15,7 +15,7 @@ def scattered_sum(x: Tensor, group: Any = None) -> Tensor:
 
     Args:
         x: (W n,) of every process, on the CPU.
-        group: the processes, W; None: all.
+        group: The processes, W; None: all.
 
     Returns:
         (n,), the sum of the part with this process's rank.
@@ -38,7 +38,7 @@ def sum_(x: Tensor, group: Any = None) -> None:
 
 
 def hook(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """Sums a bucket of gradients: what DistributedDataParallel does, but for its division."""
+    """Sums a bucket of gradients as DistributedDataParallel does, but without its division."""
     buffer = bucket.buffer()
     if buffer.device.type != "cpu":
         work = dist.all_reduce(buffer, group=group, async_op=True)
@@ -50,7 +50,7 @@ def hook(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
 
 
 class ReduceScatter:
-    """What FSDP sums gradients by, on CPUs."""
+    """Sums gradients for FSDP on CPUs."""
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Returns memory for a message."""

@@ -60,13 +60,13 @@ def check(out: str | Path | None, resume: bool = False, overwrite: bool = False)
     """Checks, without changing anything, that a run may be written to `out`.
 
     Args:
-        out: the run's directory; None for a run that is not written.
-        resume: the run in there is to go on.
-        overwrite: the run in there, if any, is to be replaced.
+        out: The run's directory; None for a run that is not written.
+        resume: The run in there is to go on.
+        overwrite: The run in there, if any, is to be replaced.
 
     Raises:
-        ConfigError: it holds a run and neither is asked for, or it holds none to resume.
-        CheckpointError: it cannot be written to.
+        ConfigError: It holds a run and neither is asked for, or it holds none to resume.
+        CheckpointError: It cannot be written to.
     """
     if resume and overwrite:
         raise ConfigError("a run can be resumed or overwritten, not both")
@@ -95,7 +95,7 @@ class RunDirectory:
     """Writes a run to its directory; with `path` None it writes nothing.
 
     Args:
-        path: the directory.
+        path: The directory.
         writes: False for all but one of several processes.
     """
 
@@ -109,16 +109,16 @@ class RunDirectory:
     def opened(self, resume: bool, overwrite: bool) -> Iterator[None]:
         """Makes the directory and keeps other runs out of it, until the end of the `with`.
 
-        The operating system drops the lock of a process that dies. Reading does not ask for it. On
+        The operating system drops the lock of a process that dies. Readers do not need it. On
         Windows, and on file systems without locks, no run is kept out.
 
         Args:
-            resume: as for `check`.
-            overwrite: as for `check`.
+            resume: As for `check`.
+            overwrite: As for `check`.
 
         Raises:
-            ConfigError: another run is being trained there, or see `check`.
-            CheckpointError: the directory cannot be written to.
+            ConfigError: Another run is being trained there, or see `check`.
+            CheckpointError: The directory cannot be written to.
         """
         check(self.path, resume, overwrite)
         if self.path is None:
@@ -139,11 +139,11 @@ class RunDirectory:
         """Writes the history so far.
 
         Args:
-            history: rows of the run's earlier part.
-            resume: keep the files of the run that is there; otherwise they are removed.
+            history: Rows of the run's earlier part.
+            resume: Keep the files of the run that is there; otherwise they are removed.
 
         Raises:
-            CheckpointError: the directory cannot be written to.
+            CheckpointError: The directory cannot be written to.
         """
         if self.path is None:
             return
@@ -172,19 +172,19 @@ class RunDirectory:
         extra: dict[str, Any],
         result: GPT,
     ) -> None:
-        """Replaces checkpoint, training state and, after them, history by those of this moment.
+        """Writes the checkpoint, the training state and, after them, the history of this moment.
 
         Args:
-            model: the model that is trained, whose weights the training state holds.
-            tokenizer: stored in the checkpoint.
-            config: how the run trains.
-            state: where it is.
-            resumable: what else `load` is to give back, the states of optimizer and generators.
+            model: The model that is trained, whose weights the training state holds.
+            tokenizer: Stored in the checkpoint.
+            config: How the run trains.
+            state: Where it is.
+            resumable: What else `load` must give back: the states of optimizer and generators.
             extra: JSON-able, stored in the checkpoint.
-            result: the model of the checkpoint.
+            result: The model of the checkpoint.
 
         Raises:
-            CheckpointError: a file cannot be written; the one that was there before is kept.
+            CheckpointError: A file cannot be written; the one that was there before is kept.
         """
         if self.path is None or not self._writes:
             return
@@ -220,27 +220,27 @@ class RunDirectory:
         """Reads what `save` wrote.
 
         Args:
-            model: of the run's shape.
-            config: as the run's, but for FREE_FIELDS.
+            model: A model of the run's shape.
+            config: The run's config; only FREE_FIELDS may differ.
 
         Returns:
-            where the run is, the model's weights, and what `save` was given as `resumable`.
+            Where the run is, the model's weights, and what `save` was given as `resumable`.
 
         Raises:
-            CheckpointError: the file is damaged, foreign, of a newer version or of another run than
+            CheckpointError: The file is damaged, foreign, of a newer version or of another run than
                 the checkpoint beside it.
-            ConfigError: the run was started with another model or another training.
+            ConfigError: The run was started with another model or another training.
         """
         assert self.path is not None  # `check` refuses to resume without a directory
         with self.reading_state() as file:
             content = _read_state(file)
-            # What the file's version had no name for yet is as by default.
+            # Fields that the file's version did not have yet take their defaults.
             saved = GPTConfig().to_dict() | content["model"]
             _check_same(self.path, saved, stored_config(model).to_dict())
             _check_same(self.path, asdict(TrainConfig()) | content["train"], asdict(config))
             state = run_state(content["state"], content["version"])
             if content["train"].get("eval_tokens") != config.eval_tokens:
-                state.forget_best()  # its loss is one of other tokens
+                state.forget_best()  # its loss was measured on other tokens
             self.best_step = state.best_step
             if content["version"] > 1:
                 self.id = content["run"]
@@ -260,7 +260,7 @@ class RunDirectory:
             yield self.path / STATE_NAME
 
     def _check_checkpoint(self, step: int) -> None:
-        """Raises CheckpointError where the checkpoint is none that a save of this run left."""
+        """Raises CheckpointError unless a save of this run left the checkpoint."""
         assert self.path is not None
         file = self.path / checkpoint.WEIGHTS_NAME
         if not file.exists():
@@ -312,7 +312,7 @@ def _other_moments(resumable: dict[str, Any], model: GPT) -> str | None:
 
 
 def fingerprint(*parts: torch.Tensor | None) -> str:
-    """The sha256 of token sequences as int64, by which a resumed run knows its text again."""
+    """The sha256 of token sequences as int64, by which a resumed run recognises its text."""
     sha = hashlib.sha256()
     for part in parts:
         ids = torch.empty(0, dtype=torch.int64) if part is None else part
@@ -323,9 +323,9 @@ def fingerprint(*parts: torch.Tensor | None) -> str:
 
 
 def _check_same(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    ends = wanted.get("schedule") in ("cosine", "linear")  # and wants to know when
+    ends = wanted.get("schedule") in ("cosine", "linear")  # and its rates depend on when
     for name, value in wanted.items():
-        # A run by steps draws its windows otherwise than one by epochs.
+        # A run by steps and one by epochs draw their windows in different ways.
         other_way = name == "steps" and (value is None) != (saved.get(name) is None)
         other_way |= ends and name in ("steps", "epochs")
         if saved.get(name) != value and (name not in FREE_FIELDS or other_way):

@@ -42,8 +42,8 @@ def options_of(
 ) -> dict[str, str | None]:
     """Returns where a run's text and first weights come from, for the file of its options.
 
-    A text or tokenizer that only Python can give is left out together with the preset, so that the
-    file alone is refused rather than trains on another text.
+    If only Python can give the text or tokenizer, we leave out the preset as well, so that `gptfast
+    train` refuses the file instead of training on another text.
 
     Args:
         recipe: The run's preset.

@@ -24,7 +24,7 @@ def learning_rate(config: TrainConfig, step: int, total: int | None) -> float:
     Args:
         config: The schedule.
         step: The number of the step, from 0 on.
-        total: The number of steps of the run; None if it has no end, as a loop of one's own.
+        total: The number of steps of the run; None if it has no end, as in a user's own loop.
 
     Raises:
         ConfigError: The schedule has an end and the run has none.

@@ -1,7 +1,8 @@
 """A model that several processes train: a copy in each, or a part of every weight in each.
 
-With FSDP2 a parameter is a DTensor, of which a process has some rows. The model's own code never
-sees that: in a forward or backward pass, FSDP puts plain whole weights in the place of the parts.
+With FSDP2 a parameter is a DTensor, and each process has some of its rows. The model's own code
+never sees that: in a forward or backward pass, FSDP puts plain whole weights in the place of the
+parts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,15 +28,15 @@ def shared(model: nn.Module, config: TrainConfig, processes: Processes) -> nn.Mo
     Gradients become sums over the processes, not means: a trainer weighs its part of a batch.
 
     Args:
-        model: a GPT with the same weights in every process; with "fsdp" it is changed in place.
+        model: A GPT with the same weights in every process; with "fsdp" it is changed in place.
         config: `parallel` is used.
-        processes: those that train it.
+        processes: Those that train it.
 
     Returns:
-        what to call in training.
+        What to call in training.
 
     Raises:
-        ConfigError: the model is in DistributedDataParallel, or "fsdp" for one within a wrapper.
+        ConfigError: The model is in DistributedDataParallel, or "fsdp" for one within a wrapper.
         CheckpointError: "fsdp" for a GPT that a checkpoint cannot hold.
     """
     if processes.size == 1:
@@ -75,15 +76,15 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def unsummed(model: nn.Module) -> AbstractContextManager[None]:
-    """Adds up gradients of backward passes in each process, which the next one outside sums.
+    """Makes backward passes inside add up gradients per process; the next pass outside sums them.
 
-    FSDP sums those of each pass, and so keeps no whole gradients.
+    FSDP sums the gradients of every pass, and so keeps no whole gradients.
     """
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def local(x: Tensor) -> Tensor:
-    """Returns this process's part of a tensor: all of it, where it is not shared out."""
+    """Returns this process's part of a tensor, or all of it if the tensor is not in parts."""
     return cast(Any, x).to_local() if hasattr(x, "to_local") else x
 
 
@@ -104,7 +105,7 @@ def clip_parts_(params: Sequence[Tensor], clip: float) -> None:
 
 @contextmanager
 def exchanged(first: Sequence[Tensor], second: Sequence[Tensor]) -> Iterator[None]:
-    """Exchanges the contents of tensors with those of others, if there are any, for a while."""
+    """Swaps the contents of two lists of tensors during the `with`; the second may be empty."""
 
     @torch.no_grad()
     def exchange() -> None:
@@ -126,7 +127,7 @@ def whole(x: Tensor) -> Tensor:
 
 
 def part_of(x: Tensor, like: Tensor) -> Tensor:
-    """Shares out a tensor that every process has, in the way of another."""
+    """Splits a tensor that every process has into parts as `like` is split."""
     if not hasattr(like, "to_local"):
         return x
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -179,7 +180,7 @@ def parts_of_state(state: dict[str, Any], params: Sequence[Tensor]) -> dict[str,
 
 
 def reshard(model: GPT) -> None:
-    """Drops whole weights that an evaluation has gathered, which the next step would take."""
+    """Drops the whole weights that an evaluation gathered, or the next step would use them."""
     cast(Any, model).reshard()
 
 

@@ -21,7 +21,7 @@ def first_interrupt() -> Iterator[Callable[[], int | None]]:
     the program handles or ignores keep their handlers; outside the main thread all signals do.
 
     Yields:
-        a function that returns the signal received, or None.
+        A function that returns the signal received, or None.
     """
     came: int | None = None
     usual = [number for number in ENDING if signal.getsignal(number) == ENDING[number]]

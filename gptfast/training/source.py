@@ -39,8 +39,8 @@ class Source:
         """Returns the tokens, (N,) of the smallest dtype that holds them.
 
         Raises:
-            ConfigError: the folder's tokens are another tokenizer's.
-            DataError: the text cannot be read, or has characters that the tokenizer lacks.
+            ConfigError: The folder's tokens are another tokenizer's.
+            DataError: The text cannot be read, or has characters that the tokenizer lacks.
         """
         if self.file is None:
             assert self.blocks is not None
@@ -50,7 +50,7 @@ class Source:
         return self.file.ids
 
     def fingerprint(self, train_ids: Tensor, val_ids: Tensor | None) -> str:
-        """Returns what a resumed run knows its text by; of a folder, without reading it."""
+        """Returns the name by which a resumed run recognises its text; does not read a folder."""
         named = run.fingerprint if self.file is None else self.file.fingerprint
         return named(train_ids, val_ids)
 
@@ -59,13 +59,13 @@ def source_of_text(recipe: Preset | None, text: str | None, data: str | Path | N
     """Finds the tokens of a run.
 
     Args:
-        recipe: the preset, whose text it is where there are neither `text` nor `data`.
-        text: the text itself.
-        data: a UTF-8 text file, or a folder of tokens.
+        recipe: The preset, which has the text where `text` and `data` are None.
+        text: The text itself.
+        data: A UTF-8 text file, or a folder of tokens.
 
     Raises:
-        ConfigError: both are given, or the preset has no text of its own.
-        DataError: the file or folder cannot be read.
+        ConfigError: Both are given, or the preset has no text of its own.
+        DataError: The file or folder cannot be read.
     """
     if text is not None:
         if data is not None:

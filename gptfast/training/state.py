@@ -65,7 +65,7 @@ class RunState:
 
 
 def run_state(values: dict[str, Any], version: int) -> RunState:
-    """Makes a state of what `dataclasses.asdict` gave, in this version of the file.
+    """Makes a state from values by `dataclasses.asdict`, in this version of the file.
 
     Raises KeyError, TypeError or ValueError where the values are of no run.
     """

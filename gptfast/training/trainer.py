@@ -68,15 +68,15 @@ class Trainer:
     default generator.) Equal seeds and thread counts give bitwise equal results.
 
     Args:
-        model: a GPT with float32 weights, which remain the master weights with "bf16". `step` calls
+        model: A GPT with float32 weights, which remain the master weights with "bf16". `step` calls
             a wrapper of torch.compile or DistributedDataParallel, if there is one.
-        config: the training options.
-        processes: those that train the model together, each with the same arguments and calls.
+        config: The training options.
+        processes: Those that train the model together, each with the same arguments and calls.
             Every one computes a part of each batch, and `config.parallel` says how the model is
             shared. The parts, and their dropout masks, are those of as many accumulation steps.
 
     Raises:
-        ConfigError: a trained weight is neither float32 nor float64, or all weights are frozen.
+        ConfigError: A trained weight is neither float32 nor float64, or all weights are frozen.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, processes: Processes = ALONE) -> None:
@@ -122,15 +122,15 @@ class Trainer:
         """Trains on one batch: forward pass, backward pass, gradient clipping, AdamW.
 
         On a GPU the step is a CUDA graph from the third batch of a shape on, see `TrainConfig`;
-        weights and losses have the same bits without it. The step is not waited for.
+        weights and losses have the same bits without it. The call does not wait for the step.
 
         Args:
             idx: (B, T) int64.
             targets: (B, T) int64, the token after each position.
 
         Returns:
-            () float32, the loss before the update, detached. It is the caller's: later steps do not
-            overwrite it. Of several processes each gets its share: the sum is the loss.
+            () float32, the loss before the update, detached. Later steps do not overwrite it. Each
+            of several processes gets its share; the sum of the shares is the loss.
         """
         self._prepare()
         loss = self.graphs.step(self, idx, targets)
@@ -212,7 +212,7 @@ class Trainer:
     ) -> Tensor:
         """Adds the gradients of a part's loss times `weight` (None: 1); returns the loss itself."""
         options: dict[str, Any] = {"seed": key}
-        if self.config.label_smoothing:  # which a loss of the user's own need not know
+        if self.config.label_smoothing:  # a user's own loss need not take it
             options["label_smoothing"] = self.config.label_smoothing
         with autocast(self.device, self.config.precision):
             if self.model is self.gpt and not self.sharded:
@@ -236,9 +236,9 @@ class Trainer:
 
     @property
     def averaged(self) -> GPT:
-        """The model of the weights' running means, which it shares; without `ema`, the model.
+        """A view of the model whose weights are the running means; without `ema` the model itself.
 
-        Where each process has a part of the model, it is the copy `whole_models` made last.
+        It shares the means' memory. For a sharded model it is the last copy by `whole_models`.
         """
         if self.sharded:
             return self.whole_models()[1] if self._averaged is None else self._averaged[1]
@@ -295,30 +295,30 @@ class Trainer:
     ) -> TrainResult:
         """Trains for `config.steps` or `config.epochs`, with evaluations and checkpoints.
 
-        The directory `out` holds the last checkpoint and, in `best`, that of the evaluation with
-        the smallest held-out loss; with `config.ema` both are of the mean weights. They are written
-        at each evaluation, at the intervals `config.save_every` and `config.save_minutes` and at
-        the end. If a save fails, training continues with a warning, except after the last step.
-        `out` is locked against other runs. Of several processes the first one alone writes, shows
-        and calls callbacks.
+        The directory `out` holds the last checkpoint and, in `best`, the checkpoint of the
+        evaluation with the smallest held-out loss; with `config.ema` both hold the mean weights.
+        They are written at each evaluation, at the intervals `config.save_every` and
+        `config.save_minutes` and at the end. If a save fails, training continues with a warning,
+        except after the last step. `out` is locked against other runs. With several processes, only
+        the first one writes, shows and calls callbacks.
 
         The first Ctrl-C, SIGTERM or SIGHUP ends the run after the current step; a second one takes
         effect at once, without a save. Signals that the program handles or ignores keep their
         handlers; outside the main thread, all signals do.
 
         Args:
-            train_ids: (N,) int64 or smaller integers, more than block_size tokens. Of a mapped file
-                no more is read than the windows.
+            train_ids: (N,) int64 or smaller integers, more than block_size tokens. Only the
+                windows of a mapped file are read.
             val_ids: (M,) the same of the held-out text, more than block_size tokens, or None.
-            tokenizer: stored in the checkpoint.
-            out: directory of the run; None writes nothing.
-            resume: continue the interrupted run in `out`; the results are bitwise those of an
+            tokenizer: Stored in the checkpoint.
+            out: Directory of the run; None writes nothing.
+            resume: Continue the interrupted run in `out`; the results are bitwise those of an
                 uninterrupted run.
-            overwrite: replace the run in `out`.
-            progress: show a progress bar and the evaluations, on stderr or in the notebook.
-            callbacks: what else watches the run.
-            extra: JSON-serialisable values, stored in the checkpoint with those of training.
-            fingerprint: what the run knows its text by when it is resumed; None hashes all tokens.
+            overwrite: Replace the run in `out`.
+            progress: Show a progress bar and the evaluations, on stderr or in the notebook.
+            callbacks: What else watches the run.
+            extra: JSON-serialisable values, stored in the checkpoint along with training's own.
+            fingerprint: Identifies the text when the run is resumed; None hashes all tokens.
 
         Returns:
             The model and the history, one row per evaluation: `step`, `epoch` (passes over the
@@ -326,13 +326,13 @@ class Trainer:
             `perplexity`, `tokens_per_s`, `seconds` (of training, without evaluations), `lr`.
 
         Raises:
-            ConfigError: neither steps nor epochs are set, another run is being trained in `out`, or
+            ConfigError: Neither steps nor epochs are set, another run is being trained in `out`, or
                 see `gptfast.training.run.check`.
-            DataError: a text is not longer than block_size.
+            DataError: A text is not longer than block_size.
             CheckpointError: `out` cannot be written or read, or a checkpoint cannot hold the model.
-            UnsavedError: the last save failed; the error's `result` has the trained model.
-            TrainError: the loss or a weight is not finite; the last checkpoint is kept.
-            ProcessError: another process of the run has ended; the last checkpoint is kept.
+            UnsavedError: The last save failed; the error's `result` has the trained model.
+            TrainError: The loss or a weight is not finite; the last checkpoint is kept.
+            ProcessError: Another process of the run has ended; the last checkpoint is kept.
             TypeError: `extra` is not JSON-serialisable.
         """
         if self.config.steps is None and self.config.epochs is None:

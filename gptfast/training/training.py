@@ -52,38 +52,38 @@ def train(
     the same files; the first of them writes, shows and calls callbacks.
 
     Args:
-        chosen: a preset or its name, see PRESETS.
-        out: directory of the run; None writes nothing. See `Trainer.fit`.
-        text: the text; without it `data`, without both the preset's own.
-        data: a UTF-8 text file, or a folder that `gptfast data prepare` wrote, whose tokens are
+        chosen: A preset or its name, see PRESETS.
+        out: Directory of the run; None writes nothing. See `Trainer.fit`.
+        text: The text; None takes `data`, and without either the preset's own text.
+        data: A UTF-8 text file, or a folder that `gptfast data prepare` wrote, whose tokens are
             read when they are needed.
-        tokenizer: None takes that of `init_from`, of the run to resume, or of the folder, or makes
-            one of the text's characters.
-        init_from: any model that `gptfast.load` reads by its path alone, from which this run
-            starts: weights, shape and tokenizer are its own, the training is that of `chosen`. Of
-            the shape only `dropout` may be given another value. Resuming such a run does not need
+        tokenizer: None takes the tokenizer of `init_from`, of the run to resume, or of the folder,
+            or makes one of the text's characters.
+        init_from: Any model that `gptfast.load` reads by its path alone, from which this run
+            starts: it gives weights, shape and tokenizer, `chosen` gives the training. Of the shape
+            only `dropout` may have another value. Resuming such a run does not need
             it again.
-        backend: the model's.
-        device: where the model is trained, and stays.
-        resume: go on with the interrupted run in `out`. Its text and options have to be given
-            again. Others are an error, but for those of how long it lasts and what it shows,
-            saves and computes by, as steps, eval_every and threads.
-        overwrite: replace the run in `out`.
-        progress: show a progress bar and the evaluations, on stderr or in the notebook.
-        callbacks: what else watches the run.
-        **overrides: other values for fields of GPTConfig and TrainConfig. A preset that has
+        backend: The model's backend.
+        device: Where the model is trained, and stays.
+        resume: Go on with the interrupted run in `out`. Its text and options have to be given
+            again. Other options are an error, except for how long the run lasts and what it
+            shows, saves and computes by, such as steps, eval_every and threads.
+        overwrite: Replace the run in `out`.
+        progress: Show a progress bar and the evaluations, on stderr or in the notebook.
+        callbacks: What else watches the run.
+        **overrides: Other values for fields of GPTConfig and TrainConfig. A preset that has
             `steps` goes by epochs with `steps=None, epochs=2`.
 
     Raises:
-        ConfigError: an unknown preset or field, a wrong value, a device that is not there, an `out`
+        ConfigError: An unknown preset or field, a wrong value, a device that is not there, an `out`
             that holds another run, or a shape or tokenizer other than that of `init_from`, or a
             tokenizer other than that of the folder `data`.
-        DataError: the text is missing, empty, shorter than a window, or has characters that the
+        DataError: The text is missing, empty, shorter than a window, or has characters that the
             tokenizer lacks.
         CheckpointError: `out` or `init_from` cannot be written or read.
-        UnsavedError: the last save failed; the error's `result` has the trained model.
-        TrainError: the loss is no longer finite; the last checkpoint stays.
-        ProcessError: another process of the run has ended; the last checkpoint stays.
+        UnsavedError: The last save failed; the error's `result` has the trained model.
+        TrainError: The loss is no longer finite; the last checkpoint stays.
+        ProcessError: Another process of the run has ended; the last checkpoint stays.
     """
     recipe = preset(chosen) if isinstance(chosen, str) else chosen
     check_is("chosen", recipe, Preset, "the name of a preset or a Preset")
@@ -255,14 +255,14 @@ def held_out(path: str | Path) -> Tensor:
     """Gives the held-out tokens of the run in a directory, as they were in its training.
 
     Args:
-        path: the `out` of a run by `train`.
+        path: The `out` of a run by `train`.
 
     Returns:
         (M,) int64.
 
     Raises:
-        CheckpointError: there is no checkpoint, or a damaged one.
-        DataError: no text is known, it was not cut in two, or the file holds another one now.
+        CheckpointError: There is no checkpoint, or a damaged one.
+        DataError: No text is known, it was not cut in two, or the file holds another one now.
     """
     return as_int64(held_out_tokens(path))
 

@@ -10,8 +10,8 @@ namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
 // The exponent of 2 in the probability of a score s in a row of maximum m: p = exp2(c (s - m)) / l,
-// c = scale log2(e). The difference comes first: it is exact near the maximum, and 0 at it, however
-// large the scores are.
+// c = scale log2(e). The difference is computed first, because it is exact near the maximum, and 0
+// at it, however large the scores are.
 template <class M>
 inline VF exponent(VF s, M m, float c) {
   return (s - m) * c;

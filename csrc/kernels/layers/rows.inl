@@ -196,8 +196,8 @@ inline void finish_dropped(const Dropout& dropout, int64_t m0, int64_t rows, int
   }
 }
 
-// g = dropout(dy), the gradient of what the dropout was applied to, for rows [m0, m0 + rows) of dy
-// (M, n); m0 is a multiple of 8. Each row of g has memory for whole vectors.
+// g = dropout(dy), the gradient of the dropout's input, for rows [m0, m0 + rows) of dy (M, n); m0
+// is a multiple of 8. Each row of g has memory for whole vectors.
 template <class T>
 inline void dropped_rows(const Dropout& dropout, const T* dy, int64_t m0, int64_t rows, int64_t n,
                          float* g, int64_t ld) {

@@ -1,6 +1,6 @@
-// Products of so few rows that the right-hand side is read in place: packing it for gemm.inl would
-// cost more than the product. Each element of C is one sum in a fixed reduction order, whatever
-// else is computed along with it.
+// Products of so few rows that they read the right-hand side in place, because packing it for
+// gemm.inl would cost more than the product. Each element of C is one sum in a fixed reduction
+// order, whatever else is computed along with it.
 #pragma once
 
 #include "../simd/vec.inl"

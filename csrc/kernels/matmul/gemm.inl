@@ -19,7 +19,7 @@ namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
 // How many products are summed from zero, for panels of B: KC, or half of it where the levels that
-// multiply bf16 widen B block by block (packed.inl), as KC is twice as large there.
+// multiply bf16 widen B block by block (packed.inl), because KC is twice as large there.
 template <class P, class B>
 constexpr int64_t sum_depth =
     GPTFAST_BF16_DOT && sizeof(B) < sizeof(P) ? Tile<P>::KC / 2 : Tile<P>::KC;

@@ -6,8 +6,8 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-// What a microkernel prefetches for a later one, as large weights come from the outer cache or from
-// memory: one cache line in each step of its loop over the units of K.
+// What a microkernel prefetches for a later one, because large weights come from the outer cache or
+// from memory: one cache line in each step of its loop over the units of K.
 struct Prefetch {
   const char* data;  // the address for unit 0
   int64_t step;      // bytes from the address for one unit to that for the next

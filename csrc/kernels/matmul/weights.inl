@@ -153,9 +153,8 @@ inline void pack_weight_bytes(Packing packing, const Param& w, int64_t n, int64_
   });
 }
 
-// Whether the panels of a dense weight for activations of type T, which have elements of T, are
-// narrower than the products read them: bf16 takes half the memory even where it is multiplied as
-// float.
+// Whether the panels of a dense weight for activations of type T store elements, of T, that are
+// narrower than the products read: bf16 takes half the memory even where it is multiplied as float.
 template <class T>
 constexpr bool stored_narrower = sizeof(T) < sizeof(typename OperandOf<T>::type);
 

@@ -101,7 +101,7 @@ class Prepare(Data):
             raise ConfigError("--vocab-size N belongs to --tokenizer bpe, which needs it")
         if self.tokenizer not in ("char", "bpe"):
             return _stored_tokenizer(self.tokenizer)
-        # (What is missing or a directory, the reading says.)
+        # (Reading reports files that are missing or directories.)
         if any(path.exists() and not path.is_file() and not path.is_dir() for path in self.texts):
             raise DataError("a text that a vocabulary is made of is read twice: give it as a file")
         with bar("reading the vocabulary", size, in_bytes=True) as read:

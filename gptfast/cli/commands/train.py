@@ -44,7 +44,7 @@ class Train:
     wandb: Annotated[str | None, tyro.conf.arg(metavar="PROJECT")] = None
 
     def source(self) -> Path | None:
-        """Returns where the model is whose shape this one has, None for that of the preset."""
+        """Returns the place of the model whose shape this one takes; None: the preset's."""
         if self.init_from is None and not self.resume:
             return None
         from gptfast.training.training import source_of
@@ -100,7 +100,7 @@ class Train:
         return 0 if result.signal is None else EXIT_SIGNAL + result.signal
 
     def _trackers(self) -> "list[Callback]":
-        """What follows the run besides the terminal."""
+        """Makes the callbacks that send the run's numbers to other programs."""
         from gptfast.training import TensorBoard, WandB
 
         trackers: list[Callback] = [TensorBoard()] if self.tensorboard else []

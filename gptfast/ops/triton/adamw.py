@@ -7,8 +7,8 @@
 
 The kernels find the parameters by a table of addresses in device memory, and read the options from
 there too, so that a CUDA graph can replay them with other options. Parameters are in groups, each
-with its weight decay. A program has one chunk of one parameter. Nothing is added atomically: the
-second kernel's programs each add up the norm's parts, in one order.
+with its weight decay. A program handles one chunk of one parameter. Nothing is added atomically:
+each program of the second kernel adds up the norm's parts, in the same order.
 
 Letters: P parameters.
 """
@@ -27,7 +27,7 @@ from gptfast.ops.triton.launch import block_of, kernel
 
 FIELDS = 8  # of a parameter in the table: six addresses, the number of elements, the group
 BLOCK = 1024
-MIN_CHUNK, MAX_CHUNKS = 2048, 4096  # elements; the number of chunks, but for the parameters' ends
+MIN_CHUNK, MAX_CHUNKS = 2048, 4096  # elements; chunks, not counting the last of each parameter
 
 
 @triton.jit
@@ -134,7 +134,7 @@ def adamw_kernel(
     square = _pointer(entry, 3, ALIGNED) + start
     average = _pointer(entry, 4, ALIGNED) + start
     count = tl.minimum(tl.load(entry + 6) - start, CHUNK).to(tl.int32)
-    whole = count // BLOCK * BLOCK  # in blocks without a mask, which could not be read by vectors
+    whole = count // BLOCK * BLOCK  # read without a mask, which would prevent vector loads
     for j in tl.range(0, whole, BLOCK):
         _update(
             weight, grad, mean, square, average, j + i, None, factor, beta1, beta2, eps, decay,
@@ -171,9 +171,9 @@ class Table:
         steps: P tensors of one element, the numbers of steps.
         averages: Of the weights' sizes, their running means; or none.
         groups: P numbers, each parameter's group.
-        memory: Where the table lies on the device, that of a table of as many parameters; None
-            allocates it. A table that is made during the capture of a graph needs it: what is
-            allocated there shares its place with other tensors of the graph.
+        memory: The device memory for the table, from another table of as many parameters; None
+            allocates it. A table that is made during the capture of a graph needs it, because
+            memory that a capture allocates is shared with other tensors of the graph.
     """
 
     def __init__(
@@ -223,7 +223,7 @@ class Table:
                 f"{tuple(self.host.shape)} int64, got {_described(memory)}"
             )
         self.memory = memory
-        self._grads = grads  # their memory must not be used otherwise before the update
+        self._grads = grads  # keeps their memory allocated until the update
 
     def upload(self) -> None:
         """Copies the table to the device."""
@@ -233,8 +233,9 @@ class Table:
     def update(self, options: Tensor) -> Tensor:
         """Clips and updates by `options`, (OPTIONS + groups,) float64 on the device.
 
-        They are those of all parameters, then each group's weight decay. Returns the norm before
-        clipping, () float32. The table must be on the device by the time that the kernels run.
+        First come the OPTIONS of all parameters, then each group's weight decay. Returns the norm
+        before clipping, () float32. The table must be on the device by the time that the kernels
+        run.
         """
         like = self._grads[0]
         norm, parts, rates = (
@@ -254,7 +255,7 @@ class Table:
 
 
 def _fits(x: Tensor, size: int, device: int) -> bool:
-    """Whether a kernel that is given x's address alone reads what it expects there."""
+    """Whether a kernel that gets only x's address can read x as it expects."""
     alike = x.dtype == torch.float32 and x.numel() == size
     return alike and x.is_contiguous() and x.get_device() == device
 

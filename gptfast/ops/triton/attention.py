@@ -1,7 +1,7 @@
 """Causal attention in blocks with an online softmax (FlashAttention-2, arXiv:2307.08691).
 
-Query i attends to the keys j <= i + Tk - Tq. A program has a block of queries and goes through the
-blocks of keys; those on the diagonal, the last ones, need a mask.
+Query i attends to the keys j <= i + Tk - Tq. A program handles a block of queries and loops over
+the blocks of keys; only the last ones, on the diagonal, need a mask.
 
 Letters: B batch, T time (Tq queries, Tk keys), H heads, D head_dim.
 """
@@ -36,13 +36,14 @@ def head_rows(
 ):
     """Rows t0 to t0 + ROWS of head h of batch b, (ROWS, BLOCK_D); 0 from row T and column D on.
 
-    By `tiles`, a descriptor of all heads, or, if that is None, by x, the address of this one.
+    It reads through `tiles`, a descriptor of all heads, or, if that is None, from x, the address of
+    this head.
     """
     if tiles is not None:
         tile = tl.reshape(tiles.load([b.to(tl.int32), h.to(tl.int32), t0, 0]), (ROWS, BLOCK_D))
     else:
         row = tl.arange(0, ROWS)
-        # What depends on t0 is one number: a loop over t0 adds it to addresses computed once.
+        # Only one number depends on t0: a loop over t0 adds it to addresses computed once.
         at = x + tl.cast(t0, tl.int64) * stride + (row.to(tl.int64)[:, None] * stride + d[None, :])
         tile = tl.load(at, mask=(row < T - t0)[:, None] & (d < D)[None, :], other=0.0)
     return tile
@@ -110,7 +111,8 @@ def _to_tf32(x):
 def head_kind(args: Any) -> tuple[int, int, bool]:
     """Returns the kind of a call for `tuned`.
 
-    That is bytes per element, D rounded up to 64, 128 or 256, and whether there are descriptors.
+    It consists of the bytes per element, D rounded up to 64, 128 or 256, and whether there are
+    descriptors.
     """
     return args["q"].element_size(), max(64, block_of(args["D"])), args["TILES"]
 
@@ -134,9 +136,9 @@ def head_shared(staying: int, passing: int, args: Any) -> int:
 def row_tiles(*tensors: Tensor) -> bool:
     """Whether blocks of rows of these (B, H, T, D) can be loaded by descriptors.
 
-    From sm_90 on, a chip copies such a block by itself where threads would compute addresses. It
-    demands that all strides but the last, and the first address, are multiples of 16 bytes.
-    float32 is split for its products in registers, to which threads load it as well.
+    From sm_90 on, the chip itself copies such a block, so threads need not compute addresses. All
+    strides but the last, and the first address, must be multiples of 16 bytes. float32 does without
+    descriptors: its products split it in registers, into which threads load it just as well.
     """
     if not (INTERPRETED or copies_tiles()):
         return False
@@ -151,7 +153,7 @@ def row_tiles(*tensors: Tensor) -> bool:
 def descriptors(tiles: bool, rows: int, *tensors: Tensor) -> list[Any]:
     """Returns descriptors for blocks of so many rows of each tensor; without `tiles` None for each.
 
-    rows is that of the configuration that the call takes.
+    `rows` must be the block size of the configuration that the call takes.
     """
     if not tiles:
         return [None] * len(tensors)

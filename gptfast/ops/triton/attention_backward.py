@@ -28,7 +28,7 @@ from gptfast.ops.triton.launch import cdiv, config, dropout_args, precision, tun
 from gptfast.ops.triton.tiles import DROPOUT_ROWS, dropped_rows, kept_of, own_head
 
 TERM_ROWS = tl.constexpr(64)  # a multiple of the queries that key_grads_kernel reads at once
-MASK_BYTES = 1 << 26  # of dropout's mask at once, if a head does not take more
+MASK_BYTES = 1 << 26  # of dropout's mask at a time, unless a single head takes more
 
 
 @triton.jit
@@ -70,7 +70,10 @@ QUERY_GRAD = {
 
 
 def kind_in(table: Mapping[Any, Any]) -> Callable[[Any], tuple[Any, ...]]:
-    """`head_kind`; where dropout needs other tiles, or registers would spill, "dropout", too."""
+    """Makes a `head_kind` that adds "dropout" where the table has other tiles for it.
+
+    With dropout, the usual tiles would spill registers there.
+    """
 
     def kind(args: Any) -> tuple[Any, ...]:
         found = head_kind(args)
@@ -96,20 +99,22 @@ def query_grad_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr, TILES: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """dQ of a block of BM queries of one head, and what the kernel for dK and dV needs of them.
+    """dQ of a block of BM queries of one head, and numbers that the kernel for dK and dV reads.
 
     P = 2^(c (q k' - top) - log_sum),  dP = dropout(dO v'),  delta_i = sum_d dO_id O_id, which is
     sum_j P_ij dP_ij,  dS = P (dP - delta),  dQ = scale dS K.
 
     `terms` has top, log_sum and delta for `padded` rows of each head, 0 from Tq on: the other
-    kernel reads them without masks, by one address. `masks` has what dropout drops, a bit for each
-    of (padded, columns) from `first_head` on: to draw it once more takes longer than to read it.
-    `sums`, if given, has a row for each b and i0, parts of sums over b and i, each (H, D):
+    kernel reads them without masks, by one address. `masks` has a bit for each of (padded, columns)
+    from `first_head` on, which says whether dropout drops it: drawing the mask again takes longer
+    than reading it. `sums`, if given, has a row for each b and i0, parts of sums over b and i, each
+    (H, D):
 
     sum_i dQ_i,  sum_j dK_j = scale sum_i (sum_j dS_ij) Q_i = 0,
 
     because sum_j dS_ij = delta_i - delta_i; and, without dropout, under which sum_j P_ij = 1,
-    sum_j dV_j = sum_i dO_i. That is free here, where key_grads_kernel would need more registers.
+    sum_j dV_j = sum_i dO_i. These sums are free here; key_grads_kernel would need more registers
+    for them.
     """
     head, b, h, i0 = own_head(H, Tq, BM, True, first_head)
     q += b * q_b + h * q_h
@@ -138,7 +143,7 @@ def query_grad_kernel(
     tl.store(at, top, mask=i < padded)
     tl.store(at + TERM_ROWS, log_sum, mask=i < padded)
     tl.store(at + 2 * TERM_ROWS, row_delta, mask=i < padded)
-    if BM < TERM_ROWS:  # or the last program has written all rows
+    if BM < TERM_ROWS:  # otherwise the last program has written all rows
         if i0 + BM >= Tq:
             rest = i0 + BM + tl.arange(0, TERM_ROWS)
             end, zeros = terms + _terms_of(rest), tl.zeros([TERM_ROWS], tl.float32)
@@ -221,10 +226,10 @@ def key_grads_kernel(
 ):  # fmt: skip
     """dK and dV of a block of BN keys of one head; the keys that most queries see come first.
 
-    A program makes COLUMNS of their columns. Scores are computed transposed, (BN, BM):
+    A program computes COLUMNS of their columns. Scores are computed transposed, (BN, BM):
     P' = 2^(c (K q' - top) - log_sum),  dP' = dropout(V dO'),  dS' = P' (dP' - delta),
     dV = dropout(P') dO,  dK = scale dS' Q.
-    So P' and dS' are left operands of products, which take them from registers as they are.
+    So P' and dS' are left operands, which products take from registers as they are.
     `sums`, if given, has a row of H D columns for each b and j0: the sum of dV over the block.
     """
     head, b, h, j0 = own_head(H, Tk, BN, False, first_head)
@@ -260,7 +265,7 @@ def key_grads_kernel(
             shown = queries if PART == BLOCK_D else q
             if q.dtype.element_ty == tl.float32:
                 # The sum of tf32x3's products depends on which operand is the left one, and a large
-                # score must be exactly that of the forward, or its weight is not.
+                # score must equal the forward's exactly, or its weight would differ.
                 s = row_products(
                     shown, i0, q_row, Tq, keys, j0, k_row, Tk, tl.zeros([BM, BN], tl.float32),
                     PRECISION, D, BLOCK_D, PART, BM, BN,

@@ -37,7 +37,7 @@ def cast_kernel(x, y, n, size, x2, y2, n2, BLOCK: tl.constexpr):
 
 
 def cast(dtype: torch.dtype, weight: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns two contiguous weights in `dtype`; where they have another one, by one launch."""
+    """Returns two contiguous weights in `dtype`; one launch converts both if need be."""
     alike = weight.dtype == dtype or other.dtype == dtype
     if alike or not (weight.is_contiguous() and other.is_contiguous()):
         return weight.to(dtype), other.to(dtype)

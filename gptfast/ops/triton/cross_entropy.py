@@ -2,7 +2,7 @@
 
 The (M, V) logits never exist as a whole. A block of rows is multiplied by the weight; one kernel
 reads each row of logits for its loss, and again to replace it by its gradient; two products turn
-the gradient of the block into that of its activations and a part of the weight's. So there are
+the block's gradient into the gradient of its activations and a part of the weight's. So there are
 three products in all, and no logits are computed twice.
 
 Logits are rounded to the dtype of the activations before the softmax, as torch's are under
@@ -24,10 +24,11 @@ from gptfast.ops.triton.matmul import matmul
 from gptfast.ops.triton.rows import layer_norm, norm_backward
 from gptfast.ops.triton.tiles import LN2, LOG2E
 
-# Bytes of the logits of a block of rows. Every block adds its part to the weight's gradient, which
-# passes through memory for it: on an H100 blocks of 128 MB take 10 % longer than those of 256 MB.
+# Bytes of the logits of a block of rows. Every block adds its part to the weight's gradient, all of
+# which passes through memory each time: on an H100 blocks of 128 MB take 10 % longer than those of
+# 256 MB.
 BLOCK_BYTES = 200 << 20
-ROWS_MULTIPLE = 128  # blocks have a multiple of so many rows, those of the products' tiles
+ROWS_MULTIPLE = 128  # rows of the products' tiles; blocks have a multiple of so many
 COLUMNS_MULTIPLE = 64  # rows of logits have a stride of a multiple of so many elements
 # Bytes of a row that a program of `loss_kernel` reads at a time. Two programs of 16 warps run on a
 # multiprocessor of an H100, so that the L2 cache can hold what they read twice.
@@ -64,9 +65,10 @@ def total_kernel(targets, token_weights, total, ignore_index, M, BLOCK: tl.const
 
 @triton.jit
 def scores(logits, row, v0, V, columns, wanted, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
-    """Loads BLOCK columns of logits from v0 on, and returns where they are as well.
+    """Loads BLOCK columns of logits from v0 on; returns their addresses and values.
 
-    WHOLE says that V is not among them; those from V on are -inf. Rows not wanted are 0.
+    WHOLE says that all of these columns are below V; otherwise those from V on are -inf. Below V,
+    rows that are not `wanted` are 0.
     """
     v = v0 + tl.arange(0, BLOCK)
     at = logits + row[:, None] + v[None, :]
@@ -81,7 +83,7 @@ def add_scores(
     WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """A step of the online softmax of each lane, which a thread has for itself, by BLOCK columns:
+    """Advances the online softmax of each lane, which belongs to one thread, by BLOCK columns:
 
     top' = max(top, max_j s_j),  sums' = sums exp(top - top') + sum_j exp(s_j - top'),
     and for label smoothing shifted' = shifted + sum_j (s_j - reference).
@@ -104,7 +106,7 @@ def replace_scores(
     logits, row, v0, V, columns, kept, inside, smoothing, top, factor, share,
     WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Replaces BLOCK columns by their gradients, but for the target's part of them."""
+    """Replaces BLOCK columns by their gradients, without the target's part."""
     at, s = scores(logits, row, v0, V, columns, kept, WHOLE, BLOCK)
     ds = tl.exp2((s - top[:, None]) * LOG2E) * factor[:, None]
     v = v0 + tl.arange(0, BLOCK)
@@ -133,9 +135,10 @@ def loss_kernel(
     loss = ((1 - e) (max - s_target) - e / V sum_j (s_j - max) + ln sum_j exp(s_j - max)) share,
     ds_j = (exp(s_j - max) / sum - (1 - e) [j = target] - e / V) share,
 
-    where the share of a row is its weight, or 1; for a mean divided by the sum of them all, which
-    is `total` or, without it, counted here; and 0 if the target is ignored. Rows have a stride of
-    `columns`, a multiple of 16, so that loads are wide; the gradient of columns from V on is 0.
+    where the share of a row is its weight, or 1 without weights; a mean divides it by the sum of
+    all weights, which is `total` or, without it, counted here. An ignored target has share 0. Rows
+    have a stride of `columns`, a multiple of 16, so that loads are wide; the gradient of columns
+    from V on is 0.
 
     An H100 moves the four bytes of a logit in the time of 39 instructions, most of which pass while
     its warps wait. So the loops have 14: only the last block of columns has masks, the target's own
@@ -166,7 +169,7 @@ def loss_kernel(
     row = r.to(tl.int64) * columns
     at_target = logits + row + target
     target_logit = tl.load(at_target, mask=counted, other=0.0).to(tl.float32)
-    # From a finite value: -inf - (-inf), where a block of columns is -inf, would be nan.
+    # Starts finite: in a block of columns that are -inf, -inf - (-inf) would be nan.
     tops = tl.full([ROWS, LANES], LOWEST, tl.float32)
     sums = tl.zeros([ROWS, LANES], tl.float32)
     shifted = tl.zeros([ROWS, LANES], tl.float32)
@@ -239,10 +242,10 @@ def linear_cross_entropy(
         total_kernel[(1,)](
             targets, token_weights, total, ignore_index, M, BLOCK=COUNT_BLOCK, num_warps=8
         )
-    # A single block's product has the right dtype; those of several are added up in float32.
+    # The product of a single block has the right dtype; products of several add up in float32.
     dtype = weight.dtype if rows >= M else torch.float32
     dweight = (own.new_empty if M else own.new_zeros)(own.shape if with_dweight else 0, dtype=dtype)
-    # The gradient of a block of n takes its place; x itself is not ours to overwrite.
+    # The gradient of a block of n overwrites it; x belongs to the caller, so it stays.
     dn = n if ln_w is not None or not with_dx else torch.empty_like(n)
     for first in range(0, M, rows):
         part = n[first : first + rows]

@@ -103,8 +103,8 @@ def decode_attention(
 
     Args:
         q: (S, H D), float32, float16 or bfloat16, any stride between slots.
-        cache: (S, 2, H, capacity, D) in q's dtype, contiguous: keys, then values; those of the new
-            token included.
+        cache: (S, 2, H, capacity, D) in q's dtype, contiguous: keys, then values, the new token's
+            included.
         lengths: (S,) int64, at least 1; lengths above `capacity` count as `capacity`.
         out: Receives the result, if given.
         longest: The model's longest window. The bits depend on it, but not on the capacity, which
@@ -175,7 +175,7 @@ def next_windows(
         text: (S, capacity) int64; token i of a text is at i % capacity.
         T: At most capacity.
         block_size: The longest window.
-        stride: Tokens by which a longer one moves, times what is necessary; 0: none moves.
+        stride: A window that is too long moves by a multiple of this; 0: none moves.
 
     Returns:
         (n, T) int64.
@@ -194,7 +194,7 @@ def fill_kernel(
     kv, slots, lengths, cache, T, capacity, row_stride,
     H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values of a position of a window to the cache, if a later token follows it there."""
+    """Writes keys and values of a window's position to the cache, unless it is the last one."""
     C: tl.constexpr = H * D
     n, t = (tl.program_id(0) // T).to(tl.int64), tl.program_id(0) % T
     slot = tl.load(slots + n)
@@ -208,11 +208,10 @@ def fill_kernel(
 
 
 def fill_cache(kv: Tensor, slots: Tensor, lengths: Tensor, cache: Tensor) -> None:
-    """Writes keys and values of windows to the cache, without those of each window's last token.
+    """Writes keys and values of windows to the cache, except for each window's last token.
 
     Args:
-        kv: (n, T, 2 C): keys, then values; any stride between the rows, which are equally far
-            apart.
+        kv: (n, T, 2 C): keys, then values; the rows are equally far apart, by any stride.
         slots: (n,) int64; -1 stands for none.
         lengths: (S,) int64, of the windows.
         cache: (S, 2, H, capacity, D), contiguous, with capacity >= T.

@@ -69,8 +69,8 @@ def one_hot_kernel(
 ):  # fmt: skip
     """Sums of the rows of dropout(dY) of each token n < V, and of each position n - V.
 
-    The product of a one-hot matrix and dY, over each part of `rows` rows. `rows` is a multiple of
-    BM. A value that is not finite reaches all rows, by 0 times it.
+    Multiplies a one-hot matrix by dY, for each part of `rows` rows. `rows` is a multiple of BM. A
+    value that is not finite reaches all rows, because 0 times it is NaN.
     """
     n0, c0, part = tl.program_id(0) * BN, tl.program_id(1) * BC, tl.program_id(2)
     n, c = n0 + tl.arange(0, BN), c0 + tl.arange(0, BC)

@@ -1,7 +1,7 @@
 """Linear layers of few rows, as decoding needs them: fixed tiles, nothing tuned.
 
-A step of decoding multiplies few rows by every weight, so it is the latency of a kernel and the
-bytes of the weights that count. Each warp sums its own slice of K: short chains of matrix
+A step of decoding multiplies few rows by every weight, so kernel latency and weight bandwidth
+dominate. Each warp sums its own slice of K: short chains of matrix
 instructions instead of a long one. The slices' sums are added in a fixed order at the end.
 
 Weights of 8 bits are integers until they are in registers, where every dtype has them exactly; the
@@ -170,7 +170,7 @@ def _activations(x, wte, wpe, m, token, place, k, M, K):
 
 @triton.jit
 def _sum_of_slices(acc, SLICES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """acc (SLICES, BM, BN), which each have a warp, summed in pairs.
+    """Sums acc (SLICES, BM, BN) over the slices, in pairs; each slice belongs to a warp.
 
     tl.sum would exchange numbers between warps one by one.
     """
@@ -195,7 +195,7 @@ def few_rows_kernel(
 ):  # fmt: skip
     """A tile of y = f(LayerNorm(x) weight' + bias) + residual, each part of it optional.
 
-    With `weight_scale`, the weight has integers, of which row n is multiplied by weight_scale[n].
+    With `weight_scale`, the weight has integers; row n of them is multiplied by weight_scale[n].
     With `wte`, x is the sum of two embeddings, which the programs of the first columns also write
     to x. With `cache`, the N = 3 H D columns are queries, keys and values: y receives the queries,
     the cache the others. AT_ONCE, all operands are loaded before the first product, the weights
@@ -222,7 +222,7 @@ def few_rows_kernel(
                 shifts = shifts + (_vector(ln_b, k, K)[:, None, :],)  # type: ignore[assignment]
     wait_for_predecessor(OVERLAP)
     token, place = _places(m, M, tokens, lengths, capacity)
-    # What the epilogue needs comes from the L2 cache as well, so it is fetched now.
+    # The epilogue's operands come from the L2 cache as well, so they are loaded now.
     inside = (m < M)[:, None] & (n < N)[None, :]
     old, runs = tl.zeros([BM, BN], tl.float32), m < M
     if residual is not None:
@@ -239,7 +239,7 @@ def few_rows_kernel(
             left = left + (a,)  # type: ignore[assignment]
     mean, rstd = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
     if ln_w is not None:
-        # Two rows per warp, as norm_kernel has them: fewer would be summed in another order.
+        # Two rows per warp, as in norm_kernel: fewer would be summed in another order.
         ROWS: tl.constexpr = max(BM, NORM_LEAST)
         i = m0 + tl.arange(0, ROWS)
         own_token, own_place = token, place
@@ -263,7 +263,7 @@ def few_rows_kernel(
                     shift = shifts[i]
                 a = _normal(a, mean[None, :, None], rstd[None, :, None], scales[i], shift)
             operands = operands + (a,)  # type: ignore[assignment]
-        for i in tl.static_range(LENGTH // BK):  # apart: all operands pass by one barrier
+        for i in tl.static_range(LENGTH // BK):  # own loop: all operands share a barrier
             b = right[i].to(operands[i].dtype)  # type: ignore[var-annotated]
             acc = tl.dot(operands[i], b, acc, input_precision=PRECISION)
     else:

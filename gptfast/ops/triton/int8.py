@@ -1,6 +1,6 @@
 """Rounds weights to 8 bits; the specification is `ops.int8.rounded`.
 
-A call of generation does it anew, so it must not take longer than reading the weights once.
+Every call of generation rounds anew, so this must not take longer than reading the weights once.
 """
 
 import triton
@@ -23,7 +23,7 @@ def int8_kernel(
     """Rounds ROWS rows of the weight (N, K) to multiples of max_k |w_nk| / LARGEST.
 
     It is compiled without fused multiply-add: w / scale has to be rounded before an addition rounds
-    it to an integer, or ties would not be those of the specification.
+    it to an integer, or ties would differ from the specification.
     """
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = n.to(tl.int64)[:, None]

@@ -1,8 +1,8 @@
 """How kernels are launched, and what their launchers share.
 
 `kernel` and `tuned` make a `Kernel` of a function of `triton.jit`. The first launch goes through
-Triton, which takes 50 to 100 us of Python each time; where the same compiled code is right again,
-it is launched by itself.
+Triton, which takes 50 to 100 us of Python each time; later launches that need the same compiled
+code start it directly.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ INTERPRETED = triton.knobs.runtime.interpret
 # Bytes of shared memory per block: the smallest limit of the chips in benchmarks/gpu_static.py.
 MIN_SHARED = 65536
 INTERPRETED_PROGRAMS = 3  # `programs` in Triton's interpreter
-# Options of a kernel with tl.device_assert, which Triton leaves out otherwise; the checks for
-# overflow of integers, which Triton 3.6 adds along with it, stay out.
+# Options of a kernel with tl.device_assert, which Triton otherwise drops. The second one keeps out
+# the checks for overflow of integers, which Triton 3.6 would add along with it.
 ASSERTING = {"debug": True, "sanitize_overflow": False}
 TRITON_RANGE = (3, 6), (3, 9)  # the versions that launch a compiled kernel as `Kernel` does
 
@@ -48,19 +48,19 @@ def tuned(
 ) -> Callable[[Any], "Kernel"]:
     """Decorates a function like `kernel`; tile sizes, warps and stages come from a table.
 
-    The first configuration that fits the device is taken, and nothing is timed, so that two
+    A call takes the first configuration that fits the device, and times nothing, so that two
     processes, a resumed run, or the ranks of a parallel run compute the same bits.
 
     No key contains the batch size, and kernels that compute rows of an activation are not
     specialised for the number of rows, so a row's bits do not depend on the other rows.
 
     Args:
-        configs: The configurations per kind of call: such as do not spill registers on the chips of
-            benchmarks/gpu_static.py, the one that fits every chip last.
-        which: Returns the kind of a call from its arguments: of the numbers those in `key`, of the
-            tensors their dtypes, and the constants.
+        configs: The configurations per kind of call: only configurations that do not spill
+            registers on the chips of benchmarks/gpu_static.py, the one that fits every chip last.
+        which: Returns the kind of a call from its arguments. It may use the numbers in `key`, the
+            dtypes of tensors, and the constants.
         shared: Returns the bytes of operands in shared memory from the same arguments and a
-            configuration; those above the device's limit are not taken.
+            configuration; a call skips configurations above the device's limit.
         key: Names of the numbers that the choice may depend on.
     """
     return lambda function: Kernel(function, Choice(configs, which, shared, key))
@@ -153,16 +153,16 @@ class Kernel:
                 launcher(x, y, z, stream, function, packed, None, None, None, *words)
                 tell(found, grid, values)
                 return
-        with self._lock, _disable_current_modes():  # a recording wants nothing of the compiler
+        with self._lock, _disable_current_modes():  # a recording must not see the compiler
             found = self._launch_by_triton(grid, classes, values, options)
         tell(found, grid, values)
 
     def _launch_by_triton(
         self, grid: Grid, classes: tuple[Any, ...], values: tuple[Any, ...], options: dict[str, Any]
     ) -> Launch | None:
-        """Launches through Triton; returns what it resolved, which is kept for `_launch`, or None.
+        """Launches through Triton; returns the launch that it resolved, and keeps it for `_launch`.
 
-        None: the next call is to go through Triton again.
+        None: the next call must go through Triton again.
         """
         args = self._by_name(values)
         chosen = self.chosen(args)
@@ -204,7 +204,7 @@ def slow_launches() -> str | None:
 
 
 def _hooked() -> bool:
-    """Whether a profiler wants to see launches, which only Triton shows them."""
+    """Whether a profiler has hooks on launches, which only Triton calls."""
     runtime = triton.knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(getattr(enter, "calls", True) or getattr(leave, "calls", True))
@@ -215,7 +215,7 @@ _watch: Watch | None = None
 
 
 def observed() -> bool:
-    """Whether somebody wants to see every launch."""
+    """Whether `watched` or a profiler must see every launch."""
     return _watch is not None or _hooked()
 
 
@@ -273,7 +273,7 @@ def programs(device: torch.device) -> int:
 
 
 def precision(dtype: torch.dtype = torch.float32) -> str:
-    """Returns tl.dot's precision for operands of a dtype; for other than float32 there is but one.
+    """Returns tl.dot's precision for operands of a dtype; others than float32 have only one.
 
     float32 is multiplied as torch.backends.cuda.matmul.fp32_precision demands. On NVIDIA the
     default is three tf32 products, whose sum has float32's accuracy (Ootomo and Yokota,
@@ -309,7 +309,7 @@ def target() -> tuple[str, Any]:
 
 @functools.lru_cache(16)
 def _target(driver: Any, _: Any) -> tuple[str, Any]:
-    """That of a device, once: asking the driver takes 1 us."""
+    """Returns the target of a device, and keeps it: asking the driver takes 1 us."""
     found = driver.get_current_target()
     return found.backend, found.arch
 
@@ -331,10 +331,10 @@ NO_DROPOUT: dict[str, Any] = {"seed": None, "substream": 0, "threshold": 0, "kee
 
 
 def descriptor(x: Tensor, *block: int) -> TensorDescriptor:
-    """Describes a tensor, by which the GPU loads blocks of this shape; see `copies_tiles`.
+    """Describes a tensor so that the GPU can load blocks of this shape; see `copies_tiles`.
 
-    That is TensorDescriptor(x, x.shape, x.stride(), block) without its assertions, which take 3 us:
-    the address and all strides but the last are multiples of 16 bytes, and the last one is 1.
+    It equals TensorDescriptor(x, x.shape, x.stride(), block) without the assertions, which take
+    3 us: the address and all strides but the last must be multiples of 16 bytes, the last one 1.
     """
     made = object.__new__(TensorDescriptor)
     made.base, made.shape, made.strides, made.block_shape = x, [*x.shape], [*x.stride()], [*block]

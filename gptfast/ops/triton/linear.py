@@ -1,7 +1,7 @@
 """Linear layers, fused with bias, GELU, dropout and residual; what their backwards share.
 
-A product with something around it is a kernel of its own, in which LayerNorm takes no part: its
-output is written first. Products with nothing around them are torch's (`matmul`).
+A product with something around it has a kernel of its own. LayerNorm is not part of that kernel:
+its output is written first. torch computes products with nothing around them (`matmul`).
 
 Letters: M rows of an activation (all leading dimensions), K its columns, N columns of the result.
 """
@@ -68,7 +68,7 @@ def _finished(
     acc, addend, m0, n0, M, N, before, bias, seed, substream, threshold, keep_scale,
     GELU: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """What `linear_kernel` makes of a part of a tile of A B."""
+    """Does to a part of a tile of A B what `linear_kernel` says."""
     if bias is not None:
         n = n0 + tl.arange(0, COLUMNS)
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]

@@ -19,7 +19,7 @@ def matmul(
     Args:
         a: (M, K), of any strides.
         b: (K, N) of a's dtype, of any strides.
-        dtype: That of the result: a's (the default) or float32.
+        dtype: The result's dtype: a's (the default) or float32.
         out: Receives the result, if given; (M, N), of any row stride, in `dtype`.
         accumulate: Whether to add the product to `out` instead.
 

@@ -1,7 +1,7 @@
 """Kernels that start while the one before them ends: CUDA's programmatic dependent launch.
 
-A kernel of a decode step takes a few microseconds, of which its start, its first loads and its end
-are a large part. So the next kernel may start when this one says so, and loads weights before it
+A kernel of a decode step takes a few microseconds, and its start, its first loads and its end are a
+large part of them. So the next kernel may start when this one says so, and loads weights before it
 waits.
 
 Before `wait_for_predecessor`, which every program calls, a kernel reads nothing but weights, which
@@ -9,8 +9,8 @@ no kernel of a step writes, and writes nothing. The wait ends when the predecess
 what it wrote is visible. The predecessor had waited for its own, and so on: when a kernel goes on,
 all before it have ended, as without early starts. So it may overwrite what any of them read.
 
-Weights that have just been written are visible too: between them and a step are kernels that let
-nothing start early, those that give sequences their slots.
+Weights that have just been written are visible too: between their kernels and a step run the
+kernels that give sequences their slots, which let nothing start early.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ from gptfast.ops.triton.launch import copies_tiles
 
 @triton.jit
 def let_successor_start(OVERLAP: tl.constexpr, NOW: tl.constexpr):
-    """Lets the next kernel start, if that is to happen NOW, when all programs have come here."""
+    """Lets the next kernel start once all programs have come here, if OVERLAP says NOW."""
     if OVERLAP == NOW:
         gdc_launch_dependents()
 
@@ -39,8 +39,9 @@ def wait_for_predecessor(OVERLAP: tl.constexpr):
 def overlap(rows: int) -> dict[str, Any]:
     """Returns arguments of a kernel with the parameter OVERLAP, without overlap on other chips.
 
-    Few rows leave room for the programs of several kernels, which load weights meanwhile. Programs
-    of many rows would be put where there is room by chance, and not where they run fastest.
+    With few rows, programs of several kernels fit on the GPU at once and load weights meanwhile.
+    With many rows, the GPU would place early programs wherever a multiprocessor happens to have
+    space, not where they run fastest.
 
     Args:
         rows: The rows of the decode step.

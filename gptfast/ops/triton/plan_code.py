@@ -24,7 +24,7 @@ DIRECT = {
     torch.ops.aten.addmm.out: torch.addmm,
     torch.ops.aten.addmm.dtype_out: torch.addmm,
 }
-SCRATCH_BYTES = 2**20  # up to which all intermediate results of a call lie in one piece of memory
+SCRATCH_BYTES = 2**20  # intermediate results of at most so much in all share one allocation
 ALIGNMENT = 512  # of memory that torch reserves, in bytes
 
 _guards = torch._C._dynamo.guards
@@ -55,14 +55,14 @@ def write(
         recording: What the launcher did.
         result: What it returned.
         names: The names of the launcher's arguments.
-        tensors: Those that are or may be tensors.
-        stream: Returns the current stream, the argument is the device's index.
+        tensors: The names of those that are or may be tensors.
+        stream: Returns the current stream of the device with an index.
 
     Returns:
         A function of the launcher's arguments and of the addresses of `tensors`.
 
     Raises:
-        Unplannable: A plan cannot do it.
+        Unplannable: A plan cannot repeat the recording.
     """
     writer = _Writer(recording, recording.views(result), names)
     lines = writer.written()
@@ -140,7 +140,7 @@ class _Writer:
                 self._scratch += size
 
     def written(self) -> list[str]:
-        """Writes everything."""
+        """Returns the lines of the plan."""
         if self._scratch:
             self._lines.append(
                 f"scratch = empty(({self._scratch},), (1,), {self._of(torch.uint8)})"
@@ -161,7 +161,7 @@ class _Writer:
         return self._lines
 
     def _of(self, x: Any, leaf: Callable[[Any], str] | None = None) -> str:
-        """Returns how something is written: a View, a Place, what contains some, or a constant."""
+        """Returns the Python of a View, a Place, a tuple or list that has some, or a constant."""
         own = leaf or self._leaf
         if type(x) in (tuple, list) and (leaf or any(map(_changes, leaves(x)))):
             inside = "".join(f"{self._of(each, leaf)}, " for each in x)
@@ -201,7 +201,7 @@ class _Writer:
         return f"{name}_at + {offset}" if offset else f"{name}_at"
 
     def _tensor(self, view: View) -> str:
-        """Returns the variable of a tensor, after writing what makes it."""
+        """Returns the variable of a tensor; first writes the line that makes it."""
         made, name = self._made[view.root], self._names[view.root]
         if self.roots[view.root].kind == "constant":
             self.scope[name] = self.roots[view.root].tensor
@@ -217,7 +217,7 @@ class _Writer:
         return self._parts[view]
 
     def _make(self, root: int, how: str) -> None:
-        """Writes what makes a root."""
+        """Writes the line that makes a root."""
         name = self._names[root]
         self._lines.append(f"{name} = {how}")
         self._of_root[root].append(name)

@@ -1,9 +1,10 @@
-"""Calls of operators by plan: what a launcher did for a signature, done again without asking how.
+"""Replays, per signature, the launches that an operator's launcher recorded.
 
 A launcher chooses tiles and grids, makes views and descriptors, and passes thirty arguments to each
-kernel, which takes 100 us of Python or more. But for the addresses, all of it is the same for
+kernel, which takes 100 us of Python or more. Except for the addresses, all of it is the same for
 tensors of one signature. So the second call of a signature is recorded (`recording`), and later
-calls run what it did as straight-line Python (`plan_code`). The plan of attention's forward:
+calls repeat its steps by a plan, straight-line Python (`plan_code`). The plan of attention's
+forward:
 
     stream = current_stream(0)
     t3 = empty((2, 64, 4, 32), (8192, 128, 32, 1), bfloat16)
@@ -44,32 +45,32 @@ def current_stream() -> Callable[[int], int]:
 def planned(
     launcher: Callable[..., Any], launchers: Mapping[str, Callable[..., Any]]
 ) -> Callable[..., Any]:
-    """Wraps an operator's launcher: it runs on the device of its first argument, by plan if it can.
+    """Wraps an operator's launcher so that a plan runs it where possible.
 
-    A public function, which checks its arguments and calls launchers, is wrapped for calls without
-    gradients.
+    The launcher runs on the device of its first argument. A public function, which checks its
+    arguments and calls launchers, can be wrapped too, for calls without gradients.
 
-    What is wrapped may depend on the signature of a call, and on nothing else. The signature
+    The wrapped function may depend only on the signature of a call. The signature
     consists of each tensor's shape, strides, dtype, device, and address modulo 16, of torch's
     precision of float32 products, and of the values of all other arguments.
 
     Args:
-        launcher: What is wrapped. Its annotations say which arguments are tensors; the first one
-            is.
-        launchers: All of them by the operators' names.
+        launcher: The function to wrap. Its annotations say which arguments are tensors; the first
+            one must be.
+        launchers: All launchers by the operators' names.
     """
     return Planned(launcher, launchers).call
 
 
 class Planned:
-    """The plans of a launcher by signature, and `call`, the function that looks for them."""
+    """The plans of a launcher by signature, and `call`, the function that finds them."""
 
     def __init__(
         self, launcher: Callable[..., Any], launchers: Mapping[str, Callable[..., Any]]
     ) -> None:
         self.launcher, self._launchers = launcher, launchers
         self.plans: dict[Any, Callable[..., Any]] = {}
-        # Of a signature that was seen: None, to be recorded, or why there is no plan.
+        # For each signature seen: None if its next call is recorded, else why there is no plan.
         self.seen: dict[Any, str | None] = {}
         parameters = inspect.signature(launcher).parameters.values()
         self._keywords = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
@@ -106,7 +107,7 @@ class Planned:
             "try:",
             *lines,
             f"    key = ({', '.join(key)})",
-            "except AttributeError:",  # of what is no tensor
+            "except AttributeError:",  # an argument is no tensor
             f"    return run(({names},))",
             "plan = plans.get(key)",
             f"if plan is None or {first}.get_device() != current_device() or observed():",
@@ -139,7 +140,7 @@ class Planned:
         device = args[0].get_device()
         if device != current_device():
             if device < 0:
-                return self._run(args)  # it knows what is wrong
+                return self._run(args)  # raises the error
             with torch.cuda.device(device):
                 return self._unplanned(key, args)
         modes = torch._C._len_torch_dispatch_stack()

@@ -1,8 +1,8 @@
 """How the kernels of products read their operands, and which tiles they compute.
 
-Such a kernel is persistent: its programs stay and take tile after tile, and while one tile is
-finished the operands of the next are on their way. Tensor descriptors (Hopper's TMA) read the
-operands where the rule of `described` allows, pointers elsewhere.
+Such a kernel is persistent: its programs loop over tiles, and load the operands of the next tile
+while they finish one. Tensor descriptors (Hopper's TMA) read the operands where the rule of
+`described` allows, pointers elsewhere.
 
 Letters: M rows, N columns of the result; K is summed over.
 """
@@ -41,7 +41,7 @@ class Tile(NamedTuple):
     stages: int
     parts: int  # 1, 2 or 4, into which its columns are split after the product; see tiles.parts_of
     programs: int  # per multiprocessor: one finishes its tile while another multiplies
-    cost: float  # time per element of the tile, relative to that of the fastest
+    cost: float  # time per element of the tile, relative to the fastest tile
 
 
 # With descriptors: 2-byte elements. The second has more threads for what follows the product.
@@ -100,7 +100,7 @@ def described(a: Tensor, b: Tensor) -> str | None:
     """Returns how tensor descriptors read the operands a (M, K) and b (K, N); None if they cannot.
 
     "rows" if the rows of b are contiguous, "columns" if its columns are. A descriptor's rows start
-    at multiples of 16 bytes. The rule looks at K, N, strides and dtype alone, never at M.
+    at multiples of 16 bytes. The rule depends on K, N, strides and dtype alone, never on M.
     """
     (K, N), size = b.shape, a.dtype.itemsize
     if not has_descriptors(a.dtype) or K * size % 16:
@@ -134,7 +134,7 @@ class Product(NamedTuple):
 def product(a: Tensor, b: Tensor, tiles: tuple[Tile, ...] = DESCRIBED_TILES) -> Product:
     """Prepares the product of a (M, K), contiguous, and b (K, N) of a's dtype, neither empty.
 
-    tiles are those to choose from if the operands are read by descriptors.
+    If descriptors read the operands, the tile is one of `tiles`.
     """
     (M, K), N = a.shape, b.shape[1]
     how, count, strides = described(a, b), processors(a.device), b.stride()

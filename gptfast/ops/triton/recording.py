@@ -22,18 +22,18 @@ RESERVING = {
     aten.empty_strided.default, aten.new_empty_strided.default,
 }  # fmt: skip
 UNKNOWN = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-MAX_MAPS = 256  # that are kept of a descriptor
+MAX_MAPS = 256  # tensor maps kept per descriptor
 
 
 _active: dict[int, "Recording"] = {}  # by the thread that records
-FORGETTING: list[Callable[[], None]] = []  # who keeps what was recorded
+FORGETTING: list[Callable[[], None]] = []  # drop what was recorded
 
 
 def tell(launch: Launch | None, grid: Any, values: tuple[Any, ...]) -> None:
-    """Tells this thread's recording, if any, of a launch.
+    """Adds a launch to this thread's recording, if one is active.
 
     Args:
-        launch: What is kept of it; None if the next call may launch something else.
+        launch: The compiled kernel; None if the next call may launch another one.
         grid: As a kernel's launch takes it.
         values: The kernel's arguments.
     """
@@ -55,11 +55,11 @@ def forget() -> None:
 
 
 class Unplannable(Exception):
-    """A launcher did what cannot be done again by a plan."""
+    """A launcher did something that a plan cannot repeat."""
 
 
 class View(NamedTuple):
-    """A tensor that a launcher had: bytes from `offset` on of the tensor number `root`."""
+    """A tensor that a launcher used: the memory of root number `root`, from byte `offset` on."""
 
     root: int
     offset: int
@@ -101,7 +101,7 @@ class Step(NamedTuple):
 class Place:
     """Stands for an address among a kernel's arguments, or for the tensor of a descriptor.
 
-    view is that of which it is the address; None stands for the stream.
+    `view` is the tensor that has the address; None stands for the stream.
     """
 
     def __init__(self, view: View | None = None, at: int = 0) -> None:
@@ -115,9 +115,9 @@ class Place:
 class Launched:
     """A launch: the function in C that starts the kernel, and what it is given.
 
-    Triton's launcher makes that in Python each time: it drops or adds arguments, and turns tensor
-    descriptors into tensor maps. To see it, the launcher runs once with another function in C's
-    place. `args` then has a Place where an address or the stream belongs.
+    Triton's launcher prepares these arguments in Python each time: it drops or adds some, and turns
+    tensor descriptors into tensor maps. To see them, we run the launcher once with a Python
+    function in place of the one in C. `args` then has a Place for each address and the stream.
     """
 
     def __init__(self, launch: Launch, grid: tuple[int, ...], values: list[Any]) -> None:
@@ -155,9 +155,9 @@ class Launched:
     def fill(self, *addresses: int) -> list[Any]:
         """Returns tensor maps for descriptors of tensors at these addresses, and keeps them.
 
-        A map consists of the address and of what is the same in all calls of a plan.
+        A map depends on the address alone; the rest is the same in all calls of a plan.
         """
-        with self._lock:  # the places are those of all threads
+        with self._lock:  # all threads share the places
             for place, at in zip(self.described, addresses, strict=True):
                 place.at = at
             made = [x for x in leaves(self._made()) if is_map(x)]
@@ -190,7 +190,7 @@ def changed(tree: Any, change: Callable[[Any], Any]) -> Any:
 
 
 class Recording(TorchDispatchMode):
-    """Records a launcher that is called with `args`; `tell` tells it of launches.
+    """Records a launcher that is called with `args`; `tell` adds its launches.
 
     Args:
         args: The arguments of a call.
@@ -300,7 +300,7 @@ class Recording(TorchDispatchMode):
         return view.root
 
     def view(self, x: Tensor) -> View:
-        """Returns where a tensor is; one of unknown origin is the same object in all calls."""
+        """Returns where a tensor is; a tensor of unknown origin counts as a constant."""
         if x not in self._views:
             if x.untyped_storage().data_ptr() in self._memory:
                 self.refused = "it has an argument by another way than torch's operators"

@@ -126,7 +126,7 @@ def norm_grad_kernel(
 class NormGrads(NamedTuple):
     """What `norm_grads` computes."""
 
-    dx: Tensor  # that of the input, plus `add`
+    dx: Tensor  # the input's gradient, plus `add`
     n: Tensor  # the LayerNorm's output; empty unless asked for
     sums: Tensor  # (P, 3, K) parts of the gradients of weight and bias, and of the sum of `add`
 
@@ -140,9 +140,9 @@ def norm_grads(
     Args:
         dn: The gradient of n; like all activations contiguous (..., K).
         x: The input.
-        add: Added to the gradient of x, and its sum over the rows computed: dy of a residual.
-        mean: Those of the rows of x, (M,); rstd likewise.
-        rstd: See mean.
+        add: The dy of a residual. It is added to the gradient of x, and summed over the rows.
+        mean: The means of the rows of x, (M,).
+        rstd: Their 1 / sqrt(variance + eps), (M,).
         weight: (K,).
         bias: (K,) or None.
         with_n: Whether to write n.
@@ -220,7 +220,7 @@ class Sums:
     def of_norm(
         self, grads: NormGrads, weight: Tensor, bias: Tensor | None, wanted: int
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Returns those of a LayerNorm's weight and bias; None if not wanted (bits 1 and 2)."""
+        """Returns a LayerNorm's gradients of weight and bias; None if not wanted (bits 1, 2)."""
         return (
             self.of(weight, grads.sums[:, 0]) if wants(wanted, 1) else None,
             self.of(bias, grads.sums[:, 1]) if bias is not None and wants(wanted, 2) else None,

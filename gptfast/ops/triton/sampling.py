@@ -132,7 +132,8 @@ def _step_on(row, token, tokens, seen, lengths, offsets, drawn, limits, text, ca
 def _highest(logits, seen, held, j, V, columns, penalty, HELD: tl.constexpr):
     """Of a block: the highest score, the first token that has it, ln sum exp of the raw logits.
 
-    The last as the maximum `top` and the sum of exp(x - top); and how many are not finite.
+    The last one comes as the maximum `top` and the sum of exp(x - top). Also counts the logits that
+    are not finite.
     """
     z = _score(logits, seen, held, j, V, columns, penalty, HELD)
     highest = tl.max(z, 0)

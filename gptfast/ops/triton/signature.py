@@ -15,7 +15,7 @@ LATER = object()  # stands for a constant that a call leaves to the configuratio
 
 
 class Launch(NamedTuple):
-    """A compiled kernel and what its launcher wants."""
+    """A compiled kernel and the arguments that its launcher takes."""
 
     launcher: Callable[..., None]
     function: int
@@ -27,7 +27,7 @@ class Launch(NamedTuple):
 def bound(
     launch: Callable[..., None], parameters: Iterable[inspect.Parameter], later: set[str]
 ) -> Callable[..., None]:
-    """Makes a function of a grid and a kernel's arguments, of which those `later` may be missing.
+    """Makes a function of a grid and a kernel's arguments; a call may omit those in `later`.
 
     It calls launch(grid, classes of the arguments, their values, options).
     """
@@ -48,14 +48,15 @@ def bound(
 
 
 class Reader:
-    """Reads arguments of given classes: what a compiled kernel depends on, and what it is given.
+    """Reads arguments of given classes: their signature, and the words that a kernel is given.
 
-    The first decides which kernel is right. It holds all that Triton compiles anew for, or more:
+    The signature decides which compiled kernel is right. It holds all for which Triton compiles
+    anew, or more:
     - of a tensor its dtype, its device, and its address modulo 16;
     - of an integer whether it is 1, its value modulo 16, and what exceeds 31 bits; if it is in the
       kernel's do_not_specialize, only the last; if it is in the key of the choice, its value;
     - of a constant its value. Global constants of the kernel's module cannot change.
-    A float or None has but its class, a tensor descriptor has what Triton sees of it.
+    A float or None counts by its class alone, a tensor descriptor by what Triton sees of it.
     """
 
     def __init__(self, parameters: list[Any], values: tuple[Any, ...], numbers: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Sequences get slots of a generation: all of a call in one launch, from one copy of the host's.
+"""Gives slots to sequences: one launch for all of a call, from one copy of the host's data.
 
 Letters: n sequences, S slots.
 """
@@ -43,7 +43,7 @@ def start_slots(given: Tensor, n: int, state: Tensor, text: Tensor, seen: Tensor
     """Gives slots to sequences.
 
     Args:
-        given: int64: the COLUMNS of n sequences, then the tokens of their texts.
+        given: The COLUMNS of n sequences, then the tokens of their texts, int64.
         n: How many sequences there are.
         state: (len(FIELDS), S) int64, any stride between the fields.
         text: (S, capacity) int64; token i of a text goes to i % capacity, from the offset on.

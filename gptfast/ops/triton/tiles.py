@@ -32,8 +32,8 @@ def philox(seed, c0, c1, c2, c3):
 def dropped_rows(
     seed, substream, matrix, i0, j0, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """What dropout drops of rows from i0 and columns from j0, 8 rows to an integer: bit r of
-    element (g, j), (ROWS / 8, COLUMNS), is that of row 8 g + r; see ops.random.
+    """The dropout mask of rows from i0 and columns from j0, 8 rows to an integer: bit r of element
+    (g, j), (ROWS / 8, COLUMNS), says whether row 8 g + r is dropped; see ops.random.
 
     i0 and ROWS must be multiples of 8: a Philox block has 16 bits for each of 8 rows of a column.
     """
@@ -149,7 +149,8 @@ def own_head(H, T, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr, first_head=0):
 def _logistic(u):
     """g = (1 + tanh(sqrt(2 / pi) (u + 0.044715 u^3))) / 2 = 1 / (1 + 2^(-u (c1 + c3 u^2))); 1 - g.
 
-    The smaller of the two is a product: a difference would lose what the derivative makes of it.
+    The smaller of the two is a product, because a difference would lose digits, and the derivative
+    magnifies that error.
     """
     power = tl.exp2(-tl.abs(u) * (2.302208198 + 0.1029432397 * u * u))
     larger = _reciprocal(1.0 + power)
@@ -198,7 +199,7 @@ def product(
 def parts_of(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
     """The tile, or the halves or quarters of its columns from left to right.
 
-    To finish one after the other takes fewer registers. On NVIDIA's chips none moves.
+    Finishing one after the other takes fewer registers. On NVIDIA's chips the split moves none.
     """
     if PARTS == 1:
         parts = (tile,)

@@ -24,8 +24,8 @@ def card(device: torch.device, precision: Precision) -> dict[str, Any]:
     """Describes the machine, its software and its speed.
 
     Args:
-        device: where the run is trained.
-        precision: of the run.
+        device: Where the run is trained.
+        precision: The run's precision.
 
     Returns:
         `processor`, `gpu` (None without), `cores` (those that the process may use at once),

@@ -6,7 +6,7 @@ import time
 from collections import deque
 
 MOST_LINES = 12  # above the bar
-STYLE = "margin: 0; line-height: normal; font-family: monospace"  # what is not so everywhere
+STYLE = "margin: 0; line-height: normal; font-family: monospace"  # frontends differ in these
 
 
 def in_notebook() -> bool:
@@ -18,8 +18,8 @@ def in_notebook() -> bool:
 class NotebookBar:
     """A bar below the cell, with the last lines above it, in one output that is replaced.
 
-    It is plain HTML, which every frontend shows without widgets. What a notebook keeps of it when
-    the run has ended is text.
+    It is plain HTML, which every frontend shows without widgets. When the run has ended, the
+    notebook keeps text only.
 
     Args:
         total: Steps of the run.

@@ -61,11 +61,11 @@ class TerminalBar:
 
 
 class ProgressBar(Callback):
-    """Shows the loss, tokens/s, their part of the machine's peak, and the time left.
+    """Shows the loss, tokens/s, the fraction of the machine's peak, and the time left.
 
     Each evaluation is a line above the bar, which is on stderr, and in a notebook below the cell.
-    The part of the peak is what the steps compute, see `flops_per_token`, of the rate of the
-    fastest matrix product, see `peak`.
+    The fraction is the rate at which the steps compute (see `flops_per_token`), divided by the rate
+    of the fastest matrix product (see `peak`).
     """
 
     def on_start(self, run: "Loop") -> None:
@@ -124,7 +124,7 @@ class ProgressBar(Callback):
 
 
 def _how_to_resume(path: Path) -> str:
-    """The command that resumes the run in a folder; of one that only Python can start, the word."""
+    """Returns the command that resumes the run in a folder, or "resume" if only Python can."""
     file = path / RUN_FILE_NAME
     try:
         table = read_run_file(file)["run"]

@@ -1,4 +1,4 @@
-"""What a run's directory tells of the run besides its checkpoint: the machine and the curves."""
+"""Records in a run's directory besides the checkpoint: the machine and the curves."""
 
 import json
 from typing import TYPE_CHECKING

@@ -24,16 +24,16 @@ class Sampler(Callback):
     the model has learned; the draws have a generator of their own and do not change the run.
 
     Args:
-        prompt: the text to continue.
-        tokenizer: the run's.
-        shown: print them on stderr, too.
-        max_new_tokens: tokens to generate.
-        temperature: divides the logits.
-        seed: of the draws.
+        prompt: The text to continue.
+        tokenizer: The run's.
+        shown: Whether to print the continuations on stderr, too.
+        max_new_tokens: Tokens to generate.
+        temperature: Divides the logits.
+        seed: The seed of the draws.
 
     Raises:
-        ConfigError: there is no tokenizer.
-        DataError: the tokenizer lacks a character of the prompt.
+        ConfigError: There is no tokenizer.
+        DataError: The tokenizer lacks a character of the prompt.
     """
 
     def __init__(

@@ -19,12 +19,12 @@ class TensorBoard(Tracker):
     A run that goes on replaces what was written of the steps that it trains again.
 
     Args:
-        directory: where to; None: `tensorboard` in the run's directory. Event files of an earlier
+        directory: The folder; None: `tensorboard` in the run's directory. Event files of an earlier
             run there are removed by a run that starts anew.
-        every: steps; their mean loss is written.
+        every: How many steps to average for each loss that is written.
 
     Raises:
-        ConfigError: the package is missing; at the start, neither directory is known.
+        ConfigError: The package is missing; at the start, neither directory is known.
     """
 
     def __init__(self, directory: str | Path | None = None, every: int = 10) -> None:

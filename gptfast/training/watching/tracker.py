@@ -1,4 +1,4 @@
-"""What the programs that track experiments share: which numbers of a run they get, and when."""
+"""Shared by trackers of experiments: which numbers of a run they get, and when."""
 
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ class Tracker(Callback):
     """Sends a run's numbers to another program: the loss each few steps, and every evaluation.
 
     Args:
-        every: so many steps' mean loss is sent at once, as `loss/steps`.
+        every: How many steps to average for each `loss/steps` that is sent.
     """
 
     def __init__(self, every: int = 10) -> None:

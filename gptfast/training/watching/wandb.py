@@ -16,11 +16,11 @@ class WandB(Tracker):
     With WANDB_MODE=offline they stay in the run's directory. A run that goes on goes on there too.
 
     Args:
-        project: its name there.
-        every: steps; their mean loss is sent.
+        project: The project's name there.
+        every: How many steps to average for each loss that is sent.
 
     Raises:
-        ConfigError: the package is missing.
+        ConfigError: The package is missing.
     """
 
     def __init__(self, project: str, every: int = 10) -> None:
