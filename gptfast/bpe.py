@@ -17,8 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from gptfast.bpe_files import END_OF_TEXT, ENDINGS, Parsed, parse, read_json
-from gptfast.checks import as_int
+from gptfast.bpe_files import (
+    BYTE_SYMBOLS,
+    END_OF_TEXT,
+    ENDINGS,
+    MOST_IDS,
+    Parsed,
+    parse,
+    read_json,
+)
+from gptfast.checks import check_count
 from gptfast.encoding import Unknown, check_text, checked_ids, unknown_character
 from gptfast.errors import ConfigError, DataError
 
@@ -57,6 +65,8 @@ class BPETokenizer:
         parsed = parse(self.json)
         object.__setattr__(self, "json", parsed.canonical)
         object.__setattr__(self, "parsed", parsed)
+        if self.ending is not None and not isinstance(self.ending, str):
+            raise DataError(f"ending must be a text or None, got {self.ending!r}")
         if self.ending is not None and self.ending not in parsed.special:
             raise DataError(f"the tokenizer has no special token {self.ending!r}")
 
@@ -81,12 +91,13 @@ class BPETokenizer:
             ending: The special token that ends a text; None makes none.
 
         Raises:
-            ConfigError: `vocab_size` has no room for the bytes, or the library is missing.
+            ConfigError: `vocab_size` has no room for the bytes or too much, texts may encode to
+                `ending`, or the library is missing.
             DataError: There is no text, or half of a surrogate pair is in one.
         """
-        least, size = 256 + (ending is not None), as_int(vocab_size)
-        if size is None or size < least:
-            raise ConfigError(f"vocab_size must be a whole number from {least}, got {vocab_size!r}")
+        if ending is not None and (not isinstance(ending, str) or _SURROGATE.search(ending)):
+            raise ConfigError(f"ending must be a text or None, got {ending!r}")
+        size = check_count("vocab_size", vocab_size, 256 + (ending is not None), MOST_IDS)
         library = _library()
         byte_level = library.pre_tokenizers.ByteLevel
         encoder = library.Tokenizer(library.models.BPE())
@@ -103,7 +114,12 @@ class BPETokenizer:
         if first is None:
             raise DataError("a vocabulary cannot be made from an empty text")
         encoder.train_from_iterator(chain([first], parts), trainer)
-        return cls(encoder.to_str(), ending)
+        made = cls(encoder.to_str(), ending)
+        merged = (left + right for left, right in made.parsed.merges)
+        written = {*map(chr, BYTE_SYMBOLS), *merged}  # what texts encode to
+        if made.end_of_text in {made.parsed.vocabulary.get(token) for token in written}:
+            raise ConfigError(f"ending must be a text that words do not have, got {ending!r}")
+        return made
 
     @classmethod
     def load(cls, source: str | Path, ending: str | None = None) -> "BPETokenizer":
@@ -152,6 +168,10 @@ class BPETokenizer:
             encoder = library.Tokenizer.from_str(self.json)
         except Exception as error:  # the library raises no other
             raise DataError(f"the library tokenizers refuses the tokenizer: {error}") from None
+        for token, i in self.parsed.added.items():
+            own = encoder.token_to_id(token)
+            if own != i:  # it takes an id of its own for one that is taken or not the next
+                raise DataError(f"the library tokenizers gives {token!r} the id {own}, not {i}")
         encoder.encode_special_tokens = True
         return encoder
 

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gptfast.checks import check_path
 from gptfast.errors import DataError, reason
 
 GPT2 = "gpt2"
@@ -38,6 +39,7 @@ class Parsed(NamedTuple):
     merges: list[tuple[str, str]]  # of two tokens each, the first to be applied first
     ignores_merges: bool  # whether a word that is a token is taken as it is
     pieces: list[bytes]  # of each id
+    added: dict[str, int]  # ids of the tokens that are added to the vocabulary
     special: dict[str, int]  # tokens that no text encodes to, which stand for no text
     by_words: bool  # whether a text may be cut before a space or line break, and encoded in parts
 
@@ -53,7 +55,7 @@ def parse(text: str) -> Parsed:
         model, added = found["model"], found.get("added_tokens") or []
         vocabulary = {str(token): _id(i) for token, i in model["vocab"].items()}
         tokens = [
-            (str(each["content"]), _id(each["id"]), each["special"] is True) for each in added
+            (_text(each["content"]), _id(each["id"]), each["special"] is True) for each in added
         ]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         kind = type(error).__name__
@@ -62,6 +64,7 @@ def parse(text: str) -> Parsed:
         ) from None
     _check_bytes(found, vocabulary)
     merges = _merges(model)
+    special_ids = {token: i for token, i, special in tokens if special}
     pieces = [b""] * (1 + max([*vocabulary.values(), *(i for _, i, _ in tokens)]))
     for token, i in vocabulary.items():
         pieces[i] = _bytes_of(token)
@@ -70,13 +73,13 @@ def parse(text: str) -> Parsed:
     found |= {"truncation": None, "padding": None, "post_processor": None}
     model["dropout"] = None
     canonical = json.dumps(found, ensure_ascii=False, separators=(",", ":"))
-    special_ids = {token: i for token, i, special in tokens if special}
     plain = len(special_ids) == len(tokens) and found.get("normalizer") is None
     pre = found["pre_tokenizer"]
     by_words = plain and pre["type"] == "ByteLevel" and pre.get("use_regex", True) is True
     by_words = by_words and pre.get("add_prefix_space", True) is False  # it would add one per part
     ignores_merges = bool(model.get("ignore_merges"))
-    return Parsed(canonical, vocabulary, merges, ignores_merges, pieces, special_ids, by_words)
+    ids = {token: i for token, i, _ in tokens}
+    return Parsed(canonical, vocabulary, merges, ignores_merges, pieces, ids, special_ids, by_words)
 
 
 def _merges(model: dict[str, Any]) -> list[tuple[str, str]]:
@@ -92,6 +95,12 @@ def _merges(model: dict[str, Any]) -> list[tuple[str, str]]:
 def _id(value: Any) -> int:
     if type(value) is not int or not 0 <= value < MOST_IDS:
         raise ValueError(f"a token has id {value!r}, expected one from 0 to {MOST_IDS - 1}")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"an added token is a {type(value).__name__}, expected a text")
     return value
 
 
@@ -119,10 +128,9 @@ def _types(part: Any) -> set[str]:
 
 
 def _bytes_of(token: str) -> bytes:
-    try:
+    if all(ord(character) in BYTE_SYMBOLS for character in token):
         return token.translate(BYTE_SYMBOLS).encode("latin-1")
-    except UnicodeEncodeError:  # it is written as it is
-        return token.encode("utf-8", "replace")
+    return token.encode("utf-8", "replace")  # it is written as it is
 
 
 def read_json(source: str | Path) -> str:
@@ -135,7 +143,7 @@ def read_json(source: str | Path) -> str:
     Raises:
         DataError: There are no such files, or they cannot be read.
     """
-    path = Path(source)
+    path = check_path("the tokenizer", source)
     if f"{source}" == GPT2 and not path.exists():
         path = _cached_gpt2()
     if path.is_dir():

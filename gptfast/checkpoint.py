@@ -23,6 +23,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 
+from gptfast.checks import check_path
 from gptfast.config import GPTConfig
 from gptfast.errors import CheckpointError, ConfigError, reason
 from gptfast.files import write_atomic
@@ -66,7 +67,7 @@ def save(
             checkpoint that was there before still loads.
         TypeError: `extra` is not JSON-able.
     """
-    path = Path(path)
+    path = check_path("path", path)
     model = unwrapped(model)
     check_storable(model)
     check_kept(tokenizer)

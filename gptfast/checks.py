@@ -1,5 +1,6 @@
 """Checks that the options of several modules share."""
 
+import math
 import operator
 import os
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 MOST = 2**31 - 1  # largest value of a counting option
 SEEDS = 2**63  # how many keys of random numbers there are
 LONGEST_NAME = 255  # bytes of the name of a file or folder
+LONGEST_PATH = 4095
 
 
 def as_int(x: Any) -> int | None:
@@ -31,12 +33,17 @@ def as_int(x: Any) -> int | None:
 def as_number(x: Any) -> float | None:
     """A real number of any type as a float; None where it is none, as an array or a bool is."""
     value = _item(x)
-    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
+    try:
+        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
+    except OverflowError:  # of a whole number
+        return math.inf if value > 0 else -math.inf
 
 
 def _item(x: Any) -> Any:
-    """The number in one of numpy's or torch's objects without dimensions; other objects as such."""
-    return x.item() if hasattr(x, "item") and not getattr(x, "ndim", 0) else x
+    """The number in one of numpy's or torch's objects, None with dimensions; others as they are."""
+    if getattr(x, "ndim", 0):
+        return None
+    return x.item() if hasattr(x, "item") else x
 
 
 def is_iterable(x: Any) -> TypeGuard[Iterable[Any]]:
@@ -70,20 +77,30 @@ def check_seed(value: Any) -> int:
 def check_is(name: str, value: Any, kind: type, expected: str) -> None:
     """Raises ConfigError where an argument is not of a class, which `expected` names."""
     if not isinstance(value, kind):
-        raise ConfigError(f"{name} must be {expected}, got {_kind_of(value)}")
+        raise ConfigError(f"{name} must be {expected}, got {kind_of(value)}")
 
 
 def check_path(name: str, value: Any) -> Path:
     """Returns an argument as a path. Raises ConfigError if it cannot name a file or folder."""
     if not isinstance(value, str | os.PathLike) or value == "":
-        got = "an empty one" if value == "" else _kind_of(value)
+        got = "an empty one" if value == "" else kind_of(value)
         raise ConfigError(f"{name} must be the path of a file or folder, got {got}")
     path = Path(value)
-    if any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
+    if "\0" in str(path):
+        raise ConfigError(f"{name} must be the path of a file or folder, got {str(path)!r}")
+    long = len(os.fsencode(path)) > LONGEST_PATH
+    if long or any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
         raise ConfigError(
             f"{name} must be the path of a file or folder, got {len(str(value))} characters"
         )
     return path
+
+
+def shortened(value: Any) -> str:
+    """A value as an error shows it, of which a number may have thousands of digits."""
+    if type(value) is int and abs(value) > 10**30:
+        return f"a number of {len(f'{abs(value):x}') * 4} bits"
+    return repr(value)
 
 
 def dtype_name(dtype: "torch.dtype") -> str:
@@ -91,5 +108,6 @@ def dtype_name(dtype: "torch.dtype") -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _kind_of(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a value is, as an error names it: a str, or the class str."""
     return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-from gptfast.checks import as_int, as_number, check_seed
+from gptfast.checks import as_int, as_number, check_seed, shortened
 from gptfast.errors import ConfigError
 
 Precision = Literal["fp32", "bf16"]
@@ -13,6 +13,7 @@ NUMBERS = (  # fields of TrainConfig
     *("lr", "min_lr", "clip", "weight_decay", "label_smoothing", "ema", "save_minutes"),
     *("text_fraction", "val_fraction"),
 )
+MOST_STEPS = 2**62  # that a run may count; the libraries that show it take no more
 COUNTS = (  # fields of TrainConfig that are positive, or None where that is their default
     *("batch_size", "accumulation_steps", "steps", "epochs", "eval_every", "eval_tokens"),
     *("save_every", "threads", "patience", "decay_steps"),
@@ -143,10 +144,9 @@ class TrainConfig:
             if default is not None or getattr(self, name) is not None:
                 object.__setattr__(self, name, _positive(name, getattr(self, name)))
         warmup = as_int(self.warmup_steps)
-        if warmup is None or warmup < 0:
-            raise ConfigError(
-                f"warmup_steps must be a whole number, at least 0, got {self.warmup_steps!r}"
-            )
+        if warmup is None or not 0 <= warmup < MOST_STEPS:
+            got = shortened(self.warmup_steps)
+            raise ConfigError(f"warmup_steps must be a whole number, at least 0, got {got}")
         object.__setattr__(self, "warmup_steps", warmup)
         for name in ("lr", "clip", "save_minutes"):
             if name == "lr" or getattr(self, name) is not None:
@@ -198,8 +198,8 @@ def _check_choices(config: GPTConfig | TrainConfig) -> None:
 def _positive(name: str, value: Any) -> int:
     """The value as an int, which JSON takes where it does not take numpy's numbers."""
     count = as_int(value)
-    if count is None or count < 1:
-        raise ConfigError(f"{name} must be a positive whole number, got {value!r}")
+    if count is None or not 1 <= count < MOST_STEPS:
+        raise ConfigError(f"{name} must be a positive whole number, got {shortened(value)}")
     return count
 
 
@@ -217,4 +217,4 @@ def _check_number(
     low = f"above {above:g}" if above > -math.inf else f"at least {least:g}"
     high = f" and below {below:g}" if below < math.inf else f" and at most {most:g}"
     bounds = low if below == most == math.inf else low + high
-    raise ConfigError(f"{name} must be a number {bounds}, got {value!r}")
+    raise ConfigError(f"{name} must be a number {bounds}, got {shortened(value)}")

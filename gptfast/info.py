@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from gptfast import threads
+from gptfast.console import Console
 from gptfast.ops import select
 from gptfast.training.capturable import unsupported
 from gptfast.training.watching.machine import cpu_name, version

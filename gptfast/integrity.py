@@ -14,6 +14,7 @@ from gptfast.errors import CheckpointError, GptfastError
 
 _SEAL = b"gptfast-sha256:"
 _READ_AT_ONCE = 1 << 20
+NO_TENSORS = "it is no file of torch.save, or holds more than tensors and plain values"
 
 
 @contextmanager
@@ -83,12 +84,16 @@ def load_sealed(file: BinaryIO) -> tuple[Any, bool]:
         The content, and whether there is a checksum.
 
     Raises:
-        ValueError: The file's checksum is wrong.
-        Exception: Whatever `torch.load` raises.
+        ValueError: The file's checksum is wrong, or it is damaged.
     """
     sealed = _check_seal(file)
     file.seek(0)
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=False), sealed
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=False), sealed
+    except MemoryError:
+        raise
+    except Exception as error:  # torch's sentences advise to run whatever is in the file
+        raise ValueError(NO_TENSORS) from error
 
 
 class _Hashed:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import gptfast
+from gptfast.checks import as_number, is_iterable
 from gptfast.errors import ConfigError, DataError, GptfastError
 from gptfast.model import GPT
 from gptfast.tokenizer import Tokenizer
@@ -220,9 +221,15 @@ def generation_options(task: Mapping[str, Any]) -> dict[str, Any]:
     """
     given = {name: value for name, value in task.items() if value is not None}
     until = given.pop("until", [])
-    stop = [each for each in ([until] if isinstance(until, str) else until) if each]
+    listed = [until] if isinstance(until, str) else until
+    if not is_iterable(listed) or not all(isinstance(each, str) for each in listed):
+        raise ConfigError(f"until must be a text or a list of texts, got {until!r}")
+    stop = [each for each in listed if each]
     lengths = [given.pop(name) for name in LENGTHS if name in given]
-    drawn = given.pop("do_sample", float(given.get("temperature", 0.0)) > 0.0)
+    temperature = as_number(given.get("temperature", 0.0))
+    if temperature is None:
+        raise ConfigError(f"temperature must be a number, got {task['temperature']!r}")
+    drawn = given.pop("do_sample", temperature > 0.0)
     if given.pop("num_beams", 1) != 1:
         raise ConfigError(f"num_beams must be 1, got {task['num_beams']!r}")
     for name in given:

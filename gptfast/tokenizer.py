@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from gptfast.checks import kind_of
 from gptfast.encoding import Unknown, characters_in, check_text, checked_ids, unknown_character
 from gptfast.errors import ConfigError, DataError
 
@@ -127,10 +128,8 @@ def from_dict(d: dict[str, Any]) -> Tokenizer:
 def check_is_tokenizer(tokenizer: Any) -> None:
     """Raises ConfigError for what is neither a tokenizer nor None."""
     known = hasattr(tokenizer, "vocab_size") and hasattr(tokenizer, "encode")
-    if tokenizer is not None and not known:
-        raise ConfigError(
-            f"tokenizer must be one, as a CharTokenizer, got a {type(tokenizer).__name__}"
-        )
+    if tokenizer is not None and (not known or isinstance(tokenizer, type)):
+        raise ConfigError(f"tokenizer must be one, as a CharTokenizer, got {kind_of(tokenizer)}")
 
 
 def check_kept(tokenizer: Tokenizer | None) -> None:

@@ -101,8 +101,13 @@ def test_what_cannot_be_encoded_or_decoded() -> None:
 @pytest.mark.parametrize(
     ("texts", "size", "error", "message"),
     [
-        (TEXT, 256, ConfigError, "vocab_size must be a whole number from 257, got 256"),
-        (TEXT, None, ConfigError, "vocab_size must be a whole number from 257, got None"),
+        (TEXT, 256, ConfigError, "vocab_size must be a whole number from 257 to .*, got 256"),
+        (
+            TEXT,
+            None,
+            ConfigError,
+            "vocab_size must be a whole number from 257 to .*, got None",
+        ),
         ("", 300, DataError, "a vocabulary cannot be made from an empty text"),
         ([], 300, DataError, "a vocabulary cannot be made from an empty text"),
         ([b"a"], 300, TypeError, "text must be a str, got bytes"),
@@ -112,6 +117,45 @@ def test_what_cannot_be_encoded_or_decoded() -> None:
 def test_what_cannot_be_learnt(texts: Any, size: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         BPETokenizer.train(texts, size)
+
+
+def test_what_a_vocabulary_cannot_have() -> None:
+    with pytest.raises(ConfigError, match="vocab_size must be a whole number from 257 to"):
+        BPETokenizer.train(TEXT, 10**9)
+    for ending in ("a", "\u0120", "cat"):  # a byte, the space's symbol, and what is merged
+        with pytest.raises(ConfigError, match="ending must be a text that words do not have"):
+            BPETokenizer.train("cat " * 50, 300, ending)
+    for ending in (5, "\ud800"):
+        with pytest.raises(ConfigError, match="ending must be a text or None, got"):
+            BPETokenizer.train(TEXT, 300, ending)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="ending must be a text or None, got"):
+        BPETokenizer(TOKENIZER.json, ending=["x"])  # type: ignore[arg-type]
+    for path in (None, "a\0b", "a" * 5000):
+        with pytest.raises(ConfigError, match="the tokenizer must be the path of a file"):
+            BPETokenizer.load(path)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("i", (5, 400))
+def test_added_tokens_have_the_ids_that_the_library_gives(i: int) -> None:
+    """It takes the next free id where the declared one is taken or leaves a gap."""
+    content = json.loads(TOKENIZER.json)
+    flags = dict.fromkeys(("special", "single_word", "lstrip", "rstrip", "normalized"), False)
+    content["added_tokens"].append({"id": i, "content": "ello", **flags})
+    with pytest.raises(DataError, match=f"gives 'ello' the id {V}, not {i}"):
+        BPETokenizer(json.dumps(content)).encode("hello")
+    content["added_tokens"][-1]["id"] = V
+    tokenizer = BPETokenizer(json.dumps(content))
+    assert tokenizer.decode(tokenizer.encode("hello!")) == "hello!"
+    content["added_tokens"][-1]["content"] = {}
+    with pytest.raises(DataError, match="an added token is a dict, expected a text"):
+        BPETokenizer(json.dumps(content))
+
+
+def test_tokens_outside_of_the_bytes_alphabet_are_written_as_they_are() -> None:
+    content = json.loads(TOKENIZER.json)
+    content["model"]["vocab"] |= {"\xad": V, "\u0120 x": V + 1}
+    tokenizer = BPETokenizer(json.dumps(content))
+    assert tokenizer.decode([V]) == "\xad" and tokenizer.decode([V + 1]) == "\u0120 x"
 
 
 def test_a_dict_a_pickle_and_files_give_it_back(tmp_path: Path) -> None:

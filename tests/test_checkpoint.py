@@ -577,7 +577,8 @@ def test_incomplete_header(saved, name):
         (lambda h: h["tokenizer"].update(kind="bpe"), "expected a tokenizer"),
         (lambda h: h["tokenizer"].update(code_points=[*range(65, 73)]), "tokenizer has 9 ids"),
         (lambda h: h["config"].update(n_layer=10**9), r"lacks h.10.attn.c_attn.bias and \d+ more"),
-        (lambda h: h["config"].update(block_size=10**30), "damaged or unreadable"),
+        (lambda h: h["config"].update(block_size=10**30), "block_size must be"),
+        (lambda h: h["config"].update(block_size=10**15), "wpe.weight has shape"),
     ],
 )
 def test_header_that_makes_no_model(saved, change, message):

@@ -79,7 +79,8 @@ def change(file: Path, **values: Any) -> None:
         ({"n_layer": 3}, "does not fit its configuration: it lacks h.2.attn.c_attn.bias and 11 m"),
         ({"n_layer": 10**9}, "does not fit its configuration: it lacks h.10.attn"),
         ({"n_layer": 1}, "it has unexpected h.1.attn.c_attn.bias and 11 more"),
-        ({"n_positions": 10**30}, r"wpe.weight has shape|damaged or unreadable"),
+        ({"n_positions": 10**30}, r"block_size must be a positive"),
+        ({"n_positions": 10**15}, r"wpe.weight has shape|damaged or unreadable"),
         ({"tie_word_embeddings": False}, "it lacks lm_head.weight"),
     ],
 )

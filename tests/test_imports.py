@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # For each room (layer): its modules and packages, and the other rooms that it may import.
 BELOW_TRAINING = "errors markup pictures config ops data model checkpoint formats"
 ROOMS = {
-    "errors": ("errors checks files lock", ""),
+    "errors": ("errors checks console files lock", ""),
     "markup": ("markup", ""),
     "pictures": ("pictures", "errors"),
     "config": ("config run_file threads", "errors"),
@@ -28,7 +28,7 @@ ROOMS = {
     "training": ("training", f"{BELOW_TRAINING} generation"),
     "public": ("gptfast", f"{BELOW_TRAINING} generation training"),  # the names of gptfast itself
     "lm_eval": ("lm_eval", "errors data model public"),
-    "info": ("info", "config ops training"),
+    "info": ("info", "errors config ops training"),
     "reproduction": ("reproduction", f"{BELOW_TRAINING} generation training info"),
     "cli": (
         "cli __main__",

@@ -1,5 +1,6 @@
 """Arguments of the wrong kind: one sentence that says what was expected and what came."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,25 @@ def trained(**options: Any) -> Any:
         (lambda: gptfast.load(None), "a model must be the path .* got a NoneType"),
         (lambda: gptfast.generate("runs/s", ["A"]), "model must be a GPT .* got a str"),
         (lambda: gptfast.generate(GPT(TINY), ["A"], tokenizer="x"), "tokenizer must be one"),
+        (
+            lambda: gptfast.generate(GPT(TINY), ["A"], tokenizer=gptfast.CharTokenizer),
+            "tokenizer must be one, .* got the class CharTokenizer",
+        ),
+        (lambda: gptfast.score("runs/s", [[1]]), "model must be a GPT .* got a str"),
+        (lambda: gptfast.pack("runs/s"), "expected a GPT, .* got a str"),
+        (lambda: gptfast.pack(gptfast.pack(GPT(TINY))), "the model is packed already"),
+        (
+            lambda: gptfast.generate(GPT(TINY), [[1]], overflow="stride:" + "9" * 5000),
+            "overflow must be",
+        ),
+        (lambda: gptfast.generate(GPT(TINY), [[1]], temperature=10**400), "temperature must be"),
+        (lambda: TrainConfig(lr=10**400), "lr must be a number above 0, got a number of 13"),
+        (lambda: TrainConfig(steps=10**400), "steps must be a positive whole number, got a num"),
+        (lambda: TrainConfig(warmup_steps=10**400), "warmup_steps must be a whole number"),
+        (lambda: gptfast.save(GPT(TINY), None, "a\0b"), "path must be the path of a file or fold"),
+        (lambda: gptfast.export(GPT(TINY), None, 5), "path must be the path of a file or folder"),
+        (lambda: gptfast.export(GPT(TINY), None, "x", to=["hf"]), "to must be one of"),
+        (lambda: gptfast.load("/".join(["a" * 200] * 30)), "a model must be the path .* got 6029"),
         (lambda: gptfast.evaluate(GPT(TINY), "text"), "ids must be a tensor of tokens, got a str"),
         (lambda: GPT({"vocab_size": 5}), "config must be a GPTConfig, got a dict"),
         (lambda: Trainer(GPT(TINY), {"steps": 5}), "config must be a TrainConfig, got a dict"),
@@ -50,6 +70,51 @@ def trained(**options: Any) -> Any:
 def test_one_sentence(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         call()
+
+
+def test_compiled_models_generate_score_and_pack() -> None:
+    model = GPT(TINY).eval()
+    compiled: Any = torch.compile(model)
+    for given in (compiled, torch.nn.DataParallel(model)):
+        assert gptfast.generate(given, [[1]], temperature=0)[0].tokens == (
+            gptfast.generate(model, [[1]], temperature=0)[0].tokens
+        )
+        assert gptfast.score(given, [[1, 2]]) == gptfast.score(model, [[1, 2]])
+        assert [*gptfast.stream(gptfast.pack(given), [1], max_new_tokens=2)]
+
+
+@pytest.mark.parametrize("backend", ("auto", "reference"))
+def test_a_token_of_probability_zero_is_no_error(backend: Any) -> None:
+    model = GPT(replace(TINY, padding_idx=None), backend=backend).eval()
+    with torch.no_grad():
+        model.ln_f.weight.zero_()
+        model.ln_f.bias.fill_(1.0)
+        model.lm_head.weight[2] = -3e38  # its logit is -inf
+    (result,) = gptfast.generate(model, [[1]], max_new_tokens=5, seed=1)
+    assert len(result.tokens) == 5 and 2 not in result.tokens
+
+
+@pytest.mark.parametrize("backend", ("fused", "reference"))
+def test_targets_out_of_range_are_one_sentence(backend: Any) -> None:
+    model, idx = GPT(TINY, backend=backend), torch.ones(1, 4, dtype=torch.int64)
+    with pytest.raises((ValueError, RuntimeError), match=r"targets must be in \[0, 5\), got .*7"):
+        model.loss(idx, torch.tensor([[1, 7, 2, 3]]))
+
+
+def test_a_run_does_not_start_from_what_it_replaces(tmp_path: Path) -> None:
+    run = trained(out=tmp_path / "run")
+    assert run.history and (tmp_path / "run" / "best").is_dir()
+    for start in ("run", "run/best"):
+        with pytest.raises(ConfigError, match="cannot start from the run that it replaces"):
+            trained(out=tmp_path / "run", init_from=tmp_path / start, overwrite=True)
+    assert gptfast.load(tmp_path / "run" / "best")
+
+
+def test_samples_hold_halves_of_surrogate_pairs(tmp_path: Path) -> None:
+    text = ("ABCA" * 10 + "\ud800") * 4
+    gptfast.train(RECIPE, tmp_path, text=text, steps=1, sample="\ud800", progress=False)
+    (line,) = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["prompt"] == "\ud800"
 
 
 def test_a_run_without_a_training_state_is_not_said_to_be_resumable(tmp_path: Path) -> None:

@@ -220,6 +220,32 @@ def test_other_checkpoints_are_refused(tmp_path, part, changes, message):
         nanogpt.read(saved(tmp_path, [1]))
 
 
+def test_odd_contents_are_one_sentence(tmp_path):
+    _, content = nano()
+    model, args = content["model"], content["model_args"]
+    huge = torch.zeros(1, 1).expand(10**7, 10**6)
+    for changes, message in (
+        ({"model_args": args | {"vocab_size": None}}, "its model_args lack 'vocab_size'"),
+        ({"model_args": args | {"bias": torch.tensor([1, 0])}}, "damaged or unreadable"),
+        ({"model": model | {"transformer.wpe.weight": huge}}, "damaged or unreadable"),
+        (
+            {"model": {name: weight.to_sparse() for name, weight in model.items()}},
+            "damaged or unreadable|expected a dense",
+        ),
+    ):
+        with pytest.raises(CheckpointError, match=message) as error:
+            nanogpt.read(saved(tmp_path, content | changes))
+        assert "\n" not in str(error.value)
+    found, _ = nanogpt.read(saved(tmp_path, content | {"config": {"dataset": "x" * 5000}}))
+    assert found.config.vocab_size == args["vocab_size"]
+
+
+def test_a_model_of_another_format_is_not_hidden(tmp_path):
+    gptfast.export(own(), None, tmp_path, to="hf")
+    with pytest.raises(CheckpointError, match="config.json is there, of a model that readers"):
+        gptfast.export(own(), None, tmp_path, to="nanogpt", overwrite=True)
+
+
 def test_missing_and_damaged_files_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="ckpt.pt: no such file"):
         nanogpt.read(tmp_path)

@@ -120,7 +120,14 @@ def test_bad_input_is_one_sentence(tmp_path, runs, name, error, message):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"step": 1}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("{", "[1]", '{"step": 1}', '{"step": "a", "train_loss": 1}'),
+        *('{"step": 1, "train_loss": null}', '{"step": 1, "train_loss": [1, 2]}'),
+        '{"step": 1, "train_loss": 1.5, "val_loss": "x"}',
+    ],
+)
 def test_what_is_no_history_is_named_with_its_line(tmp_path, line):
     run = write_run(tmp_path / "run")
     with open(run / HISTORY_NAME, "a") as file:

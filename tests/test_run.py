@@ -1,5 +1,6 @@
 """The files of a run: training state, checksum, version, and which files belong together."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -77,16 +78,29 @@ def test_a_state_without_its_checksum_is_damaged(tmp_path):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "pointer of Git LFS"),
         (b"<html><body>404</body></html>", "page of HTML"),
         ("Ünïcode, a text\n".encode(), "damaged"),
+        (b"{}", "damaged"),
     ],
 )
 def test_what_is_no_state_is_named(old, content, reason):
     (old / run.STATE_NAME).write_bytes(content)
     with pytest.raises(CheckpointError, match=f"training_state.pt: .*{reason}") as error:
         quick(old, resume=True)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
     (old / checkpoint.WEIGHTS_NAME).write_bytes(content)
     with pytest.raises(CheckpointError, match=f"model.safetensors: .*{reason}"):
         checkpoint.load(old)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes by name")
+def test_a_text_that_came_by_a_pipe_is_not_waited_for(tmp_path):
+    quick(tmp_path / "run", steps=2)
+    os.mkfifo(tmp_path / "pipe")
+    model, tokenizer = checkpoint.load(tmp_path / "run")
+    extra = checkpoint.read_config(tmp_path / "run")["extra"]
+    extra |= {"preset": None, "data": str(tmp_path / "pipe")}
+    checkpoint.save(model, tokenizer, tmp_path / "run", extra=extra)
+    with pytest.raises(DataError, match="its text came by .*pipe, which cannot be read again"):
+        held_out(tmp_path / "run")
 
 
 def test_a_changed_byte_of_the_state_is_found(tmp_path):
@@ -210,7 +224,7 @@ def test_a_damaged_checkpoint_beside_a_whole_state_says_how_to_go_on(two):
         ({"preset": "abc", "train": {"more": 1}, "text_sha256": ""}, "not known which part"),
         ({"preset": "abc", "train": {}}, "not known which part.*'text_sha256'"),
         ({"preset": "abc", "train": {}, "text_sha256": 5}, "abc is no longer the text"),
-        ({"data": "a\0b", "train": {}, "text_sha256": ""}, "null"),
+        ({"data": "a\0b", "train": {}, "text_sha256": ""}, "not known on which text"),
     ],
 )
 def test_odd_extra_is_one_sentence(tmp_path, capsys, extra, error):

@@ -364,6 +364,7 @@ def test_what_fails_leaves_the_folder_as_it_was(tmp_path, folder, monkeypatch):
         (lambda f: (f / "tokens.bin").unlink(), "tokens.bin: cannot be read"),
         (lambda f: (f / "tokens.bin").write_bytes(b"1"), "expected 3,000 bytes .* got 1: prep"),
         (lambda f: (f / "meta.json").write_text("{"), "meta.json: damaged"),
+        (lambda f: (f / "meta.json").write_text("[" * 100_000), "meta.json: damaged"),
         (lambda f: (f / "meta.json").write_text("[]"), "not the description of a token file"),
         (lambda f: edit(f, version=9), "version 9, this gptfast reads 1"),
         (lambda f: edit(f, dtype="uint16"), "damaged .*dtype uint16 for 5 ids"),

@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _warning_by_sentences():
             code = _run(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code
     except SystemExit as error:  # tyro's, after it has shown the help
         return error.code if isinstance(error.code, int) else 0
@@ -68,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         sentence = f"gptfast: {_sentence(error)}"
         if _is_mine_to_say(sentence):
-            print(sentence, file=sys.stderr, flush=True)
+            from gptfast.console import say
+
+            say(sentence)
         return EXIT_BAD_INPUT
 
 

@@ -10,7 +10,6 @@ import time
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -19,6 +18,7 @@ from gptfast.abc_corpus import NUM_WORDS, WORDS, abc_entropy, abc_next_distribut
 from gptfast.checks import check_seed
 from gptfast.cli.inspection import parameter_table
 from gptfast.config import TrainConfig
+from gptfast.console import Console
 from gptfast.data import abc_corpus, random_windows
 from gptfast.generation import Generation, generate
 from gptfast.model import GPT, Backend

@@ -95,7 +95,6 @@ def bar(what: str, size: int, in_bytes: bool = False) -> Iterator[Callable[[int]
         size: How many bytes or other items there are; 0: it is not known.
         in_bytes: Whether they are bytes.
     """
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -104,6 +103,8 @@ def bar(what: str, size: int, in_bytes: bool = False) -> Iterator[Callable[[int]
         TextColumn,
         TimeRemainingColumn,
     )
+
+    from gptfast.console import Console
 
     numbers = DownloadColumn() if in_bytes else MofNCompleteColumn()
     columns = TextColumn(what), BarColumn(), numbers, TimeRemainingColumn()

@@ -108,7 +108,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({reason(error)})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: damaged ({error})") from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise DataError(f"{file}: not the description of a token file of gptfast")

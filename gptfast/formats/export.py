@@ -5,6 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from gptfast import checkpoint
+from gptfast.checks import check_path
 from gptfast.errors import CheckpointError, ConfigError
 from gptfast.formats import gguf, huggingface, nanogpt
 from gptfast.model import unwrapped
@@ -38,7 +39,7 @@ def export(
         CheckpointError: The format cannot hold the model or the tokenizer; modules were replaced or
             changed; the tokenizer has more ids than the model; a file cannot be written.
     """
-    path, model = Path(path), unwrapped(model)
+    path, model = check_path("path", path), unwrapped(model)
     check_target(path, to, overwrite)
     check_storable(model)
     check_kept(tokenizer)
@@ -53,7 +54,7 @@ def export(
 
 def check_target(path: Path, to: str, overwrite: bool) -> None:
     """Raises ConfigError if a model may not be exported to a path; changes nothing."""
-    if to not in WRITERS:
+    if not isinstance(to, str) or to not in WRITERS:
         raise ConfigError(f"to must be one of {', '.join(WRITERS)}, got {to!r}")
     if to == "gguf" and path.suffix == gguf.SUFFIX:
         if path.is_dir():

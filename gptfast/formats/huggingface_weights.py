@@ -15,6 +15,7 @@ from gptfast.config import GPTConfig
 from gptfast.errors import CheckpointError
 from gptfast.formats.weight_files import own_names, read_json
 from gptfast.formats.weight_files import read_weights as read_content
+from gptfast.integrity import reading
 from gptfast.model import EMBEDDING, GPT, HEAD
 from gptfast.storable import assembled, check_fit, skeleton, stored_tensors, with_all_biases
 
@@ -52,8 +53,9 @@ def read_weights(folder: Path, config: GPTConfig) -> GPT:
             raise CheckpointError(
                 f"{file}: tie_word_embeddings is true, but {HEAD} is not {EMBEDDING}"
             )
-    for name, weight in tensors.items():  # copies, for what is mapped would change with the file
-        tensors[name] = _turned(name, weight).clone(memory_format=torch.contiguous_format)
+    with reading(file):
+        for name, weight in tensors.items():  # copies, for what is mapped may change with the file
+            tensors[name] = _turned(name, weight).clone(memory_format=torch.contiguous_format)
     return assembled(config, tensors, file)
 
 

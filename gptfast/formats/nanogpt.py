@@ -8,6 +8,7 @@ exact one.
 """
 
 import hashlib
+import os
 import pickle
 import warnings
 from dataclasses import replace
@@ -19,10 +20,13 @@ from torch import Tensor
 
 from gptfast.bpe import BPETokenizer
 from gptfast.bpe_files import BYTE_SYMBOLS, END_OF_TEXT
+from gptfast.checks import LONGEST_NAME
 from gptfast.config import GPTConfig
 from gptfast.errors import CheckpointError, ConfigError, DataError
 from gptfast.files import write_atomic
+from gptfast.formats import huggingface_config
 from gptfast.formats.weight_files import own_names, read_plain, read_torch
+from gptfast.integrity import reading
 from gptfast.model import EMBEDDING, GPT, HEAD
 from gptfast.storable import assembled, stored_config, stored_tensors
 from gptfast.tokenizer import CharTokenizer, Tokenizer
@@ -60,11 +64,13 @@ def read(path: str | Path) -> tuple[GPT, Tokenizer | None]:
     content = read_torch(file)
     if not _has_parts(content):
         raise CheckpointError(f"{file}: not nanoGPT's checkpoint, it has no model and model_args")
-    config, tensors = _config(content["model_args"], file), _tensors(content["model"], file)
-    head, embedding = tensors.get(HEAD), tensors.get(EMBEDDING)
-    if isinstance(head, Tensor) and isinstance(embedding, Tensor) and torch.equal(head, embedding):
-        tensors[HEAD] = embedding
-        config = replace(config, tie_weights=True)
+    with reading(file):
+        config, tensors = _config(content["model_args"], file), _tensors(content["model"], file)
+        head, embedding = tensors.get(HEAD), tensors.get(EMBEDDING)
+        both = isinstance(head, Tensor) and isinstance(embedding, Tensor)
+        if both and torch.equal(head, embedding):  # type: ignore[arg-type]
+            tensors[HEAD] = embedding
+            config = replace(config, tie_weights=True)
     model = assembled(config, tensors, file).eval()
     meta = _meta_of(file, content.get("config"))
     return model, None if meta is None else _tokenizer(meta, model.config.vocab_size)
@@ -77,7 +83,7 @@ def _has_parts(content: Any) -> bool:
 
 
 def _config(model_args: dict[str, Any], file: Path) -> GPTConfig:
-    missing = [name for name in _SIZES if name not in model_args]
+    missing = [name for name in _SIZES if model_args.get(name) is None]
     others = sorted(map(str, model_args.keys() - {*_SIZES, *_DEFAULTS}))
     if missing or others:
         problem = f"lack {missing[0]!r}" if missing else f"have {others[0]!r}, which it has not"
@@ -105,6 +111,8 @@ def _meta_of(file: Path, config: Any) -> Path | None:
         return beside
     dataset = config.get("dataset") if isinstance(config, dict) else None
     if not isinstance(dataset, str) or dataset != Path(dataset).name:
+        return None
+    if "\0" in dataset or len(os.fsencode(dataset)) > LONGEST_NAME:
         return None
     own = file.absolute().parent.parent / "data" / dataset / META_NAME
     return own if own.is_file() else None
@@ -161,6 +169,11 @@ def write(model: GPT, tokenizer: Tokenizer | None, folder: Path) -> None:
         raise CheckpointError(
             f"{folder}: {META_NAME} is there, which would be taken for the model's: choose another "
             "folder"
+        )
+    if (folder / huggingface_config.CONFIG_NAME).exists():
+        raise CheckpointError(
+            f"{folder}: {huggingface_config.CONFIG_NAME} is there, of a model that readers would "
+            "take for this one: choose another folder"
         )
     tensors = stored_tensors(model)
     if any(tensor.dtype == torch.float64 for tensor in tensors.values()):

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gptfast.errors import CheckpointError
-from gptfast.integrity import reading
+from gptfast.integrity import NO_TENSORS, reading
 
 _ZIP = b"PK\x03\x04"
 _LENGTH = 8  # bytes before the JSON of a safetensors file
@@ -70,9 +70,7 @@ def read_torch(file: Path) -> Any:
         try:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
         except pickle.UnpicklingError:  # its message says how to run whatever is in the file
-            raise ValueError(
-                "it is no file of torch.save, or holds more than tensors and plain values"
-            ) from None
+            raise ValueError(NO_TENSORS) from None
 
 
 def read_weights(file: Path) -> dict[Any, Any]:
@@ -102,7 +100,7 @@ def own_names(file: Path, weights: Mapping[Any, Any]) -> dict[str, Any]:
             continue
         if own in found:
             raise CheckpointError(f"{file}: it has {own} twice, with a prefix and without")
-        found[own] = weight
+        found[own] = weight.detach() if isinstance(weight, torch.nn.Parameter) else weight
     return found
 
 

@@ -168,7 +168,7 @@ def stream(
     given: Any = list(prompt) if listed else prompt
     several = listed and (not given or any(as_int(each) is None for each in given))
     count = options.get("num_samples", 1)
-    if not several and count != 1:
+    if not several and as_int(count) != 1:
         raise ConfigError(
             f"num_samples must be 1 for a single prompt (wrap it in a list for more), got {count!r}"
         )

@@ -52,6 +52,10 @@ class ReferenceLoop:
         request, sequences = self._request, self._sequences
         idx = torch.tensor([self._window(i) for i in group])  # (n, T)
         logits = self._model(idx.to(self._model.main_weight.device))[:, -1].float().cpu()  # (n, V)
+        # The sum is NaN where a logit is or is +inf; a token whose logit is -inf is never drawn.
+        for i, finite in zip(group, logits.logsumexp(-1).isfinite().tolist(), strict=True):
+            if not finite:
+                raise sequences.not_finite(i)
         uniforms = draws(
             torch.tensor([request.seeds[i] for i in group]),
             torch.tensor([request.sequence_ids[i] for i in group]),
@@ -64,7 +68,4 @@ class ReferenceLoop:
         if request.top_logprobs:
             likeliest = [[each] for each in top_logprobs(logprobs, request.top_logprobs)]
         own = logprobs.gather(1, tokens)
-        for i, finite in zip(group, own.isfinite().all(-1).tolist(), strict=True):
-            if not finite:
-                raise sequences.not_finite(i)
         sequences.extend(group, tokens.tolist(), own.tolist(), likeliest)

@@ -83,10 +83,9 @@ def window_stride(overflow: str, block_size: int) -> int | None:
     if overflow in ("stop", "error"):
         return None
     head, _, count = str(overflow).partition(":")
-    digits = len(str(block_size))  # of more, Python may refuse to make a number
-    if head == "stride" and count[:-digits].strip("0") == "" and count.isdecimal():
-        count = count[-digits:]
-    if head == "stride" and count.isdecimal() and 0 < int(count) <= block_size:
+    count = count.lstrip("0")
+    short = len(count) <= len(str(block_size))  # of too many digits Python makes no number
+    if head == "stride" and count.isdecimal() and short and 0 < int(count) <= block_size:
         return int(count)
     raise ConfigError(
         "overflow must be 'recompute', 'stride:K' with K from 1 to block_size, 'stop' or 'error',"

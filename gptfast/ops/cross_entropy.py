@@ -123,9 +123,9 @@ def _scaled(grads: list[Tensor | None], dloss: Tensor) -> list[Tensor | None]:
     gradients; on a GPU only `one` is recognised, because reading the value would synchronise. A
     compiled graph or a transform cannot branch on the value.
     """
-    batched = torch._C._functorch.is_legacy_batchedtensor(dloss)  # by is_grads_batched
-    traced = torch.compiler.is_compiling() or transformed() or batched
-    plain = not (traced or torch.is_grad_enabled())
+    plain = not (torch.compiler.is_compiling() or transformed() or torch.is_grad_enabled())
+    # With is_grads_batched there are several values.
+    plain = plain and not torch._C._functorch.is_legacy_batchedtensor(dloss)
     once = plain and not torch._C._autograd._get_current_graph_task_keep_graph()
     if not once:
         return [None if grad is None else grad * dloss for grad in grads]

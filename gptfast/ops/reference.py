@@ -156,6 +156,8 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """See `gptfast.ops.linear_cross_entropy`."""
+    counted = targets if traced() else targets[targets != ignore_index]
+    check_range("linear_cross_entropy: targets", counted, weight.shape[0])
     with torch.autocast(x.device.type, enabled=False):
         wide = x.to(_wide(x))
         normalized = wide if ln_w is None else _layer_norm(wide, ln_w, ln_b)
@@ -179,6 +181,20 @@ def linear_cross_entropy(
         return torch.where(total == 0, 0.0, losses.sum() / (total + (total == 0)))
 
 
+def traced() -> bool:
+    """Whether a compiled graph or a transform runs this code, which cannot branch on values."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def check_range(what: str, idx: Tensor, V: int) -> None:
+    """Raises ValueError unless all indices are in [0, V); where they are traced, torch checks."""
+    if traced() or not idx.numel():
+        return
+    least, most = int(idx.min()), int(idx.max())
+    if least < 0 or most >= V:
+        raise ValueError(f"{what} must be in [0, {V}), got {least} to {most}")
+
+
 def embedding(
     idx: Tensor,
     wte: Tensor,
@@ -194,13 +210,7 @@ def embedding(
     V = wte.shape[0]
     if padding_idx is not None and not 0 <= padding_idx < V:
         raise ValueError(f"embedding: padding_idx must be None or in [0, {V}), got {padding_idx}")
-    # A compiled graph or a transform cannot branch on values; there F.embedding checks the range.
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    known = traced or not idx.numel()
-    if not known and not (0 <= int(idx.min()) and int(idx.max()) < V):
-        raise ValueError(
-            f"embedding: idx must be in [0, {V}), got {int(idx.min())} to {int(idx.max())}"
-        )
+    check_range("embedding: idx", idx, V)
     with torch.autocast(idx.device.type, enabled=False):
         x = F.embedding(idx, wte, padding_idx) + wpe[: idx.shape[-1]]
         return _dropout(x, dropout_p, seed, stream).to(dtype or x.dtype)

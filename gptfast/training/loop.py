@@ -1,7 +1,6 @@
 """The loop of a training run: steps, evaluations and saves, for a new or a resumed run."""
 
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from gptfast import data
 from gptfast.config import TrainConfig
+from gptfast.console import say
 from gptfast.errors import CheckpointError, ConfigError, GptfastError
 from gptfast.model import GPT
 from gptfast.tokenizer import Tokenizer
@@ -133,7 +133,7 @@ class Loop:
     def warn(self, message: str) -> None:
         """Warns on stderr where the run is shown there, else by Python's `warnings`."""
         if self.shown:
-            print(f"warning: {message}", file=sys.stderr)
+            say(f"warning: {message}")
         else:
             warnings.warn(message, stacklevel=2)
 

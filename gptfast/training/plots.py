@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from gptfast.checks import as_number
 from gptfast.errors import ConfigError, DataError
 from gptfast.pictures import COLOURS, GREY, check_matplotlib, save_picture
 from gptfast.training.run import HISTORY_NAME
@@ -99,10 +100,19 @@ def read_history(path: str | Path) -> list[Row]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
-        if not isinstance(row, dict) or "step" not in row or "train_loss" not in row:
+        if not isinstance(row, dict) or not _is_row(row):
             raise DataError(f"{file}: line {number} is not a row of a history")
         rows.append(row)
     return rows
+
+
+def _is_row(row: dict[str, Any]) -> bool:
+    """Whether a row has a step and losses that are numbers, of which the held-out one may lack."""
+    needed = row.get("step"), row.get("train_loss")
+    optional = row.get("val_loss"), row.get("lr")
+    return None not in map(as_number, needed) and all(
+        each is None or as_number(each) is not None for each in optional
+    )
 
 
 def _histories(runs: Any) -> dict[str, list[Row]]:

@@ -97,7 +97,8 @@ def train(
     processes = join(own)
     processes.from_first(lambda: run.check(out, resume, overwrite))
     if init_from is not None and out is not None and not resume:
-        if Path(init_from).resolve() == Path(out).resolve():
+        start = Path(init_from).resolve()
+        if start.exists() and Path(out).resolve() in (start, *start.parents):
             raise ConfigError(f"{out}: a run cannot start from the run that it replaces")
     source, noted = source_of(init_from, out if resume else None)
     known = None if source is None else formats.load(source)
@@ -274,7 +275,7 @@ def held_out_tokens(path: str | Path) -> Tensor:
     extra = extra if isinstance(extra, dict) else {}
     name, data = extra.get("preset"), extra.get("data")
     recipe = PRESETS.get(name) if isinstance(name, str) else None
-    if tokenizer is None or recipe is None and not isinstance(data, str):
+    if tokenizer is None or recipe is None and not (isinstance(data, str) and "\0" not in data):
         raise DataError(f"{path}: it is not known on which text this model was trained: give one")
     try:
         config = TrainConfig(**extra["train"])
@@ -284,6 +285,9 @@ def held_out_tokens(path: str | Path) -> Tensor:
             f"{path}: it is not known which part of its text was held out "
             f"({type(error).__name__}: {error}): give a text"
         ) from error
+    kept = data is None or not Path(data).exists() or Path(data).is_file() or Path(data).is_dir()
+    if not kept:
+        raise DataError(f"{path}: its text came by {data}, which cannot be read again: give one")
     tokens = source_of_text(recipe, None, data)
     train_ids, val_ids = split(tokens.ids(tokenizer_from(tokenizer)), config)
     if tokens.fingerprint(train_ids, val_ids) != fingerprint:

@@ -32,8 +32,6 @@ class Inspect:
             from gptfast.pictures import check_picture
 
             check_picture(self.plot)
-        from rich.console import Console
-
         from gptfast import formats
         from gptfast.cli.inspection import (
             attention_report,
@@ -41,6 +39,7 @@ class Inspect:
             parameter_table,
             tokenizer_line,
         )
+        from gptfast.console import Console
 
         model, tokenizer = formats.load(self.run_path)
         attention = ""

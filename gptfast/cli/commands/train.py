@@ -1,5 +1,6 @@
 """`gptfast train`."""
 
+import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -111,11 +112,13 @@ def _rescued(out: Path, error: "UnsavedError") -> CheckpointError:
     """Saves the model of a run, whose directory does not take it, in another one, and says so."""
     from gptfast import checkpoint
 
-    why = f"{out}: the last save failed ({error.__cause__})"
+    why, place = f"{out}: the last save failed ({error.__cause__})", None
     try:
         place = tempfile.mkdtemp(prefix="gptfast-")
         checkpoint.save(error.result.model, error.result.tokenizer, place)
     except (OSError, CheckpointError) as again:
+        if place is not None:
+            shutil.rmtree(place, ignore_errors=True)
         return CheckpointError(f"{why}, and so did one elsewhere ({again})")
     return CheckpointError(f"{why}; the trained model is saved in {place}")
 

@@ -1,14 +1,16 @@
 """The progress bar of a run."""
 
+import contextlib
 import math
 import shlex
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gptfast.console import Console
 from gptfast.errors import ConfigError
 from gptfast.presets import PRESETS
 from gptfast.run_file import RUN_FILE_NAME, read_run_file
@@ -26,6 +28,8 @@ UPDATES_PER_SECOND = 10
 class TerminalBar:
     """A bar on stderr, with the lines of evaluations above it.
 
+    A terminal that has gone, or a file that is full, does not end the run: the bar shows no more.
+
     Args:
         total: Steps of the run.
         completed: Steps that are done already.
@@ -42,22 +46,29 @@ class TerminalBar:
             console=self._console,
         )
         self._task = self._bar.add_task("", total=total, completed=completed, numbers="")
-        self._bar.start()
+        self._gone = False
+        self._show(self._bar.start)
 
     def line(self, text: str) -> None:
         """Prints a line above the bar."""
-        self._console.print(text, markup=False)
+        self._show(self._console.print, text, markup=False)
 
     def update(self, completed: int, numbers: str | None = None) -> None:
         """Shows how many steps are done, and the numbers beside the bar if they have changed."""
-        if numbers is None:
-            self._bar.update(self._task, completed=completed)
-        else:
-            self._bar.update(self._task, completed=completed, numbers=numbers)
+        changed = {} if numbers is None else {"numbers": numbers}
+        self._show(self._bar.update, self._task, completed=completed, **changed)
 
     def stop(self) -> None:
         """Ends the bar, which stays as it is."""
-        self._bar.stop()
+        with contextlib.suppress(OSError):
+            self._bar.stop()
+
+    def _show(self, show: Callable[..., Any], *args: Any, **options: Any) -> None:
+        if not self._gone:
+            try:
+                show(*args, **options)
+            except OSError:
+                self._gone = True
 
 
 class ProgressBar(Callback):

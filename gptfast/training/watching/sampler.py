@@ -1,9 +1,9 @@
 """Samples while training: what the model writes, at each evaluation."""
 
 import json
-import sys
 from typing import TYPE_CHECKING
 
+from gptfast.console import say
 from gptfast.errors import ConfigError, reason
 from gptfast.files import write_atomic
 from gptfast.generation import generate
@@ -73,15 +73,14 @@ class Sampler(Callback):
         if result.finish_reason == "interrupted":  # a second Ctrl-C, see `first_interrupt`
             raise KeyboardInterrupt
         if self.shown:
-            print(
-                f"--- a sample of step {row['step']}:\n{self.prompt}{result.text}\n---",
-                file=sys.stderr,
-            )
+            say(f"--- a sample of step {row['step']}:\n{self.prompt}{result.text}\n---")
         if run.path is not None:
             line = {"step": row["step"], "prompt": self.prompt, "text": result.text}
             try:
-                with open(run.path / SAMPLES_NAME, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                # Of half a surrogate pair, which UTF-8 has not, this writes JSON's escape.
+                text = json.dumps(line, ensure_ascii=False) + "\n"
+                with open(run.path / SAMPLES_NAME, "ab") as file:
+                    file.write(text.encode("utf-8", "backslashreplace"))
             except OSError as error:
                 run.warn(f"{run.path / SAMPLES_NAME}: cannot be written ({reason(error)})")
 
