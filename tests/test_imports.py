@@ -11,9 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# For each room (layer): its modules and packages, and the other rooms that it may import.
+# For each layer: its modules and packages, and the other layers that it may import.
 BELOW_TRAINING = "errors markup pictures config ops data model checkpoint formats"
-ROOMS = {
+LAYERS = {
     "errors": ("errors checks console files lock", ""),
     "markup": ("markup", ""),
     "pictures": ("pictures", "errors"),
@@ -72,24 +72,24 @@ def imported(file: Path, known: set[str], types: bool = True) -> Iterator[tuple[
                 yield getattr(node, "lineno", 0), name
 
 
-def room_of(module: str) -> str:
+def layer_of(module: str) -> str:
     name = module.removeprefix("gptfast.").partition(".")[0]
-    found = [room for room, (names, _) in ROOMS.items() if name in names.split()]
-    assert found, f"{module} is in no room: give it a place in ROOMS"
+    found = [layer for layer, (names, _) in LAYERS.items() if name in names.split()]
+    assert found, f"{module} is in no layer: give it a place in LAYERS"
     return found[0]
 
 
 def forbidden(root: Path = ROOT) -> list[str]:
-    """Returns the imports that ROOMS does not allow, with file and line."""
+    """Returns the imports that LAYERS does not allow, with file and line."""
     found = []
     files = modules(root)
     for module, file in files.items():
-        room = room_of(module)
+        layer = layer_of(module)
         for line, name in imported(file, set(files)):
             if name == "gptfast._C":
                 continue
-            if room_of(name) not in (room, *ROOMS[room][1].split()):
-                found.append(f"{file.relative_to(root)}:{line}: {room} imports {name}")
+            if layer_of(name) not in (layer, *LAYERS[layer][1].split()):
+                found.append(f"{file.relative_to(root)}:{line}: {layer} imports {name}")
     return sorted(found)
 
 

@@ -17,7 +17,7 @@ KERNELS = Path(__file__).resolve().parents[1] / "csrc" / "kernels"
 FILES = sorted(KERNELS.glob("*/*.inl"))
 
 # The folders whose files a folder's files may include, besides kernels.h and their own folder.
-ROOMS = {
+LAYERS = {
     "simd": {"threads"},
     "matmul": {"simd", "threads"},
     "attention": {"matmul", "simd", "threads"},
@@ -48,15 +48,15 @@ def parse(path: Path, level: str, command: str, intrinsics: Path) -> str:
 
 
 def test_every_file_has_its_room():
-    assert {path.parent.name for path in FILES} == set(ROOMS)
+    assert {path.parent.name for path in FILES} == set(LAYERS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_file_includes_the_rooms_below_its_own(path):
-    room = path.parent.name
+    layer = path.parent.name
     for other in included(path):
         assert other.exists(), other
-        assert other.name == "kernels.h" or other.parent.name in {room} | ROOMS[room], other
+        assert other.name == "kernels.h" or other.parent.name in {layer} | LAYERS[layer], other
     text = path.read_text()
     assert re.match(r"(//.*\n)+#pragma once\n\n", text)
     assert text.count("\nnamespace gptfast::GPTFAST_LEVEL {\nnamespace {\n") == 1

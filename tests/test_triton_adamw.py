@@ -112,7 +112,7 @@ def test_gradients_at_any_address_give_the_same_bits(count: int) -> None:
         own = copy.deepcopy((weights, grad, means, squares, steps, averages))
         own = own[0], grad, *own[2:]
         norm = adamw_(*own, [0.1], 1e-2, 0.9, 0.99, 1e-8, 0.5, 0.9)
-        assert adamw.Table(*own, [0]).aligned == (grad is grads)
+        assert adamw.PointerTable(*own, [0]).aligned == (grad is grads)
         found.append([norm, own[0][0], own[2][0], own[3][0], own[5][0], own[4][0]])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert found[0][1].isfinite().all() and found[0][-1] == 4.0

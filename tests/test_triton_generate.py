@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gptfast import GPT, CharTokenizer, DataError, GPTConfig
 from gptfast.generation import decoder, dtypes, kept, make_request
-from gptfast.generation.decoder import Decoder, Flight, Shape
+from gptfast.generation.decoder import Decoder, InFlight, Shape
 from gptfast.generation.sequences import Update
 from gptfast.generation.sizes import slots_bucket, unrolled
 from gptfast.generation.snapshot import has_int8, snapshot
@@ -242,7 +242,7 @@ def test_being_ahead_changes_nothing(overflow: str, monkeypatch: pytest.MonkeyPa
     }  # fmt: skip
     prompts = ["abcdefgh", "c", "jihgfed"]
     one_by_one = generated(model, prompts, **options)
-    monkeypatch.setattr(device_loop, "LOOK_SECONDS", 1e9)  # up to 128 steps before a look
+    monkeypatch.setattr(device_loop, "POLL_SECONDS", 1e9)  # up to 128 steps before a poll
     assert generated(model, prompts, seconds=1e9, **options) == one_by_one
     assert {each.state for each in one_by_one} != {"length"}
 
@@ -262,7 +262,7 @@ def test_a_sequence_has_the_same_bits_in_any_batch(
         assert (alone.tokens, alone.logprobs) == (each.tokens, each.logprobs)
 
 
-def test_slots_go_to_the_next_sequences_without_a_look() -> None:
+def test_slots_go_to_the_next_sequences_without_a_poll() -> None:
     model = model_of(TINY)
     prompts, options = [[1], [2, 3], [4] * 9, [5], [6, 7]], {"max_new_tokens": 5, "seed": 3}
     together = generated(model, prompts, seconds=1e9, **options)
@@ -272,7 +272,7 @@ def test_slots_go_to_the_next_sequences_without_a_look() -> None:
         queued += 1
     assert queued == 3  # two sequences, two more, and the last one
     for _ in range(queued):
-        loop._look()
+        loop._poll()
     assert loop.updates() == together
 
 
@@ -289,13 +289,13 @@ class Prepared:
     def start(self, starts: Any) -> None:
         """Nothing."""
 
-    def queue(self, stretches: Any) -> Flight:
+    def queue(self, runs: Any) -> InFlight:
         """Says how many steps there are."""
-        steps = sum(each.steps for each in stretches)
+        steps = sum(each.steps for each in runs)
         self._drawn += steps
-        return Flight(steps, torch.empty(0), self._drawn, None)
+        return InFlight(steps, torch.empty(0), self._drawn, None)
 
-    def read(self, flight: Flight) -> tuple[Any, Any]:
+    def read(self, flight: InFlight) -> tuple[Any, Any]:
         """Returns the tokens of these steps."""
         new = slice(flight.arrived - flight.steps, flight.arrived)
         return self._tokens[:, new], self._logprobs[:, new]

@@ -25,10 +25,10 @@ void embed(const Model& model, int64_t count, const int64_t* tokens, const int64
 // Rows of activations, and the steps of the model that compute each row by itself.
 class Rows {
  public:
-  Rows(const Model& model, const Plan& plan, int64_t count, const Parallel& parallel)
+  Rows(const Model& model, const Schedule& schedule, int64_t count, const Parallel& parallel)
       : kernels_(model.kernels()),
         model_(model),
-        plan_(plan),
+        schedule_(schedule),
         parallel_(parallel),
         M_(count),
         C_(model.config().n_embd),
@@ -81,7 +81,7 @@ class Rows {
   // rows at a time.
   void for_logits(const UseLogits& use) {
     finish(model_.layers().back(), 0, M_, parallel_);
-    const int64_t V = model_.config().vocab_size, rows = plan_.logits_rows(M_);
+    const int64_t V = model_.config().vocab_size, rows = schedule_.logits_rows(M_);
     float* logits = alloc<float>(frame_, rows * V);
     for (int64_t first = 0; first < M_; first += rows) {
       const int64_t count = std::min(rows, M_ - first);
@@ -96,7 +96,7 @@ class Rows {
 
   const Kernels& kernels_;
   const Model& model_;
-  const Plan& plan_;
+  const Schedule& schedule_;
   const Parallel& parallel_;
   ScratchFrame frame_;
   int64_t M_, C_;
@@ -107,18 +107,18 @@ class Rows {
 // itself and is left to Rows.
 class Pass {
  public:
-  Pass(const Model& model, const Plan& plan, const Batch& batch, Cache& cache,
+  Pass(const Model& model, const Schedule& schedule, const Batch& batch, Cache& cache,
        const FirstLayerTable* table, const Parallel& parallel)
       : kernels_(model.kernels()),
         model_(model),
-        plan_(plan),
+        schedule_(schedule),
         batch_(batch),
         cache_(cache),
         table_(table),
         parallel_(parallel),
         M_(batch.count()),
         C_(model.config().n_embd),
-        rows_(model, plan, M_, parallel),
+        rows_(model, schedule, M_, parallel),
         position_(alloc<int64_t>(frame_, M_)),
         qkv_(rows_.matrix(3 * C_)) {}
 
@@ -151,7 +151,7 @@ class Pass {
         position_[t - batch_.starts[0]] = batch_.position(i, t);
     const auto last = static_cast<int64_t>(model_.layers().size()) - 1;
     for (int64_t i = 0; i <= last; ++i) {
-      plan_.for_rows(M_, parallel_, [&](int64_t first, int64_t count, const Parallel& parallel) {
+      schedule_.for_rows(M_, parallel_, [&](int64_t first, int64_t count, const Parallel& parallel) {
         if (i == 0)
           embed(model_, count, tokens() + first, position_ + first, rows_.x(first), parallel);
         else
@@ -218,7 +218,7 @@ class Pass {
 
   const Kernels& kernels_;
   const Model& model_;
-  const Plan& plan_;
+  const Schedule& schedule_;
   const Batch& batch_;
   Cache& cache_;
   const FirstLayerTable* table_;
@@ -265,11 +265,11 @@ void forward(const Model& model, const Batch& batch, Cache& cache, FirstLayerTab
              const UseLogits& use, const Parallel& parallel) {
   if (batch.sequences == 0) return;
   if (table != nullptr) fill(*table, model, batch, parallel);
-  const Plan plan(model, batch, parallel.threads);
-  plan.for_parts(batch, parallel, [&](const Batch& part, int64_t first, const Parallel& threads) {
-    Rows last(model, plan, part.sequences, threads);
-    plan.for_blocks(part, [&](const Batch& block, int64_t at) {
-      Pass(model, plan, block, cache, table, threads).run(last, at);
+  const Schedule schedule(model, batch, parallel.threads);
+  schedule.for_parts(batch, parallel, [&](const Batch& part, int64_t first, const Parallel& threads) {
+    Rows last(model, schedule, part.sequences, threads);
+    schedule.for_blocks(part, [&](const Batch& block, int64_t at) {
+      Pass(model, schedule, block, cache, table, threads).run(last, at);
     });
     last.for_logits([&](int64_t row, int64_t count, const float* logits, const Parallel& idle) {
       use(first + row, count, logits, idle);
@@ -281,10 +281,10 @@ void score(const Model& model, const Batch& batch, Cache& cache, const int64_t* 
            float* logprobs, const Parallel& parallel) {
   if (batch.count() == 0) return;
   const int64_t V = model.config().vocab_size;
-  const Plan plan(model, batch, parallel.threads);
-  plan.for_parts(batch, parallel, [&](const Batch& part, int64_t, const Parallel& threads) {
-    plan.for_blocks(part, [&](const Batch& block, int64_t) {
-      Pass pass(model, plan, block, cache, nullptr, threads);
+  const Schedule schedule(model, batch, parallel.threads);
+  schedule.for_parts(batch, parallel, [&](const Batch& part, int64_t, const Parallel& threads) {
+    schedule.for_blocks(part, [&](const Batch& block, int64_t) {
+      Pass pass(model, schedule, block, cache, nullptr, threads);
       pass.run().for_logits(
           [&](int64_t first, int64_t count, const float* logits, const Parallel& idle) {
             run_tasks(idle, count, [&](int64_t i) {

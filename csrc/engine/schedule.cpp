@@ -24,7 +24,7 @@ std::vector<int64_t> part_ends(const Batch& batch, int threads) {
 
 }  // namespace
 
-Plan::Plan(const Model& model, const Batch& batch, int threads)
+Schedule::Schedule(const Model& model, const Batch& batch, int threads)
     : fits_core_(model.layers_bytes() <= limits::core_bytes),
       vocab_size_(model.config().vocab_size) {
   if (threads > 1 && batch.sequences >= threads && fits_core_)
@@ -32,7 +32,7 @@ Plan::Plan(const Model& model, const Batch& batch, int threads)
   in_blocks_ = fits_core_ && (threads == 1 || !part_ends_.empty());
 }
 
-int64_t Plan::logits_rows(int64_t M) const {
+int64_t Schedule::logits_rows(int64_t M) const {
   const int64_t max_rows = std::max<int64_t>(1, std::min(M, limits::logits / vocab_size_));
   return std::min(in_blocks_ ? limits::block_tokens : M, max_rows);
 }

@@ -1,5 +1,5 @@
-// How the work of a forward pass is divided: a plan is made once from the model, the batch and the
-// number of threads, and forward.cpp carries it out. Results have the same bits under any plan.
+// How the work of a forward pass is divided: a schedule is made once from the model, the batch and the
+// number of threads, and forward.cpp carries it out. Results have the same bits under any schedule.
 #pragma once
 
 #include <algorithm>
@@ -66,9 +66,9 @@ constexpr int64_t pass_tokens = 1024;
 
 }  // namespace limits
 
-class Plan {
+class Schedule {
  public:
-  Plan(const Model& model, const Batch& batch, int threads);
+  Schedule(const Model& model, const Batch& batch, int threads);
 
   // Calls f(part, first, parallel) for the parts of the batch; a part starts at the batch's
   // sequence `first`. A thread that has a part for itself goes from tokens to logits without

@@ -169,11 +169,12 @@ def _shells() -> dict[str, str]:
 
 
 def _train_commands() -> dict[str, type]:
-    from gptfast.cli.run_file import RunFile
+    from gptfast.cli.run_options import RunOptions
     from gptfast.presets import PRESETS
 
     return {
-        name: commands.train_preset(preset, None, RunFile(None)) for name, preset in PRESETS.items()
+        name: commands.train_preset(preset, None, RunOptions(None))
+        for name, preset in PRESETS.items()
     }
 
 
@@ -207,11 +208,11 @@ def _parse_completion(arguments: list[str]) -> Command:
 
 
 def _parse_train(arguments: list[str]) -> Command:
-    from gptfast.cli.run_file import ConfigOption, RunFile
+    from gptfast.cli.run_options import ConfigOption, RunOptions
     from gptfast.presets import preset
 
     others = [each for each in arguments if each not in ("-h", "--help")]
-    file = RunFile(_parse(ConfigOption, "gptfast train", others, ignore_unknown=True).config)
+    file = RunOptions(_parse(ConfigOption, "gptfast train", others, ignore_unknown=True).config)
     if not arguments[0].startswith("-"):
         name, options = arguments[0], arguments[1:]
     elif file.preset is not None:

@@ -21,7 +21,7 @@ from gptfast.generation.request import (
     window_stride,
 )
 from gptfast.generation.result import Generation
-from gptfast.generation.sequences import Loop, Update
+from gptfast.generation.sequences import GenerationLoop, Update
 from gptfast.model import GPT
 from gptfast.ops.sampling import Sampling
 from gptfast.tokenizer import Tokenizer
@@ -241,7 +241,7 @@ def _request(
     )
 
 
-def _loop(model: GPT | PackedModel, request: Request, lasting: bool = False) -> Loop:
+def _loop(model: GPT | PackedModel, request: Request, lasting: bool = False) -> GenerationLoop:
     """Chooses the loop; `lasting` says that the model may change before the loop is done."""
     model = own_model(model)
     if isinstance(model, PackedModel):
@@ -311,7 +311,7 @@ class _PendingText:
         return self._decoder.decode(written[:end], not more)
 
 
-def _pieces(loop: Loop, request: Request) -> Iterator[tuple[int, Piece]]:
+def _pieces(loop: GenerationLoop, request: Request) -> Iterator[tuple[int, Piece]]:
     pending = [_PendingText(request) for _ in request.prompts]
     more, seconds = True, 0.0  # one step: the first token comes at once
     while more:

@@ -48,7 +48,7 @@ class Starts(NamedTuple):
     sequence_ids: Ints  # (n,)
 
 
-class Stretch(NamedTuple):
+class StepRun(NamedTuple):
     """Steps in a row. Windows of some slots may move before the first of them, or before each."""
 
     steps: int
@@ -69,7 +69,7 @@ class Shape(NamedTuple):
     precision: str  # of products, which torch's settings choose for float32
 
 
-class Flight(NamedTuple):
+class InFlight(NamedTuple):
     """Steps that have been queued: their results, and when these have arrived."""
 
     steps: int
@@ -181,22 +181,22 @@ class Decoder:
         if self.shape.config.attention:
             self._fill_by_length(slots, lengths - offsets - 1)
 
-    def queue(self, stretches: Iterable[Stretch]) -> Flight:
+    def queue(self, runs: Iterable[StepRun]) -> InFlight:
         """Queues steps of all slots, at most MOST_STEPS."""
         self._flight = (self._flight + 1) % FLIGHTS
         results = self._results[self._flight]
         done = 0
-        for stretch in stretches:
-            for count in self._run_stretch(stretch):
+        for run in runs:
+            for count in self._run_steps(run):
                 results[done : done + count].copy_(self._drawn[:count], non_blocking=True)
                 done += count
         before, self._arrived = self._arrived, None
         if self._state.is_cuda:
             self._arrived = torch.cuda.Event(enable_timing=True)
             self._arrived.record()
-        return Flight(done, results, self._arrived, before)
+        return InFlight(done, results, self._arrived, before)
 
-    def read(self, flight: Flight) -> tuple[Any, Any]:
+    def read(self, flight: InFlight) -> tuple[Any, Any]:
         """Waits for queued steps.
 
         Returns:
@@ -254,9 +254,9 @@ class Decoder:
             logprobs.view(torch.float32), progress,
         )  # fmt: skip
 
-    def _run_stretch(self, stretch: Stretch) -> Iterator[int]:
+    def _run_steps(self, run: StepRun) -> Iterator[int]:
         """Queues steps in runs that each have a graph; yields the length of each run."""
-        left, slots, stride, each = stretch
+        left, slots, stride, each = run
         T = max(1, self.shape.config.block_size - stride)
         together = each and slots is not None and len(slots) <= self._at_once(T)
         n = self._list(slots) if together and slots is not None else 0

@@ -24,11 +24,11 @@ from gptfast.generation.decoder import (
     FLIGHTS,
     MOST_STEPS,
     Decoder,
-    Flight,
+    InFlight,
     Ints,
     Shape,
     Starts,
-    Stretch,
+    StepRun,
 )
 from gptfast.generation.dtypes import activations
 from gptfast.generation.kept import keep_decoder, take_decoder
@@ -40,16 +40,16 @@ from gptfast.ops.sampling import top_logprobs
 from gptfast.ops.triton.launch import precision
 from gptfast.ops.triton.sampling import kind_of
 
-LOOK_SECONDS = 0.0025  # most seconds between polls: of steps that are queued and read together
-LOOK_SHARE = 4  # without stops, poll every `seconds / LOOK_SHARE` of a run if that is longer
-LOOK_STEPS = 8  # fewest steps that are queued together
+POLL_SECONDS = 0.0025  # most seconds between polls: of steps that are queued and read together
+POLL_SHARE = 4  # without stops, poll every `seconds / POLL_SHARE` of a run if that is longer
+POLL_STEPS = 8  # fewest steps that are queued together
 MOST_SLOTS = 4096  # unless the request says otherwise; more would not be faster
 
 
 class _Queued(NamedTuple):
     """Queued steps, and the sequences that they draw for."""
 
-    flight: Flight
+    flight: InFlight
     owners: Ints  # (S,), the sequence of each slot
     counts: Ints  # (S,), how many tokens each slot draws
 
@@ -57,7 +57,7 @@ class _Queued(NamedTuple):
 class DeviceLoop:
     """Generates on the model's device, as many sequences at once as the memory allows.
 
-    See sequences.Loop. Letters: n sequences, S slots.
+    See sequences.GenerationLoop. Letters: n sequences, S slots.
     """
 
     def __init__(self, model: GPT, request: Request, lasting: bool = False) -> None:
@@ -75,7 +75,7 @@ class DeviceLoop:
         self._unfinished = len(self._waiting)
         self._stops = bool(self._sequences.stop_tokens or request.stop_strings)
         self._queued: deque[_Queued] = deque()
-        self._look_seconds = LOOK_SECONDS
+        self._poll_seconds = POLL_SECONDS
         self._decoder: Decoder | None = None
         slots = 0
         if self._unfinished:
@@ -113,15 +113,15 @@ class DeviceLoop:
         return self._decoder
 
     def run(self, seconds: float) -> bool:
-        """See sequences.Loop."""
+        """See sequences.GenerationLoop."""
         if self._decoder is None:
             return False
         end = perf_counter() + seconds
         one_by_one = seconds <= 0.0 or self._request.top_logprobs > 0
         ahead = 1 if one_by_one else FLIGHTS - 1 if self._stops else FLIGHTS
-        self._look_seconds = LOOK_SECONDS
+        self._poll_seconds = POLL_SECONDS
         if not self._stops:
-            self._look_seconds = max(LOOK_SECONDS, seconds / LOOK_SHARE)
+            self._poll_seconds = max(POLL_SECONDS, seconds / POLL_SHARE)
         device = self._decoder.device
         with torch.cuda.device(device if device.type == "cuda" else -1), _no_autocast(device.type):
             self._decoder.order.begin()
@@ -129,7 +129,7 @@ class DeviceLoop:
                 while self._unfinished:
                     while len(self._queued) < ahead and self._queue(one_by_one):
                         pass
-                    self._look()
+                    self._poll()
                     if perf_counter() >= end:
                         break
             finally:
@@ -142,7 +142,7 @@ class DeviceLoop:
         return False
 
     def updates(self) -> list[Update]:
-        """See sequences.Loop."""
+        """See sequences.GenerationLoop."""
         return self._sequences.updates()
 
     def _queue(self, one_by_one: bool) -> bool:
@@ -153,22 +153,22 @@ class DeviceLoop:
             return False
         # If sequences wait for a slot, only until the first slot becomes free.
         left = int(running.min() if len(self._waiting) else running.max())
-        steps = 1 if one_by_one else min(left, self._steps_per_look(left))
+        steps = 1 if one_by_one else min(left, self._steps_per_poll(left))
         owners, counts = self._owners.copy(), np.minimum(self._left, steps)
-        flight = self._own_decoder.queue(self._stretches(steps))
+        flight = self._own_decoder.queue(self._step_runs(steps))
         self._queued.append(_Queued(flight, owners, counts))
         self._owners[self._left == 0] = -1
         return True
 
-    def _steps_per_look(self, left: int) -> int:
+    def _steps_per_poll(self, left: int) -> int:
         """Returns how many of the steps that are left to queue at once.
 
         Near the end it is half of them, because no queued step hides the time in which the host
         makes lists of the last results.
         """
-        timely = int(self._look_seconds / self._own_decoder.step_seconds)
-        half = max(left // 2 + LOOK_STEPS - 1, 2 * LOOK_STEPS)
-        return max(1, min(timely, MOST_STEPS, half) // LOOK_STEPS) * LOOK_STEPS
+        timely = int(self._poll_seconds / self._own_decoder.step_seconds)
+        half = max(left // 2 + POLL_STEPS - 1, 2 * POLL_STEPS)
+        return max(1, min(timely, MOST_STEPS, half) // POLL_STEPS) * POLL_STEPS
 
     def _fill_slots(self) -> None:
         """Gives free slots to sequences that wait."""
@@ -192,7 +192,7 @@ class DeviceLoop:
         self._owners[slots], self._left[slots] = chosen, limits
         self._lengths[slots] = lengths - offsets
 
-    def _stretches(self, steps: int) -> Iterator[Stretch]:
+    def _step_runs(self, steps: int) -> Iterator[StepRun]:
         """Divides steps where windows move, and counts what the slots draw.
 
         A window that is longer than block_size moves before its slot takes a step. With a stride
@@ -203,7 +203,7 @@ class DeviceLoop:
         if stride == 0 or int((self._lengths + taken).max()) <= size + 1:
             self._left -= taken
             self._lengths += taken
-            yield Stretch(steps)
+            yield StepRun(steps)
             return
         while steps > 0:
             # Steps of each slot until its window must move; no limit if it ends before that.
@@ -216,7 +216,7 @@ class DeviceLoop:
                 self._lengths[moving] -= -(-over // stride) * stride
                 room[moving] = MOST_STEPS if stride == 1 else size + 1 - self._lengths[moving]
             count = min(steps, int(room.min()))
-            yield Stretch(count, moving, stride, each=stride == 1 and moving is not None)
+            yield StepRun(count, moving, stride, each=stride == 1 and moving is not None)
             taken = np.minimum(self._left, count)
             self._left -= taken
             self._lengths += taken
@@ -224,7 +224,7 @@ class DeviceLoop:
                 self._lengths[moving] = size + 1
             steps -= count
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         """Reads the oldest queued steps, and appends what they drew."""
         flight, owners, counts = self._queued.popleft()
         tokens, logprobs = self._own_decoder.read(flight)

@@ -162,7 +162,7 @@ class PackedModel:
 
 
 class Engine:
-    """Generates a request by the compiled engine; see sequences.Loop."""
+    """Generates a request by the compiled engine; see sequences.GenerationLoop."""
 
     def __init__(self, packed: PackedModel, request: Request) -> None:
         extension, config = _extension(), packed.config
@@ -190,14 +190,14 @@ class Engine:
         )
 
     def run(self, seconds: float) -> bool:
-        """See sequences.Loop."""
+        """See sequences.GenerationLoop."""
         more = self._session.run(seconds)
         if self._session.invalid >= 0:
             raise not_finite("prompt", self._session.invalid // self._request.num_samples)
         return more
 
     def updates(self) -> list[Update]:
-        """See sequences.Loop."""
+        """See sequences.GenerationLoop."""
         return [Update(*each) for each in self._session.updates()]
 
     @property

@@ -10,7 +10,7 @@ from gptfast.ops.sampling import choose, draws, top_logprobs
 
 
 class ReferenceLoop:
-    """Computes the whole window of every sequence for each of its tokens; see sequences.Loop.
+    """Computes the whole window of every sequence for each of its tokens; see sequences.GenerationLoop.
 
     Letters: n sequences, T time, V vocab_size.
     """
@@ -22,7 +22,7 @@ class ReferenceLoop:
 
     @torch.no_grad()
     def run(self, seconds: float) -> bool:
-        """Generates one token for every sequence, however long that takes; see sequences.Loop."""
+        """Generates one token for every sequence, however long that takes; see sequences.GenerationLoop."""
         most = self._request.max_batch or MAX_BATCH
         for group in self._by_window_length():
             for first in range(0, len(group), most):
@@ -30,7 +30,7 @@ class ReferenceLoop:
         return bool(self._sequences.running())
 
     def updates(self) -> list[Update]:
-        """See sequences.Loop."""
+        """See sequences.GenerationLoop."""
         return self._sequences.updates()
 
     def _by_window_length(self) -> list[list[int]]:

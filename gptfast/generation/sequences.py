@@ -23,7 +23,7 @@ class Update(NamedTuple):
     top_logprobs: list[TopLogprobs]
 
 
-class Loop(Protocol):
+class GenerationLoop(Protocol):
     """What generates the sequences of a request."""
 
     def run(self, seconds: float) -> bool:
@@ -143,7 +143,7 @@ class Sequences:
         return not_finite("prompt", i // self._request.num_samples)
 
     def updates(self) -> list[Update]:
-        """See Loop. Lists of sequences that have ended are handed over, not copied."""
+        """See GenerationLoop. Lists of sequences that have ended are handed over, not copied."""
         before, states, tokens = self._reported, self.states, self.tokens
         if before is None:
             return []

@@ -15,7 +15,7 @@ from gptfast.ops.adamw import OPTIONS, adamw_
 from gptfast.training.sharding import clip_parts_, local
 
 if TYPE_CHECKING:
-    from gptfast.ops.triton.adamw import Table
+    from gptfast.ops.triton.adamw import PointerTable
 
 Tensors = list[Tensor]
 ALIKE = "lr", "betas", "eps", "amsgrad", "maximize"  # in all groups, or the kernels cannot do it
@@ -123,11 +123,11 @@ class AdamW(torch.optim.AdamW):
         # Autograd does not see the kernels write.
         torch.autograd.graph.increment_version([*weights, *averages])
 
-    def table(self, memory: Tensor | None) -> "Table":
+    def table(self, memory: Tensor | None) -> "PointerTable":
         """Returns the table by which the GPU's kernels find what a step reads and writes."""
-        from gptfast.ops.triton.adamw import Table
+        from gptfast.ops.triton.adamw import PointerTable
 
-        return Table(*self._tensors(), memory=memory)
+        return PointerTable(*self._tensors(), memory=memory)
 
     def numbers(self, clip: float | None) -> tuple[float, ...]:
         """Returns lr, beta1, beta2, eps, clip, ema, and each group's weight decay, as they are."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from gptfast.training.loop import Loop
 
 
-class RunFile(Callback):
+class RunFileWriter(Callback):
     """Writes `run.toml` at the start.
 
     Args:

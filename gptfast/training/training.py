@@ -22,7 +22,7 @@ from gptfast.training import run
 from gptfast.training.callbacks import Callback
 from gptfast.training.distributed import join, own_device
 from gptfast.training.result import TrainResult
-from gptfast.training.run_file import RunFile, options_of
+from gptfast.training.run_file import RunFileWriter, options_of
 from gptfast.training.source import source_of_text
 from gptfast.training.trainer import Trainer, check_lengths
 
@@ -129,7 +129,7 @@ def train(
         resume=resume,
         overwrite=overwrite,
         progress=progress,
-        callbacks=[RunFile(options), *callbacks],
+        callbacks=[RunFileWriter(options), *callbacks],
         extra=extra,
         fingerprint=fingerprint,
     )

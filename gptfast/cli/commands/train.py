@@ -19,7 +19,7 @@ from gptfast.cli.options import (
 from gptfast.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from gptfast.cli.run_file import RunFile
+    from gptfast.cli.run_options import RunOptions
     from gptfast.presets import Preset
     from gptfast.training import Callback, UnsavedError
 
@@ -123,7 +123,7 @@ def _rescued(out: Path, error: "UnsavedError") -> CheckpointError:
     return CheckpointError(f"{why}; the trained model is saved in {place}")
 
 
-def train_preset(preset: "Preset", source: Path | None, file: "RunFile") -> type[Train]:
+def train_preset(preset: "Preset", source: Path | None, file: "RunOptions") -> type[Train]:
     """Makes the command that trains a preset, whose configs are the defaults of the options.
 
     Args:

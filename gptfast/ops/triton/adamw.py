@@ -160,7 +160,7 @@ def _chunks(sizes: tuple[int, ...]) -> tuple[int, np.ndarray]:
     return chunk, np.stack([np.repeat(np.arange(len(sizes)), counts), starts], 1)
 
 
-class Table:
+class PointerTable:
     """The parameters of one step: their addresses, gradients, moments and averages.
 
     Args:
@@ -276,7 +276,7 @@ def adamw_(
             f"adamw_: weight_decay must be as many as weights, {len(weights)}, "
             f"got {len(weight_decay)}"
         )
-    table = Table(weights, grads, means, squares, steps, averages, [*range(len(weights))])
+    table = PointerTable(weights, grads, means, squares, steps, averages, [*range(len(weights))])
     table.upload()
     options = [lr, beta1, beta2, eps, clip, ema, *weight_decay]
     numbers = torch.tensor(options, dtype=torch.float64)

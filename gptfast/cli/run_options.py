@@ -28,7 +28,7 @@ class ConfigOption:
     config: File = None
 
 
-class RunFile:
+class RunOptions:
     """A file of options, whose values take the place of the defaults.
 
     Args:
