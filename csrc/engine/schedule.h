@@ -1,5 +1,5 @@
-// How the work of a forward pass is divided: a schedule is made once from the model, the batch and the
-// number of threads, and forward.cpp carries it out. Results have the same bits under any schedule.
+// How the work of a forward pass is divided: a schedule is made once from the model, the batch and
+// the number of threads, and forward.cpp carries it out. Results have the same bits under any.
 #pragma once
 
 #include <algorithm>

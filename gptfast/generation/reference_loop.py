@@ -10,9 +10,9 @@ from gptfast.ops.sampling import choose, draws, top_logprobs
 
 
 class ReferenceLoop:
-    """Computes the whole window of every sequence for each of its tokens; see sequences.GenerationLoop.
+    """Computes the whole window of every sequence for each of its tokens.
 
-    Letters: n sequences, T time, V vocab_size.
+    See sequences.GenerationLoop. Letters: n sequences, T time, V vocab_size.
     """
 
     def __init__(self, model: GPT, request: Request) -> None:
@@ -22,7 +22,7 @@ class ReferenceLoop:
 
     @torch.no_grad()
     def run(self, seconds: float) -> bool:
-        """Generates one token for every sequence, however long that takes; see sequences.GenerationLoop."""
+        """Generates one token for every sequence, however long that takes; see GenerationLoop."""
         most = self._request.max_batch or MAX_BATCH
         for group in self._by_window_length():
             for first in range(0, len(group), most):
