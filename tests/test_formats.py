@@ -252,7 +252,7 @@ def test_the_shape_is_the_models(folder: Path, text: Path, tmp_path: Path, capsy
     assert "none: no such checkpoint" in capsys.readouterr().err
 
 
-def test_weights_of_16_bits_are_trained_in_32(folder: Path, tmp_path: Path) -> None:
+def test_weights_of_16_bits_are_trained_in_32(tmp_path: Path) -> None:
     huggingface.write(model_of().half(), TOKENIZER, tmp_path / "half")
     result = gptfast.train("abc", text=TEXT, init_from=tmp_path / "half", **QUICK)
     assert {weight.dtype for weight in result.model.parameters()} == {torch.float32}

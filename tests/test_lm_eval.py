@@ -328,7 +328,7 @@ def test_whole_tasks(tasks: Path, characters: GptfastLM) -> None:
         assert sample["resps"] == [[answer.text]]
 
 
-def test_the_model_has_a_name_there(tasks: Path, run: Path, characters: GptfastLM) -> None:
+def test_the_model_has_a_name_there(tasks: Path, run: Path) -> None:
     options = {"model_args": f"path={run},stride=5", "batch_size": 4, "device": "cpu"}
     named = evaluated(tasks, "gptfast", **options)["results"]
     other = evaluated(tasks, GptfastLM(run, stride=5))["results"]

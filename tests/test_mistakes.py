@@ -114,7 +114,7 @@ def test_a_gguf_is_named(tmp_path: Path) -> None:
         gptfast.load(file)
 
 
-def test_runs_of_any_name_are_in_the_legend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_of_any_name_are_in_the_legend() -> None:
     pytest.importorskip("matplotlib")
     from gptfast.training import plots
 

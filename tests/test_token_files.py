@@ -181,7 +181,7 @@ def test_pieces_encode_to_the_tokens_of_the_whole(short_pieces, bpe):
     assert tokens.char_tokenizer(texts.blocks_of(LINES)) == CharTokenizer.from_text(LINES)
 
 
-def test_a_tokenizer_that_looks_across_cuts_is_refused(short_pieces, bpe, monkeypatch):
+def test_a_tokenizer_that_looks_across_cuts_is_refused(short_pieces, bpe):
     class Across(BPETokenizer):
         def encode(self, text, unknown="error"):
             return [len(text)]
@@ -372,7 +372,7 @@ def test_what_fails_leaves_the_folder_as_it_was(tmp_path, folder, monkeypatch):
         (lambda f: edit(f, tokenizer={}), "expected a tokenizer"),
     ],
 )
-def test_a_damaged_folder_is_one_sentence(tmp_path, folder, damage, expected):
+def test_a_damaged_folder_is_one_sentence(folder, damage, expected):
     damage(folder)
     for use in (open_tokens, lambda path: train("abc", data=path, **SMALL)):
         with pytest.raises(DataError, match=expected) as caught:
