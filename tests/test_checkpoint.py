@@ -543,7 +543,9 @@ def test_json_of_another_save_is_refused_and_can_be_removed(saved, tmp_path):
 def test_json_may_be_laid_out_otherwise(saved):
     header = json.loads((saved / CONFIG_NAME).read_text())
     (saved / CONFIG_NAME).write_text(json.dumps(dict(reversed(header.items()))))
-    load(saved)
+    model, tokenizer = load(saved)
+    assert (model.config, tokenizer) == (make_model().config, TOKENIZER)
+    assert_same_weights(model, make_model())
 
 
 def test_foreign_safetensors(saved):

@@ -21,6 +21,7 @@ from gptfast.config import GPTConfig
 from gptfast.generation.engine import Engine
 from gptfast.generation.reference_loop import ReferenceLoop
 from gptfast.model import GPT
+from gptfast.ops import select
 from gptfast.tokenizer import CharTokenizer
 from gptfast.training import run
 
@@ -61,9 +62,8 @@ def shell(*arguments: object, **options: object) -> subprocess.CompletedProcess[
 
 def test_help_names_every_command(capsys):
     assert cli.main([]) == 0
-    out = capsys.readouterr().out
-    for name in ("demo", "data", "train", "eval", "generate", "inspect", "plot", "export", "info"):
-        assert re.search(rf"^  {name} +\w", out, re.M), name
+    found = re.findall(r"^  (\w+) +\w", capsys.readouterr().out, re.M)
+    assert found == [*cli.COMMANDS] and {"train", "generate", "reproduce"} <= {*found}
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,12 @@ def test_version(capsys):
 
 def test_info(capsys):
     assert cli.main(["info"]) == 0
-    assert "fused kernels" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    extension = select.extension()
+    in_use = "none chosen" if extension is None else extension.isa_current()
+    assert re.search(rf"^instruction set +{in_use} *$", out, re.M)
+    available = re.search(r"^fused kernels +available *$", out, re.M) is not None
+    assert available == (not select.unavailable("cpu", torch.float32))
 
 
 def test_data_writes_the_corpus_once(capsys, tmp_path):

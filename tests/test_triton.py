@@ -370,7 +370,8 @@ def test_what_the_sanitizer_watches_runs(name: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sanitize_gpu, "DEVICE", DEVICE)
     if not CUDA:
         monkeypatch.setattr(sanitize_gpu, "MANY", 3)  # tokens; each is a program
-    sanitize_gpu.CASES[name]()
+    found = sanitize_gpu.CASES[name]()
+    assert found and all(bool(each.isfinite().all()) for each in found)
 
 
 @pytest.mark.parametrize("name", kernels.KERNELS)
