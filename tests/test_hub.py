@@ -16,7 +16,8 @@ from gptfast import GPT, BPETokenizer, CheckpointError, ConfigError, GPTConfig, 
 from gptfast.formats import huggingface
 
 hub = pytest.importorskip("huggingface_hub", reason="fetches models by Hugging Face's library")
-pytest.importorskip("huggingface_hub.errors")  # and makes it an attribute
+for _name in ("errors", "constants"):  # whose import makes them attributes
+    pytest.importorskip(f"huggingface_hub.{_name}")
 
 COMMIT, OTHER = "0123456789abcdef" * 2 + "01234567", "f" * 40
 TOKENIZER = BPETokenizer.train("The cat sat on the mat.\n" * 9, 280)
