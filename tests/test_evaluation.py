@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import small_model
 from test_generation import make
 
 import gptfast
-from gptfast import GPT, BPETokenizer, CharTokenizer, ConfigError, GPTConfig, cli
+from gptfast import GPT, BPETokenizer, CharTokenizer, ConfigError, cli
 from gptfast.data.prepare import prepare
 from gptfast.data.token_files import open_tokens
 from gptfast.generation.scoring import windows_of
@@ -29,6 +30,10 @@ CLOSE = 1e-5
 def model() -> GPT:
     """A model of 37 tokens of 30 kinds, whose logits differ much."""
     return make("odd").eval()
+
+
+def model_for(tokenizer: CharTokenizer) -> GPT:
+    return small_model(seed=1, block_size=16, vocab_size=tokenizer.vocab_size, n_embd=32)
 
 
 def tokens_for(model: GPT, count: int) -> torch.Tensor:
@@ -113,9 +118,7 @@ def test_batches_tokens_of_small_dtypes_and_modes_change_nothing(
 
 def test_bits_per_byte_by_hand() -> None:
     tokenizer = CharTokenizer.from_text(TEXT)
-    torch.manual_seed(1)
-    config = GPTConfig(block_size=16, vocab_size=tokenizer.vocab_size, n_embd=32, n_layer=1)
-    model = GPT(config).eval()
+    model = model_for(tokenizer).eval()
     result = evaluate(model, tokenizer.encode_tensor(TEXT), tokenizer=tokenizer)
     bits = 0.0
     for start in range(0, len(TEXT) - 1, 16):  # disjoint windows, each character from those before
@@ -136,9 +139,7 @@ def test_the_bits_of_an_end_of_text_count_though_it_writes_no_byte(tmp_path: Pat
     for part, text in zip(parts, ("Die Würde", "ist naïv"), strict=True):
         part.write_text(text, encoding="utf-8")
     file = open_tokens(prepare(parts, tmp_path / "tokens", tokenizer).path)
-    torch.manual_seed(2)
-    config = GPTConfig(block_size=8, vocab_size=280, n_embd=32, n_layer=1, padding_idx=None)
-    model = GPT(config).eval()
+    model = small_model(seed=2, vocab_size=280, n_embd=32, padding_idx=None).eval()
     result = evaluate(model, file.ids, stride=1, tokenizer=tokenizer)
     first = tokenizer.decode(file.ids[:1].long())
     written = "Die Würdeist naïv"[len(first) :]
@@ -167,9 +168,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A character model without training, as a checkpoint, with a text beside it."""
     folder = tmp_path_factory.mktemp("run")
     tokenizer = CharTokenizer.from_text(TEXT)
-    torch.manual_seed(1)
-    config = GPTConfig(block_size=16, vocab_size=tokenizer.vocab_size, n_embd=32, n_layer=1)
-    gptfast.save(GPT(config), tokenizer, folder)
+    gptfast.save(model_for(tokenizer), tokenizer, folder)
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     return folder
 
@@ -208,8 +207,7 @@ def test_the_command_counts_the_ends_of_documents(tmp_path: Path, capsys: Any) -
     tokenizer = BPETokenizer.train(TEXT, 280)
     (tmp_path / "text.txt").write_text("Die Würde\n--\ndes Menschen\n", encoding="utf-8")
     prepare([tmp_path / "text.txt"], tmp_path / "tokens", tokenizer, separator="--")
-    config = GPTConfig(block_size=8, vocab_size=280, n_embd=16, n_layer=1, padding_idx=None)
-    gptfast.save(GPT(config), tokenizer, tmp_path / "run")
+    gptfast.save(small_model(vocab_size=280, padding_idx=None), tokenizer, tmp_path / "run")
     out = shown(capsys, "eval", tmp_path / "run", "--data", tmp_path / "tokens", "--stride=2")
     assert "endings     2 tokens that end a text, and write no byte\n" in out
     for unit in ("token", "character", "byte"):

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
+from small_models import assert_same_weights
 
 import gptfast
 from gptfast import checkpoint, cli
@@ -82,8 +82,7 @@ def test_the_file_of_a_run_gives_it_again(tmp_path, text_file):
     assert train("abc", "--config", file, *options, "--model.dropout=0.5", "--out", first) == 0
     assert train("--config", first / RUN_FILE_NAME, "--out", second) == 0
     assert (first / RUN_FILE_NAME).read_text() == (second / RUN_FILE_NAME).read_text()
-    a, b = (checkpoint.load(path)[0].state_dict() for path in (first, second))
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert_same_weights(*(checkpoint.load(path)[0] for path in (first, second)))
     assert train("--config", first / RUN_FILE_NAME, "--out", first, "--overwrite") == 0
     # What resumes with other options notes them.
     assert train("abc", "--config", first / RUN_FILE_NAME, "--out", first, "--resume") == 0

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from small_models import assert_same_weights, same_weights
 
 from gptfast import checkpoint, generation
 from gptfast.config import GPTConfig, TrainConfig
@@ -95,7 +96,8 @@ def test_a_run_with_a_schedule_resumes_to_the_same_bits(tmp_path) -> None:
     with pytest.raises(Aborted):
         quick(path, save_every=5, callbacks=[AbortAt(7)], **options)
     result = quick(path, resume=True, **options)
-    assert same(whole.model, result.model) and losses(whole) == losses(result)
+    assert_same_weights(whole.model, result.model)
+    assert losses(whole) == losses(result)
 
 
 def test_the_end_of_a_decay_cannot_be_moved(tmp_path) -> None:
@@ -196,11 +198,6 @@ class Forget(Callback):
 
 def losses(result):
     return [(row["step"], row["train_loss"], row["val_loss"]) for row in result.history]
-
-
-def same(a, b):
-    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    return all(torch.equal(x, y) for x, y in pairs)
 
 
 def held_out_loss(path):
@@ -340,14 +337,13 @@ def test_the_mean_weights_are_evaluated_and_loaded(tmp_path) -> None:
     assert [row["train_loss"] for row in result.history] == [
         row["train_loss"] for row in plain.history
     ]
-    assert not same(result.model, plain.model)
+    assert not same_weights(result.model, plain.model)
     loaded, _ = checkpoint.load(tmp_path)
-    assert same(loaded, result.model)
+    assert_same_weights(loaded, result.model)
     assert held_out_loss(tmp_path) == pytest.approx(result.history[-1]["val_loss"], rel=1e-6)
     state = torch.load(tmp_path / "training_state.pt")
-    raw = state["weights"]
-    assert all(torch.equal(raw[name], value) for name, value in plain.model.state_dict().items())
-    assert same(quick(tmp_path, ema=0.9, resume=True).model, result.model)
+    assert_same_weights(state["weights"], plain.model)
+    assert_same_weights(quick(tmp_path, ema=0.9, resume=True).model, result.model)
 
 
 def test_the_mean_weights_follow_their_recurrence() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_models import assert_same_weights
 
 from gptfast import checkpoint, cli, data
 from gptfast.bpe import BPETokenizer
@@ -396,16 +397,11 @@ def test_verify_finds_a_changed_byte(folder):
 # ---- training on them
 
 
-def weights(path: Path) -> dict:
-    return checkpoint.load(path)[0].state_dict()
-
-
 @pytest.mark.parametrize("options", [{}, EPOCHS])
 def test_a_folder_trains_to_the_bits_of_its_text(tmp_path, folder, options):
     for name, source in (("file", tmp_path / "abc.txt"), ("tokens", folder)):
         train("abc", tmp_path / name, data=source, **(SMALL | options))
-    ours, expected = weights(tmp_path / "tokens"), weights(tmp_path / "file")
-    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    assert_same_weights(*(checkpoint.load(tmp_path / name)[0] for name in ("tokens", "file")))
     assert torch.equal(held_out(tmp_path / "tokens"), held_out(tmp_path / "file"))
 
 
@@ -414,7 +410,7 @@ def test_a_run_knows_its_folder_by_the_hash(tmp_path, folder):
     train("abc", out, data=folder, **SMALL)
     train("abc", out, data=folder, resume=True, **(SMALL | {"steps": 9}))
     whole = train("abc", data=folder, **(SMALL | {"steps": 9}))
-    assert all(torch.equal(weights(out)[k], v) for k, v in whole.model.state_dict().items())
+    assert_same_weights(checkpoint.load(out)[0], whole.model)
     prepare_tokens(
         [written(tmp_path / "other", TEXT[::-1])],
         folder,

@@ -18,6 +18,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+from small_models import assert_same_weights, small_model
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -109,16 +110,6 @@ def rows_in(path):
 def files_in(path):
     """The files of a directory, without those of callbacks."""
     return {file.name for file in path.iterdir() if file.is_file()} - set(run.OTHER_FILES)
-
-
-def assert_same_weights(a, b):
-    for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
-        assert torch.equal(x, y), name
-
-
-def make_model(seed=0, **options):
-    torch.manual_seed(seed)
-    return GPT(GPTConfig(**dict(block_size=8, vocab_size=5, n_layer=1, n_embd=16) | options))
 
 
 # ---- configs and presets
@@ -239,7 +230,7 @@ def test_the_text_is_cut_as_the_course_cuts_it():
 
 def test_a_step_is_torchs_adamw_on_the_models_loss():
     # In float64, because AdamW normalises even gradients that consist only of rounding errors.
-    model, other = make_model(dropout=0.0).double(), make_model(dropout=0.0).double()
+    model, other = small_model(dropout=0.0).double(), small_model(dropout=0.0).double()
     trainer = Trainer(model, TrainConfig(lr=1e-2, clip=0.1, weight_decay=0.5, betas=(0.8, 0.9)))
     adamw = torch.optim.AdamW(other.parameters(), lr=1e-2, weight_decay=0.5, betas=(0.8, 0.9))
     generator = torch.Generator().manual_seed(3)
@@ -277,7 +268,7 @@ class CountOps(TorchDispatchMode):
 )
 def test_a_step_runs_few_operators(options):
     """An operator costs microseconds, which matter for small models; new ones must fail here."""
-    trainer = Trainer(make_model(n_layer=2), TrainConfig(clip=1.0, **options))
+    trainer = Trainer(small_model(n_layer=2), TrainConfig(clip=1.0, **options))
     idx = torch.ones(4, 8, dtype=torch.int64)
     trainer.step(idx, idx)  # creates AdamW's state
     with CountOps() as mode:
@@ -300,7 +291,7 @@ def test_a_step_runs_few_operators(options):
 
 def test_labels_are_smoothed_in_training_alone():
     idx, targets = torch.randint(1, 5, (2, 4, 8), generator=torch.Generator().manual_seed(1))
-    model = make_model(dropout=0.0)
+    model = small_model(dropout=0.0)
     smoothed = model.loss(idx, targets, label_smoothing=0.2).item()
     evaluated = evaluate(model, idx[0]).loss
     trainer = Trainer(model, TrainConfig(label_smoothing=0.2))
@@ -309,7 +300,7 @@ def test_labels_are_smoothed_in_training_alone():
 
 
 def test_a_step_trains_with_dropout_whatever_mode_the_model_was_in():
-    trainer = Trainer(make_model(dropout=0.5).eval(), TrainConfig(lr=1e-9))
+    trainer = Trainer(small_model(dropout=0.5).eval(), TrainConfig(lr=1e-9))
     idx = torch.ones(4, 8, dtype=torch.int64)
     assert trainer.step(idx, idx) != trainer.step(idx, idx)
 
@@ -319,7 +310,7 @@ def test_evaluation_is_the_mean_over_all_tokens_of_disjoint_windows(tokens, monk
     monkeypatch.setattr(
         "gptfast.training.evaluation.EVAL_TOKENS_AT_ONCE", 16
     )  # two windows at once
-    model = make_model(dropout=0.5)
+    model = small_model(dropout=0.5)
     ids = torch.randint(1, 5, (tokens,), generator=torch.Generator().manual_seed(1))
     result = evaluate(model, ids)
     assert model.training  # the mode is restored
@@ -337,19 +328,19 @@ def test_evaluation_is_the_mean_over_all_tokens_of_disjoint_windows(tokens, monk
 @pytest.mark.parametrize("ids", [torch.ones(1).long(), torch.ones(9), torch.ones(3, 9).long()])
 def test_evaluation_refuses_what_is_no_text(ids):
     with pytest.raises(DataError, match="1-D tensor of at least 2 tokens"):
-        evaluate(make_model(), ids)
+        evaluate(small_model(), ids)
     with pytest.raises(ConfigError, match="'fp32', 'bf16'.*'half'"):
-        evaluate(make_model(), torch.ones(9).long(), "half")
+        evaluate(small_model(), torch.ones(9).long(), "half")
 
 
 def test_weights_in_half_precision_are_refused():
     with pytest.raises(ConfigError, match="float32 weights.*got bfloat16"):
-        Trainer(make_model().bfloat16(), TrainConfig())
+        Trainer(small_model().bfloat16(), TrainConfig())
 
 
 def test_a_model_of_which_nothing_is_trained_is_refused():
     with pytest.raises(ConfigError, match="nothing to train: all parameters .* frozen"):
-        Trainer(make_model().requires_grad_(False), TrainConfig())
+        Trainer(small_model().requires_grad_(False), TrainConfig())
     with pytest.raises(ConfigError, match=r"expected a GPT, .*got a Linear"):
         Trainer(torch.nn.Linear(2, 2), TrainConfig())
 
@@ -361,7 +352,7 @@ def test_a_model_of_which_nothing_is_trained_is_refused():
     "options", [{}, {"init": "gpt2"}, {"tie_weights": True}, {"bias": False, "attention": False}]
 )
 def test_initial_weights_are_drawn_from_a_generator(options):
-    expected = make_model(seed=3, **options)
+    expected = small_model(seed=3, **options)
     torch.manual_seed(9)
     before = torch.get_rng_state()
     drawn = GPT(expected.config, generator=torch.Generator().manual_seed(3))
@@ -370,7 +361,7 @@ def test_initial_weights_are_drawn_from_a_generator(options):
 
 
 def test_a_loss_takes_the_key_of_its_dropout():
-    model, idx = make_model(dropout=0.5), torch.ones(4, 8, dtype=torch.int64)
+    model, idx = small_model(dropout=0.5), torch.ones(4, 8, dtype=torch.int64)
     before = torch.get_rng_state()
     losses = [model.loss(idx, idx, seed=seed) for seed in (5, torch.tensor(5), 6)]
     assert torch.equal(torch.get_rng_state(), before)
@@ -387,7 +378,7 @@ def test_a_trainers_random_numbers_are_its_own():
     idx = torch.ones(4, 8, dtype=torch.int64)
     found = []
     for seed in (1, 2):
-        trainer = Trainer(make_model(dropout=0.5), TrainConfig(seed=3))
+        trainer = Trainer(small_model(dropout=0.5), TrainConfig(seed=3))
         torch.manual_seed(seed)
         before = torch.get_rng_state()
         found.append([trainer.step(idx, idx).item() for _ in range(3)])
@@ -432,15 +423,15 @@ class CountedForwards(torch.nn.DataParallel):
 def test_a_wrapped_model_trains_as_it_does_alone(tmp_path, wrap):
     ids = CharTokenizer.from_text(TEXT).encode_tensor(TEXT)
     config = TrainConfig(lr=1e-2, batch_size=8, steps=6, eval_every=3)
-    alone = Trainer(make_model(), config).fit(ids[:1000], ids[1000:])
-    wrapped = wrap(make_model())
+    alone = Trainer(small_model(), config).fit(ids[:1000], ids[1000:])
+    wrapped = wrap(small_model())
     result = Trainer(wrapped, config).fit(ids[:1000], ids[1000:], out=tmp_path / "run")
     assert type(result.model) is GPT and not wrapped.training
     assert losses(result.history) == losses(alone.history)
     assert_same_weights(checkpoint.load(tmp_path / "run")[0], alone.model)
     assert evaluate(wrapped, ids[1000:]).loss == result.history[-1]["val_loss"]
     assert getattr(wrapped, "calls", 6) == 6  # each step's forward is the wrapper's
-    resumed = Trainer(wrap(make_model(seed=5)), TrainConfig(**{**vars(config), "steps": 9}))
+    resumed = Trainer(wrap(small_model(seed=5)), TrainConfig(**{**vars(config), "steps": 9}))
     longer = resumed.fit(ids[:1000], ids[1000:], out=tmp_path / "run", resume=True)
     assert losses(longer.history)[:2] == losses(alone.history)
 
@@ -449,13 +440,13 @@ def test_gradients_of_several_processes_meet(tmp_path):
     if not torch.distributed.is_available():
         pytest.skip("this torch has no distributed part")
     idx = torch.randint(1, 5, (4, 8), generator=torch.Generator().manual_seed(1))
-    expected = make_model()
+    expected = small_model()
     Trainer(expected, TrainConfig()).step(idx, idx)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1
     )
     try:
-        wrapped, reduced = DistributedDataParallel(make_model()), []
+        wrapped, reduced = DistributedDataParallel(small_model()), []
 
         def note(state, bucket):
             reduced.append(bucket.buffer().numel())
@@ -508,7 +499,7 @@ def test_an_epoch_trains_on_each_window_once(monkeypatch):
 
     monkeypatch.setattr(Trainer, "step", note)
     ids = torch.arange(1, 51)
-    model = make_model(vocab_size=51)
+    model = small_model(vocab_size=51)
     Trainer(model, TrainConfig(epochs=2, batch_size=16)).fit(ids)
     windows = ids.unfold(0, 9, 1).tolist()
     assert sorted(seen[: len(windows)]) == sorted(seen[len(windows) :]) == windows
@@ -798,13 +789,13 @@ def test_a_state_of_before_the_names_were_noted_is_resumed(tmp_path):
 
 def test_a_run_goes_on_with_the_parameters_that_it_trained(tmp_path):
     def fit(frozen, **options):
-        model = make_model()
+        model = small_model()
         for name in frozen:
             model.get_parameter(name).requires_grad_(False)
         config = TrainConfig(steps=2, batch_size=4)
         return Trainer(model, config).fit(torch.ones(20).long(), out=tmp_path / "run", **options)
 
-    before = make_model().wpe.weight
+    before = small_model().wpe.weight
     assert torch.equal(fit(["wpe.weight"]).model.wpe.weight, before)
     fit(["wpe.weight"], resume=True)
     with pytest.raises(ConfigError, match="started with other parameters frozen"):
@@ -815,7 +806,7 @@ def test_a_run_goes_on_with_the_parameters_that_it_trained(tmp_path):
 def test_matrices_alone_decay_and_the_averages_are_resumed(tmp_path, backend):
     def trained(steps, **options):
         config = TrainConfig(steps=steps, batch_size=4, decayed="matrices", ema=0.9, clip=0.1)
-        model = make_model()
+        model = small_model()
         model.backend = backend
         trainer = Trainer(model, config)
         trainer.fit(torch.arange(40) % 5, **options)
@@ -1001,7 +992,7 @@ def test_a_save_after_a_failed_one_has_all_rows(tmp_path, monkeypatch, capsys):
 
 def test_what_cannot_be_saved_is_found_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "step", lambda *a: pytest.fail("trained"))
-    trainer = Trainer(make_model(), TrainConfig(steps=1))
+    trainer = Trainer(small_model(), TrainConfig(steps=1))
     with pytest.raises(TypeError, match="JSON"):
         trainer.fit(torch.ones(20).long(), out=tmp_path / "run", extra={"x": {1, 2}})
     assert not (tmp_path / "run").exists()
@@ -1132,7 +1123,7 @@ def test_bad_input_is_one_sentence_and_leaves_no_directory(tmp_path, options, er
 
 def test_fit_needs_a_length():
     with pytest.raises(ConfigError, match="steps or of epochs"):
-        Trainer(make_model(), TrainConfig()).fit(torch.ones(20).long())
+        Trainer(small_model(), TrainConfig()).fit(torch.ones(20).long())
 
 
 def test_a_loss_that_is_not_finite_keeps_the_checkpoint_before(tmp_path, monkeypatch):
