@@ -1,10 +1,12 @@
-"""Shared fixtures: texts, instruction sets, thread counts."""
+"""Shared fixtures: texts, instruction sets, thread counts, full disks."""
 
+import errno
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
@@ -25,6 +27,8 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at the import of Hugging Face's libraries
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before a module with a kernel is imported
+
+from command_line import QUESTION  # noqa: E402
 
 SHAKESPEARE = Path(__file__).resolve().parents[2] / "shared" / "data" / "shakespeare.txt"
 
@@ -49,6 +53,24 @@ def shakespeare_path() -> Path:
 def shakespeare_text(shakespeare_path: Path) -> str:
     """The text of Tiny Shakespeare."""
     return shakespeare_path.read_bytes().decode("utf-8")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with QUESTION, which no test changes."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(QUESTION)
+    return path
+
+
+@pytest.fixture
+def disk_full() -> Callable[..., NoReturn]:
+    """A function that takes anything and fails as a write to a full disk does."""
+
+    def fail(*_: Any, **__: Any) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return fail
 
 
 @pytest.fixture(params=["generic", "avx2", "avx512", "avx512_bf16", "amx"])

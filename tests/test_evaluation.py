@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import refused, shown
 from small_models import small_model
 from test_generation import make
 
 import gptfast
-from gptfast import GPT, BPETokenizer, CharTokenizer, ConfigError, cli
+from gptfast import GPT, BPETokenizer, CharTokenizer, ConfigError
 from gptfast.data.prepare import prepare
 from gptfast.data.token_files import open_tokens
 from gptfast.generation.scoring import windows_of
@@ -173,11 +174,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def shown(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    assert cli.main([str(each) for each in arguments]) == 0
-    return capsys.readouterr().out
-
-
 def test_the_command_prints_what_evaluate_gives(run: Path, capsys: Any) -> None:
     model, tokenizer = gptfast.load(run)
     assert tokenizer is not None
@@ -198,9 +194,8 @@ def test_the_command_prints_what_evaluate_gives(run: Path, capsys: Any) -> None:
 
 
 def test_the_command_refuses_a_stride_beyond_the_window(run: Path, capsys: Any) -> None:
-    assert cli.main(["eval", str(run), "--data", str(run / "text.txt"), "--stride", "17"]) == 2
-    out, err = capsys.readouterr()
-    assert (out, err) == ("", "gptfast: stride must be a whole number from 1 to 16, got 17\n")
+    error = refused(capsys, "eval", run, "--data", run / "text.txt", "--stride", 17)
+    assert error == "stride must be a whole number from 1 to 16, got 17"
 
 
 def test_the_command_counts_the_ends_of_documents(tmp_path: Path, capsys: Any) -> None:

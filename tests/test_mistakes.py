@@ -176,12 +176,11 @@ def test_a_closed_standard_input_is_said(
     assert "there is no standard input" in capsys.readouterr().err
 
 
-def test_data_errors_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_errors_name_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk_full: Any
+) -> None:
     from gptfast.cli.commands import data
 
-    def full(_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(data, "write_atomic", full)
+    monkeypatch.setattr(data, "write_atomic", disk_full)
     with pytest.raises(DataError, match="x.txt: cannot be written .No space left on device"):
         data._write_new(tmp_path / "x.txt", b"a")

@@ -233,13 +233,13 @@ def test_a_best_checkpoint_that_cannot_be_saved_is_not_the_best(tmp_path, monkey
     assert checkpoint.read_config(tmp_path / "best")["extra"]["step"] == 4
 
 
-def test_a_best_checkpoint_that_was_saved_stays_the_best(tmp_path, monkeypatch) -> None:
+def test_a_best_checkpoint_that_was_saved_stays_the_best(tmp_path, monkeypatch, disk_full) -> None:
     """Also where the training state, which comes after it, could not be."""
     save = run.save_sealed
 
     def full(content, file):
         if content["state"]["step"] == 8:
-            raise OSError(28, "No space left on device")
+            disk_full()
         save(content, file)
 
     monkeypatch.setattr(run, "save_sealed", full)

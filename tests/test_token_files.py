@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import refused, shown
 from small_models import assert_same_weights
 
-from gptfast import checkpoint, cli, data
+from gptfast import checkpoint, data
 from gptfast.bpe import BPETokenizer
 from gptfast.data import documents, prepare, shuffle, texts, tokens, windows, workers
 from gptfast.data.prepare import prepare as prepare_tokens
@@ -444,35 +445,23 @@ def test_text_size_counts_in_parts(monkeypatch, bpe):
 # ---- the command line
 
 
-def run(capsys, *arguments: object) -> str:
-    assert cli.main([str(each) for each in arguments]) == 0
-    return capsys.readouterr().out
-
-
 def test_the_commands_prepare_train_and_evaluate(tmp_path, capsys):
     text, out, path = written(tmp_path / "text", LINES), tmp_path / "tokens", tmp_path / "run"
     bpe = ["--tokenizer=bpe", "--vocab-size=280"]
-    shown = run(capsys, "data", "prepare", text, text, "--out", out, *bpe)
-    assert "of a vocabulary of 280\ndocuments   2\n" in shown
-    assert run(capsys, "data", "check", out) == shown
+    printed = shown(capsys, "data", "prepare", text, text, "--out", out, *bpe)
+    assert "of a vocabulary of 280\ndocuments   2\n" in printed
+    assert shown(capsys, "data", "check", out) == printed
     options = ["--model.n-layer=1", "--model.n-embd=16", "--train.steps=2"]
-    run(capsys, "train", "abc", "--data", out, "--out", path, *options)
-    held = run(capsys, "eval", path)
+    shown(capsys, "train", "abc", "--data", out, "--out", path, *options)
+    held = shown(capsys, "eval", path)
     assert all(unit in held for unit in ("nats per token", "per character", "per byte"))
-    whole = run(capsys, "eval", path, "--data", out)
+    whole = shown(capsys, "eval", path, "--data", out)
     again = tmp_path / "again"
-    run(capsys, "data", "prepare", text, "--out", again, "--tokenizer", path)
+    shown(capsys, "data", "prepare", text, "--out", again, "--tokenizer", path)
     assert open_tokens(again).tokenizer == open_tokens(out).tokenizer
-    assert whole != run(capsys, "eval", path, "--data", again)
+    assert whole != shown(capsys, "eval", path, "--data", again)
     error = refused(capsys, "eval", path, "--data", text.parent)
     assert "no folder of tokens" in error
-
-
-def refused(capsys, *arguments: object) -> str:
-    assert cli.main([str(each) for each in arguments]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("gptfast: ") and err.count("\n") == 1
-    return err[len("gptfast: ") : -1]
 
 
 def test_mistakes_of_data_are_one_sentence(tmp_path, capsys):

@@ -929,14 +929,11 @@ def test_an_unwritable_place_is_found_before_training(tmp_path, monkeypatch):
             quick("/proc/self/run")
 
 
-def test_a_full_disk_keeps_the_state_before(tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_state_before(tmp_path, monkeypatch, disk_full):
     quick(tmp_path / "run", steps=4)
 
-    def full(*args):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     with monkeypatch.context() as patched:
-        patched.setattr(torch, "save", full)
+        patched.setattr(torch, "save", disk_full)
         with pytest.raises(CheckpointError, match="No space left on device"):
             quick(tmp_path / "run", steps=8, resume=True)
     assert files_in(tmp_path / "run") == set(run.FILES)
@@ -944,14 +941,14 @@ def test_a_full_disk_keeps_the_state_before(tmp_path, monkeypatch):
     assert losses(result.history) == losses(quick(steps=8).history)
 
 
-def test_a_failed_save_costs_nothing(tmp_path, monkeypatch):
+def test_a_failed_save_costs_nothing(tmp_path, monkeypatch, disk_full):
     write, failing = files._write, [2, 3]  # of the saves at steps 4, 8, 12
 
     def full(path, content, durable):
         if path.name.startswith(checkpoint.WEIGHTS_NAME) and path.parent.name != run.BEST_NAME:
             saves.append(1)
             if len(saves) in failing:
-                raise OSError(errno.ENOSPC, "No space left on device")
+                disk_full()
         write(path, content, durable)
 
     monkeypatch.setattr(files, "_write", full)
@@ -973,13 +970,13 @@ def test_a_failed_save_costs_nothing(tmp_path, monkeypatch):
     assert losses(quick(tmp_path / "run", resume=True).history) == losses(whole.history)
 
 
-def test_a_save_after_a_failed_one_has_all_rows(tmp_path, monkeypatch, capsys):
+def test_a_save_after_a_failed_one_has_all_rows(tmp_path, monkeypatch, capsys, disk_full):
     save, saves = torch.save, []
 
     def full(*args):
         saves.append(1)
         if len(saves) == 1:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            disk_full()
         save(*args)
 
     monkeypatch.setattr(torch, "save", full)
