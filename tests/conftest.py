@@ -1,7 +1,8 @@
-"""Shared fixtures: texts, instruction sets, thread counts, full disks."""
+"""Shared fixtures: texts, instruction sets, thread counts, full disks, signals."""
 
 import errno
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -29,6 +30,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before a module with a kernel is imported
 
 from command_line import QUESTION  # noqa: E402
+from training_steps import SIGNALS  # noqa: E402
+
+from gptfast import Trainer  # noqa: E402
 
 SHAKESPEARE = Path(__file__).resolve().parents[2] / "shared" / "data" / "shakespeare.txt"
 
@@ -94,3 +98,40 @@ def threads_of_other_tests() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def after_step(monkeypatch):
+    """Returns a function that schedules an action after some of the following steps."""
+    step = Trainer.step
+
+    def set_action(action, *numbers):
+        done = []
+
+        def step_and_act(self, idx, targets):
+            done.append(1)
+            loss = step(self, idx, targets)
+            if len(done) in numbers:
+                action()
+            return loss
+
+        monkeypatch.setattr(Trainer, "step", step_and_act)
+
+    return set_action
+
+
+@pytest.fixture
+def press(after_step):
+    """Returns a function that sends a signal after given steps; restores the handlers."""
+    usual = {number: signal.SIG_DFL for number in SIGNALS}
+    usual[signal.SIGINT] = signal.default_int_handler
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield lambda number, *steps: after_step(lambda: signal.raise_signal(number), *steps)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def ctrl_c(press):
+    """Returns a function that sends SIGINT in given steps; restores the handler."""
+    return lambda *steps: press(signal.SIGINT, *steps)

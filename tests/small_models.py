@@ -62,4 +62,5 @@ def assert_same_weights(
     a: nn.Module | Mapping[str, Tensor], b: nn.Module | Mapping[str, Tensor]
 ) -> None:
     """Both have the same weights, bit by bit; names those that differ."""
-    assert _differing(a, b) == []
+    names = _differing(a, b)
+    assert not names, names

@@ -2,20 +2,23 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
+import training_steps
 from small_models import assert_same_weights, same_weights
+from training_steps import losses_of
 
 from gptfast import checkpoint, generation
 from gptfast.config import GPTConfig, TrainConfig
 from gptfast.errors import CheckpointError, ConfigError
 from gptfast.model import GPT
 from gptfast.presets import Preset
-from gptfast.training import Trainer, TrainError, evaluate, run, train
+from gptfast.training import Trainer, TrainError, evaluate, run
 from gptfast.training.callbacks import Callback
 from gptfast.training.schedule import learning_rate, part_sizes
 from gptfast.training.state import RunState
@@ -23,10 +26,7 @@ from gptfast.training.state import RunState
 TEXT = "AABCBBC\n\nBCABCCA\n\nCAAACB\n\n" * 40
 SHAPE = GPTConfig(block_size=8, n_layer=1, n_embd=16, dropout=0.1)
 TINY = Preset("tiny", SHAPE, TrainConfig(lr=0.01, batch_size=4, steps=12, eval_every=4))
-
-
-def quick(out=None, **options):
-    return train(TINY, out, **{"text": TEXT, "progress": False} | options)
+quick = functools.partial(training_steps.quick, chosen=TINY, text=TEXT)
 
 
 def rates(total, **options):
@@ -97,7 +97,7 @@ def test_a_run_with_a_schedule_resumes_to_the_same_bits(tmp_path) -> None:
         quick(path, save_every=5, callbacks=[AbortAt(7)], **options)
     result = quick(path, resume=True, **options)
     assert_same_weights(whole.model, result.model)
-    assert losses(whole) == losses(result)
+    assert losses_of(whole.history) == losses_of(result.history)
 
 
 def test_the_end_of_a_decay_cannot_be_moved(tmp_path) -> None:
@@ -194,10 +194,6 @@ class Forget(Callback):
         if self.evaluations == 2:
             with torch.no_grad():
                 run.trainer.gpt.lm_head.weight.mul_(30.0)
-
-
-def losses(result):
-    return [(row["step"], row["train_loss"], row["val_loss"]) for row in result.history]
 
 
 def held_out_loss(path):
@@ -298,7 +294,8 @@ def test_a_callback_can_end_a_run(tmp_path) -> None:
     result = quick(tmp_path, callbacks=[StopAt()], save_every=1)
     assert not result.interrupted
     assert checkpoint.read_config(tmp_path)["extra"]["step"] in (5, 6)
-    assert losses(quick(tmp_path, resume=True)) == losses(quick())
+    resumed = quick(tmp_path, resume=True)
+    assert losses_of(resumed.history) == losses_of(quick().history)
 
 
 def test_callbacks_see_the_run() -> None:

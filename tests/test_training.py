@@ -21,13 +21,13 @@ import torch
 from small_models import assert_same_weights, small_model
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from training_steps import EPOCHS, FUSED, SIGNALS, TEXT, files_in, losses_of, quick, rows_in
 
 from gptfast import checkpoint, data, files, lock
 from gptfast.config import GPTConfig, TrainConfig
 from gptfast.errors import CheckpointError, ConfigError, DataError
 from gptfast.model import GPT
-from gptfast.ops import select
-from gptfast.presets import Preset, preset
+from gptfast.presets import preset
 from gptfast.tokenizer import CharTokenizer
 from gptfast.training import (
     Trainer,
@@ -40,77 +40,6 @@ from gptfast.training import (
     split,
     train,
 )
-
-TEXT = data.abc_corpus()[:1200]
-TINY = Preset(
-    name="tiny",
-    model=GPTConfig(block_size=8, n_layer=1, n_head=2, n_embd=16),
-    train=TrainConfig(lr=1e-2, batch_size=8, steps=12, eval_every=4),
-)
-EPOCHS = {"steps": None, "epochs": 2, "batch_size": 256, "eval_every": 3}  # 5 batches an epoch
-FUSED = pytest.mark.skipif(
-    bool(select.unavailable("cpu", torch.float32)), reason="the compiled extension is not there"
-)
-
-
-SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-]
-
-
-@pytest.fixture
-def after_step(monkeypatch):
-    """Returns a function that schedules an action after some of the following steps."""
-    step = Trainer.step
-
-    def set_action(action, *numbers):
-        done = []
-
-        def step_and_act(self, idx, targets):
-            done.append(1)
-            loss = step(self, idx, targets)
-            if len(done) in numbers:
-                action()
-            return loss
-
-        monkeypatch.setattr(Trainer, "step", step_and_act)
-
-    return set_action
-
-
-@pytest.fixture
-def press(after_step):
-    """Returns a function that sends a signal after given steps; restores the handlers."""
-    usual = {number: signal.SIG_DFL for number in SIGNALS}
-    usual[signal.SIGINT] = signal.default_int_handler
-    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
-    yield lambda number, *steps: after_step(lambda: signal.raise_signal(number), *steps)
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def ctrl_c(press):
-    """Returns a function that sends SIGINT in given steps; restores the handler."""
-    return lambda *steps: press(signal.SIGINT, *steps)
-
-
-def quick(out=None, chosen=TINY, **options):
-    return train(chosen, out, **{"text": TEXT, "progress": False} | options)
-
-
-def losses(history):
-    return [(row["step"], row["epoch"], row["train_loss"], row["val_loss"]) for row in history]
-
-
-def rows_in(path):
-    return [json.loads(line) for line in (path / run.HISTORY_NAME).read_text().splitlines()]
-
-
-def files_in(path):
-    """The files of a directory, without those of callbacks."""
-    return {file.name for file in path.iterdir() if file.is_file()} - set(run.OTHER_FILES)
-
 
 # ---- configs and presets
 
@@ -195,7 +124,7 @@ def test_more_threads_than_the_system_starts_are_refused_before_anything_is_writ
 
 def test_steps_win_over_epochs():
     history = quick(steps=3, epochs=2, eval_every=None).history
-    assert losses(history) == losses(quick(steps=3, eval_every=None).history)
+    assert losses_of(history) == losses_of(quick(steps=3, eval_every=None).history)
     assert [row["step"] for row in history] == [3]
 
 
@@ -396,7 +325,7 @@ def test_runs_in_several_threads_are_those_of_each_alone(backend):
         together = list(pool.map(lambda seed: quick(seed=seed, **options), seeds))
     assert torch.equal(torch.get_rng_state(), before)
     for seed, result in zip(seeds, together, strict=True):
-        assert losses(result.history) == losses(alone[seed].history)
+        assert losses_of(result.history) == losses_of(alone[seed].history)
         assert_same_weights(result.model, alone[seed].model)
 
 
@@ -427,13 +356,13 @@ def test_a_wrapped_model_trains_as_it_does_alone(tmp_path, wrap):
     wrapped = wrap(small_model())
     result = Trainer(wrapped, config).fit(ids[:1000], ids[1000:], out=tmp_path / "run")
     assert type(result.model) is GPT and not wrapped.training
-    assert losses(result.history) == losses(alone.history)
+    assert losses_of(result.history) == losses_of(alone.history)
     assert_same_weights(checkpoint.load(tmp_path / "run")[0], alone.model)
     assert evaluate(wrapped, ids[1000:]).loss == result.history[-1]["val_loss"]
     assert getattr(wrapped, "calls", 6) == 6  # each step's forward is the wrapper's
     resumed = Trainer(wrap(small_model(seed=5)), TrainConfig(**{**vars(config), "steps": 9}))
     longer = resumed.fit(ids[:1000], ids[1000:], out=tmp_path / "run", resume=True)
-    assert losses(longer.history)[:2] == losses(alone.history)
+    assert losses_of(longer.history)[:2] == losses_of(alone.history)
 
 
 def test_gradients_of_several_processes_meet(tmp_path):
@@ -530,9 +459,9 @@ def test_equal_seeds_give_equal_bits_and_the_callers_random_numbers_are_left_alo
     second = quick()
     torch.manual_seed(1)
     assert torch.equal(drawn, torch.rand(3))
-    assert losses(first.history) == losses(second.history)
+    assert losses_of(first.history) == losses_of(second.history)
     assert_same_weights(first.model, second.model)
-    assert losses(quick(seed=7).history) != losses(first.history)
+    assert losses_of(quick(seed=7).history) != losses_of(first.history)
 
 
 def test_threads_are_set_for_the_run_alone(monkeypatch):
@@ -556,14 +485,14 @@ def test_any_number_of_threads_trains_to_the_same_bits(precision):
     options["text"] = data.abc_corpus()[:8000]
     one, *others = (quick(threads=n, precision=precision, **options) for n in (1, 2, 3))
     for other in others:
-        assert losses(other.history) == losses(one.history)
+        assert losses_of(other.history) == losses_of(one.history)
         assert_same_weights(other.model, one.model)
 
 
 def test_bf16_trains_close_to_fp32_and_keeps_fp32_weights():
     full, half = quick(steps=40, eval_every=20), quick(steps=40, eval_every=20, precision="bf16")
     assert half.model.wte.weight.dtype == torch.float32
-    assert losses(full.history) != losses(half.history)
+    assert losses_of(full.history) != losses_of(half.history)
     for a, b in zip(full.history, half.history, strict=True):
         assert b["train_loss"] == pytest.approx(a["train_loss"], rel=0.02)
         assert b["val_loss"] == pytest.approx(a["val_loss"], rel=0.02)
@@ -661,7 +590,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, ctrl_c, capsys, o
     torch.manual_seed(99)
     result = quick(tmp_path / "run", resume=True, **options)
     assert not result.interrupted
-    assert losses(result.history) == losses(whole.history) == losses(rows_in(tmp_path / "run"))
+    saved = rows_in(tmp_path / "run")
+    assert losses_of(result.history) == losses_of(whole.history) == losses_of(saved)
     assert_same_weights(result.model, whole.model)
 
 
@@ -675,7 +605,7 @@ def test_a_signal_that_asks_for_the_end_saves_the_run(tmp_path, press, number):
     assert checkpoint.read_config(tmp_path / "run")["extra"]["step"] == 5
     result = quick(tmp_path / "run", resume=True)
     assert not result.interrupted and result.signal is None
-    assert losses(result.history) == losses(quick().history)
+    assert losses_of(result.history) == losses_of(quick().history)
 
 
 def test_a_signal_in_the_last_step_is_told(press):
@@ -714,7 +644,7 @@ def test_a_finished_run_can_be_made_longer(tmp_path):
     whole = quick(tmp_path / "whole", steps=12)
     quick(tmp_path / "run", steps=8)
     result = quick(tmp_path / "run", steps=12, resume=True)
-    assert losses(result.history) == losses(whole.history)
+    assert losses_of(result.history) == losses_of(whole.history)
     again = quick(tmp_path / "run", steps=12, resume=True)
     assert again.history == result.history and not again.interrupted
 
@@ -749,7 +679,7 @@ def test_saves_between_evaluations_change_nothing_and_lose_nothing(
     often = quick(tmp_path / "often", save_every=2, save_minutes=None, **options)
     rows = [row["step"] for row in whole.history]
     assert saved == sorted({*rows, *range(2, rows[-1] + 1, 2)})
-    assert losses(often.history) == losses(whole.history)
+    assert losses_of(often.history) == losses_of(whole.history)
     assert_same_weights(often.model, whole.model)
 
     def stop():
@@ -761,7 +691,7 @@ def test_saves_between_evaluations_change_nothing_and_lose_nothing(
     assert checkpoint.read_config(tmp_path / "run")["extra"]["step"] == 7
     assert [row["step"] for row in rows_in(tmp_path / "run")] == [n for n in rows if n < 8]
     result = quick(tmp_path / "run", resume=True, **options)
-    assert losses(result.history) == losses(whole.history)
+    assert losses_of(result.history) == losses_of(whole.history)
     assert_same_weights(result.model, whole.model)
 
 
@@ -784,7 +714,7 @@ def test_a_state_of_before_the_names_were_noted_is_resumed(tmp_path):
     del state["resumable"]["trained"], state["train"]["save_every"], state["train"]["save_minutes"]
     torch.save(state, tmp_path / "run" / run.STATE_NAME)
     result = quick(tmp_path / "run", resume=True)
-    assert losses(result.history) == losses(quick().history)
+    assert losses_of(result.history) == losses_of(quick().history)
 
 
 def test_a_run_goes_on_with_the_parameters_that_it_trained(tmp_path):
@@ -855,7 +785,7 @@ def test_a_run_from_another_one_is_resumed_by_its_own_state(tmp_path, ctrl_c, ag
     if not again:
         shutil.rmtree(tmp_path / "old")
     result = quick(tmp_path / "new", resume=True, **options)
-    assert losses(result.history) == losses(whole.history)
+    assert losses_of(result.history) == losses_of(whole.history)
     assert_same_weights(result.model, whole.model)
     with pytest.raises(ConfigError, match=r"started with init_from='.*old' and cannot go on with"):
         quick(tmp_path / "new", resume=True, init_from=tmp_path / "another")
@@ -938,7 +868,7 @@ def test_a_full_disk_keeps_the_state_before(tmp_path, monkeypatch, disk_full):
             quick(tmp_path / "run", steps=8, resume=True)
     assert files_in(tmp_path / "run") == set(run.FILES)
     result = quick(tmp_path / "run", steps=8, resume=True)
-    assert losses(result.history) == losses(quick(steps=8).history)
+    assert losses_of(result.history) == losses_of(quick(steps=8).history)
 
 
 def test_a_failed_save_costs_nothing(tmp_path, monkeypatch, disk_full):
@@ -961,13 +891,13 @@ def test_a_failed_save_costs_nothing(tmp_path, monkeypatch, disk_full):
         quick(tmp_path / "run")
     result = caught.value.result
     assert isinstance(caught.value, CheckpointError) and "\n" not in str(caught.value)
-    assert losses(result.history) == losses(whole.history) and not result.model.training
+    assert losses_of(result.history) == losses_of(whole.history) and not result.model.training
     assert_same_weights(result.model, whole.model)
     # History and checkpoint are of step 4, from which the run continues.
     assert [row["step"] for row in rows_in(tmp_path / "run")] == [4]
     assert checkpoint.read_config(tmp_path / "run")["extra"]["step"] == 4
     failing[:] = []
-    assert losses(quick(tmp_path / "run", resume=True).history) == losses(whole.history)
+    assert losses_of(quick(tmp_path / "run", resume=True).history) == losses_of(whole.history)
 
 
 def test_a_save_after_a_failed_one_has_all_rows(tmp_path, monkeypatch, capsys, disk_full):
@@ -1012,7 +942,7 @@ def test_two_runs_do_not_share_a_directory(tmp_path, after_step):
 
     after_step(second, 6)
     result = quick(path)
-    assert len(refused) == 3 and losses(result.history) == losses(quick().history)
+    assert len(refused) == 3 and losses_of(result.history) == losses_of(quick().history)
     assert files_in(path) == set(run.FILES)
     after_step(lambda: None)
     assert quick(path, resume=True, steps=13).history[-1]["step"] == 13
