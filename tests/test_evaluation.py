@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from command_line import refused, shown
+from generating import make
 from small_models import small_model
-from test_generation import make
 
 import gptfast
 from gptfast import GPT, BPETokenizer, CharTokenizer, ConfigError

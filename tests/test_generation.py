@@ -1,13 +1,11 @@
 """Generation: the cached engine against the uncached loop; windows, draws, stops, streams."""
 
 import mmap
-import signal
 import subprocess
 import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from generating import MODELS, WIDE, interrupted_soon, make, prompts_for, text_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -26,37 +25,6 @@ from gptfast.generation.engine import Engine
 from gptfast.generation.request import Request
 from gptfast.ops import select
 from gptfast.ops.sampling import Sampling, choose, draws, probabilities
-
-MODELS = {
-    "course": GPTConfig(block_size=16, vocab_size=5, n_embd=32),
-    "odd": GPTConfig(block_size=37, vocab_size=30, n_layer=3, n_embd=51, n_head=3, bias=False),
-    "no attention": GPTConfig(block_size=8, vocab_size=9, n_embd=20, attention=False),
-    "tanh, tied": GPTConfig(
-        block_size=12, vocab_size=40, n_embd=48, n_head=4, gelu="tanh", tie_weights=True
-    ),
-}
-TEXT = "the cat sat on the mat.\n"
-
-
-WIDE = GPTConfig(block_size=8, vocab_size=70, n_layer=2, n_head=4, n_embd=640)
-
-
-def make(name: str) -> GPT:
-    """Makes a model whose logits differ enough for rounding not to change the tokens."""
-    torch.manual_seed(0)
-    model = GPT(MODELS[name])
-    with torch.no_grad():
-        for param in model.parameters():
-            param.mul_(1.5)
-    return model
-
-
-def prompts_for(config: GPTConfig) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(4)
-    lengths = (1, 4, config.block_size, 3 * config.block_size + 1, 2)
-    return [
-        torch.randint(1, config.vocab_size, (n,), generator=generator).tolist() for n in lengths
-    ]
 
 
 @pytest.mark.parametrize("overflow", ("recompute", "stride:5", "stop"))
@@ -254,21 +222,6 @@ def test_logits_that_are_not_finite_end_the_call() -> None:
         engine.run(60.0)
     states = [update.state for update in engine.updates()]
     assert states[:2] == ["running", "invalid"] and states[2:] == ["waiting"] * 198
-
-
-def interrupted_soon(call: Callable[[], Any], seconds: float) -> Any:
-    """Returns the result of a call that receives Ctrl-C after some seconds.
-
-    Installs Python's handler first, because shells start background jobs with SIGINT ignored.
-    """
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    timer = threading.Timer(seconds, lambda: signal.raise_signal(signal.SIGINT))
-    timer.start()
-    try:
-        return call()
-    finally:
-        timer.join()
-        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("backend", ("auto", "reference"))
@@ -607,12 +560,6 @@ def test_options_of_zero_tokens_and_no_prompts() -> None:
     assert gptfast.generate(model, []) == []
     (result,) = gptfast.generate(model, [[1]], max_new_tokens=0)
     assert result.tokens == [] and result.finish_reason == "length"
-
-
-def text_model() -> tuple[GPT, CharTokenizer]:
-    tokenizer = CharTokenizer.from_text(TEXT)
-    torch.manual_seed(3)
-    return GPT(GPTConfig(block_size=10, vocab_size=tokenizer.vocab_size, n_embd=32)), tokenizer
 
 
 def test_text_in_text_out() -> None:
