@@ -101,14 +101,14 @@ def threads_of_other_tests() -> Iterator[None]:
 
 
 @pytest.fixture
-def after_step(monkeypatch):
+def after_step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Returns a function that schedules an action after some of the following steps."""
     step = Trainer.step
 
-    def set_action(action, *numbers):
+    def set_action(action: Callable[[], object], *numbers: int) -> None:
         done = []
 
-        def step_and_act(self, idx, targets):
+        def step_and_act(self: Trainer, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             done.append(1)
             loss = step(self, idx, targets)
             if len(done) in numbers:
@@ -121,7 +121,7 @@ def after_step(monkeypatch):
 
 
 @pytest.fixture
-def press(after_step):
+def press(after_step: Callable[..., None]) -> Iterator[Callable[..., None]]:
     """Returns a function that sends a signal after given steps; restores the handlers."""
     usual = {number: signal.SIG_DFL for number in SIGNALS}
     usual[signal.SIGINT] = signal.default_int_handler
@@ -132,6 +132,6 @@ def press(after_step):
 
 
 @pytest.fixture
-def ctrl_c(press):
+def ctrl_c(press: Callable[..., None]) -> Callable[..., None]:
     """Returns a function that sends SIGINT in given steps; restores the handler."""
     return lambda *steps: press(signal.SIGINT, *steps)
