@@ -1,10 +1,13 @@
-"""Shared fixtures: texts, instruction sets, thread counts."""
+"""Shared fixtures: texts, instruction sets, thread counts, full disks, signals."""
 
+import errno
 import os
+import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
@@ -25,6 +28,11 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at the import of Hugging Face's libraries
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before a module with a kernel is imported
+
+from command_line import QUESTION  # noqa: E402
+from training_steps import SIGNALS  # noqa: E402
+
+from gptfast import Trainer  # noqa: E402
 
 SHAKESPEARE = Path(__file__).resolve().parents[2] / "shared" / "data" / "shakespeare.txt"
 
@@ -51,6 +59,24 @@ def shakespeare_text(shakespeare_path: Path) -> str:
     return shakespeare_path.read_bytes().decode("utf-8")
 
 
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with QUESTION, which no test changes."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(QUESTION)
+    return path
+
+
+@pytest.fixture
+def disk_full() -> Callable[..., NoReturn]:
+    """A function that takes anything and fails as a write to a full disk does."""
+
+    def fail(*_: Any, **__: Any) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return fail
+
+
 @pytest.fixture(params=["generic", "avx2", "avx512", "avx512_bf16", "amx"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test at each instruction set that machine and build support."""
@@ -72,3 +98,40 @@ def threads_of_other_tests() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def after_step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Returns a function that schedules an action after some of the following steps."""
+    step = Trainer.step
+
+    def set_action(action: Callable[[], object], *numbers: int) -> None:
+        done = []
+
+        def step_and_act(self: Trainer, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            done.append(1)
+            loss = step(self, idx, targets)
+            if len(done) in numbers:
+                action()
+            return loss
+
+        monkeypatch.setattr(Trainer, "step", step_and_act)
+
+    return set_action
+
+
+@pytest.fixture
+def press(after_step: Callable[..., None]) -> Iterator[Callable[..., None]]:
+    """Returns a function that sends a signal after given steps; restores the handlers."""
+    usual = {number: signal.SIG_DFL for number in SIGNALS}
+    usual[signal.SIGINT] = signal.default_int_handler
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield lambda number, *steps: after_step(lambda: signal.raise_signal(number), *steps)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def ctrl_c(press: Callable[..., None]) -> Callable[..., None]:
+    """Returns a function that sends SIGINT in given steps; restores the handler."""
+    return lambda *steps: press(signal.SIGINT, *steps)

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations, prune
 import gptfast
 from gptfast import GPT, BackendError, ConfigError, GPTConfig, TrainConfig, Trainer, plain
 from gptfast.formats import huggingface
+from gptfast.generation.reference_loop import ReferenceLoop
 from gptfast.modules import ForwardContext
 from gptfast.ops import reference
 from gptfast.ops.random import dropout_factors
@@ -286,10 +287,17 @@ def test_generate_and_score_call_it_and_warn(name: str) -> None:
     assert alone.logprobs == pytest.approx(result.logprobs, abs=1e-5)
 
 
-def test_a_plain_model_generates_with_the_engine_and_without_a_word() -> None:
+def test_a_plain_model_generates_with_the_engine_and_without_a_word(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ReferenceLoop, "run", lambda *_: pytest.fail("not by the engine"))
+    model, tokens = make("fused").eval(), [1]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        gptfast.generate(make("fused"), [[1]], max_new_tokens=2)
+        (result,) = gptfast.generate(model, [tokens], max_new_tokens=2, temperature=0)
+    for _ in range(2):
+        tokens.append(int(plain_torch(model, torch.tensor([tokens]))[0, -1].argmax()))
+    assert result.tokens == tokens[1:]
 
 
 def test_hooks_that_watch_generation_are_the_users_own() -> None:

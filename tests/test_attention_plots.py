@@ -165,10 +165,13 @@ def test_without_matplotlib_a_figure_is_one_sentence(monkeypatch):
             draw()
 
 
-def test_characters_that_the_font_lacks_are_no_noise(tmp_path):
+def test_characters_that_the_font_lacks_are_no_noise(tmp_path, figures):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plot_attention(weights(1, 1, 3), "字\ud800\0", tmp_path / "a.png")
+        path = plot_attention(weights(1, 1, 3), "字\ud800\0", tmp_path / "a.png")
+    unknown = "\N{REPLACEMENT CHARACTER}"  # what nothing can draw
+    assert texts(figures[0].axes[0].get_xticklabels()) == ["字", unknown, unknown]
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_bad_input_is_one_sentence(tmp_path):

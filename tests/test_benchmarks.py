@@ -249,9 +249,7 @@ def test_cuda_without_cuda(no_timing: None, capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().err == expected
 
 
-def test_an_unused_out_file_is_left_as_it_was(
-    tmp_path: Path, no_timing: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unused_out_file_is_left_as_it_was(tmp_path: Path, no_timing: None) -> None:
     new, old = tmp_path / "new.json", tmp_path / "old.json"
     old.write_text("old")
     with pytest.raises(RuntimeError, match="something was timed"):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import model_of, small_model
 
 import gptfast
 from gptfast import GPT, BPETokenizer, CharTokenizer, ConfigError, DataError, GPTConfig, bpe, cli
@@ -38,10 +39,9 @@ def changed(**parts: Any) -> dict[str, Any]:
 
 
 def random_model(**options: Any) -> GPT:
-    torch.manual_seed(1)
     vocab_size = TOKENIZER.vocab_size + 3
     config = GPTConfig(block_size=16, vocab_size=vocab_size, n_embd=32, padding_idx=None, **options)
-    return GPT(config).eval()
+    return model_of(config, seed=1).eval()
 
 
 MODEL = random_model()
@@ -367,8 +367,7 @@ class Ending(CharTokenizer):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_text_ends_at_the_end_of_texts(backend: Any) -> None:
     tokenizer: Tokenizer = Ending(tuple("\nabc"))
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=8, vocab_size=5, n_embd=16))
+    model = small_model(n_layer=2)
     model.backend = backend
     options: dict[str, Any] = {"tokenizer": tokenizer, "max_new_tokens": 50}
     (free,) = gptfast.generate(model, ["a"], stop_at_end=False, **options)

@@ -1,4 +1,5 @@
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -12,10 +13,10 @@ import torch
 import torch.nn.utils.prune
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_models import assert_same_weights, small_model
 
 from gptfast import checkpoint
 from gptfast.checkpoint import CONFIG_NAME, WEIGHTS_NAME, load, read_config, save
-from gptfast.config import GPTConfig
 from gptfast.errors import CheckpointError, ConfigError
 from gptfast.integrity import digest
 from gptfast.model import GPT
@@ -23,20 +24,7 @@ from gptfast.tokenizer import CharTokenizer
 
 TOKENIZER = CharTokenizer.from_text("\nABC")
 FILES = {WEIGHTS_NAME, CONFIG_NAME}
-
-
-def make_model(seed=0, **options):
-    torch.manual_seed(seed)
-    fields = dict(block_size=8, vocab_size=5, n_layer=2, n_head=2, n_embd=16) | options
-    return GPT(GPTConfig(**fields))
-
-
-def assert_same_weights(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].dtype == b[name].dtype
-        assert torch.equal(a[name], b[name]), name
+make_model = functools.partial(small_model, n_layer=2)
 
 
 def sum_of(header):
@@ -543,7 +531,9 @@ def test_json_of_another_save_is_refused_and_can_be_removed(saved, tmp_path):
 def test_json_may_be_laid_out_otherwise(saved):
     header = json.loads((saved / CONFIG_NAME).read_text())
     (saved / CONFIG_NAME).write_text(json.dumps(dict(reversed(header.items()))))
-    load(saved)
+    model, tokenizer = load(saved)
+    assert (model.config, tokenizer) == (make_model().config, TOKENIZER)
+    assert_same_weights(model, make_model())
 
 
 def test_foreign_safetensors(saved):

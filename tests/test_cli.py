@@ -1,6 +1,5 @@
 """The command line: output, exit codes, and one-sentence error messages."""
 
-import errno
 import json
 import math
 import os
@@ -15,43 +14,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import QUESTION, refused
 
 from gptfast import checkpoint, cli, files
 from gptfast.config import GPTConfig
 from gptfast.generation.engine import Engine
 from gptfast.generation.reference_loop import ReferenceLoop
 from gptfast.model import GPT
+from gptfast.ops import select
 from gptfast.tokenizer import CharTokenizer
 from gptfast.training import run
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 DOCS = [str(path.relative_to(README.parent)) for path in (README.parent / "docs").rglob("*.md")]
-TEXT = "to be or not to be, that is the question\n" * 20
 SMALL = ["--train.steps=3", "--train.batch-size=2", "--model.n-embd=16", "--model.n-layer=1"]
 
 
 @pytest.fixture(scope="session")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT)
-    return path
-
-
-@pytest.fixture(scope="session")
 def run_path(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
-    """A run of three steps on TEXT."""
+    """A run of three steps on the text."""
     path = tmp_path_factory.mktemp("runs") / "small"
     assert cli.main(["train", "abc", "--data", str(text_file), "--out", str(path), *SMALL]) == 0
     return path
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Returns the one-line error message, without the program's name."""
-    assert cli.main([str(argument) for argument in arguments]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("gptfast: ") and err.count("\n") == 1 and err.endswith("\n")
-    return err[len("gptfast: ") : -1]
 
 
 def shell(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
@@ -61,9 +45,8 @@ def shell(*arguments: object, **options: object) -> subprocess.CompletedProcess[
 
 def test_help_names_every_command(capsys):
     assert cli.main([]) == 0
-    out = capsys.readouterr().out
-    for name in ("demo", "data", "train", "eval", "generate", "inspect", "plot", "export", "info"):
-        assert re.search(rf"^  {name} +\w", out, re.M), name
+    found = re.findall(r"^  (\w+) +\w", capsys.readouterr().out, re.M)
+    assert found == [*cli.COMMANDS] and {"train", "generate", "reproduce"} <= {*found}
 
 
 @pytest.mark.parametrize(
@@ -98,7 +81,12 @@ def test_version(capsys):
 
 def test_info(capsys):
     assert cli.main(["info"]) == 0
-    assert "fused kernels" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    extension = select.extension()
+    in_use = "none chosen" if extension is None else extension.isa_current()
+    assert re.search(rf"^instruction set +{in_use} *$", out, re.M)
+    available = re.search(r"^fused kernels +available *$", out, re.M) is not None
+    assert available == (not select.unavailable("cpu", torch.float32))
 
 
 def test_data_writes_the_corpus_once(capsys, tmp_path):
@@ -137,7 +125,7 @@ def test_train_writes_a_run(run_path):
     assert rows[-1]["step"] == 3
     model, tokenizer = checkpoint.load(run_path)
     assert (model.config.n_embd, model.config.n_layer) == (16, 1)
-    assert tokenizer == CharTokenizer.from_text(TEXT)
+    assert tokenizer == CharTokenizer.from_text(QUESTION)
 
 
 def test_train_resumes_and_plots(capsys, tmp_path, text_file):
@@ -193,8 +181,8 @@ def test_eval_measures_the_held_out_part_or_a_file(capsys, run_path, text_file):
         assert bits == pytest.approx(loss / 0.69314718, rel=1e-3)
         shown.append((loss, characters))
     history = json.loads((run_path / "history.jsonl").read_text().splitlines()[-1])
-    assert shown[0] == (pytest.approx(history["val_loss"], abs=1e-3), len(TEXT) * 0.2 - 1)
-    assert shown[1][1] == len(TEXT) - 1
+    assert shown[0] == (pytest.approx(history["val_loss"], abs=1e-3), len(QUESTION) * 0.2 - 1)
+    assert shown[1][1] == len(QUESTION) - 1
     assert shown[2][0] == pytest.approx(shown[0][0], abs=1e-3)
 
 
@@ -229,13 +217,13 @@ def test_generate_reads_prompts_from_a_file_and_from_standard_input(run_path, tm
 
 def test_unknown_characters_are_left_out_on_request(capsys, run_path, tmp_path):
     file = tmp_path / "text.txt"
-    file.write_text(TEXT)
+    file.write_text(QUESTION)
     assert cli.main(["eval", str(run_path), "--data", str(file)]) == 0
     expected = capsys.readouterr().out
-    file.write_text("É" + TEXT.replace("be", "bße"))
+    file.write_text("É" + QUESTION.replace("be", "bße"))
     options = ["--data", str(file), "--unknown", "skip"]
     assert cli.main(["eval", str(run_path), *options]) == 0
-    skipped = 1 + TEXT.count("be")
+    skipped = 1 + QUESTION.count("be")
     line = f"skipped     {skipped:,} characters that the vocabulary lacks\n"
     assert capsys.readouterr().out == expected + line
     shown = []
@@ -528,13 +516,13 @@ def test_a_run_starts_from_another_ones_model(capsys, tmp_path, run_path, text_f
 
 @pytest.mark.parametrize("elsewhere", [True, False])
 def test_the_model_of_a_failed_last_save_is_saved_elsewhere(
-    capsys, tmp_path, text_file, monkeypatch, elsewhere
+    capsys, tmp_path, text_file, monkeypatch, disk_full, elsewhere
 ):
     write, out = files._write, tmp_path / "run"
 
     def full(path, content, durable):
         if durable and (path.parent == out or not elsewhere):
-            raise OSError(errno.ENOSPC, "No space left on device")
+            disk_full()
         write(path, content, durable)
 
     monkeypatch.setattr(files, "_write", full)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import QUESTION
 
 import gptfast
 from gptfast import checkpoint, cli
@@ -18,15 +19,7 @@ from gptfast.formats import nanogpt
 from gptfast.model import GPT
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXT = "to be or not to be, that is the question\n" * 20
 SMALL = ["--train.batch-size=2", "--model.n-embd=16", "--model.n-layer=1", "--model.block-size=8"]
-
-
-@pytest.fixture
-def text_file(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +58,13 @@ def trained(text_file: Path, out: Path, *options: str) -> int:
     return cli.main([*command, "--train.steps=2", *options])
 
 
-def test_a_run_on_a_part_of_the_text_says_so(capsys, tmp_path, text_file):
-    text_file.write_text(TEXT * 2)
-    assert trained(text_file, tmp_path / "part") == 0
+def test_a_run_on_a_part_of_the_text_says_so(capsys, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(QUESTION * 2)
+    assert trained(text, tmp_path / "part") == 0
     said = "uses the first 30 % of text.txt; --train.text-fraction 1 "
     assert capsys.readouterr().err.count(said) == 1
-    assert trained(text_file, tmp_path / "all", "--train.text-fraction=1") == 0
+    assert trained(text, tmp_path / "all", "--train.text-fraction=1") == 0
     assert "uses the first" not in capsys.readouterr().err
 
 
@@ -101,7 +95,7 @@ def test_an_interrupted_run_names_the_command_that_goes_on_with_it(capsys, tmp_p
 
 
 def test_an_interrupted_run_whose_text_only_python_has_names_no_command(capsys, tmp_path):
-    gptfast.train("abc", tmp_path / "run", text=TEXT, callbacks=[Interrupt()], **SHORT)
+    gptfast.train("abc", tmp_path / "run", text=QUESTION, callbacks=[Interrupt()], **SHORT)
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.endswith(f"saved in {tmp_path / 'run'}; resume goes on from there")
 

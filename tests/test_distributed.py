@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from pair import Pair
+from small_models import assert_same_weights, same_weights
 from torch import Tensor, distributed
 
 from gptfast import (
@@ -136,8 +137,7 @@ def _train(options: dict[str, Any]) -> Outcome:
 
 
 def is_same(one: Outcome, other: Outcome) -> bool:
-    weights = all(torch.equal(one[0][name], other[0][name]) for name in one[0])
-    return weights and one[1:] == other[1:]
+    return same_weights(one[0], other[0]) and one[1:] == other[1:]
 
 
 DECAYED = {"ema": 0.9, "weight_decay": 0.1, "decayed": "matrices"}
@@ -196,9 +196,8 @@ def test_a_run_goes_on_with_another_number_of_processes(
     halfway = {"steps": 5, "out": tmp_path, "resume": True, "accumulation_steps": 2}
     _trained(**options | halfway)
     for found in pair(_train, {**options, "out": tmp_path, "resume": True}):
-        assert all(torch.equal(found[0][name], undisturbed[0][name]) for name in found[0])
-    model, _ = load(tmp_path)
-    assert all(torch.equal(model.state_dict()[name], undisturbed[0][name]) for name in found[0])
+        assert_same_weights(found[0], undisturbed[0])
+    assert_same_weights(load(tmp_path)[0], undisturbed[0])
     lines = (tmp_path / "history.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 3, 4, 5, 6, 8]
 

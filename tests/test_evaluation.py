@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_generation import make
+from command_line import refused, shown
+from generating import make
+from small_models import small_model
 
 import gptfast
-from gptfast import GPT, BPETokenizer, CharTokenizer, ConfigError, GPTConfig, cli
+from gptfast import GPT, BPETokenizer, CharTokenizer, ConfigError
 from gptfast.data.prepare import prepare
 from gptfast.data.token_files import open_tokens
 from gptfast.generation.scoring import windows_of
@@ -29,6 +31,10 @@ CLOSE = 1e-5
 def model() -> GPT:
     """A model of 37 tokens of 30 kinds, whose logits differ much."""
     return make("odd").eval()
+
+
+def model_for(tokenizer: CharTokenizer) -> GPT:
+    return small_model(seed=1, block_size=16, vocab_size=tokenizer.vocab_size, n_embd=32)
 
 
 def tokens_for(model: GPT, count: int) -> torch.Tensor:
@@ -113,9 +119,7 @@ def test_batches_tokens_of_small_dtypes_and_modes_change_nothing(
 
 def test_bits_per_byte_by_hand() -> None:
     tokenizer = CharTokenizer.from_text(TEXT)
-    torch.manual_seed(1)
-    config = GPTConfig(block_size=16, vocab_size=tokenizer.vocab_size, n_embd=32, n_layer=1)
-    model = GPT(config).eval()
+    model = model_for(tokenizer).eval()
     result = evaluate(model, tokenizer.encode_tensor(TEXT), tokenizer=tokenizer)
     bits = 0.0
     for start in range(0, len(TEXT) - 1, 16):  # disjoint windows, each character from those before
@@ -136,9 +140,7 @@ def test_the_bits_of_an_end_of_text_count_though_it_writes_no_byte(tmp_path: Pat
     for part, text in zip(parts, ("Die Würde", "ist naïv"), strict=True):
         part.write_text(text, encoding="utf-8")
     file = open_tokens(prepare(parts, tmp_path / "tokens", tokenizer).path)
-    torch.manual_seed(2)
-    config = GPTConfig(block_size=8, vocab_size=280, n_embd=32, n_layer=1, padding_idx=None)
-    model = GPT(config).eval()
+    model = small_model(seed=2, vocab_size=280, n_embd=32, padding_idx=None).eval()
     result = evaluate(model, file.ids, stride=1, tokenizer=tokenizer)
     first = tokenizer.decode(file.ids[:1].long())
     written = "Die Würdeist naïv"[len(first) :]
@@ -167,16 +169,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A character model without training, as a checkpoint, with a text beside it."""
     folder = tmp_path_factory.mktemp("run")
     tokenizer = CharTokenizer.from_text(TEXT)
-    torch.manual_seed(1)
-    config = GPTConfig(block_size=16, vocab_size=tokenizer.vocab_size, n_embd=32, n_layer=1)
-    gptfast.save(GPT(config), tokenizer, folder)
+    gptfast.save(model_for(tokenizer), tokenizer, folder)
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     return folder
-
-
-def shown(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    assert cli.main([str(each) for each in arguments]) == 0
-    return capsys.readouterr().out
 
 
 def test_the_command_prints_what_evaluate_gives(run: Path, capsys: Any) -> None:
@@ -199,17 +194,15 @@ def test_the_command_prints_what_evaluate_gives(run: Path, capsys: Any) -> None:
 
 
 def test_the_command_refuses_a_stride_beyond_the_window(run: Path, capsys: Any) -> None:
-    assert cli.main(["eval", str(run), "--data", str(run / "text.txt"), "--stride", "17"]) == 2
-    out, err = capsys.readouterr()
-    assert (out, err) == ("", "gptfast: stride must be a whole number from 1 to 16, got 17\n")
+    error = refused(capsys, "eval", run, "--data", run / "text.txt", "--stride", 17)
+    assert error == "stride must be a whole number from 1 to 16, got 17"
 
 
 def test_the_command_counts_the_ends_of_documents(tmp_path: Path, capsys: Any) -> None:
     tokenizer = BPETokenizer.train(TEXT, 280)
     (tmp_path / "text.txt").write_text("Die Würde\n--\ndes Menschen\n", encoding="utf-8")
     prepare([tmp_path / "text.txt"], tmp_path / "tokens", tokenizer, separator="--")
-    config = GPTConfig(block_size=8, vocab_size=280, n_embd=16, n_layer=1, padding_idx=None)
-    gptfast.save(GPT(config), tokenizer, tmp_path / "run")
+    gptfast.save(small_model(vocab_size=280, padding_idx=None), tokenizer, tmp_path / "run")
     out = shown(capsys, "eval", tmp_path / "run", "--data", tmp_path / "tokens", "--stride=2")
     assert "endings     2 tokens that end a text, and write no byte\n" in out
     for unit in ("token", "character", "byte"):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import refused
 from nano import NanoGPT
 
 import gptfast
@@ -121,13 +122,6 @@ def test_a_folder_that_cannot_be_made_is_named(model, tmp_path):
         gptfast.export(model, TOKENIZER, tmp_path / "file" / "out", to="nanogpt")
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    assert cli.main(["export", *map(str, arguments)]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("gptfast: ") and err.count("\n") == 1
-    return err
-
-
 @pytest.mark.parametrize("part", ["", "best"])
 def test_the_command_says_how_nanogpt_loads_it(capsys, run_path, tmp_path, part):
     out = tmp_path / "to be"  # needs quotes
@@ -159,14 +153,14 @@ def test_the_command_prints_warnings(run_path, tmp_path):
 
 def test_mistakes_of_the_command_are_one_sentence(capsys, run_path, tmp_path):
     out = tmp_path / "out"
-    error = refused(capsys, tmp_path / "none", out, "--to", "nanogpt")
+    error = refused(capsys, "export", tmp_path / "none", out, "--to", "nanogpt")
     assert "none: no such checkpoint" in error
-    assert "--to" in refused(capsys, run_path, out)
-    assert "onnx" in refused(capsys, run_path, out, "--to", "onnx")
+    assert "--to" in refused(capsys, "export", run_path, out)
+    assert "onnx" in refused(capsys, "export", run_path, out, "--to", "onnx")
     (out / "x").mkdir(parents=True)
-    assert "is not empty" in refused(capsys, run_path, out, "--to", "nanogpt")
+    assert "is not empty" in refused(capsys, "export", run_path, out, "--to", "nanogpt")
     shutil.rmtree(out)
     gptfast.save(GPT(GPTConfig(vocab_size=5, n_embd=8, tie_weights=False)), None, tmp_path / "own")
-    error = refused(capsys, tmp_path / "own", out, "--to", "nanogpt")
+    error = refused(capsys, "export", tmp_path / "own", out, "--to", "nanogpt")
     assert "nanoGPT has no models with a head of its own" in error
     assert not out.exists()

@@ -8,15 +8,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_models import small_gpt2
 
 import gptfast
 from gptfast import (
-    GPT,
     BPETokenizer,
     CheckpointError,
     ConfigError,
     DataError,
-    GPTConfig,
     checkpoint,
     cli,
     formats,
@@ -27,20 +26,13 @@ from gptfast.training import held_out
 
 TEXT = "The cat sat on the mat.\n" * 40
 TOKENIZER = BPETokenizer.train(TEXT, 280)
-SHAPE: dict[str, Any] = {"block_size": 9, "vocab_size": 300, "n_embd": 8, "gelu": "tanh"}
-SHAPE |= {"tie_weights": True, "padding_idx": None, "dropout": 0.1}
 QUICK: dict[str, Any] = {"steps": 4, "batch_size": 2, "progress": False}
-
-
-def model_of(**options: Any) -> GPT:
-    torch.manual_seed(0)
-    return GPT(GPTConfig(**SHAPE | options)).eval()
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder of Hugging Face."""
-    huggingface.write(model_of(), TOKENIZER, tmp_path / "gpt2")
+    huggingface.write(small_gpt2(), TOKENIZER, tmp_path / "gpt2")
     return tmp_path / "gpt2"
 
 
@@ -61,9 +53,9 @@ def main(*arguments: Any) -> int:
 
 def test_own_checkpoints_are_told_by_either_file(folder: Path, tmp_path: Path) -> None:
     own = tmp_path / "own"
-    gptfast.save(model_of(), None, own)
+    gptfast.save(small_gpt2(), None, own)
     assert formats.format_of(own) == "gptfast" and formats.format_of(folder) == "huggingface"
-    assert gptfast.load(own)[0].config == model_of().config == formats.config_of(own)
+    assert gptfast.load(own)[0].config == small_gpt2().config == formats.config_of(own)
     assert formats.tokenizer_of(own) is None and formats.stored_with(folder) is None
     for name in ("config.json", "model.safetensors"):
         copy = shutil.copytree(own, tmp_path / name)
@@ -154,7 +146,7 @@ def test_a_device_that_is_not_there(folder: Path) -> None:
 
 def test_generate_eval_and_inspect(folder: Path, text: Path, capsys: Any) -> None:
     (found,) = gptfast.generate(
-        model_of(), ["The cat"], tokenizer=TOKENIZER, max_new_tokens=5, temperature=0
+        small_gpt2(), ["The cat"], tokenizer=TOKENIZER, max_new_tokens=5, temperature=0
     )
     options = ["--prompt", "The cat", "--max-new-tokens", "5", "--temperature", "0"]
     assert main("generate", folder, *options) == 0
@@ -178,7 +170,7 @@ def test_eval_needs_a_text(folder: Path, capsys: Any) -> None:
 
 
 def test_a_model_without_tokenizer(tmp_path: Path, text: Path, capsys: Any) -> None:
-    huggingface.write(model_of(), None, tmp_path / "bare")
+    huggingface.write(small_gpt2(), None, tmp_path / "bare")
     assert main("generate", tmp_path / "bare", "--prompt", "A") == 2
     assert "bare: the model has no tokenizer, so it cannot take text" in capsys.readouterr().err
     options = ["--out", tmp_path / "tokens", "--tokenizer", tmp_path / "bare"]
@@ -197,7 +189,7 @@ def test_data_prepare_takes_a_models_tokenizer(
     source = folder
     if kind == "own":
         source = tmp_path / "own"
-        gptfast.save(model_of(), TOKENIZER, source)
+        gptfast.save(small_gpt2(), TOKENIZER, source)
     elif kind == "file":
         source = folder / "tokenizer.json"
     elif kind == "tokenizer alone":
@@ -224,7 +216,7 @@ def test_a_finetuned_model_is_an_ordinary_run(folder: Path, text: Path, tmp_path
     model, tokenizer = gptfast.load(out)
     assert tokenizer == TOKENIZER and formats.format_of(out) == "gptfast"
     assert model.config == formats.config_of(folder)
-    for own, given in zip(model.parameters(), model_of().parameters(), strict=True):
+    for own, given in zip(model.parameters(), small_gpt2().parameters(), strict=True):
         torch.testing.assert_close(own, given, rtol=0, atol=1e-7)
     header = checkpoint.read_config(out)
     assert header["extra"]["init_from"] == str(folder) and header["extra"]["step"] == 2
@@ -252,8 +244,8 @@ def test_the_shape_is_the_models(folder: Path, text: Path, tmp_path: Path, capsy
     assert "none: no such checkpoint" in capsys.readouterr().err
 
 
-def test_weights_of_16_bits_are_trained_in_32(folder: Path, tmp_path: Path) -> None:
-    huggingface.write(model_of().half(), TOKENIZER, tmp_path / "half")
+def test_weights_of_16_bits_are_trained_in_32(tmp_path: Path) -> None:
+    huggingface.write(small_gpt2().half(), TOKENIZER, tmp_path / "half")
     result = gptfast.train("abc", text=TEXT, init_from=tmp_path / "half", **QUICK)
     assert {weight.dtype for weight in result.model.parameters()} == {torch.float32}
     assert gptfast.load(tmp_path / "half")[0].wte.weight.dtype == torch.float16

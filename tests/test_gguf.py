@@ -134,14 +134,11 @@ def test_the_package_is_named_where_it_is_missing(tmp_path, monkeypatch):
         formats.write(made(), None, tmp_path)
 
 
-def test_a_write_that_fails_keeps_what_was_there(tmp_path, monkeypatch):
+def test_a_write_that_fails_keeps_what_was_there(tmp_path, monkeypatch, disk_full):
     file = quietly(made(), None, tmp_path / "small.gguf")
     before = file.read_bytes()
 
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", disk_full)
     with pytest.raises(OSError, match="No space left"):
         formats.write(made(n_layer=1), None, file)
     assert file.read_bytes() == before

@@ -78,7 +78,7 @@ print(gptfast.__file__)
     assert Path(ran.stdout.strip()) == gpu_check.ROOT / "gptfast" / "__init__.py", ran.stderr
 
 
-def test_options_that_do_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_that_do_not_exist() -> None:
     for options in (["--only", "everything"], ["--sections"], ["--workers", "none"]):
         with pytest.raises(SystemExit) as error:
             gpu_check.main(options)

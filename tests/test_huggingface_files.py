@@ -9,23 +9,21 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import small_gpt2
 from torch import Tensor
 
 import gptfast
-from gptfast import GPT, BPETokenizer, CharTokenizer, CheckpointError, GPTConfig
+from gptfast import BPETokenizer, CharTokenizer, CheckpointError
 from gptfast.formats import huggingface
 
 TOKENIZER = BPETokenizer.train("The cat sat on the mat.\n" * 9, 280)
 END = TOKENIZER.ending
-SHAPE: dict[str, Any] = {"block_size": 9, "vocab_size": 300, "n_embd": 8, "n_layer": 2}
-SHAPE |= {"gelu": "tanh", "tie_weights": True, "padding_idx": None}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A good folder, with tokenizer."""
-    torch.manual_seed(0)
-    huggingface.write(GPT(GPTConfig(**SHAPE)), TOKENIZER, tmp_path / "model")
+    huggingface.write(small_gpt2(), TOKENIZER, tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -357,7 +355,7 @@ def test_an_end_that_is_no_token(folder: Path) -> None:
 
 def test_characters(tmp_path: Path) -> None:
     folder, known = tmp_path / "model", CharTokenizer.from_text("ab\n ß")
-    huggingface.write(GPT(GPTConfig(**SHAPE)), known, folder)
+    huggingface.write(small_gpt2(), known, folder)
     assert gptfast.load(folder)[1] == known
     content = json.loads((folder / "tokenizer.json").read_text())
     for vocabulary in ({"<PAD>": 0, "ab": 1}, {"<PAD>": 0, "a": 2}, {"a": 0, "b": 2}):

@@ -165,7 +165,7 @@ def weights_at(folder: Path) -> dict[str, Tensor]:
 
 
 def test_a_model_is_replaced_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk_full: Any
 ) -> None:
     huggingface.write(model_of(BPE, n_layer=1), BPE, tmp_path)
     huggingface.write(model_of(BPE, n_layer=3), BPE, tmp_path)
@@ -173,10 +173,7 @@ def test_a_model_is_replaced_whole_or_not_at_all(
     assert "h.2.ln_1.weight" in before
     names = {file.name for file in tmp_path.iterdir()}
 
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("gptfast.files.os.fsync", full)
+    monkeypatch.setattr("gptfast.files.os.fsync", disk_full)
     with pytest.raises(CheckpointError, match="the model could not be exported .No space left on"):
         gptfast.export(model_of(BPE), BPE, tmp_path, overwrite=True)
     assert {file.name for file in tmp_path.iterdir()} == names

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import model_of
 
 import gptfast
 from gptfast import GPT, BPETokenizer, CharTokenizer, ConfigError, DataError, GPTConfig
@@ -37,13 +38,9 @@ CLOSE = 1e-4
 
 def model_for(tokenizer: CharTokenizer | BPETokenizer) -> GPT:
     """A model without training, whose logits differ much."""
-    torch.manual_seed(1)
     shape = {"block_size": T, "n_embd": 32, "n_layer": 2, "padding_idx": tokenizer.padding}
-    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape)).eval()
-    with torch.no_grad():
-        for param in model.parameters():
-            param.mul_(2.0)
-        model.lm_head.weight[0] = 0  # padding or the end, which is never the likeliest then
+    model = model_of(GPTConfig(vocab_size=tokenizer.vocab_size, **shape), seed=1, scale=2.0).eval()
+    model.lm_head.weight.data[0] = 0  # padding or the end, which is never the likeliest then
     return model
 
 
@@ -328,7 +325,7 @@ def test_whole_tasks(tasks: Path, characters: GptfastLM) -> None:
         assert sample["resps"] == [[answer.text]]
 
 
-def test_the_model_has_a_name_there(tasks: Path, run: Path, characters: GptfastLM) -> None:
+def test_the_model_has_a_name_there(tasks: Path, run: Path) -> None:
     options = {"model_args": f"path={run},stride=5", "batch_size": 4, "device": "cpu"}
     named = evaluated(tasks, "gptfast", **options)["results"]
     other = evaluated(tasks, GptfastLM(run, stride=5))["results"]

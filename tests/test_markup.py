@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import model_of
 
 import gptfast
 from gptfast import GPT, BPETokenizer, CharTokenizer, Generation, GPTConfig, markup
@@ -52,9 +53,8 @@ class Page(HTMLParser):
 
 
 def model_for(tokenizer: CharTokenizer | BPETokenizer, **options: Any) -> GPT:
-    torch.manual_seed(0)
     shape = {"block_size": 16, "n_embd": 32, "n_layer": 2, "padding_idx": tokenizer.padding}
-    return GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape, **options)).eval()
+    return model_of(GPTConfig(vocab_size=tokenizer.vocab_size, **shape, **options)).eval()
 
 
 def test_text_is_escaped() -> None:

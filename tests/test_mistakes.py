@@ -179,7 +179,7 @@ def test_a_gguf_is_named(tmp_path: Path) -> None:
         gptfast.load(file)
 
 
-def test_runs_of_any_name_are_in_the_legend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_of_any_name_are_in_the_legend() -> None:
     pytest.importorskip("matplotlib")
     from gptfast.training import plots
 
@@ -241,12 +241,11 @@ def test_a_closed_standard_input_is_said(
     assert "there is no standard input" in capsys.readouterr().err
 
 
-def test_data_errors_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_errors_name_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk_full: Any
+) -> None:
     from gptfast.cli.commands import data
 
-    def full(_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(data, "write_atomic", full)
+    monkeypatch.setattr(data, "write_atomic", disk_full)
     with pytest.raises(DataError, match="x.txt: cannot be written .No space left on device"):
         data._write_new(tmp_path / "x.txt", b"a")

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from small_models import same_weights
 
 from gptfast import checkpoint, data
 from gptfast.config import GPTConfig, TrainConfig
@@ -58,13 +59,6 @@ def runs(tmp_path_factory):
     return {name: root / name for name in ("own", *OTHER)}
 
 
-def is_same(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(
-        a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a
-    )
-
-
 def sentence_or(call, *args, **options):
     """Returns the result of a call, or its one-sentence error message."""
     try:
@@ -78,7 +72,7 @@ def resume(path, number):
     """Returns model and history of a resumed run; only every tenth is really trained and saved."""
     if number % 10 == 0:
         result = train(path, resume=True)
-        assert is_same(checkpoint.load(path)[0], result.model)  # the save replaced the damage
+        assert same_weights(checkpoint.load(path)[0], result.model)  # the save replaced the damage
         return result.model, result.history
     model = GPT(SHAPE)
     state, weights, _ = run.RunDirectory(path).load(model, config_of())
@@ -126,14 +120,14 @@ def test_a_damaged_file_gives_the_model_that_was_saved_or_a_sentence(tmp_path, r
         if isinstance(loaded, str):
             assert name in loaded and name in (WEIGHTS, CONFIG), what
         else:
-            assert is_same(loaded[0], own) and loaded[1] == tokenizer, what
+            assert same_weights(loaded[0], own) and loaded[1] == tokenizer, what
             assert header == checkpoint.read_config(runs["own"]), what
         sentence_or(read_history, path)
         result = sentence_or(resume, path, number)
         if isinstance(result, str):
             assert name in result and name != run.HISTORY_NAME, what
         else:
-            assert is_same(result[0], own) and result[1] == history, what
+            assert same_weights(result[0], own) and result[1] == history, what
         refused += isinstance(loaded, str) or isinstance(result, str)
         shutil.rmtree(path)
     assert 400 < refused < 700
@@ -154,7 +148,7 @@ def test_files_of_two_runs_give_one_of_them_whole_or_a_sentence(tmp_path, runs):
                 shutil.copy(runs[source] / name, path)
         loaded = sentence_or(checkpoint.load, path)
         if of[WEIGHTS] and of[CONFIG] in (of[WEIGHTS], None):
-            assert is_same(loaded[0], models[of[WEIGHTS]]), what
+            assert same_weights(loaded[0], models[of[WEIGHTS]]), what
         else:
             assert WEIGHTS in loaded, what
         state = of[run.STATE_NAME]
@@ -164,7 +158,7 @@ def test_files_of_two_runs_give_one_of_them_whole_or_a_sentence(tmp_path, runs):
         result = sentence_or(resume, path, number) if state else "not to be resumed"
         if state in ("own", "earlier") and whole:
             wanted = "own" if number % 10 == 0 else state
-            assert is_same(result[0], models[wanted]), what
+            assert same_weights(result[0], models[wanted]), what
         else:
             assert isinstance(result, str), what
         outcomes.add((state, of[WEIGHTS], isinstance(result, str)))

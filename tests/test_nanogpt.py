@@ -376,14 +376,11 @@ def test_characters_of_another_model_are_neither_taken_nor_removed(tmp_path):
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-def test_a_write_that_fails_keeps_what_was_there(tmp_path, monkeypatch):
+def test_a_write_that_fails_keeps_what_was_there(tmp_path, monkeypatch, disk_full):
     nanogpt.write(own(), CharTokenizer(CHARS), tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(torch, "save", disk_full)
     with pytest.raises(OSError, match="No space left"):
         nanogpt.write(own(bias=False), CharTokenizer(("x",)), tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

@@ -1,11 +1,13 @@
 """The files of a run: training state, checksum, version, and which files belong together."""
 
+import functools
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import training_steps
 
 from gptfast import checkpoint, data
 from gptfast.cli import main
@@ -13,7 +15,7 @@ from gptfast.config import GPTConfig, TrainConfig
 from gptfast.errors import CheckpointError, ConfigError, DataError
 from gptfast.presets import Preset
 from gptfast.tokenizer import CharTokenizer
-from gptfast.training import Trainer, held_out, run, train
+from gptfast.training import Trainer, held_out, run
 
 OLD = Path(__file__).parent / "fixtures" / "checkpoint-v1"
 TEXT = data.abc_corpus()[:600]
@@ -22,10 +24,7 @@ TINY = Preset(  # the preset of the run in OLD, which was interrupted after 3 of
     model=GPTConfig(block_size=8, n_layer=1, n_head=2, n_embd=8),
     train=TrainConfig(lr=1e-2, batch_size=4, steps=6, eval_every=2),
 )
-
-
-def quick(out, **options):
-    return train(TINY, out, text=TEXT, progress=False, **options)
+quick = functools.partial(training_steps.quick, chosen=TINY, text=TEXT)
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
+from command_line import QUESTION
+from small_models import assert_same_weights
 
 import gptfast
 from gptfast import checkpoint, cli
@@ -16,7 +17,6 @@ from gptfast.presets import preset
 from gptfast.run_file import RUN_FILE_NAME, read_run_file, to_toml
 from gptfast.tokenizer import CharTokenizer
 
-TEXT = "to be or not to be, that is the question\n" * 20
 SMALL = """
 [model]
 n_embd = 16
@@ -27,13 +27,6 @@ steps = 3
 batch_size = 2
 eval_every = "None"
 """
-
-
-@pytest.fixture
-def text_file(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT)
-    return path
 
 
 def written(tmp_path: Path, content: str, name: str = "options.toml") -> Path:
@@ -82,8 +75,7 @@ def test_the_file_of_a_run_gives_it_again(tmp_path, text_file):
     assert train("abc", "--config", file, *options, "--model.dropout=0.5", "--out", first) == 0
     assert train("--config", first / RUN_FILE_NAME, "--out", second) == 0
     assert (first / RUN_FILE_NAME).read_text() == (second / RUN_FILE_NAME).read_text()
-    a, b = (checkpoint.load(path)[0].state_dict() for path in (first, second))
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert_same_weights(*(checkpoint.load(path)[0] for path in (first, second)))
     assert train("--config", first / RUN_FILE_NAME, "--out", first, "--overwrite") == 0
     # What resumes with other options notes them.
     assert train("abc", "--config", first / RUN_FILE_NAME, "--out", first, "--resume") == 0
@@ -94,10 +86,10 @@ def test_the_file_of_a_run_gives_it_again(tmp_path, text_file):
 
 def test_a_text_that_only_python_has_is_not_replaced_by_the_presets(capsys, tmp_path, text_file):
     options = {"steps": 1, "n_embd": 8, "n_layer": 1, "progress": False}
-    tokenizer = CharTokenizer.from_text(TEXT + "é")
-    gptfast.train("abc", tmp_path / "a", text=TEXT, **options)
+    tokenizer = CharTokenizer.from_text(QUESTION + "é")
+    gptfast.train("abc", tmp_path / "a", text=QUESTION, **options)
     gptfast.train("abc", tmp_path / "b", data=text_file, tokenizer=tokenizer, **options)
-    custom = replace(preset("abc"), text=lambda: TEXT)
+    custom = replace(preset("abc"), text=lambda: QUESTION)
     gptfast.train(custom, tmp_path / "c", **options)
     for name in "abc":
         file = tmp_path / name / RUN_FILE_NAME

@@ -2,19 +2,23 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
+import training_steps
+from small_models import assert_same_weights, same_weights
+from training_steps import losses_of
 
 from gptfast import checkpoint, generation
 from gptfast.config import GPTConfig, TrainConfig
 from gptfast.errors import CheckpointError, ConfigError
 from gptfast.model import GPT
 from gptfast.presets import Preset
-from gptfast.training import Trainer, TrainError, evaluate, run, train
+from gptfast.training import Trainer, TrainError, evaluate, run
 from gptfast.training.callbacks import Callback
 from gptfast.training.schedule import learning_rate, part_sizes
 from gptfast.training.state import RunState
@@ -22,10 +26,7 @@ from gptfast.training.state import RunState
 TEXT = "AABCBBC\n\nBCABCCA\n\nCAAACB\n\n" * 40
 SHAPE = GPTConfig(block_size=8, n_layer=1, n_embd=16, dropout=0.1)
 TINY = Preset("tiny", SHAPE, TrainConfig(lr=0.01, batch_size=4, steps=12, eval_every=4))
-
-
-def quick(out=None, **options):
-    return train(TINY, out, **{"text": TEXT, "progress": False} | options)
+quick = functools.partial(training_steps.quick, chosen=TINY, text=TEXT)
 
 
 def rates(total, **options):
@@ -95,7 +96,8 @@ def test_a_run_with_a_schedule_resumes_to_the_same_bits(tmp_path) -> None:
     with pytest.raises(Aborted):
         quick(path, save_every=5, callbacks=[AbortAt(7)], **options)
     result = quick(path, resume=True, **options)
-    assert same(whole.model, result.model) and losses(whole) == losses(result)
+    assert_same_weights(whole.model, result.model)
+    assert losses_of(whole.history) == losses_of(result.history)
 
 
 def test_the_end_of_a_decay_cannot_be_moved(tmp_path) -> None:
@@ -194,15 +196,6 @@ class Forget(Callback):
                 run.trainer.gpt.lm_head.weight.mul_(30.0)
 
 
-def losses(result):
-    return [(row["step"], row["train_loss"], row["val_loss"]) for row in result.history]
-
-
-def same(a, b):
-    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    return all(torch.equal(x, y) for x, y in pairs)
-
-
 def held_out_loss(path):
     model, tokenizer = checkpoint.load(path)
     ids = tokenizer.encode_tensor(TEXT)
@@ -236,13 +229,13 @@ def test_a_best_checkpoint_that_cannot_be_saved_is_not_the_best(tmp_path, monkey
     assert checkpoint.read_config(tmp_path / "best")["extra"]["step"] == 4
 
 
-def test_a_best_checkpoint_that_was_saved_stays_the_best(tmp_path, monkeypatch) -> None:
+def test_a_best_checkpoint_that_was_saved_stays_the_best(tmp_path, monkeypatch, disk_full) -> None:
     """Also where the training state, which comes after it, could not be."""
     save = run.save_sealed
 
     def full(content, file):
         if content["state"]["step"] == 8:
-            raise OSError(28, "No space left on device")
+            disk_full()
         save(content, file)
 
     monkeypatch.setattr(run, "save_sealed", full)
@@ -301,7 +294,8 @@ def test_a_callback_can_end_a_run(tmp_path) -> None:
     result = quick(tmp_path, callbacks=[StopAt()], save_every=1)
     assert not result.interrupted
     assert checkpoint.read_config(tmp_path)["extra"]["step"] in (5, 6)
-    assert losses(quick(tmp_path, resume=True)) == losses(quick())
+    resumed = quick(tmp_path, resume=True)
+    assert losses_of(resumed.history) == losses_of(quick().history)
 
 
 def test_callbacks_see_the_run() -> None:
@@ -340,14 +334,13 @@ def test_the_mean_weights_are_evaluated_and_loaded(tmp_path) -> None:
     assert [row["train_loss"] for row in result.history] == [
         row["train_loss"] for row in plain.history
     ]
-    assert not same(result.model, plain.model)
+    assert not same_weights(result.model, plain.model)
     loaded, _ = checkpoint.load(tmp_path)
-    assert same(loaded, result.model)
+    assert_same_weights(loaded, result.model)
     assert held_out_loss(tmp_path) == pytest.approx(result.history[-1]["val_loss"], rel=1e-6)
     state = torch.load(tmp_path / "training_state.pt")
-    raw = state["weights"]
-    assert all(torch.equal(raw[name], value) for name, value in plain.model.state_dict().items())
-    assert same(quick(tmp_path, ema=0.9, resume=True).model, result.model)
+    assert_same_weights(state["weights"], plain.model)
+    assert_same_weights(quick(tmp_path, ema=0.9, resume=True).model, result.model)
 
 
 def test_the_mean_weights_follow_their_recurrence() -> None:

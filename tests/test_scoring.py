@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from generating import TEXT, WIDE, make, prompts_for, text_model
 from peers import SdpaGPT
-from test_generation import TEXT, WIDE, make, prompts_for, text_model
 
 import gptfast
 from gptfast import GPT, BackendError, ConfigError, DataError, TrainConfig, Trainer, data

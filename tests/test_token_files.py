@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import refused, shown
+from small_models import assert_same_weights
 
-from gptfast import checkpoint, cli, data
+from gptfast import checkpoint, data
 from gptfast.bpe import BPETokenizer
 from gptfast.data import documents, prepare, shuffle, texts, tokens, windows, workers
 from gptfast.data.prepare import prepare as prepare_tokens
@@ -181,7 +183,7 @@ def test_pieces_encode_to_the_tokens_of_the_whole(short_pieces, bpe):
     assert tokens.char_tokenizer(texts.blocks_of(LINES)) == CharTokenizer.from_text(LINES)
 
 
-def test_a_tokenizer_that_looks_across_cuts_is_refused(short_pieces, bpe, monkeypatch):
+def test_a_tokenizer_that_looks_across_cuts_is_refused(short_pieces, bpe):
     class Across(BPETokenizer):
         def encode(self, text, unknown="error"):
             return [len(text)]
@@ -373,7 +375,7 @@ def test_what_fails_leaves_the_folder_as_it_was(tmp_path, folder, monkeypatch):
         (lambda f: edit(f, tokenizer={}), "expected a tokenizer"),
     ],
 )
-def test_a_damaged_folder_is_one_sentence(tmp_path, folder, damage, expected):
+def test_a_damaged_folder_is_one_sentence(folder, damage, expected):
     damage(folder)
     for use in (open_tokens, lambda path: train("abc", data=path, **SMALL)):
         with pytest.raises(DataError, match=expected) as caught:
@@ -397,16 +399,11 @@ def test_verify_finds_a_changed_byte(folder):
 # ---- training on them
 
 
-def weights(path: Path) -> dict:
-    return checkpoint.load(path)[0].state_dict()
-
-
 @pytest.mark.parametrize("options", [{}, EPOCHS])
 def test_a_folder_trains_to_the_bits_of_its_text(tmp_path, folder, options):
     for name, source in (("file", tmp_path / "abc.txt"), ("tokens", folder)):
         train("abc", tmp_path / name, data=source, **(SMALL | options))
-    ours, expected = weights(tmp_path / "tokens"), weights(tmp_path / "file")
-    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    assert_same_weights(*(checkpoint.load(tmp_path / name)[0] for name in ("tokens", "file")))
     assert torch.equal(held_out(tmp_path / "tokens"), held_out(tmp_path / "file"))
 
 
@@ -415,7 +412,7 @@ def test_a_run_knows_its_folder_by_the_hash(tmp_path, folder):
     train("abc", out, data=folder, **SMALL)
     train("abc", out, data=folder, resume=True, **(SMALL | {"steps": 9}))
     whole = train("abc", data=folder, **(SMALL | {"steps": 9}))
-    assert all(torch.equal(weights(out)[k], v) for k, v in whole.model.state_dict().items())
+    assert_same_weights(checkpoint.load(out)[0], whole.model)
     prepare_tokens(
         [written(tmp_path / "other", TEXT[::-1])],
         folder,
@@ -449,35 +446,23 @@ def test_text_size_counts_in_parts(monkeypatch, bpe):
 # ---- the command line
 
 
-def run(capsys, *arguments: object) -> str:
-    assert cli.main([str(each) for each in arguments]) == 0
-    return capsys.readouterr().out
-
-
 def test_the_commands_prepare_train_and_evaluate(tmp_path, capsys):
     text, out, path = written(tmp_path / "text", LINES), tmp_path / "tokens", tmp_path / "run"
     bpe = ["--tokenizer=bpe", "--vocab-size=280"]
-    shown = run(capsys, "data", "prepare", text, text, "--out", out, *bpe)
-    assert "of a vocabulary of 280\ndocuments   2\n" in shown
-    assert run(capsys, "data", "check", out) == shown
+    printed = shown(capsys, "data", "prepare", text, text, "--out", out, *bpe)
+    assert "of a vocabulary of 280\ndocuments   2\n" in printed
+    assert shown(capsys, "data", "check", out) == printed
     options = ["--model.n-layer=1", "--model.n-embd=16", "--train.steps=2"]
-    run(capsys, "train", "abc", "--data", out, "--out", path, *options)
-    held = run(capsys, "eval", path)
+    shown(capsys, "train", "abc", "--data", out, "--out", path, *options)
+    held = shown(capsys, "eval", path)
     assert all(unit in held for unit in ("nats per token", "per character", "per byte"))
-    whole = run(capsys, "eval", path, "--data", out)
+    whole = shown(capsys, "eval", path, "--data", out)
     again = tmp_path / "again"
-    run(capsys, "data", "prepare", text, "--out", again, "--tokenizer", path)
+    shown(capsys, "data", "prepare", text, "--out", again, "--tokenizer", path)
     assert open_tokens(again).tokenizer == open_tokens(out).tokenizer
-    assert whole != run(capsys, "eval", path, "--data", again)
+    assert whole != shown(capsys, "eval", path, "--data", again)
     error = refused(capsys, "eval", path, "--data", text.parent)
     assert "no folder of tokens" in error
-
-
-def refused(capsys, *arguments: object) -> str:
-    assert cli.main([str(each) for each in arguments]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("gptfast: ") and err.count("\n") == 1
-    return err[len("gptfast: ") : -1]
 
 
 def test_mistakes_of_data_are_one_sentence(tmp_path, capsys):

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_models
 import torch
 import torch.nn.functional as F
 from test_triton import DEVICE, needs_numbers, where  # noqa: F401 (a fixture of every test here)
@@ -218,12 +219,7 @@ def test_sequences_get_slots() -> None:
 
 
 def model_of(config: GPTConfig, scale: float = 2.0) -> GPT:
-    torch.manual_seed(0)
-    model = GPT(config).to(DEVICE)
-    with torch.no_grad():
-        for param in model.parameters():
-            param.mul_(scale)
-    return model
+    return small_models.model_of(config, scale=scale).to(DEVICE)
 
 
 def generated(model: GPT, prompts: list[Any], seconds: float = 0.0, **options: Any) -> list[Update]:

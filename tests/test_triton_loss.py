@@ -157,7 +157,7 @@ def test_embedding_of_a_large_vocabulary(
     check_op(fused, plain, plain, there(*tables(V, 40, C), idx), dtype, **options)
 
 
-def test_rows_are_ordered_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_ordered_by_token() -> None:
     V, M = 300, 1000
     idx = torch.randint(V, (M,), generator=torch.Generator().manual_seed(1)) // 7 * 7
     idx[5:400] = 140  # more rows of one token than a program lists at a time

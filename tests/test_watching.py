@@ -1,11 +1,13 @@
 """What watches a run: callbacks, samples, records of the directory, the bar, trackers."""
 
+import functools
 import json
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+import training_steps
 from torch.utils.flop_counter import FlopCounterMode
 
 from gptfast import (
@@ -20,7 +22,7 @@ from gptfast import (
 )
 from gptfast.cli import main
 from gptfast.presets import Preset
-from gptfast.training import Sampler, TensorBoard, Tracker, WandB, run, train
+from gptfast.training import Sampler, TensorBoard, Tracker, WandB, run
 from gptfast.training.watching import machine, progress
 
 TEXT = data.abc_corpus()[:600]
@@ -29,10 +31,7 @@ TINY = Preset(
     model=GPTConfig(block_size=8, n_layer=1, n_head=2, n_embd=8),
     train=TrainConfig(lr=1e-2, batch_size=4, steps=6, eval_every=2),
 )
-
-
-def quick(out=None, **options):
-    return train(TINY, out, **{"text": TEXT, "progress": False} | options)
+quick = functools.partial(training_steps.quick, chosen=TINY, text=TEXT)
 
 
 def numbers(history):
