@@ -205,6 +205,15 @@ def test_other_weights(edit: Any, message: str, folder: Path) -> None:
     refused(folder, message)
 
 
+def test_weights_may_be_parameters(folder: Path) -> None:
+    plain, _ = gptfast.load(folder)
+    weights(folder, lambda tensors: {n: torch.nn.Parameter(t) for n, t in tensors.items()})
+    model, _ = gptfast.load(folder)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True)
+    )
+
+
 def test_a_tied_head_may_be_there(folder: Path) -> None:
     plain, _ = gptfast.load(folder)
     weights(folder, lambda tensors: tensors.update({"lm_head.weight": tensors[WTE]}))

@@ -146,12 +146,6 @@ def test_top_logprobs_are_of_the_likeliest_tokens() -> None:
     assert len(all_of_them.top_logprobs[0]) == 6
 
 
-def test_the_old_name_of_top_logprobs_warns() -> None:
-    (result,) = gptfast.generate(make("course"), [[1]], max_new_tokens=2, logprobs=2)
-    with pytest.warns(DeprecationWarning, match="use Generation.top_logprobs"):
-        assert result.alternatives == result.top_logprobs != []
-
-
 def test_counts_may_be_whole_numbers_of_any_type() -> None:
     model, same = make("course"), {"max_new_tokens": 5, "top_k": 2, "seed": 3}
     expected = gptfast.generate(model, [[1]], **same)

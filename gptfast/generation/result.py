@@ -3,7 +3,6 @@
 import codecs
 import math
 import reprlib
-import warnings
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -40,16 +39,6 @@ class Generation:
         # What each token writes; None without a tokenizer, and where `generate` did not make this.
         # No field, because it follows from the others: it is not compared, stored or shown.
         self.pieces: list[bytes] | None = None
-
-    @property
-    def alternatives(self) -> list[list[tuple[int, float]]]:
-        """The old name of `top_logprobs`, which the next release removes."""
-        warnings.warn(
-            "Generation.alternatives is deprecated: use Generation.top_logprobs",
-            DeprecationWarning,
-            stacklevel=2,
-        )
-        return self.top_logprobs
 
     def __repr__(self) -> str:
         tokens = f"{_short.repr(self.tokens)} of {len(self.tokens)}"
