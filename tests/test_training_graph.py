@@ -80,7 +80,7 @@ def tensors(values: Any) -> list[Tensor]:
 
 
 class HostTable:
-    """In the place of `adamw.Table`: AdamW by the CPU's kernel, by the same options in memory."""
+    """In the place of `adamw.PointerTable`: AdamW by the CPU's kernel, by options in memory."""
 
     def __init__(self, *args: Any, memory: Tensor | None) -> None:
         *self.tensors, self.groups = args
@@ -163,7 +163,7 @@ def trainer_of(cuda: Simulated | None, config: TrainConfig = CONFIG, **options: 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Simulated:
     device = Simulated()
-    monkeypatch.setattr(adamw, "Table", device.note_updates(HostTable))
+    monkeypatch.setattr(adamw, "PointerTable", device.note_updates(HostTable))
     return device
 
 
@@ -200,7 +200,7 @@ def test_a_graph_recomputes_and_smooths_as_the_step_does(cuda: Simulated) -> Non
 
 def test_a_graph_reads_the_addresses_of_the_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, library = Simulated(), torch.library.Library("gptfast", "IMPL")
-    monkeypatch.setattr(adamw, "Table", cuda.note_updates(adamw.Table))
+    monkeypatch.setattr(adamw, "PointerTable", cuda.note_updates(adamw.PointerTable))
     library.impl("adamw_", KERNELS["adamw_"], "CPU", allow_override=True)
     try:
         config = replace(CONFIG, decayed="matrices", ema=0.9)

@@ -151,13 +151,14 @@ class Pass {
         position_[t - batch_.starts[0]] = batch_.position(i, t);
     const auto last = static_cast<int64_t>(model_.layers().size()) - 1;
     for (int64_t i = 0; i <= last; ++i) {
-      schedule_.for_rows(M_, parallel_, [&](int64_t first, int64_t count, const Parallel& parallel) {
-        if (i == 0)
-          embed(model_, count, tokens() + first, position_ + first, rows_.x(first), parallel);
-        else
-          rows_.finish(layer(i - 1), first, count, parallel);
-        if (model_.config().attention) project(i, i == last, first, count, parallel);
-      });
+      schedule_.for_rows(
+          M_, parallel_, [&](int64_t first, int64_t count, const Parallel& parallel) {
+            if (i == 0)
+              embed(model_, count, tokens() + first, position_ + first, rows_.x(first), parallel);
+            else
+              rows_.finish(layer(i - 1), first, count, parallel);
+            if (model_.config().attention) project(i, i == last, first, count, parallel);
+          });
       if (model_.config().attention && i < last) attend(i);
     }
   }
@@ -266,15 +267,16 @@ void forward(const Model& model, const Batch& batch, Cache& cache, FirstLayerTab
   if (batch.sequences == 0) return;
   if (table != nullptr) fill(*table, model, batch, parallel);
   const Schedule schedule(model, batch, parallel.threads);
-  schedule.for_parts(batch, parallel, [&](const Batch& part, int64_t first, const Parallel& threads) {
-    Rows last(model, schedule, part.sequences, threads);
-    schedule.for_blocks(part, [&](const Batch& block, int64_t at) {
-      Pass(model, schedule, block, cache, table, threads).run(last, at);
-    });
-    last.for_logits([&](int64_t row, int64_t count, const float* logits, const Parallel& idle) {
-      use(first + row, count, logits, idle);
-    });
-  });
+  schedule.for_parts(
+      batch, parallel, [&](const Batch& part, int64_t first, const Parallel& threads) {
+        Rows last(model, schedule, part.sequences, threads);
+        schedule.for_blocks(part, [&](const Batch& block, int64_t at) {
+          Pass(model, schedule, block, cache, table, threads).run(last, at);
+        });
+        last.for_logits([&](int64_t row, int64_t count, const float* logits, const Parallel& idle) {
+          use(first + row, count, logits, idle);
+        });
+      });
 }
 
 void score(const Model& model, const Batch& batch, Cache& cache, const int64_t* targets,

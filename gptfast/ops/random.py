@@ -31,10 +31,10 @@ def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None = N
         return torch.randint(2**62, (), dtype=torch.int64, generator=generator, device="cpu")
     if not isinstance(seed, Tensor):
         return torch.tensor(check_seed(seed), dtype=torch.int64, device="cpu")
-    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.is_meta:
+    if seed.dtype != torch.int64 or seed.numel() != 1:
         raise ConfigError(
             f"seed must be one whole number or an int64 tensor of one, got {tuple(seed.shape)} of"
-            f" {seed.dtype} on {seed.device}"
+            f" {seed.dtype}"
         )
     return seed
 

@@ -156,7 +156,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """See `gptfast.ops.linear_cross_entropy`."""
-    counted = targets if traced() else targets[targets != ignore_index]
+    counted = targets.masked_fill(targets == ignore_index, 0)
     check_range("linear_cross_entropy: targets", counted, weight.shape[0])
     with torch.autocast(x.device.type, enabled=False):
         wide = x.to(_wide(x))
