@@ -62,7 +62,8 @@ def check_count(name: str, value: Any, least: int, most: int = MOST) -> int:
     """Returns a counting option as an int. Raises ConfigError if it is none in the range."""
     count = as_int(value)
     if count is None or not least <= count <= most:
-        raise ConfigError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
+        got = shortened(value)
+        raise ConfigError(f"{name} must be a whole number from {least} to {most}, got {got}")
     return count
 
 
@@ -70,7 +71,7 @@ def check_seed(value: Any) -> int:
     """Returns a key of random numbers as an int. Raises ConfigError if it is none."""
     seed = as_int(value)
     if seed is None or not 0 <= seed < SEEDS:
-        raise ConfigError(f"seed must be a whole number in [0, 2**63), got {value!r}")
+        raise ConfigError(f"seed must be a whole number in [0, 2**63), got {shortened(value)}")
     return seed
 
 
@@ -86,10 +87,13 @@ def check_path(name: str, value: Any) -> Path:
         got = "an empty one" if value == "" else kind_of(value)
         raise ConfigError(f"{name} must be the path of a file or folder, got {got}")
     path = Path(value)
-    if "\0" in str(path):
+    try:
+        parts = [os.fsencode(part) for part in path.parts]
+    except UnicodeEncodeError:  # half of a surrogate pair, which no name has
+        parts = [b"\0"]
+    if any(b"\0" in part for part in parts):
         raise ConfigError(f"{name} must be the path of a file or folder, got {str(path)!r}")
-    long = len(os.fsencode(path)) > LONGEST_PATH
-    if long or any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
+    if max(map(len, parts), default=0) > LONGEST_NAME or sum(map(len, parts)) > LONGEST_PATH:
         raise ConfigError(
             f"{name} must be the path of a file or folder, got {len(str(value))} characters"
         )
@@ -97,9 +101,11 @@ def check_path(name: str, value: Any) -> Path:
 
 
 def shortened(value: Any) -> str:
-    """A value as an error shows it, of which a number may have thousands of digits."""
+    """A value as an error shows it; of a number with thousands of digits, its size."""
     if type(value) is int and abs(value) > 10**30:
-        return f"a number of {len(f'{abs(value):x}') * 4} bits"
+        return f"a number of {value.bit_length()} bits"
+    if type(value) in (tuple, list):
+        return f"({', '.join(map(shortened, value))})"
     return repr(value)
 
 
@@ -110,4 +116,7 @@ def dtype_name(dtype: "torch.dtype") -> str:
 
 def kind_of(value: Any) -> str:
     """What a value is, as an error names it: a str, or the class str."""
-    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

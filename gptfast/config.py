@@ -60,7 +60,7 @@ class GPTConfig:
             )
         dropout = as_number(self.dropout)
         if dropout is None or not 0.0 <= dropout < 1.0:
-            raise ConfigError(f"dropout must be in [0, 1), got {self.dropout!r}")
+            raise ConfigError(f"dropout must be in [0, 1), got {shortened(self.dropout)}")
         object.__setattr__(self, "dropout", dropout)
         _check_choices(self)
         if self.padding_idx is not None:
@@ -161,7 +161,8 @@ class TrainConfig:
         # Of JSON it is a list, which would not be hashable.
         betas = [*map(as_number, self.betas)] if isinstance(self.betas, tuple | list) else []
         if len(betas) != 2 or not all(b is not None and 0.0 <= b < 1.0 for b in betas):
-            raise ConfigError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
+            got = shortened(self.betas)
+            raise ConfigError(f"betas must be two numbers in [0, 1), got {got}")
         object.__setattr__(self, "betas", tuple(betas))
         for name in NUMBERS:
             object.__setattr__(self, name, as_number(getattr(self, name)))
@@ -186,13 +187,15 @@ def _check_choices(config: GPTConfig | TrainConfig) -> None:
     """Checks the fields that are switches or have a choice of words, by their annotations."""
     for field in fields(config):
         value = getattr(config, field.name)
+        several = bool(getattr(value, "ndim", 0))  # an array is not compared as a whole
         if field.type is bool:
-            if value not in (True, False):
-                raise ConfigError(f"{field.name} must be True or False, got {value!r}")
+            if several or value not in (True, False):
+                raise ConfigError(f"{field.name} must be True or False, got {shortened(value)}")
             object.__setattr__(config, field.name, bool(value))
-        elif get_origin(field.type) is Literal and value not in get_args(field.type):
+        elif get_origin(field.type) is Literal:
             known = get_args(field.type)
-            raise ConfigError(f"{field.name} must be one of {known}, got {value!r}")
+            if several or value not in known:
+                raise ConfigError(f"{field.name} must be one of {known}, got {shortened(value)}")
 
 
 def _positive(name: str, value: Any) -> int:

@@ -17,5 +17,5 @@ class Console(rich.console.Console):
 def say(line: str) -> None:
     """Prints a line on stderr; a terminal that has gone or a full disk does not end a run."""
     if sys.stderr is not None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # the latter of a stream that is closed
             print(line, file=sys.stderr, flush=True)

@@ -221,8 +221,8 @@ def generation_options(task: Mapping[str, Any]) -> dict[str, Any]:
     """
     given = {name: value for name, value in task.items() if value is not None}
     until = given.pop("until", [])
-    listed = [until] if isinstance(until, str) else until
-    if not is_iterable(listed) or not all(isinstance(each, str) for each in listed):
+    listed = [until] if isinstance(until, str) or not is_iterable(until) else [*until]
+    if not all(isinstance(each, str) for each in listed):
         raise ConfigError(f"until must be a text or a list of texts, got {until!r}")
     stop = [each for each in listed if each]
     lengths = [given.pop(name) for name in LENGTHS if name in given]

@@ -200,12 +200,19 @@ def test_an_answer_ends_at_the_end_of_text(pairs_of_bytes: GptfastLM) -> None:
         ({"do_sample": True, "min_p": 0.1, "top_k": None}, {"min_p": 0.1}),
         ({"until": "x", "max_tokens": 3, "max_gen_toks": 4}, {"stop": ["x"], "max_new_tokens": 4}),
         ({"num_beams": 1, "max_new_tokens": 7}, {"max_new_tokens": 7}),
+        ({"until": iter(["\n", ""])}, {"stop": ["\n"]}),
     ),
 )
 def test_options_of_a_task(task: dict[str, Any], expected: dict[str, Any]) -> None:
     found = generation_options(task)
     assert {name: found[name] for name in expected} == expected
     assert ("temperature" in found) == ("temperature" in expected or not task.get("do_sample"))
+
+
+@pytest.mark.parametrize("task", ({"until": 5}, {"until": ["x", 5]}, {"temperature": "x"}))
+def test_options_of_a_wrong_kind_are_sentences(task: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="(until|temperature) must be a"):
+        generation_options(task)
 
 
 def test_mistakes_are_sentences(characters: GptfastLM) -> None:

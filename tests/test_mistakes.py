@@ -27,7 +27,7 @@ def trained(**options: Any) -> Any:
 @pytest.mark.parametrize(
     ("call", "message"),
     (
-        (lambda: gptfast.train(3), "chosen must be the name of a preset or a Preset, got a int"),
+        (lambda: gptfast.train(3), "chosen must be the name of a preset or a Preset, got an int"),
         (lambda: trained(tokenizer="bpe"), "tokenizer must be one, .* got a str"),
         (lambda: trained(callbacks=[gptfast.Callback]), "got the class Callback"),
         (lambda: trained(init_from=GPT(TINY)), "a model must be the path .* got a GPT"),
@@ -51,7 +51,16 @@ def trained(**options: Any) -> Any:
             "overflow must be",
         ),
         (lambda: gptfast.generate(GPT(TINY), [[1]], temperature=10**400), "temperature must be"),
-        (lambda: TrainConfig(lr=10**400), "lr must be a number above 0, got a number of 13"),
+        (lambda: TrainConfig(lr=10**400), "lr must be .* got a number of 1329 bits"),
+        (lambda: TrainConfig(seed=10**5000), "seed must be .* got a number of 16610 bits"),
+        (lambda: TrainConfig(betas=(0.9, 10**5000)), "betas must be .* got .0.9, a number of"),
+        (lambda: TrainConfig(precision=10**5000), "precision must be one of .* got a number of"),
+        (lambda: TrainConfig(recompute=torch.ones(2)), "recompute must be True or False, got ten"),
+        (lambda: GPTConfig(dropout=10**5000), "dropout must be in .0, 1., got a number of"),
+        (
+            lambda: gptfast.save(GPT(TINY), None, "\ud800"),
+            "path must be the path of a file or fold",
+        ),
         (lambda: TrainConfig(steps=10**400), "steps must be a positive whole number, got a num"),
         (lambda: TrainConfig(warmup_steps=10**400), "warmup_steps must be a whole number"),
         (lambda: gptfast.save(GPT(TINY), None, "a\0b"), "path must be the path of a file or fold"),
@@ -107,6 +116,7 @@ def test_a_run_does_not_start_from_what_it_replaces(tmp_path: Path) -> None:
     for start in ("run", "run/best"):
         with pytest.raises(ConfigError, match="cannot start from the run that it replaces"):
             trained(out=tmp_path / "run", init_from=tmp_path / start, overwrite=True)
+    assert trained(out=tmp_path, init_from=tmp_path / "run").history  # around it, not over it
     assert gptfast.load(tmp_path / "run" / "best")
 
 

@@ -226,7 +226,7 @@ def test_odd_contents_are_one_sentence(tmp_path):
     huge = torch.zeros(1, 1).expand(10**7, 10**6)
     for changes, message in (
         ({"model_args": args | {"vocab_size": None}}, "its model_args lack 'vocab_size'"),
-        ({"model_args": args | {"bias": torch.tensor([1, 0])}}, "damaged or unreadable"),
+        ({"model_args": args | {"bias": torch.tensor([1, 0])}}, "bias must be True or False, got"),
         ({"model": model | {"transformer.wpe.weight": huge}}, "damaged or unreadable"),
         (
             {"model": {name: weight.to_sparse() for name, weight in model.items()}},
@@ -236,8 +236,9 @@ def test_odd_contents_are_one_sentence(tmp_path):
         with pytest.raises(CheckpointError, match=message) as error:
             nanogpt.read(saved(tmp_path, content | changes))
         assert "\n" not in str(error.value)
-    found, _ = nanogpt.read(saved(tmp_path, content | {"config": {"dataset": "x" * 5000}}))
-    assert found.config.vocab_size == args["vocab_size"]
+    for dataset in ("x" * 5000, "\ud800", "a\0b"):  # names that no file has
+        found, _ = nanogpt.read(saved(tmp_path, content | {"config": {"dataset": dataset}}))
+        assert found.config.vocab_size == args["vocab_size"]
 
 
 def test_a_model_of_another_format_is_not_hidden(tmp_path):

@@ -41,11 +41,6 @@ Session::Session(std::shared_ptr<const Model> model, std::vector<Prompt> prompts
     sequences_.push_back(std::move(s));
   }
   check();
-  if (options_.sampling.repetition_penalty != 1.0f)
-    for (Sequence& s : sequences_) {
-      s.is_seen.assign(static_cast<size_t>(model_->config().vocab_size), false);
-      for (const int64_t token : s.tokens) s.see(token);
-    }
   for (auto i = static_cast<int64_t>(sequences_.size()) - 1; i >= 0; --i)
     if (sequence(i).state == State::waiting) waiting_.push_back(i);
   for (int64_t slot = options_.slots - 1; slot >= 0; --slot) free_slots_.push_back(slot);
@@ -104,10 +99,11 @@ bool Session::run(double seconds, const Parallel& parallel) {
 // Takes ended sequences off the running ones, frees their slots and notes the first invalid one.
 void Session::release_ended() {
   const auto ended = [&](int64_t i) {
-    const Sequence& s = sequence(i);
+    Sequence& s = sequence(i);
     if (s.state == State::running) return false;
     if (s.state == State::invalid && (invalid_ < 0 || i < invalid_)) invalid_ = i;
     free_slots_.push_back(s.slot);
+    s.seen = {}, s.is_seen = {};
     return true;
   };
   running_.erase(std::remove_if(running_.begin(), running_.end(), ended), running_.end());
@@ -129,6 +125,7 @@ void Session::admit(const Parallel& parallel) {
       continue;
     }
     slot_owner_[static_cast<size_t>(s.slot)] = i;
+    if (options_.sampling.repetition_penalty != 1.0f) s.see_all(model_->config().vocab_size);
     s.state = State::running;
     running_.push_back(i);
     free_slots_.pop_back();

@@ -50,8 +50,8 @@ struct Sequence {
   // and their log-probabilities.
   std::vector<int64_t> top_tokens;
   std::vector<float> top_logprobs;
-  // The distinct tokens so far, and for each id whether it is among them; empty without a
-  // repetition penalty. A penalty for each token of the text would make its length quadratic.
+  // The distinct tokens so far, and for each id whether it is among them: while the sequence runs
+  // with a repetition penalty. One for each token of the text would make its length quadratic.
   std::vector<int64_t> seen;
   std::vector<bool> is_seen;
   int64_t prompt;  // its number of tokens
@@ -66,6 +66,10 @@ struct Sequence {
   int64_t generated() const { return length() - prompt; }
   int64_t window() const { return length() - offset; }
 
+  void see_all(int64_t vocab_size) {
+    is_seen.assign(static_cast<size_t>(vocab_size), false);
+    for (const int64_t token : tokens) see(token);
+  }
   void see(int64_t token) {
     if (is_seen.empty() || is_seen[static_cast<size_t>(token)]) return;
     is_seen[static_cast<size_t>(token)] = true;

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from gptfast.checks import as_int
+from gptfast.checks import as_int, shortened
 from gptfast.ops.autograd import constant, transformed
 
 
@@ -230,7 +230,7 @@ def check_int(op: str, name: str, value: Any) -> int:
     """Returns an argument that is a whole number as an int. Raises TypeError where it is none."""
     number = as_int(value)
     if number is None or not -(2**63) <= number < 2**63:
-        raise TypeError(f"{op}: {name} must be a whole number (int64), got {value!r}")
+        raise TypeError(f"{op}: {name} must be a whole number (int64), got {shortened(value)}")
     return number
 
 

@@ -53,8 +53,10 @@ def constant(op: str, name: str, value: Any) -> float:
             f"{op}: {name} must be a number, got a tensor that may need a gradient; the kernels"
             f" have none for it, gptfast.ops.reference.{op} treats it as torch does"
         )
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
     if torch.compiler.is_compiling():  # the number may have a symbol
-        return value.item() if isinstance(value, Tensor) else value
+        return value
     number = value if type(value) is float else as_number(value)
     if number is None:
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")

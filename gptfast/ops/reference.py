@@ -156,8 +156,9 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """See `gptfast.ops.linear_cross_entropy`."""
-    counted = targets.masked_fill(targets == ignore_index, 0)
-    check_range("linear_cross_entropy: targets", counted, weight.shape[0])
+    if targets.is_cpu:
+        counted = targets.masked_fill(targets == ignore_index, 0)
+        check_range("linear_cross_entropy: targets", counted, weight.shape[0])
     with torch.autocast(x.device.type, enabled=False):
         wide = x.to(_wide(x))
         normalized = wide if ln_w is None else _layer_norm(wide, ln_w, ln_b)
@@ -181,14 +182,17 @@ def linear_cross_entropy(
         return torch.where(total == 0, 0.0, losses.sum() / (total + (total == 0)))
 
 
-def traced() -> bool:
-    """Whether a compiled graph or a transform runs this code, which cannot branch on values."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
 def check_range(what: str, idx: Tensor, V: int) -> None:
-    """Raises ValueError unless all indices are in [0, V); where they are traced, torch checks."""
-    if traced() or not idx.numel():
+    """Raises ValueError unless all indices are in [0, V).
+
+    A compiled graph, a transform, a tracer or fake tensors cannot branch on values: there torch
+    checks, when it computes.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return
+    if not idx.numel() or V == 0 or type(idx) is not Tensor:
         return
     least, most = int(idx.min()), int(idx.max())
     if least < 0 or most >= V:

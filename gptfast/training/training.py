@@ -98,7 +98,7 @@ def train(
     processes.from_first(lambda: run.check(out, resume, overwrite))
     if init_from is not None and out is not None and not resume:
         start = Path(init_from).resolve()
-        if start.exists() and Path(out).resolve() in (start, *start.parents):
+        if Path(out).resolve() in (start, start.parent if start.name == run.BEST_NAME else start):
             raise ConfigError(f"{out}: a run cannot start from the run that it replaces")
     source, noted = source_of(init_from, out if resume else None)
     known = None if source is None else formats.load(source)

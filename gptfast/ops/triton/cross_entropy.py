@@ -30,8 +30,8 @@ from gptfast.ops.triton.tiles import LN2, LOG2E
 BLOCK_BYTES = 200 << 20
 ROWS_MULTIPLE = 128  # rows of the products' tiles; blocks have a multiple of so many
 COLUMNS_MULTIPLE = 64  # rows of logits have a stride of a multiple of so many elements
-# Bytes of a row that a program of `loss_kernel` reads at a time. Two programs of 16 warps run on a
-# multiprocessor of an H100, so that the L2 cache can hold what they read twice.
+# Bytes of a row that a program of `loss_kernel` reads at a time. In bfloat16 two programs of 16
+# warps run on a multiprocessor of an H100, so that the L2 cache can hold what they read twice.
 ROW_BYTES = 32768
 SMALL_BLOCK = 4096  # elements of several short rows
 WARP_BLOCK = 1024  # elements of a warp, 32 per thread

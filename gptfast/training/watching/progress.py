@@ -48,6 +48,7 @@ class TerminalBar:
         self._task = self._bar.add_task("", total=total, completed=completed, numbers="")
         self._gone = False
         self._show(self._bar.start)
+        self._started = not self._gone
 
     def line(self, text: str) -> None:
         """Prints a line above the bar."""
@@ -60,14 +61,15 @@ class TerminalBar:
 
     def stop(self) -> None:
         """Ends the bar, which stays as it is."""
-        with contextlib.suppress(OSError):
-            self._bar.stop()
+        if self._started:
+            with contextlib.suppress(OSError, ValueError):
+                self._bar.stop()
 
     def _show(self, show: Callable[..., Any], *args: Any, **options: Any) -> None:
         if not self._gone:
             try:
                 show(*args, **options)
-            except OSError:
+            except (OSError, ValueError):  # of a stream that is closed
                 self._gone = True
 
 
