@@ -207,6 +207,31 @@ def test_a_damaged_checkpoint_beside_a_whole_state_says_how_to_go_on(two):
         quick(late, steps=6, resume=True)
 
 
+@pytest.mark.parametrize("steps", (3, 6))
+def test_a_crash_after_the_best_checkpoint_gives_no_other_step_for_it(tmp_path, monkeypatch, steps):
+    """`best/` is that of step 4, the state that of step 3."""
+    save = checkpoint.save
+
+    def killed(model, tokenizer, path, extra=None):
+        save(model, tokenizer, path, extra)
+        if Path(path).name == run.BEST_NAME and extra["step"] == 4:
+            raise SystemExit
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save", killed)
+        with pytest.raises(SystemExit):
+            quick(tmp_path / "run", save_every=1)
+    best = tmp_path / "run" / run.BEST_NAME
+    assert checkpoint.read_config(best)["extra"]["step"] == 4
+    result = quick(tmp_path / "run", save_every=1, steps=steps, resume=True)
+    if steps == 3:  # it ends before another evaluation: of the one in its history nothing is left
+        assert result.best is None
+        return
+    whole = quick(tmp_path / "whole", save_every=1)
+    assert result.best["step"] == checkpoint.read_config(best)["extra"]["step"]
+    assert result.best["val_loss"] == whole.best["val_loss"]
+
+
 # ---- what a run stores besides its model
 
 

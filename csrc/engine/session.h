@@ -50,8 +50,8 @@ struct Sequence {
   // and their log-probabilities.
   std::vector<int64_t> top_tokens;
   std::vector<float> top_logprobs;
-  // The distinct tokens so far, and for each id whether it is among them: while the sequence runs
-  // with a repetition penalty. One for each token of the text would make its length quadratic.
+  // The distinct tokens so far, and for each id whether it is among them, while the sequence runs
+  // with a repetition penalty. To go through all of its tokens at each step takes quadratic time.
   std::vector<int64_t> seen;
   std::vector<bool> is_seen;
   int64_t prompt;  // its number of tokens

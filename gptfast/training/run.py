@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from gptfast import checkpoint
-from gptfast.checks import check_path, dtype_name
+from gptfast.checks import as_int, check_path, dtype_name
 from gptfast.config import GPTConfig, TrainConfig
 from gptfast.data import as_int64
 from gptfast.errors import CheckpointError, ConfigError, reason
@@ -241,6 +241,8 @@ class RunDirectory:
             state = run_state(content["state"], content["version"])
             if content["train"].get("eval_tokens") != config.eval_tokens:
                 state.forget_best()  # its loss was measured on other tokens
+            if self._best_is_later(state.step):
+                state.forget_best()  # a crash came between its successor and this state
             self.best_step = state.best_step
             if content["version"] > 1:
                 self.id = content["run"]
@@ -258,6 +260,16 @@ class RunDirectory:
         assert self.path is not None
         with reading(self.path / STATE_NAME):
             yield self.path / STATE_NAME
+
+    def _best_is_later(self, step: int) -> bool:
+        """Whether `best/` holds an evaluation after this step, which replaced the one before it."""
+        assert self.path is not None
+        try:
+            extra = checkpoint.read_config(self.path / BEST_NAME)["extra"]
+        except CheckpointError:  # there is none
+            return False
+        kept = as_int(extra.get("step")) if isinstance(extra, dict) else None
+        return kept is not None and kept > step
 
     def _check_checkpoint(self, step: int) -> None:
         """Raises CheckpointError unless a save of this run left the checkpoint."""
