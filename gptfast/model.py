@@ -187,9 +187,7 @@ class GPT(nn.Module):
                 label_smoothing=label_smoothing, **norm,
             )  # fmt: skip
         logits = head(x).flatten(0, 1)  # (B T, V)
-        if targets.is_cpu:
-            counted = targets.masked_fill(targets == ignore_index, 0)
-            reference.check_range("loss: targets", counted, logits.shape[-1])
+        reference.check_targets("loss", targets, ignore_index, logits.shape[-1])
         total = F.cross_entropy(
             logits.to(torch.promote_types(logits.dtype, torch.float32)),
             targets.flatten(),

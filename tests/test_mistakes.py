@@ -1,5 +1,6 @@
 """Arguments of the wrong kind: one sentence that says what was expected and what came."""
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -194,11 +195,15 @@ def test_runs_of_any_name_are_in_the_legend() -> None:
     from gptfast.training import plots
 
     rows = [{"step": 1, "train_loss": 2.0, "val_loss": 2.5, "perplexity": 12.2}] * 2
-    figure = plots._draw({"_base": rows, "b $x_1$": rows}, "loss", None)  # type: ignore[dict-item]
+    names: Any = {"_base": rows, "b $x_1$": rows, "c\udcff": rows}
+    figure = plots._draw(names, "loss", "of \udcff")
     texts = figure.axes[0].get_legend().get_texts()
     assert [each.get_text().strip() for each in texts] == [
         "_base, held-out", "_base, training", "b $x_1$, held-out", "b $x_1$, training",
+        "c?, held-out", "c?, training",
     ]  # fmt: skip
+    assert figure.axes[0].get_title(loc="left") == "of ?"
+    figure.savefig(io.BytesIO())
     assert not any(each.get_parse_math() for each in texts)
 
 

@@ -64,10 +64,9 @@ def read(path: str | Path) -> tuple[GPT, Tokenizer | None]:
         raise CheckpointError(f"{file}: not nanoGPT's checkpoint, it has no model and model_args")
     with reading(file):
         config, tensors = _config(content["model_args"], file), _tensors(content["model"], file)
-        head, embedding = tensors.get(HEAD), tensors.get(EMBEDDING)
-        both = isinstance(head, Tensor) and isinstance(embedding, Tensor)
-        if both and torch.equal(head, embedding):  # type: ignore[arg-type]
-            tensors[HEAD] = embedding
+        head, table = tensors.get(HEAD), tensors.get(EMBEDDING)
+        if isinstance(head, Tensor) and isinstance(table, Tensor) and torch.equal(head, table):
+            tensors[HEAD] = table
             config = replace(config, tie_weights=True)
     model = assembled(config, tensors, file).eval()
     meta = _meta_of(file, content.get("config"))
@@ -159,7 +158,7 @@ def write(model: GPT, tokenizer: Tokenizer | None, folder: Path) -> None:
 
     Raises:
         CheckpointError: There is no such model or tokenizer in nanoGPT, or the folder has the
-            characters of another one.
+            characters of another one, or a model of Hugging Face, which readers would take for it.
         OSError: A file cannot be written.
     """
     config = stored_config(model)

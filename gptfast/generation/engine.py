@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from gptfast.checks import kind_of
 from gptfast.errors import BackendError, ConfigError
 from gptfast.generation.dtypes import FLOATS, activations
 from gptfast.generation.request import (
@@ -53,7 +54,7 @@ def pack(model: GPT, dtype: str | None = None) -> "PackedModel":
 
 
 def own_model(model: Any) -> "GPT | PackedModel":
-    """Returns what computes: a packed model, or the GPT, which torch.compile may be around.
+    """Returns a packed model as it is, or the GPT within torch.compile or DataParallel.
 
     Raises:
         ConfigError: It is neither.
@@ -64,7 +65,7 @@ def own_model(model: Any) -> "GPT | PackedModel":
         return unwrapped(model)
     except ConfigError:
         raise ConfigError(
-            f"model must be a GPT or what gptfast.pack returns, got a {type(model).__name__}"
+            f"model must be a GPT or what gptfast.pack returns, got {kind_of(model)}"
         ) from None
 
 

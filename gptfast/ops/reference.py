@@ -156,9 +156,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """See `gptfast.ops.linear_cross_entropy`."""
-    if targets.is_cpu:
-        counted = targets.masked_fill(targets == ignore_index, 0)
-        check_range("linear_cross_entropy: targets", counted, weight.shape[0])
+    check_targets("linear_cross_entropy", targets, ignore_index, weight.shape[0])
     with torch.autocast(x.device.type, enabled=False):
         wide = x.to(_wide(x))
         normalized = wide if ln_w is None else _layer_norm(wide, ln_w, ln_b)
@@ -180,6 +178,12 @@ def linear_cross_entropy(
             return losses.sum()
         total = weights.sum()
         return torch.where(total == 0, 0.0, losses.sum() / (total + (total == 0)))
+
+
+def check_targets(op: str, targets: Tensor, ignore_index: int, V: int) -> None:
+    """Raises ValueError unless the targets are in [0, V) or `ignore_index`; a GPU asserts it."""
+    if targets.is_cpu:
+        check_range(f"{op}: targets", targets.masked_fill(targets == ignore_index, 0), V)
 
 
 def check_range(what: str, idx: Tensor, V: int) -> None:

@@ -197,9 +197,14 @@ def _draw(histories: Mapping[str, list[Row]], quantity: Quantity, title: str | N
     axes.spines[["bottom", "left"]].set_color(GREY)
     axes.tick_params(colors=GREY)
     # matplotlib leaves out what begins with "_", and reads what is between two "$" as a formula.
-    shown = [f" {label}" if label.startswith("_") else label for label in labels]
+    shown = [f" {label}" if label.startswith("_") else label for label in map(_utf8, labels)]
     for text in axes.legend(lines, shown, frameon=False).get_texts():
         text.set_parse_math(False)
     if title:
-        axes.set_title(title, loc="left", parse_math=False)
+        axes.set_title(_utf8(title), loc="left", parse_math=False)
     return figure
+
+
+def _utf8(name: str) -> str:
+    """Replaces what UTF-8 does not have, as in the names of some folders, by question marks."""
+    return name.encode("utf-8", "replace").decode("utf-8")

@@ -1,7 +1,6 @@
 """Records in a run's directory besides the checkpoint: the machine and the curves."""
 
 import json
-import os
 from typing import TYPE_CHECKING
 
 from gptfast.errors import reason
@@ -38,8 +37,7 @@ class Records(Callback):
         if not can_draw():
             return
         try:
-            name = os.fsencode(path.absolute().name).decode("utf-8", "replace")
-            plot_history(rows, path / PLOT_NAME, title=name)
+            plot_history(rows, path / PLOT_NAME, title=path.absolute().name)
         except Exception as error:  # a run does not fail for a picture
             why = str(error).partition("\n")[0]
             run.warn(f"{path / PLOT_NAME}: cannot be drawn ({why})")
